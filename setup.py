@@ -1,0 +1,5 @@
+"""Packaging entry point; metadata and pinned versions live in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
