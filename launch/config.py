@@ -1,0 +1,246 @@
+"""A run, as one YAML file and `key=value` overrides say it: loaded strictly, published files included.
+
+    run = load("launch/configs/digits.yaml", ["train.max_steps=20"], kind="lightningdit")
+
+Sections that a model understands are that model's (`lightningdit.config`, `vavae.config`); the ones here are about
+running: steps, batches, precision, optimizer, DeepSpeed, kernels.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+import lightningdit.config as dit
+import vavae.config as vae
+from lightningdit.config import Float, Positive, Section
+from vavae.published import from_published
+
+
+class ConfigError(ValueError):
+    """A config file or override that cannot be used; names the file, the key and what is allowed."""
+
+
+class TrainConfig(Section):
+    """The `train` section: published keys, and ours from `max_epochs` on.
+
+    `ckpt` names a checkpoint to go on from; otherwise, with `resume`, the newest of the output directory is taken.
+    `weight_init` starts from weights alone. `global_batch_size` counts images per optimizer step over all processes.
+    """
+
+    max_steps: Positive | None = None
+    global_batch_size: Positive = 1024
+    global_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output_dir: str = "output"
+    exp_name: str | None = None
+    ckpt: str | None = None
+    log_every: Positive = 100
+    ckpt_every: Positive = 20_000
+    weight_init: str | None = None
+    resume: bool = True
+    use_checkpoint: bool = False
+    max_epochs: Positive | None = None
+    micro_batch_size: Positive | None = None
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    keep_checkpoints: Positive | None = None
+    valid_every: Positive | None = None
+    valid_batches: Positive = 8
+    max_skipped_in_a_row: Positive = 20
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.max_steps is not None and self.max_epochs is not None:
+            raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
+        return self
+
+    def steps(self, num_images: int) -> int:
+        """Optimizer steps of the run: `max_steps`, or what `max_epochs` epochs of `num_images` come to."""
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_epochs is None:
+            raise ConfigError("train: give max_steps or max_epochs")
+        return -(-self.max_epochs * num_images // self.global_batch_size)
+
+
+class OptimizerConfig(Section):
+    """AdamW and the moving average. Published: `lr`, `beta2`, `max_grad_norm` (0: no clipping)."""
+
+    lr: Annotated[Float, Field(gt=0)] = 2e-4
+    beta1: dit.Probability = 0.9
+    beta2: dit.Probability = 0.95
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[Float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_lr_fraction: Annotated[Float, Field(ge=0, le=1)] = 1.0
+
+    def lr_at(self, step: int, last_step: int) -> float:
+        """Learning rate of a step (from 1): linear warm-up, then a cosine to `final_lr_fraction` (1: constant)."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        done = (step - self.warmup_steps) / max(last_step - self.warmup_steps, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO stage, and anything else of DeepSpeed's own configuration: a JSON file, then `overrides` on top."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    file: str | None = None
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class TokenizerSection(Section):
+    """The `vae` section of a LightningDiT file: which tokenizer the latents are from, and where its weights are."""
+
+    model_name: str = "vavae_f16d32"
+    downsample_ratio: Positive = 16
+    ckpt_path: str | None = None
+
+
+Kernels = str | dict[str, str]
+
+
+class LightningDiTRun(Section):
+    """A LightningDiT file. `ckpt_path` is what `sample` loads: a checkpoint, an export or a published .pt."""
+
+    preset: Literal["paper", "default"] = "paper"
+    ckpt_path: str | None = None
+    data: dit.DataConfig
+    vae: TokenizerSection = TokenizerSection()
+    model: dit.ModelSection
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    transport: dit.TransportConfig = dit.TransportConfig()
+    sample: dit.SampleConfig = dit.SampleConfig()
+    kernels: Kernels = "auto"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _check(self):
+        ratio = self.vae.downsample_ratio
+        if self.data.image_size % ratio:
+            raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of downsample_ratio {ratio}")
+        return self
+
+    def network(self) -> dit.ModelConfig:
+        """The network's shape for this run's latents and classes."""
+        network = self.model.resolve(self.data.image_size // self.vae.downsample_ratio, self.data.num_classes)
+        return network.model_copy(update={"use_checkpoint": network.use_checkpoint or self.train.use_checkpoint})
+
+    def sampling(self) -> dit.SampleConfig:
+        """The `sample` section as the preset means it."""
+        return dit.paper_sample(self.sample) if self.preset == "paper" else self.sample
+
+
+class TokenizerTrainConfig(TrainConfig):
+    """The `train` section of a tokenizer file; one setting holds for both networks."""
+
+    global_batch_size: Positive = 256
+
+
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """Adam(0.5, 0.9) at 1e-4 for both networks, not scaled by the batch; no moving average unless asked for."""
+
+    lr: Annotated[Float, Field(gt=0)] = 1e-4
+    beta1: dit.Probability = 0.5
+    beta2: dit.Probability = 0.9
+    ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+
+
+class VavaeRun(Section):
+    """A tokenizer file of ours; a published LDM-style one is translated into it (see `vavae.config.from_published`)."""
+
+    preset: Literal["paper", "default"]
+    ckpt_path: str | None = None
+    model: vae.AutoencoderConfig
+    foundation: vae.FoundationConfig | None = None
+    loss: vae.LossConfig = vae.LossConfig()
+    data: vae.DataConfig
+    train: TokenizerTrainConfig = TokenizerTrainConfig()
+    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
+    stages: tuple[vae.StageConfig, ...] = Field((), strict=False)  # none: one loss for the whole run
+    kernels: Kernels = "auto"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
+KINDS = {"lightningdit": LightningDiTRun, "vavae": VavaeRun}
+
+
+def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Section, list[str]]:
+    """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
+
+    Values of overrides are YAML; keys are dotted (`train.max_steps=20`). A published LDM-style tokenizer file is
+    translated first, so overrides always use our keys.
+
+    Returns:
+        The run, and notes on what of a published file was converted or ignored.
+
+    Raises:
+        ConfigError: the file is absent or no YAML mapping, a key is unknown (the nearest is named), a value has the
+            wrong type or is not allowed, or values contradict each other.
+    """
+    path = Path(path)
+    document, notes = _read(path), []
+    try:
+        if kind == "vavae" and _is_published_tokenizer(document):
+            document, notes = from_published(document)
+        for override in overrides:
+            _apply(document, override)
+        return KINDS[kind].model_validate(document), notes
+    except ValidationError as e:
+        raise ConfigError(f"{path}: {_explain(e)}") from None
+    except ValueError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+def _read(path: Path) -> dict:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read config {path}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {e}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds {type(document).__name__}, not a mapping of sections")
+    return document
+
+
+def _is_published_tokenizer(document: Mapping) -> bool:
+    model = document.get("model")
+    return "lightning" in document or (isinstance(model, Mapping) and "params" in model)
+
+
+def _apply(document: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, such as train.max_steps=20")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = document.get(section)
+        if inner is None:
+            inner = document[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} holds {inner!r}, not a section")
+        document = inner
+    try:
+        document[last] = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {e}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        got = item["input"] if not isinstance(item["input"], dict | Section) else None
+        problems.append((f"{key}: " if key else "") + message + (f" (got {got!r})" if got is not None else ""))
+    return "; ".join(problems)

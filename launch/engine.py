@@ -1,0 +1,220 @@
+"""DeepSpeed: processes, devices, ZeRO engines, and the full (unsharded) state behind them.
+
+The only file that imports deepspeed. The same code runs on CPUs (gloo), on one GPU and on many (nccl); the state it
+hands out and takes back is by parameter name and unsharded, so a checkpoint does not depend on the number of processes,
+the ZeRO stage or the precision it was written under.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launch.optimizer import STATE_KEYS, AdamWEma
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators and warns
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+State = dict[str, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    # Host-side agreement must not wait for the GPU, so it has a group of its own.
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(votes)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)
+
+
+def start_processes(timeout_minutes: int = 30) -> Processes:
+    """Join the process group the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK …), or be a group of one.
+
+    The device is the GPU of LOCAL_RANK where there is one, else the CPU. Calling it again joins nothing twice.
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
+    world_size = dist.get_world_size()
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda and world_size > 1 else None
+    return Processes(dist.get_rank(), world_size, device, host_group)
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int,
+                     overrides: dict) -> dict:
+    """DeepSpeed's own configuration of one engine.
+
+    Norm, clipping and overflow checks are the optimizer's (they read nothing on the host), so DeepSpeed's are off.
+    `overrides` are merged last, section by section.
+    """
+    config = {
+        "train_batch_size": micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+    }
+    if stage in (1, 2):
+        config["zero_optimization"]["compute_grad_norm"] = False
+    if stage == 3:
+        # One group, so that the optimizer sees every gradient of this process at once.
+        config["zero_optimization"]["sub_group_size"] = int(1e15)
+    for key, value in overrides.items():
+        merged = isinstance(value, dict) and isinstance(config.get(key), dict)
+        config[key] = {**config[key], **value} if merged else value
+    return config
+
+
+class Engine:
+    """One network under DeepSpeed, with its AdamW and moving average.
+
+    Args:
+        module: the network, float32, with the weights to start from already in it.
+        make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
+        config: as made by `deepspeed_config`.
+    """
+
+    def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict):
+        self.module = module
+        self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._buffers = [name for name in module.state_dict() if name in dict(module.named_buffers())]
+        self._stage = config["zero_optimization"]["stage"]
+        self._frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        # DeepSpeed casts the module before the optimizer copies its master weights: keep what they should be.
+        bf16 = config["bf16"]["enabled"]
+        masters = {name: p.detach().clone() for name, p in self._names.items()} if bf16 else {}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        module.to(device)
+        self.optimizer: AdamWEma = make_optimizer(list(self._names.values()), partitioned=self._stage > 0)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        self._begin()
+        for name, value in masters.items():
+            self._write(name, "model", value)
+            self._write(name, "ema", value)
+
+    def __call__(self, *args, **kwargs):
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "Engine":
+        self._engine.train(mode)
+        return self
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate gradients of this micro-batch; a non-finite loss marks the whole step to be skipped."""
+        self.optimizer.watch(loss.detach())
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch: at the last one of a step, reduce gradients and update weights and average."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if boundary and getattr(self._engine.optimizer, "overflow", False):
+            self.optimizer.discard()  # ZeRO 3, and ZeRO 0 in bf16, skip on their own and never call the optimizer
+
+    def full_state(self, *, keep: bool) -> State:
+        """Unsharded float32 CPU tensors by parameter name: `model` (with buffers and frozen parameters) and states.
+
+        Every process must call it; those with `keep` false take part in the gathering and get empty dictionaries.
+        """
+        state: State = {key: {} for key in ("model", *STATE_KEYS)}
+        for name in self._names:
+            for key in state:
+                value = self._read(name, key)
+                if keep:
+                    state[key][name] = value.to("cpu", torch.float32, copy=True).contiguous()
+        if keep:
+            state["model"].update(self._frozen)
+            for name in self._buffers:
+                value = self.module.get_buffer(name).detach().to("cpu", copy=True).contiguous()
+                state["model"][name] = value.float() if value.is_floating_point() else value
+        return state
+
+    def load_states(self, state: State) -> None:
+        """Set master weights and optimizer states from unsharded tensors as `full_state` gives them."""
+        for name in self._names:
+            for key, values in state.items():
+                self._write(name, key, values[name])
+
+    def _begin(self) -> None:
+        """Create the optimizer's states and let DeepSpeed's per-parameter views find them."""
+        inner = self._engine.optimizer
+        self.optimizer.begin(getattr(inner, "fp32_partitioned_groups_flat", ()))
+        link = getattr(inner, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _unsharded(self, name: str) -> torch.Tensor | None:
+        """The master tensor of a parameter where every process holds all of it (ZeRO 0), else None."""
+        if self._stage > 0:
+            return None
+        wrapper = self._engine.optimizer
+        if wrapper is self.optimizer:
+            return self._names[name]
+        index = list(self._names).index(name)
+        return wrapper.fp32_groups[0][index]
+
+    def _read(self, name: str, key: str) -> torch.Tensor:
+        p, master = self._names[name], self._unsharded(name)
+        if master is not None:
+            return master.detach() if key == "model" else self.optimizer.state[master][key]
+        if key == "model":
+            return deepspeed.utils.safe_get_full_fp32_param(p)
+        return deepspeed.utils.safe_get_full_optimizer_state(p, key)
+
+    @torch.no_grad()
+    def _write(self, name: str, key: str, value: torch.Tensor) -> None:
+        p, master = self._names[name], self._unsharded(name)
+        if master is not None:
+            target = master.data if key == "model" else self.optimizer.state[master][key]
+            target.copy_(value)
+        elif key == "model":
+            deepspeed.utils.safe_set_full_fp32_param(p, value.to(p.device))
+        else:
+            deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), key)

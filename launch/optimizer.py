@@ -1,0 +1,134 @@
+"""AdamW whose exponential moving average of the weights is one more optimizer state.
+
+The optimizer works on whatever tensors it is given: the parameters themselves (ZeRO 0) or the flat float32 partitions
+that DeepSpeed puts in their place (ZeRO 1 to 3). The moving average is thus sharded, saved and resumed with the master
+weights, and no second model exists on any device. Norm, clip factor and skip flag never leave the device.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from kernels.registry import Ops
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
+
+
+class AdamWEma(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA through `ops.adamw_ema_`; a non-finite step is skipped.
+
+    Args:
+        params: parameters to optimize; DeepSpeed may replace them by flat float32 partitions.
+        ops: the bundle whose `adamw_ema_` does the update.
+        lr, betas, eps, weight_decay: AdamW's own; weight decay is decoupled.
+        ema_decay: `ema ← decay·ema + (1 − decay)·param` after every applied step; the average starts as the weights.
+        max_grad_norm: clip the global gradient norm to this; 0 leaves gradients as they are.
+        partitioned: whether each process holds a part of the gradients, so that norms add up over processes.
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], ops: Ops, *, lr: float, betas: tuple[float, float],
+                 eps: float, weight_decay: float, ema_decay: float, max_grad_norm: float, partitioned: bool):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        device = self.param_groups[0]["params"][0].device
+        self._ops = ops
+        self._ema_decay = ema_decay
+        self._max_grad_norm = max_grad_norm
+        self._partitioned = partitioned
+        self._steady = False
+        self._lr = torch.tensor(lr, dtype=torch.float32, device=device)
+        self._loss_fault = torch.zeros((), device=device)
+        # Everything a log line or a checkpoint may want, kept on the device until somebody reads it.
+        self.counters = {
+            "applied": torch.zeros((), device=device),
+            "skipped": torch.zeros((), device=device),
+            "skipped_in_a_row": torch.zeros((), device=device),
+        }
+        self.grad_norm = torch.zeros((), device=device)
+
+    def begin(self, partitions: Iterable[torch.Tensor] = ()) -> None:
+        """Create the states and start counting: calls of `step` before this one (DeepSpeed's set-up) change nothing.
+
+        `partitions` are master tensors that DeepSpeed hands over at `step` only (ZeRO 3).
+        """
+        self._create_states(*partitions)
+        self._steady = True
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the coming step."""
+        self._lr.fill_(lr)
+
+    def read_counters(self) -> dict[str, float]:
+        """Steps applied, skipped, and skipped in a row at last: one copy to the host."""
+        return dict(zip(self.counters, torch.stack(list(self.counters.values())).tolist(), strict=True))
+
+    def set_counters(self, values: dict[str, float]) -> None:
+        """Set what `read_counters` gave."""
+        for name, counter in self.counters.items():
+            counter.fill_(values[name])
+
+    def watch(self, loss: torch.Tensor) -> None:
+        """Skip the coming step if this loss (a detached scalar) is not finite."""
+        self._loss_fault += (~torch.isfinite(loss)).float()
+
+    def discard(self) -> None:
+        """Count a step that the caller has skipped on its own."""
+        self._loss_fault.zero_()
+        self.grad_norm = torch.full_like(self.grad_norm, torch.inf)
+        self._count(torch.ones_like(self.grad_norm))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Apply one update, or none at all if the gradients or a watched loss are not finite."""
+        assert closure is None
+        self._create_states()
+        if not self._steady:
+            return
+        self.grad_norm, skip = self._norm_and_skip()
+        scale = torch.ones_like(self.grad_norm)
+        if self._max_grad_norm > 0:
+            scale = (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        self._count(skip)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group, scale, skip)
+
+    def _update(self, param: torch.Tensor, group: dict, scale: torch.Tensor, skip: torch.Tensor) -> None:
+        state = self.state[param]
+        self._ops.adamw_ema_(
+            param.data.view(-1), param.grad.contiguous().view(-1),
+            *(state[key].view(-1) for key in STATE_KEYS),
+            step=self.counters["applied"], lr=self._lr, betas=group["betas"], eps=group["eps"],
+            weight_decay=group["weight_decay"], ema_decay=self._ema_decay, grad_scale=scale, skip=skip,
+        )
+
+    def _norm_and_skip(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Global gradient norm over all processes, and a flag set where it or a watched loss is not finite."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+        squares = torch.stack(norms).square().sum()
+        # A bad loss counts as an infinite norm, so that one all-reduce tells every process of both.
+        total = torch.where(self._loss_fault > 0, torch.full_like(squares, torch.inf), squares)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if not self._partitioned and dist.get_rank() > 0:
+                # Every process holds the same gradients: one contributes them, the others only their bad losses.
+                total = torch.where(self._loss_fault > 0, total, torch.zeros_like(total))
+            dist.all_reduce(total)
+        self._loss_fault.zero_()
+        norm = total.sqrt()
+        return norm, ~torch.isfinite(norm)
+
+    def _count(self, skip: torch.Tensor) -> None:
+        skipped = skip.float()
+        self.counters["applied"] += 1 - skipped
+        self.counters["skipped"] += skipped
+        self.counters["skipped_in_a_row"].add_(1).mul_(skipped)
+
+    def _create_states(self, *partitions: torch.Tensor) -> None:
+        for param in (*partitions, *(p for group in self.param_groups for p in group["params"])):
+            state = self.state[param]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
+                state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
+                state["ema"] = param.detach().clone()

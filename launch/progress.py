@@ -1,0 +1,142 @@
+"""What a run says of itself: JSON lines, TensorBoard, a progress bar. Values stay on the device until a row is due."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Meter:
+    """Means of device scalars since the last reading, over micro-batches, steps and processes.
+
+    Non-finite values are left out: they belong to steps that were skipped, and those are counted elsewhere.
+    """
+
+    def __init__(self):
+        self._sums: dict[str, torch.Tensor] = {}  # name → [sum of finite values, how many]
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add one micro-batch's scalars; nothing is copied to the host."""
+        for name, value in values.items():
+            value = value.detach().double()
+            finite = torch.isfinite(value)
+            entry = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.double()])
+            self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def read(self) -> dict[str, float | None]:
+        """Means over all processes, with one copy to the host, and start anew; None where nothing was finite.
+
+        Every process must call it.
+        """
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values()))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        means = (total / count if count else None for total, count in sums.tolist())
+        row = dict(zip(self._sums, means, strict=True))
+        self._sums = {}
+        return row
+
+
+class Clock:
+    """Images per second since the last reading, and the time left."""
+
+    def __init__(self):
+        self._time = time.perf_counter()
+        self._step: int | None = None
+
+    def start(self, step: int) -> None:
+        self._time, self._step = time.perf_counter(), step
+
+    def read(self, step: int, last_step: int, global_batch_size: int) -> dict[str, float]:
+        """Rates over the steps since `start` or the last reading."""
+        now = time.perf_counter()
+        per_step = (now - self._time) / max(step - self._step, 1)
+        self.start(step)
+        return {
+            "images_per_second": global_batch_size / per_step,
+            "seconds_per_step": per_step,
+            "eta_seconds": per_step * (last_step - step),
+        }
+
+
+class Log:
+    """Rows of a run in `metrics.jsonl` and TensorBoard, and a progress bar where a person is watching.
+
+    Rows after `step` are cut: they belong to steps that a run resuming from that checkpoint makes again.
+    """
+
+    def __init__(self, directory: Path, step: int, last_step: int, *, tensorboard: bool = True):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        cut_rows(self.path, step)
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1) if tensorboard else None
+        self._bar = tqdm(total=last_step, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def row(self, row: dict) -> None:
+        """Write one row; the numbers of it go to TensorBoard at `row["step"]`."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+        with self._bar.external_write_mode():
+            print(describe(row), flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def describe(row: dict) -> str:
+    """One line for a person: step, epoch, images, global batch, then what was measured."""
+    head = f"step {row['step']:>7,}/{row['last_step']:,}  epoch {row['epoch']:.2f}  images {row['images']:,}"
+    head += f"  (batch {row['global_batch_size']})"
+    told = {"step", "last_step", "epoch", "images", "global_batch_size", "seconds_per_step", "eta_seconds"}
+    told |= {"skipped"} if not row.get("skipped") else set()
+    values = (f"{name} {_short(value)}" for name, value in row.items() if name not in told)
+    return f"{head}  {'  '.join(values)}  eta {_duration(row['eta_seconds'])}"
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Drop rows of later steps, and a last line that a kill has cut short, from a JSON-lines file."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _short(value) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,303 @@
+"""The one loop, for every task: steps, accumulation, logging, validation, checkpoints, signals. It knows no model."""
+
+import json
+import platform
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from kernels.registry import Ops
+from launch import checkpoint
+from launch.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
+from launch.engine import Engine, Processes, deepspeed_config
+from launch.loader import Batches, SampleOrder, Split, micro_batches
+from launch.optimizer import AdamWEma
+from launch.progress import Clock, Log, Meter
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Task(Protocol):
+    """What the loop asks of a model package.
+
+    `networks` are the trained networks by name, float32 and on the CPU when built; each gets an engine of its own.
+    """
+
+    networks: dict[str, nn.Module]
+    batches: Batches
+
+    def to(self, device: torch.device) -> None:
+        """Move frozen helpers to the device."""
+
+    def draw(self, step: int, batch_size: int, device: torch.device) -> Tensors:
+        """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step)."""
+
+    def train_step(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, step: int,
+                   backward: Callable[[str, torch.Tensor], None]) -> Tensors:
+        """Losses of one micro-batch; calls `backward(name, loss)` for each network it steps; returns scalars to log."""
+
+    def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
+        """Scalars of one micro-batch of validation data, without gradients."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint must also hold (JSON), such as the latents' statistics."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take it back; raises ValueError where it contradicts the run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as the loop sees it: what to train how long, and where to put it."""
+
+    kind: str
+    directory: Path
+    last_step: int
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    deepspeed: DeepSpeedConfig
+    config: dict = field(repr=False)  # the whole run file, for the record
+
+
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class Trainer:
+    """Train `task` as `plan` says, from the newest checkpoint of its directory or from the start.
+
+    Args:
+        validation: batches to validate on every `train.valid_every` steps, or None.
+    """
+
+    def __init__(self, task: Task, plan: Plan, processes: Processes, ops: Ops, validation: Batches | None = None):
+        self.task, self.plan, self.processes, self._ops = task, plan, processes, ops
+        train = plan.train
+        micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
+        self.split = Split(train.global_batch_size, processes.world_size, micro)
+        self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
+        self._validation = validation
+        self._meter, self._clock = Meter(), Clock()
+        self._stop_signal: int | None = None
+        self.step = 0
+        start = self._find_start()
+        if start is not None:
+            self._load_weights(start)
+        task.to(processes.device)
+        self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
+        if start is not None:
+            self._load_states(start)
+
+    def run(self) -> None:
+        """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint.
+
+        Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped; the weights are those before
+        them, and a report of the case lies in the run's directory.
+        """
+        plan, main = self.plan, self.processes.is_main
+        log = Log(plan.directory, self.step, plan.last_step, tensorboard=plan.train.tensorboard) if main else None
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._loop(log)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if log is not None:
+                log.close()
+
+    def _loop(self, log: Log | None) -> None:
+        train, last = self.plan.train, self.plan.last_step
+        stream = micro_batches(
+            self.task.batches, self.order, self.split, self.processes.rank, first_step=self.step + 1, last_step=last,
+            num_workers=self._num_workers, pin_memory=self.processes.device.type == "cuda",
+        )
+        for engine in self.engines.values():
+            engine.train()
+        self._clock.start(self.step)
+        while self.step < last:
+            self._train_step(stream)
+            if log is not None:
+                log.step()
+            stopping = self._should_stop()
+            save = stopping or self.step == last or self.step % train.ckpt_every == 0
+            if save or self.step % train.log_every == 0:
+                self._log(log)
+            if self._validation is not None and train.valid_every and self.step % train.valid_every == 0:
+                self._validate(log)
+            if save:
+                self.save()
+            if stopping:
+                print(f"stopped by signal {self._stop_signal} after step {self.step}; the same command goes on from it")
+                break
+
+    def _train_step(self, stream) -> None:
+        self.step += 1
+        optimizer = self.plan.optimizer
+        for engine in self.engines.values():
+            engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))
+        draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device)
+        for micro in range(self.split.accumulation):
+            batch = self._to_device(next(stream))
+            start, stop = self.split.bounds(micro, self.processes.rank)
+            stepped = []
+
+            def backward(name: str, loss: torch.Tensor, stepped=stepped) -> None:
+                self.engines[name].backward(loss)
+                stepped.append(name)
+
+            here = {name: value[start:stop] for name, value in draws.items()}
+            self._meter.add(self.task.train_step(self.engines, batch, here, self.step, backward))
+            for name in stepped:
+                self.engines[name].step()
+        for name in stepped:
+            prefix = "" if len(self.engines) == 1 else f"{name}/"
+            self._meter.add({f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm})
+
+    def _log(self, log: Log | None) -> None:
+        means = self._meter.read()
+        counters = [engine.optimizer.read_counters() for engine in self.engines.values()]
+        row = {
+            **self._where(),
+            **means,
+            "lr": self.plan.optimizer.lr_at(self.step, self.plan.last_step),
+            "skipped": int(sum(c["skipped"] for c in counters)),
+            **self._clock.read(self.step, self.plan.last_step, self.split.global_batch_size),
+        }
+        if log is not None:
+            log.row(row)
+        in_a_row = max(c["skipped_in_a_row"] for c in counters)
+        if in_a_row >= self.plan.train.max_skipped_in_a_row:
+            self._give_up(row, int(in_a_row))
+
+    def _where(self) -> dict:
+        images = self.step * self.split.global_batch_size
+        return {"step": self.step, "last_step": self.plan.last_step, "epoch": images / len(self.task.batches),
+                "images": images, "global_batch_size": self.split.global_batch_size}
+
+    def _identity(self) -> dict:
+        """What must not change for a step to mean the same images and the same noise."""
+        return {"global_batch_size": self.split.global_batch_size, "seed": self.plan.train.global_seed,
+                "num_samples": len(self.task.batches)}
+
+    def _give_up(self, row: dict, in_a_row: int) -> None:
+        """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
+        report = self.plan.directory / f"nonfinite_step_{self.step:07d}.json"
+        epochs, indices = self.order.slice(self.step, 0, self.split.global_batch_size)
+        if self.processes.is_main:
+            content = {"row": row, "skipped_in_a_row": in_a_row, "epochs": epochs.tolist(), "samples": indices.tolist()}
+            checkpoint.write_json(report, content)
+        self.save()
+        raise NonFinite(f"{in_a_row} steps in a row up to step {self.step} had a non-finite loss or gradient and were "
+                        f"skipped (allowed: {self.plan.train.max_skipped_in_a_row - 1}); see {report}")
+
+    @torch.no_grad()
+    def _validate(self, log: Log | None) -> None:
+        """Mean losses over the first `valid_batches` batches of the validation set, always with the same draws."""
+        size = self.split.micro_batch_size
+        meter = Meter()
+        for engine in self.engines.values():
+            engine.train(False)
+        for number in range(self.plan.train.valid_batches):
+            first = (number * self.processes.world_size + self.processes.rank) * size
+            indices = torch.arange(first, first + size) % len(self._validation)
+            batch = self._to_device(self._validation.batch(torch.zeros_like(indices), indices))
+            together = size * self.processes.world_size
+            draws = self.task.draw(-1 - number, together, self.processes.device)
+            start = self.processes.rank * size
+            here = {name: value[start : start + size] for name, value in draws.items()}
+            meter.add({f"valid/{k}": v for k, v in self.task.validate(self.engines, batch, here).items()})
+        for engine in self.engines.values():
+            engine.train()
+        means = meter.read()
+        if log is not None:
+            log.row({**self._where(), **means, "eta_seconds": 0.0})
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step (every process takes part, the main one writes)."""
+        networks = {name: engine.full_state(keep=self.processes.is_main) for name, engine in self.engines.items()}
+        counters = {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
+        if self.processes.is_main:
+            state = {
+                "kind": self.plan.kind,
+                **self._where(),
+                **self._identity(),
+                "counters": counters,
+                "task": self.task.state_dict(),
+                "ops": self._ops.table(),
+                "config": self.plan.config,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                             "deepspeed": version("deepspeed")},
+                "world_size": self.processes.world_size,
+            }
+            checkpoint.save(self._checkpoints, state, networks)
+            if self.plan.train.keep_checkpoints:
+                checkpoint.prune(self._checkpoints, self.plan.train.keep_checkpoints)
+        self.processes.barrier()
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.plan.directory / "checkpoints"
+
+    @property
+    def _num_workers(self) -> int:
+        return self.plan.config["data"]["num_workers"]
+
+    def _find_start(self) -> checkpoint.Checkpoint | None:
+        if self.plan.train.ckpt is not None and checkpoint.newest(self._checkpoints) is None:
+            return checkpoint.Checkpoint(Path(self.plan.train.ckpt))
+        found = checkpoint.newest(self._checkpoints)
+        if found is not None and not self.plan.train.resume:
+            raise ValueError(f"{self._checkpoints} already holds step {found.step} and train.resume is false; "
+                             "give another train.exp_name or output_dir, or remove it")
+        return found
+
+    def _load_weights(self, start: checkpoint.Checkpoint) -> None:
+        state = start.state
+        if state["kind"] != self.plan.kind:
+            raise checkpoint.CheckpointError(f"{start.path} is of kind {state['kind']!r}, this run is {self.plan.kind!r}")
+        for key, ours in self._identity().items():
+            if state[key] != ours:
+                raise checkpoint.CheckpointError(f"{start.path} was trained with {key} {state[key]}, this run has {ours}: "
+                                                 "its steps would not mean the same images")
+        self.step = state["step"]
+        self.task.load_state_dict(state["task"])
+        for name, network in self.task.networks.items():
+            checkpoint.load_strictly(network, start.tensors(name), start.path / name)
+
+    def _load_states(self, start: checkpoint.Checkpoint) -> None:
+        for name, engine in self.engines.items():
+            engine.load_states({key: start.tensors(name, key) for key in checkpoint.KEYS})
+            engine.optimizer.set_counters(start.state["counters"][name])
+        if self.processes.is_main:
+            print(f"resuming from {start.path} after step {self.step}")
+
+    def _make_engine(self, network: nn.Module) -> Engine:
+        o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
+        file = json.loads(Path(ds.file).read_text()) if ds.file else {}
+        config = deepspeed_config(
+            stage=ds.zero_stage, bf16=train.precision == "bfloat16", micro_batch_size=self.split.micro_batch_size,
+            accumulation=self.split.accumulation, world_size=self.processes.world_size,
+            overrides=file | ds.overrides,
+        )
+
+        def make_optimizer(params, partitioned: bool) -> AdamWEma:
+            return AdamWEma(params, self._ops, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
+                            ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned)
+
+        return Engine(network, make_optimizer, config)
+
+    def _to_device(self, batch: Tensors) -> Tensors:
+        return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
+
+    def _on_signal(self, number: int, frame) -> None:
+        self._stop_signal = number
+
+    def _should_stop(self) -> bool:
+        """Whether any process got a signal; asked of all of them, so that all stop after the same step."""
+        return self.processes.any(self._stop_signal is not None)
