@@ -1,0 +1,275 @@
+"""What a LightningDiT run can be told: frozen, strictly typed sections, checked when they are built.
+
+`ModelConfig` is the network alone. The other sections are those of the published YAML files that this library
+understands (`model`, `transport`, `sample`, `data`), under the published key names with our own keys beside them.
+A wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
+"""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# YAML 1.1 reads 1e-4 as a string: it wants the dot of 1.0e-4.
+_DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def _read_float(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _DOTLESS_EXPONENT.fullmatch(value) else value
+
+
+Float = Annotated[float, BeforeValidator(_read_float), Field(allow_inf_nan=False)]
+Probability = Annotated[Float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+def nearest(name: str, names) -> str:
+    """' (did you mean …?)' with the closest of `names`, or an empty string where none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+class Section(BaseModel):
+    """A frozen group of keys: nothing is coerced except whole numbers to floats, nothing unknown is let through."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, values: Any) -> Any:
+        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            hints = ", ".join(f"{key!r}{nearest(str(key), cls.model_fields)}" for key in unknown)
+            raise ValueError(f"{cls.__name__} has no key {hints}; its keys are {', '.join(cls.model_fields)}")
+        return values
+
+
+class ModelConfig(Section):
+    """The network's shape, under the names and with the defaults of the published constructor (arXiv 2501.01423).
+
+    `input_size` is the latent's height and width; a `class_dropout_prob` of 0 leaves the label table without its row
+    for the null label, which is `num_classes`.
+    """
+
+    input_size: Positive = 32
+    patch_size: Positive = 2
+    in_channels: Positive = 4
+    hidden_size: Positive = 1152
+    depth: Positive = 28
+    num_heads: Positive = 16
+    mlp_ratio: Annotated[Float, Field(gt=0)] = 4.0
+    class_dropout_prob: Probability = 0.1
+    num_classes: Positive = 1000
+    learn_sigma: bool = False
+    use_qknorm: bool = False
+    use_swiglu: bool = False
+    use_rope: bool = False
+    use_rmsnorm: bool = False
+    wo_shift: bool = False
+    use_checkpoint: bool = False
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.input_size % self.patch_size:
+            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, as the 2-D sin-cos table needs")
+        if self.use_rope and self.head_dim % 4:
+            raise ValueError(f"hidden_size / num_heads = {self.head_dim} is not a multiple of 4, as 2-D RoPE needs")
+        if self.mlp_hidden < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden units at hidden_size {self.hidden_size}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the latent."""
+        return self.input_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid_size**2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels the last layer writes; with learn_sigma the second half is dropped after it."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the feed-forward layer; SwiGLU's is two thirds, rounded down (2730 for L, 4778 for 1p6B)."""
+        hidden = int(self.hidden_size * self.mlp_ratio)
+        return int(2 / 3 * hidden) if self.use_swiglu else hidden
+
+    @property
+    def modulation_parts(self) -> int:
+        """Vectors of hidden_size per block that the condition gives: shift, scale, gate for both branches."""
+        return 4 if self.wo_shift else 6
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for 'no class', or None where the model has no such row."""
+        return self.num_classes if self.class_dropout_prob > 0 else None
+
+
+# depth, hidden_size, num_heads (arXiv 2501.01423; S is ours, with the ratios of DiT-S)
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+PATCHES = (1, 2)
+MODEL_NAMES = tuple(f"LightningDiT-{size}/{patch}" for size in SIZES for patch in PATCHES)
+
+
+def named_config(name: str, **fields) -> ModelConfig:
+    """The model of a registered name such as 'LightningDiT-XL/1'; `fields` sets the rest of `ModelConfig`.
+
+    Raises ValueError on an unknown name (the nearest one is suggested) and on a field that the name already fixes.
+    """
+    if name not in MODEL_NAMES:
+        raise ValueError(f"unknown model {name!r}{nearest(name, MODEL_NAMES)}; known: {', '.join(MODEL_NAMES)}")
+    size, patch = name.removeprefix("LightningDiT-").split("/")
+    depth, hidden_size, num_heads = SIZES[size]
+    fixed = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
+    twice = sorted(fixed.keys() & fields.keys())
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: already fixed by the name {name}; leave the name out for a custom model")
+    return ModelConfig(**fixed, **fields)
+
+
+class ModelSection(Section):
+    """The `model` section: a registered `model_type`, or the four sizes of a model of one's own."""
+
+    model_type: str | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    patch_size: Positive | None = None
+    in_chans: Positive = 4
+    mlp_ratio: Float = 4.0
+    class_dropout_prob: Probability = 0.1
+    use_qknorm: bool = False
+    use_swiglu: bool = False
+    use_rope: bool = False
+    use_rmsnorm: bool = False
+    wo_shift: bool = False
+    learn_sigma: bool = False
+    use_checkpoint: bool = False
+
+    @model_validator(mode="after")
+    def _check(self):
+        missing = [key for key in ("hidden_size", "depth", "num_heads", "patch_size") if getattr(self, key) is None]
+        if self.model_type is None and missing:
+            raise ValueError(f"give model_type (one of {', '.join(MODEL_NAMES)}) or also {', '.join(missing)}")
+        # Impossible sizes are found here, not when a model is built.
+        self.resolve(input_size=16 * (self.patch_size or 1), num_classes=1)
+        return self
+
+    def resolve(self, input_size: int, num_classes: int) -> ModelConfig:
+        """The `ModelConfig` of this section for latents of `input_size`² and `num_classes` labels."""
+        given = self.model_dump(exclude={"model_type", "in_chans"}, exclude_none=True)
+        given |= dict(input_size=input_size, num_classes=num_classes, in_channels=self.in_chans)
+        return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
+
+
+class TransportConfig(Section):
+    """The `transport` section: path, prediction and loss of flow matching (see `lightningdit.flow`).
+
+    Ours: `lognorm_until_step`, the last optimizer step whose timesteps are logit-normal (the published 800-epoch run
+    goes back to uniform ones at 600,000); None keeps `use_lognorm` for the whole run.
+    """
+
+    path_type: Literal["Linear", "GVP", "VP"] = "Linear"
+    prediction: Literal["velocity", "noise", "score"] = "velocity"
+    loss_weight: Literal["velocity", "likelihood"] | None = None
+    sample_eps: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
+    train_eps: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
+    use_cosine_loss: bool = False
+    use_lognorm: bool = False
+    lognorm_until_step: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.prediction == "velocity" and self.loss_weight is not None:
+            raise ValueError(f"loss_weight {self.loss_weight!r} applies to noise and score; velocity allows only null")
+        if self.prediction != "velocity" and self.use_cosine_loss:
+            raise ValueError(f"use_cosine_loss needs prediction velocity, not {self.prediction!r}")
+        if self.lognorm_until_step is not None and not self.use_lognorm:
+            raise ValueError("lognorm_until_step needs use_lognorm: true")
+        return self
+
+
+ODE_METHODS = ("euler", "midpoint", "heun", "heun3", "rk4", "dopri5")
+SDE_METHODS = ("euler", "heun")
+DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+LAST_STEPS = ("Mean", "Tweedie", "Euler")
+
+
+class SampleConfig(Section):
+    """The `sample` section. `num_sampling_steps` counts grid points: 250 are 249 Euler updates, as published.
+
+    Ours: `cfg_channels` (how many leading channels are guided, None for all; the published code guides 3), `seed`,
+    and the choices of the SDE. Guidance is off at `cfg_scale` 1 and below time `cfg_interval_start`.
+    """
+
+    mode: Literal["ODE", "SDE"] = "ODE"
+    sampling_method: str = "euler"
+    atol: Annotated[Float, Field(gt=0)] = 1e-6
+    rtol: Annotated[Float, Field(gt=0)] = 1e-3
+    reverse: Literal[False] = False
+    likelihood: Literal[False] = False
+    num_sampling_steps: Annotated[int, Field(ge=2)] = 250
+    cfg_scale: Annotated[Float, Field(ge=1)] = 4.0
+    cfg_interval_start: Annotated[Float, Field(ge=0, le=1)] = 0.11
+    timestep_shift: Annotated[Float, Field(ge=0)] = 0.3
+    per_proc_batch_size: Positive = 4
+    fid_num: Positive = 50_000
+    cfg_channels: Positive | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    diffusion_form: str = "sigma"
+    diffusion_norm: Annotated[Float, Field(gt=0)] = 1.0
+    last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
+    last_step_size: Annotated[Float, Field(gt=0, lt=1)] = 0.04
+
+    @model_validator(mode="after")
+    def _check(self):
+        methods = ODE_METHODS if self.mode == "ODE" else SDE_METHODS
+        if self.sampling_method.lower() not in methods:
+            hint = nearest(self.sampling_method.lower(), methods)
+            raise ValueError(f"sampling_method {self.sampling_method!r}{hint}; {self.mode} has {', '.join(methods)}")
+        if self.diffusion_form not in DIFFUSION_FORMS:
+            hint = nearest(self.diffusion_form, DIFFUSION_FORMS)
+            raise ValueError(f"diffusion_form {self.diffusion_form!r}{hint}; known: {', '.join(DIFFUSION_FORMS)}")
+        return self
+
+
+def paper_sample(section: SampleConfig) -> SampleConfig:
+    """The section under `preset: paper`: three guided channels unless the file says otherwise.
+
+    The published scales, 10.0 after 64 epochs and 6.7 after 800, mean nothing at other channel counts.
+    """
+    return section if section.cfg_channels is not None else section.model_copy(update={"cfg_channels": 3})
+
+
+class DataConfig(Section):
+    """The `data` section. Ours: `num_images`, what a plan assumes where there is no data to count."""
+
+    data_path: str
+    valid_path: str | None = None
+    fid_reference_file: str | None = None
+    image_size: Positive = 256
+    num_classes: Positive = 1000
+    num_workers: Annotated[int, Field(ge=0)] = 8
+    latent_norm: bool = True
+    latent_multiplier: Annotated[Float, Field(gt=0)] = 1.0
+    num_images: Positive = 1_281_167

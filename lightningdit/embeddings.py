@@ -1,0 +1,124 @@
+"""What enters the transformer and where it is: patches, times, labels, and the two fixed position tables.
+
+Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, d head_dim.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightningdit.config import ModelConfig
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose named tables stay float32 (or wider) when `.bfloat16()`, `.half()` or `.to(dtype)` narrows it."""
+
+    tables: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        before = {name: getattr(self, name).detach() for name in self.tables}
+        super()._apply(fn, recurse)
+        for name, table in before.items():
+            after = getattr(self, name)
+            if after.dtype.itemsize < 4:
+                after.data = table.to(after.device)
+        return self
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution with stride = kernel, written as a matrix product over patches: the same sums, deterministic."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, S, S] → [B, N, D]
+        B, C, S, _ = x.shape
+        P = self.kernel_size[0]
+        x = x.reshape(B, C, S // P, P, S // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        size = config.patch_size
+        self.proj = PatchProjection(config.in_channels, config.hidden_size, size, stride=size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that computes in its input's dtype, whatever it stores its weights in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of times t [B] → [B, dim]: cosines, then sines, then a zero where dim is odd. t is used unscaled."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half)
+    angles = t[:, None] * exponents.exp().to(t.dtype)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+class TimestepEmbedder(nn.Module):
+    """Times [B] → [B, D], in float32 or wider: bfloat16 keeps only about 300 different times between 0 and 1."""
+
+    frequencies = 256
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        first, second = WideLinear(self.frequencies, hidden_size), WideLinear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(t, self.frequencies))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] → [B, D]; the last row is the null label's, where the model has one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        rows = config.num_classes + (config.null_label is not None)
+        self.embedding_table = nn.Embedding(rows, config.hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def rope_tables(head_dim: int, grid_size: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos, sin [N, d] float32 of 2-D RoPE: the first half of d turns with the row, the second with the column.
+
+    Within a half, neighbouring entries form a pair and share an angle, position · theta^(-2k / (d / 2)).
+    """
+    half = head_dim // 2
+    rates = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32, device="cpu"), rates).repeat_interleave(2, dim=1)
+    rows, columns = angles[:, None].expand(-1, grid_size, -1), angles[None].expand(grid_size, -1, -1)
+    angles = torch.cat([rows, columns], dim=-1).reshape(grid_size**2, head_dim)
+    return angles.cos(), angles.sin()
+
+
+class RotaryTables(KeepsFloat32):
+    """The RoPE tables, in the state dict as published."""
+
+    tables = ("freqs_cos", "freqs_sin")
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        cos, sin = rope_tables(config.head_dim, config.grid_size)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+
+def position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed sin-cos embedding [1, N, D] float32: first half by column, second by row, in each sines, then cosines."""
+    quarter = hidden_size // 4
+    rates = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.outer(np.arange(grid_size, dtype=np.float64), rates)
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [grid, D / 2]
+    columns, rows = np.tile(line, (grid_size, 1)), np.repeat(line, grid_size, axis=0)
+    return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()[None]

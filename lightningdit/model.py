@@ -1,0 +1,267 @@
+"""LightningDiT: a transformer that turns a noisy latent, a time and a label into a velocity (arXiv 2501.01423).
+
+The model is given its ops. Each branch's gated residual is added by the norm that follows it, in the same pass: the
+attention branch by its block's norm2, the feed-forward branch by norm1 of the next block, or by the final layer's
+norm. So what travels from block to block is the stream, the branch not yet added to it, and that branch's gate.
+
+Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
+F feed-forward width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightningdit.config import ModelConfig
+from lightningdit.embeddings import (
+    KeepsFloat32,
+    LabelEmbedder,
+    PatchEmbed,
+    RotaryTables,
+    TimestepEmbedder,
+    position_embedding,
+)
+
+EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-5
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class ModulatedRMSNorm(nn.Module):
+    """Adds the pending branch to the stream, then normalises and modulates: both in one pass of one op."""
+
+    def __init__(self, hidden_size: int, ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.ops = ops
+
+    def forward(self, x, shift, scale, branch=None, gate=None):
+        """x and the pending branch [B, N, D], vectors [B, D] → (new stream, its modulated norm in scale's dtype)."""
+        if branch is None:
+            y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)
+            return x, y
+        return self.ops.gated_residual_adaln_rms_norm(x, branch, gate, self.weight, shift, scale, EPS)
+
+
+class ModulatedLayerNorm(nn.Module):
+    """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
+
+    def forward(self, x, shift, scale, branch=None, gate=None):
+        wide = at_least_float32(x.dtype)
+        if branch is not None:
+            x = (x.to(wide) + gate[:, None].to(wide) * branch.to(wide)).to(x.dtype)
+        y = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale[:, None].to(wide))
+        if shift is not None:
+            y = y + shift[:, None].to(wide)
+        return x, y.to(scale.dtype)
+
+
+def modulated_norm(config: ModelConfig, ops) -> nn.Module:
+    return ModulatedRMSNorm(config.hidden_size, ops) if config.use_rmsnorm else ModulatedLayerNorm()
+
+
+class QKRMSNorm(nn.Module):
+    """The weight of a QK RMSNorm; `rope_attention` applies it on the way."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ops):
+        super().__init__()
+        self.num_heads, self.ops = config.num_heads, ops
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
+        self.q_norm = norm(config.head_dim) if config.use_qknorm else None
+        self.k_norm = norm(config.head_dim) if config.use_qknorm else None
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:  # x [B, N, D], tables [N, d]
+        B, N, D = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        q_weight = k_weight = None
+        if isinstance(self.q_norm, QKRMSNorm):
+            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
+        elif self.q_norm is not None:
+            q, k, v = qkv.unbind(2)
+            qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
+        return self.proj(self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS))
+
+
+class SwiGLUMLP(nn.Module):
+    def __init__(self, config: ModelConfig, ops):
+        super().__init__()
+        self.ops = ops
+        self.w12 = nn.Linear(config.hidden_size, 2 * config.mlp_hidden)
+        self.w3 = nn.Linear(config.mlp_hidden, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(self.ops.swiglu(self.w12(x)))
+
+
+class GELUMLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Modulation(nn.Sequential):
+    """The condition c [B, D] → `parts` vectors [B, D] in the weights' dtype."""
+
+    def __init__(self, hidden_size: int, parts: int):
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+        self.parts = parts
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        activation, linear = self
+        return linear(activation(c).to(linear.weight.dtype)).chunk(self.parts, dim=1)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, ops):
+        super().__init__()
+        self.norm1 = modulated_norm(config, ops)
+        self.attn = Attention(config, ops)
+        self.norm2 = modulated_norm(config, ops)
+        self.mlp = SwiGLUMLP(config, ops) if config.use_swiglu else GELUMLP(config)
+        self.adaLN_modulation = Modulation(config.hidden_size, config.modulation_parts)
+
+    def forward(self, x, branch, gate, c, cos, sin):
+        """Stream x [B, N, D] with its pending branch and gate (None at the first block) → the same for the next."""
+        parts = self.adaLN_modulation(c)
+        if len(parts) == 6:
+            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+        else:
+            shift_attn = shift_mlp = None
+            scale_attn, gate_attn, scale_mlp, gate_mlp = parts
+        x, y = self.norm1(x, shift_attn, scale_attn, branch, gate)
+        x, y = self.norm2(x, shift_mlp, scale_mlp, self.attn(y, cos, sin), gate_attn)
+        return x, self.mlp(y), gate_mlp
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops):
+        super().__init__()
+        self.norm_final = modulated_norm(config, ops)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = Modulation(config.hidden_size, 2)
+
+    def forward(self, x: Tensor, branch: Tensor, gate: Tensor, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
+        shift, scale = self.adaLN_modulation(c)
+        return self.linear(self.norm_final(x, shift, scale, branch, gate)[1])
+
+
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
+    """Tokens [B, N, P·P·C] in row-major order, channels innermost → [B, C, S, S]."""
+    B, N, width = x.shape
+    P, grid, C = patch_size, math.isqrt(N), width // patch_size**2
+    return x.reshape(B, grid, grid, P, P, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, grid * P, grid * P)
+
+
+class LightningDiT(KeepsFloat32):
+    """The network of `config`, computing with `ops` (`kernels.select`); keys and shapes as published.
+
+    residual_dtype: dtype of the residual stream; one narrower than the weights' is raised to theirs. Weights may be
+    cast to bfloat16 or float16 as a whole: timestep embedding, condition, norms, RoPE and the output stay float32.
+    """
+
+    tables = ("pos_embed",)
+
+    def __init__(self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.residual_dtype = config, residual_dtype
+        self.x_embedder = PatchEmbed(config)
+        self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, config.grid_size), requires_grad=False)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config)
+        self.feat_rope = RotaryTables(config) if config.use_rope else None
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, ops)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the weights afresh from torch's default generator: the network starts as the zero function."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(table.weight, std=0.02)
+        zeroed = [module[1] for module in self.modules() if isinstance(module, Modulation)]
+        for linear in (*zeroed, self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x [B, C, S, S] any float, t [B] in [0, 1], y [B] int64 labels → [B, C, S, S], float32 or wider.
+
+        Draws nothing and never waits for the device: labels out of range are the data's to find.
+        """
+        self._check(x, t, y)
+        weights = self.x_embedder.proj.weight.dtype
+        wide = at_least_float32(weights)
+        rope = self.feat_rope
+        cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)
+        c = self.t_embedder(t.to(wide)) + self.y_embedder(y).to(wide)  # [B, D]
+        x = self.x_embedder(x.to(weights)) + self.pos_embed.to(wide)  # [B, N, D]
+        x = x.to(torch.promote_types(weights, self.residual_dtype))
+        branch = gate = None
+        for block in self.blocks:
+            if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
+                state = (x, branch, gate, c, cos, sin)
+                x, branch, gate = checkpoint(block, *state, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch, gate = block(x, branch, gate, c, cos, sin)
+        x = unpatchify(self.final_layer(x, branch, gate, c), self.config.patch_size).to(wide)
+        return x[:, : self.config.in_channels]
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        config = self.config
+        latent = (config.in_channels, config.input_size, config.input_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != latent:
+            raise ValueError(f"x is {tuple(x.shape)}; this model takes [B, {', '.join(map(str, latent))}]")
+        for name, value in (("t", t), ("y", y)):
+            if tuple(value.shape) != (x.shape[0],):
+                raise ValueError(f"{name} is {tuple(value.shape)}; one per sample is [{x.shape[0]}]")
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        cfg_interval: bool | None = None,
+        cfg_interval_start: float | None = None,
+        cfg_channels: int | None = None,
+    ) -> Tensor:
+        """Guidance on a doubled batch, with the meaning of the published method and no look at the device.
+
+        The first half of y are labels, the second null labels; the second half of x [2B, C, S, S] is ignored. The first
+        `cfg_channels` channels (None: all; published: 3) of both halves of the result are
+        `uncond + cfg_scale·(cond - uncond)`, or cond where cfg_interval is on and t < cfg_interval_start; the other
+        channels stay each half's own.
+        """
+        if x.shape[0] % 2:
+            raise ValueError(f"forward_with_cfg takes an even batch, got {x.shape[0]}")
+        if cfg_interval and cfg_interval_start is None:
+            raise ValueError("cfg_interval needs cfg_interval_start")
+        half = x[: x.shape[0] // 2]
+        output = self(torch.cat([half, half]), t, y)
+        channels = output.shape[1] if cfg_channels is None else cfg_channels
+        cond, uncond = output[:, :channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        if cfg_interval:
+            below = t[: len(half)].reshape(-1, 1, 1, 1) < cfg_interval_start
+            guided = torch.where(below, cond, guided)
+        return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)
