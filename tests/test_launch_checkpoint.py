@@ -1,0 +1,122 @@
+"""Checkpoints are whole or refused; the newest is the one of the highest step."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from launch import checkpoint
+from launch.checkpoint import Checkpoint, CheckpointError
+
+
+def state_at(step: int) -> dict:
+    return {"step": step, "kind": "toy", "note": "x"}
+
+
+def networks(value: float = 1.0) -> dict:
+    tensors = {"a.weight": torch.full((3, 2), value), "a.bias": torch.arange(3.0)}
+    return {"model": {key: {name: t.clone() for name, t in tensors.items()} for key in checkpoint.KEYS}}
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = checkpoint.save(tmp_path, state_at(20), networks(0.1))
+    found = checkpoint.newest(tmp_path)
+    assert found.path == path == tmp_path / "step_0000020"
+    assert found.state == state_at(20)
+    assert torch.equal(found.tensors("model", "ema")["a.weight"], torch.full((3, 2), 0.1))
+
+
+def test_newest_goes_by_step_not_by_time_or_size(tmp_path):
+    checkpoint.save(tmp_path, state_at(100), networks())
+    checkpoint.save(tmp_path, state_at(9), networks())
+    os.utime(tmp_path / "step_0000100", (1, 1))
+    assert checkpoint.newest(tmp_path).step == 100
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("call", ["save_file", "write_json", "_sync"])
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, call):
+    """The save dies at its first, second, … use of each writing function; the older checkpoint stays the newest."""
+    checkpoint.save(tmp_path, state_at(1), networks())
+    real = getattr(checkpoint, call)
+    for survive in range(3):
+        count = iter(range(survive))
+
+        def dies(*args, count=count):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(checkpoint, call, dies)
+        try:
+            checkpoint.save(tmp_path, state_at(2), networks())
+        except KeyboardInterrupt:
+            assert checkpoint.newest(tmp_path).step == 1
+    monkeypatch.setattr(checkpoint, call, real)
+    checkpoint.save(tmp_path, state_at(2), networks(2.0))
+    assert checkpoint.newest(tmp_path).tensors("model")["a.weight"][0, 0] == 2.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000001", "step_0000002"]
+
+
+@pytest.mark.parametrize("name", ["model.ema.safetensors", "state.json"])
+def test_a_flipped_bit_is_named(tmp_path, name):
+    path = checkpoint.save(tmp_path, state_at(3), networks()) / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}.*SHA-256"):
+        found = Checkpoint(tmp_path / "step_0000003")
+        assert found.state and found.tensors("model", "ema")
+
+
+def test_a_truncated_and_a_missing_file_are_named(tmp_path):
+    path = checkpoint.save(tmp_path, state_at(3), networks())
+    file = path / "model.exp_avg.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"exp_avg\.safetensors has .* bytes where the manifest says"):
+        Checkpoint(path).tensors("model", "exp_avg")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing though the manifest lists it"):
+        Checkpoint(path).tensors("model", "exp_avg")
+    with pytest.raises(CheckpointError, match="has no other.model.safetensors"):
+        Checkpoint(path).tensors("other")
+
+
+def test_without_a_manifest_it_is_no_checkpoint(tmp_path):
+    path = checkpoint.save(tmp_path, state_at(3), networks())
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        _ = Checkpoint(path).state
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        _ = Checkpoint(path).state
+
+
+def test_prune_keeps_the_highest_steps(tmp_path):
+    for step in (5, 20, 10):
+        checkpoint.save(tmp_path, state_at(step), networks())
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000010", "step_0000020"]
+
+
+def test_loading_names_missing_unknown_and_misshapen():
+    network = nn.Sequential(nn.Linear(2, 3))
+    tensors = {"0.weight": torch.zeros(4, 2), "1.bias": torch.zeros(1)}
+    with pytest.raises(CheckpointError) as e:
+        checkpoint.load_strictly(network, tensors, "file")
+    assert "0.weight has shape [4, 2], the network [3, 2]" in str(e.value)
+    assert "0.bias is missing" in str(e.value) and "1.bias is unknown" in str(e.value)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "x.json"
+    checkpoint.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

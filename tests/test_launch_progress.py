@@ -1,0 +1,59 @@
+"""Means, rows and the cutting of rows that a resumed run writes again."""
+
+import json
+
+import torch
+
+from launch.progress import Log, Meter, cut_rows, describe
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def row(step, **values):
+    return {"step": step, "last_step": 9, "epoch": step / 4, "images": step * 8, "global_batch_size": 8,
+            "eta_seconds": 1.0, **values}
+
+
+def test_the_meter_gives_means_and_starts_anew():
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value), "twice": torch.tensor(2 * value, dtype=torch.bfloat16)})
+    meter.add({"norm": torch.tensor(5.0)})
+    assert meter.read() == {"loss": 3.0, "twice": 6.0, "norm": 5.0}
+    assert meter.read() == {}
+
+
+def test_skipped_steps_do_not_spoil_a_mean():
+    meter = Meter()
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        meter.add({"loss": torch.tensor(value), "bad": torch.tensor(float("nan"))})
+    assert meter.read() == {"loss": 2.0, "bad": None}
+
+
+def test_rows_after_the_checkpoint_are_cut(tmp_path):
+    log = Log(tmp_path, 0, 9, tensorboard=False)
+    for step in (2, 4, 6):
+        log.row(row(step, loss=float(step)))
+    log.close()
+    with log.path.open("a") as f:
+        f.write('{"step": 8, "lo')  # what a kill leaves
+    log = Log(tmp_path, 4, 9, tensorboard=False)
+    log.row(row(6, loss=60.0))
+    log.close()
+    assert [(r["step"], r["loss"]) for r in rows(log.path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
+
+
+def test_cutting_nothing_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    before = path.stat().st_mtime_ns
+    cut_rows(path, 5)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_line_says_step_epoch_images_and_batch():
+    text = describe(row(3, loss=0.12345, skipped=0))
+    assert "step       3/9  epoch 0.75  images 24  (batch 8)" in text and "loss 0.1235" in text
+    assert "skipped" not in text and "skipped 2" in describe(row(3, skipped=2))
