@@ -1,0 +1,41 @@
+"""Operations with interchangeable backends: one folder per op, one file per backend.
+
+    ops = kernels.select("auto")                           # per op, the first backend that can serve here
+    ops = kernels.select("reference")                      # plain PyTorch everywhere
+    ops = kernels.select("auto", rope_attention="cuda")    # one op by name
+
+The docstring of `kernels.<op>` says what the op computes. A new op is one line here.
+"""
+
+from kernels.registry import Backend, BackendUnavailable, Op, Ops, choose, load_ops
+
+OPS: dict[str, Op] = load_ops(
+    "adaln_rms_norm",
+    "gated_residual_adaln_rms_norm",
+    "swiglu",
+    "rope_attention",
+    "vf_loss",
+    "group_norm_silu",
+    "adamw_ema_",
+)
+
+
+def select(backend: str = "auto", /, **per_op: str) -> Ops:
+    """The ops on one backend, with exceptions by name.
+
+    Args:
+        backend: `"reference"`, `"triton"`, `"cuda"`, or `"auto"`: for each op the first backend of its order that can
+            serve on this machine. Which ones those are is logged, once for each outcome.
+        per_op: op name → backend name, in place of `backend` for that op.
+
+    Returns:
+        An immutable bundle with one callable for each op. An op whose named backend is missing or cannot run here
+        raises `BackendUnavailable` when it is called, so a bundle may name a backend that only some ops have.
+
+    Raises:
+        ValueError: an unknown backend or op name; the message gives the nearest known one.
+    """
+    return choose(OPS, backend, per_op)
+
+
+__all__ = ["OPS", "Backend", "BackendUnavailable", "Op", "Ops", "select"]

@@ -1,0 +1,21 @@
+import torch
+
+from kernels.arguments import accumulation_dtype
+from kernels.registry import Backend
+
+
+def adaln_rms_norm(x, weight, shift, scale, eps, *, out_dtype=None):
+    wide = accumulation_dtype(x)
+    x_hat = rms_normalize(x.to(wide), eps)
+    y = x_hat * weight.to(wide) * (1 + scale.to(wide)[:, None])
+    if shift is not None:
+        y = y + shift.to(wide)[:, None]
+    return y.to(out_dtype or x.dtype)
+
+
+def rms_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x` `[…, D]` divided by the root mean square of each row; already in the dtype to compute in."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+
+
+BACKEND = Backend("reference", adaln_rms_norm)

@@ -1,0 +1,23 @@
+import torch
+
+from kernels.registry import Backend
+
+
+@torch.no_grad()
+def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
+               skip, bf16_param=None):
+    wide = param.dtype
+    g = grad.to(wide) * grad_scale.to(wide)
+    m = betas[0] * exp_avg + (1 - betas[0]) * g
+    v = betas[1] * exp_avg_sq + (1 - betas[1]) * g.square()
+    # One number each, so in float64: 1 − 0.999¹ has only four digits left in float32.
+    m_scale, v_scale = ((1 / (1 - beta ** step.double())).to(wide) for beta in betas)
+    update = m * m_scale / ((v * v_scale).sqrt() + eps)
+    p = param * (1 - lr.double() * weight_decay).to(wide) - lr.to(wide) * update
+    e = ema_decay * ema + (1 - ema_decay) * p
+    for tensor, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (ema, e), (bf16_param, p)):
+        if tensor is not None:
+            tensor.copy_(torch.where(skip != 0, tensor, new.to(tensor.dtype)))
+
+
+BACKEND = Backend("reference", adamw_ema_)

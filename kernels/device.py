@@ -1,0 +1,34 @@
+"""What this machine and this process can do, for backends to ask."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+
+def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
+    """Why kernels for CUDA devices of at least that compute capability cannot run here; empty if they can."""
+    if torch.version.cuda is None:
+        return [f"torch {torch.__version__} is built without CUDA"]
+    if not torch.cuda.is_available():
+        return ["no CUDA device is visible"]
+    found = torch.cuda.get_device_capability()
+    if found < minimum:
+        return [f"compute capability {_dotted(found)} of {torch.cuda.get_device_name()} is below {_dotted(minimum)}"]
+    return []
+
+
+def triton_reasons() -> list[str]:
+    """Why Triton kernels cannot run here, neither compiled for a device nor in Triton's interpreter."""
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
+    return [] if triton_interpreted() else cuda_reasons()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels of this process run in its interpreter on the CPU (`TRITON_INTERPRET=1`; for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,58 @@
+"""A gated residual and the modulated RMS norm after it: `x' = x + gate · branch`, `y = adaln_rms_norm(x', …)`.
+
+    gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps) → (x', y)
+
+Args:
+    x: `[B, N, D]`, the residual stream: float32, or the dtype of `branch`.
+    branch: `[B, N, D]`, what a sub-layer returned; float64, float32, float16 or bfloat16.
+    gate: `[B, D]`, one factor for each channel of a sample. It and the next three may have any of these dtypes.
+    weight: `[D]`, the gain of the norm.
+    shift: `[B, D]`, or None for no shift.
+    scale: `[B, D]`.
+    eps: positive, inside the root.
+
+Returns:
+    `x'` `[B, N, D]` in the dtype of `x`, and `y` `[B, N, D]` in the dtype of `branch`. The norm sees `x'` as
+    returned: the op equals the gated sum, then `kernels.adaln_rms_norm`. The arithmetic is float32 (float64 for float64
+    inputs), each result rounded once.
+
+Gradients flow to all six tensors, each in its own dtype.
+
+Raises:
+    ValueError: a shape, dtype or device that does not fit, an empty `x`, or `eps` ≤ 0.
+
+The formulas are those of DiT's adaLN-zero block (arXiv 2212.09748) with RMSNorm (arXiv 1910.07467).
+"""
+
+import torch
+
+from kernels.arguments import check_device, check_dtype, check_eps, check_rank, check_shape
+from kernels.registry import Op
+
+
+def check(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
+) -> None:
+    check_rank(NAME, "x", x, "B, N, D")
+    samples, _, width = x.shape
+    check_shape(NAME, "branch", branch, x.shape, "B, N, D")
+    check_dtype(NAME, "branch", branch)
+    check_dtype(NAME, "x", x, {torch.float32, branch.dtype})
+    check_shape(NAME, "weight", weight, (width,), "D")
+    check_dtype(NAME, "weight", weight)
+    for argument, tensor in (("gate", gate), ("scale", scale), ("shift", shift)):
+        if tensor is not None:
+            check_shape(NAME, argument, tensor, (samples, width), "B, D")
+            check_dtype(NAME, argument, tensor)
+    check_device(NAME, x, branch=branch, gate=gate, weight=weight, shift=shift, scale=scale)
+    check_eps(NAME, eps)
+
+
+NAME = "gated_residual_adaln_rms_norm"
+OP = Op(NAME, check, differentiable=("x", "branch", "gate", "weight", "shift", "scale"))

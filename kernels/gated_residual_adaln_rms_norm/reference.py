@@ -1,0 +1,12 @@
+from kernels.adaln_rms_norm.reference import adaln_rms_norm
+from kernels.arguments import accumulation_dtype
+from kernels.registry import Backend
+
+
+def gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps):
+    wide = accumulation_dtype(x, branch)
+    x_new = (x.to(wide) + gate.to(wide)[:, None] * branch.to(wide)).to(x.dtype)
+    return x_new, adaln_rms_norm(x_new, weight, shift, scale, eps, out_dtype=branch.dtype)
+
+
+BACKEND = Backend("reference", gated_residual_adaln_rms_norm)

@@ -1,0 +1,244 @@
+"""What an op is, what a backend is, and how a model gets the ones it asked for. No device logic lives here."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import Signature, signature
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+#: Backend name → the file of an op's folder that holds it, as the module variable `BACKEND`.
+FILES = MappingProxyType({"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"})
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot serve an op: `op`, `backend` and the list `reasons` say why."""
+
+    def __init__(self, op: str, backend: str, reasons: Iterable[str]):
+        self.op, self.backend, self.reasons = op, backend, list(reasons)
+        super().__init__(op, backend, self.reasons)
+
+    def __str__(self) -> str:
+        return f"{self.op}: backend {self.backend!r} cannot serve: {'; '.join(self.reasons)}"
+
+
+def _no_reasons() -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: a key of `FILES`.
+        run: the function, with exactly the parameters of the op's `check`, called after it.
+        unavailable: reasons why it cannot run on this machine at all; none if it can.
+        unsupported: called with a call's arguments, reasons why it cannot serve them. It runs in every call, so it
+            looks at shapes, dtypes and devices only. None where the backend serves whatever the op allows.
+        dtypes: input dtypes it serves on this machine, among those of the op.
+        emulated: runs its kernels in an emulator: for tests, never what "auto" means.
+        torch_ops: names of the operators it registers with `torch.library`, such as `"ldit::swiglu_fwd"`.
+        configs: launch configurations by name, for benches and ahead-of-time compilation.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    unavailable: Callable[[], list[str]] = _no_reasons
+    unsupported: Callable[..., list[str]] | None = None
+    dtypes: frozenset[torch.dtype] = FLOATS
+    emulated: bool = False
+    torch_ops: tuple[str, ...] = ()
+    configs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A named operation and the folder with its backends.
+
+    Attributes:
+        name: also the folder, the attribute of a bundle and the test id.
+        check: validates the arguments for every backend; its parameters are the op's signature. Raises ValueError.
+        differentiable: names of the arguments that gradients flow to.
+        mutates: names of the arguments changed in place.
+        dtypes: dtypes of the main input that `check` lets through.
+        order: backends in the order "auto" prefers them.
+        package: import path of the folder, `kernels.<name>` if empty.
+    """
+
+    name: str
+    check: Callable[..., None]
+    differentiable: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
+    dtypes: frozenset[torch.dtype] = FLOATS
+    order: tuple[str, ...] = ("cuda", "triton", "reference")
+    package: str = ""
+
+    def _module(self, name: str = "") -> str:
+        return (self.package or f"kernels.{self.name}") + (name and f".{name}")
+
+    @property
+    def doc(self) -> str:
+        """What the op computes: the docstring of its folder."""
+        return import_module(self._module()).__doc__
+
+    @property
+    def cases(self) -> tuple:
+        """The `kernels.cases.Case`s that tests and benches run."""
+        return import_module(self._module("cases")).CASES
+
+    def cost(self, **inputs):
+        """The `kernels.cases.Cost` of one call."""
+        return import_module(self._module("cases")).cost(**inputs)
+
+    def backend(self, name: str) -> Backend:
+        """The backend of that name, able to run on this machine or not.
+
+        Raises:
+            BackendUnavailable: the op has no such file, or one of its imports is missing.
+        """
+        module = self._module(FILES[name])
+        if find_spec(module) is None:
+            raise BackendUnavailable(self.name, name, [f"this op has no {name} backend ({FILES[name]}.py)"])
+        try:
+            return import_module(module).BACKEND
+        except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+            raise BackendUnavailable(self.name, name, [f"import failed: {error}"]) from error
+
+    def reasons(self, name: str) -> list[str]:
+        """Why the backend of that name cannot run on this machine; empty if it can."""
+        try:
+            return self.backend(name).unavailable()
+        except BackendUnavailable as error:
+            return error.reasons
+
+    def bind(self, backend: Backend) -> Callable[..., Any]:
+        """The function that models call: `check`, then the backend's limits, then the backend."""
+        check, run, unsupported = self.check, backend.run, backend.unsupported
+        name, backend_name = self.name, backend.name
+
+        def checked(*args, **kwargs):
+            check(*args, **kwargs)
+            return run(*args, **kwargs)
+
+        def limited(*args, **kwargs):
+            check(*args, **kwargs)
+            reasons = unsupported(*args, **kwargs)
+            if reasons:
+                raise BackendUnavailable(name, backend_name, reasons)
+            return run(*args, **kwargs)
+
+        return self._named(checked if unsupported is None else limited)
+
+    def resolve(self, name: str) -> tuple[Callable[..., Any], dict[str, str]]:
+        """The callable for a backend name or "auto", and its row of the bundle's table."""
+        if name == "auto":
+            return self._resolve_auto()
+        reasons = self.reasons(name)
+        if not reasons:
+            return self.bind(self.backend(name)), {"backend": name, "reason": "asked for by name"}
+
+        def refuse(*args, **kwargs):
+            raise BackendUnavailable(self.name, name, reasons)
+
+        return self._named(refuse), {"backend": name, "reason": f"cannot serve: {'; '.join(reasons)}"}
+
+    def _resolve_auto(self) -> tuple[Callable[..., Any], dict[str, str]]:
+        passed_by = []
+        for name in self.order:
+            reasons = self.reasons(name)
+            if not reasons and self.backend(name).emulated:
+                reasons = ["it would run in an emulator"]
+            if not reasons:
+                reason = "; ".join(passed_by) or "first choice"
+                return self.bind(self.backend(name)), {"backend": name, "reason": reason}
+            passed_by.append(f"not {name}: {', '.join(reasons)}")
+        raise BackendUnavailable(self.name, "auto", passed_by)
+
+    def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__signature__ = signature(self.check).replace(return_annotation=Signature.empty)
+        function.__name__ = function.__qualname__ = self.name
+        function.__doc__ = self.doc
+        return function
+
+
+class Ops:
+    """One callable for each op, under the op's name; immutable. Made by `kernels.select`.
+
+    Copies and pickles name the backends that were chosen, so they compute the same: "auto" is not asked again.
+    """
+
+    def __init__(self, ops: Mapping[str, Op], chosen: Mapping[str, str]):
+        resolved = {name: op.resolve(chosen[name]) for name, op in ops.items()}
+        vars(self).update({name: function for name, (function, _) in resolved.items()})
+        vars(self)["_ops"] = ops
+        vars(self)["_table"] = {name: row for name, (_, row) in resolved.items()}
+
+    def table(self) -> dict[str, dict[str, str]]:
+        """Op name → `{"backend": its name, "reason": why this one}`, for logs and checkpoints."""
+        return {name: dict(row) for name, row in self._table.items()}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"no op is called {name!r}{nearest(name, vars(self)['_ops'])}")
+
+    def __setattr__(self, name: str, value: Any = None) -> None:
+        raise AttributeError(f"a bundle of ops is immutable; use kernels.select(…, {name}=…) for another choice")
+
+    __delattr__ = __setattr__
+
+    def __copy__(self) -> "Ops":
+        return self
+
+    def __deepcopy__(self, memo) -> "Ops":
+        return self
+
+    def __reduce__(self):
+        return Ops, (self._ops, {name: row["backend"] for name, row in self._table.items()})
+
+    def __repr__(self) -> str:
+        return "Ops({})".format(", ".join(f"{name}={row['backend']!r}" for name, row in self._table.items()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, and all of them."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
+
+
+def load_ops(*names: str) -> dict[str, Op]:
+    """Op name → the `OP` that the folder `kernels/<name>` declares."""
+    return {name: import_module(f"kernels.{name}").OP for name in names}
+
+
+def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Ops:
+    """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`."""
+    for name in per_op:
+        if name not in ops:
+            raise ValueError(f"no op is called {name!r}{nearest(name, ops)}")
+    choices = ("auto", *FILES)
+    for value in (backend, *per_op.values()):
+        if value not in choices:
+            raise ValueError(f"no backend is called {value!r}{nearest(str(value), choices)}")
+    bundle = Ops(dict(ops), {name: per_op.get(name, backend) for name in ops})
+    if "auto" in (backend, *per_op.values()):
+        _log_once(bundle.table())
+    return bundle
+
+
+_logged: set[str] = set()
+
+
+def _log_once(table: dict[str, dict[str, str]]) -> None:
+    text = "\n".join(f"  {name}: {row['backend']} ({row['reason']})" for name, row in table.items())
+    if text not in _logged:
+        _logged.add(text)
+        log.info("ops:\n%s", text)

@@ -1,0 +1,27 @@
+import torch
+
+from kernels.adaln_rms_norm.reference import rms_normalize
+from kernels.arguments import accumulation_dtype
+from kernels.registry import Backend
+
+
+def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+    wide = accumulation_dtype(qkv)
+    q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
+    if q_weight is not None:
+        q = rms_normalize(q, eps) * q_weight.to(wide)
+        k = rms_normalize(k, eps) * k_weight.to(wide)
+    if cos is not None:
+        q, k = (rotate(t, cos.to(wide), sin.to(wide)) for t in (q, k))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    out = scores.softmax(dim=-1) @ v
+    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def rotate(u: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of neighbours of `u` `[…, N, d]` by the angle of its position: tables `[N, d]`, `u`'s dtype."""
+    even, odd = u.unflatten(-1, (-1, 2)).unbind(-1)
+    return u * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
+
+
+BACKEND = Backend("reference", rope_attention)
