@@ -1,0 +1,183 @@
+"""What tokenizer runs may say, the published YAML, and the stages of the released recipe."""
+
+import copy
+import re
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from vavae.config import (
+    RELEASED_STAGES,
+    AutoencoderConfig,
+    DataConfig,
+    FoundationConfig,
+    LossConfig,
+    StageConfig,
+    loss_at,
+)
+from vavae.published import disc_start_in_iterations, from_published
+
+PUBLISHED = """
+ckpt_path: /weights/vavae.pt
+weight_init: /weights/stage1.ckpt
+model:
+  base_learning_rate: 1e-4
+  target: some.module.AutoencoderKL
+  params:
+    monitor: val/rec_loss
+    embed_dim: 32
+    use_vf: dinov2
+    reverse_proj: true
+    lossconfig:
+      target: some.module.Loss
+      params: {disc_start: 5001, kl_weight: 1e-6, disc_weight: 0.5, vf_weight: 0.1, adaptive_vf: true,
+               distmat_margin: 0.25, cos_margin: 0.5}
+    ddconfig: {double_z: true, z_channels: 32, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
+               ch_mult: [1, 1, 2, 2, 4], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.0}
+data:
+  target: some.module.DataModule
+  params:
+    batch_size: 8
+    wrap: true
+    train: {target: some.Train, params: {data_root: /images/train}}
+    validation: {target: some.Val, params: {data_root: /images/val}}
+lightning:
+  trainer: {devices: 8, num_nodes: 4, strategy: ddp, accelerator: gpu, max_epochs: 50, precision: 32}
+"""
+
+
+def published() -> dict:
+    return copy.deepcopy(yaml.safe_load(PUBLISHED))
+
+
+def refuses(pattern: str, function, *args, **kwargs):
+    with pytest.raises(ValueError, match=pattern):
+        function(*args, **kwargs)
+
+
+def test_published_yaml_becomes_our_sections():
+    sections, notes = from_published(published())
+    assert sections["preset"] == "paper" and sections["ckpt_path"] == "/weights/vavae.pt"
+    assert AutoencoderConfig(**sections["model"]) == AutoencoderConfig(size="f16d32")
+    foundation = FoundationConfig(**sections["foundation"])
+    assert (foundation.model_name, foundation.normalization) == ("vit_large_patch14_dinov2.lvd142m", "published")
+    loss = LossConfig(**sections["loss"])
+    assert (loss.disc_start, loss.kl_weight, loss.disc_weight, loss.vf_weight) == (2501, 1e-6, 0.5, 0.1)
+    assert (loss.distmat_margin, loss.cos_margin, loss.adaptive_vf, loss.reverse_proj) == (0.25, 0.5, True, True)
+    assert loss.reconstruction == "sum" and loss.use_vf and not loss.proj_fix
+    data = DataConfig(**sections["data"])
+    assert (data.data_path, data.valid_path, data.image_size) == ("/images/train", "/images/val", 256)
+    assert sections["train"] == {"max_epochs": 50, "global_batch_size": 256, "precision": "float32",
+                                 "weight_init": "/weights/stage1.ckpt"}
+    assert float(sections["optimizer"]["lr"]) == 1e-4
+    for said in ("model.target", "lightning.trainer.strategy", "data.params.wrap", "2501 iterations", "= 256"):
+        assert any(said in note for note in notes), said
+
+
+def test_published_yaml_without_foundation_model_has_no_vf_term():
+    document = published()
+    del document["model"]["params"]["use_vf"]
+    sections, _ = from_published(document)
+    assert "foundation" not in sections and sections["loss"]["use_vf"] is False
+
+
+def test_absent_published_values_are_those_of_the_published_loss_not_ours():
+    document = published()
+    document["model"]["params"]["lossconfig"]["params"] = {"vf_weight": 0.5}
+    loss = LossConfig(**from_published(document)[0]["loss"])
+    assert (loss.distmat_margin, loss.cos_margin, loss.adaptive_vf) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("start, iterations", [(0, 0), (1, 1), (2, 1), (5000, 2500), (5001, 2501)])
+def test_disc_start_counts_both_optimizers(start, iterations):
+    # The generator of batch i sees the count 2·i: the first batch with the GAN is the smallest i with 2·i >= start.
+    assert disc_start_in_iterations(start) == iterations == next(i for i in range(9999) if 2 * i >= start)
+
+
+@pytest.mark.parametrize("path, value, error", [
+    (["weight_intt"], 1, r"unknown key weight_intt: did you mean 'weight_init'"),
+    (["model", "params", "embed_dims"], 1, r"unknown key model\.params\.embed_dims: did you mean 'embed_dim'"),
+    (["model", "params", "ddconfig", "chmult"], 1, r"unknown key model\.params\.ddconfig\.chmult: .*'ch_mult'"),
+    (["model", "params", "lossconfig", "params", "vf_wieght"], 1, r"params\.vf_wieght: did you mean 'vf_weight'"),
+    (["data", "params", "train", "params", "data_roots"], 1, r"data_roots: did you mean 'data_root'"),
+    (["lightning", "trainer", "max_epoch"], 1, r"max_epoch: did you mean 'max_epochs'"),
+    (["model", "params", "use_vf"], "dinov3", r"use_vf: 'dinov3' is not one of dinov2, mae"),
+    (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: expected a whole number"),
+    (["data", "params", "batch_size"], 8.5, r"batch_size: expected a whole number, got 8.5"),
+    (["lightning", "trainer", "precision"], 16, r"precision: 16 is not one of"),
+    (["model", "params"], "none", r"model\.params: expected a mapping, got 'none'"),
+])
+def test_faults_of_a_published_yaml_are_named(path, value, error):
+    document = published()
+    section = document
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = value
+    refuses(error, from_published, document)
+
+
+def test_missing_vf_weight_is_named():
+    document = published()
+    del document["model"]["params"]["lossconfig"]["params"]["vf_weight"]
+    refuses("vf_weight is missing", from_published, document)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert LossConfig(**yaml.safe_load("kl_weight: 1e-6")).kl_weight == 1e-6
+    refuses("kl_weight", LossConfig, kl_weight="tiny")
+    refuses("kl_weight", LossConfig, kl_weight=float("nan"))
+
+
+@pytest.mark.parametrize("make, error", [
+    (lambda: LossConfig(kl_wieght=1.0), "unknown key 'kl_wieght': did you mean 'kl_weight'"),
+    (lambda: AutoencoderConfig(ch="128"), "valid integer"),
+    (lambda: LossConfig(use_vf=1), "valid boolean"),
+    (lambda: LossConfig(vf_weight=-1.0), "greater than or equal to 0"),
+    (lambda: LossConfig(perceptual="vgg"), "'lpips' or 'none'"),
+    (lambda: AutoencoderConfig(size="f16d33"), "unknown tokenizer size 'f16d33'; did you mean 'f16d32'"),
+    (lambda: AutoencoderConfig(ch=48), "ch 48 × ch_mult 1 is not a multiple of the 32 norm groups"),
+    (lambda: AutoencoderConfig(resolution=200), "resolution 200 is not a multiple of the down-sampling 16"),
+    (lambda: AutoencoderConfig(attn_resolutions=[24]), r"no level works at 24; levels are at \[256, 128, 64, 32, 16\]"),
+    (lambda: AutoencoderConfig(double_z=False), "double_z"),
+    (lambda: DataConfig(data_path="x", on_unreadable="ignore"), "'error' or 'skip'"),
+    (lambda: StageConfig(epochs=0), "greater than or equal to 1"),
+])
+def test_wrong_values_are_named(make, error):
+    with pytest.raises(ValidationError, match=error):
+        make()
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        LossConfig().kl_weight = 1.0
+
+
+def test_sizes():
+    for size in ("f16d16", "f16d32", "f16d64"):
+        config = AutoencoderConfig(size=size)
+        assert config.embed_dim == config.z_channels == int(re.search(r"d(\d+)", size)[1])
+        assert config.downsample_ratio == 16
+    assert AutoencoderConfig(size="sd-f8d4").downsample_ratio == 8
+    assert AutoencoderConfig(size="f16d64", dropout=0.5).dropout == 0.5
+
+
+def test_released_recipe_changes_the_loss_by_epoch():
+    base = LossConfig(kl_weight=2e-6)
+    wanted = {0: (0.5, 0.0, 0.0), 99.999: (0.5, 0.0, 0.0), 100: (0.1, 0.0, 0.0), 114.9: (0.1, 0.0, 0.0),
+              115: (0.1, 0.25, 0.5), 129: (0.1, 0.25, 0.5), 1000: (0.1, 0.25, 0.5)}
+    for epoch, values in wanted.items():
+        loss = loss_at(base, RELEASED_STAGES, epoch)
+        assert (loss.vf_weight, loss.distmat_margin, loss.cos_margin) == values, epoch
+        assert loss.kl_weight == 2e-6
+
+
+def test_without_stages_the_loss_stays():
+    assert loss_at(LossConfig(), (), 7.5) == LossConfig()
+
+
+def test_stages_are_read_from_plain_values():
+    stages = [StageConfig(**stage) for stage in yaml.safe_load("[{epochs: 2, loss: {vf_weight: 5e-1}}, {epochs: 1}]")]
+    base = LossConfig(vf_weight=0.3)
+    assert [loss_at(base, stages, epoch).vf_weight for epoch in (0, 1.9, 2, 9)] == [0.5, 0.5, 0.3, 0.3]
+    refuses("did you mean 'vf_weight'", StageConfig, epochs=1, loss={"vfweight": 1.0})

@@ -1,0 +1,83 @@
+"""What a tokenizer costs, counted by running one image through the training step without memory (the meta device)."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from vavae.config import AutoencoderConfig, FoundationConfig, LossConfig
+from vavae.discriminator import frozen
+from vavae.foundation import FoundationModel
+from vavae.loss import discriminator_loss, generator_loss, lpips_network
+from vavae.task import build_networks
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one network.
+
+    Fields:
+        parameters, trainable: how many it has, and how many of them are trained.
+        flops: of a training step's passes through it, per image (a multiply-add is two; norms and activations are not
+            counted). The autoencoder's include LPIPS, the VF loss, the discriminator's judgement and the passes that
+            balance the terms.
+        saved_elements: numbers kept for the backward pass, per image, by the reference ops without recomputation.
+    """
+
+    parameters: int
+    trainable: int
+    flops: int
+    saved_elements: int
+
+
+def training_cost(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
+                  image_size: int) -> dict[str, Cost]:
+    """Costs of the trained networks by name (with the GAN running, if the loss has one) and of the `frozen` ones.
+
+    No weights are read and nothing is downloaded.
+    """
+    ops, grid = kernels.select("reference"), image_size // model.downsample_ratio
+    with torch.device("meta"):
+        images, noise = torch.empty(1, 3, image_size, image_size), torch.empty(1, model.embed_dim, grid, grid)
+        vit = FoundationModel.from_config(foundation, grid, pretrained=False) if loss.use_vf else None
+        networks = build_networks(model, loss, ops, 0, vit.width if vit else None)
+    perceptual = lpips_network("meta").requires_grad_(False) if loss.perceptual == "lpips" else None
+    autoencoder, judge = networks["autoencoder"], networks.get("discriminator")
+    helpers = [helper for helper in (vit, perceptual) if helper is not None]
+    features = None if vit is None else vit(images)
+    costs = {"frozen": _count(helpers, lambda: None if vit is None else vit(images))}
+
+    def generate() -> None:
+        criterion = partial(generator_loss, loss, ops, perceptual=perceptual, discriminator=judge)
+        autoencoder(images, noise, features, criterion)[0].backward()
+
+    def discriminate() -> None:
+        discriminator_loss(loss, judge(images), judge(images))[0].backward()
+
+    with frozen(judge) if judge is not None else nullcontext():
+        costs["autoencoder"] = _count([autoencoder], generate)
+    if judge is not None:
+        costs["discriminator"] = _count([judge], discriminate)
+    return costs
+
+
+def _count(modules: list[nn.Module], run: Callable[[], None]) -> Cost:
+    """Count what `run` does, charged to `modules`."""
+    parameters = [p for module in modules for p in module.parameters()]
+    own = {p.untyped_storage()._cdata for p in parameters}
+    saved: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no storage is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        run()
+    elements = sum(t.untyped_storage().nbytes() // t.element_size() for key, t in saved.items() if key not in own)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return Cost(sum(p.numel() for p in parameters), trainable, counter.get_total_flops(), elements)

@@ -1,0 +1,165 @@
+"""A folder of images, one sub-folder a class, as training batches: each a pure function of (seed, epoch, index)."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vavae import seeds
+from vavae.config import DataConfig
+from vavae.images import center_crop, published_eval_crop, resize_short_side, to_float
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+
+
+class UnreadableImage(ValueError):
+    """An image file that cannot be decoded; the message names it."""
+
+
+class ImageFolder:
+    """The images below `root`, in the order of their sorted paths; classes are its sub-folders, sorted by name.
+
+    Args:
+        root: the folder.
+        image_size: S, side of the square images handed out.
+        seed: of the random crops.
+        crop, num_classes, on_unreadable, cache: see `DataConfig`.
+
+    Attributes:
+        classes: class names; a label is an index into it.
+        paths: image files, relative to the root.
+        labels: int64 [N].
+        unreadable: files skipped so far in this process, with the reason.
+
+    Raises:
+        ValueError: no such folder, no sub-folder, a sub-folder without images, or another number of classes.
+    """
+
+    def __init__(self, root: str | Path, image_size: int, *, seed: int, crop: str = "random",
+                 on_unreadable: str = "error", cache: bool = False, num_classes: int | None = None):
+        self.root, self.image_size, self.seed = Path(root), image_size, seed
+        self.crop, self.on_unreadable = crop, on_unreadable
+        self.unreadable: dict[str, str] = {}
+        self.classes, self.paths, labels = _scan(self.root)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        if num_classes is not None and len(self.classes) != num_classes:
+            raise ValueError(f"data.num_classes is {num_classes}, but {root} has {len(self.classes)} class folders: "
+                             f"{', '.join(self.classes[:5])}{', …' if len(self.classes) > 5 else ''}")
+        self._cache: dict[int, torch.Tensor | np.ndarray] | None = {} if cache else None
+        if cache:  # now, so that loader processes share one copy
+            for index in range(len(self.paths)):
+                self._load(index)
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int) -> "ImageFolder":
+        """The training images of a run."""
+        return cls(config.data_path, config.image_size, seed=seed, crop=config.crop, cache=config.cache,
+                   on_unreadable=config.on_unreadable, num_classes=config.num_classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, epochs: torch.Tensor, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images and labels for pairs of epoch and index (int64 [B] each).
+
+        Returns:
+            `image` float32 [B, 3, S, S] in [−1, 1]; `y` int64 [B]; where unreadable files may be skipped also
+            `unreadable` float32 [B], 1 where the next readable image stands in for the one asked for.
+
+        Raises:
+            UnreadableImage: a broken file that may not be skipped.
+        """
+        images, sources = [], []
+        for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
+            source, pixels = self._readable(index)
+            images.append(self._finish(pixels, epoch, index))
+            sources.append(source)
+        taken = torch.tensor(sources)
+        batch = {"image": torch.stack(images), "y": self.labels[taken]}
+        if self.on_unreadable == "skip":
+            batch["unreadable"] = (taken != indices).float()
+        return batch
+
+    def _readable(self, index: int) -> tuple[int, torch.Tensor | np.ndarray]:
+        """The image at `index`, or the next that can be read, and where it was found."""
+        for source in (*range(index, len(self)), *range(index)):
+            pixels = self._load(source)
+            if pixels is not None:
+                return source, pixels
+        raise UnreadableImage(f"none of the {len(self)} images under {self.root} can be read")
+
+    def _load(self, index: int) -> torch.Tensor | np.ndarray | None:
+        """Decoded and scaled image, ready for `_finish`; None for a broken file that is skipped."""
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        path = self.paths[index]
+        if path in self.unreadable:
+            return None
+        try:
+            pixels = self._scale(open_image(self.root / path))
+        except UnreadableImage as error:
+            if self.on_unreadable == "error":
+                raise
+            log.warning("skipping %s", error)
+            self.unreadable[path] = str(error)
+            return None
+        if self._cache is not None:
+            self._cache[index] = pixels
+        return pixels
+
+    def _scale(self, image: Image.Image) -> torch.Tensor | np.ndarray:
+        if self.crop == "published_eval":
+            return published_eval_crop(image, self.image_size)
+        scale: Callable = center_crop if self.crop == "center" else resize_short_side
+        return np.asarray(scale(image, self.image_size))
+
+    def _finish(self, pixels: torch.Tensor | np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """Crop where the place in training says, and go to [−1, 1]."""
+        if isinstance(pixels, torch.Tensor):
+            return pixels
+        size = self.image_size
+        spare_rows, spare_columns = pixels.shape[0] - size, pixels.shape[1] - size
+        if spare_rows or spare_columns:
+            draw = seeds.mix(self.seed, seeds.CROP, epoch, index)
+            top, left = (draw >> 32) % (spare_rows + 1), (draw & 0xFFFFFFFF) % (spare_columns + 1)
+            pixels = pixels[top : top + size, left : left + size]
+        return to_float(pixels)
+
+
+def open_image(path: Path) -> Image.Image:
+    """A decoded RGB image. Raises UnreadableImage, which names the file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"cannot read image {path}: {error}") from error
+
+
+def _scan(root: Path) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
+    """Class names, image paths relative to the root and their labels."""
+    if not root.is_dir():
+        raise ValueError(f"data folder {root} does not exist")
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    if not classes:
+        raise ValueError(f"data folder {root} has no sub-folders: each class needs a folder of its own")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(_images(root, name))
+        if not found:
+            raise ValueError(f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})")
+        paths += found
+        labels += [label] * len(found)
+    return classes, tuple(paths), labels
+
+
+def _images(root: Path, name: str):
+    for folder, _, files in os.walk(root / name):
+        for file in files:
+            if os.path.splitext(file)[1].lower() in EXTENSIONS:
+                yield os.path.relpath(os.path.join(folder, file), root)

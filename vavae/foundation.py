@@ -1,0 +1,116 @@
+"""The frozen vision transformer (DINOv2, MAE or any ViT of timm) whose features guide the latents.
+
+The only file that imports timm.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vavae.config import FoundationConfig, nearest
+from vavae.weights import load_strict, read_tensors, write_tensors
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class FoundationModel(nn.Module):
+    """Feature maps of a vision transformer: the tokens after its final norm, without class and register tokens.
+
+    Args:
+        vit: a timm vision transformer built for dynamic image sizes.
+        input_size: images are resized to this many pixels (bilinear).
+        normalization: see `FoundationConfig`.
+    """
+
+    def __init__(self, vit: nn.Module, input_size: int, normalization: str):
+        super().__init__()
+        self.vit = vit
+        self.input_size = input_size
+        shift, scale = torch.zeros(3), torch.ones(3)
+        if normalization == "imagenet":  # ((x + 1) / 2 − mean) / std, as one multiply-add
+            mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+            shift, scale = (0.5 - mean) / std, 0.5 / std
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, config: FoundationConfig, grid: int, *, pretrained: bool = True) -> "FoundationModel":
+        """The frozen model with its weights, sized so that it gives grid × grid tokens.
+
+        Args:
+            config: which model, its weights and its input.
+            grid: latent positions along a side.
+            pretrained: False leaves the weights as initialised (plans, tests).
+
+        Raises:
+            ValueError: unknown model, weights of another shape, or a token grid that is not the latent grid.
+            RuntimeError: timm's weights could not be downloaded.
+        """
+        vit = _create(config, num_classes=0, download=pretrained and config.weights is None)
+        if pretrained and config.weights is not None:
+            tensors = {k: v for k, v in read_tensors(config.weights).items() if not k.startswith("head.")}
+            load_strict(vit, tensors, f"{config.weights} as timm model {config.model_name}")
+        return cls(vit, _input_size(config, vit, grid), config.normalization).eval().requires_grad_(False)
+
+    @classmethod
+    def classifier(cls, config: FoundationConfig, grid: int, num_classes: int) -> "FoundationModel":
+        """An untrained, trainable model with a classification head, for `logits`; `save` keeps what it learnt."""
+        vit = _create(config, num_classes=num_classes, download=False)
+        return cls(vit, _input_size(config, vit, grid), config.normalization)
+
+    @property
+    def width(self) -> int:
+        return self.vit.embed_dim
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [−1, 1] as the transformer wants them: resized and normalised, its weights' dtype."""
+        images = images * self.scale + self.shift
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            images = F.interpolate(images, size=self.input_size, mode="bilinear", align_corners=False)
+        return images.to(self.vit.patch_embed.proj.weight.dtype)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [B, width, grid, grid] of images [B, 3, H, W] in [−1, 1]."""
+        return self.vit.forward_intermediates(self.prepare(images), indices=1, norm=True, intermediates_only=True)[0]
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Class scores [B, num_classes] of images [B, 3, H, W] in [−1, 1]."""
+        return self.vit(self.prepare(images))
+
+    def save(self, path: str | Path) -> None:
+        """Write the transformer's weights, head included, as a `.safetensors` file for `FoundationConfig.weights`."""
+        write_tensors(path, self.vit.state_dict())
+
+
+def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn.Module:
+    if not timm.is_model(config.model_name):
+        raise ValueError(f"foundation.model_name: timm has no {config.model_name!r}; "
+                         f"{nearest(config.model_name, timm.list_models(pretrained=True))}")
+    arguments: dict[str, Any] = {"dynamic_img_size": True, **config.model_args}
+    try:
+        vit = timm.create_model(config.model_name, pretrained=download, num_classes=num_classes, **arguments)
+    except TypeError as error:
+        raise ValueError(f"foundation.model_args {arguments} do not fit {config.model_name}: {error}") from error
+    except Exception as error:
+        if not download:
+            raise
+        raise RuntimeError(f"could not download the weights of {config.model_name} ({error}); "
+                           "name a local copy in foundation.weights") from error
+    if not isinstance(vit, timm.models.VisionTransformer):
+        raise ValueError(f"foundation.model_name: {config.model_name!r} is no plain vision transformer of timm")
+    return vit
+
+
+def _input_size(config: FoundationConfig, vit: nn.Module, grid: int) -> int:
+    patch = vit.patch_embed.patch_size[0]
+    size = config.input_size or grid * patch
+    if size % patch or size // patch != grid:
+        raise ValueError(f"foundation.input_size {size} gives {config.model_name} (patch {patch}) {size / patch:g} "
+                         f"tokens a side, but the latents have {grid}: use {grid * patch}, or null")
+    return size

@@ -1,0 +1,50 @@
+"""Pixels: crops, and the way between 8-bit images and the networks' [−1, 1]."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+
+def to_float(pixels: np.ndarray) -> torch.Tensor:
+    """8-bit [H, W, 3] → float32 [3, H, W] in [−1, 1]: `(x/255 − ½)/½`, rounded at each step as torchvision does."""
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+    return planes.float().div_(255.0).sub_(0.5).div_(0.5)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [−1, 1] → 8 bits: `clamp(127.5·x + 128, 0, 255)`, truncated. Exact on what `to_float` gave."""
+    return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image, [B], of two 8-bit batches [B, C, H, W]; infinite where equal."""
+    mse = (x.double() - y.double()).square().mean(dim=(1, 2, 3))
+    return 20.0 * torch.log10(255.0 / mse.sqrt())
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre crop of ADM (arXiv 2105.05233): halve while the short side is at least twice `size`, then scale it.
+
+    Halving averages (BOX), scaling is BICUBIC; odd margins leave the larger part at the bottom and on the right.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Scale (bilinear) so that the short side is `size`; the long side is rounded down."""
+    short = min(image.size)
+    if short == size:
+        return image
+    return image.resize((size * image.width // short, size * image.height // short), Image.Resampling.BILINEAR)
+
+
+def published_eval_crop(image: Image.Image, size: int) -> torch.Tensor:
+    """Float32 [3, size, size] in [−1, 1] as the published tokenizers were evaluated: scaled and cropped as floats."""
+    scaled = TF.resize(TF.to_tensor(image), size, antialias=True)
+    return TF.center_crop(scaled, size).sub_(0.5).div_(0.5)

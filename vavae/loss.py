@@ -1,0 +1,175 @@
+"""The tokenizer's loss: reconstruction, perceptual, KL, GAN and VF terms (arXiv 2501.01423, 3.2; arXiv 2112.10752).
+
+All terms are computed in float32 (or wider) whatever the networks' dtype. Gradients of two terms at one layer balance
+the GAN and VF terms against the reconstruction; taking them adds nothing to any `.grad`.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lpips
+import torch
+from torch import nn
+from torchvision.models import VGG16_Weights
+
+from vavae.config import LossConfig
+from vavae.discriminator import DISCRIMINATOR_LOSSES
+from vavae.model import Posterior
+from vavae.weights import load_strict, read_tensors
+
+Logs = dict[str, torch.Tensor]
+GAN_LIMIT = 1e4
+VF_LIMIT = 1e8
+
+
+class Perceptual(nn.Module):
+    """LPIPS on VGG-16 (arXiv 1801.03924), frozen; distances [B, 1, 1, 1] between two batches of images in [−1, 1].
+
+    Args:
+        backbone: local VGG-16 weights in torchvision's layout; None downloads torchvision's ImageNet weights.
+
+    The linear heads are those inside the `lpips` wheel (version 0.1).
+
+    Raises:
+        RuntimeError: the backbone could not be downloaded.
+        ValueError: the local file does not fit.
+    """
+
+    def __init__(self, backbone: str | None):
+        super().__init__()
+        vgg = read_tensors(backbone) if backbone is not None else _download_vgg()
+        heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
+        self.net = lpips_network("cpu")
+        # torchvision's `features.<layer>.<kind>` is here `slice<n>.<layer>.<kind>`.
+        names = {key: f"features.{key.split('.', 1)[1]}" for key in self.net.net.state_dict()}
+        convolutions = {key: vgg[name] for key, name in names.items() if name in vgg}
+        load_strict(self.net.net, convolutions, f"{backbone or 'of torchvision'} as VGG-16")
+        for index, head in enumerate(self.net.lins):
+            head.load_state_dict({"model.1.weight": heads[f"lin{index}.model.1.weight"]})
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.net(x, y)
+
+
+def lpips_network(device: torch.device | str) -> lpips.LPIPS:
+    """LPIPS with its weights not filled in: initialising the VGG-16 it is cut from would take seconds."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # torchvision's, about an argument that lpips still uses
+        net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    for part in (net.net, *net.lins):
+        part.to_empty(device=device)
+    return net.to(device)
+
+
+def _download_vgg() -> dict[str, torch.Tensor]:
+    try:
+        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise RuntimeError(f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
+                           "loss.perceptual_weights, or set loss.perceptual to none") from error
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass of the autoencoder gives the loss.
+
+    Fields:
+        images, reconstruction: [B, 3, H, W].
+        posterior: of the images.
+        latents, features: the two sides of the VF loss after the projection, [B, C, h, w]; None without it.
+        encoder_layer, decoder_layer: weights at which gradients are compared, `encoder.conv_out.weight` and
+            `decoder.conv_out.weight`.
+    """
+
+    images: torch.Tensor
+    reconstruction: torch.Tensor
+    posterior: Posterior
+    latents: torch.Tensor | None
+    features: torch.Tensor | None
+    encoder_layer: torch.Tensor
+    decoder_layer: torch.Tensor
+
+
+def reconstruction_nll(config: LossConfig, images: torch.Tensor, reconstruction: torch.Tensor,
+                       perceptual: Callable[..., torch.Tensor] | None) -> tuple[torch.Tensor, Logs]:
+    """Negative log likelihood of each image, [B], and the mean errors to log.
+
+    `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, added (or averaged, see `LossConfig.reconstruction`)
+    over pixels and channels.
+    """
+    images, reconstruction = _wide(images), _wide(reconstruction)
+    error = (images - reconstruction).abs()
+    logs = {"rec": error.detach().mean()}
+    if perceptual is not None and config.perceptual_weight > 0:
+        distance = perceptual(images, reconstruction)
+        logs["perceptual"] = distance.detach().mean()
+        error = error + config.perceptual_weight * distance
+    nll = error * math.exp(-config.logvar) + config.logvar
+    return (nll.sum if config.reconstruction == "sum" else nll.mean)(dim=(1, 2, 3)), logs
+
+
+def kl_term(config: LossConfig, posterior: Posterior) -> torch.Tensor:
+    """KL to the standard normal, mean over the batch; with `reconstruction: mean` twice its mean over dimensions."""
+    if config.reconstruction == "sum":
+        return posterior.kl().mean()
+    return 2.0 * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, layer: torch.Tensor, limit: float) -> torch.Tensor:
+    """`‖∂reference/∂layer‖ / (‖∂term/∂layer‖ + 1e-4)`, at most `limit`, detached (VQGAN, arXiv 2012.09841, eq. 7)."""
+    norms = [_wide(torch.autograd.grad(loss, layer, retain_graph=True)[0]).norm() for loss in (reference, term)]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=limit).detach()
+
+
+def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+    """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
+    distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)
+    distmat, cos = _wide(distmat), _wide(cos)
+    logs = {"vf_distmat": distmat.detach(), "vf_cos": cos.detach()}
+    return config.distmat_weight * distmat + config.cos_weight * cos, logs
+
+
+def generator_loss(config: LossConfig, ops: Any, step: Forward, perceptual: Callable[..., torch.Tensor] | None,
+                   discriminator: Callable[..., torch.Tensor] | None) -> tuple[torch.Tensor, Logs]:
+    """What the autoencoder minimises, and its terms to log (detached scalars).
+
+    Args:
+        config: weights of the terms.
+        ops: bundle; `vf_loss` is used where `step` has features.
+        step: the pass; its graph must reach both layers.
+        perceptual: distances [B, 1, 1, 1] between two batches; None without the term.
+        discriminator: logits of images, its parameters frozen; None while or where there is no GAN term.
+    """
+    nll, logs = reconstruction_nll(config, step.images, step.reconstruction, perceptual)
+    nll, kl = nll.mean(), kl_term(config, step.posterior)
+    logs |= {"nll": nll.detach(), "kl": kl.detach()}
+    total = nll + config.kl_weight * kl
+    if step.latents is not None:
+        vf, vf_logs = vf_term(config, ops, step.latents, step.features)
+        weight = torch.full_like(vf, config.vf_weight)
+        if config.adaptive_vf:
+            weight = weight * adaptive_weight(nll, vf, step.encoder_layer, VF_LIMIT)
+        total = total + weight * vf
+        logs |= vf_logs | {"vf_weight": weight}
+    if discriminator is not None:
+        gan = -_wide(discriminator(step.reconstruction)).mean()
+        weight = config.disc_weight * adaptive_weight(nll, gan, step.decoder_layer, GAN_LIMIT)
+        total = total + config.disc_factor * weight * gan
+        logs |= {"g_loss": gan.detach(), "d_weight": weight}
+    return total, logs | {"loss": total.detach()}
+
+
+def discriminator_loss(config: LossConfig, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+    """What the discriminator minimises, of its logits for images and for reconstructions, and its terms to log."""
+    loss = config.disc_factor * DISCRIMINATOR_LOSSES[config.disc_loss](real, fake)
+    means = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
+    return loss, {"d_loss": loss.detach(), **means}
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

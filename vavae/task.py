@@ -1,0 +1,221 @@
+"""Training a tokenizer, as the loop sees it: networks, batches, draws, one step of both networks."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vavae import seeds
+from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
+from vavae.data import ImageFolder
+from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
+from vavae.foundation import FoundationModel
+from vavae.images import psnr, to_uint8
+from vavae.loss import (
+    Forward,
+    Logs,
+    Perceptual,
+    discriminator_loss,
+    generator_loss,
+    kl_term,
+    reconstruction_nll,
+    vf_term,
+)
+from vavae.model import AutoencoderKL
+from vavae.weights import load_strict, log_dropped, read_tensors, split_tokenizer
+
+Tensors = dict[str, torch.Tensor]
+Criterion = Callable[[Forward], tuple[torch.Tensor, Logs]]
+
+
+class AlignedAutoencoder(AutoencoderKL):
+    """The autoencoder and the projection between its latents and a foundation model's features.
+
+    Args:
+        config, ops: as for `AutoencoderKL`.
+        width: channels of the features; None without a foundation model (then there is no projection).
+        reverse: project latents to `width` channels (no bias); else features to `embed_dim` (with bias).
+        fixed: the projection is not trained.
+    """
+
+    def __init__(self, config: AutoencoderConfig, ops: Any, width: int | None, *, reverse: bool, fixed: bool):
+        super().__init__(config, ops)
+        self.reverse = reverse
+        if width is not None:
+            ends = (config.embed_dim, width) if reverse else (width, config.embed_dim)
+            self.linear_proj = nn.Conv2d(*ends, 1, bias=not reverse).requires_grad_(not fixed)
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None,
+                criterion: Criterion) -> tuple[torch.Tensor, torch.Tensor, Logs]:
+        """One pass and its loss.
+
+        The loss is taken in here because it needs gradients at inner layers, and a network under DeepSpeed hooks every
+        gradient that passes its outputs: taken outside, the balancing gradients would look like training ones.
+
+        Args:
+            images: [B, in_channels, H, W] in [−1, 1].
+            noise: [B, embed_dim, h, w], standard normal.
+            features: [B, width, h, w] of a foundation model, or None.
+            criterion: of the pass, the loss and scalars to log.
+
+        Returns:
+            The loss, the reconstructions (detached) and the scalars.
+        """
+        posterior = self.encode(images)
+        latents = posterior.sample(noise=noise)
+        reconstruction = self.decode(latents)
+        sides = (None, None) if features is None else self._project(latents, features)
+        layers = (self.encoder.conv_out.weight, self.decoder.conv_out.weight)
+        loss, logs = criterion(Forward(images, reconstruction, posterior, *sides, *layers))
+        return loss, reconstruction.detach(), logs
+
+    def _project(self, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = self.linear_proj.weight.dtype
+        if self.reverse:
+            return self.linear_proj(latents.to(dtype)), features
+        return latents, self.linear_proj(features.to(dtype))
+
+
+class VavaeTask:
+    """Everything the loop needs to train a tokenizer.
+
+    Args:
+        model, foundation, loss, data: the sections of the run; `foundation` is None where the loss uses no VF term.
+        ops: bundle for the networks and the VF loss.
+        seed: of initial weights, crops and noise.
+        global_batch_size: images per step, which turns steps into epochs for the stages.
+        stages: changes of the loss over the epochs; none for one loss all along.
+
+    Attributes:
+        networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
+        batches: the training images.
+
+    Raises:
+        ValueError: sections that contradict each other, each named; missing data or weights.
+    """
+
+    def __init__(self, *, model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
+                 data: DataConfig, ops: Any, seed: int, global_batch_size: int, stages: Iterable[StageConfig] = ()):
+        check_sections(model, foundation, loss, data)
+        self.model, self.loss, self.stages, self.ops, self.seed = model, loss, tuple(stages), ops, seed
+        self.global_batch_size = global_batch_size
+        self.grid = data.image_size // model.downsample_ratio
+        self.batches = ImageFolder.from_config(data, seed)
+        self.foundation = FoundationModel.from_config(foundation, self.grid) if loss.use_vf else None
+        self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
+        self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
+
+    def load_weights(self, path: str) -> None:
+        """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
+        parts = split_tokenizer(read_tensors(path))
+        load_strict(self.networks["autoencoder"], parts.autoencoder, f"{path} as a tokenizer in training")
+        if parts.discriminator and "discriminator" in self.networks:
+            load_strict(self.networks["discriminator"], parts.discriminator, f"{path} as a discriminator")
+        log_dropped(path, parts.dropped)
+
+    def to(self, device: torch.device) -> None:
+        """Move the frozen networks."""
+        for helper in (self.foundation, self.perceptual):
+            if helper is not None:
+                helper.to(device)
+
+    def state_dict(self) -> dict:
+        """Nothing but the networks has a state; the classes are kept to be compared."""
+        return {"classes": list(self.batches.classes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError where the checkpoint was trained on other classes."""
+        if state["classes"] != list(self.batches.classes):
+            raise ValueError(f"the checkpoint was trained on other classes ({state['classes'][:5]} …) than "
+                             f"{self.batches.root} has ({list(self.batches.classes[:5])} …)")
+
+    def draw(self, step: int, batch_size: int, device: torch.device | str) -> Tensors:
+        """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32."""
+        shape = (batch_size, self.model.embed_dim, self.grid, self.grid)
+        generator = seeds.generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
+        return {"noise": torch.randn(shape, generator=generator, device=device)}
+
+    def loss_at(self, step: int) -> LossConfig:
+        """The loss in force at a step (from 1)."""
+        return loss_at(self.loss, self.stages, (step - 1) * self.global_batch_size / len(self.batches))
+
+    def train_step(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, step: int,
+                   backward: Callable[[str, torch.Tensor], None]) -> Logs:
+        """One micro-batch through the autoencoder and, once the GAN has begun, through the discriminator.
+
+        Args:
+            networks: what to call for each of `self.networks`: the module itself or an engine around it.
+            batch: as `ImageFolder.batch` gives it, on the device.
+            draws: this micro-batch's part of `draw`.
+            step: of the run, from 1.
+            backward: called with a network's name and its loss.
+
+        Returns:
+            Detached scalars to log, means over the micro-batch.
+        """
+        config, images = self.loss_at(step), batch["image"]
+        gan = adopt_weight(config.disc_factor * config.disc_weight, step - 1, config.disc_start) > 0
+        # The module itself, not its engine: here the discriminator only passes gradients on.
+        judge = self.networks["discriminator"] if gan else None
+        criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=judge)
+        with frozen(judge) if gan else nullcontext():
+            inputs = (images, draws["noise"], self._features(images), criterion)
+            loss, reconstruction, logs = networks["autoencoder"](*inputs)
+            backward("autoencoder", loss)
+        if gan:
+            real, fake = networks["discriminator"](images), networks["discriminator"](reconstruction)
+            loss, more = discriminator_loss(config, real, fake)
+            backward("discriminator", loss)
+            logs |= more
+        if "unreadable" in batch:
+            logs["unreadable"] = batch["unreadable"].mean()
+        return logs
+
+    @torch.no_grad()
+    def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Logs:
+        """Errors of the reconstruction from a posterior sample, without gradients; `psnr` in dB on 8-bit images."""
+        images = batch["image"]
+        inputs = (images, draws["noise"], self._features(images), self._measure)
+        _, reconstruction, logs = networks["autoencoder"](*inputs)
+        return logs | {"psnr": psnr(to_uint8(images), to_uint8(reconstruction.float())).mean()}
+
+    def _measure(self, step: Forward) -> tuple[torch.Tensor, Logs]:
+        nll, logs = reconstruction_nll(self.loss, step.images, step.reconstruction, self.perceptual)
+        logs |= {"nll": nll.mean(), "kl": kl_term(self.loss, step.posterior)}
+        if step.latents is not None:
+            logs |= vf_term(self.loss, self.ops, step.latents, step.features)[1]
+        return nll.mean(), logs
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor | None:
+        return self.foundation(images) if self.foundation is not None else None
+
+
+def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
+                   data: DataConfig) -> None:
+    """Raise ValueError, naming the keys, where sections of a run contradict each other."""
+    if data.image_size % model.downsample_ratio:
+        raise ValueError(f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
+                         f"{model.downsample_ratio}")
+    if model.in_channels != 3 or model.out_ch != 3:
+        raise ValueError(f"model.in_channels {model.in_channels} and model.out_ch {model.out_ch}: images have 3")
+    if loss.use_vf and foundation is None:
+        raise ValueError("loss.use_vf is true, but the run has no foundation section: add one or set loss.use_vf false")
+
+
+def build_networks(model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int,
+                   width: int | None) -> dict[str, nn.Module]:
+    """The trained networks by name; their initial weights depend on the seed alone.
+
+    Args:
+        width: channels of the foundation model's features, or None without one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.mix(seed, seeds.INITIAL_WEIGHTS) >> 1)
+        autoencoder = AlignedAutoencoder(model, ops, width, reverse=loss.reverse_proj, fixed=loss.proj_fix)
+        networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        if loss.use_gan:
+            networks["discriminator"] = NLayerDiscriminator(model.out_ch, loss.disc_ndf, loss.disc_n_layers)
+    return networks
