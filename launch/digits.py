@@ -36,10 +36,11 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def evenly(self, per_class: int) -> "Digits":
-        """`per_class` of each class, evenly spaced in the order they are in."""
-        chosen = torch.from_numpy(_evenly_spaced(self.labels.numpy(), per_class))
-        return Digits(self.images[chosen], self.labels[chosen])
+    def balanced(self, per_class: int, seed: int = 0) -> Tensor:
+        """Indices of `per_class` random digits of each class."""
+        generator = torch.Generator().manual_seed(seed)
+        members = [(self.labels == label).nonzero().flatten() for label in range(CLASSES)]
+        return torch.cat([m[torch.randperm(len(m), generator=generator)[:per_class]] for m in members])
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,8 @@ def downsample(images: Tensor) -> Tensor:
 
 def _evenly_spaced(labels: np.ndarray, per_class: int) -> np.ndarray:
     """Sorted indices of `per_class` members of each class, equally far apart among the members."""
-    chosen = []
-    for label in range(CLASSES):
-        members = np.flatnonzero(labels == label)
-        if len(members) < per_class:
-            raise ValueError(f"{per_class} digits of class {label} were asked for, there are {len(members)}")
-        chosen.append(members[np.arange(per_class) * len(members) // per_class])
-    return np.sort(np.concatenate(chosen))
+    members = [np.flatnonzero(labels == label) for label in range(CLASSES)]
+    return np.sort(np.concatenate([m[np.arange(per_class) * len(m) // per_class] for m in members]))
 
 
 def write(directory: str | Path) -> Folders:
