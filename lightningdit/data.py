@@ -1,0 +1,147 @@
+"""Training data of a diffusion run: a latents directory, memory-mapped, as a pure function of (seed, epoch, index)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightningdit.latents import (
+    MANIFEST_FILE,
+    SHARD_NAME,
+    STATISTICS_FILE,
+    LatentsError,
+    LatentStatistics,
+    Shard,
+    file_entry,
+    read_manifest,
+    read_statistics,
+)
+from lightningdit.seeds import mix
+
+
+class LatentDataset:
+    """The samples of a latents directory (see `lightningdit.latents`), published ones too.
+
+    latent_norm: normalise with `latents_stats.pt`; else only multiply by latent_multiplier.
+    num_classes: labels are checked against it where it is given.
+    verify: also compare every checksum of the manifest (reads everything once).
+
+    `shape` is (C, H, W), `labels` [N] int64, `statistics` what undoes the normalisation, `manifest` the directory's or
+    None. Opened files are not pickled, so data-loader workers may be forked or spawned.
+
+    Raises LatentsError, naming the file, where a shard is missing, truncated or of another shape, a checksum differs,
+    the statistics are missing, or a label is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        latent_norm: bool = True,
+        latent_multiplier: float = 1.0,
+        num_classes: int | None = None,
+        seed: int = 0,
+        verify: bool = False,
+    ):
+        self.path, self.seed, self.latent_norm = Path(path), seed, latent_norm
+        if not self.path.is_dir():
+            raise LatentsError(f"{self.path} is no directory; data_path holds latents shards, as extract writes them")
+        self.manifest = read_manifest(self.path)
+        self._check_manifest(verify)
+        self._shards = [Shard.read(p) for p in sorted(self.path.glob("*.safetensors"))]
+        self.shape = self._common_shape()
+        self._ends = np.cumsum([shard.count for shard in self._shards])
+        self._views: list[dict[str, np.ndarray]] | None = None
+        self.labels = torch.from_numpy(np.concatenate([views["labels"] for views in self._opened()]))
+        self._check_labels(num_classes)
+        self.statistics = LatentStatistics.neutral(self.shape[0], latent_multiplier)
+        if latent_norm:
+            self.statistics = read_statistics(self.path, latent_multiplier)
+            if len(self.statistics.mean) != self.shape[0]:
+                have, want = len(self.statistics.mean), self.shape[0]
+                raise LatentsError(f"{self.path / STATISTICS_FILE} has {have} channels, the latents {want}")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_views": None}
+
+    def flips(self, epochs, indices) -> np.ndarray:
+        """Which samples come mirrored: bool [B], each with probability 1/2, a hash of (seed, epoch, index)."""
+        return (mix(self.seed, epochs, indices) >> np.uint64(63)).astype(bool)
+
+    def batch(self, epochs, indices, flips=None) -> dict[str, torch.Tensor]:
+        """Samples `indices` [B] as seen in `epochs` [B] → {"x": [B, C, H, W] float32 normalised, "y": [B] int64}.
+
+        flips: bool [B] instead of the hash's choice. Raises IndexError on an index outside the set.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
+            raise IndexError(f"indices run from {indices.min()} to {indices.max()}; the set has {len(self)} latents")
+        flips = self.flips(np.asarray(epochs), indices) if flips is None else np.asarray(flips, dtype=bool)
+        x = np.empty((len(indices), *self.shape), np.float32)
+        self._gather(x.reshape(len(indices), -1), indices, flips)
+        return {"x": torch.from_numpy(x), "y": self.labels[torch.from_numpy(indices)]}
+
+    def _gather(self, out: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
+        """Fill out [B, C·H·W]: each row goes from the page cache through the normalisation to its place in one pass."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - (self._ends - [s.count for s in self._shards])[shards]
+        area = self.shape[1] * self.shape[2]
+        mean, std = (v.numpy().repeat(area) for v in (self.statistics.mean, self.statistics.std))
+        views, factor = self._opened(), np.float32(self.statistics.multiplier)
+        for target, shard, flip, row in zip(out, shards.tolist(), flips.tolist(), rows.tolist(), strict=True):
+            source = views[shard]["flat_flip" if flip else "flat"][row]
+            if self.latent_norm:
+                np.subtract(source, mean, out=target)
+                np.divide(target, std, out=target)
+                if factor != 1:
+                    np.multiply(target, factor, out=target)
+            else:
+                np.multiply(source, factor, out=target)
+
+    def _opened(self) -> list[dict[str, np.ndarray]]:
+        """The shards' arrays, mapped on first use in this process."""
+        if self._views is None:
+            self._views = [shard.open() for shard in self._shards]
+            for views in self._views:
+                views["flat"] = views["latents"].reshape(len(views["labels"]), -1)
+                views["flat_flip"] = views["latents_flip"].reshape(len(views["labels"]), -1)
+        return self._views
+
+    def _check_manifest(self, verify: bool) -> None:
+        """Every listed file is there with its size (and checksum, if asked), and no shard is there unlisted."""
+        if self.manifest is None:
+            if verify:
+                raise LatentsError(f"{self.path} has no {MANIFEST_FILE}, so there are no checksums to verify")
+            return
+        listed = self.manifest["files"] | {shard["file"]: shard for shard in self.manifest["shards"]}
+        for name, entry in listed.items():
+            path = self.path / name
+            if not path.exists():
+                raise LatentsError(f"{path} is missing though {MANIFEST_FILE} lists it")
+            if path.stat().st_size != entry["bytes"]:
+                found, want = path.stat().st_size, entry["bytes"]
+                raise LatentsError(f"{path} is truncated or damaged: {found:,} bytes, the manifest says {want:,}")
+            if verify and (found := file_entry(path)["sha256"]) != entry["sha256"]:
+                raise LatentsError(f"{path} is damaged: SHA-256 {found}, the manifest says {entry['sha256']}")
+        for path in self.path.glob("*.safetensors"):
+            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
+                raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")
+
+    def _common_shape(self) -> tuple[int, int, int]:
+        if not self._shards:
+            raise LatentsError(f"{self.path} holds no .safetensors shard")
+        first = self._shards[0]
+        for shard in self._shards:
+            if shard.shape != first.shape:
+                raise LatentsError(f"{shard.path} has latents of {shard.shape}, {first.path.name} of {first.shape}")
+        return first.shape
+
+    def _check_labels(self, num_classes: int | None) -> None:
+        for shard, views in zip(self._shards, self._opened(), strict=True):
+            low, high = views["labels"].min(initial=0), views["labels"].max(initial=0)
+            if low < 0 or (num_classes is not None and high >= num_classes):
+                allowed = "not negative" if num_classes is None else f"0 to {num_classes - 1} (num_classes)"
+                raise LatentsError(f"{shard.path} has labels from {low} to {high}; allowed are {allowed}")

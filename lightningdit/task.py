@@ -1,0 +1,113 @@
+"""What the training loop needs to train a LightningDiT: its network, its data, one step of flow matching."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lightningdit.config import ModelConfig, TransportConfig
+from lightningdit.data import LatentDataset
+from lightningdit.flow import Transport
+from lightningdit.model import LightningDiT
+from lightningdit.seeds import generator, mix
+
+Tensors = dict[str, torch.Tensor]
+
+_INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for each purpose
+
+
+class LightningDiTTask:
+    """A network of `model`'s shape on `data`, trained by `transport`; every random number follows from `seed`.
+
+    networks: {"model"}, float32 on the CPU, with initial weights from the seed alone. batches: the data.
+
+    Raises ValueError where the latents' shape or labels do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        transport: TransportConfig,
+        data: LatentDataset,
+        ops,
+        *,
+        seed: int,
+        residual_dtype: torch.dtype = torch.float32,
+    ):
+        latent = (model.in_channels, model.input_size, model.input_size)
+        if data.shape != latent:
+            raise ValueError(f"{data.path} has latents of {data.shape}; the model takes (C, H, W) = {latent}")
+        if int(data.labels.max()) >= model.num_classes:
+            raise ValueError(f"{data.path} has label {int(data.labels.max())}; num_classes is {model.num_classes}")
+        self.config, self.batches, self._seed = model, data, seed
+        self.transport = Transport.from_config(transport)
+        self._lognorm_until = transport.lognorm_until_step
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(mix(seed, _INIT)) >> 1)
+            self.networks = {"model": LightningDiT(model, ops, residual_dtype)}
+
+    def to(self, device: torch.device) -> None:
+        """Nothing but the networks, which their engine moves, lives on the device."""
+
+    def draw(self, step: int, batch_size: int, device: torch.device | str) -> Tensors:
+        """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
+
+        A function of (seed, step) and the kind of device: whoever slices it sees the same run.
+        """
+        config = self.config
+        noise, times, drops = (generator(self._seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
+        shape = (batch_size, config.in_channels, config.input_size, config.input_size)
+        return {
+            "noise": torch.randn(shape, generator=noise, device=device),
+            "t": self.transport.sample_timesteps(
+                batch_size, generator=times, device=device, lognorm=self._lognorm_at(step)
+            ),
+            "drop": torch.rand(batch_size, generator=drops, device=device) < config.class_dropout_prob,
+        }
+
+    def _lognorm_at(self, step: int) -> bool:
+        return self.transport.use_lognorm and (self._lognorm_until is None or step <= self._lognorm_until)
+
+    def train_step(
+        self,
+        networks: Mapping[str, Callable],
+        batch: Tensors,
+        draws: Tensors,
+        step: int,
+        backward: Callable[[str, torch.Tensor], None],
+    ) -> Tensors:
+        """Losses of one micro-batch ({"x" [b, C, H, W], "y" [b]} and its rows of the draws), one backward.
+
+        Returns detached scalars: "loss", what is minimised, and its parts "mse" (the published curve) and, where the
+        transport has one, "cos_loss".
+        """
+        y = batch["y"]
+        if self.config.null_label is not None:
+            y = y.masked_fill(draws["drop"], self.config.null_label)
+        losses = self._losses(networks["model"], batch["x"], y, draws)
+        backward("model", losses["loss"])
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
+        """The same losses without gradients, every sample with its own label."""
+        return self._losses(networks["model"], batch["x"], batch["y"], draws)
+
+    def _losses(self, model: Callable, x: torch.Tensor, y: torch.Tensor, draws: Tensors) -> Tensors:
+        per_sample = self.transport.training_losses(model, x, t=draws["t"], x0=draws["noise"], y=y)
+        mse = per_sample["loss"].mean()
+        if not self.transport.use_cosine_loss:
+            return {"loss": mse, "mse": mse}
+        cosine = per_sample["cos_loss"].mean()
+        return {"loss": mse + cosine, "mse": mse, "cos_loss": cosine}
+
+    def state_dict(self) -> dict:
+        """How the latents were normalised and how many there are: a checkpoint is of no use without."""
+        return {"latents": self.batches.statistics.to_json(), "num_images": len(self.batches)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError where the checkpoint's latents are not this run's."""
+        own = self.state_dict()
+        different = [f"{key}: {state.get(key)} there, {own[key]} here" for key in own if state.get(key) != own[key]]
+        if different:
+            found = "; ".join(different)
+            raise ValueError(f"the checkpoint was trained on other latents than {self.batches.path}: {found}")
