@@ -1,0 +1,191 @@
+"""The training task: what each step draws, what it minimises, and that it learns."""
+
+import pytest
+import torch
+from scipy import stats
+
+import kernels
+from lightningdit.config import ModelConfig, SampleConfig, TransportConfig
+from lightningdit.data import LatentDataset
+from lightningdit.flow import Transport
+from lightningdit.latents import LatentsWriter, finish
+from lightningdit.sampler import sample
+from lightningdit.task import LightningDiTTask
+
+MODEL = ModelConfig(
+    input_size=4, patch_size=1, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=3,
+    use_swiglu=True, use_rope=True, use_rmsnorm=True,
+)  # fmt: skip
+PAPER = TransportConfig(use_cosine_loss=True, use_lognorm=True)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """Sixty latents of three classes, each class a constant of its own plus a little noise."""
+    directory, g = tmp_path_factory.mktemp("latents"), torch.Generator().manual_seed(0)
+    writer, y = LatentsWriter(directory), torch.arange(60) % 3
+    x = (y.float() - 1).view(-1, 1, 1, 1) * 4 + 0.1 * torch.randn(60, 4, 4, 4, generator=g)
+    writer.add(x, x, y)
+    writer.close()
+    finish(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return kernels.select("reference")
+
+
+def task(latents, ops, model=MODEL, transport=PAPER, seed=0):
+    return LightningDiTTask(model, transport, LatentDataset(latents, num_classes=3, seed=seed), ops, seed=seed)
+
+
+def one_step(t, step=1, size=16, networks=None):
+    """(logged scalars, the loss handed to backward) of one step on the first `size` samples."""
+    handed = {}
+
+    def backward(name, loss):
+        handed[name] = loss
+        loss.backward()
+
+    batch = t.batches.batch(torch.zeros(size), torch.arange(size))
+    logged = t.train_step(networks or t.networks, batch, t.draw(step, size, "cpu"), step, backward)
+    assert list(handed) == ["model"]
+    return logged, handed["model"]
+
+
+def test_initial_weights_are_of_the_seed_alone(latents, ops):
+    before = torch.get_rng_state()
+    a = task(latents, ops).networks["model"].state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(3)
+    b, c = (task(latents, ops, seed=seed).networks["model"].state_dict() for seed in (0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["blocks.0.attn.qkv.weight"], c["blocks.0.attn.qkv.weight"])
+    assert all(value.dtype == torch.float32 for value in a.values())
+
+
+def test_draws_are_of_seed_and_step_alone(latents, ops):
+    t = task(latents, ops)
+    first, other = t.draw(5, 8, "cpu"), t.draw(6, 8, "cpu")
+    again, seeded = t.draw(5, 8, "cpu"), task(latents, ops, seed=1).draw(5, 8, "cpu")
+    for name, shape in (("noise", (8, 4, 4, 4)), ("t", (8,)), ("drop", (8,))):
+        assert first[name].shape == shape and torch.equal(first[name], again[name])
+    for different in (other, seeded):
+        assert not torch.equal(first["noise"], different["noise"]) and not torch.equal(first["t"], different["t"])
+    assert not torch.equal(first["noise"].flatten()[:8].sigmoid(), first["t"])  # streams of their own
+
+
+def test_draws_have_their_distributions(latents, ops):
+    draws = task(latents, ops).draw(1, 20_000, "cpu")
+    assert stats.kstest(draws["noise"][:500].flatten().numpy(), "norm").pvalue > 0.01
+    assert stats.kstest(draws["t"].logit().numpy(), "norm").pvalue > 0.01
+    assert draws["drop"].float().mean().item() == pytest.approx(0.1, abs=0.01)
+    without = task(latents, ops, MODEL.model_copy(update={"class_dropout_prob": 0.0}))
+    assert not without.draw(1, 1000, "cpu")["drop"].any()
+
+
+def test_logit_normal_ends_after_its_step(latents, ops):
+    t = task(latents, ops, transport=PAPER.model_copy(update={"lognorm_until_step": 7}))
+    for step, uniform in ((7, False), (8, True), (600_001, True)):
+        pvalue = stats.kstest(t.draw(step, 5000, "cpu")["t"].numpy(), "uniform").pvalue
+        assert (pvalue > 0.01) == uniform
+    never = task(latents, ops, transport=TransportConfig())
+    assert stats.kstest(never.draw(1, 5000, "cpu")["t"].numpy(), "uniform").pvalue > 0.01
+
+
+def test_step_minimises_both_terms_and_logs_them_apart(latents, ops):
+    t = task(latents, ops)
+    logged, loss = one_step(t)
+    assert set(logged) == {"loss", "mse", "cos_loss"} and not any(v.requires_grad for v in logged.values())
+    assert loss.item() == pytest.approx(float(logged["mse"]) + float(logged["cos_loss"]))
+    assert float(logged["cos_loss"]) == pytest.approx(1.0)  # a new network predicts zero, of no direction
+    batch, draws = t.batches.batch(torch.zeros(16), torch.arange(16)), t.draw(1, 16, "cpu")
+    assert float(logged["mse"]) == pytest.approx(float((batch["x"] - draws["noise"]).square().mean()), rel=1e-5)
+    logged, loss = one_step(task(latents, ops, transport=TransportConfig()))
+    assert set(logged) == {"loss", "mse"} and loss.item() == float(logged["mse"])
+
+
+def test_labels_are_dropped_in_training_alone(latents, ops):
+    t, seen = task(latents, ops), []
+
+    def network(x, times, y):
+        seen.append(y)
+        return x * 0 + torch.zeros((), requires_grad=True)
+
+    batch = t.batches.batch(torch.zeros(60), torch.arange(60))
+    draws = t.draw(1, 60, "cpu")
+    assert draws["drop"].any()
+    t.train_step({"model": network}, batch, draws, 1, lambda name, loss: None)
+    t.validate({"model": network}, batch, draws)
+    assert torch.equal(seen[0], torch.where(draws["drop"], 3, batch["y"])) and torch.equal(seen[1], batch["y"])
+
+
+def test_halves_of_a_batch_average_to_the_whole(latents, ops):
+    """What slicing by process and micro-batch relies on."""
+    t = task(latents, ops)
+    batch, draws = t.batches.batch(torch.zeros(16), torch.arange(16)), t.draw(3, 16, "cpu")
+
+    def gradient(*slices):
+        t.networks["model"].zero_grad()
+        for part in slices:
+            pieces = [{k: v[part] for k, v in d.items()} for d in (batch, draws)]
+            t.train_step(t.networks, *pieces, 3, lambda name, loss: (loss / len(slices)).backward())
+        return t.networks["model"].final_layer.linear.weight.grad.clone()
+
+    whole, halves = gradient(slice(0, 16)), gradient(slice(0, 8), slice(8, 16))
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_has_no_gradient(latents, ops):
+    t = task(latents, ops)
+    batch = t.batches.batch(torch.zeros(8), torch.arange(8))
+    logged = t.validate(t.networks, batch, t.draw(1, 8, "cpu"))
+    assert set(logged) == {"loss", "mse", "cos_loss"} and not any(v.requires_grad for v in logged.values())
+
+
+def test_bfloat16_networks_take_float32_batches(latents, ops):
+    t = task(latents, ops)
+    t.networks["model"].bfloat16()
+    logged, _ = one_step(t)
+    assert logged["loss"].dtype == torch.float32
+    assert t.networks["model"].final_layer.linear.weight.grad.dtype == torch.bfloat16
+
+
+def test_it_learns_its_classes(latents, ops):
+    """Sixty steps of Adam, then guided samples land on the class asked for."""
+    t = task(latents, ops)
+    network = t.networks["model"].train()
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    losses = []
+    for step in range(1, 61):
+        optimizer.zero_grad()
+        losses.append(float(one_step(t, step, 60)[0]["loss"]))
+        optimizer.step()
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    y = torch.tensor([0, 1, 2])
+    config = SampleConfig(num_sampling_steps=20, cfg_scale=1.5, timestep_shift=0.0)
+    x = sample(network.eval(), Transport(), config, y, [0, 1, 2], shape=(4, 4, 4), null_label=3).latents
+    means = t.batches.statistics.denormalise(x).mean((1, 2, 3))
+    assert (means - torch.tensor([-4.0, 0.0, 4.0])).abs().max() < 1.5
+
+
+def test_state_names_other_latents(latents, ops, tmp_path):
+    t = task(latents, ops)
+    state = t.state_dict()
+    assert state["num_images"] == 60 and len(state["latents"]["mean"]) == 4
+    t.load_state_dict(state)
+    wrong = state | {"latents": state["latents"] | {"multiplier": 0.5}}
+    with pytest.raises(ValueError, match=r"other latents than .*'multiplier': 0.5.* there"):
+        t.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="num_images: None there, 60 here"):
+        t.load_state_dict({"latents": state["latents"]})
+
+
+def test_data_must_fit_the_model(latents, ops):
+    with pytest.raises(ValueError, match=r"latents of \(4, 4, 4\); the model takes \(C, H, W\) = \(4, 8, 8\)"):
+        task(latents, ops, MODEL.model_copy(update={"input_size": 8}))
+    with pytest.raises(ValueError, match="label 2; num_classes is 2"):
+        data = LatentDataset(latents)
+        LightningDiTTask(MODEL.model_copy(update={"num_classes": 2}), PAPER, data, ops, seed=0)
