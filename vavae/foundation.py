@@ -3,6 +3,7 @@
 The only file that imports timm.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vavae.weights import load_strict, read_tensors, write_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
 class FoundationModel(nn.Module):
@@ -51,10 +53,13 @@ class FoundationModel(nn.Module):
             ValueError: unknown model, weights of another shape, or a token grid that is not the latent grid.
             RuntimeError: timm's weights could not be downloaded.
         """
-        vit = _create(config, num_classes=0, download=pretrained and config.weights is None)
-        if pretrained and config.weights is not None:
+        local = pretrained and config.weights is not None
+        # Weights that are about to be overwritten are not worth initialising; the caller's random numbers stay as is.
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if local else nullcontext():
+            vit = _create(config, num_classes=0, download=pretrained and not local)
+        if local:
             tensors = {k: v for k, v in read_tensors(config.weights).items() if not k.startswith("head.")}
-            load_strict(vit, tensors, f"{config.weights} as timm model {config.model_name}")
+            load_strict(vit.to_empty(device="cpu"), tensors, f"{config.weights} as timm model {config.model_name}")
         return cls(vit, _input_size(config, vit, grid), config.normalization).eval().requires_grad_(False)
 
     @classmethod
@@ -89,9 +94,7 @@ class FoundationModel(nn.Module):
 
 
 def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn.Module:
-    if not timm.is_model(config.model_name):
-        raise ValueError(f"foundation.model_name: timm has no {config.model_name!r}; "
-                         f"{nearest(config.model_name, timm.list_models(pretrained=True))}")
+    _check_name(config.model_name)
     arguments: dict[str, Any] = {"dynamic_img_size": True, **config.model_args}
     try:
         vit = timm.create_model(config.model_name, pretrained=download, num_classes=num_classes, **arguments)
@@ -102,9 +105,16 @@ def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn
             raise
         raise RuntimeError(f"could not download the weights of {config.model_name} ({error}); "
                            "name a local copy in foundation.weights") from error
-    if not isinstance(vit, timm.models.VisionTransformer):
-        raise ValueError(f"foundation.model_name: {config.model_name!r} is no plain vision transformer of timm")
     return vit
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    known = timm.list_models(pretrained=True) if tag else timm.list_models()
+    if name not in known:
+        raise ValueError(f"foundation.model_name: timm has no {name!r}; {nearest(name, known)}")
+    if timm.model_entrypoint(architecture).__module__ not in VIT_MODULES:
+        raise ValueError(f"foundation.model_name: {name!r} is no plain vision transformer of timm")
 
 
 def _input_size(config: FoundationConfig, vit: nn.Module, grid: int) -> int:

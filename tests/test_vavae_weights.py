@@ -1,0 +1,139 @@
+"""Tokenizer files: published layouts sorted and loaded strictly, exports that come back, and files that do not fit."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+import kernels
+from tests.golden import G, J
+from vavae.config import AutoencoderConfig, LossConfig
+from vavae.task import build_networks
+from vavae.weights import (
+    WeightsError,
+    fingerprint,
+    load_strict,
+    load_tokenizer,
+    read_tensors,
+    split_tokenizer,
+    write_export,
+    write_tensors,
+)
+
+OPS = kernels.select("reference")
+TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    return G("04_vae_tiny").group("param/")
+
+
+def training_checkpoint(tensors) -> dict:
+    """The published training layout in small: what the trainer of the published code would have saved."""
+    networks = build_networks(TINY, LossConfig(disc_ndf=8, use_vf=False), OPS, 0, None)
+    return {
+        **tensors,
+        "linear_proj.weight": torch.ones(24, 4, 1, 1),
+        **{f"loss.discriminator.{k}": v for k, v in networks["discriminator"].state_dict().items()},
+        "loss.logvar": torch.zeros(()),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 64, 1, 1),
+        "foundation_model.model.cls_token": torch.zeros(1, 1, 24),
+        "foundation_model.model.norm.weight": torch.zeros(24),
+    }
+
+
+def test_published_training_layout_is_sorted_without_rest():
+    recorded = J("05_vae_real_training_keys")
+    parts = split_tokenizer({k: torch.empty(s, device="meta") for k, s in recorded["state_dict"].items()})
+    counts = recorded["counts"]
+    assert len(parts.autoencoder) == sum(counts[k] for k in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.",
+                                                             "linear_proj."))
+    assert len(parts.discriminator) == counts["loss.discriminator."]
+    assert parts.dropped == {k: counts[k] for k in ("foundation_model.", "loss.perceptual_loss.", "loss.logvar")}
+    with torch.device("meta"):
+        networks = build_networks(AutoencoderConfig(size="f16d32"), LossConfig(), OPS, 0, 1024)
+    load_strict(networks["autoencoder"], parts.autoencoder, "recorded")
+    load_strict(networks["discriminator"], parts.discriminator, "recorded")
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t, "global_step": 7}])
+def test_published_checkpoint_becomes_a_tokenizer_and_says_what_it_left_out(tensors, tmp_path, caplog, wrap):
+    torch.save(wrap(training_checkpoint(tensors)), tmp_path / "vae.ckpt")
+    with caplog.at_level(logging.INFO):
+        model = load_tokenizer(tmp_path / "vae.ckpt", OPS, TINY)
+    assert not model.training
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+    (message,) = caplog.messages
+    for part in ("2 tensors foundation_model.", "1 tensors loss.logvar", "1 tensors linear_proj.",
+                 "22 tensors loss.discriminator."):
+        assert part in message
+
+
+def test_export_comes_back_with_its_config(tensors, tmp_path):
+    write_export(tmp_path / "deep/tokenizer", tensors, TINY, step=12, weights="model")
+    document = json.loads((tmp_path / "deep/tokenizer.json").read_text())
+    assert (document["kind"], document["step"], document["weights"]) == ("vavae", 12, "model")
+    model = load_tokenizer(tmp_path / "deep/tokenizer.safetensors", OPS)
+    assert model.config == TINY
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+    assert [path.name for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")] == []
+
+
+def test_fingerprint_is_of_the_weights_not_the_file(tensors, tmp_path):
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    torch.save({"state_dict": training_checkpoint(tensors)}, tmp_path / "b.pt")
+    first, second = (load_tokenizer(tmp_path / name, OPS, TINY) for name in ("a.safetensors", "b.pt"))
+    assert fingerprint(first) == fingerprint(second)
+    with torch.no_grad():
+        second.encoder.conv_in.bias[0] += 1e-6
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_differences_are_all_named(tensors, tmp_path):
+    wrong = {k: v for k, v in tensors.items() if k != "quant_conv.bias"}
+    wrong |= {"encoder.extra": torch.zeros(1), "encoder.conv_in.bias": torch.zeros(5)}
+    write_tensors(tmp_path / "vae.safetensors", wrong)
+    with pytest.raises(WeightsError) as error:
+        load_tokenizer(tmp_path / "vae.safetensors", OPS, TINY)
+    for part in ("vae.safetensors", "1 missing: quant_conv.bias", "1 unexpected: encoder.extra",
+                 "encoder.conv_in.bias [5] instead of [32]"):
+        assert part in str(error.value)
+
+
+def test_a_failed_load_changes_nothing(tensors):
+    network = build_networks(TINY, LossConfig(use_vf=False), OPS, 0, None)["autoencoder"]
+    before = fingerprint(network)
+    with pytest.raises(WeightsError):
+        load_strict(network, {k: v for k, v in tensors.items() if k != "quant_conv.bias"}, "cut")
+    assert fingerprint(network) == before
+
+
+def test_keys_of_no_part_are_named(tensors):
+    with pytest.raises(WeightsError, match=r"1 keys belong to no part of a tokenizer: model\.encoder"):
+        split_tokenizer({**tensors, "model.encoder": torch.zeros(1)})
+
+
+def test_unreadable_files_are_named(tensors, tmp_path):
+    with pytest.raises(WeightsError, match=r"gone\.pt does not exist"):
+        read_tensors(tmp_path / "gone.pt")
+    write_tensors(tmp_path / "cut.safetensors", tensors)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-8])
+    torch.save(tensors, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-100])
+    torch.save({"state_dict": tensors, "callback": logging.Formatter()}, tmp_path / "code.ckpt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    reasons = {"cut.safetensors": "broken", "cut.pt": "broken", "code.ckpt": "more than tensors", "list.pt": "list"}
+    for name, reason in reasons.items():
+        with pytest.raises(WeightsError, match=f"{name}.*{reason}"):
+            read_tensors(tmp_path / name)
+
+
+def test_a_file_without_config_asks_for_it(tensors, tmp_path):
+    write_tensors(tmp_path / "vae.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"no vae\.json beside it"):
+        load_tokenizer(tmp_path / "vae.safetensors", OPS)
+    (tmp_path / "vae.json").write_text('{"kind": "lightningdit", "config": {}}')
+    with pytest.raises(ValueError, match="'lightningdit', not 'vavae'"):
+        load_tokenizer(tmp_path / "vae.safetensors", OPS)
