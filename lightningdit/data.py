@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lightningdit.config import DataConfig
 from lightningdit.latents import (
     MANIFEST_FILE,
     SHARD_NAME,
@@ -60,6 +61,17 @@ class LatentDataset:
             if len(self.statistics.mean) != self.shape[0]:
                 have, want = len(self.statistics.mean), self.shape[0]
                 raise LatentsError(f"{self.path / STATISTICS_FILE} has {have} channels, the latents {want}")
+
+    @classmethod
+    def from_config(cls, config: DataConfig, seed: int) -> "LatentDataset":
+        """The training set of a `data` section."""
+        return cls(
+            config.data_path,
+            latent_norm=config.latent_norm,
+            latent_multiplier=config.latent_multiplier,
+            num_classes=config.num_classes,
+            seed=seed,
+        )
 
     def __len__(self) -> int:
         return int(self._ends[-1])

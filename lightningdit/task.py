@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from lightningdit.config import ModelConfig, TransportConfig
+from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from lightningdit.seeds import generator, mix
+from lightningdit.weights import load_into, read_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -18,32 +19,38 @@ _INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for 
 class LightningDiTTask:
     """A network of `model`'s shape on `data`, trained by `transport`; every random number follows from `seed`.
 
-    networks: {"model"}, float32 on the CPU, with initial weights from the seed alone. batches: the data.
+    networks: {"model"}, float32 on the CPU, with initial weights from the seed alone. batches: the latents.
 
-    Raises ValueError where the latents' shape or labels do not fit the model.
+    Raises ValueError where the latents' shape or the number of classes does not fit the model.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         transport: TransportConfig,
-        data: LatentDataset,
+        data: DataConfig,
         ops,
         *,
         seed: int,
         residual_dtype: torch.dtype = torch.float32,
     ):
+        self.config, self._seed = model, seed
+        self.batches = LatentDataset.from_config(data, seed)
         latent = (model.in_channels, model.input_size, model.input_size)
-        if data.shape != latent:
-            raise ValueError(f"{data.path} has latents of {data.shape}; the model takes (C, H, W) = {latent}")
-        if int(data.labels.max()) >= model.num_classes:
-            raise ValueError(f"{data.path} has label {int(data.labels.max())}; num_classes is {model.num_classes}")
-        self.config, self.batches, self._seed = model, data, seed
+        if self.batches.shape != latent:
+            found = self.batches.shape
+            raise ValueError(f"{data.data_path} has latents of {found}; the model takes (C, H, W) = {latent}")
+        if data.num_classes != model.num_classes:
+            raise ValueError(f"data.num_classes is {data.num_classes}, the model's num_classes {model.num_classes}")
         self.transport = Transport.from_config(transport)
         self._lognorm_until = transport.lognorm_until_step
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(mix(seed, _INIT)) >> 1)
             self.networks = {"model": LightningDiT(model, ops, residual_dtype)}
+
+    def load_weights(self, path: str) -> None:
+        """Start from the EMA weights of an export or a published `.pt` instead; raises WeightsError on a misfit."""
+        load_into(self.networks["model"], read_weights(path), path)
 
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""

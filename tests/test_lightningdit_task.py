@@ -5,12 +5,12 @@ import torch
 from scipy import stats
 
 import kernels
-from lightningdit.config import ModelConfig, SampleConfig, TransportConfig
-from lightningdit.data import LatentDataset
+from lightningdit.config import DataConfig, ModelConfig, SampleConfig, TransportConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentsWriter, finish
 from lightningdit.sampler import sample
 from lightningdit.task import LightningDiTTask
+from lightningdit.weights import save_published
 
 MODEL = ModelConfig(
     input_size=4, patch_size=1, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=3,
@@ -37,7 +37,8 @@ def ops():
 
 
 def task(latents, ops, model=MODEL, transport=PAPER, seed=0):
-    return LightningDiTTask(model, transport, LatentDataset(latents, num_classes=3, seed=seed), ops, seed=seed)
+    data = DataConfig(data_path=str(latents), num_classes=3)
+    return LightningDiTTask(model, transport, data, ops, seed=seed)
 
 
 def one_step(t, step=1, size=16, networks=None):
@@ -186,6 +187,15 @@ def test_state_names_other_latents(latents, ops, tmp_path):
 def test_data_must_fit_the_model(latents, ops):
     with pytest.raises(ValueError, match=r"latents of \(4, 4, 4\); the model takes \(C, H, W\) = \(4, 8, 8\)"):
         task(latents, ops, MODEL.model_copy(update={"input_size": 8}))
-    with pytest.raises(ValueError, match="label 2; num_classes is 2"):
-        data = LatentDataset(latents)
-        LightningDiTTask(MODEL.model_copy(update={"num_classes": 2}), PAPER, data, ops, seed=0)
+    with pytest.raises(ValueError, match=r"data\.num_classes is 3, the model's num_classes 2"):
+        task(latents, ops, MODEL.model_copy(update={"num_classes": 2}))
+
+
+def test_starting_from_weights(latents, ops, tmp_path):
+    source, t = task(latents, ops, seed=1).networks["model"].state_dict(), task(latents, ops)
+    save_published(tmp_path / "w.pt", {}, source)
+    t.load_weights(str(tmp_path / "w.pt"))
+    assert all(torch.equal(source[k], v) for k, v in t.networks["model"].state_dict().items())
+    smaller = task(latents, ops, MODEL.model_copy(update={"depth": 1}))
+    with pytest.raises(ValueError, match=r"w\.pt does not fit the model: 12 unexpected: blocks\.1"):
+        smaller.load_weights(str(tmp_path / "w.pt"))
