@@ -7,9 +7,13 @@ from torchvision.transforms import functional as TF
 
 
 def to_float(pixels: np.ndarray) -> torch.Tensor:
-    """8-bit [H, W, 3] → float32 [3, H, W] in [−1, 1]: `(x/255 − ½)/½`, rounded at each step as torchvision does."""
-    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-    return planes.float().contiguous().div_(255.0).sub_(0.5).div_(0.5)
+    """8-bit [H, W, 3] → float32 [3, H, W] in [−1, 1]; see `to_float_batch`."""
+    return to_float_batch(torch.from_numpy(np.array(pixels))[None])[0]
+
+
+def to_float_batch(images: torch.Tensor) -> torch.Tensor:
+    """8-bit [B, H, W, 3] → float32 [B, 3, H, W] in [−1, 1]: `(x/255 − ½)/½`, rounded at each step as torchvision does."""
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0).sub_(0.5).div_(0.5)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
