@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kernels.registry import FLOATS
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -14,7 +16,7 @@ class Cost:
 
     Attributes:
         forward_bytes, backward_bytes: inputs read plus outputs written. Backward reads the upstream gradients and what
-            the forward pass has saved, and writes the gradients of the differentiable arguments.
+            the forward pass has saved, and writes the gradients that training asks for.
         forward_flops, backward_flops: floating-point operations of the matrix products, two for each multiply-add.
     """
 
@@ -25,15 +27,19 @@ class Cost:
 
 
 class Draw:
-    """Random tensors of one case: the same numbers for every dtype and device, from a seed of its own."""
+    """Random tensors of one case, the same numbers for every dtype.
 
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str):
+    They are drawn on a CPU, so that devices see the same numbers too, unless `on_device` asks for speed instead.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str, on_device: bool = False):
         self.dtype, self.device = dtype, device
-        self._generator = torch.Generator().manual_seed(seed)
+        self._source = torch.device(device if on_device else "cpu")
+        self._generator = torch.Generator(self._source).manual_seed(seed)
 
     def normal(self, *shape: int, mean: float = 0, std: float = 1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normal numbers in the case's dtype, or in `dtype`."""
-        values = torch.randn(shape, generator=self._generator).mul_(std).add_(mean)
+        values = torch.randn(shape, generator=self._generator, device=self._source).mul_(std).add_(mean)
         return values.to(self.device, dtype or self.dtype)
 
     def rows(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -41,15 +47,26 @@ class Draw:
 
         An `eps` of 1e-6 decides the small rows and hardly touches the others: wrong or dropped, it shows.
         """
-        scale = torch.ones(shape[:-1]).flatten()
-        scale[1::2] = 1e-3
-        values = torch.randn(shape, generator=self._generator) * scale.view(*shape[:-1], 1)
+        values = self.normal(*shape, dtype=torch.float32).flatten(0, -2)
+        values[1::2] *= 1e-3
+        return values.view(shape).to(dtype or self.dtype)
+
+    def uniform(self, *shape: int, low: float = 0, high: float = 1, dtype: torch.dtype | None = None) -> torch.Tensor:
+        values = torch.rand(shape, generator=self._generator, device=self._source).mul_(high - low).add_(low)
         return values.to(self.device, dtype or self.dtype)
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        """Integers from 0 to `high` − 1."""
+        return torch.randint(high, shape, generator=self._generator, device=self._source).to(self.device)
+
+    def chunks(self, count: int, samples: int, width: int, mean: float = 0.5) -> tuple[torch.Tensor, ...]:
+        """`count` tensors `[samples, width]`, side by side in memory as the parts of a modulation are."""
+        return self.normal(samples, count * width, mean=mean, std=0.5).chunk(count, dim=1)
 
     def angles(self, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 cos and sin `[tokens, width]` of random angles, one for each pair of neighbours."""
-        angle = torch.rand(tokens, width // 2, generator=self._generator).mul_(6.28).repeat_interleave(2, dim=1)
-        return angle.cos().to(self.device), angle.sin().to(self.device)
+        angle = self.uniform(tokens, width // 2, high=6.28, dtype=torch.float32).repeat_interleave(2, dim=1)
+        return angle.cos(), angle.sin()
 
 
 @dataclass(frozen=True)
@@ -60,15 +77,17 @@ class Case:
         id: names the case within its op, and seeds its numbers.
         make: draws the arguments, by name.
         production: a shape of a real run, for a GPU or for ahead-of-time compilation; the others suit a CPU.
+        dtypes: those of the op in which the case makes sense.
     """
 
     id: str
     make: Callable[[Draw], dict[str, Any]]
     production: bool = False
+    dtypes: frozenset[torch.dtype] = FLOATS
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The op's arguments by name; main inputs have `dtype`, and nothing requires a gradient yet."""
-        return self.make(Draw(zlib.crc32(self.id.encode()), dtype, device))
+        return self.make(Draw(zlib.crc32(self.id.encode()), dtype, device, on_device=self.production))
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:

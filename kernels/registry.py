@@ -99,17 +99,21 @@ class Op:
         """The `kernels.cases.Cost` of one call."""
         return import_module(self._module("cases")).cost(**inputs)
 
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends this op has a file for."""
+        return tuple(name for name, file in FILES.items() if find_spec(self._module(file)) is not None)
+
     def backend(self, name: str) -> Backend:
         """The backend of that name, able to run on this machine or not.
 
         Raises:
             BackendUnavailable: the op has no such file, or one of its imports is missing.
         """
-        module = self._module(FILES[name])
-        if find_spec(module) is None:
+        if name not in self.backends:
             raise BackendUnavailable(self.name, name, [f"this op has no {name} backend ({FILES[name]}.py)"])
         try:
-            return import_module(module).BACKEND
+            return import_module(self._module(FILES[name])).BACKEND
         except (ImportError, OSError) as error:  # OSError: a shared library that does not load
             raise BackendUnavailable(self.name, name, [f"import failed: {error}"]) from error
 

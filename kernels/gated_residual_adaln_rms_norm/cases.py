@@ -1,0 +1,52 @@
+import torch
+
+from kernels.cases import Case, Cost, Draw, nbytes, strided
+
+EPS = 1e-6
+
+
+def _case(name: str, samples: int, tokens: int, width: int, *, rows=Draw.rows, shifted=True, stream=None, small=None,
+          layout=lambda x: x, production=False) -> Case:
+    """`stream` is the dtype of `x`, `small` that of the modulation, where they are not that of `branch`."""
+
+    def make(draw: Draw) -> dict:
+        gate, shift, scale = (part.to(small or draw.dtype) for part in draw.chunks(3, samples, width))
+        return {
+            "x": layout(rows(draw, samples, tokens, width, dtype=stream)),
+            "branch": layout(rows(draw, samples, tokens, width)),
+            "gate": gate,
+            "weight": draw.normal(width, mean=1.0, std=0.2, dtype=small),
+            "shift": shift if shifted else None,
+            "scale": scale,
+            "eps": EPS,
+        }
+
+    return Case(name, make, production)
+
+
+CASES = (
+    _case("one_row", 1, 1, 8),
+    _case("one_token", 3, 1, 8),
+    _case("odd", 3, 5, 37),
+    _case("odd_no_shift", 2, 7, 19, shifted=False),
+    _case("even_rows", 2, 16, 48, rows=Draw.normal),
+    _case("XL_width", 2, 3, 1152),
+    _case("strided", 2, 5, 24, layout=strided),
+    _case("transposed", 2, 6, 24, layout=lambda x: x.mT.contiguous().mT),
+    _case("float32_stream", 2, 5, 40, stream=torch.float32),
+    _case("float32_stream_and_modulation", 2, 37, 33, stream=torch.float32, small=torch.float32),
+    _case("B", 32, 256, 768, rows=Draw.normal, production=True),
+    _case("L", 32, 256, 1024, rows=Draw.normal, production=True),
+    _case("XL", 128, 256, 1152, rows=Draw.normal, production=True),
+    _case("1p6B", 32, 256, 1792, production=True),
+    _case("XL_float32_stream", 128, 256, 1152, rows=Draw.normal, stream=torch.float32, production=True),
+)
+
+
+def cost(x, branch, gate, weight, shift, scale, eps=EPS) -> Cost:
+    inputs = nbytes(x, branch, gate, weight, shift, scale)
+    return Cost(
+        forward_bytes=inputs + nbytes(x, branch),
+        # Read: the gradients of the results, x' in place of x, the other inputs but shift. Written: six gradients.
+        backward_bytes=nbytes(x, branch) + inputs - nbytes(shift) + inputs,
+    )

@@ -1,0 +1,256 @@
+"""What every backend of every op has to satisfy. Each check raises AssertionError and knows no op by name.
+
+A result is right when its error is at most twice that of the reference in the same dtype, plus 4·eps·max|exact|; both
+errors are taken against the reference in float64, on the same (rounded) inputs, as the largest absolute difference.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels.cases import Case
+from kernels.registry import Backend, Op
+
+Inputs = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+
+
+def check_signature(op: Op, backend: Backend) -> None:
+    """The backend takes exactly the op's arguments, with the same defaults."""
+    want, got = (
+        [(p.name, p.kind, p.default) for p in signature(function).parameters.values()]
+        for function in (op.check, backend.run)
+    )
+    assert got == want, f"{op.name}: {backend.name} takes {got}, the op {want}"
+
+
+def check_forward(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Results, and arguments changed in place; nothing else may change, nothing may come from uninitialised memory."""
+    inputs = case.inputs(dtype, device)
+    before = copied(inputs)
+    with poisoned_memory():
+        got = outputs(op, op.bind(backend), inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            assert same_bits(value, before[name]), f"{op.name}: argument {name} was changed"
+    eager = outputs(op, reference(op), inputs)
+    judge_all(got, eager, outputs(op, reference(op), widened(inputs)))
+    for name in eager:
+        assert memory_format(got[name]) == memory_format(eager[name]), f"{name}: memory format {got[name].stride()}"
+        if name in op.mutates and same_bits(eager[name], inputs[name]):
+            assert same_bits(got[name], inputs[name]), f"{name} was to stay as it is, bit for bit"
+
+
+def check_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The gradients of all differentiable arguments, for random upstream gradients."""
+    inputs = case.inputs(dtype, device)
+    eager_results = outputs(op, reference(op), inputs)
+    upstream = {name: random_like(result) for name, result in eager_results.items()}
+    with poisoned_memory():
+        got = gradients(op, op.bind(backend), inputs, upstream)
+    eager = gradients(op, reference(op), inputs, upstream)
+    judge_all(got, eager, gradients(op, reference(op), widened(inputs), widened(upstream)))
+
+
+def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Gradients when only one argument asks for one, one result has one, or the upstream is expanded from a number."""
+    inputs = case.inputs(dtype, device)
+    names = [name for name in op.differentiable if inputs[name] is not None]
+    results = outputs(op, reference(op), inputs)
+    ones = {name: torch.ones((), dtype=r.dtype, device=device).expand_as(r) for name, r in results.items()}
+    for wanted, upstream in (
+        *(([name], ones) for name in names),
+        *((names, {name: gradient}) for name, gradient in ones.items()),
+    ):
+        got = gradients(op, op.bind(backend), inputs, upstream, wanted)
+        eager = gradients(op, reference(op), inputs, upstream, wanted)
+        judge_all(got, eager, gradients(op, reference(op), widened(inputs), widened(upstream), wanted))
+
+
+def check_repeats(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Two runs give the same bits, forward and backward."""
+    inputs = case.inputs(dtype, device)
+    function = op.bind(backend)
+    first, second = (outputs(op, function, inputs) for _ in range(2))
+    if op.differentiable:
+        upstream = {name: random_like(result) for name, result in first.items()}
+        first, second = ({**run, **gradients(op, function, inputs, upstream)} for run in (first, second))
+    for name in first:
+        assert same_bits(first[name], second[name]), f"{op.name}: {name} differs between two runs"
+
+
+def check_compiled(
+    op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu", compiler: str = "aot_eager"
+) -> None:
+    """The op compiles as one graph, and the graph computes the same, forward and backward."""
+    torch._dynamo.reset()
+    function = torch.compile(op.bind(backend), fullgraph=True, backend=compiler)
+    inputs = case.inputs(dtype, device)
+    eager = outputs(op, reference(op), inputs)
+    exact = outputs(op, reference(op), widened(inputs))
+    if op.differentiable:
+        upstream = {name: random_like(result) for name, result in eager.items()}
+        eager = gradients(op, reference(op), inputs, upstream, keep=True)
+        exact = gradients(op, reference(op), widened(inputs), widened(upstream), keep=True)
+        judge_all(gradients(op, function, inputs, upstream, keep=True), eager, exact)
+    else:
+        judge_all(outputs(op, function, inputs), eager, exact)
+
+
+def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """`opcheck` of every operator that the backend says it registers, with the arguments a call gives it."""
+    with OperatorCalls(backend.torch_ops) as calls:
+        inputs = case.inputs(dtype, device)
+        results = outputs(op, op.bind(backend), inputs)
+        if op.differentiable:
+            gradients(op, op.bind(backend), inputs, {name: random_like(result) for name, result in results.items()})
+    missing = set(backend.torch_ops) - {operator._schema.name for operator, _, _ in calls.seen}
+    assert not missing, f"{op.name}: {backend.name} names operators that no call reached: {sorted(missing)}"
+    for operator, args, kwargs in calls.seen:
+        torch.library.opcheck(operator, args, kwargs)
+
+
+def check_limits(op: Op, backend: Backend, case: Case, device: str = "cpu") -> None:
+    """A dtype outside `backend.dtypes` is refused with a reason."""
+    for dtype in (op.dtypes & case.dtypes) - backend.dtypes:
+        assert backend.unsupported is not None, f"{op.name}: {backend.name} does not refuse {dtype}"
+        reasons = backend.unsupported(**case.inputs(dtype, device))
+        assert reasons and all(isinstance(reason, str) for reason in reasons), f"no reason against {dtype}"
+
+
+def judge_all(got: Tensors, eager: Tensors, exact: Tensors) -> None:
+    assert set(got) == set(eager), f"got {sorted(got)}, the reference gives {sorted(eager)}"
+    for name in eager:
+        judge(name, got[name], eager[name], exact[name])
+
+
+def judge(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert the error of `got` within twice that of `eager` plus 4·eps·max|exact|, and the same dtype and shape."""
+    assert (got.dtype, got.shape) == (eager.dtype, eager.shape), f"{name}: {got.dtype} {tuple(got.shape)}"
+    assert eager.isfinite().all() and exact.isfinite().all(), f"{name}: the reference is not finite, a bad case"
+    eager_error, error = (float((t.double() - exact).abs().max()) for t in (eager, got))
+    limit = 2 * eager_error + 4 * torch.finfo(got.dtype).eps * float(exact.abs().max())
+    assert error <= limit, f"{name}: error {error:.3e}, limit {limit:.3e}, that of the reference {eager_error:.3e}"
+
+
+def reference(op: Op) -> Callable[..., Any]:
+    """Unchecked, so that it takes float64 where the op asks for another dtype."""
+    return op.backend("reference").run
+
+
+def outputs(op: Op, function: Callable[..., Any], inputs: Inputs) -> Tensors:
+    """The results of a call by name, together with the arguments it changes in place; `inputs` stay as they are."""
+    inputs = {name: copy(value) if name in op.mutates else value for name, value in inputs.items()}
+    changed = {name: inputs[name] for name in op.mutates if inputs[name] is not None}
+    return named(function(**inputs)) | changed
+
+
+def gradients(
+    op: Op,
+    function: Callable[..., Any],
+    inputs: Inputs,
+    upstream: Tensors,
+    wanted: list[str] | None = None,
+    keep: bool = False,
+) -> Tensors:
+    """Argument name → gradient, of the `wanted` arguments (else all); with the results too if `keep`.
+
+    `upstream` may leave out results: no gradient comes from them.
+    """
+    wanted = [name for name in wanted or op.differentiable if inputs[name] is not None]
+    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+    results = named(function(**{**inputs, **leaves}))
+    pairs = [(results[name], gradient) for name, gradient in upstream.items() if results[name].requires_grad]
+    assert pairs, f"{op.name}: no result carries a gradient"
+    found = torch.autograd.grad(
+        [result for result, _ in pairs], list(leaves.values()), [gradient for _, gradient in pairs], allow_unused=True
+    )
+    gradient_of = {
+        f"gradient of {name}": torch.zeros_like(inputs[name]) if gradient is None else gradient
+        for name, gradient in zip(wanted, found, strict=True)
+    }
+    return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
+
+
+def named(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Tensors:
+    results = result if isinstance(result, tuple) else (result,)
+    return {f"result {i}": tensor for i, tensor in enumerate(results) if tensor is not None}
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same arguments in float64: tensors of floats, and dtypes asked for."""
+
+    def widen(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if isinstance(value, torch.dtype) else value
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def copy(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def copied(inputs: Inputs) -> Inputs:
+    return {name: copy(value) for name, value in inputs.items()}
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal numbers in the dtype and on the device of `tensor`, the same each time."""
+    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
+    return torch.randn(tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, where NaN equals NaN and 0 does not equal −0."""
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def memory_format(tensor: torch.Tensor) -> str:
+    """Which of the layouts that matter to a four-dimensional tensor it has."""
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return "channels last" if last and not tensor.is_contiguous() else "any"
+
+
+@contextmanager
+def poisoned_memory():
+    """Make `torch.empty` and its kin return NaN, so that a result never written does not pass by luck."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Records the first call of each operator among `names`: the operator, and copies of its arguments."""
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self._left = set(names)
+        self.seen: list[tuple[torch._ops.OpOverload, tuple, dict]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name in self._left:
+            self._left.remove(func._schema.name)
+            keep = [leaf_copy(value) for value in args]
+            self.seen.append((func, tuple(keep), {name: leaf_copy(value) for name, value in kwargs.items()}))
+        return func(*args, **kwargs)
+
+
+def leaf_copy(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)

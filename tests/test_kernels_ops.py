@@ -1,0 +1,125 @@
+"""Every op × backend × case × dtype, on a CPU and (marked `gpu`) on a device. Nothing here knows an op or a backend."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kernels
+from kernels.cases import Case
+from kernels.device import cuda_reasons
+from kernels.registry import FLOATS, Backend, Op
+from tests import kernel_checks as checks
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = [(op, name) for op in kernels.OPS.values() for name in op.backends]
+
+
+def lanes() -> Iterator:
+    """Op, backend name, case, dtype and device: small cases on the CPU, all of them on a GPU."""
+    for op, name in BACKENDS:
+        for case in op.cases:
+            for dtype in DTYPES:
+                if dtype in op.dtypes & case.dtypes:
+                    label = f"{op.name}-{name}-{case.id}-{str(dtype).removeprefix('torch.')}"
+                    if not case.production:
+                        yield pytest.param(op, name, case, dtype, "cpu", id=f"{label}-cpu")
+                    yield pytest.param(op, name, case, dtype, "cuda", id=f"{label}-cuda", marks=pytest.mark.gpu)
+
+
+def first_cases() -> Iterator:
+    """Op, backend name and device: for checks that one or a few cases settle."""
+    for op, name in BACKENDS:
+        yield pytest.param(op, name, "cpu", id=f"{op.name}-{name}-cpu")
+        yield pytest.param(op, name, "cuda", id=f"{op.name}-{name}-cuda", marks=pytest.mark.gpu)
+
+
+def able(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> Backend:
+    """The backend, or a skip with its own reasons why it cannot serve this call here."""
+    reasons = op.reasons(name) or (cuda_reasons() if device == "cuda" else [])
+    if not reasons:
+        backend = op.backend(name)
+        if dtype not in backend.dtypes:
+            reasons = [f"{name} does not serve {dtype} here"]
+        elif backend.unsupported is not None:
+            reasons = backend.unsupported(**case.inputs(dtype, device))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return backend
+
+
+def small_cases(op: Op, name: str, device: str) -> list[tuple[Backend, Case, torch.dtype]]:
+    """Small cases, each with the widest dtype that the backend serves."""
+    if reasons := op.reasons(name):
+        pytest.skip("; ".join(reasons))
+    backend = op.backend(name)
+    dtype = next(dtype for dtype in DTYPES if dtype in backend.dtypes & op.dtypes)
+    cases = [case for case in op.cases if not case.production and dtype in case.dtypes]
+    return [(able(op, name, case, dtype, device), case, dtype) for case in cases]
+
+
+@pytest.mark.parametrize(("op", "name", "case", "dtype", "device"), lanes())
+def test_forward(op, name, case, dtype, device):
+    checks.check_forward(op, able(op, name, case, dtype, device), case, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "case", "dtype", "device"), [lane for lane in lanes() if lane.values[0].differentiable]
+)
+def test_gradients(op, name, case, dtype, device):
+    checks.check_gradients(op, able(op, name, case, dtype, device), case, dtype, device)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), [c for c in first_cases() if c.values[0].differentiable])
+def test_partial_gradients(op, name, device):
+    for backend, case, dtype in small_cases(op, name, device)[:5]:
+        checks.check_partial_gradients(op, backend, case, dtype, device)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+def test_same_bits_in_every_run(op, name, device):
+    for backend, case, dtype in small_cases(op, name, device):
+        checks.check_repeats(op, backend, case, dtype, device)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+def test_compiles_as_one_graph(op, name, device):
+    for backend, case, dtype in small_cases(op, name, device)[1:3]:
+        checks.check_compiled(op, backend, case, dtype, device)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+def test_compiles_with_inductor(op, name, device):
+    backend, case, dtype = small_cases(op, name, device)[3]
+    checks.check_compiled(op, backend, case, dtype, device, compiler="inductor")
+
+
+@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+def test_registered_operators(op, name, device):
+    backend, case, dtype = small_cases(op, name, device)[2]
+    if not backend.torch_ops:
+        pytest.skip(f"{name} registers no operators for {op.name}")
+    checks.check_registration(op, backend, case, dtype, device)
+
+
+@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+def test_signature_and_limits(op, name, device):
+    for backend, case, _ in small_cases(op, name, device):
+        checks.check_signature(op, backend)
+        checks.check_limits(op, backend, case, device)
+
+
+@pytest.mark.parametrize("op", [op for op in kernels.OPS.values() if op.differentiable], ids=lambda op: op.name)
+def test_gradients_of_the_reference_are_those_of_its_results(op):
+    """Against finite differences in float64."""
+    for case in op.cases:
+        if case.production or case.dtypes != FLOATS:  # where narrow dtypes do not fit, neither do finite differences
+            continue
+        inputs = checks.widened(case.inputs(torch.float64))
+        names = [name for name in op.differentiable if inputs[name] is not None]
+        leaves = [inputs[name].detach().requires_grad_() for name in names]
+
+        def call(*values, names=names, inputs=inputs):
+            return op.backend("reference").run(**{**inputs, **dict(zip(names, values, strict=True))})
+
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-5), case.id
