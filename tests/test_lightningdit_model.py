@@ -326,12 +326,14 @@ def test_tables_stay_float32(dtype, ops):
 
 
 def test_near_times_differ_in_bfloat16(ops):
-    """Two times that bfloat16 cannot tell apart still reach the network as two."""
-    model, config = build("a", ops, torch.bfloat16), ModelConfig(**VARIANTS["a"])
+    """Two times that bfloat16 cannot tell apart still reach the blocks as two, in float32."""
+    model, seen = build("a", ops, torch.bfloat16), []
+    model.t_embedder.register_forward_hook(lambda module, args, out: seen.extend(out))
     t = torch.tensor([0.5, 0.5005])
     assert t.bfloat16()[0] == t.bfloat16()[1]
-    a, b = model.t_embedder(t)
-    assert a.dtype == torch.float32 and not torch.equal(a, b) and config.use_rope
+    x, _, y = inputs(model.config, batch=2)
+    model(x, t, y)
+    assert seen[0].dtype == torch.float32 and not torch.equal(*seen)
 
 
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
