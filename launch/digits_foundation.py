@@ -6,7 +6,6 @@ held-out ones); its patch tokens, one for each latent position, are what the tok
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from launch.digits import CLASSES, Digits
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
+from vavae.images import to_float_batch
 
 GRID = 8  # tokens a side: 32 pixels in patches of 4
 MODEL = FoundationConfig(
@@ -69,7 +69,8 @@ def train_foundation(
     path = Path(path)
     model.save(path)
     config = MODEL.model_copy(update={"weights": str(path)})
-    facts = {"config": config.model_dump(mode="json"), "seed": seed, "steps": steps, "heldout_accuracy": accuracy}
+    facts = {"config": config.model_dump(mode="json"), "grid": GRID}
+    facts |= {"seed": seed, "steps": steps, "heldout_accuracy": accuracy}
     path.with_suffix(".json").write_text(json.dumps({"kind": "foundation", **facts}, indent=1) + "\n")
     return config, accuracy
 
@@ -79,7 +80,7 @@ def fit(model: FoundationModel, digits: Digits, *, seed: int, steps: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     initialise(model.vit, generator)
     device = next(model.parameters()).device
-    images, labels = to_unit(digits.images), digits.labels
+    images, labels = to_float_batch(digits.images), digits.labels
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule(step, steps))
     epochs = range(math.ceil(steps * BATCH_SIZE / len(labels)))
@@ -124,23 +125,12 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 `[N, H, W, 3]` → float32 `[N, 3, H, W]` in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 @torch.no_grad()
 def classification_accuracy(model: FoundationModel, digits: Digits) -> float:
     """Share of digits whose class scores highest."""
     device = next(model.parameters()).device
     hits = [
-        model.logits(to_unit(images).to(device)).argmax(1).cpu() == labels
+        model.logits(to_float_batch(images).to(device)).argmax(1).cpu() == labels
         for images, labels in zip(digits.images.split(250), digits.labels.split(250), strict=True)
     ]
     return torch.cat(hits).double().mean().item()
-
-
-def pooled_features(model: FoundationModel) -> Callable[[Tensor], Tensor]:
-    """uint8 `[N, H, W, 3]` → means over the model's token features, `[N, width]` float32: what its head reads."""
-    device = next(model.parameters()).device
-    return lambda images: model(to_unit(images).to(device)).mean((2, 3)).float()

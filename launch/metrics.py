@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vavae import images
+
 
 class FeatureStatistics:
     """Mean and unbiased covariance of features that arrive in batches, kept in float64.
@@ -122,8 +124,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     Returns `[N]` float64; a pair without any difference is `inf`.
     """
     _require_images(a, b)
-    mse = (a.double() - b.double()).square().flatten(1).mean(1)
-    return 20 * math.log10(255) - 10 * mse.log10()
+    return images.psnr(a, b)  # a mean over all but the first dimension: the layout does not matter to it
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:

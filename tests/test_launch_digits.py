@@ -12,8 +12,10 @@ from sklearn.datasets import load_digits
 from launch import digits_foundation, pictures
 from launch.digits import CLASSES, Digits, downsample, read, source, upsample, write
 from launch.digits_judge import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.features import FoundationFeatures
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
+from vavae.images import to_float_batch
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,8 @@ def test_foundation_training_learns_repeats_and_loads(tmp_path, splits, monkeypa
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
     model = FoundationModel.from_config(config, digits_foundation.GRID)  # strict: every weight is there
-    got = digits_foundation.pooled_features(model)(heldout.images[:20])
+    got = FoundationFeatures.from_file(tmp_path / "a.safetensors").pooled(heldout.images[:20])
+    assert torch.equal(got, FoundationFeatures(model).pooled(heldout.images[:20]))
     assert got.shape == (20, 32) and got.dtype == torch.float32
     assert not any(p.requires_grad for p in model.parameters())
     facts = json.loads((tmp_path / "b.json").read_text())
@@ -201,12 +204,12 @@ def test_foundation_features_are_what_the_head_reads(splits):
     torch.manual_seed(0)
     model = FoundationModel.classifier(SMALL, digits_foundation.GRID, CLASSES).eval()
     images = splits["heldout"].images[:5]
-    pooled = digits_foundation.pooled_features(model)(images)
-    torch.testing.assert_close(model.vit.head(pooled), model.logits(digits_foundation.to_unit(images)))
+    pooled = FoundationFeatures(model).pooled(images)
+    torch.testing.assert_close(model.vit.head(pooled), model.logits(to_float_batch(images)))
 
 
 def test_augmentation_moves_and_scales_a_little(splits):
-    images = digits_foundation.to_unit(splits["train"].images[:64])
+    images = to_float_batch(splits["train"].images[:64])
     draw = lambda seed: digits_foundation.augment(images, torch.Generator().manual_seed(seed))  # noqa: E731
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert draw(0).min() >= -1 and draw(0).max() <= 1

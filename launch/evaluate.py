@@ -1,0 +1,165 @@
+"""`python -m launch evaluate`: samples against a reference, or reconstructions against originals, in figures.
+
+    evaluate --samples samples.npz --reference imagenet256.npz
+    evaluate CONFIG --samples samples/                       # reference: the config's data.fid_reference_file
+    evaluate --tokenizer vavae.safetensors --originals imagenet/val --image-size 256
+    evaluate --reconstructions decoded/ --originals images/
+
+Samples, originals and reconstructions are folders of images or npz files with `arr_0`; a reference may also be an npz
+with the statistics `mu` and `sigma` (and `mu_s`, `sigma_s` for sFID). What made the samples is read from the JSON
+beside them: `samples.json` for `samples.npz`, `folder/samples.json` for `folder`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from launch.config import load, select_ops
+from launch.evaluation import (
+    Reconstructions,
+    evaluate_reconstructions,
+    evaluate_samples,
+    open_reference,
+    perceptual_distance,
+)
+from launch.features import Extractor, FoundationFeatures, InceptionFeatures
+from launch.image_source import open_images
+from vavae.weights import fingerprint, load_tokenizer
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print, and write JSON; returns the exit status."""
+    args = _parse(argv)
+    result = _reconstructions(args) if args.originals else _samples(args)
+    print(as_text(result))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {args.output}")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="LightningDiT file whose data.fid_reference_file is the reference")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for CONFIG")
+    data = parser.add_argument_group("images")
+    data.add_argument("--samples", type=Path, help="generated images")
+    data.add_argument("--reference", type=Path, help="real images, or their statistics")
+    data.add_argument("--originals", type=Path, help="images that were, or are to be, encoded and decoded")
+    data.add_argument("--reconstructions", type=Path, help="the decoded images, in the same order")
+    data.add_argument("--tokenizer", type=Path, help="exported tokenizer to decode --originals with")
+    data.add_argument("--image-size", type=int, help="crop the images of folders to squares of this size")
+    data.add_argument("--crop", default="center", choices=["center", "published_eval"], help="how (default: ADM's)")
+    data.add_argument(
+        "--posterior", default="sample", choices=["sample", "mode"], help="what of the encoding to decode"
+    )
+    data.add_argument("--seed", type=int, default=0, help="of the posterior's samples")
+    nets = parser.add_argument_group("networks")
+    nets.add_argument("--inception-weights", type=Path, help="torch-fidelity's file (default: download)")
+    nets.add_argument("--foundation", type=Path, help="compare by this foundation model instead of Inception")
+    nets.add_argument("--lpips-weights", type=Path, help="VGG-16 in torchvision's layout (default: download)")
+    nets.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    nets.add_argument("--batch-size", type=int, default=64)
+    out = parser.add_argument_group("result")
+    out.add_argument("--metadata", type=Path, help="JSON on what made the images (default: the one beside them)")
+    out.add_argument(
+        "--set", action="append", default=[], metavar="key=value", help="add to the metadata, or change it"
+    )
+    out.add_argument("--allow-few", action="store_true", help="accept no more samples than there are features")
+    out.add_argument("--output", type=Path, help="where to write the result as JSON")
+    args = parser.parse_args(argv)
+    _require_pair(args)
+    return args
+
+
+def _require_pair(args: argparse.Namespace) -> None:
+    """Exactly one question must have been asked."""
+    if (args.samples is None) == (args.originals is None):
+        raise ValueError("evaluate needs either --samples or --originals")
+    if args.originals and (args.reconstructions is None) == (args.tokenizer is None):
+        raise ValueError("--originals needs either --reconstructions or --tokenizer")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+
+
+def _samples(args: argparse.Namespace) -> dict:
+    reference = args.reference
+    if reference is None and args.config is not None:
+        run, _ = load(args.config, args.overrides, kind="lightningdit")
+        reference = run.data.fid_reference_file
+    if reference is None:
+        raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
+    samples = open_images(args.samples, args.image_size, args.crop)
+    known = open_reference(reference, args.image_size, args.crop)
+    metadata = _metadata(args, args.samples)
+    return evaluate_samples(
+        samples, known, _extractor(args), metadata=metadata, batch_size=args.batch_size, allow_few=args.allow_few
+    )
+
+
+def _reconstructions(args: argparse.Namespace) -> dict:
+    originals = open_images(args.originals, args.image_size, args.crop)
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer, select_ops("auto")).to(args.device)
+        decoded = Reconstructions(originals, tokenizer, posterior=args.posterior, seed=args.seed)
+        hashes = {"tokenizer": fingerprint(tokenizer)}
+        made = {"dtype": "float32", "posterior": args.posterior, "seed": args.seed, "hashes": hashes}
+    else:
+        decoded, made = open_images(args.reconstructions, args.image_size, args.crop), {}
+    skipped = {}
+    extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped)
+    lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped)
+    if lpips is None:
+        skipped["lpips"] += " (here: --lpips-weights)"
+    metadata = made | _metadata(args, args.reconstructions)
+    return evaluate_reconstructions(
+        originals, decoded, extractor=extractor, lpips=lpips, metadata=metadata, batch_size=args.batch_size,
+        allow_few=args.allow_few, skipped=skipped,
+    )  # fmt: skip
+
+
+def _unless_missing(build, figure: str, skipped: dict[str, str]):
+    """A network, or None with the reason where its weights cannot be had; the other figures do not need it."""
+    try:
+        return build()
+    except (ValueError, RuntimeError) as e:
+        skipped[figure] = str(e)
+        return None
+
+
+def _extractor(args: argparse.Namespace) -> Extractor:
+    if args.foundation is not None:
+        return FoundationFeatures.from_file(args.foundation, args.device)
+    return InceptionFeatures(args.inception_weights, args.device)
+
+
+def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
+    """The facts in the JSON that was named or lies beside the images, changed by --set."""
+    path = args.metadata
+    if path is None and images is not None:
+        path = images / "samples.json" if images.is_dir() else images.with_suffix(".json")
+        path = path if path.is_file() else None
+    facts = {} if path is None else json.loads(path.read_text())
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} holds {type(facts).__name__}, not a JSON object")
+    for setting in args.set:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting!r} is not of the form key=value")
+        facts[key] = yaml.safe_load(value)
+    return facts
+
+
+def as_text(result: dict) -> str:
+    """The figures first, then what they are figures of, a line each."""
+    figures = [f"{name:<16}{value:.4f}" for name, value in result["metrics"].items()]
+    skipped = [f"{name:<16}not measured: {reason}" for name, reason in result["skipped"].items()]
+    facts = [f"{k:<16}{v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes")]
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([*figures, *skipped, "", *facts, *notes])

@@ -1,0 +1,368 @@
+"""The evaluation program and what it is made of, on images small enough to measure by hand."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kernels
+from launch import evaluate, evaluation, features
+from launch.evaluation import Reconstructions, evaluate_reconstructions, evaluate_samples, measure, open_reference
+from launch.image_source import FolderImages, MemoryImages, NpzImages, open_images
+from launch.metrics import FeatureStatistics, frechet_distance, precision_recall, psnr, ssim
+from vavae.config import AutoencoderConfig, FoundationConfig
+from vavae.foundation import FoundationModel
+from vavae.images import center_crop, to_float_batch
+from vavae.model import AutoencoderKL
+from vavae.weights import write_export
+
+FACTS = {"solver": "euler", "nfe": 49, "dtype": "float32", "guidance": 2.0, "hashes": {"model": "ab"}}
+
+
+def images(seed, count=40, size=16, low=0, high=256):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+
+
+def means(batch):
+    """Twelve features: the colours of the quarters of an image."""
+    quarters = batch.double().unflatten(1, (2, -1)).unflatten(3, (2, -1)).mean((2, 4))
+    return {"features": quarters.flatten(1) / 10}
+
+
+def statistics(pixels):
+    found = FeatureStatistics().update(means(pixels)["features"].float())
+    return found.mean, found.covariance
+
+
+def save_folder(folder, pixels):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_the_three_sources_give_the_same_images(tmp_path):
+    pixels = images(0, 7)
+    np.savez(tmp_path / "plain.npz", pixels.numpy())
+    np.savez_compressed(tmp_path / "small.npz", arr_0=pixels.numpy(), mu=np.zeros(3))
+    sources = [
+        MemoryImages(pixels),
+        open_images(save_folder(tmp_path / "folder", pixels)),
+        open_images(tmp_path / "plain.npz"),
+        open_images(tmp_path / "small.npz"),
+    ]
+    for source in sources:
+        assert len(source) == 7
+        for _ in range(2):  # as often as needed
+            batches = list(source.batches(3))
+            assert [len(b) for b in batches] == [3, 3, 1]
+            assert torch.equal(torch.cat(batches), pixels)
+
+
+def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
+    pixels = images(1, 4, size=20)
+    save_folder(tmp_path / "b", pixels[2:])
+    save_folder(tmp_path / "a" / "deep", pixels[:2])
+    (tmp_path / "a" / "notes.json").write_text("{}")
+    assert torch.equal(next(FolderImages(tmp_path).batches(9)), pixels)
+    cropped = next(FolderImages(tmp_path, 16).batches(9))
+    want = np.array(center_crop(Image.fromarray(pixels[3].numpy()), 16))
+    assert np.array_equal(cropped[3].numpy(), want)
+    assert next(FolderImages(tmp_path, 16, "published_eval").batches(9)).shape == (4, 16, 16, 3)
+
+
+def test_sources_refuse(tmp_path):
+    pixels = images(2, 3)
+    save_folder(tmp_path / "mixed", pixels)
+    Image.fromarray(images(2, 1, size=18)[0].numpy()).save(tmp_path / "mixed" / "zzz.png")
+    with pytest.raises(ValueError, match=r"zzz.png is 18×18, earlier ones are 16×16"):
+        list(open_images(tmp_path / "mixed").batches(2))
+    (tmp_path / "mixed" / "zzz.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read image .*zzz.png"):
+        list(open_images(tmp_path / "mixed").batches(9))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images below"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="does not exist"):
+        open_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="crop 'middle' is not known"):
+        FolderImages(tmp_path / "mixed", 16, "middle")
+    np.savez(tmp_path / "floats.npz", pixels.float().numpy())
+    with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\].* it is float32"):
+        NpzImages(tmp_path / "floats.npz")
+    np.savez(tmp_path / "other.npz", images=pixels.numpy())
+    with pytest.raises(ValueError, match="no array 'arr_0', only images"):
+        open_images(tmp_path / "other.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match="is not an npz"):
+        open_images(tmp_path / "text.npz")
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"neither a folder of images nor an \.npz"):
+        open_images(tmp_path / "text.txt")
+    with pytest.raises(ValueError, match="images must be uint8"):
+        MemoryImages(pixels.float())
+
+
+def test_samples_against_images():
+    real, fake = images(4), images(5, 30, high=200)
+    got = evaluate_samples(MemoryImages(fake), evaluation.Reference("real", MemoryImages(real)), means, metadata=FACTS,
+                           batch_size=7)  # fmt: skip
+    assert got["metrics"]["fid"] == pytest.approx(frechet_distance(*statistics(fake), *statistics(real)), rel=1e-6)
+    precision, recall = precision_recall(means(real)["features"].float(), means(fake)["features"].float())
+    assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall)
+    assert got["samples"] == 30 and got["samples_sha256"] == hashlib.sha256(fake.numpy().tobytes()).hexdigest()
+    assert {key: got[key] for key in FACTS} == FACTS and got["notes"] == []
+    assert set(got["skipped"]) == {"sfid", "inception_score"}
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_samples_against_statistics(tmp_path):
+    real, fake = images(6), images(7, 30)
+    mean, covariance = (s.numpy() for s in statistics(real))
+    np.savez(tmp_path / "stats.npz", mu=mean, sigma=covariance)
+    reference = open_reference(tmp_path / "stats.npz")
+    got = evaluate_samples(MemoryImages(fake), reference, means, metadata={"solver": "heun", "seed": 3})
+    assert got["metrics"] == {"fid": pytest.approx(frechet_distance(*statistics(fake), *statistics(real)), rel=1e-6)}
+    assert "statistics alone" in got["skipped"]["precision, recall"]
+    assert got["nfe"] == "not stated" and got["seed"] == 3 and got["solver"] == "heun"
+    assert got["notes"] == ["not stated by whoever made the images: nfe, dtype, guidance, hashes"]
+    assert got["reference"]["sha256"] == hashlib.sha256((tmp_path / "stats.npz").read_bytes()).hexdigest()
+
+    # Statistics win over the images beside them, which still serve precision and recall.
+    np.savez(tmp_path / "both.npz", arr_0=images(8).numpy(), mu=mean, sigma=covariance)
+    both = evaluate_samples(MemoryImages(fake), open_reference(tmp_path / "both.npz"), means, metadata=FACTS)
+    assert both["metrics"]["fid"] == got["metrics"]["fid"] and "precision" in both["metrics"]
+
+
+def test_references_refuse(tmp_path):
+    for name, arrays, message in (
+        ("half", {"mu": np.zeros(12)}, "only one of 'mu' and 'sigma'"),
+        ("spatial", {"mu_s": np.zeros(12), "sigma_s": np.eye(12)}, "holds no 'mu' and 'sigma'"),
+        ("other", {"x": np.zeros(12)}, "holds no images"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            open_reference(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="mu2 has shape"):
+        evaluate_samples(MemoryImages(images(0)), open_reference(tmp_path / "wide.npz"), means, metadata=FACTS)
+
+
+def test_too_few_samples_are_refused_unless_allowed():
+    few, real = MemoryImages(images(9, 12)), evaluation.Reference("real", MemoryImages(images(10)))
+    with pytest.raises(ValueError, match=r"12 samples for 12 features.*--allow-few"):
+        evaluate_samples(few, real, means, metadata=FACTS)
+    assert "covariance is singular" in evaluate_samples(few, real, means, metadata=FACTS, allow_few=True)["notes"][0]
+    with pytest.raises(ValueError, match="12 reference images for 12 features"):
+        evaluate_samples(real.images, evaluation.Reference("few", few), means, metadata=FACTS)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate_samples(real.images, real, lambda x: {"features": means(x)["features"] / 0}, metadata=FACTS)
+
+
+def test_reconstructions():
+    original = images(11, 30)
+    decoded = (original.int() + images(12, 30, high=9).int()).clamp(0, 255).to(torch.uint8)
+    got = evaluate_reconstructions(
+        MemoryImages(original), MemoryImages(decoded), extractor=means, metadata=FACTS, batch_size=8,
+        lpips=lambda a, b: (a.double() - b.double()).abs().mean((1, 2, 3)),
+    )  # fmt: skip
+    want = {
+        "rfid": frechet_distance(*statistics(decoded), *statistics(original)),
+        "psnr": psnr(original, decoded).mean().item(),
+        "ssim": ssim(original, decoded).mean().item(),
+        "lpips": (original.double() - decoded.double()).abs().mean().item(),
+    }
+    assert got["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in want.items()}
+    assert got["images"] == 30 and got["skipped"] == {}
+    without = evaluate_reconstructions(
+        MemoryImages(original),
+        MemoryImages(decoded),
+        extractor=None,
+        lpips=None,
+        metadata=FACTS,
+        skipped={"rfid": "no net"},
+    )
+    assert set(without["metrics"]) == {"psnr", "ssim"} and without["metrics"]["psnr"] == got["metrics"]["psnr"]
+    assert without["skipped"]["rfid"] == "no net" and "lpips" in without["skipped"]
+    with pytest.raises(ValueError, match="30 originals do not pair with 29"):
+        evaluate_reconstructions(
+            MemoryImages(original), MemoryImages(decoded[1:]), extractor=None, lpips=None, metadata=FACTS
+        )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16
+    )
+    return AutoencoderKL(config, kernels.select("reference")).eval()
+
+
+def test_decoded_images_depend_on_the_seed_and_their_place_only(tokenizer):
+    originals = MemoryImages(images(13, 5))
+    by_three = torch.cat(list(Reconstructions(originals, tokenizer, seed=1).batches(3)))
+    by_two = torch.cat(list(Reconstructions(originals, tokenizer, seed=1).batches(2)))
+    assert by_three.dtype == torch.uint8 and by_three.shape == (5, 16, 16, 3)
+    assert (by_three.int() - by_two.int()).abs().max() <= 1
+    other = torch.cat(list(Reconstructions(originals, tokenizer, seed=2).batches(5)))
+    mode = torch.cat(list(Reconstructions(originals, tokenizer, posterior="mode").batches(5)))
+    assert (by_three.int() - other.int()).abs().max() > 3 and (by_three.int() - mode.int()).abs().max() > 3
+    with torch.no_grad():
+        x = to_float_batch(originals.images)
+        want = (127.5 * tokenizer.decode(tokenizer.encode(x).mode()) + 128).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (mode.float() - want.floor()).abs().max() <= 1
+    with pytest.raises(ValueError, match="posterior 'mean' is not known"):
+        Reconstructions(originals, tokenizer, posterior="mean")
+
+
+@pytest.fixture(scope="module")
+def foundation(tmp_path_factory):
+    """A small vision transformer's weights with the JSON that says how to build it."""
+    torch.manual_seed(1)
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    config = FoundationConfig(model_name="vit_tiny_patch16_224", model_args=arguments, normalization="published")
+    path = tmp_path_factory.mktemp("foundation") / "net.safetensors"
+    FoundationModel.classifier(config, 4, 10).save(path)
+    path.with_suffix(".json").write_text(json.dumps({"config": config.model_dump(mode="json"), "grid": 4}))
+    return path
+
+
+def test_program_on_samples(tmp_path, foundation, capsys):
+    np.savez(tmp_path / "samples.npz", images(14, 30).numpy())
+    (tmp_path / "samples.json").write_text(json.dumps(FACTS | {"seed": 5}))
+    save_folder(tmp_path / "real", images(15, 40, size=20))
+    run = ["--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real"), "--image-size", "16",
+           "--foundation", str(foundation), "--set", "nfe=98",
+           "--output", str(tmp_path / "out" / "report.json")]  # fmt: skip
+    assert evaluate.main(run) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["nfe"] == 98 and report["solver"] == "euler" and report["seed"] == 5 and report["samples"] == 30
+    assert report["features"] == "foundation model net.safetensors"
+    extractor = features.FoundationFeatures.from_file(foundation)
+    real, fake = (measure(open_images(p, 16), extractor) for p in (tmp_path / "real", tmp_path / "samples.npz"))
+    fid = frechet_distance(fake.features.mean, fake.features.covariance, real.features.mean, real.features.covariance)
+    assert report["metrics"]["fid"] == pytest.approx(fid, rel=1e-9)
+    out = capsys.readouterr().out
+    assert f"{fid:.4f}" in out and "guidance        2.0" in out and "sfid            not measured" in out
+
+
+def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
+    write_export(tmp_path / "vae.safetensors", tokenizer.state_dict(), tokenizer.config, step=1)
+    folder = save_folder(tmp_path / "originals", images(16, 20))
+
+    def no_download(weights, device):
+        raise RuntimeError("could not download VGG-16")
+
+    monkeypatch.setattr(evaluate, "perceptual_distance", no_download)
+    run = ["--tokenizer", str(tmp_path / "vae.safetensors"), "--originals", str(folder), "--device", "cpu",
+           "--foundation", str(foundation), "--posterior", "mode", "--output", str(tmp_path / "r.json")]  # fmt: skip
+    assert evaluate.main(run) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert set(report["metrics"]) == {"rfid", "psnr", "ssim"} and len(report["hashes"]["tokenizer"]) == 64
+    assert "could not download VGG-16 (here: --lpips-weights)" in report["skipped"]["lpips"]
+    decoded = torch.cat(list(Reconstructions(open_images(folder), tokenizer, posterior="mode").batches(64)))
+    np.savez(tmp_path / "decoded.npz", decoded.numpy())
+    run = ["--reconstructions", str(tmp_path / "decoded.npz"), "--originals", str(folder), "--device", "cpu",
+           "--foundation", str(foundation), "--output", str(tmp_path / "s.json")]  # fmt: skip
+    assert evaluate.main(run) == 0
+    again = json.loads((tmp_path / "s.json").read_text())
+    assert again["metrics"] == report["metrics"] and again["dtype"] == "not stated"
+
+
+def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypatch):
+    np.savez(tmp_path / "samples.npz", images(17, 30).numpy())
+    np.savez(tmp_path / "real.npz", images(18, 30).numpy())
+    config = {"preset": "default", "data": {"data_path": "x", "fid_reference_file": str(tmp_path / "real.npz"),
+              "image_size": 16}, "model": {"model_type": "LightningDiT-B/1"}}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    given = [str(tmp_path / "run.yaml"), "--samples", str(tmp_path / "samples.npz"), "--foundation", str(foundation)]
+    assert evaluate.main([*given, "--output", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["reference"]["path"] == str(tmp_path / "real.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --samples or --originals"),
+        (["--samples", "a", "--originals", "b"], "either --samples or --originals"),
+        (["--originals", "b"], "either --reconstructions or --tokenizer"),
+        (["--samples", "a"], "no reference"),
+        (["--samples", "a", "--reference", "b", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (
+            ["--samples", "{here}", "--reference", "{here}", "--set", "x", "--foundation", "n"],
+            "not of the form key=value",
+        ),
+        (
+            ["--samples", "{here}", "--reference", "{here}", "--foundation", "none.safetensors"],
+            "needs none.json beside it",
+        ),
+        (
+            ["--samples", "{here}", "--reference", "{here}", "--inception-weights", "no.pth"],
+            "cannot be read as weights",
+        ),
+    ],
+)
+def test_program_refuses(arguments, message, tmp_path):
+    save_folder(tmp_path, images(0, 2))
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([a.format(here=tmp_path) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A file of torch-fidelity's layout, randomly filled: the real one is a download."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
+
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Net, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        net = Net("inception-v3-compat", ["2048"], str(path))
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_inception_features(inception_weights):
+    pixels = images(19, 2, size=32)
+    extractor = features.InceptionFeatures(inception_weights)
+    got = extractor(pixels)
+    assert {name: tuple(value.shape) for name, value in got.items()} == {
+        "features": (2, 2048), "logits": (2, 1008), "spatial": (2, 17 * 17 * 7)}  # fmt: skip
+    net = extractor._net
+    torch.testing.assert_close(got["logits"], got["features"] @ net.fc.weight.T)
+    inside = []  # the same place, found without the hook: the first branch heads the block's concatenated output
+    net.Mixed_6d.register_forward_hook(lambda module, inputs, output: inside.append(output))
+    again = extractor(pixels)
+    want = inside[0][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
+    assert torch.equal(again["spatial"], want) and torch.equal(got["spatial"], want)
+
+    few = MemoryImages(images(20, 4, size=32))
+    result = evaluate_samples(
+        few, evaluation.Reference("r", few), extractor, metadata=FACTS, allow_few=True, batch_size=4
+    )
+    assert set(result["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    assert abs(result["metrics"]["fid"]) < 1e-3 and result["metrics"]["precision"] == 1.0
+    assert result["features"] == "inception-v3 (torch-fidelity)"
+
+
+def test_inception_weights_of_another_network_are_refused(tmp_path, inception_weights, monkeypatch):
+    state = torch.load(inception_weights, weights_only=True)
+    state.pop("fc.bias")
+    torch.save(state, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match=r"(?s)short.pth is not torch-fidelity's Inception.*fc.bias"):
+        features.InceptionFeatures(tmp_path / "short.pth")
+
+    def offline(url, progress):
+        from urllib.error import URLError
+
+        raise URLError("no network here")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match=r"no network here.*--inception-weights.*--foundation"):
+        features.InceptionFeatures(None)
