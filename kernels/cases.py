@@ -29,13 +29,14 @@ class Cost:
 class Draw:
     """Random tensors of one case, the same numbers for every dtype.
 
-    They are drawn on a CPU, so that devices see the same numbers too, unless `on_device` asks for speed instead.
+    They are drawn on a CPU, so that devices see the same numbers too, unless `on_device` asks for speed instead. On the
+    device "meta" the tensors have shapes and no numbers: for costs and for ahead-of-time compilation.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str, on_device: bool = False):
         self.dtype, self.device = dtype, device
-        self._source = torch.device(device if on_device else "cpu")
-        self._generator = torch.Generator(self._source).manual_seed(seed)
+        self._source = torch.device(device if on_device or str(device) == "meta" else "cpu")
+        self._generator = None if self._source.type == "meta" else torch.Generator(self._source).manual_seed(seed)
 
     def normal(self, *shape: int, mean: float = 0, std: float = 1, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normal numbers in the case's dtype, or in `dtype`."""
