@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+import kernels
 import lightningdit.config as dit
 import vavae.config as vae
 from lightningdit.config import Float, Positive, Section
@@ -96,6 +97,17 @@ class DeepSpeedConfig(Section):
     file: str | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
 
+    def merged_overrides(self) -> dict[str, Any]:
+        """What goes on top of the configuration this project makes.
+
+        Raises ConfigError where the file cannot be read or names another ZeRO stage.
+        """
+        content = {} if self.file is None else _read(self.file)
+        stage = content.get("zero_optimization", {}).get("stage", self.zero_stage)
+        if stage != self.zero_stage:
+            raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but {self.file} says stage {stage}")
+        return merge(content, self.overrides)
+
 
 class TokenizerSection(Section):
     """The `vae` section of a LightningDiT file: which tokenizer the latents are from, and where its weights are."""
@@ -106,6 +118,14 @@ class TokenizerSection(Section):
 
 
 Kernels = str | dict[str, str]
+
+
+def select_ops(choice: Kernels) -> kernels.Ops:
+    """The ops of a `kernels` key: a backend's name, or names by op with `default` for the rest."""
+    if isinstance(choice, str):
+        return kernels.select(choice)
+    named = dict(choice)
+    return kernels.select(named.pop("default", "auto"), **named)
 
 
 class LightningDiTRun(Section):
@@ -187,7 +207,6 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
         ConfigError: the file is absent or no YAML mapping, a key is unknown (the nearest is named), a value has the
             wrong type or is not allowed, or values contradict each other.
     """
-    path = Path(path)
     document, notes = _read(path), []
     try:
         if kind == "vavae" and _is_published_tokenizer(document):
@@ -201,9 +220,9 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
         raise ConfigError(f"{path}: {e}") from None
 
 
-def _read(path: Path) -> dict:
+def _read(path: str | Path) -> dict:
     try:
-        document = yaml.safe_load(path.read_text())
+        document = yaml.safe_load(Path(path).read_text())  # JSON is YAML
     except OSError as e:
         raise ConfigError(f"cannot read config {path}: {e.strerror}") from None
     except yaml.YAMLError as e:
@@ -211,6 +230,13 @@ def _read(path: Path) -> dict:
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds {type(document).__name__}, not a mapping of sections")
     return document
+
+
+def merge(base: Mapping, top: Mapping) -> dict:
+    """`base` with the values of `top` in it; mappings in both are merged key by key."""
+    both = {k: merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v
+            for k, v in top.items()}  # fmt: skip
+    return {**base, **both}
 
 
 def _is_published_tokenizer(document: Mapping) -> bool:

@@ -15,13 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launch.config import merge
 from launch.optimizer import STATE_KEYS, AdamWEma
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators and warns
 
 import deepspeed
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
+
+ZERO_SUPPORTED_OPTIMIZERS.append(AdamWEma)  # it works element by element, on any partition
 
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -49,6 +53,13 @@ class Processes:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(votes)
 
+    def share(self, value):
+        """The main process's value (any picklable), on every process."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.any(False)
@@ -71,6 +82,8 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        # A C++ extension for inference only, which DeepSpeed would compile (a minute) before the first training step.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
     world_size = dist.get_world_size()
     host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda and world_size > 1 else None
@@ -88,7 +101,7 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
     """DeepSpeed's own configuration of one engine.
 
     Norm, clipping and overflow checks are the optimizer's (they read nothing on the host), so DeepSpeed's are off.
-    `overrides` are merged last, section by section.
+    `overrides` are merged last.
     """
     config = {
         "train_batch_size": micro_batch_size * accumulation * world_size,
@@ -96,7 +109,6 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0,
         "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
@@ -106,10 +118,7 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
     if stage == 3:
         # One group, so that the optimizer sees every gradient of this process at once.
         config["zero_optimization"]["sub_group_size"] = int(1e15)
-    for key, value in overrides.items():
-        merged = isinstance(value, dict) and isinstance(config.get(key), dict)
-        config[key] = {**config[key], **value} if merged else value
-    return config
+    return merge(config, overrides)
 
 
 class Engine:

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightningdit.seeds import generator
+
 
 class Batches(Protocol):
     """What a task gives to load from: `batch` depends on its arguments (and the task's seed) alone."""
@@ -44,8 +46,7 @@ class SampleOrder:
         if epoch not in self._permutations:
             # A batch can straddle two epochs, hardly more: older permutations are not needed again.
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            generator = torch.Generator().manual_seed((self.seed << 32 ^ epoch) & (2**63 - 1))
-            self._permutations[epoch] = torch.randperm(self.num_samples, generator=generator)
+            self._permutations[epoch] = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
         return self._permutations[epoch]
 
 

@@ -1,6 +1,5 @@
 """The one loop, for every task: steps, accumulation, logging, validation, checkpoints, signals. It knows no model."""
 
-import json
 import platform
 import signal
 from collections.abc import Callable, Mapping
@@ -259,12 +258,10 @@ class Trainer:
 
     def _load_weights(self, start: checkpoint.Checkpoint) -> None:
         state = start.state
-        if state["kind"] != self.plan.kind:
-            raise checkpoint.CheckpointError(f"{start.path} is of kind {state['kind']!r}, this run is {self.plan.kind!r}")
-        for key, ours in self._identity().items():
+        for key, ours in {"kind": self.plan.kind, **self._identity()}.items():
             if state[key] != ours:
-                raise checkpoint.CheckpointError(f"{start.path} was trained with {key} {state[key]}, this run has {ours}: "
-                                                 "its steps would not mean the same images")
+                raise checkpoint.CheckpointError(f"{start.path} was trained with {key} {state[key]!r}, this run has "
+                                                 f"{ours!r}: its steps would not mean the same images")
         self.step = state["step"]
         self.task.load_state_dict(state["task"])
         for name, network in self.task.networks.items():
@@ -279,16 +276,17 @@ class Trainer:
 
     def _make_engine(self, network: nn.Module) -> Engine:
         o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
-        file = json.loads(Path(ds.file).read_text()) if ds.file else {}
         config = deepspeed_config(
             stage=ds.zero_stage, bf16=train.precision == "bfloat16", micro_batch_size=self.split.micro_batch_size,
             accumulation=self.split.accumulation, world_size=self.processes.world_size,
-            overrides=file | ds.overrides,
+            overrides=ds.merged_overrides(),
         )
 
         def make_optimizer(params, partitioned: bool) -> AdamWEma:
-            return AdamWEma(params, self._ops, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
-                            ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned)
+            return AdamWEma(
+                params, self._ops, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
+                ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned,
+            )
 
         return Engine(network, make_optimizer, config)
 

@@ -48,7 +48,7 @@ def test_a_library_is_imported_in_its_one_place(library):
 
 
 def test_imported_packages_are_declared():
-    """Whatever the four packages import comes with Python, from this repository, or from the list of pinned versions."""
+    """Whatever the packages import comes with Python, is of this repository, or is on the list of pinned versions."""
     import sys
     import tomllib
 

@@ -84,7 +84,7 @@ def test_a_truncated_and_a_missing_file_are_named(tmp_path):
     file.unlink()
     with pytest.raises(CheckpointError, match="missing though the manifest lists it"):
         Checkpoint(path).tensors("model", "exp_avg")
-    with pytest.raises(CheckpointError, match="has no other.model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no other\.model\.safetensors"):
         Checkpoint(path).tensors("other")
 
 

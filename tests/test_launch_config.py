@@ -1,0 +1,148 @@
+"""Run files: published ones load unchanged, and a wrong thing is said with its nearest right one."""
+
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.config import ConfigError, OptimizerConfig, load, merge
+from tests.published import LIGHTNINGDIT_YAML, TOKENIZER_YAML
+
+CONFIGS = Path(__file__).parent.parent / "launch" / "configs"
+
+
+@pytest.fixture
+def published(tmp_path):
+    path = tmp_path / "lightningdit_xl_vavae_f16d32.yaml"
+    path.write_text(LIGHTNINGDIT_YAML)
+    return path
+
+
+@pytest.fixture
+def published_tokenizer(tmp_path):
+    path = tmp_path / "vavae_f16d32_vfdinov2.yaml"
+    path.write_text(TOKENIZER_YAML)
+    return path
+
+
+def test_a_published_file_means_the_paper_preset(published):
+    run, notes = load(published, kind="lightningdit")
+    assert run.preset == "paper" and notes == []
+    assert run.sampling().cfg_channels == 3 and run.sampling().cfg_scale == 10.0
+    assert (run.sample.atol, run.sample.rtol) == (1e-6, 1e-3)  # YAML 1.1 reads 1e-6 as text
+    assert (run.optimizer.beta2, run.optimizer.max_grad_norm, run.optimizer.ema_decay) == (0.95, 0.0, 0.9999)
+    assert (run.network().depth, run.network().input_size, run.network().null_label) == (28, 16, 1000)
+
+
+def test_the_default_preset_guides_all_channels(published):
+    run, _ = load(published, ["preset=default"], kind="lightningdit")
+    assert run.sampling().cfg_channels is None
+
+
+def test_a_published_tokenizer_file_is_translated(published_tokenizer):
+    run, notes = load(published_tokenizer, ["train.max_epochs=3"], kind="vavae")
+    assert run.train.global_batch_size == 8 * 8 * 4 and run.train.max_epochs == 3
+    assert run.loss.disc_start == 2501 and run.model.z_channels == 32
+    assert (run.optimizer.lr, run.optimizer.beta1, run.optimizer.beta2) == (1e-4, 0.5, 0.9)
+    assert any("5001" in note and "2501" in note for note in notes)
+
+
+def test_dry_run_of_the_published_file(published, capsys):
+    assert main(["train", "lightningdit", str(published), "--dry-run", "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "80,000 steps = 63.9 epochs of 1,281,167 images (assumed, `data.num_images`)" in text
+    assert "675,256,736 parameters, 674,961,824 of them trained" in text
+    assert "global batch 1,024 = 8 processes × micro-batch 128 × 1 accumulated" in text
+    assert "728.84 TFLOP per step" in text  # 711.76 GFLOP × 1024
+    assert "latents on disk: 84.0 GB" in text  # 1,281,167 × 2 × 32 × 16 × 16 × 4 bytes
+    assert "ZeRO 1" in text and "← this run" in text
+
+
+def test_dry_run_of_the_published_tokenizer(published_tokenizer, capsys):
+    assert main(["train", "vavae", str(published_tokenizer), "--dry-run", "--gpus", "32"]) == 0
+    text = capsys.readouterr().out
+    assert "69,868,835 parameters" in text  # 69,836,067 and the 32 → 1024 projection
+    assert "discriminator: 2,765,633 parameters" in text
+    assert "250,228 steps = 50.0 epochs of 1,281,167 images (assumed" in text
+    assert "disc_start" in text
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+def test_every_shipped_config_loads_and_sets_a_preset(name):
+    text = (CONFIGS / name).read_text()
+    run, _ = load(CONFIGS / name, kind="vavae" if "vavae" in name else "lightningdit")
+    assert "\npreset: " in text and run.train.exp_name is not None
+
+
+def refusal(path, *overrides, kind="lightningdit") -> str:
+    with pytest.raises(ConfigError) as e:
+        load(path, list(overrides), kind=kind)
+    assert str(path) in str(e.value) or "override" in str(e.value)
+    return str(e.value)
+
+
+def test_an_unknown_key_names_the_nearest(published, published_tokenizer):
+    assert "train" in (text := refusal(published, "train.max_stesp=3")) and "'max_steps'" in text
+    assert "'transport'" in refusal(published, "tranport={}")
+    assert "'cos_margin'" in refusal(published_tokenizer, "loss.cosmargin=1", kind="vavae")
+    assert "LightningDiT-XL/1" in refusal(published, "model.model_type=LightningDiT-XXL/1")
+    published_tokenizer.write_text(TOKENIZER_YAML.replace("weight_init", "init_weight"))
+    assert "weight_init" in refusal(published_tokenizer, kind="vavae")
+
+
+def test_a_wrong_type_names_key_and_value(published):
+    assert "train.max_steps" in (text := refusal(published, "train.max_steps=many")) and "'many'" in text
+    assert "model.use_rope" in refusal(published, "model.use_rope=1")
+    assert "optimizer.lr" in refusal(published, "optimizer.lr=-1")
+    assert "train.precision" in refusal(published, "train.precision=int8")
+
+
+def test_contradictions_are_refused(published):
+    assert "keep one" in refusal(published, "train.max_epochs=2")
+    assert "downsample_ratio 16" in refusal(published, "data.image_size=250")
+
+
+def test_a_malformed_override_or_file_is_refused(published, tmp_path):
+    assert "key=value" in refusal(published, "train.max_steps")
+    assert "not a section" in refusal(published, "ckpt_path.x=1")
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "not a mapping" in refusal(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert "not YAML" in refusal(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load(tmp_path / "absent.yaml", kind="lightningdit")
+
+
+def test_the_command_line_says_a_mistake_in_a_line(published, capsys):
+    assert main(["train", "lightningdit", str(published), "train.max_stesp=3"]) == 2
+    assert "error:" in (text := capsys.readouterr().err) and "Traceback" not in text
+    assert main(["trian"]) == 2 and "train" in capsys.readouterr().err
+
+
+def test_overrides_reach_deep_values_and_null_sections(published):
+    published.write_text(LIGHTNINGDIT_YAML + "deepspeed: null\n")
+    run, _ = load(published, ["deepspeed.zero_stage=3", "kernels={default: reference, swiglu: auto}"],
+                  kind="lightningdit")
+    assert run.deepspeed.zero_stage == 3 and run.kernels == {"default": "reference", "swiglu": "auto"}
+
+
+def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}}')
+    run, _ = load(published, [f"deepspeed.file={path}"], kind="lightningdit")
+    with pytest.raises(ConfigError, match=r"zero_stage is 1, but .*ds\.json says stage 2"):
+        run.deepspeed.merged_overrides()
+    run, _ = load(published, [f"deepspeed.file={path}", "deepspeed.zero_stage=2",
+                              "deepspeed.overrides={zero_optimization: {overlap_comm: false}}"], kind="lightningdit")
+    assert run.deepspeed.merged_overrides() == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+
+
+def test_merge_goes_down():
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": 6}) == {"a": {"b": 5, "c": 2}, "d": 3, "e": 6}
+
+
+def test_learning_rate_schedule():
+    constant = OptimizerConfig(lr=1.0)
+    assert [constant.lr_at(s, 10) for s in (1, 5, 10)] == [1.0, 1.0, 1.0]
+    warm = OptimizerConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.1)
+    assert [warm.lr_at(s, 24) for s in (1, 4, 14, 24)] == pytest.approx([0.25, 1.0, 0.55, 0.1])

@@ -1,0 +1,243 @@
+"""Training as a user runs it: exact resume after a kill, any ZeRO stage, any number of processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import checkpoint
+from tests import toy
+from tests.children import Moment, launch
+
+TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
+MID_STEP = Moment("launch.engine:Engine", "step", 5)  # after the backward of step 5, before its update
+MID_SAVE = Moment("launch.checkpoint", "save_file", 3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    toy.write_latents(directory / "latents")
+    toy.write_images(directory / "images")
+    return directory
+
+
+@pytest.fixture
+def run_file(tmp_path, data):
+    def write(kind: str = "lightningdit", **sections) -> Path:
+        content, folder = (toy.LIGHTNINGDIT, "latents") if kind == "lightningdit" else (toy.VAVAE, "images")
+        sections["data"] = {"data_path": str(data / folder), **sections.get("data", {})}
+        sections["train"] = {"output_dir": str(tmp_path), **sections.get("train", {})}
+        return toy.write_run(tmp_path / f"{kind}.yaml", content, **sections)
+
+    return write
+
+
+def rows(directory: Path) -> list[dict]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Rows and every tensor of the last checkpoint, bit for bit."""
+    assert rows(a) == rows(b)
+    first, second = (checkpoint.newest(d / "checkpoints") for d in (a, b))
+    assert first.step == second.step
+    files = [name for name in first.manifest["files"] if name.endswith(".safetensors")]
+    assert files == [name for name in second.manifest["files"] if name.endswith(".safetensors")]
+    for name in files:
+        network, key, _ = name.split(".")
+        x, y = first.tensors(network, key), second.tensors(network, key)
+        assert x.keys() == y.keys()
+        assert all(torch.equal(x[n], y[n]) for n in x), name
+
+
+@pytest.mark.parametrize(("kind", "world_size"), [("lightningdit", 1), ("lightningdit", 2), ("vavae", 1)])
+def test_killed_and_started_again_is_as_if_never_killed(tmp_path, run_file, kind, world_size):
+    path = str(run_file(kind))
+    command = ("train", kind, path, "train.exp_name=killed")
+    assert launch("train", kind, path, "train.exp_name=whole", world_size=world_size) == [0] * world_size
+    per_step = 1 if kind == "lightningdit" else 2  # engines; the GAN starts at the third iteration
+    mid_step = Moment(MID_STEP.module, MID_STEP.name, 5 if per_step == 1 else 6)
+    assert -signal.SIGKILL in launch(*command, world_size=world_size, at=mid_step)
+    assert checkpoint.newest(tmp_path / "killed/checkpoints").step in (2, 3)
+    assert -signal.SIGKILL in launch(*command, world_size=world_size, at=MID_SAVE)
+    assert launch(*command, world_size=world_size) == [0] * world_size
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_sigterm_ends_after_a_checkpoint(tmp_path, run_file):
+    path = str(run_file())
+    assert launch("train", "lightningdit", path, "train.exp_name=whole") == [0]
+    moment = Moment("launch.engine:Engine", "step", 2, signal.SIGTERM)
+    assert launch("train", "lightningdit", path, "train.exp_name=stopped", at=moment) == [0]
+    assert checkpoint.newest(tmp_path / "stopped/checkpoints").step == 2
+    assert launch("train", "lightningdit", path, "train.exp_name=stopped") == [0]
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_number_of_processes_and_micro_batches_does_not_change_the_run(tmp_path, run_file):
+    path = str(run_file())
+    runs = {"one": (1, 8), "two": (2, 4), "cut": (2, 2)}
+    for name, (world_size, micro) in runs.items():
+        command = ("train", "lightningdit", path, f"train.exp_name={name}", f"train.micro_batch_size={micro}")
+        assert launch(*command, world_size=world_size) == [0] * world_size
+    for name in ("two", "cut"):
+        for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / name), strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
+            assert other["mse"] == pytest.approx(one["mse"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("stage", "precision", "world_size"), [
+    (0, "float32", 1), (2, "float32", 2), (3, "float32", 2), (0, "bfloat16", 1), (1, "bfloat16", 2), (3, "bfloat16", 1),
+])  # fmt: skip
+def test_every_stage_trains_resumes_and_agrees(tmp_path, run_file, stage, precision, world_size):
+    """Against ZeRO 1 in float32 on one process; resumed under another stage, which a whole checkpoint allows."""
+    path = str(run_file())
+    command = ("train", "lightningdit", path, f"train.precision={precision}")
+    assert launch("train", "lightningdit", path, "train.exp_name=base", "train.max_steps=4") == [0]
+    own = (*command, "train.exp_name=own", f"deepspeed.zero_stage={stage}")
+    assert launch(*own, "train.max_steps=2", world_size=world_size) == [0] * world_size
+    assert launch(*own, "train.max_steps=4", world_size=world_size) == [0] * world_size
+    tolerance = 1e-4 if precision == "float32" else 0.05
+    for one, other in zip(rows(tmp_path / "base"), rows(tmp_path / "own"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=tolerance)
+    base, own = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("base", "own"))
+    limit = 1e-4 if precision == "float32" else 0.05  # one step moves a weight by at most 0.01
+    for key in ("model", "ema"):
+        a, b = base.tensors("model", key), own.tensors("model", key)
+        assert a.keys() == b.keys() and all(t.dtype == torch.float32 for t in b.values())
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < limit
+
+
+def test_the_average_follows_the_weights(tmp_path, run_file):
+    """The EMA in the checkpoints is what the weights of every step give: e ← 0.9·e + 0.1·w."""
+    assert launch("train", "lightningdit", str(run_file(train={"ckpt_every": 1}))) == [0]
+    checkpoints = [checkpoint.Checkpoint(tmp_path / f"run/checkpoints/step_{s:07d}") for s in range(1, 7)]
+    ema = checkpoints[0].tensors("model", "ema")
+    for at in checkpoints[1:]:
+        weights, saved = at.tensors("model"), at.tensors("model", "ema")
+        for name in ema:
+            ema[name] = 0.9 * ema[name] + 0.1 * weights[name]
+            torch.testing.assert_close(saved[name], ema[name], rtol=0, atol=1e-6)
+    assert checkpoints[-1].tensors("model").keys() - ema.keys() == {
+        "pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"
+    }  # fmt: skip
+
+
+def test_a_checkpoint_says_what_made_it(tmp_path, run_file):
+    assert launch("train", "lightningdit", str(run_file())) == [0]
+    state = checkpoint.newest(tmp_path / "run/checkpoints").state
+    assert state["step"] == 6 and state["images"] == 48 and state["config"]["optimizer"]["lr"] == 0.01
+    assert state["ops"]["swiglu"]["backend"] == "reference"
+    assert len(state["task"]["latents"]["mean"]) == 4
+    assert state["versions"]["torch"] == torch.__version__
+
+
+def test_the_deepspeed_launcher_runs_it(tmp_path, run_file):
+    """The command of the README, two processes on the CPU."""
+    path = str(run_file(train={"max_steps": 2}))
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    command = [sys.executable, deepspeed, "--num_accelerators", "2", "--master_port", "29731", "--module", "launch",
+               "train", "lightningdit", path]
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 × cpu, ZeRO 1" in done.stdout
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Make the loss of the given steps infinite, in this process."""
+    from lightningdit.task import LightningDiTTask
+
+    def poison(*steps):
+        real = LightningDiTTask.train_step
+
+        def train_step(self, networks, batch, draws, step, backward):
+            spoil = (lambda name, loss: backward(name, loss * float("inf"))) if step in steps else backward
+            return real(self, networks, batch, draws, step, spoil)
+
+        monkeypatch.setattr(LightningDiTTask, "train_step", train_step)
+
+    return poison
+
+
+def train_here(path, *overrides):
+    from launch.config import load
+    from launch.train import run_training
+
+    return run_training(load(path, list(overrides), kind="lightningdit")[0], "lightningdit")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_step_that_is_not_finite_touches_nothing(run_file, poisoned, stage):
+    """Weights, average and moments after a poisoned last step are those before it, bit for bit."""
+    poisoned(4)
+    directory = train_here(run_file(train={"ckpt_every": 1, "max_steps": 4}, deepspeed={"zero_stage": stage}))
+    before, after = (checkpoint.Checkpoint(directory / f"checkpoints/step_000000{s}") for s in (3, 4))
+    for key in checkpoint.KEYS:
+        a, b = before.tensors("model", key), after.tensors("model", key)
+        assert all(torch.equal(a[n], b[n]) for n in a), key
+    assert [row["skipped"] for row in rows(directory)] == [0, 0, 0, 1]
+    assert after.state["counters"]["model"] == {"applied": 3.0, "skipped": 1.0, "skipped_in_a_row": 1.0}
+
+
+def test_too_many_skipped_steps_stop_the_run_with_a_report(run_file, poisoned, tmp_path):
+    from launch.trainer import NonFinite
+
+    poisoned(2, 3, 4, 5, 6)
+    with pytest.raises(NonFinite, match=r"3 steps in a row up to step 4 .*nonfinite_step_0000004\.json"):
+        train_here(run_file(train={"max_skipped_in_a_row": 3}))
+    report = json.loads((tmp_path / "run/nonfinite_step_0000004.json").read_text())
+    assert report["skipped_in_a_row"] == 3 and len(report["samples"]) == 8
+    assert checkpoint.newest(tmp_path / "run/checkpoints").step == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(run_file):
+    path = run_file(train={"max_steps": 2})
+    train_here(path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit this run's network: .* has shape"):
+        train_here(path, "model.hidden_size=32")
+    with pytest.raises(checkpoint.CheckpointError, match="trained with global_batch_size 8, this run has 4"):
+        train_here(path, "train.global_batch_size=4")
+    with pytest.raises(checkpoint.CheckpointError, match="trained with seed 0, this run has 1"):
+        train_here(path, "train.global_seed=1")
+    with pytest.raises(ValueError, match="already holds step 2 and train.resume is false"):
+        train_here(path, "train.resume=false")
+    with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of 1 processes × micro_batch_size 3"):
+        train_here(path, "train.micro_batch_size=3")
+
+
+def test_a_damaged_checkpoint_stops_the_resume(run_file):
+    path = run_file(train={"max_steps": 2})
+    directory = train_here(path)
+    file = directory / "checkpoints/step_0000002/model.exp_avg.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match=r"exp_avg\.safetensors .*damaged"):
+        train_here(path, "train.max_steps=3")
+
+
+def test_validation_and_its_rows(run_file, data):
+    directory = train_here(run_file(
+        data={"valid_path": str(data / "latents")}, train={"max_steps": 4, "valid_every": 2, "valid_batches": 2}
+    ))  # fmt: skip
+    validated = [row for row in rows(directory) if "valid/loss" in row]
+    assert [row["step"] for row in validated] == [2, 4]
+
+
+def test_warm_start_and_explicit_checkpoint(run_file, tmp_path):
+    path = run_file(train={"max_steps": 3})
+    train_here(path)
+    source = tmp_path / "run/checkpoints/step_0000003"
+    further = train_here(path, "train.max_steps=4", f"train.ckpt={source}", "train.exp_name=further")
+    assert [row["step"] for row in rows(further)] == [4]

@@ -1,0 +1,65 @@
+"""Small real inputs for tests of the programs: latents, images, run files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from lightningdit import latents
+
+LIGHTNINGDIT = {
+    "preset": "default",
+    "data": {"image_size": 16, "num_classes": 3, "num_workers": 0},
+    "vae": {"model_name": "toy", "downsample_ratio": 4},
+    "model": {"hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 2, "in_chans": 4, "use_swiglu": True,
+              "use_rope": True, "use_rmsnorm": True},
+    "train": {"max_steps": 6, "global_batch_size": 8, "exp_name": "run", "log_every": 1, "ckpt_every": 3,
+              "precision": "float32", "tensorboard": False},
+    "optimizer": {"lr": 1.0e-2, "ema_decay": 0.9, "max_grad_norm": 1.0},
+    "transport": {"use_cosine_loss": True, "use_lognorm": True},
+    "kernels": "reference",
+}
+
+VAVAE = {
+    "preset": "default",
+    "model": {"embed_dim": 4, "z_channels": 4, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [],
+              "resolution": 16},
+    "loss": {"perceptual": "none", "use_vf": False, "disc_start": 2, "disc_ndf": 4, "disc_n_layers": 1},
+    "data": {"image_size": 16, "num_workers": 0},
+    "train": {"max_steps": 5, "global_batch_size": 4, "exp_name": "run", "log_every": 1, "ckpt_every": 2,
+              "precision": "float32", "tensorboard": False},
+    "optimizer": {"lr": 1.0e-3},
+    "kernels": "reference",
+    "deepspeed": {"zero_stage": 1},
+}
+
+
+def write_latents(directory: Path, count: int = 20) -> Path:
+    """`count` latents [4, 4, 4] of 3 classes in two shards, with statistics and manifest."""
+    generator = torch.Generator().manual_seed(0)
+    writer = latents.LatentsWriter(directory, shard_size=12)
+    plain = 3 * torch.randn(count, 4, 4, 4, generator=generator) + 1
+    writer.add(plain, plain.flip(-1), torch.arange(count) % 3)
+    writer.close()
+    latents.finish(directory)
+    return directory
+
+
+def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
+    """`count` smooth colour images of 2 classes as PNG."""
+    for i in range(count):
+        row, column = np.mgrid[0:size, 0:size] / size
+        waves = [np.sin(3 * row + i), np.cos(4 * column - i), np.sin(2 * (row + column) + 2 * i)]
+        folder = directory / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((127.5 * (np.stack(waves, -1) + 1)).astype(np.uint8)).save(folder / f"{i}.png")
+    return directory
+
+
+def write_run(path: Path, content: dict, **sections: dict) -> Path:
+    """A run file: `content` with keys of `sections` put into its sections."""
+    merged = {**content, **{name: {**content.get(name, {}), **values} for name, values in sections.items()}}
+    path.write_text(yaml.safe_dump(merged))
+    return path
