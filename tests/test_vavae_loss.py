@@ -120,6 +120,18 @@ def test_discriminator_has_the_published_layout():
     assert model(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
+def test_discriminator_in_bfloat16_keeps_its_statistics_in_float32(golden):
+    exact, model = patch_discriminator(golden).train(), patch_discriminator(golden).train().bfloat16()
+    want, got = exact(golden["patchgan/x"]), model(golden["patchgan/x"])
+    assert got.dtype == torch.bfloat16
+    close("logits", got, want, atol=0.1)
+    for key, value in exact.state_dict().items():
+        if "running" in key:
+            assert model.state_dict()[key].dtype == torch.float32
+            close(key, model.state_dict()[key], value, relmax=0.02)
+    assert model.double().state_dict()["main.3.running_mean"].dtype == torch.float64
+
+
 def test_discriminator_starts_at_the_published_scale():
     torch.manual_seed(0)
     model = NLayerDiscriminator()

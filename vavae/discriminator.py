@@ -7,6 +7,30 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm whose arithmetic and running statistics are float32 (or wider), whatever its weights and input are.
+
+    In bfloat16 a running mean with momentum 0.1 would stop moving once its updates round to nothing.
+    """
+
+    def _apply(self, fn, recurse=True):
+        statistics = {name: value for name, value in self.named_buffers() if value.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in statistics.items():
+            moved = getattr(self, name)
+            if torch.finfo(moved.dtype).bits < 32:
+                setattr(self, name, value.to(moved.device))  # the cast's rounding has not touched it
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(x.to(wide), self.running_mean, self.running_var, self.weight.to(wide), self.bias.to(wide),
+                         self.training, self.momentum, self.eps)
+        return y.to(x.dtype)
+
+
 class NLayerDiscriminator(nn.Module):
     """Judges overlapping patches: images [B, in_channels, H, W] → logits [B, 1, about H/8, about W/8] (for 3 layers).
 
@@ -26,7 +50,7 @@ class NLayerDiscriminator(nn.Module):
             stride = 2 if layer < n_layers else 1
             layers += [
                 nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(widths[layer]),
+                BatchNorm2d(widths[layer]),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))

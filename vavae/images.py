@@ -12,7 +12,7 @@ def to_float(pixels: np.ndarray) -> torch.Tensor:
 
 
 def to_float_batch(images: torch.Tensor) -> torch.Tensor:
-    """8-bit [B, H, W, 3] → float32 [B, 3, H, W] in [−1, 1]: `(x/255 − ½)/½`, rounded at each step as torchvision does."""
+    """8-bit [B, H, W, 3] → float32 [B, 3, H, W] in [−1, 1]: `(x/255 − ½)/½`, each step rounded as in torchvision."""
     return images.permute(0, 3, 1, 2).contiguous().float().div_(255.0).sub_(0.5).div_(0.5)
 
 
