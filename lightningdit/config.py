@@ -219,7 +219,8 @@ class SampleConfig(Section):
     """The `sample` section. `num_sampling_steps` counts grid points: 250 are 249 Euler updates, as published.
 
     Ours: `cfg_channels` (how many leading channels are guided, None for all; the published code guides 3), `seed`,
-    and the choices of the SDE. Guidance is off at `cfg_scale` 1 and below time `cfg_interval_start`.
+    `precision` of the network, and the choices of the SDE. Guidance is off at `cfg_scale` 1 and below time
+    `cfg_interval_start`.
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
@@ -236,6 +237,7 @@ class SampleConfig(Section):
     fid_num: Positive = 50_000
     cfg_channels: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
     diffusion_form: str = "sigma"
     diffusion_norm: Annotated[Float, Field(gt=0)] = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"

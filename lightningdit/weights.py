@@ -89,11 +89,12 @@ def _some(keys: list[str], limit: int = 8) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """What an export holds. weights: "ema" or "model". latents: how to undo the latents' normalisation."""
+    """What an export holds. step: None where unknown. weights: "ema" or "model". latents: how to undo the latents'
+    normalisation. extra: whatever else its JSON says."""
 
     config: ModelConfig
     state: State
-    step: int
+    step: int | None
     weights: str
     latents: LatentStatistics
     extra: dict

@@ -1,0 +1,245 @@
+"""`python -m launch sample CONFIG [key=value …] [--output DIR] [--labels 1,2,3] [--demo]`: images of a trained model.
+
+`sample.fid_num` images, label of image i being i modulo the number of classes (or those of --labels, one image each),
+in DIR/samples.npz: `arr_0` uint8 [N, H, W, 3] as the ADM evaluator takes it, `arr_1` the labels; what made them in
+DIR/samples.json, a picture of the first ones in DIR/samples.png. Image i depends on `sample.seed` and i alone: an
+interrupted run goes on with the images it lacks, and the number of processes changes nothing.
+
+--demo: the eight images of the published demo (scale 9, neither interval nor shift).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from launch.checkpoint import write_json
+from launch.config import ConfigError, LightningDiTRun, load, select_ops
+from launch.pictures import sample_grid
+from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
+from lightningdit.config import SampleConfig
+from lightningdit.flow import Transport
+from lightningdit.latents import LatentStatistics
+from lightningdit.model import LightningDiT
+from lightningdit.sampler import sample
+from vavae.images import to_uint8
+from vavae.model import AutoencoderKL
+from vavae.weights import fingerprint
+
+DEMO_LABELS = (975, 3, 207, 387, 388, 88, 979, 279)
+DEMO_SETTINGS = {"cfg_scale": 9.0, "cfg_interval_start": 0.0, "timestep_shift": 0.0}
+
+
+def main(argv: list[str]) -> int:
+    """Generate and say where the images are; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="LightningDiT file; its ckpt_path and vae.ckpt_path name the weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as sample.cfg_scale=4")
+    parser.add_argument("--output", type=Path, help="directory (default: samples/ in the run's directory)")
+    parser.add_argument("--labels", help="class labels, separated by commas: one image each")
+    parser.add_argument("--demo", action="store_true", help="the published demo's eight images")
+    args = parser.parse_args(argv)
+    run, _ = load(args.config, args.overrides, kind="lightningdit")
+    settings, labels = run.sampling(), None
+    if args.labels:
+        labels = [int(label) for label in args.labels.split(",")]
+    if args.demo:
+        settings, labels = settings.model_copy(update=DEMO_SETTINGS), DEMO_LABELS
+    directory = Path(run.train.output_dir) / (run.train.exp_name or "")
+    generate(run, args.output or directory / ("demo" if args.demo else "samples"), settings, labels)
+    return 0
+
+
+def generate(
+    run: LightningDiTRun, output: Path, settings: SampleConfig | None = None, labels: Sequence[int] | None = None
+) -> Path:
+    """Generate the images of a `sample` section (default: the run's) into `output` → the npz's path.
+
+    Raises ValueError where weights are missing or do not fit, a label is no class, or `output` holds images that other
+    settings or weights have made.
+    """
+    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
+
+    settings = settings or run.sampling()
+    labels = _labels(run, settings, labels)
+    generator, facts = _prepare(run, settings, labels)
+    processes = start_processes()
+    npz, parts = output / "samples.npz", output / "parts"
+    if _already_there(output, facts):
+        if processes.is_main:
+            print(f"{npz} is already there")
+        return npz
+    _claim(parts, facts, write=processes.is_main)
+    processes.barrier()
+    generator.to(processes.device)
+    size = settings.per_proc_batch_size
+    starts = range(0, len(labels), size)
+    own = starts[processes.rank :: processes.world_size]
+    for start in tqdm(own, desc="batches", disable=None if processes.is_main else True):
+        path = parts / f"{start:07d}.npz"
+        if not path.exists():
+            _save_part(path, **generator.images(range(start, min(start + size, len(labels))), labels))
+    processes.barrier()
+    if processes.is_main:
+        _gather(output, [parts / f"{start:07d}.npz" for start in starts], labels, facts)
+        print(f"{len(labels):,} images in {npz}")
+    processes.barrier()
+    return npz
+
+
+@dataclass
+class Generator:
+    """From labels and indices to images: network, sampler settings, statistics, tokenizer."""
+
+    model: LightningDiT
+    tokenizer: AutoencoderKL
+    statistics: LatentStatistics
+    transport: Transport
+    settings: SampleConfig
+
+    def to(self, device: torch.device) -> None:
+        """Move the networks, the sampled one in the precision asked for."""
+        self.model.to(device, getattr(torch, self.settings.precision))
+        self.tokenizer.to(device)
+
+    @torch.no_grad()
+    def images(self, indices: Sequence[int], labels: Sequence[int]) -> dict:
+        """{"images": uint8 [b, H, W, 3], "nfe", "guided_nfe"} of the samples with these indices."""
+        config, device = self.model.config, self.model.pos_embed.device
+        y = torch.tensor([labels[i] for i in indices], device=device)
+        shape = (config.in_channels, config.input_size, config.input_size)
+        made = sample(self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label)
+        pixels = to_uint8(self.tokenizer.decode(self.statistics.denormalise(made.latents)))
+        images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return {"images": images, "nfe": made.nfe, "guided_nfe": made.guided_nfe}
+
+
+def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] | None) -> list[int]:
+    classes = run.data.num_classes
+    if labels is None:
+        return _every_class(run, settings.fid_num)
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong or not labels:
+        raise ConfigError(f"labels {wrong or 'none'}: classes are 0 to {classes - 1} (data.num_classes)")
+    return list(labels)
+
+
+def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) -> tuple[Generator, dict]:
+    """The networks, and the facts that an image depends on or that a result must state."""
+    ops, found = select_ops(run.kernels), diffusion_weights(run)
+    tokenizer = build_tokenizer(run, ops)
+    if tokenizer.config.embed_dim != found.config.in_channels:
+        have, want = tokenizer.config.embed_dim, found.config.in_channels
+        raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
+    model = build_diffusion(found, ops, run.ckpt_path or run.train.output_dir)
+    generator = Generator(model, tokenizer, found.latents, Transport.from_config(run.transport), settings)
+    facts = {
+        "num_samples": len(labels),
+        "labels": labels if labels != _every_class(run, len(labels)) else "index modulo number of classes",
+        "solver": f"{settings.mode} {settings.sampling_method}, {settings.num_sampling_steps} points, "
+        f"shift {settings.timestep_shift:g}",
+        "dtype": settings.precision,
+        "guidance": _guidance(settings),
+        "hashes": {"model": fingerprint(model), "tokenizer": fingerprint(tokenizer)},
+        "step": found.step,
+        "weights": found.weights,
+        "latents": found.latents.to_json(),
+        "settings": settings.model_dump(),
+    }
+    return generator, facts
+
+
+def _every_class(run: LightningDiTRun, count: int) -> list[int]:
+    return [i % run.data.num_classes for i in range(count)]
+
+
+def _guidance(settings: SampleConfig) -> str:
+    if settings.cfg_scale == 1:
+        return "none"
+    channels = "all" if settings.cfg_channels is None else f"the first {settings.cfg_channels}"
+    return f"scale {settings.cfg_scale:g} on {channels} channels from time {settings.cfg_interval_start:g} on"
+
+
+def _already_there(output: Path, facts: dict) -> bool:
+    """Whether `output` holds these very images; raises ConfigError where it holds others."""
+    description = output / "samples.json"
+    if not description.is_file() or not (output / "samples.npz").is_file():
+        return False
+    _require_same(json.loads(description.read_text()), facts, output)
+    return True
+
+
+def _claim(parts: Path, facts: dict, *, write: bool) -> None:
+    """Make the directory of unfinished parts these images', or raise ConfigError (everywhere) where it is others'."""
+    description = parts / "samples.json"
+    if description.is_file():
+        _require_same(json.loads(description.read_text()), facts, parts)
+    elif write:
+        parts.mkdir(parents=True, exist_ok=True)
+        write_json(description, facts)
+
+
+def _require_same(theirs: dict, ours: dict, where: Path) -> None:
+    different = [key for key in ours if theirs.get(key) != ours[key]]
+    if different:
+        raise ConfigError(
+            f"{where} holds images of other {', '.join(different)} ({different[0]}: {theirs.get(different[0])} there, "
+            f"{ours[different[0]]} now); give another --output or remove it"
+        )
+
+
+def _save_part(path: Path, **arrays) -> None:
+    temporary = path.with_name(f".{path.name}")
+    np.savez(temporary, **arrays)
+    os.replace(temporary, path)
+
+
+def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> None:
+    """Join the parts: npz, picture, and last the description that makes them count."""
+    temporary = output / ".samples.npz"
+    first, nfe, guided = [], [], []
+    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        # A ZipInfo of one's own has a fixed date: equal images are equal files.
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            for part in parts:
+                with np.load(part) as content:
+                    images = content["images"]
+                    nfe.append(int(content["nfe"]))
+                    guided.append(int(content["guided_nfe"]))
+                if not first:
+                    shape = (len(labels), *images.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if sum(map(len, first)) < 1000:
+                    first.append(images)
+                file.write(images.tobytes())
+        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+            np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+    os.replace(temporary, output / "samples.npz")
+    _picture(np.concatenate(first), labels, output / "samples.png")
+    mean = {"nfe": sum(nfe) / len(nfe), "guided_nfe": sum(guided) / len(guided)}
+    write_json(output / "samples.json", facts | mean)
+    shutil.rmtree(output / "parts")
+
+
+def _picture(images: np.ndarray, labels: list[int], path: Path) -> None:
+    """The published demo's 2 × 4 grid of eight images; otherwise a row for each of the first ten classes."""
+    if len(labels) == 8:
+        _, height, width, _ = images.shape
+        grid = images.reshape(2, 4, height, width, 3).swapaxes(1, 2).reshape(2 * height, 4 * width, 3)
+        Image.fromarray(grid).save(path)
+        return
+    shown = torch.tensor(labels[: len(images)])
+    rows = torch.isin(shown, shown.unique()[:10])
+    sample_grid(torch.from_numpy(images)[rows], shown[rows], path)

@@ -1,0 +1,96 @@
+"""Trained networks, found and loaded for the programs that use them: a checkpoint, an export or a published file."""
+
+from pathlib import Path
+
+from torch import nn
+
+from launch.checkpoint import Checkpoint, newest
+from launch.config import ConfigError, LightningDiTRun
+from lightningdit.latents import LatentStatistics, read_statistics
+from lightningdit.model import LightningDiT
+from lightningdit.weights import Export, export_paths, load_into, read_export, read_weights
+from vavae.config import AutoencoderConfig
+from vavae.model import AutoencoderKL
+from vavae.weights import load_tokenizer
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint `path` is, or the newest of the run whose directory it is; raises ConfigError on neither."""
+    if (path / "manifest.json").exists():
+        return Checkpoint(path)
+    found = newest(path / "checkpoints") or newest(path)
+    if found is None:
+        raise ConfigError(f"{path} is no checkpoint and has no complete one below it")
+    return found
+
+
+def diffusion_weights(run: LightningDiTRun) -> Export:
+    """The weights `ckpt_path` names (without it: the newest checkpoint of the run), with their latents' statistics.
+
+    EMA weights are taken. A published `.pt` does not say how its latents were normalised, so the statistics are then
+    those of `data.data_path`. Raises ValueError where nothing is found or the network is not the config's.
+    """
+    path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
+    if path.is_dir():
+        found = from_checkpoint(find_checkpoint(path))
+    elif export_paths(path)[1].is_file():
+        found = read_export(path)
+    else:
+        found = Export(run.network(), read_weights(path), None, "ema", _statistics_of_data(run), {})
+    _check_same_network(found, run, path)
+    return found
+
+
+def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
+    """A LightningDiT checkpoint as what its export would hold."""
+    state = checkpoint.state
+    if state["kind"] != "lightningdit":
+        raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
+    return Export(
+        config=LightningDiTRun.model_validate(state["config"]).network(),
+        state=checkpoint.weights("model", weights),
+        step=checkpoint.step,
+        weights=weights,
+        latents=LatentStatistics.from_json(state["task"]["latents"]),
+        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"]},
+    )
+
+
+def build_diffusion(export: Export, ops, source: str) -> LightningDiT:
+    """The network of an export, loaded strictly, in evaluation mode."""
+    model = LightningDiT(export.config, ops)
+    load_into(model, export.state, source)
+    return model.eval().requires_grad_(False)
+
+
+def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
+    """The tokenizer of the `vae` section; its sizes come from the JSON beside its weights, else from `model_name`."""
+    path, name = run.vae.ckpt_path, run.vae.model_name
+    if path is None:
+        raise ConfigError("vae.ckpt_path is not set: the tokenizer's weights are needed to decode samples")
+    config = None
+    if not Path(path).with_suffix(".json").is_file():
+        sizes = [size for size in AutoencoderConfig.SIZES if name.endswith(size)]
+        if not sizes:
+            known = ", ".join(AutoencoderConfig.SIZES)
+            raise ConfigError(f"{path} has no .json beside it and vae.model_name {name!r} ends in none of {known}")
+        config = AutoencoderConfig(size=max(sizes, key=len))
+    return _frozen(load_tokenizer(path, ops, config))
+
+
+def _frozen(module: nn.Module):
+    return module.eval().requires_grad_(False)
+
+
+def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:
+    data = run.data
+    if not data.latent_norm:
+        return LatentStatistics.neutral(run.model.in_chans, data.latent_multiplier)
+    return read_statistics(Path(data.data_path), data.latent_multiplier)
+
+
+def _check_same_network(found: Export, run: LightningDiTRun, source: Path) -> None:
+    theirs, ours = (c.model_dump(exclude={"use_checkpoint"}) for c in (found.config, run.network()))
+    different = [f"{key} {theirs[key]!r} (config: {ours[key]!r})" for key in ours if theirs[key] != ours[key]]
+    if different:
+        raise ConfigError(f"{source} is another network than the config's: {', '.join(different)}")
