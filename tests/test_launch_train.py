@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_run_is_refused(run_file):
         train_here(path, "train.global_batch_size=4")
     with pytest.raises(checkpoint.CheckpointError, match="trained with seed 0, this run has 1"):
         train_here(path, "train.global_seed=1")
-    with pytest.raises(ValueError, match="already holds step 2 and train.resume is false"):
+    with pytest.raises(ValueError, match=r"already holds step 2 and train\.resume is false"):
         train_here(path, "train.resume=false")
     with pytest.raises(ValueError, match="global_batch_size 8 is not a multiple of 1 processes × micro_batch_size 3"):
         train_here(path, "train.micro_batch_size=3")

@@ -1,0 +1,194 @@
+"""`python -m launch quickstart [--seed N] [--output DIR] [--until STAGE]`: every stage of the project on real digits.
+
+    images ─ train vavae ─▶ tokenizer ─ extract ─▶ latents ─ train lightningdit ─▶ model ─ sample ─▶ images ─ evaluate
+
+The programs and config files are those of a real run, only small. One thing stands in: the frozen foundation model is a
+little vision transformer trained here on the same digits, because DINOv2's weights are a large download. Steps are
+fixed numbers, so the same seed gives the same pictures; what is already there is not made again, and an interrupted
+run goes on where it stopped.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launch import digits, evaluation, extract, features, pictures, sample, train
+from launch import export as exporting
+from launch.checkpoint import newest, write_json
+from launch.config import select_ops
+from launch.digits_foundation import train_foundation
+from launch.digits_judge import LIMITS, Judge, failures, reconstruction_report, samples_report
+from vavae.weights import load_tokenizer
+
+CONFIGS = Path(__file__).parent / "configs"
+OUTPUT = Path(__file__).parent.parent / "output" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """One run: where it lives and its seed. Each stage is a method that leaves its result on disk."""
+
+    root: Path
+    seed: int
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "vavae.safetensors"
+
+    @property
+    def foundation(self) -> Path:
+        return self.root / "foundation" / "foundation.safetensors"
+
+    def data(self) -> None:
+        """Write scikit-learn's digits as an image folder, a held-out part aside."""
+        folders = digits.write(self.root / "data")
+        print(f"images in {folders.train} and, held out, in {folders.heldout}")
+
+    def stand_in(self) -> None:
+        """Train the small vision transformer that stands in for DINOv2."""
+        description = self.foundation.with_suffix(".json")
+        if not description.is_file():
+            self.foundation.parent.mkdir(parents=True, exist_ok=True)
+            train_foundation(self.foundation, self._digits("train"), self._digits("heldout"), seed=self.seed,
+                             device=_device())
+        accuracy = json.loads(description.read_text())["heldout_accuracy"]
+        print(f"a classifier of {accuracy:.1%} accuracy on held-out digits; its patch features guide the tokenizer")
+
+    def vavae(self) -> None:
+        """Train the tokenizer, aligned to the stand-in's features, and export it."""
+        _run(train.main, "train", "vavae", *self._tokenizer_run())
+        self._export("vavae")
+
+    def latents(self) -> None:
+        """Encode every training image and its mirror image."""
+        _run(extract.main, "extract", *self._tokenizer_run(), f"ckpt_path={self.tokenizer}",
+             "--output", self.root / "latents")
+
+    def lightningdit(self) -> None:
+        """Train the diffusion transformer on the latents, and export it."""
+        _run(train.main, "train", "lightningdit", *self._diffusion_run())
+        self._export("lightningdit")
+
+    def samples(self) -> None:
+        """Generate 50 guided samples of every digit."""
+        _run(sample.main, "sample", *self._diffusion_run(), f"ckpt_path={self.root / 'lightningdit.safetensors'}",
+             f"sample.seed={self.seed}", "--output", self.root / "samples")
+
+    def evaluate(self) -> dict:
+        """Judge reconstructions and samples, draw the pictures, write report.json → the report."""
+        training, heldout = self._digits("train"), self._digits("heldout")
+        judge = Judge(training, heldout)
+        decoded = self._reconstruct()
+        with np.load(self.root / "samples" / "samples.npz") as content:
+            images, labels = torch.from_numpy(content["arr_0"]), torch.from_numpy(content["arr_1"])
+        extractor = features.FoundationFeatures.from_file(self.foundation, _device())
+        report = {
+            **reconstruction_report(judge, heldout, decoded),
+            **samples_report(judge, images, labels, training, heldout, lambda batch: extractor(batch)["features"]),
+            "made": json.loads((self.root / "samples" / "samples.json").read_text()),
+        }
+        pictures.sample_grid(images, labels, self.root / "samples.png")
+        pictures.reconstruction_pairs(heldout.images, decoded, self.root / "reconstructions.png")
+        self._draw_curves()
+        return report
+
+    def _digits(self, split: str) -> digits.Digits:
+        return digits.read(self.root / "data" / split)
+
+    def _reconstruct(self) -> torch.Tensor:
+        """Held-out digits, encoded and decoded from a posterior sample, as evaluate does it: uint8 [500, 32, 32, 3]."""
+        tokenizer = load_tokenizer(self.tokenizer, select_ops("auto")).to(_device())
+        originals = evaluation.open_images(self.root / "data" / "heldout")
+        return torch.cat(list(evaluation.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
+
+    def _tokenizer_run(self) -> list:
+        return [CONFIGS / "digits_vavae.yaml", f"data.data_path={self.root / 'data' / 'train'}",
+                f"foundation.weights={self.foundation}", *self._everywhere()]
+
+    def _diffusion_run(self) -> list:
+        return [CONFIGS / "digits.yaml", f"data.data_path={self.root / 'latents'}",
+                f"vae.ckpt_path={self.tokenizer}", *self._everywhere()]
+
+    def _everywhere(self) -> list[str]:
+        return [f"train.output_dir={self.root}", f"train.global_seed={self.seed}"]
+
+    def _export(self, name: str) -> None:
+        step = newest(self.root / name / "checkpoints").step
+        description = self.root / f"{name}.json"
+        if not description.is_file() or json.loads(description.read_text())["step"] != step:
+            _run(exporting.main, "export", self.root / name, self.root / name)
+
+    def _draw_curves(self) -> None:
+        tokenizer, model = (pictures.read_metrics(self.root / n / "metrics.jsonl") for n in ("vavae", "lightningdit"))
+        pictures.loss_curves({
+            "tokenizer: reconstruction": {"absolute error": tokenizer["rec"]},
+            "tokenizer: VF loss": {"distance matrix": tokenizer["vf_distmat"], "cosine": tokenizer["vf_cos"]},
+            "LightningDiT": {"velocity error": model["mse"], "direction": model["cos_loss"]},
+        }, self.root / "losses.png")  # fmt: skip
+
+
+STAGES: dict[str, tuple[str, Callable[[Quickstart], dict | None]]] = {
+    "data": ("write the images", Quickstart.data),
+    "foundation": ("train a stand-in for DINOv2", Quickstart.stand_in),
+    "vavae": ("train the tokenizer", Quickstart.vavae),
+    "extract": ("extract the latents", Quickstart.latents),
+    "lightningdit": ("train LightningDiT", Quickstart.lightningdit),
+    "sample": ("sample with guidance", Quickstart.samples),
+    "evaluate": ("evaluate", Quickstart.evaluate),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the stages; returns 0 if every limit was met, 1 if not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help=f"directory (default: {OUTPUT}, or …-seedN)")
+    parser.add_argument("--until", choices=list(STAGES), default="evaluate", help="last stage to run")
+    args = parser.parse_args(argv)
+    root = args.output or (OUTPUT if args.seed == 0 else OUTPUT.with_name(f"quickstart-seed{args.seed}"))
+    run, seconds, report = Quickstart(root, args.seed), {}, None
+    for number, (name, (title, stage)) in enumerate(STAGES.items(), start=1):
+        print(f"\n── {number}/{len(STAGES)}  {title}", flush=True)
+        started = time.perf_counter()
+        report = stage(run)
+        seconds[name] = time.perf_counter() - started
+        if name == args.until:
+            break
+    if report is None:
+        return 0
+    missed = failures(report)
+    facts = {"seed": args.seed, "device": _device(), "torch": torch.__version__, "python": platform.python_version()}
+    write_json(root / "report.json", {**report, "missed": missed, "seconds": seconds, **facts})
+    print(_table(report, seconds, root))
+    for sentence in missed:
+        print(f"MISSED: {sentence}")
+    return 1 if missed else 0
+
+
+def _table(report: dict, seconds: dict[str, float], root: Path) -> str:
+    rows = [f"  {limit.meaning:<78} {report[limit.key]:7.3f}  ({limit})" for limit in LIMITS]
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    files = ", ".join(name for name in ("samples.png", "reconstructions.png", "losses.png", "report.json"))
+    return "\n".join(["", *rows, "", f"  {sum(seconds.values()):.0f} s: {times}", f"  look at {files} in {root}"])
+
+
+def _run(program: Callable[[list[str]], int], name: str, *arguments) -> None:
+    """Run a program in this process, saying the command that would do the same."""
+    words = [str(a) for a in arguments]
+    print(f"$ python -m launch {name} {' '.join(words)}", flush=True)
+    argv = words
+    if status := program(argv):
+        raise RuntimeError(f"launch {name} ended with status {status}")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
