@@ -4,13 +4,14 @@ A result is right when its error is at most twice that of the reference in the s
 errors are taken against the reference in float64, on the same (rounded) inputs, as the largest absolute difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from kernels.cases import Case
 from kernels.registry import Backend, Op
@@ -103,15 +104,20 @@ def check_compiled(
 
 def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """`opcheck` of every operator that the backend says it registers, with the arguments a call gives it."""
-    with OperatorCalls(backend.torch_ops) as calls:
-        inputs = case.inputs(dtype, device)
-        results = outputs(op, op.bind(backend), inputs)
-        if op.differentiable:
-            gradients(op, op.bind(backend), inputs, {name: random_like(result) for name, result in results.items()})
-    missing = set(backend.torch_ops) - {operator._schema.name for operator, _, _ in calls.seen}
+    inputs = case.inputs(dtype, device)
+    function, wanted = op.bind(backend), [name for name in op.differentiable if inputs[name] is not None]
+    with OperatorCalls(backend.torch_ops) as forward:
+        results = outputs(op, function, inputs | leaves(inputs, wanted))
+    with OperatorCalls(set(backend.torch_ops) - set(forward.seen)) as backward:
+        if wanted:
+            gradients(op, function, inputs, {name: random_like(result) for name, result in results.items()})
+    missing = set(backend.torch_ops) - set(forward.seen) - set(backward.seen)
     assert not missing, f"{op.name}: {backend.name} names operators that no call reached: {sorted(missing)}"
-    for operator, args, kwargs in calls.seen:
+    for operator, args, kwargs in forward.seen.values():
         torch.library.opcheck(operator, args, kwargs)
+    for operator, args, kwargs in backward.seen.values():
+        # The gradient of a gradient is asked of nobody.
+        torch.library.opcheck(operator, *tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs)))
 
 
 def check_limits(op: Op, backend: Backend, case: Case, device: str = "cpu") -> None:
@@ -162,18 +168,23 @@ def gradients(
     `upstream` may leave out results: no gradient comes from them.
     """
     wanted = [name for name in wanted or op.differentiable if inputs[name] is not None]
-    leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
-    results = named(function(**{**inputs, **leaves}))
+    asked = leaves(inputs, wanted)
+    results = named(function(**inputs | asked))
     pairs = [(results[name], gradient) for name, gradient in upstream.items() if results[name].requires_grad]
     assert pairs, f"{op.name}: no result carries a gradient"
     found = torch.autograd.grad(
-        [result for result, _ in pairs], list(leaves.values()), [gradient for _, gradient in pairs], allow_unused=True
+        [result for result, _ in pairs], list(asked.values()), [gradient for _, gradient in pairs], allow_unused=True
     )
     gradient_of = {
         f"gradient of {name}": torch.zeros_like(inputs[name]) if gradient is None else gradient
         for name, gradient in zip(wanted, found, strict=True)
     }
     return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
+
+
+def leaves(inputs: Inputs, names: list[str]) -> Tensors:
+    """Those arguments, asking for gradients; they share memory with `inputs`."""
+    return {name: inputs[name].detach().requires_grad_() for name in names}
 
 
 def named(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Tensors:
@@ -234,23 +245,19 @@ def poisoned_memory():
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Records the first call of each operator among `names`: the operator, and copies of its arguments."""
+    """Records the first call of each operator among `names`: name → the operator, and copies of its arguments."""
 
-    def __init__(self, names: tuple[str, ...]):
+    def __init__(self, names: Iterable[str]):
         super().__init__()
-        self._left = set(names)
-        self.seen: list[tuple[torch._ops.OpOverload, tuple, dict]] = []
+        self._names = set(names)
+        self.seen: dict[str, tuple[torch._ops.OpOverload, tuple, dict]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func._schema.name in self._left:
-            self._left.remove(func._schema.name)
-            keep = [leaf_copy(value) for value in args]
-            self.seen.append((func, tuple(keep), {name: leaf_copy(value) for name, value in kwargs.items()}))
-        return func(*args, **kwargs)
+        name = func._schema.name
+        if name in self._names and name not in self.seen:
+            self.seen[name] = func, *tree_map_only(torch.Tensor, leaf_copy, (args, kwargs or {}))
+        return func(*args, **kwargs or {})
 
 
-def leaf_copy(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().clone().requires_grad_(value.requires_grad)
+def leaf_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import kernels
 from tests.golden import G, close
+from tests.kernel_checks import outputs, reference, widened
 
 OPS = kernels.select("reference")
 MODULES = G("01_dit_modules")
@@ -20,6 +21,41 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, mean:
 
 def modulation(samples: int, width: int) -> list[torch.Tensor]:
     return [normal(samples, width, seed=seed) for seed in (11, 12, 13)]
+
+
+# All ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)
+def test_low_precision_is_float32_arithmetic_rounded_once(op, dtype):
+    """Bit for bit, and in the dtypes that the docstring promises."""
+    function = reference(op)
+    for case in op.cases:
+        if case.production or dtype not in op.dtypes & case.dtypes:
+            continue
+        inputs = case.inputs(dtype)
+        if inputs.get("x") is not None and "branch" in inputs and inputs["x"].dtype == dtype:
+            continue  # two roundings, one after the other: tested below
+        wide = {key: float32(value) for key, value in inputs.items()}
+        got, want = outputs(op, function, inputs), outputs(op, function, wide)
+        for name in got:
+            assert got[name].dtype == (torch.float32 if op.name == "vf_loss" else result_dtype(inputs, name, dtype))
+            assert torch.equal(got[name], want[name].to(got[name].dtype)), f"{case.id}: {name}"
+
+
+def float32(value):
+    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if is_floating else torch.float32 if isinstance(value, torch.dtype) else value
+
+
+def result_dtype(inputs: dict, name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of an argument changed in place, of the residual stream, as asked for, or that of the main input."""
+    if name in inputs:
+        return inputs[name].dtype
+    if "branch" in inputs and name == "result 0":
+        return inputs["x"].dtype
+    return inputs.get("out_dtype") or dtype
 
 
 # adaln_rms_norm, gated_residual_adaln_rms_norm
@@ -111,19 +147,23 @@ def turned(u: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("norm", [False, True])
 def test_attention_is_torch_attention_of_complex_rotations(width, norm):
     qkv, angle = normal(2, 6, 3, 3, width), normal(6, width // 2, seed=1)
+    qkv[:, ::2, :2] *= 1e-3 if norm else 1  # rows that the eps decides
     weights = [normal(width, seed=seed, mean=1.0) for seed in (2, 3)] if norm else [None, None]
     q, k, v = split(qkv)
     if norm:
-        q, k = (F.rms_norm(u, (width,), weight, 1e-5) for u, weight in zip((q, k), weights, strict=True))
+        q, k = (F.rms_norm(u, (width,), weight, 1e-6) for u, weight in zip((q, k), weights, strict=True))
     want = merged(F.scaled_dot_product_attention(turned(q, angle), turned(k, angle), v))
     cos, sin = (table.repeat_interleave(2, dim=1) for table in (angle.cos(), angle.sin()))
-    close("attention", OPS.rope_attention(qkv, cos, sin, *weights, 1e-5), want, atol=1e-13)
+    close("attention", OPS.rope_attention(qkv, cos, sin, *weights), want, atol=1e-13)
 
 
 def test_attention_without_tables_or_weights_is_torch_attention():
     qkv = normal(2, 5, 3, 2, 7)
     want = merged(F.scaled_dot_product_attention(*split(qkv)))
     close("attention", OPS.rope_attention(qkv, None, None), want, atol=1e-13)
+    peaked = torch.cat((qkv[:, :, :2] * 40, qkv[:, :, 2:]), dim=2)  # exp of these scores overflows
+    want = merged(F.scaled_dot_product_attention(*split(peaked)))
+    close("peaked attention", OPS.rope_attention(peaked, None, None), want, atol=1e-12)
 
 
 def test_recorded_rotation_gives_the_recorded_attention():
@@ -184,6 +224,21 @@ def test_vf_loss_by_loops_over_vectors():
     distmat, cos = OPS.vf_loss(z, f, m2, m1)
     assert float(distmat) == pytest.approx(sum(pairs) / 18, abs=1e-14)
     assert float(cos) == pytest.approx(sum(points) / 6, abs=1e-14)
+
+
+def test_vf_cases_keep_away_from_kinks():
+    """Where a relu or an absolute value has a kink the gradient jumps, and two right results differ."""
+    for case in kernels.OPS["vf_loss"].cases:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            if case.production or dtype not in case.dtypes:
+                continue
+            inputs = widened(case.inputs(dtype))
+            z, f = (F.normalize(inputs[name].flatten(2), dim=1) for name in ("z", "f"))
+            difference = (z.mT @ z - f.mT @ f).abs()
+            apart = ~torch.eye(difference.shape[-1], dtype=torch.bool)  # a vector's cosine with itself has no slope
+            for kink in (0.0, inputs["distmat_margin"]):
+                assert ((difference - kink).abs() > 1e-6)[:, apart].all(), case.id
+            assert (((z * f).sum(dim=1) - 1 + inputs["cos_margin"]).abs() > 1e-6).all(), case.id
 
 
 def test_vf_norm_floors():

@@ -1,0 +1,320 @@
+"""The generic checks judge backends they have never seen: a right one passes, wrong ones fail.
+
+Most wrong backends are a reference with one edit of its source: a forgotten eps, a margin ignored, a sign turned.
+"""
+
+import importlib
+import shutil
+import types
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels.registry import FILES, Backend, Op, choose
+from tests import kernel_checks as checks
+
+DTYPES = (torch.float32, torch.bfloat16)
+SWIGLU = kernels.OPS["swiglu"]
+
+# Op → edits of its reference, each of which makes it wrong.
+EDITS = {
+    "adaln_rms_norm": [
+        (" + eps)", ")"),
+        (" + eps)", " + 2 * eps)"),
+        ("(1 + scale", "(scale"),
+        ("shift is not None", "False"),
+        ("x_hat * weight.to(wide)", "x_hat"),
+        (".mean(dim=-1,", ".mean(dim=(-2, -1),"),
+        ("x.square()", "x.detach().square()"),
+        ("weight.to(wide)", "weight.detach().to(wide)"),
+        ("scale.to(wide)", "scale.detach().to(wide)"),
+        ("shift.to(wide)", "shift.detach().to(wide)"),
+        ("accumulation_dtype(x)", "x.dtype"),
+        ("out_dtype or x.dtype", "x.dtype"),
+        ("rms_normalize(x.to(wide), eps)", "rms_normalize(x.to(wide) - x.to(wide).mean(-1, True), eps)"),
+        ("return y.to", "y[..., -1] = float('nan')\n    return y.to"),
+    ],
+    "gated_residual_adaln_rms_norm": [
+        ("gate.to(wide)[:, None] * ", ""),
+        ("gate.to(wide)", "gate.detach().to(wide)"),
+        ("gate.to(wide)[:, None]", "(1 + gate.to(wide)[:, None])"),
+        ("branch.to(wide)", "branch.detach().to(wide)"),
+        ("(x.to(wide) +", "(x.detach().to(wide) +"),
+        ("adaln_rms_norm(x_new", "adaln_rms_norm(x"),
+        ("adaln_rms_norm(x_new", "adaln_rms_norm(x_new.detach()"),
+        ("return x_new,", "return x_new.detach(),"),
+        (").to(x.dtype)", ").to(branch.dtype)"),
+        ("out_dtype=branch.dtype", "out_dtype=x.dtype"),
+        ("shift, scale, eps, out", "None, scale, eps, out"),
+    ],
+    "swiglu": [
+        ("gate, up =", "up, gate ="),
+        ("F.silu(gate)", "F.gelu(gate)"),
+        ("F.silu(gate)", "F.sigmoid(gate)"),
+        ("F.silu(gate)", "F.silu(gate.detach())"),
+        ("* up)", "* up.detach())"),
+        (".to(gate_up.dtype)", ""),
+        (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
+    ],
+    "rope_attention": [
+        ("(-odd, even)", "(odd, -even)"),
+        ("(-odd, even)", "(-even, odd)"),
+        ("q.shape[-1] ** -0.5", "80 ** -0.5"),
+        ("* k_weight", "* q_weight"),
+        ("rms_normalize(k, eps)", "rms_normalize(k, 0.0)"),
+        ("rms_normalize(q, eps)", "rms_normalize(q, 1e-5)"),
+        ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)"),
+        ("scores.softmax(dim=-1)", "scores.tril().softmax(dim=-1)"),
+        ("scores.softmax(dim=-1)", "(scores.exp() / scores.exp().sum(-1, True))"),
+        ("for t in (q, k))", "for t in (q, k.detach()))"),
+        ("for t in (q, k))", "for t in (k, q))"),
+        ("softmax(dim=-1) @ v", "softmax(dim=-1) @ v.detach()"),
+        ("unbind(0)", "flip(0).unbind(0)"),
+        ("accumulation_dtype(qkv)", "qkv.dtype"),
+        ("cos is not None", "False"),
+        ("q_weight is not None", "False"),
+    ],
+    "vf_loss": [
+        (" - distmat_margin", ""),
+        ("1 - cos_margin", "1"),
+        ("difference.abs()", "difference"),
+        ("cosine_matrix(f)", "cosine_matrix(f.detach())"),
+        ("unit(f, 1e-8)", "unit(f.detach(), 1e-8)"),
+        ("unit(z, 1e-8)", "unit(z, 1e-12)"),
+        ("unit(vectors, 1e-12)", "unit(vectors, 1e-8)"),
+        ("difference.abs()", "difference.tril(-1).abs()"),
+        ("accumulation_dtype(z, f)", "z.dtype"),
+        ("distmat_margin).relu().mean()", "distmat_margin).relu().mean(dim=(0, 1)).sum()"),
+        ("(1 - cos_margin - cosine).relu()", "(1 - cos_margin - cosine)"),
+        ("return distmat, ", "return distmat * 1, distmat + 0 * "),
+    ],
+    "group_norm_silu": [
+        ("F.silu(normed)", "normed"),
+        ("F.silu(normed)", "F.silu(normed.detach()) + 0 * normed"),
+        (", eps)\n    return", ", 1e-5)\n    return"),
+        ("bias.to(wide)", "None"),
+        ("weight.to(wide)", "weight.detach().to(wide)"),
+        ("groups, weight", "1, weight"),
+        ("contiguous(memory_format=memory_format(x))", "contiguous()"),
+        ("x.to(wide).contiguous()", "x.to(wide)"),
+    ],
+    "adamw_ema_": [
+        ("** step.double()", "** (0 * step.double() + 1)"),
+        ("(1 - lr.double() * weight_decay)", "(1 - 0 * lr.double() - weight_decay)"),
+        ("(1 - lr.double() * weight_decay)", "(1 + 0 * lr.double() * weight_decay)"),
+        ("ema_decay) * p", "ema_decay) * param"),
+        ("ema_decay * ema", "ema"),
+        ("torch.where(skip != 0, tensor, new.to(tensor.dtype))", "new.to(tensor.dtype)"),
+        ("torch.where(skip != 0, tensor, new.to(tensor.dtype))", "tensor + skip.logical_not() * (new - tensor)"),
+        (" * grad_scale.to(wide)", ""),
+        ("g.square()", "g.abs()"),
+        ("(bf16_param, p)", "(bf16_param, e)"),
+        (".sqrt() + eps)", ".sqrt())"),
+        ("(v * v_scale).sqrt() + eps", "(v * v_scale + eps).sqrt()"),
+        ("m * m_scale", "m"),
+        ("p = param *", "grad.zero_(); p = param *"),
+    ],
+}
+
+
+def edited(op: Op, old: str = "", new: str = "") -> Backend:
+    """The reference of the op with one edit of its source."""
+    original = importlib.import_module(f"kernels.{op.name}.reference")
+    source = Path(original.__file__).read_text()
+    assert not old or source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+    module = types.ModuleType("edited")
+    exec(compile(source.replace(old, new) if old else source, f"{op.name} with {new!r}", "exec"), vars(module))
+    return Backend("edited", vars(module)[op.name])
+
+
+def failures(op: Op, backend: Backend) -> Iterable[str]:
+    """Cases in which a check finds the backend wrong."""
+    for case in op.cases:
+        for dtype in DTYPES:
+            if case.production or dtype not in op.dtypes & case.dtypes:
+                continue
+            try:
+                checks.check_forward(op, backend, case, dtype)
+                if op.differentiable:
+                    checks.check_gradients(op, backend, case, dtype)
+            except AssertionError as error:
+                yield f"{case.id} {dtype}: {error}"
+
+
+@pytest.mark.parametrize(("name", "old", "new"), [(name, *edit) for name, edits in EDITS.items() for edit in edits])
+def test_a_wrong_backend_is_found(name, old, new):
+    op = kernels.OPS[name]
+    assert next(iter(failures(op, edited(op, old, new))), None), f"nothing finds {old!r} turned into {new!r}"
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_right_backend_passes(name):
+    """The control: the same machinery without an edit."""
+    assert set(EDITS) == set(kernels.OPS)
+    assert list(failures(kernels.OPS[name], edited(kernels.OPS[name]))) == []
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The op `swiglu` in a folder of its own, to which a backend file has been added: nothing else is changed."""
+    root = tmp_path_factory.mktemp("ops")
+    shutil.copytree(Path(kernels.__file__).parent / "swiglu", root / "planted_swiglu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        op = replace(SWIGLU, package="planted_swiglu")
+        assert op.backends == SWIGLU.backends
+        shutil.copy(Path(__file__).parent / "kernel_planted.py", root / "planted_swiglu" / f"{FILES['triton']}.py")
+        importlib.invalidate_caches()
+        yield op
+
+
+def test_a_file_in_the_folder_is_a_backend(planted):
+    assert set(planted.backends) == {*SWIGLU.backends, "triton"}
+    for choice in ("triton", "auto"):
+        ops = choose({"swiglu": planted}, choice, {})
+        assert ops.table()["swiglu"]["backend"] == "triton"
+        x = torch.linspace(-2, 2, 8)
+        torch.testing.assert_close(ops.swiglu(x), kernels.select("reference").swiglu(x))
+    with pytest.raises(kernels.BackendUnavailable, match=r"dtype torch.float64 is not served"):
+        ops.swiglu(x.double())
+
+
+def test_a_registered_backend_passes_every_check(planted):
+    backend = planted.backend("triton")
+    checks.check_signature(planted, backend)
+    small = [case for case in planted.cases if not case.production]
+    for case in small:
+        for dtype in (torch.float32, torch.float16):
+            checks.check_forward(planted, backend, case, dtype)
+            checks.check_gradients(planted, backend, case, dtype)
+            checks.check_repeats(planted, backend, case, dtype)
+        checks.check_partial_gradients(planted, backend, case, torch.float32)
+        checks.check_limits(planted, backend, case)
+    checks.check_registration(planted, backend, small[3], torch.float16)
+    checks.check_compiled(planted, backend, small[3], torch.float32)
+
+
+# Operators that compute the right numbers and are registered, bounded or behaved wrongly.
+
+CASE = next(case for case in SWIGLU.cases if case.id == "odd")
+
+
+def operator(name: str, fake=None, forward=None):
+    """A custom operator for `swiglu` without a gradient, and the backend that calls it."""
+    run = SWIGLU.backend("reference").run
+
+    @torch.library.custom_op(f"planted::{name}", mutates_args=())
+    def function(gate_up: torch.Tensor) -> torch.Tensor:
+        return (forward or run)(gate_up)
+
+    function.register_fake(fake or run)
+    return Backend("planted", lambda gate_up: function(gate_up), torch_ops=(f"planted::{name}",))
+
+
+def test_a_missing_gradient_is_found():
+    backend = operator("no_gradient")
+    checks.check_forward(SWIGLU, backend, CASE, torch.float32)
+    with pytest.raises(RuntimeError, match="autograd"):
+        checks.check_gradients(SWIGLU, backend, CASE, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "fake"),
+    [("wrong_shape", torch.empty_like), ("wrong_dtype", lambda gate_up: gate_up.chunk(2, dim=-1)[0].double())],
+)
+def test_a_wrong_fake_is_found(name, fake):
+    with pytest.raises(Exception, match=r"fake|[Mm]ismatch|not equal"):
+        checks.check_registration(replace(SWIGLU, differentiable=()), operator(name, fake), CASE, torch.float32)
+
+
+def test_an_operator_that_returns_its_input_is_found():
+    first = operator("alias", lambda x: x, lambda x: x)
+    with pytest.raises(Exception, match="alias"):
+        checks.check_registration(replace(SWIGLU, differentiable=()), first, CASE, torch.float32)
+
+
+def test_an_operator_named_and_never_called_is_found():
+    backend = replace(SWIGLU.backend("reference"), torch_ops=("planted::nowhere",))
+    with pytest.raises(AssertionError, match="planted::nowhere"):
+        checks.check_registration(SWIGLU, backend, CASE, torch.float32)
+
+
+def test_a_graph_break_is_found():
+    def swiglu(gate_up):
+        scale = float(gate_up.detach().sum() * 0 + 1)  # read by the host
+        return SWIGLU.backend("reference").run(gate_up * scale)
+
+    checks.check_forward(SWIGLU, Backend("planted", swiglu), CASE, torch.float32)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        checks.check_compiled(SWIGLU, Backend("planted", swiglu), CASE, torch.float32)
+
+
+def test_a_result_never_written_is_found():
+    def swiglu(gate_up):
+        out = torch.empty_like(gate_up.chunk(2, dim=-1)[0])
+        out[:-1] = SWIGLU.backend("reference").run(gate_up[:-1])
+        return out
+
+    with pytest.raises(AssertionError, match="error nan"):
+        checks.check_forward(SWIGLU, Backend("planted", swiglu), CASE, torch.float32)
+
+
+def test_an_argument_written_to_is_found():
+    def swiglu(gate_up):
+        result = SWIGLU.backend("reference").run(gate_up)
+        gate_up[..., 0] = 0
+        return result
+
+    with pytest.raises(AssertionError, match="argument gate_up was changed"):
+        checks.check_forward(SWIGLU, Backend("planted", swiglu), CASE, torch.float32)
+
+
+def test_a_run_that_differs_from_the_one_before_is_found():
+    calls = iter(range(9))
+
+    def swiglu(gate_up):
+        return SWIGLU.backend("reference").run(gate_up) * (1 + 2**-23 * next(calls))
+
+    with pytest.raises(AssertionError, match="differs between two runs"):
+        checks.check_repeats(SWIGLU, Backend("planted", swiglu), CASE, torch.float32)
+
+
+def test_a_dtype_that_is_not_refused_is_found():
+    backend = replace(SWIGLU.backend("reference"), dtypes=frozenset({torch.float32}))
+    with pytest.raises(AssertionError, match="does not refuse"):
+        checks.check_limits(SWIGLU, backend, CASE)
+    with pytest.raises(AssertionError, match="no reason against"):
+        checks.check_limits(SWIGLU, replace(backend, unsupported=lambda gate_up: []), CASE)
+
+
+def test_another_signature_is_found():
+    with pytest.raises(AssertionError, match="takes"):
+        checks.check_signature(SWIGLU, Backend("planted", lambda x: x))
+
+
+def test_a_backward_that_needs_a_dense_upstream_is_found():
+    class Swiglu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gate_up):
+            ctx.save_for_backward(gate_up)
+            return SWIGLU.backend("reference").run(gate_up)
+
+        @staticmethod
+        def backward(ctx, grad):
+            leaf = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                result = SWIGLU.backend("reference").run(leaf)
+            # As a kernel that is given a pointer: it reads what lies in memory, whatever the strides are.
+            memory = torch.empty_like(grad, memory_format=torch.contiguous_format).fill_(torch.nan)
+            count = min(grad.untyped_storage().nbytes() // grad.element_size(), grad.numel())
+            memory.view(-1)[:count] = torch.as_strided(grad, (count,), (1,))
+            return torch.autograd.grad(result, leaf, memory)[0]
+
+    backend = Backend("planted", lambda gate_up: Swiglu.apply(gate_up))
+    checks.check_gradients(SWIGLU, backend, CASE, torch.float32)
+    with pytest.raises(AssertionError, match="error nan"):
+        checks.check_partial_gradients(SWIGLU, backend, CASE, torch.float32)
