@@ -135,7 +135,15 @@ def test_gradient_is_that_of_the_weighted_sum(files):
     nll = (batch["image"] - reconstruction).abs().sum() / 4
     distmat, cos = OPS.vf_loss(net.linear_proj(z), task.foundation(batch["image"]), 0.25, 0.5)
     total = nll + 1e-6 * posterior.kl().mean() + logs["vf_weight"] * (distmat + cos)
-    (total - logs["d_weight"] * judge(reconstruction).mean()).backward()
+    gan = -judge(reconstruction).mean()
+
+    def norm(loss: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, layer, retain_graph=True)[0].norm()
+
+    first, last = net.encoder.conv_out.weight, net.decoder.conv_out.weight
+    close("vf_weight", logs["vf_weight"], 0.1 * norm(nll, first) / (norm(distmat + cos, first) + 1e-4), rtol=1e-4)
+    close("d_weight", logs["d_weight"], 0.5 * norm(nll, last) / (norm(gan, last) + 1e-4), rtol=1e-4)
+    (total + logs["d_weight"] * gan).backward()
     for key, value in gradients(net).items():
         close(key, got[key], value, atol=1e-5, rtol=1e-3)
 

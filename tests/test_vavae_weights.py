@@ -63,7 +63,7 @@ def test_published_checkpoint_becomes_a_tokenizer_and_says_what_it_left_out(tens
     torch.save(wrap(training_checkpoint(tensors)), tmp_path / "vae.ckpt")
     with caplog.at_level(logging.INFO):
         model = load_tokenizer(tmp_path / "vae.ckpt", OPS, TINY)
-    assert not model.training
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
     (message,) = caplog.messages
     for part in ("2 tensors foundation_model.", "1 tensors loss.logvar", "1 tensors linear_proj.",
@@ -72,10 +72,10 @@ def test_published_checkpoint_becomes_a_tokenizer_and_says_what_it_left_out(tens
 
 
 def test_export_comes_back_with_its_config(tensors, tmp_path):
-    write_export(tmp_path / "deep/tokenizer", tensors, TINY, step=12, weights="model")
-    document = json.loads((tmp_path / "deep/tokenizer.json").read_text())
+    write_export(tmp_path / "deep/tokenizer.v2", tensors, TINY, step=12, weights="model")
+    document = json.loads((tmp_path / "deep/tokenizer.v2.json").read_text())
     assert (document["kind"], document["step"], document["weights"]) == ("vavae", 12, "model")
-    model = load_tokenizer(tmp_path / "deep/tokenizer.safetensors", OPS)
+    model = load_tokenizer(tmp_path / "deep/tokenizer.v2.safetensors", OPS)
     assert model.config == TINY
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
     assert [path.name for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")] == []

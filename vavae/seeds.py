@@ -8,7 +8,7 @@ import torch
 _MASK = 2**64 - 1
 
 # Purposes: numbers for one are independent of those for another.
-INITIAL_WEIGHTS, POSTERIOR_NOISE, CROP = range(3)
+INITIAL_WEIGHTS, POSTERIOR_NOISE, CROP, EXTRACTION_NOISE = range(4)
 
 
 def _splitmix64(x: int) -> int:

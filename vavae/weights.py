@@ -138,25 +138,37 @@ def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None 
     """
     if config is None:
         config = read_export_config(path)
-    parts = split_tokenizer(read_tensors(path))
+    return build_tokenizer(read_tensors(path), config, ops, path)
+
+
+def build_tokenizer(tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any,
+                    source: str | Path) -> AutoencoderKL:
+    """A tokenizer to encode and decode with, of a training run's tensors or a tokenizer's; `source` names them.
+
+    Raises:
+        WeightsError: not exactly this model's weights.
+    """
+    parts = split_tokenizer(tensors)
+    own = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
     model = AutoencoderKL(config, ops)
-    tensors = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
-    load_strict(model, tensors, f"{path} as a tokenizer")
-    projection, discriminator = len(parts.autoencoder) - len(tensors), len(parts.discriminator)
-    log_dropped(path, parts.dropped | {PROJECTION_PREFIX: projection, DISCRIMINATOR_PREFIX: discriminator})
-    return model.eval()
+    load_strict(model, own, f"{source} as a tokenizer")
+    projection, discriminator = len(parts.autoencoder) - len(own), len(parts.discriminator)
+    log_dropped(source, parts.dropped | {PROJECTION_PREFIX: projection, DISCRIMINATOR_PREFIX: discriminator})
+    return model.eval().requires_grad_(False)
 
 
-def log_dropped(path: str | Path, dropped: Mapping[str, int]) -> None:
+def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
     """Say which parts of a file were not used."""
     used = {prefix: count for prefix, count in dropped.items() if count}
     if used:
-        log.info("%s: left out %s", path, ", ".join(f"{count} tensors {prefix}*" for prefix, count in used.items()))
+        log.info("%s: left out %s", source, ", ".join(f"{count} tensors {prefix}*" for prefix, count in used.items()))
 
 
 def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any):
     """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights."""
-    path = Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path = path.with_name(f"{path.name}.safetensors")
     write_tensors(path, tensors)
     document = {"kind": "vavae", "config": config.model_dump(mode="json"), **facts}
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")

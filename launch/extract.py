@@ -1,0 +1,160 @@
+"""`python -m launch extract CONFIG --output DIR [key=value …]`: an image folder as latents to train LightningDiT on.
+
+CONFIG is a tokenizer's run file: `ckpt_path` names the weights (without it, the newest checkpoint of the run is taken)
+and `data.data_path` the images. Every image, centre-cropped as in ADM, is encoded once as it is and once mirrored; what
+is stored is one posterior sample of each, whose noise depends on (train.global_seed, image index) alone. An interrupted
+extraction goes on where it stopped; under a launcher every process writes its own shards.
+"""
+
+import argparse
+import hashlib
+import itertools
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from launch.config import ConfigError, VavaeRun, load, select_ops
+from launch.trained import find_checkpoint
+from lightningdit.latents import LatentsWriter, finish
+from vavae import seeds
+from vavae.data import ImageFolder
+from vavae.images import psnr, to_uint8
+from vavae.model import AutoencoderKL
+from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
+
+SHARD_SIZE = 10_000
+LEAST_PSNR = 12.0  # dB; a tokenizer that does worse than this on real images is not the one that was meant
+
+
+def main(argv: list[str]) -> int:
+    """Extract and say what is there; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="tokenizer run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.data_path=/data/train")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the latents")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per process and pass (default: 32)")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the tokenizer")
+    parser.add_argument("--least-psnr", type=float, default=LEAST_PSNR, metavar="DB",
+                        help=f"refuse a tokenizer that reconstructs worse than this (default: {LEAST_PSNR:g})")
+    args = parser.parse_args(argv)
+    run, _ = load(args.config, args.overrides, kind="vavae")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: at least 1")
+    extract(run, args.output, batch_size=args.batch_size, precision=args.precision, least_psnr=args.least_psnr)
+    return 0
+
+
+def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str = "float32",
+            least_psnr: float = LEAST_PSNR, shard_size: int = SHARD_SIZE) -> dict:
+    """Write the latents of a run's images into `output` → the manifest.
+
+    Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
+    `least_psnr` (dB), or `output` holds the latents of another extraction.
+    """
+    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
+
+    tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
+    images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)
+    processes = start_processes()
+    identity = {
+        "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
+        "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
+    }  # fmt: skip
+    tokenizer.to(processes.device)
+    check_round_trip(tokenizer, images, least_psnr, source)
+    tokenizer.to(getattr(torch, precision))
+    first, last = (len(images) * r // processes.world_size for r in (processes.rank, processes.rank + 1))
+    writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
+    grid = run.data.image_size // tokenizer.config.downsample_ratio
+    batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
+                       range(first + writer.position, last, batch_size), last)
+    loader = DataLoader(batches, batch_size=None, num_workers=run.data.num_workers,
+                        pin_memory=processes.device.type == "cuda")
+    unreadable = 0
+    for batch in tqdm(loader, desc="batches", disable=None if processes.is_main else True):
+        writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
+        unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
+    writer.close()
+    if unreadable:
+        print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")
+    processes.barrier()
+    if processes.is_main:
+        facts = {"source": source, "sha256": identity["tokenizer"]}
+        finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images))
+    processes.barrier()
+    manifest = finish(output, world_size=processes.world_size)  # there by now: only read
+    if processes.is_main:
+        print(f"{manifest['count']:,} images as latents {manifest['shape']} in {output}")
+    return manifest
+
+
+def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
+    """The tokenizer of a run in evaluation mode, and where it was found.
+
+    `ckpt_path` is a weights file, a checkpoint or a run's directory; without it, the run's own directory is meant.
+    """
+    path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
+    if not path.is_dir():
+        return load_tokenizer(path, ops, run.model), str(path)
+    checkpoint = find_checkpoint(path)
+    if checkpoint.state["kind"] != "vavae":
+        raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {checkpoint.state['kind']!r}, not 'vavae'")
+    tensors = checkpoint.weights("autoencoder", "ema")
+    return build_tokenizer(tensors, run.model, ops, checkpoint.path), str(checkpoint.path)
+
+
+@torch.no_grad()
+def check_round_trip(tokenizer: AutoencoderKL, images: ImageFolder, least: float, source: str, count: int = 8) -> float:
+    """PSNR (dB, mean over the first images) of encoding and decoding; raises ConfigError where it is below `least`."""
+    indices = torch.arange(min(count, len(images)))
+    batch = images.batch(torch.zeros_like(indices), indices)["image"].to(tokenizer.quant_conv.weight.device)
+    reconstruction, _ = tokenizer(batch)
+    found = psnr(to_uint8(batch), to_uint8(reconstruction.float())).mean().item()
+    if not found >= least:
+        raise ConfigError(f"{source} reconstructs these images at {found:.1f} dB, below {least:g} (--least-psnr): "
+                          "it is untrained, or not the tokenizer for such images")
+    return found
+
+
+@torch.no_grad()
+def encode(tokenizer: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior samples of images [b, 3, H, W] and of their mirror images, float32 [b, C, h, w] on the CPU.
+
+    noise: standard normal [b, 2, C, h, w], for the plain and the mirrored.
+    """
+    device = tokenizer.quant_conv.weight.device
+    images, noise = images.to(device, non_blocking=True), noise.to(device, non_blocking=True)
+    posterior = tokenizer.encode(torch.cat([images, images.flip(-1)]))
+    plain, mirrored = posterior.sample(noise=torch.cat(noise.unbind(1))).float().cpu().chunk(2)
+    return plain, mirrored
+
+
+class _Batches(Dataset):
+    """Batches from each of `starts` to the next (at the end to `last`), every image with noise of its own."""
+
+    def __init__(self, images: ImageFolder, noise_shape: tuple[int, ...], seed: int, starts: range, last: int):
+        self.images, self.noise_shape, self.seed, self.starts, self.last = images, noise_shape, seed, starts, last
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        start = self.starts[number]
+        indices = torch.arange(start, min(start + self.starts.step, self.last))
+        noise = torch.stack([self._noise(index) for index in indices.tolist()])
+        return self.images.batch(torch.zeros_like(indices), indices) | {"noise": noise}
+
+    def _noise(self, index: int) -> torch.Tensor:
+        return torch.randn(self.noise_shape, generator=seeds.generator(self.seed, seeds.EXTRACTION_NOISE, index))
+
+
+def _names_hash(images: ImageFolder) -> str:
+    """SHA-256 of the image paths in their order: which image an index means."""
+    digest = hashlib.sha256()
+    for path in itertools.chain(images.classes, images.paths):
+        digest.update(f"{path}\n".encode())
+    return digest.hexdigest()

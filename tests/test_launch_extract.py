@@ -1,0 +1,179 @@
+"""Extraction: what a latents directory holds, that it goes on after a kill, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import kernels
+from launch import extract as program
+from launch.config import VavaeRun
+from launch.extract import extract
+from lightningdit.data import LatentDataset
+from vavae.config import AutoencoderConfig, LossConfig
+from vavae.data import ImageFolder
+from vavae.model import AutoencoderKL
+from vavae.task import build_networks
+from vavae.weights import fingerprint, load_tokenizer, write_export, write_tensors
+
+OPS = kernels.select("reference")
+TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (), "z_channels": 4, "embed_dim": 4}
+MODEL = AutoencoderConfig(**TINY, resolution=16)
+COUNT, SHARD = 11, 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """11 images of three classes and of several sizes, and the weights of an untrained tokenizer."""
+    root = tmp_path_factory.mktemp("extract")
+    rng = np.random.default_rng(0)
+    for index in range(COUNT):
+        (root / f"images/{index % 3}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (16 + index, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"images/{index % 3}/{index:02d}.png")
+    network = build_networks(MODEL, LossConfig(disc_weight=0.0, use_vf=False), OPS, 0, None)["autoencoder"]
+    write_export(root / "vae.safetensors", network.state_dict(), MODEL, step=0)
+    return root
+
+
+def run_of(files, **fields) -> VavaeRun:
+    data = {"data_path": str(files / "images"), "image_size": 16, "num_workers": 0, **fields.pop("data", {})}
+    return VavaeRun.model_validate({
+        "preset": "default", "ckpt_path": str(files / "vae.safetensors"), "model": MODEL.model_dump(),
+        "loss": {"use_vf": False, "perceptual": "none"}, "data": data, "kernels": "reference", **fields,
+    })
+
+
+def extracted(files, output, **fields) -> dict[str, torch.Tensor]:
+    extract(run_of(files, **fields), output, batch_size=3, least_psnr=0.0, shard_size=SHARD)
+    shards = [load_file(path) for path in sorted(output.glob("*.safetensors"))]
+    return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("latents") / "set"
+    return output, extracted(files, output)
+
+
+def test_one_sample_of_each_image_and_of_its_mirror_image(files, whole):
+    output, latents = whole
+    assert [len(load_file(p)["labels"]) for p in sorted(output.glob("*.safetensors"))] == [4, 4, 3]
+    model = load_tokenizer(files / "vae.safetensors", OPS)
+    images = ImageFolder(files / "images", 16, seed=0, crop="center")
+    batch = images.batch(torch.zeros(COUNT, dtype=torch.int64), torch.arange(COUNT))
+    assert torch.equal(latents["labels"], batch["y"])
+    for key, x in {"latents": batch["image"], "latents_flip": batch["image"].flip(-1)}.items():
+        posterior = model.encode(x)
+        noise = (latents[key] - posterior.mean) / posterior.std
+        assert latents[key].shape == (COUNT, 4, 8, 8)
+        assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05  # 2,816 normal numbers
+        assert noise.flatten(1).std(dim=1).min() > 0.8
+
+
+def test_noise_depends_on_seed_and_index_alone(files, whole, tmp_path):
+    again = tmp_path / "again"
+    extract(run_of(files), again, batch_size=5, least_psnr=0.0, shard_size=100)
+    (shard,) = again.glob("*.safetensors")
+    torch.testing.assert_close(load_file(shard)["latents_flip"], whole[1]["latents_flip"], atol=1e-5, rtol=0)
+    other = extracted(files, tmp_path / "other", train={"global_seed": 1})
+    assert not torch.allclose(other["latents"], whole[1]["latents"], atol=1e-2)
+
+
+def test_the_set_is_complete_and_loads(files, whole):
+    output, latents = whole
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["count"] == COUNT and manifest["shape"] == [4, 8, 8]
+    assert manifest["tokenizer"]["sha256"] == fingerprint(load_tokenizer(files / "vae.safetensors", OPS))
+    statistics = torch.load(output / "latents_stats.pt", weights_only=True)
+    exact = latents["latents"].double()
+    torch.testing.assert_close(statistics["mean"].flatten().double(), exact.mean(dim=(0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(statistics["std"].flatten().double(), exact.std(dim=(0, 2, 3)), atol=1e-6, rtol=0)
+    assert len(LatentDataset(output, latent_norm=True, latent_multiplier=1.0, num_classes=3, seed=0)) == COUNT
+
+
+def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_path, monkeypatch):
+    output, calls = tmp_path / "set", []
+    encode = program.encode
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:  # after 6 images: one shard of 4 is complete, two images are lost
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(program, "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        extracted(files, output)
+    assert not (output / "manifest.json").exists() and len(list(output.glob("*.safetensors"))) == 1
+    monkeypatch.setattr(program, "encode", encode)
+    latents = extracted(files, output)
+    for key, value in whole[1].items():
+        torch.testing.assert_close(latents[key], value, atol=1e-5, rtol=0)
+    monkeypatch.setattr(program, "encode", dies)  # a complete set needs no encoding
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    extracted(files, output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_another_extraction_may_not_go_on_with_these_shards(files, whole):
+    with pytest.raises(ValueError, match="belongs to another extraction"):
+        extract(run_of(files, train={"global_seed": 7}), whole[0], least_psnr=0.0)
+
+
+def test_an_untrained_tokenizer_is_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"vae\.safetensors reconstructs these images at .* dB, below 30"):
+        extract(run_of(files), tmp_path / "set", least_psnr=30.0)
+    assert not (tmp_path / "set").exists()
+
+
+def test_weights_of_another_tokenizer_are_refused(files, tmp_path):
+    run = run_of(files, model={**MODEL.model_dump(), "z_channels": 8})
+    with pytest.raises(ValueError, match=r"vae\.safetensors as a tokenizer do not fit"):
+        extract(run, tmp_path / "set")
+
+
+def test_an_unreadable_image_is_named_or_stood_in_for(files, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for label in range(3):
+        (tmp_path / f"images/{label}").mkdir()
+        for path in (files / f"images/{label}").iterdir():
+            (tmp_path / f"images/{label}/{path.name}").write_bytes(path.read_bytes())
+    (tmp_path / "images/1/04.png").write_bytes(b"broken")
+    where = {"data_path": str(tmp_path / "images")}
+    with pytest.raises(ValueError, match=r"1/04\.png"):
+        extracted(files, tmp_path / "set", data=where)
+    latents = extracted(files, tmp_path / "set", data={**where, "on_unreadable": "skip"})
+    assert len(latents["labels"]) == COUNT
+    assert "1 unreadable images" in capsys.readouterr().out
+
+
+def test_a_training_checkpoint_directory_without_checkpoint_is_named(files, tmp_path):
+    with pytest.raises(ValueError, match="no complete one below it"):
+        extract(run_of(files, ckpt_path=str(tmp_path)), tmp_path / "set")
+
+
+def test_the_program_reads_a_config_and_reports(files, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_of(files).model_dump(mode="json")))
+    status = program.main([str(config), "data.num_workers=0", "--output", str(tmp_path / "set"), "--least-psnr", "0"])
+    assert status == 0
+    assert f"{COUNT} images as latents [4, 8, 8] in {tmp_path / 'set'}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--batch-size 0"):
+        program.main([str(config), "--output", str(tmp_path / "set"), "--batch-size", "0"])
+
+
+def test_round_trip_is_the_psnr_of_the_mode(files):
+    model = AutoencoderKL(MODEL, OPS)
+    write_tensors(files / "other.safetensors", model.state_dict())
+    images = ImageFolder(files / "images", 16, seed=0, crop="center")
+    found = program.check_round_trip(model, images, 0.0, "this", count=4)
+    x = images.batch(torch.zeros(4, dtype=torch.int64), torch.arange(4))["image"]
+    with torch.no_grad():
+        y = model.decode(model.encode(x).mean)
+    eight_bits = [(127.5 * v + 128).clamp(0, 255).floor().double() for v in (x, y)]
+    mse = (eight_bits[0] - eight_bits[1]).square().mean(dim=(1, 2, 3))
+    assert found == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-9)
