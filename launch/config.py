@@ -21,6 +21,9 @@ from lightningdit.config import Float, Positive, Section
 from vavae.published import from_published
 
 
+DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
+
+
 class ConfigError(ValueError):
     """A config file or override that cannot be used; names the file, the key and what is allowed."""
 
@@ -91,7 +94,10 @@ class OptimizerConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """ZeRO stage, and anything else of DeepSpeed's own configuration: a JSON file, then `overrides` on top."""
+    """ZeRO stage, and anything else of DeepSpeed's own configuration: a JSON file, then `overrides` on top.
+
+    `file` is a path, or the name of one of `launch/deepspeed/`.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     file: str | None = None
@@ -102,7 +108,8 @@ class DeepSpeedConfig(Section):
 
         Raises ConfigError where the file cannot be read or names another ZeRO stage.
         """
-        content = {} if self.file is None else _read(self.file)
+        shipped = DEEPSPEED_FILES / self.file if self.file else None
+        content = {} if shipped is None else _read(shipped if shipped.is_file() else self.file)
         stage = content.get("zero_optimization", {}).get("stage", self.zero_stage)
         if stage != self.zero_stage:
             raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but {self.file} says stage {stage}")

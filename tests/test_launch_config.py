@@ -72,6 +72,7 @@ def test_every_shipped_config_loads_and_sets_a_preset(name):
     text = (CONFIGS / name).read_text()
     run, _ = load(CONFIGS / name, kind="vavae" if "vavae" in name else "lightningdit")
     assert "\npreset: " in text and run.train.exp_name is not None
+    assert run.deepspeed.merged_overrides().keys() <= {"zero_optimization"}  # its file is there and agrees
 
 
 def refusal(path, *overrides, kind="lightningdit") -> str:
