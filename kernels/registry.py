@@ -170,6 +170,8 @@ class Op:
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
         function.__signature__ = signature(self.check).replace(return_annotation=Signature.empty)
         function.__name__ = function.__qualname__ = self.name
+        # A code object of its own: torch.compile limits recompilations by code object, and all ops would share one.
+        function.__code__ = function.__code__.replace(co_name=self.name)
         function.__doc__ = self.doc
         return function
 

@@ -218,3 +218,33 @@ def test_triton_reasons(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", value)
         assert device.triton_interpreted() is interpreted
         assert bool(device.triton_reasons()) is not interpreted
+
+
+class Layer(torch.nn.Module):
+    """A module that was given its ops, as the models are."""
+
+    def __init__(self, ops: kernels.Ops):
+        super().__init__()
+        self.ops = ops
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        y = self.ops.adaln_rms_norm(x, self.weight, None, modulation, 1e-6)
+        x, y = self.ops.gated_residual_adaln_rms_norm(x, y, modulation, self.weight, modulation, modulation, 1e-6)
+        return x[..., :4] + self.ops.swiglu(y)
+
+
+def test_a_model_with_its_ops_is_one_graph_and_follows_its_bundle():
+    x, modulation = torch.linspace(-1, 1, 48).view(2, 3, 8), torch.linspace(0, 1, 16).view(2, 8)
+    layer = Layer(kernels.select("auto"))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, modulation), layer(x, modulation))
+    compiled(x, modulation).sum().backward()
+    assert layer.weight.grad.isfinite().all() and list(layer.state_dict()) == ["weight"]
+
+
+def test_compiled_ops_do_not_share_a_limit_on_recompilations():
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        swiglu = torch.compile(kernels.select("reference").swiglu, fullgraph=True, backend="eager")
+        assert swiglu(torch.ones(4)).shape == (2,)
