@@ -121,6 +121,19 @@ def test_generator_pass_leaves_no_gradient_in_the_discriminator(files):
     assert all(p.requires_grad for p in task.networks["discriminator"].parameters())
 
 
+def test_discriminator_is_told_images_from_reconstructions(files):
+    """Its loss is lowered by calling images real: the recorded hinge, on logits recomputed in the same order."""
+    task, judge = make(files), copy.deepcopy(make(files).networks["discriminator"])
+    batch, draws, net = batch_of(task), task.draw(5, 4, "cpu"), task.networks["autoencoder"]
+    with torch.no_grad():
+        reconstruction = net.decode(net.encode(batch["image"]).sample(noise=draws["noise"]))
+        _, real, fake = (judge(x) for x in (reconstruction, batch["image"], reconstruction))
+    logs, losses = step_once(task, 5)
+    close("real", logs["logits_real"], real.mean(), atol=1e-5)
+    close("fake", logs["logits_fake"], fake.mean(), atol=1e-5)
+    close("loss", losses["discriminator"], 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean()), atol=1e-5)
+
+
 def test_gradient_is_that_of_the_weighted_sum(files):
     """The balancing gradients leave no trace: the plain sum under the logged weights has the same gradient."""
     task = make(files)
@@ -186,6 +199,8 @@ def test_weights_have_the_published_names_and_start_from_the_seed(files):
     again = make(files).networks
     assert torch.equal(torch.get_rng_state(), before)
     assert_same_weights(task.networks, again)
+    for name, network in make(files, seed=1).networks.items():
+        assert not torch.equal(next(network.parameters()), next(again[name].parameters()))
 
 
 def test_features_can_be_projected_instead_and_the_projection_fixed(files):
@@ -309,6 +324,14 @@ def test_flops_are_three_forwards_of_the_convolutions():
     want = 3 * 2 * sum(products) + 3 * 2 * 2 * 5 * 64 * 64 * 64
     first = 2 * 16 * 16 * 32 * 27  # the images need no gradient
     assert cost.flops == pytest.approx(want - first, rel=0.02)
+
+
+def test_saved_elements_are_activations_not_weights():
+    model = TINY.model_copy(update={"attn_resolutions": ()})
+    loss = LossConfig(use_vf=False, disc_weight=0.0, perceptual="none")
+    small, large = (training_cost(model, None, loss, size)["autoencoder"].saved_elements for size in (16, 32))
+    assert small > 20 * 16 * 16 * 32  # each of some twenty layers at full size keeps at least its input
+    assert 3.9 < large / small < 5  # they grow with the area (the attention in the middle faster), weights do not
 
 
 def test_golden_tokenizer_is_what_the_task_trains():
