@@ -57,8 +57,7 @@ def train_foundation(
     Raises:
         RuntimeError: the accuracy is below 95 %, so its features are not worth aligning to.
     """
-    with torch.random.fork_rng(devices=[]):  # the library draws its initial weights from the global generator
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # building draws from the global generator; `fit` draws all of it anew
         model = FoundationModel.classifier(MODEL, GRID, CLASSES)
     fit(model.to(device), train, seed=seed, steps=steps)
     accuracy = classification_accuracy(model, heldout)

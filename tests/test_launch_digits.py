@@ -88,9 +88,11 @@ def test_write_is_idempotent_and_repairs(tmp_path, splits):
 
     content = first.read_bytes()
     first.write_bytes(content[:-20])
+    write(tmp_path)
+    assert first.read_bytes() == content
     (folders.heldout / "7").rename(tmp_path / "gone")
     write(tmp_path)
-    assert first.read_bytes() == content and len(read(folders.heldout)) == 500
+    assert len(read(folders.heldout)) == 500
 
     (tmp_path / "manifest.json").write_text("{")  # cut off while it was written
     write(tmp_path)
@@ -127,7 +129,7 @@ def test_the_judge_fails_what_it_must(judge, splits):
     train, heldout = splits["train"], splits["heldout"]
     copies = train.balanced(50)
     memorised = report(judge, splits, train.images[copies], train.labels[copies])
-    assert memorised["nearest_ratio"] == 0 and memorised["frechet_ratio"] < 1.5
+    assert memorised["nearest_ratio"] == 0 and 0.5 < memorised["frechet_ratio"] < 1.5
     wrong = report(judge, splits, heldout.images, (heldout.labels + 1) % 10)
     assert wrong["recognised"] < 0.05
     one_bad_class = report(
@@ -213,6 +215,8 @@ def test_augmentation_moves_and_scales_a_little(splits):
     draw = lambda seed: digits_foundation.augment(images, torch.Generator().manual_seed(seed))  # noqa: E731
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert draw(0).min() >= -1 and draw(0).max() <= 1
+    black = digits_foundation.augment(torch.full_like(images, -1), torch.Generator().manual_seed(0))
+    assert torch.equal(black, torch.full_like(images, -1))  # what comes in from outside is black, too
     ramp = ((torch.arange(32) + 0.5) / 16 - 1).expand(256, 3, 32, 32)  # where each pixel comes from, read off a ramp
     moved = digits_foundation.augment(ramp + 0, torch.Generator().manual_seed(0))[:, 0, 16, 8:24] - ramp[0, 0, 16, 8:24]
     assert 0.08 < moved.abs().max() <= 0.1 + 0.5 * 0.1 + 1e-5
@@ -223,7 +227,10 @@ def test_sample_grid(tmp_path, splits):
     pictures.sample_grid(heldout.images, heldout.labels, tmp_path / "new" / "grid.png", columns=3)
     grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     tile = np.asarray(Image.fromarray(heldout.images[heldout.labels == 7][2].numpy()).resize((64, 64), 0))
-    assert tuple(np.argwhere(_windows_equal(grid, tile))[0]) == (2 * 4 + 7 * 68, grid.shape[1] - 8 - 64)
+    ((y, x),) = np.argwhere(_windows_equal(grid, tile))
+    assert (y, x) == (8 + 7 * 68, grid.shape[1] - 8 - 64)
+    tile = np.asarray(Image.fromarray(heldout.images[heldout.labels == 7][0].numpy()).resize((64, 64), 0))
+    assert np.argwhere(_windows_equal(grid, tile)).tolist() == [[y, x - 2 * 68]]
     pictures.sample_grid(heldout.images, heldout.labels, tmp_path / "named.png", columns=3, names=["a long name"])
     assert Image.open(tmp_path / "named.png").width > grid.shape[1]
 

@@ -20,7 +20,7 @@ def empty_machine(tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(doctor.sys, "executable", str(programs / "python"))
-    monkeypatch.setattr(doctor, "_cuda_homes", lambda: [tmp_path / "cuda"])
+    monkeypatch.setattr(doctor, "_cuda_homes", lambda: [tmp_path / "old", tmp_path / "cuda"])
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     return programs
 
@@ -104,6 +104,7 @@ def test_all_compilers(empty_machine, tmp_path):
     program(empty_machine / "ninja", "1.13.2.git.kitware")
     nvcc = "nvcc: NVIDIA (R) Cuda\nCuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.1"
     program(tmp_path / "cuda" / "bin" / "nvcc", nvcc)  # not on PATH
+    (tmp_path / "old" / "include").mkdir(parents=True)  # holds none of the headers
     headers = tmp_path / "cuda" / "include"
     headers.mkdir()
     for name in doctor.CUDA_HEADERS[1:]:

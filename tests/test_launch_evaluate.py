@@ -22,9 +22,9 @@ from vavae.weights import write_export
 FACTS = {"solver": "euler", "nfe": 49, "dtype": "float32", "guidance": 2.0, "hashes": {"model": "ab"}}
 
 
-def images(seed, count=40, size=16, low=0, high=256):
+def images(seed, count=40, size=16, width=None, high=256):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, high, (count, size, width or size, 3), generator=generator, dtype=torch.uint8)
 
 
 def means(batch):
@@ -64,7 +64,7 @@ def test_the_three_sources_give_the_same_images(tmp_path):
 
 
 def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
-    pixels = images(1, 4, size=20)
+    pixels = images(1, 4, size=20, width=27)
     save_folder(tmp_path / "b", pixels[2:])
     save_folder(tmp_path / "a" / "deep", pixels[:2])
     (tmp_path / "a" / "notes.json").write_text("{}")
@@ -108,12 +108,13 @@ def test_sources_refuse(tmp_path):
 
 
 def test_samples_against_images():
-    real, fake = images(4), images(5, 30, high=200)
+    real = images(4)
+    fake = (real[:30].float() * 0.7 + 38 + images(5, 30, high=4).float()).to(torch.uint8)  # less varied
     got = evaluate_samples(MemoryImages(fake), evaluation.Reference("real", MemoryImages(real)), means, metadata=FACTS,
                            batch_size=7)  # fmt: skip
     assert got["metrics"]["fid"] == pytest.approx(frechet_distance(*statistics(fake), *statistics(real)), rel=1e-6)
     precision, recall = precision_recall(means(real)["features"].float(), means(fake)["features"].float())
-    assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall)
+    assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall) and precision > recall
     assert got["samples"] == 30 and got["samples_sha256"] == hashlib.sha256(fake.numpy().tobytes()).hexdigest()
     assert {key: got[key] for key in FACTS} == FACTS and got["notes"] == []
     assert set(got["skipped"]) == {"sfid", "inception_score"}
