@@ -122,8 +122,13 @@ def _size(pixels: Tensor | torch.Size) -> str:
 
 
 def open_images(path: str | Path, image_size: int | None = None, crop: str = "center") -> ImageSource:
-    """The images at `path`, a folder or an `.npz` with `arr_0`; raises ValueError where there are none."""
+    """The images at `path`: an `.npz` with `arr_0`, a folder with a `samples.npz` (as `sample` writes), or one of files.
+
+    Raises ValueError where there are none.
+    """
     path = Path(path)
+    if (path / "samples.npz").is_file():
+        path = path / "samples.npz"
     if path.is_dir():
         return FolderImages(path, image_size, crop)
     if not path.exists():

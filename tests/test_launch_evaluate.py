@@ -55,6 +55,10 @@ def test_the_three_sources_give_the_same_images(tmp_path):
         open_images(tmp_path / "plain.npz"),
         open_images(tmp_path / "small.npz"),
     ]
+    (tmp_path / "sampled").mkdir()
+    np.savez(tmp_path / "sampled" / "samples.npz", pixels.numpy())
+    save_folder(tmp_path / "sampled", pixels[:1])  # the picture that `sample` draws is none of the samples
+    sources.append(open_images(tmp_path / "sampled"))
     for source in sources:
         assert len(source) == 7
         for _ in range(2):  # as often as needed
