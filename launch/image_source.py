@@ -122,7 +122,7 @@ def _size(pixels: Tensor | torch.Size) -> str:
 
 
 def open_images(path: str | Path, image_size: int | None = None, crop: str = "center") -> ImageSource:
-    """The images at `path`: an `.npz` with `arr_0`, a folder with a `samples.npz` (as `sample` writes), or one of files.
+    """The images at `path`: an `.npz` with `arr_0`, a folder with a `samples.npz` (as `sample` writes), or of files.
 
     Raises ValueError where there are none.
     """
