@@ -20,7 +20,6 @@ import vavae.config as vae
 from lightningdit.config import Float, Positive, Section
 from vavae.published import from_published
 
-
 DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
 
 

@@ -264,7 +264,11 @@ def paper_sample(section: SampleConfig) -> SampleConfig:
 
 
 class DataConfig(Section):
-    """The `data` section. Ours: `num_images`, what a plan assumes where there is no data to count."""
+    """The `data` section.
+
+    Ours: `latent_flip`, whether half of the samples come mirrored (as published; false where left and right differ in
+    meaning), and `num_images`, what a plan assumes where there is no data to count.
+    """
 
     data_path: str
     valid_path: str | None = None
@@ -274,4 +278,5 @@ class DataConfig(Section):
     num_workers: Annotated[int, Field(ge=0)] = 8
     latent_norm: bool = True
     latent_multiplier: Annotated[Float, Field(gt=0)] = 1.0
+    latent_flip: bool = True
     num_images: Positive = 1_281_167

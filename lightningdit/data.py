@@ -24,6 +24,7 @@ class LatentDataset:
     """The samples of a latents directory (see `lightningdit.latents`), published ones too.
 
     latent_norm: normalise with `latents_stats.pt`; else only multiply by latent_multiplier.
+    latent_flip: give half of the samples mirrored; else none.
     num_classes: labels are checked against it where it is given.
     verify: also compare every checksum of the manifest (reads everything once).
 
@@ -40,11 +41,12 @@ class LatentDataset:
         *,
         latent_norm: bool = True,
         latent_multiplier: float = 1.0,
+        latent_flip: bool = True,
         num_classes: int | None = None,
         seed: int = 0,
         verify: bool = False,
     ):
-        self.path, self.seed, self.latent_norm = Path(path), seed, latent_norm
+        self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
             raise LatentsError(f"{self.path} is no directory; data_path holds latents shards, as extract writes them")
         self.manifest = read_manifest(self.path)
@@ -69,6 +71,7 @@ class LatentDataset:
             config.data_path,
             latent_norm=config.latent_norm,
             latent_multiplier=config.latent_multiplier,
+            latent_flip=config.latent_flip,
             num_classes=config.num_classes,
             seed=seed,
         )
@@ -80,7 +83,9 @@ class LatentDataset:
         return self.__dict__ | {"_views": None}
 
     def flips(self, epochs, indices) -> np.ndarray:
-        """Which samples come mirrored: bool [B], each with probability 1/2, a hash of (seed, epoch, index)."""
+        """Which samples come mirrored: bool [B], each with probability 1/2, a hash of (seed, epoch, index), or none."""
+        if not self.latent_flip:
+            return np.zeros(len(indices), dtype=bool)
         return (mix(self.seed, epochs, indices) >> np.uint64(63)).astype(bool)
 
     def batch(self, epochs, indices, flips=None) -> dict[str, torch.Tensor]:

@@ -95,6 +95,12 @@ def test_any_order_any_batch():
         assert torch.equal(one["x"][0], together["x"][i]) and one["y"][0] == together["y"][i]
 
 
+def test_flips_can_be_turned_off():
+    data = LatentDataset(PUBLISHED, latent_flip=False)
+    plain = LatentDataset(PUBLISHED).batch(EPOCH_0, EVERY, flips=[False] * 12)
+    assert torch.equal(data.batch(EPOCH_0, EVERY)["x"], plain["x"])
+
+
 def test_flips_are_a_fair_hash_of_seed_epoch_and_index():
     data, other = LatentDataset(PUBLISHED, seed=0), LatentDataset(PUBLISHED, seed=1)
     epochs, indices = np.repeat(np.arange(100), 100), np.tile(np.arange(100), 100)
