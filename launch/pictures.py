@@ -158,17 +158,26 @@ def _style(axes, title: str, curves: Mapping, log_steps: bool) -> None:
     axes.set_xlabel("step", color=_hex(MUTED))
     if log_steps:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _label_logarithmic(axes.xaxis, "{x:,.0f}")
     finite = [v[np.isfinite(v) & (v > 0)] for _, v in curves.values()]
     finite = np.concatenate(finite) if finite else np.empty(0)
     if len(finite) and finite.max() > 20 * finite.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,g}")
+        _label_logarithmic(axes.yaxis, "{x:,g}")
     axes.grid(True, which="major", color="#e4e6e9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#b5b9bf")
     axes.tick_params(colors=_hex(MUTED), labelsize=9)
     axes.legend(frameon=False, fontsize=9)
+
+
+def _label_logarithmic(axis, text: str) -> None:
+    """Labels at 1, 2 and 5 of each decade, and none between: they would run into one another."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(text)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _hex(color: tuple[int, int, int]) -> str:

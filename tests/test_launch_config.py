@@ -103,6 +103,13 @@ def test_contradictions_are_refused(published):
     assert "downsample_ratio 16" in refusal(published, "data.image_size=250")
 
 
+def test_what_a_tokenizer_cannot_do_is_refused(published_tokenizer):
+    refused = "deepspeed.zero_stage=3"
+    assert "zero_stage 3" in refusal(published_tokenizer, refused, kind="vavae")
+    load(published_tokenizer, [refused, "loss.adaptive_vf=false", "loss.disc_weight=0"], kind="vavae")
+    assert "residual_dtype" in refusal(published_tokenizer, "train.residual_dtype=bfloat16", kind="vavae")
+
+
 def test_a_malformed_override_or_file_is_refused(published, tmp_path):
     assert "key=value" in refusal(published, "train.max_steps")
     assert "not a section" in refusal(published, "ckpt_path.x=1")
