@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 KEYS = ("model", "ema", "exp_avg", "exp_avg_sq")  # tensors kept per network
 
@@ -97,21 +96,6 @@ class Checkpoint:
         if (found := sha256(path)) != entry["sha256"]:
             raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {entry['sha256']}: damaged")
         return path
-
-
-def load_strictly(network: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Copy weights into `network`; raises CheckpointError naming what is missing, unexpected or of another shape."""
-    own = network.state_dict()
-    problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
-    problems += [f"{name} is unknown to the network" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, the network {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys() if tensors[name].shape != own[name].shape
-    ]  # fmt: skip
-    if problems:
-        shown = "; ".join(sorted(problems)[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointError(f"{source} does not fit this run's network: {shown}")
-    network.load_state_dict(tensors)
 
 
 def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, torch.Tensor]]]) -> Path:

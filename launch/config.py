@@ -200,8 +200,8 @@ class VavaeRun(Section):
     def _check(self):
         balanced = self.loss.use_gan or (self.loss.use_vf and self.loss.adaptive_vf)
         if self.deepspeed.zero_stage == 3 and balanced:
-            raise ValueError("deepspeed.zero_stage 3 gathers weights for one backward pass, but balancing the VF and GAN "
-                             "terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0")
+            raise ValueError("deepspeed.zero_stage 3 gathers weights for one backward pass, but balancing the VF and "
+                             "GAN terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0")
         if self.train.use_checkpoint or self.train.residual_dtype != "float32":
             raise ValueError("train.use_checkpoint and train.residual_dtype are for LightningDiT; a tokenizer allows "
                              "only false and float32")

@@ -18,6 +18,7 @@ from launch.engine import Engine, Processes, deepspeed_config
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import AdamWEma
 from launch.progress import Clock, Log, Meter
+from lightningdit.weights import load_into
 
 Tensors = dict[str, torch.Tensor]
 
@@ -265,7 +266,7 @@ class Trainer:
         self.step = state["step"]
         self.task.load_state_dict(state["task"])
         for name, network in self.task.networks.items():
-            checkpoint.load_strictly(network, start.tensors(name), start.path / name)
+            load_into(network, start.tensors(name), start.path / name)
 
     def _load_states(self, start: checkpoint.Checkpoint) -> None:
         for name, engine in self.engines.items():

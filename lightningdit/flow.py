@@ -140,8 +140,6 @@ class Transport:
         fields = config.model_dump(exclude={"path_type", "lognorm_until_step"})
         return cls(path=config.path_type, **fields)
 
-    # --- time
-
     def interval(self, eps: float, *, sde: bool = False, form: str = "SBDM", last_step_size: float = 0.0):
         """(start, end) of the time axis, moved off 0 and 1 by `eps` only where a formula divides by zero there.
 
@@ -164,8 +162,6 @@ class Transport:
         u = draw(count, generator=generator, device=device, dtype=dtype)
         start, end = self.interval(self.train_eps)
         return start + (end - start) * (logit_normal(u) if lognorm else u)
-
-    # --- the path
 
     def interpolate(self, x0, x1, t):
         """(x_t, v_t): the point between noise x0 and data x1 at t, and its time derivative."""
@@ -191,8 +187,6 @@ class Transport:
         """The probability-flow velocity at x from ∇ log p_t(x)."""
         drift, diffusion = self.path.drift(x, t)
         return diffusion * score - drift
-
-    # --- reading the network's output
 
     def score(self, output, x, t):
         """∇ log p_t(x) from what the network predicts."""
@@ -222,8 +216,6 @@ class Transport:
         }
         assert tuple(forms) == DIFFUSION_FORMS
         return choose("diffusion form", form, forms)()
-
-    # --- training
 
     def training_losses(self, model, x1, *, t=None, x0=None, generator=None, **model_kwargs):
         """Per-sample losses of `model(x_t, t, **model_kwargs)` on data x1 [B, C, ...], as a dict of tensors.

@@ -81,6 +81,14 @@ def test_adaln_without_modulation_is_the_recorded_norm(x_dtype):
     close("rms norm", got, want, **{"atol": 0.0, **tolerance})
 
 
+def test_adaln_all_in_bfloat16_is_the_recorded_norm_but_for_its_extra_roundings():
+    """The recorded run rounds the normed values and their product with the gain; the op rounds once."""
+    x, weight = (MODULES[f"rmsnorm/{name}"].bfloat16() for name in ("x", "weight"))
+    got = OPS.adaln_rms_norm(x, weight, None, torch.zeros(3, 48), 1e-6)
+    assert got.dtype == torch.bfloat16
+    close("rms norm", got, MODULES["rmsnorm/out_allbf16"], atol=0.0, rtol=2**-7)
+
+
 def test_statistics_are_float32_in_half_precision():
     x = torch.full((1, 1, 4096), 300.0, dtype=torch.float16)  # the squares overflow float16
     x[..., 0] = 0

@@ -199,9 +199,6 @@ def test_command_line_and_demo(weights, tmp_path, monkeypatch):
     assert images_of(tmp_path / "two" / "samples.npz")[1].tolist() == [2, 2]
 
 
-# --- export
-
-
 def test_export_of_a_network(weights, tmp_path, capsys):
     assert export_main([str(weights / "run"), str(tmp_path / "digits"), "--weights", "model"]) == 0
     assert capsys.readouterr().out.count("lightningdit, step 7") == 3

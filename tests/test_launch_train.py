@@ -204,7 +204,7 @@ def test_too_many_skipped_steps_stop_the_run_with_a_report(run_file, poisoned, t
 def test_a_checkpoint_of_another_run_is_refused(run_file):
     path = run_file(train={"max_steps": 2})
     train_here(path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit this run's network: .* has shape"):
+    with pytest.raises(ValueError, match=r"step_0000002/model does not fit the model: .* where the model has"):
         train_here(path, "model.hidden_size=32")
     with pytest.raises(checkpoint.CheckpointError, match="trained with global_batch_size 8, this run has 4"):
         train_here(path, "train.global_batch_size=4")

@@ -125,9 +125,6 @@ def test_custom_model():
     assert section.model_copy(update={"class_dropout_prob": 0.1}).resolve(8, 10).null_label == 10
 
 
-# --- cost
-
-
 def test_flops_of_the_published_model():
     forward, training = flops_per_image(named_config("LightningDiT-XL/1", **LATENT, **PAPER))
     assert round(forward / 1e9, 2) == 237.25 and round(training / 1e9, 2) == 711.76

@@ -45,9 +45,6 @@ def inputs(config: ModelConfig, batch=3, seed=1):
     return x, torch.rand(batch, generator=g), torch.randint(config.num_classes, (batch,), generator=g)
 
 
-# --- against the recorded model
-
-
 @pytest.mark.parametrize("variant", RECORDED)
 def test_output_and_gradients(variant, ops):
     g, model = G(f"01_dit_{variant}"), build(variant, ops)
@@ -135,9 +132,6 @@ def test_bfloat16_stays_near_float32(ops):
     close("recorded autocast run", out, g["out/eval_autocast_bf16"].float(), atol=1e-1)
 
 
-# --- parts
-
-
 def test_rope_tables():
     g = G("01_dit_modules")
     for head_dim, grid in ((24, 4), (64, 16), (72, 16)):
@@ -193,9 +187,6 @@ def test_patches_are_a_strided_convolution(ops):
     proj, x = model.x_embedder.proj, x.double()
     want = F.conv2d(x, proj.weight, proj.bias, stride=2).flatten(2).transpose(1, 2)
     close("patches", model.x_embedder(x), want, atol=1e-12)
-
-
-# --- layout and initialisation
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -260,9 +251,6 @@ def test_starts_as_zero(ops):
     assert not LightningDiT(config, ops)(*inputs(config)).any()
 
 
-# --- variants without recorded tensors, through their definition
-
-
 def test_without_shift_is_a_zero_shift(ops):
     config = ModelConfig(**VARIANTS["c"])
     model = random_model(config, ops)
@@ -309,9 +297,6 @@ def test_layer_norm_of_queries_and_keys(ops):
     want = ((turn(q) @ turn(k).transpose(-1, -2)) / config.head_dim**0.5).softmax(-1) @ v
     want = attn.proj(want.transpose(1, 2).flatten(2))
     close("QK LayerNorm", attn(x, cos.double(), sin.double()), want, atol=1e-9)
-
-
-# --- what an engine relies on
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -148,9 +148,6 @@ def test_sde(tag, model, golden):
     close("final", x, golden[f"sde/{tag}/final"], atol=2e-5)
 
 
-# --- guidance
-
-
 def test_unconditional_half_is_skipped_below_the_interval(model, golden):
     rows = []
     tag = "euler8_shift0.3_cfg4_interval0.11"
@@ -188,9 +185,6 @@ def test_guided_channels():
     assert torch.equal(guide(cond, uncond, 3.0, 32), guide(cond, uncond, 3.0, None))
     assert paper_sample(SampleConfig()).cfg_channels == 3
     assert paper_sample(SampleConfig(cfg_channels=4)).cfg_channels == 4
-
-
-# --- solvers against calculus and another library
 
 
 def swirl(x, t):
@@ -260,9 +254,6 @@ def test_log_likelihood_of_gaussian_data():
     want = torch.distributions.Normal(0.0, SPREAD).log_prob(x).flatten(1).sum(1)
     close("log density", logp, want, atol=1e-5)
     close("noise", noise, x / SPREAD, atol=1e-5)
-
-
-# --- what a sample depends on
 
 
 def test_noise_depends_on_seed_index_and_draw_alone():

@@ -1,0 +1,53 @@
+"""Every stage of the quickstart, on its real data and programs, with a handful of training steps."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from launch import digits_foundation, extract, quickstart
+
+
+@pytest.fixture
+def hasty(tmp_path, monkeypatch):
+    """Steps enough to run, not to learn; the guards that ask for quality are lowered."""
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    for name, steps, section in (("digits_vavae", 2, {}), ("digits", 3, {"num_sampling_steps": 2, "fid_num": 40})):
+        content = yaml.safe_load((quickstart.CONFIGS / f"{name}.yaml").read_text())
+        content["train"] |= {"max_steps": steps, "log_every": 1}
+        content["sample"] = content.get("sample", {}) | section
+        if not section:
+            del content["sample"]
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(quickstart, "CONFIGS", configs)
+    hurried = functools.partial(digits_foundation.train_foundation, steps=2)
+    monkeypatch.setattr(quickstart, "train_foundation", hurried)
+    monkeypatch.setattr(digits_foundation, "LEAST_ACCURACY", 0.0)
+    monkeypatch.setattr(extract, "LEAST_PSNR", 0.0)
+    return tmp_path / "out"
+
+
+def test_every_stage_runs_and_the_limits_are_judged(hasty, capsys):
+    assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # three steps meet no limit
+    text = capsys.readouterr().out
+    assert all(f"── {n}/7" in text for n in range(1, 8))
+    assert "$ python -m launch train lightningdit" in text and "MISSED: held-out reconstructions, PSNR" in text
+    report = json.loads((hasty / "report.json").read_text())
+    assert report["seed"] == 5 and report["samples"] == 40 and report["missed"]
+    assert report["made"]["nfe"] == 1 and report["made"]["guidance"]["scale"] > 1
+    for name in ("samples.png", "reconstructions.png", "losses.png"):
+        assert np.asarray(Image.open(hasty / name)).std() > 0
+    images = (hasty / "samples.png").read_bytes()
+    assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # nothing is made twice
+    assert "resuming from" in (text := capsys.readouterr().out) and "is already there" in text
+    assert (hasty / "samples.png").read_bytes() == images
+
+
+def test_until_stops_early(hasty, capsys):
+    assert quickstart.main(["--output", str(hasty), "--until", "data"]) == 0
+    assert sorted(p.name for p in hasty.iterdir()) == ["data"]
+    assert len(list((hasty / "data/train").rglob("*.png"))) == 1297
