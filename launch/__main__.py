@@ -1,6 +1,7 @@
 """`python -m launch <program> …`, and the same under a launcher: `deepspeed --module launch <program> …`."""
 
 import importlib
+import logging
 import os
 import sys
 
@@ -25,14 +26,34 @@ def main(argv: list[str]) -> int:
     if argv[0] not in PROGRAMS:
         print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2
+    _speak()
     try:
         return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
-    except (ValueError, FileNotFoundError) as e:
-        if os.environ.get("LIGHTNINGDIT_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as e:
+        if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_for_the_user(e):
             raise
         print(f"error: {e}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 
+def _speak() -> None:
+    """Let the main process's packages say what they chose and left out; the others only warn."""
+    logging.basicConfig(format="%(message)s")
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING
+    for package in ("kernels", "lightningdit", "vavae", "launch"):
+        logging.getLogger(package).setLevel(level)
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says it all; other RuntimeErrors are faults, and their traceback is wanted."""
+    from kernels import BackendUnavailable
+    from launch.optimizer import NonFinite
+
+    return not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | NonFinite)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if "launch.engine" in sys.modules:
+        sys.modules["launch.engine"].stop_processes()
+    sys.exit(status)

@@ -60,8 +60,9 @@ class Checkpoint:
     def manifest(self) -> dict:
         try:
             return json.loads((self.path / "manifest.json").read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path} has no manifest.json: no checkpoint, or not a complete one") from None
+        except OSError:
+            raise CheckpointError(f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
+                                  "(weights alone go into train.weight_init)") from None
         except ValueError as e:
             raise CheckpointError(f"{self.path / 'manifest.json'} is damaged: {e}") from None
 
@@ -116,7 +117,7 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
     write_json(temporary / "state.json", state)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
     write_json(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
-    for path in temporary.iterdir():
+    for path in (*temporary.iterdir(), temporary):
         _sync(path)
     if final.exists():
         os.replace(final, directory / f".{final.name}.old")

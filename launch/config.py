@@ -23,6 +23,19 @@ from vavae.published import from_published
 DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
 
 
+# What this project sets in DeepSpeed's configuration, and from which of its own keys.
+OWN_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "optimizer": "the optimizer section",
+    "scheduler": "the optimizer section",
+}
+
+
 class ConfigError(ValueError):
     """A config file or override that cannot be used; names the file, the key and what is allowed."""
 
@@ -60,6 +73,13 @@ class TrainConfig(Section):
         if self.max_steps is not None and self.max_epochs is not None:
             raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
         return self
+
+    def validating(self, valid_path: str | None) -> "TrainConfig":
+        """The section with `valid_every` as it is meant: by default at every checkpoint, where there is data for it."""
+        if valid_path is None and self.valid_every is not None:
+            raise ConfigError(f"train.valid_every is {self.valid_every}, but data.valid_path names no data for it")
+        every = None if valid_path is None else self.valid_every or self.ckpt_every
+        return self.model_copy(update={"valid_every": every})
 
     def steps(self, num_images: int) -> int:
         """Optimizer steps of the run: `max_steps`, or what `max_epochs` epochs of `num_images` come to."""
@@ -109,10 +129,14 @@ class DeepSpeedConfig(Section):
         """
         shipped = DEEPSPEED_FILES / self.file if self.file else None
         content = {} if shipped is None else _read(shipped if shipped.is_file() else self.file)
-        stage = content.get("zero_optimization", {}).get("stage", self.zero_stage)
+        merged = merge(content, self.overrides)
+        stage = merged.get("zero_optimization", {}).get("stage", self.zero_stage)
         if stage != self.zero_stage:
-            raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but {self.file} says stage {stage}")
-        return merge(content, self.overrides)
+            raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but deepspeed.file or overrides say {stage}")
+        for key, ours in OWN_DEEPSPEED_KEYS.items():
+            if key in merged:
+                raise ConfigError(f"deepspeed: {key} cannot be set there; it follows from {ours}")
+        return merged
 
 
 class TokenizerSection(Section):
@@ -206,6 +230,13 @@ class VavaeRun(Section):
             raise ValueError("train.use_checkpoint and train.residual_dtype are for LightningDiT; a tokenizer allows "
                              "only false and float32")
         return self
+
+    def features(self) -> vae.FoundationConfig | None:
+        """The `foundation` section as the preset means it: the paper feeds [−1, 1] unless the file says otherwise."""
+        unsaid = self.foundation is not None and "normalization" not in self.foundation.model_fields_set
+        if self.preset == "paper" and unsaid:
+            return self.foundation.model_copy(update={"normalization": "published"})
+        return self.foundation
 
 
 KINDS = {"lightningdit": LightningDiTRun, "vavae": VavaeRun}

@@ -65,13 +65,21 @@ class Processes:
         self.any(False)
 
 
+def uses_cuda() -> bool:
+    """Whether to train on GPUs: where there are any, unless DS_ACCELERATOR=cpu says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
 def start_processes(timeout_minutes: int = 30) -> Processes:
     """Join the process group the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK …), or be a group of one.
 
     The device is the GPU of LOCAL_RANK where there is one, else the CPU. Calling it again joins nothing twice.
     """
     deepspeed_logger.setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available()
+    # float32 products are IEEE, and a run repeats bit for bit; cuDNN's defaults promise neither.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    cuda = uses_cuda()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -139,10 +147,13 @@ class Engine:
         # DeepSpeed casts the module before the optimizer copies its master weights: keep what they should be.
         bf16 = config["bf16"]["enabled"]
         masters = {name: p.detach().clone() for name, p in self._names.items()} if bf16 else {}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device("cuda" if uses_cuda() else "cpu")
         module.to(device)
         self.optimizer: AdamWEma = make_optimizer(list(self._names.values()), partitioned=self._stage > 0)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
+        if self._stage < 3:  # ZeRO 3 shards them, rounded
+            for name, value in self._frozen.items():
+                module.get_parameter(name).data = value.to(device)
         self._begin()
         for name, value in masters.items():
             self._write(name, "model", value)
@@ -223,7 +234,21 @@ class Engine:
         if master is not None:
             target = master.data if key == "model" else self.optimizer.state[master][key]
             target.copy_(value)
+        elif self._stage == 3:
+            part = self._own_part(p, value)
+            if key == "model":
+                deepspeed.utils.safe_set_local_fp32_param(p, part)
+            else:
+                deepspeed.utils.safe_set_local_optimizer_state(p, part, key)
         elif key == "model":
             deepspeed.utils.safe_set_full_fp32_param(p, value.to(p.device))
         else:
             deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), key)
+
+    @staticmethod
+    def _own_part(p: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This process's part of a whole tensor under ZeRO 3, padded where the size is no multiple of the processes."""
+        size, rank = p.ds_tensor.numel(), dist.get_rank()
+        flat = value.flatten()
+        padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+        return padded[size * rank : size * (rank + 1)].to(p.device)

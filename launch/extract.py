@@ -59,7 +59,7 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
 
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
     images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)
-    processes = start_processes()
+    processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
     identity = {
         "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
         "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
@@ -82,11 +82,11 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
     if unreadable:
         print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")
     processes.barrier()
+    manifest = None
     if processes.is_main:
         facts = {"source": source, "sha256": identity["tokenizer"]}
-        finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images))
-    processes.barrier()
-    manifest = finish(output, world_size=processes.world_size)  # there by now: only read
+        manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images))
+    manifest = processes.share(manifest)
     if processes.is_main:
         print(f"{manifest['count']:,} images as latents {manifest['shape']} in {output}")
     return manifest

@@ -1,5 +1,6 @@
 """Which samples a step sees, and the loader that brings them: a function of the step alone, so resuming is exact."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -97,9 +98,18 @@ class _Keys(Sampler):
         return len(self._steps) * self._accumulation
 
 
+def _leave_signals_to_main(worker: int) -> None:
+    """A launcher signals every process below it: workers must outlive the step that ends in a checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def micro_batches(batches: Batches, order: SampleOrder, split: Split, rank: int, *, first_step: int, last_step: int,
                   num_workers: int, pin_memory: bool) -> Iterator[dict[str, torch.Tensor]]:
     """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`."""
     keys = _Keys(first_step, last_step, split.accumulation)
     dataset = _MicroBatches(batches, order, split, rank)
-    return iter(DataLoader(dataset, sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory))
+    return iter(DataLoader(
+        dataset, sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main if num_workers else None,
+    ))  # fmt: skip

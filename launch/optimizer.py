@@ -15,6 +15,10 @@ from kernels.registry import Ops
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 
 
+class NonFinite(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
 class AdamWEma(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA through `ops.adamw_ema_`; a non-finite step is skipped.
 

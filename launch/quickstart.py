@@ -11,6 +11,7 @@ run goes on where it stopped.
 import argparse
 import json
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launch import digits, evaluation, extract, features, pictures, sample, train
+from launch import digits, evaluate, evaluation, extract, features, pictures, sample, train
 from launch import export as exporting
 from launch.checkpoint import newest, write_json
 from launch.config import select_ops
 from launch.digits_foundation import train_foundation
 from launch.digits_judge import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.engine import uses_cuda
 from vavae.weights import load_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -68,7 +70,7 @@ class Quickstart:
 
     def latents(self) -> None:
         """Encode every training image and its mirror image."""
-        _run(extract.main, "extract", *self._tokenizer_run(), f"ckpt_path={self.tokenizer}",
+        _run(extract.main, "extract", *self._tokenizer_run(), _key("ckpt_path", self.tokenizer),
              "--output", self.root / "latents")
 
     def lightningdit(self) -> None:
@@ -78,13 +80,14 @@ class Quickstart:
 
     def samples(self) -> None:
         """Generate 50 guided samples of every digit."""
-        _run(sample.main, "sample", *self._diffusion_run(), f"ckpt_path={self.root / 'lightningdit.safetensors'}",
+        _run(sample.main, "sample", *self._diffusion_run(), _key("ckpt_path", self.root / "lightningdit.safetensors"),
              f"sample.seed={self.seed}", "--output", self.root / "samples")
 
     def evaluate(self) -> dict:
         """Judge reconstructions and samples, draw the pictures, write report.json → the report."""
         training, heldout = self._digits("train"), self._digits("heldout")
         judge = Judge(training, heldout)
+        self._measure_samples()
         decoded = self._reconstruct()
         with np.load(self.root / "samples" / "samples.npz") as content:
             images, labels = torch.from_numpy(content["arr_0"]), torch.from_numpy(content["arr_1"])
@@ -99,6 +102,12 @@ class Quickstart:
         self._draw_curves()
         return report
 
+    def _measure_samples(self) -> None:
+        """The figures any run gets: Fréchet distance, precision and recall, here in the stand-in's features."""
+        _run(evaluate.main, "evaluate", "--samples", self.root / "samples" / "samples.npz",
+             "--reference", self.root / "data" / "heldout", "--foundation", self.foundation,
+             "--device", _device(), "--output", self.root / "samples" / "evaluation.json")
+
     def _digits(self, split: str) -> digits.Digits:
         return digits.read(self.root / "data" / split)
 
@@ -109,15 +118,15 @@ class Quickstart:
         return torch.cat(list(evaluation.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
 
     def _tokenizer_run(self) -> list:
-        return [CONFIGS / "digits_vavae.yaml", f"data.data_path={self.root / 'data' / 'train'}",
-                f"foundation.weights={self.foundation}", *self._everywhere()]
+        return [CONFIGS / "digits_vavae.yaml", _key("data.data_path", self.root / "data" / "train"),
+                _key("foundation.weights", self.foundation), *self._everywhere()]
 
     def _diffusion_run(self) -> list:
-        return [CONFIGS / "digits.yaml", f"data.data_path={self.root / 'latents'}",
-                f"vae.ckpt_path={self.tokenizer}", *self._everywhere()]
+        return [CONFIGS / "digits.yaml", _key("data.data_path", self.root / "latents"),
+                _key("vae.ckpt_path", self.tokenizer), "train.exp_name=lightningdit", *self._everywhere()]
 
     def _everywhere(self) -> list[str]:
-        return [f"train.output_dir={self.root}", f"train.global_seed={self.seed}"]
+        return [_key("train.output_dir", self.root), f"train.global_seed={self.seed}"]
 
     def _export(self, name: str) -> None:
         step = newest(self.root / name / "checkpoints").step
@@ -183,12 +192,16 @@ def _table(report: dict, seconds: dict[str, float], root: Path) -> str:
 
 def _run(program: Callable[[list[str]], int], name: str, *arguments) -> None:
     """Run a program in this process, saying the command that would do the same."""
-    words = [str(a) for a in arguments]
-    print(f"$ python -m launch {name} {' '.join(words)}", flush=True)
-    argv = words
+    argv = [str(a) for a in arguments]
+    print(f"$ python -m launch {name} {shlex.join(argv)}", flush=True)
     if status := program(argv):
-        raise RuntimeError(f"launch {name} ended with status {status}")
+        raise SystemExit(status)  # stopped by a signal: the same command goes on from here
 
 
 def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if uses_cuda() else "cpu"
+
+
+def _key(name: str, path: Path) -> str:
+    """An override that sets a key to a path, quoted: some paths are not what they seem in YAML."""
+    return f"{name}={json.dumps(str(path))}"

@@ -74,7 +74,7 @@ def generate(
     settings = settings or run.sampling()
     labels = _labels(run, settings, labels)
     generator, facts = _prepare(run, settings, labels)
-    processes = start_processes()
+    processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
     npz, parts = output / "samples.npz", output / "parts"
     if _already_there(output, facts):
         if processes.is_main:

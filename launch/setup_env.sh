@@ -13,7 +13,9 @@ _pinned_torch="$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' "$_root/pyproject.toml
 _python_of_active_environment() {
     local prefix="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" found
     [ -n "$prefix" ] && [ -x "$prefix/bin/python" ] || return 1
-    found="$("$prefix/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" || return 1
+    found="$("$prefix/bin/python" -c 'import importlib.metadata as m, sys
+assert sys.version_info >= (3, 11)
+print(m.version("torch"))' 2>/dev/null)" || return 1
     [ "${found%%+*}" = "$_pinned_torch" ] || return 1
     printf '%s' "$prefix/bin/python"
 }
@@ -42,11 +44,13 @@ setup_environment() {
     PYTHON="$_root/.venv/bin/python"
     stamp="$_root/.venv/.installed"
     want="$(cksum <"$_root/pyproject.toml") $extras"
-    if [ ! -x "$PYTHON" ]; then
+    # An interrupted or pip-less venv has a python, but no pip: made anew.
+    if [ ! -f "$stamp" ] && ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+        rm -rf "$_root/.venv"
         local base
         base="$(_new_enough_python)" || return 1
         _say "making $_root/.venv with $("$base" --version)"
-        "$base" -m venv "$_root/.venv" || { _say "venv failed (on Debian or Ubuntu: apt install python3-venv)"; return 1; }
+        "$base" -m venv "$_root/.venv" || { rm -rf "$_root/.venv"; _say "venv failed (on Debian or Ubuntu: apt install python3-venv)"; return 1; }
     fi
     if [ ! -f "$stamp" ] || ! grep -qxF "$want" "$stamp"; then
         _say "installing the pinned packages (a few minutes the first time)"

@@ -10,6 +10,7 @@ import torch
 import lightningdit.cost as dit_cost
 import vavae.cost as vae_cost
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, load, select_ops
+from launch.loader import Split
 from launch.plan import Network, RunPlan
 from lightningdit.data import LatentDataset
 from lightningdit.model import LightningDiT
@@ -37,20 +38,24 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print("\n".join(plan(run, args.kind, args.gpus or _processes_here()).lines()))
         return 0
-    run_training(run, args.kind)
-    return 0
+    _, stopped_by = run_training(run, args.kind)
+    return 128 + stopped_by if stopped_by else 0
 
 
-def run_training(run: Run, kind: str) -> Path:
-    """Train as `run` says and return the run's directory."""
+def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
+    """Train as `run` says → the run's directory, and the signal that ended it early or None."""
     from launch.engine import start_processes  # imports DeepSpeed: seconds that a dry run need not wait
     from launch.trainer import Plan, Trainer
 
-    train, processes = run.train, start_processes()
+    train, processes = run.train.validating(run.data.valid_path), start_processes()
     ops = select_ops(run.kernels)
     task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
-    # A run without exp_name is named by the time of its start: the main process's, or ranks could disagree.
-    name = train.exp_name or processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{kind}")
+    name = train.exp_name
+    if name is None:  # made from the main process's time and the model
+        model = (getattr(run.model, "model_type", None) or kind).replace("/", "-")
+        name = processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
+        if processes.is_main:
+            print(f"no train.exp_name: this is a new run; to resume it, say train.exp_name={name}")
     directory = Path(train.output_dir) / name
     plan = Plan(
         kind=kind, directory=directory, last_step=train.steps(len(task.batches)), train=train,
@@ -60,19 +65,18 @@ def run_training(run: Run, kind: str) -> Path:
     if processes.is_main:
         print(f"training {kind} in {directory}: {plan.last_step:,} steps of {train.global_batch_size} images, "
               f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}")
-    trainer.run()
-    return directory
+    return directory, trainer.run()
 
 
 def _vavae_task(run: VavaeRun, ops) -> tuple[VavaeTask, ImageFolder | None]:
     task = VavaeTask(
-        model=run.model, foundation=run.foundation, loss=run.loss, data=run.data, ops=ops,
+        model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
         seed=run.train.global_seed, global_batch_size=run.train.global_batch_size, stages=run.stages,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
     validation = None
-    if run.data.valid_path is not None and run.train.valid_every:
+    if run.data.valid_path is not None:
         validation = ImageFolder.from_config(
             run.data.model_copy(update={"data_path": run.data.valid_path, "crop": "center"}), run.train.global_seed
         )
@@ -87,7 +91,7 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
     validation = None
-    if run.data.valid_path is not None and run.train.valid_every:
+    if run.data.valid_path is not None:
         validation = LatentDataset.from_config(run.data.model_copy(update={"data_path": run.data.valid_path}), seed)
     return task, validation
 
@@ -100,6 +104,7 @@ def plan(run: Run, kind: str, processes: int) -> RunPlan:
     if train.global_batch_size % processes:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
     steps = train.steps(num_images)
+    Split(train.global_batch_size, processes, train.micro_batch_size or train.global_batch_size // processes)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
               f"preset {run.preset}, {train.precision}",
@@ -134,7 +139,7 @@ def _lightningdit_costs(run: LightningDiTRun):
 
 
 def _vavae_costs(run: VavaeRun):
-    costs = vae_cost.training_cost(run.model, run.foundation, run.loss, run.data.image_size)
+    costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size)
     width = BYTES[run.train.precision]
     frozen = costs.pop("frozen", None)
     networks = tuple(

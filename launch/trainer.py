@@ -16,7 +16,7 @@ from launch import checkpoint
 from launch.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
 from launch.engine import Engine, Processes, deepspeed_config
 from launch.loader import Batches, SampleOrder, Split, micro_batches
-from launch.optimizer import AdamWEma
+from launch.optimizer import AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter
 from lightningdit.weights import load_into
 
@@ -65,10 +65,6 @@ class Plan:
     config: dict = field(repr=False)  # the whole run file, for the record
 
 
-class NonFinite(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
-
-
 class Trainer:
     """Train `task` as `plan` says, from the newest checkpoint of its directory or from the start.
 
@@ -86,7 +82,7 @@ class Trainer:
         self._meter, self._clock = Meter(), Clock()
         self._stop_signal: int | None = None
         self.step = 0
-        start = self._find_start()
+        start = self._agree(self._find_start())
         if start is not None:
             self._load_weights(start)
         task.to(processes.device)
@@ -94,8 +90,8 @@ class Trainer:
         if start is not None:
             self._load_states(start)
 
-    def run(self) -> None:
-        """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint.
+    def run(self) -> int | None:
+        """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint → the signal, or None.
 
         Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped; the weights are those before
         them, and a report of the case lies in the run's directory.
@@ -110,6 +106,7 @@ class Trainer:
                 signal.signal(number, handler)
             if log is not None:
                 log.close()
+        return self._stop_signal
 
     def _loop(self, log: Log | None) -> None:
         train, last = self.plan.train, self.plan.last_step
@@ -120,6 +117,8 @@ class Trainer:
         for engine in self.engines.values():
             engine.train()
         self._clock.start(self.step)
+        if self.step >= last and log is not None:
+            print(f"already at step {self.step} of {last}: nothing to train")
         while self.step < last:
             self._train_step(stream)
             if log is not None:
@@ -128,13 +127,19 @@ class Trainer:
             save = stopping or self.step == last or self.step % train.ckpt_every == 0
             if save or self.step % train.log_every == 0:
                 self._log(log)
-            if self._validation is not None and train.valid_every and self.step % train.valid_every == 0:
+            if self._validates_now():
                 self._validate(log)
             if save:
                 self.save()
+            if save or self._validates_now():
+                self._clock.start(self.step)  # the next rate is that of training alone
             if stopping:
                 print(f"stopped by signal {self._stop_signal} after step {self.step}; the same command goes on from it")
                 break
+
+    def _validates_now(self) -> bool:
+        every = self.plan.train.valid_every
+        return self._validation is not None and every is not None and self.step % every == 0
 
     def _train_step(self, stream) -> None:
         self.step += 1
@@ -257,6 +262,13 @@ class Trainer:
                              "give another train.exp_name or output_dir, or remove it")
         return found
 
+    def _agree(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
+        """The main process's finding, on every process; raises CheckpointError where one cannot see it."""
+        path = self.processes.share(found and found.path)
+        if self.processes.any(path is not None and not path.is_dir()):
+            raise checkpoint.CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
+        return path and checkpoint.Checkpoint(path)
+
     def _load_weights(self, start: checkpoint.Checkpoint) -> None:
         state = start.state
         for key, ours in {"kind": self.plan.kind, **self._identity()}.items():
@@ -270,10 +282,13 @@ class Trainer:
 
     def _load_states(self, start: checkpoint.Checkpoint) -> None:
         for name, engine in self.engines.items():
-            engine.load_states({key: start.tensors(name, key) for key in checkpoint.KEYS})
+            for key in checkpoint.KEYS:  # one at a time: together they are four times the model in host memory
+                engine.load_states({key: start.tensors(name, key)})
             engine.optimizer.set_counters(start.state["counters"][name])
         if self.processes.is_main:
             print(f"resuming from {start.path} after step {self.step}")
+            for change in config_changes(start.state["config"], self.plan.config):
+                print(f"resuming with a changed config: {change}")
 
     def _make_engine(self, network: nn.Module) -> Engine:
         o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
@@ -296,7 +311,20 @@ class Trainer:
 
     def _on_signal(self, number: int, frame) -> None:
         self._stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
     def _should_stop(self) -> bool:
         """Whether any process got a signal; asked of all of them, so that all stop after the same step."""
         return self.processes.any(self._stop_signal is not None)
+
+
+def config_changes(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """'key: old → new' for every key in which two run files differ."""
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes += config_changes(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changes.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return changes

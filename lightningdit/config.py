@@ -267,7 +267,8 @@ class DataConfig(Section):
     """The `data` section.
 
     Ours: `latent_flip`, whether half of the samples come mirrored (as published; false where left and right differ in
-    meaning), and `num_images`, what a plan assumes where there is no data to count.
+    meaning), `verify`, whether every checksum of the manifest is compared when the data is opened (null: where that
+    takes seconds, below 4 GiB), and `num_images`, what a plan assumes where there is no data to count.
     """
 
     data_path: str
@@ -279,4 +280,5 @@ class DataConfig(Section):
     latent_norm: bool = True
     latent_multiplier: Annotated[Float, Field(gt=0)] = 1.0
     latent_flip: bool = True
+    verify: bool | None = None
     num_images: Positive = 1_281_167

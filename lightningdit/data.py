@@ -19,6 +19,8 @@ from lightningdit.latents import (
 )
 from lightningdit.seeds import mix
 
+VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
+
 
 class LatentDataset:
     """The samples of a latents directory (see `lightningdit.latents`), published ones too.
@@ -26,7 +28,7 @@ class LatentDataset:
     latent_norm: normalise with `latents_stats.pt`; else only multiply by latent_multiplier.
     latent_flip: give half of the samples mirrored; else none.
     num_classes: labels are checked against it where it is given.
-    verify: also compare every checksum of the manifest (reads everything once).
+    verify: also compare every checksum of the manifest (reads everything once); None does so below 4 GiB.
 
     `shape` is (C, H, W), `labels` [N] int64, `statistics` what undoes the normalisation, `manifest` the directory's or
     None. Opened files are not pickled, so data-loader workers may be forked or spawned.
@@ -44,7 +46,7 @@ class LatentDataset:
         latent_flip: bool = True,
         num_classes: int | None = None,
         seed: int = 0,
-        verify: bool = False,
+        verify: bool | None = None,
     ):
         self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
@@ -74,6 +76,7 @@ class LatentDataset:
             latent_flip=config.latent_flip,
             num_classes=config.num_classes,
             seed=seed,
+            verify=config.verify,
         )
 
     def __len__(self) -> int:
@@ -127,13 +130,15 @@ class LatentDataset:
                 views["flat_flip"] = views["latents_flip"].reshape(len(views["labels"]), -1)
         return self._views
 
-    def _check_manifest(self, verify: bool) -> None:
+    def _check_manifest(self, verify: bool | None) -> None:
         """Every listed file is there with its size (and checksum, if asked), and no shard is there unlisted."""
         if self.manifest is None:
             if verify:
                 raise LatentsError(f"{self.path} has no {MANIFEST_FILE}, so there are no checksums to verify")
             return
         listed = self.manifest["files"] | {shard["file"]: shard for shard in self.manifest["shards"]}
+        if verify is None:
+            verify = sum(entry["bytes"] for entry in listed.values()) < VERIFY_BELOW
         for name, entry in listed.items():
             path = self.path / name
             if not path.exists():

@@ -27,7 +27,7 @@ class Moment:
 
 def launch(*argv: str, world_size: int = 1, at: Moment | None = None, log: Path | None = None) -> list[int]:
     """Run a program on `world_size` processes; returns their exit codes (−9: killed by SIGKILL)."""
-    port = _free_port()
+    port = free_port()
     children = [
         _context.Process(target=_child, args=(argv, rank, world_size, port, at, log)) for rank in range(world_size)
     ]
@@ -73,7 +73,7 @@ def _strike(at: Moment) -> None:
     setattr(owner, at.name, counted)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.__main__ import main
 from launch.config import ConfigError, OptimizerConfig, load, merge
@@ -138,11 +139,37 @@ def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}}')
     run, _ = load(published, [f"deepspeed.file={path}"], kind="lightningdit")
-    with pytest.raises(ConfigError, match=r"zero_stage is 1, but .*ds\.json says stage 2"):
+    with pytest.raises(ConfigError, match=r"zero_stage is 1, but deepspeed\.file or overrides say 2"):
         run.deepspeed.merged_overrides()
     run, _ = load(published, [f"deepspeed.file={path}", "deepspeed.zero_stage=2",
                               "deepspeed.overrides={zero_optimization: {overlap_comm: false}}"], kind="lightningdit")
     assert run.deepspeed.merged_overrides() == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+
+
+def test_the_preset_decides_what_the_foundation_model_is_fed(published_tokenizer):
+    for preset, expected in (("paper", "published"), ("default", "imagenet")):
+        own = {"preset": preset, "model": {"size": "f16d32"}, "foundation": {}, "data": {"data_path": "x"}}
+        published_tokenizer.write_text(yaml.safe_dump(own))
+        assert load(published_tokenizer, kind="vavae")[0].features().normalization == expected
+        said, _ = load(published_tokenizer, ["foundation.normalization=imagenet"], kind="vavae")
+        assert said.features().normalization == "imagenet"
+
+
+@pytest.mark.parametrize("key", ["gradient_clipping", "bf16", "train_batch_size"])
+def test_what_follows_from_our_keys_is_not_overridden(published, key):
+    run, _ = load(published, [f"deepspeed.overrides={{{key}: 1}}"], kind="lightningdit")
+    with pytest.raises(ConfigError, match=f"{key} cannot be set there"):
+        run.deepspeed.merged_overrides()
+
+
+def test_validation_needs_data_and_defaults_to_checkpoints(published):
+    run, _ = load(published, ["train.valid_every=5"], kind="lightningdit")
+    with pytest.raises(ConfigError, match=r"valid_every is 5, but data\.valid_path names no data"):
+        run.train.validating(None)
+    assert run.train.validating("somewhere").valid_every == 5
+    run, _ = load(published, kind="lightningdit")
+    assert run.train.validating("somewhere").valid_every == run.train.ckpt_every
+    assert run.train.validating(None).valid_every is None
 
 
 def test_merge_goes_down():

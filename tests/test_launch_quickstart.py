@@ -16,7 +16,7 @@ def hasty(tmp_path, monkeypatch):
     """Steps enough to run, not to learn; the guards that ask for quality are lowered."""
     configs = tmp_path / "configs"
     configs.mkdir()
-    for name, steps, section in (("digits_vavae", 2, {}), ("digits", 3, {"num_sampling_steps": 2, "fid_num": 40})):
+    for name, steps, section in (("digits_vavae", 2, {}), ("digits", 3, {"num_sampling_steps": 2, "fid_num": 100})):
         content = yaml.safe_load((quickstart.CONFIGS / f"{name}.yaml").read_text())
         content["train"] |= {"max_steps": steps, "log_every": 1}
         content["sample"] = content.get("sample", {}) | section
@@ -37,8 +37,8 @@ def test_every_stage_runs_and_the_limits_are_judged(hasty, capsys):
     assert all(f"── {n}/7" in text for n in range(1, 8))
     assert "$ python -m launch train lightningdit" in text and "MISSED: held-out reconstructions, PSNR" in text
     report = json.loads((hasty / "report.json").read_text())
-    assert report["seed"] == 5 and report["samples"] == 40 and report["missed"]
-    assert report["made"]["nfe"] == 1 and report["made"]["guidance"]["scale"] > 1
+    assert report["seed"] == 5 and report["samples"] == 100 and report["missed"]
+    assert report["made"]["nfe"] == 1 and report["made"]["settings"]["cfg_scale"] > 1
     for name in ("samples.png", "reconstructions.png", "losses.png"):
         assert np.asarray(Image.open(hasty / name)).std() > 0
     images = (hasty / "samples.png").read_bytes()

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from lightningdit import data
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError, LatentStatistics, LatentsWriter, finish, read_manifest
 from lightningdit.seeds import generator, mix
@@ -286,13 +287,16 @@ def test_truncated_to_less_than_a_header(latents):
         LatentDataset(latents)
 
 
-def test_flipped_bit(latents):
+def test_flipped_bit(latents, monkeypatch):
     content = bytearray((latents / SHARD).read_bytes())
     content[-5] ^= 4
     (latents / SHARD).write_bytes(content)
+    LatentDataset(latents, verify=False)
+    for verify in (True, None):  # None: a small set is always verified
+        with pytest.raises(LatentsError, match=f"{SHARD} is damaged: SHA-256"):
+            LatentDataset(latents, verify=verify)
+    monkeypatch.setattr(data, "VERIFY_BELOW", 1)
     LatentDataset(latents)
-    with pytest.raises(LatentsError, match=f"{SHARD} is damaged: SHA-256"):
-        LatentDataset(latents, verify=True)
 
 
 def test_damaged_header_and_manifest(latents):
@@ -300,7 +304,7 @@ def test_damaged_header_and_manifest(latents):
     content[9] = 0
     (latents / SHARD).write_bytes(content)
     with pytest.raises(LatentsError, match=f"{SHARD} is damaged: its safetensors header"):
-        LatentDataset(latents)
+        LatentDataset(latents, verify=False)
     (latents / "manifest.json").write_text("{")
     with pytest.raises(LatentsError, match=r"manifest.json is damaged"):
         LatentDataset(latents)

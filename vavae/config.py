@@ -233,7 +233,6 @@ class DataConfig(Section):
         on_unreadable: `error` stops at a broken file and names it; `skip` takes the next readable image and counts it.
         cache: keep all decoded images in memory (small sets).
         num_images: what a plan assumes where there is no data to count.
-        num_images: what a plan assumes where there is no folder to count.
     """
 
     data_path: str
@@ -244,5 +243,4 @@ class DataConfig(Section):
     crop: Literal["random", "center", "published_eval"] = "random"
     on_unreadable: Literal["error", "skip"] = "error"
     cache: bool = False
-    num_images: Count = 1_281_167
     num_images: Count = 1_281_167
