@@ -25,14 +25,6 @@ TOKENIZER = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, embed_dim=4, z_channel
 STATISTICS = LatentStatistics(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    yield
-    from launch.engine import stop_processes
-
-    stop_processes()
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Files of a tokenizer, and of a network with weights that are not zero: a checkpoint and a published .pt."""
