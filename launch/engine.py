@@ -99,7 +99,7 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
 
 
 def stop_processes() -> None:
-    """Leave the process group, if there is one: the end of a process, as DeepSpeed keeps hold of the group it has met."""
+    """Leave the process group, if there is one; at the end of a process, as DeepSpeed keeps hold of its groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
