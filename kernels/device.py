@@ -1,9 +1,14 @@
 """What this machine and this process can do, for backends to ask."""
 
 import os
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+
+EXTENSION = "kernels._cuda"
 
 
 def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
@@ -16,6 +21,23 @@ def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
     if found < minimum:
         return [f"compute capability {_dotted(found)} of {torch.cuda.get_device_name()} is below {_dotted(minimum)}"]
     return []
+
+
+def extension_reasons() -> list[str]:
+    """Why the kernels of `csrc` cannot run on a device here; empty if they can."""
+    if find_spec(EXTENSION) is None:
+        return ["the CUDA extension is not built (python setup.py build_ext --inplace; see the doctor)"]
+    try:
+        extension()
+    except ImportError as error:
+        return [f"the CUDA extension does not load: {error}"]
+    return cuda_reasons()
+
+
+@cache
+def extension() -> ModuleType:
+    """The launchers of `csrc/ops.h`, compiled for devices; raises ImportError where they are not built."""
+    return import_module(EXTENSION)
 
 
 def triton_reasons() -> list[str]:

@@ -14,8 +14,13 @@ import torch
 
 log = logging.getLogger(__name__)
 
-#: Backend name → the file of an op's folder that holds it, as the module variable `BACKEND`.
-FILES = MappingProxyType({"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl"})
+#: Backend name → the file of an op's folder that holds it, as the module variable `BACKEND` ("emulated": `EMULATED`).
+FILES = MappingProxyType(
+    {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl", "emulated": "cuda_impl"}
+)
+#: What "auto" prefers, unless an op says otherwise: Triton first, until a measurement on a GPU shows that op's CUDA
+#: kernel to be faster.
+ORDER = ("triton", "cuda", "reference")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -79,7 +84,7 @@ class Op:
     differentiable: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = FLOATS
-    order: tuple[str, ...] = ("cuda", "triton", "reference")
+    order: tuple[str, ...] = ORDER
     package: str = ""
 
     def _module(self, name: str = "") -> str:
@@ -113,9 +118,10 @@ class Op:
         if name not in self.backends:
             raise BackendUnavailable(self.name, name, [f"this op has no {name} backend ({FILES[name]}.py)"])
         try:
-            return import_module(self._module(FILES[name])).BACKEND
+            module = import_module(self._module(FILES[name]))
         except (ImportError, OSError) as error:  # OSError: a shared library that does not load
             raise BackendUnavailable(self.name, name, [f"import failed: {error}"]) from error
+        return module.EMULATED if name == "emulated" else module.BACKEND
 
     def reasons(self, name: str) -> list[str]:
         """Why the backend of that name cannot run on this machine; empty if it can."""

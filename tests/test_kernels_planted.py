@@ -50,8 +50,15 @@ EDITS = {
         (").to(x.dtype)", ").to(branch.dtype)"),
         ("out_dtype=branch.dtype", "out_dtype=x.dtype"),
         ("shift, scale, eps, out", "None, scale, eps, out"),
+        ("branch_bias is not None", "False"),
+        ("branch_bias.to(wide)", "branch_bias.detach().to(wide)"),
+        ("added + branch_bias", "added - branch_bias"),
     ],
     "swiglu": [
+        ("wide + bias.to(wide.dtype)", "wide"),
+        ("wide + bias.to(wide.dtype)", "wide - bias.to(wide.dtype)"),
+        ("wide + bias.to(wide.dtype)", "wide + bias.to(wide.dtype).detach()"),
+        ("wide + bias.to(wide.dtype)", "wide + bias.to(wide.dtype).roll(bias.numel() // 2)"),
         ("gate, up =", "up, gate ="),
         ("F.silu(gate)", "F.gelu(gate)"),
         ("F.silu(gate)", "F.sigmoid(gate)"),
@@ -212,7 +219,7 @@ def operator(name: str, fake=None, forward=None):
         return (forward or run)(gate_up)
 
     function.register_fake(fake or run)
-    return Backend("planted", lambda gate_up: function(gate_up), torch_ops=(f"planted::{name}",))
+    return Backend("planted", lambda gate_up, *, bias=None: function(gate_up), torch_ops=(f"planted::{name}",))
 
 
 def test_a_missing_gradient_is_found():
@@ -244,7 +251,7 @@ def test_an_operator_named_and_never_called_is_found():
 
 
 def test_a_graph_break_is_found():
-    def swiglu(gate_up):
+    def swiglu(gate_up, *, bias=None):
         scale = float(gate_up.detach().sum() * 0 + 1)  # read by the host
         return SWIGLU.backend("reference").run(gate_up * scale)
 
@@ -254,7 +261,7 @@ def test_a_graph_break_is_found():
 
 
 def test_a_result_never_written_is_found():
-    def swiglu(gate_up):
+    def swiglu(gate_up, *, bias=None):
         out = torch.empty_like(gate_up.chunk(2, dim=-1)[0])
         out[:-1] = SWIGLU.backend("reference").run(gate_up[:-1])
         return out
@@ -264,7 +271,7 @@ def test_a_result_never_written_is_found():
 
 
 def test_an_argument_written_to_is_found():
-    def swiglu(gate_up):
+    def swiglu(gate_up, *, bias=None):
         result = SWIGLU.backend("reference").run(gate_up)
         gate_up[..., 0] = 0
         return result
@@ -276,7 +283,7 @@ def test_an_argument_written_to_is_found():
 def test_a_run_that_differs_from_the_one_before_is_found():
     calls = iter(range(9))
 
-    def swiglu(gate_up):
+    def swiglu(gate_up, *, bias=None):
         return SWIGLU.backend("reference").run(gate_up) * (1 + 2**-23 * next(calls))
 
     with pytest.raises(AssertionError, match="differs between two runs"):
@@ -288,7 +295,7 @@ def test_a_dtype_that_is_not_refused_is_found():
     with pytest.raises(AssertionError, match="does not refuse"):
         checks.check_limits(SWIGLU, backend, CASE)
     with pytest.raises(AssertionError, match="no reason against"):
-        checks.check_limits(SWIGLU, replace(backend, unsupported=lambda gate_up: []), CASE)
+        checks.check_limits(SWIGLU, replace(backend, unsupported=lambda gate_up, *, bias=None: []), CASE)
 
 
 def test_another_signature_is_found():
@@ -314,7 +321,7 @@ def test_a_backward_that_needs_a_dense_upstream_is_found():
             memory.view(-1)[:count] = torch.as_strided(grad, (count,), (1,))
             return torch.autograd.grad(result, leaf, memory)[0]
 
-    backend = Backend("planted", lambda gate_up: Swiglu.apply(gate_up))
+    backend = Backend("planted", lambda gate_up, *, bias=None: Swiglu.apply(gate_up))
     checks.check_gradients(SWIGLU, backend, CASE, torch.float32)
     with pytest.raises(AssertionError, match="error nan"):
         checks.check_partial_gradients(SWIGLU, backend, CASE, torch.float32)

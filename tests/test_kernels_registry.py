@@ -27,7 +27,7 @@ def plant(folder: Path, name: str, **files: str) -> Op:
     (folder / name).mkdir()
     for file, text in ({"__init__": '"""Planted."""'} | files).items():
         (folder / name / f"{file}.py").write_text(text)
-    return Op("scale", check, package=name)
+    return Op("scale", check, order=("cuda", "triton", "reference"), package=name)
 
 
 def backend_file(name: str, factor: int, more: str = "") -> str:

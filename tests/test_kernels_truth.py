@@ -114,6 +114,20 @@ def test_gated_residual_keeps_the_dtype_of_the_stream(stream):
     assert torch.equal(y, apart), "the norm sees x' as it is returned"
 
 
+def test_a_bias_of_the_branch_is_added_to_every_token_before_the_gate():
+    x, branch, bias, (gate, shift, scale) = normal(2, 3, 10), normal(2, 3, 10, seed=2), normal(10), modulation(2, 10)
+    bias.requires_grad_()
+    got = OPS.gated_residual_adaln_rms_norm(x, branch, gate, normal(10), shift, scale, 1e-6, branch_bias=bias)
+    biased = torch.stack([row + bias.detach() for row in branch.flatten(0, 1)]).view_as(branch).requires_grad_()
+    want = OPS.gated_residual_adaln_rms_norm(x, biased, gate, normal(10), shift, scale, 1e-6)
+    weights = normal(2, 3, 10, seed=3), normal(2, 3, 10, seed=4)
+    for results in (got, want):
+        sum((result * weight).sum() for result, weight in zip(results, weights, strict=True)).backward()
+    for name, result, truth in zip(("x'", "y"), got, want, strict=True):
+        close(name, result, truth, atol=0)
+    close("gradient", bias.grad, biased.grad.sum(dim=(0, 1)), atol=1e-12)
+
+
 # swiglu
 
 
@@ -127,6 +141,15 @@ def test_swiglu_between_its_projections_is_the_recorded_layer():
     p = MODULES.group("swiglu/param/")
     hidden = OPS.swiglu(F.linear(MODULES["swiglu/x"], p["w12.weight"], p["w12.bias"]))
     close("swiglu layer", F.linear(hidden, p["w3.weight"], p["w3.bias"]), MODULES["swiglu/out"], atol=5e-6)
+
+
+def test_swiglu_with_a_bias_is_swiglu_of_the_sum_and_its_gradient_the_sum_over_rows():
+    packed, bias = normal(2, 3, 14).requires_grad_(), normal(14, seed=1).requires_grad_()
+    close("bias", OPS.swiglu(packed, bias=bias), OPS.swiglu(packed + bias), atol=1e-15)
+    OPS.swiglu(packed, bias=bias).square().sum().backward()
+    close("gradient", bias.grad, packed.grad.sum(dim=(0, 1)), atol=1e-13)
+    rounded = OPS.swiglu(packed.bfloat16(), bias=bias)  # the sum is not rounded to bfloat16 in between
+    assert torch.equal(rounded, OPS.swiglu(packed.bfloat16().float() + bias.float()).bfloat16())
 
 
 def test_swiglu_of_large_numbers():
@@ -244,8 +267,8 @@ def test_vf_cases_keep_away_from_kinks():
             z, f = (F.normalize(inputs[name].flatten(2), dim=1) for name in ("z", "f"))
             difference = (z.mT @ z - f.mT @ f).abs()
             apart = ~torch.eye(difference.shape[-1], dtype=torch.bool)  # a vector's cosine with itself has no slope
-            for kink in (0.0, inputs["distmat_margin"]):
-                assert ((difference - kink).abs() > 1e-6)[:, apart].all(), case.id
+            # The kink of the absolute value, at 0, lies where the relu has no slope, unless the margin is 0 too.
+            assert ((difference - inputs["distmat_margin"]).abs() > 1e-6)[:, apart].all(), case.id
             assert (((z * f).sum(dim=1) - 1 + inputs["cos_margin"]).abs() > 1e-6).all(), case.id
 
 

@@ -6,14 +6,14 @@ EPS = 1e-6
 
 
 def _case(name: str, samples: int, tokens: int, width: int, *, rows=Draw.rows, shifted=True, small=None, out_dtype=None,
-          layout=lambda x: x, production=False) -> Case:
-    """`small` is the dtype of weight, shift and scale where it is not that of `x`."""
+          layout=lambda x: x, vectors=lambda x: x, production=False) -> Case:
+    """`small` is the dtype of weight, shift and scale where it is not that of `x`, `vectors` their layout."""
 
     def make(draw: Draw) -> dict:
-        shift, scale = (part.to(small or draw.dtype) for part in draw.chunks(2, samples, width))
+        shift, scale = (vectors(part.to(small or draw.dtype)) for part in draw.chunks(2, samples, width))
         return {
             "x": layout(rows(draw, samples, tokens, width)),
-            "weight": draw.normal(width, mean=1.0, std=0.2, dtype=small),
+            "weight": vectors(draw.normal(width, mean=1.0, std=0.2, dtype=small)),
             "shift": shift if shifted else None,
             "scale": scale,
             "eps": EPS,
@@ -30,7 +30,11 @@ CASES = (
     _case("odd_no_shift", 2, 7, 19, shifted=False),
     _case("even_rows", 2, 16, 48, rows=Draw.normal),
     _case("XL_width", 2, 3, 1152),
+    _case("long", 2, 37, 33),
+    _case("three_blocks_of_columns", 2, 3, 440),
+    _case("warps_and_steps", 2, 9, 520),  # rows of several warps, and several steps over tokens by each of them
     _case("strided", 2, 5, 24, layout=strided),
+    _case("strided_vectors", 2, 5, 24, vectors=strided),
     _case("transposed", 2, 6, 24, layout=lambda x: x.mT.contiguous().mT),
     _case("float32_modulation", 2, 5, 40, small=torch.float32),
     _case("to_bfloat16", 2, 5, 40, small=torch.float32, out_dtype=torch.bfloat16),

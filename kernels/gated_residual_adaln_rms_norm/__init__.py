@@ -1,6 +1,6 @@
 """A gated residual and the modulated RMS norm after it: `x' = x + gate · branch`, `y = adaln_rms_norm(x', …)`.
 
-    gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps) → (x', y)
+    gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None) → (x', y)
 
 Args:
     x: `[B, N, D]`, the residual stream: float32, or the dtype of `branch`.
@@ -10,13 +10,15 @@ Args:
     shift: `[B, D]`, or None for no shift.
     scale: `[B, D]`.
     eps: positive, inside the root.
+    branch_bias: `[D]` in any of these dtypes, or None. `branch + branch_bias`, not rounded in between, then stands for
+        `branch`: given the bias of the projection that made the branch, its gradient needs no pass of its own.
 
 Returns:
     `x'` `[B, N, D]` in the dtype of `x`, and `y` `[B, N, D]` in the dtype of `branch`. The norm sees `x'` as
     returned: the op equals the gated sum, then `kernels.adaln_rms_norm`. The arithmetic is float32 (float64 for float64
     inputs), each result rounded once.
 
-Gradients flow to all six tensors, each in its own dtype.
+Gradients flow to all seven tensors, each in its own dtype.
 
 Raises:
     ValueError: a shape, dtype or device that does not fit, an empty `x`, or `eps` ≤ 0.
@@ -38,6 +40,8 @@ def check(
     shift: torch.Tensor | None,
     scale: torch.Tensor,
     eps: float,
+    *,
+    branch_bias: torch.Tensor | None = None,
 ) -> None:
     check_rank(NAME, "x", x, "B, N, D")
     samples, _, width = x.shape
@@ -50,9 +54,13 @@ def check(
         if tensor is not None:
             check_shape(NAME, argument, tensor, (samples, width), "B, D")
             check_dtype(NAME, argument, tensor)
-    check_device(NAME, x, branch=branch, gate=gate, weight=weight, shift=shift, scale=scale)
+    if branch_bias is not None:
+        check_shape(NAME, "branch_bias", branch_bias, (width,), "D")
+        check_dtype(NAME, "branch_bias", branch_bias)
+    tensors = {"branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
+    check_device(NAME, x, **tensors, branch_bias=branch_bias)
     check_eps(NAME, eps)
 
 
 NAME = "gated_residual_adaln_rms_norm"
-OP = Op(NAME, check, differentiable=("x", "branch", "gate", "weight", "shift", "scale"))
+OP = Op(NAME, check, differentiable=("x", "branch", "gate", "weight", "shift", "scale", "branch_bias"))

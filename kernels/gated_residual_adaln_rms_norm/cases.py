@@ -6,19 +6,23 @@ EPS = 1e-6
 
 
 def _case(name: str, samples: int, tokens: int, width: int, *, rows=Draw.rows, shifted=True, stream=None, small=None,
-          layout=lambda x: x, production=False) -> Case:
-    """`stream` is the dtype of `x`, `small` that of the modulation, where they are not that of `branch`."""
+          bias=None, layout=lambda x: x, vectors=lambda x: x, production=False) -> Case:
+    """`stream` is the dtype of `x`, `small` that of the modulation, where they are not that of `branch`.
+
+    `layout` is that of `x` and `branch`, `vectors` that of the others; `bias` the mean of a bias of the branch, if any.
+    """
 
     def make(draw: Draw) -> dict:
-        gate, shift, scale = (part.to(small or draw.dtype) for part in draw.chunks(3, samples, width))
+        gate, shift, scale = (vectors(part.to(small or draw.dtype)) for part in draw.chunks(3, samples, width))
         return {
             "x": layout(rows(draw, samples, tokens, width, dtype=stream)),
             "branch": layout(rows(draw, samples, tokens, width)),
             "gate": gate,
-            "weight": draw.normal(width, mean=1.0, std=0.2, dtype=small),
+            "weight": vectors(draw.normal(width, mean=1.0, std=0.2, dtype=small)),
             "shift": shift if shifted else None,
             "scale": scale,
             "eps": EPS,
+            "branch_bias": None if bias is None else vectors(draw.normal(width, mean=bias, std=0.5, dtype=small)),
         }
 
     return Case(name, make, production)
@@ -31,22 +35,29 @@ CASES = (
     _case("odd_no_shift", 2, 7, 19, shifted=False),
     _case("even_rows", 2, 16, 48, rows=Draw.normal),
     _case("XL_width", 2, 3, 1152),
+    _case("three_blocks_of_columns", 2, 3, 440),
     _case("strided", 2, 5, 24, layout=strided),
+    _case("strided_vectors", 2, 5, 24, vectors=strided, bias=0.7),
     _case("transposed", 2, 6, 24, layout=lambda x: x.mT.contiguous().mT),
     _case("float32_stream", 2, 5, 40, stream=torch.float32),
     _case("float32_stream_and_modulation", 2, 37, 33, stream=torch.float32, small=torch.float32),
+    _case("bias", 3, 20, 37, bias=0.7),
+    _case("bias_no_shift", 2, 7, 19, shifted=False, bias=-0.7),
+    _case("float32_stream_and_bias", 2, 18, 40, stream=torch.float32, small=torch.float32, bias=0.7),
     _case("B", 32, 256, 768, rows=Draw.normal, production=True),
     _case("L", 32, 256, 1024, rows=Draw.normal, production=True),
     _case("XL", 128, 256, 1152, rows=Draw.normal, production=True),
     _case("1p6B", 32, 256, 1792, production=True),
     _case("XL_float32_stream", 128, 256, 1152, rows=Draw.normal, stream=torch.float32, production=True),
+    _case("XL_bias", 128, 256, 1152, rows=Draw.normal, bias=0.7, production=True),
+    _case("XL_float32_stream_bias", 32, 256, 1152, stream=torch.float32, bias=0.7, production=True),
 )
 
 
-def cost(x, branch, gate, weight, shift, scale, eps=EPS) -> Cost:
-    inputs = nbytes(x, branch, gate, weight, shift, scale)
+def cost(x, branch, gate, weight, shift, scale, eps=EPS, *, branch_bias=None) -> Cost:
+    inputs = nbytes(x, branch, gate, weight, shift, scale, branch_bias)
     return Cost(
         forward_bytes=inputs + nbytes(x, branch),
-        # Read: the gradients of the results, x' in place of x, the other inputs but shift. Written: six gradients.
+        # Read: the gradients of the results, x' in place of x, the other inputs but shift. Written: all gradients.
         backward_bytes=nbytes(x, branch) + inputs - nbytes(shift) + inputs,
     )

@@ -3,9 +3,12 @@ from kernels.arguments import accumulation_dtype
 from kernels.registry import Backend
 
 
-def gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps):
+def gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
     wide = accumulation_dtype(x, branch)
-    x_new = (x.to(wide) + gate.to(wide)[:, None] * branch.to(wide)).to(x.dtype)
+    added = branch.to(wide)
+    if branch_bias is not None:
+        added = added + branch_bias.to(wide)
+    x_new = (x.to(wide) + gate.to(wide)[:, None] * added).to(x.dtype)
     return x_new, adaln_rms_norm(x_new, weight, shift, scale, eps, out_dtype=branch.dtype)
 
 

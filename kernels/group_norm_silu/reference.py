@@ -1,7 +1,7 @@
-import torch
 import torch.nn.functional as F
 
 from kernels.arguments import accumulation_dtype
+from kernels.layout import memory_format
 from kernels.registry import Backend
 
 
@@ -11,12 +11,6 @@ def group_norm_silu(x, weight, bias, groups, eps):
     # (2e-5 at mean 3, 0.2 at mean 300, in float32); contiguous, it does not.
     normed = F.group_norm(x.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
     return F.silu(normed).to(x.dtype).contiguous(memory_format=memory_format(x))
-
-
-def memory_format(x: torch.Tensor) -> torch.memory_format:
-    """Channels-last where `x` is laid out so and not also contiguous, else contiguous."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 BACKEND = Backend("reference", group_norm_silu)

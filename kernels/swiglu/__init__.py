@@ -1,30 +1,36 @@
 """The activation of SwiGLU on a packed projection: `silu(a) · b`, `a` and `b` the halves of the last dimension.
 
-    swiglu(gate_up) → activated
+    swiglu(gate_up, *, bias=None) → activated
 
 Args:
     gate_up: `[…, 2H]`, any H, float64, float32, float16 or bfloat16; `a`, the gate, comes first.
+    bias: `[2H]`, any of these dtypes, added to `gate_up` first: that of the projection before, which then has none. Its
+        gradient, the sum of that of `gate_up` over all rows, comes from the same pass and reads nothing again.
 
 Returns:
     `[…, H]` in the dtype of `gate_up`. The arithmetic is float32 (float64 for float64 input), rounded once.
 
 Raises:
-    ValueError: another dtype, an empty tensor, or a last dimension that is odd.
+    ValueError: another dtype, an empty tensor, a last dimension that is odd, or a bias of another shape or device.
 
 The formula is that of arXiv 2002.05202 with `silu(a) = a · sigmoid(a)`.
 """
 
 import torch
 
-from kernels.arguments import check_dtype, refuse
+from kernels.arguments import check_device, check_dtype, check_shape, refuse
 from kernels.registry import Op
 
 
-def check(gate_up: torch.Tensor) -> None:
+def check(gate_up: torch.Tensor, *, bias: torch.Tensor | None = None) -> None:
     if gate_up.ndim == 0 or gate_up.numel() == 0 or gate_up.shape[-1] % 2:
         refuse(NAME, "shape of gate_up", tuple(gate_up.shape), "[..., 2H], no dimension 0")
     check_dtype(NAME, "gate_up", gate_up)
+    if bias is not None:
+        check_shape(NAME, "bias", bias, gate_up.shape[-1:], "2H")
+        check_dtype(NAME, "bias", bias)
+        check_device(NAME, gate_up, bias=bias)
 
 
 NAME = "swiglu"
-OP = Op(NAME, check, differentiable=("gate_up",))
+OP = Op(NAME, check, differentiable=("gate_up", "bias"))

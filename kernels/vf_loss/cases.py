@@ -6,11 +6,15 @@ PUBLISHED = (0.25, 0.5)  # margins of the paper's last training stage
 EXACT = frozenset({torch.float64, torch.float32})
 
 
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def _case(name: str, samples: int, channels: int, height: int, width: int, margins=PUBLISHED, *, features=None,
-          layout=lambda x: x, production=False) -> Case:
-    """`features` is the dtype of `f` where it is not that of `z`."""
+          layout=lambda x: x, production=False, few=False) -> Case:
+    """`features` is the dtype of `f` where it is not that of `z`; `few` directions where there are many positions."""
     shape = (samples, channels, height, width)
-    vectors = _few_directions if production else _any_directions
+    vectors = _few_directions if production or few else _any_directions
 
     def make(draw: Draw) -> dict:
         z, f = vectors(draw, shape), vectors(draw, shape)
@@ -47,9 +51,17 @@ def _few_directions(draw: Draw, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _below_the_floors(draw: Draw) -> dict:
     """Some norms lie between the floors, 1e-12 and 1e-8: they are scaled up in one term and not in the other."""
+    return _scaled_down(draw, 1e-10)
+
+
+def _below_both_floors(draw: Draw) -> dict:
+    return _scaled_down(draw, 1e-13)
+
+
+def _scaled_down(draw: Draw, scale: float) -> dict:
     z, f = draw.normal(2, 6, 2, 3), draw.normal(2, 6, 2, 3)
-    z[:, :, 0] *= 1e-10
-    f[:, :, :, 1] *= 1e-10
+    z[:, :, 0] *= scale
+    f[:, :, :, 1] *= scale
     return _arguments(z, f, (0.1, 0.0))
 
 
@@ -61,12 +73,16 @@ CASES = (
     _case("more_positions_than_channels", 1, 3, 5, 7, (0.1, 0.3)),
     _case("more_channels_than_positions", 2, 100, 2, 3, (0.1, 0.3)),
     _case("float32_features", 2, 12, 3, 3, features=torch.float32),
-    _case("channels_last", 2, 12, 3, 4, layout=lambda x: x.contiguous(memory_format=torch.channels_last)),
+    _case("channels_last", 2, 12, 3, 4, layout=_channels_last),
     _case("strided", 2, 9, 3, 4, layout=strided),
     Case("below_the_floors", _below_the_floors, dtypes=EXACT),
+    Case("below_both_floors", _below_both_floors, dtypes=EXACT),
+    _case("tiles", 1, 20, 17, 16, few=True),
+    _case("tiles_channels_last", 1, 70, 9, 9, (0.11, 0.1), few=True, layout=_channels_last),
     _case("dinov2_large", 32, 1024, 16, 16, production=True),
     _case("dinov2_large_no_margins", 8, 1024, 16, 16, (0.0, 0.0), production=True),
     _case("mae_base", 8, 768, 16, 16, production=True),
+    _case("mae_base_channels_last", 8, 768, 16, 16, layout=_channels_last, production=True),
     _case("latent_width", 16, 32, 16, 16, production=True),
 )
 

@@ -1,0 +1,125 @@
+"""Launch configurations of the kernels in `triton_kernels.py`, as data.
+
+Compiled for sm_90 at D = 1152 in bfloat16 (instructions are those of a warp in the loop over tokens, a token takes all
+warps of a program; no speed was measured):
+
+    backward, parts      warps  stages  registers  shared   instructions · warps
+    2048, masked         8      2       74         16 KB    229 · 8
+    1024 + 128           4      2       128        8 KB     313 · 4, the tail is read without a pipeline
+    1024 + 128           2      3       144        18 KB    474 · 2
+    1024 + 128           2      3       128        18 KB    spills
+    … float32 stream     2      3       200        29 KB    445 · 2, spills at 192 on sm_80
+    … and a bias         2      3       216        29 KB    spills at 200
+
+At 4.3 TB/s a multiprocessor of an H200 has about 740 cycles for a token, 2960 instructions: two warps use a third.
+Five programs of 200 registers fit, and hold two tokens each: 92 KB on the way, where 22 KB would cover the latency.
+"""
+
+from dataclasses import dataclass
+
+#: Compute capability → multiprocessors, and bytes of shared memory that the programs of one of them may have.
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+LEAST_SHARED = 99 * 1024  # of any other architecture since sm_80
+REGISTERS = 65536
+
+#: Lanes of a warp × columns that a lane can hold with their vectors and sums: 18, for 1152 in two warps.
+WARP_COLUMNS = 32 * 18
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a pass over the tokens is launched.
+
+    Attributes:
+        parts: widths of the blocks of columns that hold one token.
+        warps: of a program.
+        stages: of the software pipeline; it holds `stages` − 1 tokens in shared memory; 1 is no pipeline.
+        registers: of a thread, at most.
+        programs: that a multiprocessor is meant to hold at a time.
+        least_tokens: of a program, so that reading the vectors and writing the sums stays small beside them.
+    """
+
+    parts: tuple[int, ...]
+    warps: int
+    stages: int
+    registers: int
+    programs: int
+    least_tokens: int
+
+
+@dataclass(frozen=True)
+class VectorTiling:
+    """How the sums of the chunks are added up: `columns` of `samples` at a time, by `warps`, in at most `registers`."""
+
+    columns: int
+    samples: int
+    warps: int
+    registers: int
+
+
+def columns(width: int) -> tuple[tuple[int, ...], int]:
+    """Widths of the blocks that hold `width` columns, and warps.
+
+    As few warps as can hold a row, for they meet at barriers for each token. A block gives each lane at least two
+    columns, as copies to shared memory move 32 bits or more; what is over is masked, less than two columns of a lane.
+    """
+    warps = 1
+    while warps * WARP_COLUMNS < width and warps < 16:
+        warps *= 2
+    least = 64 * warps
+    units = -(-width // least)
+    return tuple(least << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1), warps
+
+
+def tiling(width: int, token_bytes: int, architecture: int, registers: int, programs: int, least_tokens: int) -> Tiling:
+    """Three stages where two tokens of `token_bytes` fit into shared memory, and as many of `programs` as fit.
+
+    In a pipeline of two stages the copies would be issued just before they are waited for.
+    """
+    parts, warps = columns(width)
+    registers = min(registers, 255, REGISTERS // (32 * warps)) // 8 * 8
+    shared = SHARED.get(architecture, LEAST_SHARED)
+    needed = 2 * token_bytes * sum(parts) // width + 2048  # the statistics, the sums across warps, what is reserved
+    stages = 3 if needed <= shared else 1
+    fitting = min(programs, REGISTERS // (32 * warps * registers), shared // needed if stages == 3 else programs)
+    return Tiling(parts, warps, stages, registers, max(1, fitting), least_tokens)
+
+
+def forward_tiling(width: int, token_bytes: int, architecture: int) -> Tiling:
+    """`token_bytes`: of x and branch, for one token. A column takes x', gain, shift, gate."""
+    registers = 4 * lane_columns(width) + 56
+    return tiling(width, token_bytes, architecture, registers, programs=8, least_tokens=8)
+
+
+def backward_tiling(width: int, token_bytes: int, architecture: int, bias: bool) -> Tiling:
+    """`token_bytes`: of both upstream gradients, x' and branch, for one token.
+
+    A column takes x̂, dy·h, gain, gate and three sums, four where a bias wants its gradient.
+    """
+    registers = (9 if bias else 8) * lane_columns(width) + 56
+    return tiling(width, token_bytes, architecture, registers, programs=5, least_tokens=16)
+
+
+def lane_columns(width: int) -> int:
+    parts, warps = columns(width)
+    return -(-sum(parts) // (32 * warps))
+
+
+def chunking(samples: int, tokens: int, tiling: Tiling, architecture: int) -> tuple[int, int]:
+    """Chunks of each sample and tokens of a chunk: as many programs as run at a time, all of about the same length."""
+    programs = MULTIPROCESSORS.get(architecture, MULTIPROCESSORS[90]) * tiling.programs
+    most = -(-tokens // tiling.least_tokens)
+    chunks = max(1, min(programs // samples, most))
+    chunk_tokens = -(-tokens // chunks)
+    return -(-tokens // chunk_tokens), chunk_tokens
+
+
+def vector_tiling(samples: int) -> VectorTiling:
+    """Eight float32 are one sector of memory, and 1152 / 8 programs are enough for every multiprocessor.
+
+    All samples at once up to 128, so that loads wait for each other only from chunk to chunk; 128 bits for a lane. Left
+    to itself the compiler takes 64 registers and spills; a multiprocessor has one program or two, so they are free.
+    """
+    held = 128 if samples > 64 else 64 if samples > 32 else 32
+    return VectorTiling(columns=8, samples=held, warps=held // 16, registers=128)

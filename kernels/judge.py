@@ -1,0 +1,116 @@
+"""When a result is right, for tests and benches: the rule, and the calls it compares.
+
+A result is right when its error is at most twice that of the reference in the same dtype, plus 4·eps·max|exact|; both
+errors are taken against the reference in float64, on the same (rounded) inputs, as the largest absolute difference.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kernels.registry import Op
+
+Inputs = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
+
+
+def faults(got: Tensors, eager: Tensors, exact: Tensors) -> list[str]:
+    """What is wrong with results: names, dtypes, shapes, errors beyond the rule; empty if they are right.
+
+    Args:
+        got: results by name, of the implementation that is judged.
+        eager: those of the reference, on the same inputs.
+        exact: those of the reference in float64.
+    """
+    if set(got) != set(eager):
+        return [f"got {sorted(got)}, the reference gives {sorted(eager)}"]
+    found = (fault(name, got[name], eager[name], exact[name]) for name in eager)
+    return [text for text in found if text]
+
+
+def fault(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> str:
+    """What is wrong with one result, or an empty text."""
+    if (got.dtype, got.shape) != (eager.dtype, eager.shape):
+        return f"{name}: {got.dtype} {tuple(got.shape)}, the reference gives {eager.dtype} {tuple(eager.shape)}"
+    if not (eager.isfinite().all() and exact.isfinite().all()):
+        return f"{name}: the reference is not finite, a bad case"
+    eager_error, error = (float((t.double() - exact).abs().max()) for t in (eager, got))
+    limit = 2 * eager_error + 4 * torch.finfo(got.dtype).eps * float(exact.abs().max())
+    if error <= limit:  # false for NaN
+        return ""
+    return f"{name}: error {error:.3e}, limit {limit:.3e}, that of the reference {eager_error:.3e}"
+
+
+def reference(op: Op) -> Callable[..., Any]:
+    """Unchecked, so that it takes float64 where the op asks for another dtype."""
+    return op.backend("reference").run
+
+
+def outputs(op: Op, function: Callable[..., Any], inputs: Inputs) -> Tensors:
+    """The results of a call by name, together with the arguments it changes in place; `inputs` stay as they are."""
+    inputs = {name: copy(value) if name in op.mutates else value for name, value in inputs.items()}
+    changed = {name: inputs[name] for name in op.mutates if inputs[name] is not None}
+    return named(function(**inputs)) | changed
+
+
+def gradients(
+    op: Op,
+    function: Callable[..., Any],
+    inputs: Inputs,
+    upstream: Tensors,
+    wanted: list[str] | None = None,
+    keep: bool = False,
+) -> Tensors:
+    """Argument name → gradient, of the `wanted` arguments (else all); with the results too if `keep`.
+
+    `upstream` may leave out results: no gradient comes from them.
+    """
+    wanted = [name for name in wanted or op.differentiable if inputs[name] is not None]
+    asked = leaves(inputs, wanted)
+    results = named(function(**inputs | asked))
+    pairs = [(results[name], gradient) for name, gradient in upstream.items() if results[name].requires_grad]
+    assert pairs, f"{op.name}: no result carries a gradient"
+    found = torch.autograd.grad(
+        [result for result, _ in pairs], list(asked.values()), [gradient for _, gradient in pairs], allow_unused=True
+    )
+    gradient_of = {
+        f"gradient of {name}": torch.zeros_like(inputs[name]) if gradient is None else gradient
+        for name, gradient in zip(wanted, found, strict=True)
+    }
+    return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
+
+
+def leaves(inputs: Inputs, names: list[str]) -> Tensors:
+    """Those arguments, asking for gradients; they share memory with `inputs`."""
+    return {name: inputs[name].detach().requires_grad_() for name in names}
+
+
+def named(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Tensors:
+    results = result if isinstance(result, tuple) else (result,)
+    return {f"result {i}": tensor for i, tensor in enumerate(results) if tensor is not None}
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The same arguments in float64: tensors of floats, and dtypes asked for."""
+
+    def widen(value):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if isinstance(value, torch.dtype) else value
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def copy(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def copied(inputs: Inputs) -> Inputs:
+    return {name: copy(value) for name, value in inputs.items()}
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal numbers in the dtype and on the device of `tensor`, the same each time."""
+    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
+    return torch.randn(tensor.shape, generator=generator, device=tensor.device).to(tensor.dtype)

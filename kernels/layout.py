@@ -1,0 +1,19 @@
+"""How tensors lie in memory, as kernels want them."""
+
+import torch
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Channels-last where `x` is laid out so and not also contiguous, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor without gaps, if there is one; a copy where it has some."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix whose rows are contiguous; they may lie apart and stay where they are, as parts of one modulation do."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,244 @@
+"""The forward kernel of `rope_attention`, and what it shares with the backward ones.
+
+A head of width d is held as two blocks of columns, `MAIN` and `REST` (0 if there is none) wide: 72 = 64 + 8, where the
+second is padded with zeros to 16 and never to 64. Functions that return both return the first one twice where there is
+no second. Rows and columns that do not exist read as 0, so products need no masks but that of the softmax.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(base, stride, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
+         RAGGED: tl.constexpr):
+    """Rows 0 to `ROWS` of `base`, those from `limit` on as 0, and columns from `FIRST` on, those from `D` on as 0."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = FIRST + tl.arange(0, COLS)[None, :]
+    pointers = base + rows * stride + cols
+    if RAGGED and FIRST + COLS > D:
+        return tl.load(pointers, mask=(rows < limit) & (cols < D), other=0.0)
+    elif RAGGED:
+        return tl.load(pointers, mask=rows < limit, other=0.0)
+    elif FIRST + COLS > D:
+        return tl.load(pointers, mask=cols < D, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def load_head(base, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+              RAGGED: tl.constexpr):
+    """Both blocks of the columns of some rows."""
+    first = load(base, stride, limit, ROWS, 0, MAIN, D, RAGGED)
+    if REST:
+        return first, load(base, stride, limit, ROWS, MAIN, REST, D, RAGGED)
+    else:
+        return first, first
+
+
+@triton.jit
+def store(base, stride, limit, values, FIRST: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr):
+    """The counterpart of `load`, in the dtype of `base`."""
+    rows = tl.arange(0, values.shape[0])[:, None]
+    cols = FIRST + tl.arange(0, values.shape[1])[None, :]
+    pointers = base + rows * stride + cols
+    values = values.to(base.dtype.element_ty)
+    if RAGGED and FIRST + values.shape[1] > D:
+        tl.store(pointers, values, mask=(rows < limit) & (cols < D))
+    elif RAGGED:
+        tl.store(pointers, values, mask=rows < limit)
+    elif FIRST + values.shape[1] > D:
+        tl.store(pointers, values, mask=cols < D)
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def load_weight(weight, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):
+    cols = FIRST + tl.arange(0, COLS)
+    return tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def turn(x, table, INVERSE: tl.constexpr):
+    """Turn each pair of neighbouring columns by its angle, or back; `table` has (cos, sin) where `x` has the pair."""
+    SHAPE: tl.constexpr = (x.shape[0], x.shape[1] // 2, 2)
+    even, odd = tl.split(tl.reshape(x, SHAPE))
+    cos, sin = tl.split(tl.reshape(table, SHAPE))
+    if INVERSE:
+        sin = -sin
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), x.shape)
+
+
+@triton.jit
+def inverse_rms(first, second, eps, D: tl.constexpr, REST: tl.constexpr):
+    """1 / root mean square of each row, given its two blocks in float32."""
+    squares = tl.sum(first * first, axis=1)
+    if REST:
+        squares += tl.sum(second * second, axis=1)
+    return tl.rsqrt(squares / D + eps)
+
+
+@triton.jit
+def load_turned(base, stride, limit, table, weight, eps, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+                REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, RAGGED: tl.constexpr):
+    """Queries or keys, normed and rotated in float32 and rounded once to the dtype they came in: both blocks."""
+    first, second = load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
+    DTYPE: tl.constexpr = first.dtype
+    if ROPE or NORM:
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        if NORM:
+            scale = inverse_rms(first, second, eps, D, REST)[:, None]
+            first = first * scale * load_weight(weight, 0, MAIN, D)[None, :]
+            if REST:
+                second = second * scale * load_weight(weight, MAIN, REST, D)[None, :]
+        if ROPE:
+            first = turn(first, load(table, D, limit, ROWS, 0, MAIN, D, RAGGED), False)
+            if REST:
+                second = turn(second, load(table, D, limit, ROWS, MAIN, REST, D, RAGGED), False)
+    return first.to(DTYPE), second.to(DTYPE)
+
+
+@triton.jit
+def outer(a, a_rest, b, b_rest, REST: tl.constexpr):
+    """a · bᵀ in float32, over the columns of both blocks."""
+    product = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if REST:
+        product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def accumulate(weights, b, b_rest, acc, acc_rest, REST: tl.constexpr):
+    """acc + weights · b for both blocks."""
+    acc = tl.dot(weights, b, acc, input_precision="ieee")
+    if REST:
+        return acc, tl.dot(weights, b_rest, acc_rest, input_precision="ieee")
+    else:
+        return acc, acc_rest
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """What `accumulate` starts from."""
+    first = tl.zeros((ROWS, MAIN), tl.float32)
+    if REST:
+        return first, tl.zeros((ROWS, REST), tl.float32)
+    else:
+        return first, first
+
+
+@triton.jit
+def hide_beyond(scores, left):
+    """Scores [rows, keys] with −inf for the keys from `left` on."""
+    return tl.where(tl.arange(0, scores.shape[1])[None, :] < left, scores, float("-inf"))
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """What `see` starts from."""
+    first, second = zeros(ROWS, MAIN, REST)
+    return tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32), first, second
+
+
+@triton.jit
+def see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, left, scale, REST: tl.constexpr,
+        RAGGED: tl.constexpr):
+    """Let queries attend to one more block of keys, of which `left` exist (at least one, so that `top` is finite).
+
+    `top`: the largest score so far, `total` and `acc`: sums of 2^(score − top) and of that times the values.
+    """
+    scores = outer(q, q_rest, k, k_rest, REST)
+    if RAGGED:
+        scores = hide_beyond(scores, left)
+    higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc, acc_rest = acc * shrink[:, None], acc_rest * shrink[:, None]
+    acc, acc_rest = accumulate(weights.to(v.dtype), v, v_rest, acc, acc_rest, REST)
+    return higher, total, acc, acc_rest
+
+
+@triton.jit
+def finish(out, lse, stride, left, acc, acc_rest, top, total, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+           RAGGED: tl.constexpr):
+    """Divide by the sums of exponentials and store: a tile of the result, and log2 of those sums over all."""
+    inverse = (1 / total)[:, None]
+    store(out, stride, left, acc * inverse, 0, D, RAGGED)
+    if REST:
+        store(out, stride, left, acc_rest * inverse, MAIN, D, RAGGED)
+    rows = tl.arange(0, acc.shape[0])
+    tl.store(lse + rows, top + tl.log2(total), mask=rows < left)
+
+
+@triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
+def rope_attention_fwd_resident_kernel(
+    qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts, tiles, stride_b, stride_3, stride_h,
+    stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Each program: `tiles` tiles of `BQ` queries of one head, and all its keys, in `BLOCKS` blocks of `BK`.
+
+    The keys are read, normed, rotated and put in shared memory once.
+    `scale` is that of the scores times log2(e); `lse` is log2 of the sum of exponentials.
+    """
+    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
+    sample, head = sample.to(tl.int64), head.to(tl.int64)
+    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
+    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    cols: tl.constexpr = heads * D
+    out += sample * tokens * cols + head * D
+    lse += (sample * heads + head) * tokens
+
+    ks = ()
+    vs = ()
+    for i in tl.static_range(BLOCKS):
+        at, left = tl.cast(i * BK, tl.int64), tokens - i * BK
+        ks += (load_turned(keys + at * stride_n, stride_n, left, table + at * D if ROPE else table, k_weight, eps, BK,
+                           D, MAIN, REST, ROPE, NORM, RAGGED_K),)
+        vs += (load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
+    for first in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
+        row, rows_left = tl.cast(first, tl.int64), tokens - first
+        q, q_rest = load_turned(queries + row * stride_n, stride_n, rows_left, table + row * D if ROPE else table,
+                                q_weight, eps, BQ, D, MAIN, REST, ROPE, NORM, RAGGED_Q)
+        top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
+        for i in tl.static_range(BLOCKS):
+            top, total, acc, acc_rest = see(q, q_rest, ks[i][0], ks[i][1], vs[i][0], vs[i][1], top, total, acc,
+                                            acc_rest, tokens - i * BK, scale, REST, RAGGED_K and i == BLOCKS - 1)
+        finish(out + row * cols, lse + row, cols, rows_left, acc, acc_rest, top, total, D, MAIN, REST, RAGGED_Q)
+
+
+@triton.jit(do_not_specialize=["tokens", "parts"])
+def rope_attention_fwd_kernel(
+    qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts, stride_b, stride_3, stride_h,
+    stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, ROPE: tl.constexpr,
+    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Each program: one tile of `BQ` queries, while the keys of the head pass by in blocks of `BK`.
+
+    Programs of a head are neighbours, so its keys stay in L2. `scale` and `lse` as above.
+    """
+    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
+    sample, head = sample.to(tl.int64), head.to(tl.int64)
+    start, left = part.to(tl.int64) * BQ, tokens - part * BQ
+    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
+    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    cols: tl.constexpr = heads * D
+    out += (sample * tokens + start) * cols + head * D
+    lse += (sample * heads + head) * tokens + start
+
+    q, q_rest = load_turned(queries + start * stride_n, stride_n, left, table + start * D if ROPE else table, q_weight,
+                            eps, BQ, D, MAIN, REST, ROPE, NORM, RAGGED_Q)
+    top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
+    for first in range(0, tokens, BK):
+        at = tl.cast(first, tl.int64)
+        k, k_rest = load_turned(keys + at * stride_n, stride_n, tokens - first, table + at * D if ROPE else table,
+                                k_weight, eps, BK, D, MAIN, REST, ROPE, NORM, RAGGED_K)
+        v, v_rest = load_head(values + at * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
+        top, total, acc, acc_rest = see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, tokens - first,
+                                        scale, REST, RAGGED_K)
+    finish(out, lse, cols, left, acc, acc_rest, top, total, D, MAIN, REST, RAGGED_Q)

@@ -1,0 +1,251 @@
+"""The Triton backend of `rope_attention`: its operators, and how their kernels are launched."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels.rope_attention.triton_backward import (
+    rope_attention_bwd_dkdv_kernel,
+    rope_attention_bwd_dq_kernel,
+    rope_attention_bwd_dweight_kernel,
+)
+from kernels.rope_attention.triton_forward import rope_attention_fwd_kernel, rope_attention_fwd_resident_kernel
+from kernels.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
+
+WIDEST = 128
+
+
+#: Most tokens, and widest heads, of which two programs fit the shared memory of a processor with sm_90 side by side.
+RESIDENT_TOKENS, RESIDENT_WIDTH = 256, 80
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched.
+
+    Attributes:
+        queries, keys: rows of a tile; powers of two, 16 at least.
+        warps: of 32 threads, for one program.
+        registers: per thread at most; None leaves it to the compiler.
+        resident: a program reads all keys of a head once (for dk and dv: all queries), turns them, holds them in shared
+            memory and takes all tiles of the head. Else there is a program for each tile, past which they go.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    registers: int | None = None
+    resident: bool = False
+
+    @property
+    def options(self) -> dict:
+        # More stages prefetch the tables too and multiply shared memory.
+        limits = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": 1, **limits}
+
+
+# wgmma takes 64 rows from 4 warps. A resident of 256 tokens and width 72 needs 88 to 98 KB: 2 programs for a processor,
+# one computes while the other one loads. Streaming tiles need 30 KB; 168 registers let 3 programs in. Other tiles that
+# compile for sm_90 without spills, for a GPU to judge: fwd Tile(64, 128, 4, resident=True), Tile(128, 128, 8);
+# dq Tile(128, 32, 8), Tile(64, 128, 4, resident=True); dkdv Tile(32, 128, 8), Tile(32, 64, 4, resident=True).
+CONFIGS = {
+    "fwd": Tile(64, 64, 4, 168),
+    "fwd resident": Tile(64, 64, 4, resident=True),
+    "fwd float32": Tile(32, 32, 4),
+    "fwd sm_80": Tile(64, 32, 4),
+    "dq": Tile(64, 32, 4, 168),
+    "dq normed": Tile(64, 32, 4),
+    "dq resident": Tile(64, 64, 4, resident=True),
+    "dq resident normed": Tile(64, 32, 4, resident=True),
+    "dq float32": Tile(32, 16, 4),
+    "dq sm_80": Tile(32, 16, 4),
+    "dkdv": Tile(32, 64, 4),
+    "dkdv normed": Tile(32, 128, 8),
+    "dkdv resident": Tile(64, 64, 4, resident=True),
+    "dkdv float32": Tile(16, 32, 4),
+    "dkdv sm_80": Tile(16, 64, 4),
+}
+
+
+def forward_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+    """Resident where that fits: four programs for a head would each read and turn all its keys again."""
+    return CONFIGS["fwd" + _lane(tokens, width, dtype, arch)]
+
+
+def dq_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+    """As above; the way back through a norm takes registers that narrower blocks of keys leave free."""
+    lane = _lane(tokens, width, dtype, arch)
+    return CONFIGS["dq" + lane + (" normed" if normed and lane in ("", " resident") else "")]
+
+
+def dkdv_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+    """As above, with the queries and their upstream gradients as residents."""
+    lane = _lane(tokens, width, dtype, arch)
+    return CONFIGS["dkdv" + lane + (" normed" if normed and lane == "" else "")]
+
+
+def _lane(tokens: int, width: int, dtype: torch.dtype, arch: int) -> str:
+    if dtype == torch.float32:
+        return " float32"  # its products run without tensor cores, from registers: small tiles
+    if arch < 90:
+        return " sm_80"  # operands of mma come from registers: small tiles
+    return " resident" if tokens <= RESIDENT_TOKENS and width <= RESIDENT_WIDTH else ""
+
+
+def blocks(width: int) -> tuple[int, int]:
+    """Widths of the two blocks of columns: a power of two, and one that covers what is left, 16 at least (or 0)."""
+    main = max(16, 1 << width.bit_length() - 1)
+    left = width - main
+    return main, max(16, 1 << (left - 1).bit_length()) if left > 0 else 0
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split(tokens: int, rows: int, held_rows: int, resident: bool) -> tuple[int, int, int]:
+    """Programs for a head, tiles of `rows` for a program, and blocks of `held_rows` that it holds (0: they stream)."""
+    tiles = cdiv(tokens, rows)
+    return (1, tiles, cdiv(tokens, held_rows)) if resident else (tiles, 1, 0)
+
+
+def constants(qkv: torch.Tensor, table: torch.Tensor | None, weight: torch.Tensor | None, tile: Tile) -> dict:
+    """The compile-time values that the three kernels share, and the options of a launch."""
+    tokens, width = qkv.shape[1], qkv.shape[-1]
+    main, rest = blocks(width)
+    return {
+        "stride_n": qkv.stride(1), "heads": qkv.shape[3],
+        "D": width, "MAIN": main, "REST": rest, "BQ": tile.queries, "BK": tile.keys,
+        "ROPE": table is not None, "NORM": weight is not None,
+        "RAGGED_Q": tokens % tile.queries != 0, "RAGGED_K": tokens % tile.keys != 0,
+        # With 8 elements as the unit of every row, a thread reads 128 bits at a time.
+        "ALIGNED": 8 if all(stride % 8 == 0 for stride in (width, *qkv.stride()[:4])) else 1,
+        **tile.options,
+    }  # fmt: skip
+
+
+def loose(qkv: torch.Tensor) -> tuple[int, int, int]:
+    """The strides that kernels are not compiled for: of samples, of q, k and v, of heads."""
+    return qkv.stride(0), qkv.stride(2), qkv.stride(3)
+
+
+@operator("rope_attention_fwd")
+def rope_attention_fwd(
+    qkv: torch.Tensor,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`table` `[N, d/2, 2]` float32: cos, sin of each pair. → the result; log2 Σ exp of the scores, `[B, heads, N]`."""
+    samples, tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty(samples, tokens, heads * width)
+    lse = qkv.new_empty(samples, heads, tokens, dtype=torch.float32)
+    tile = forward_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
+    common = constants(qkv, table, q_weight, tile)
+    scale = width**-0.5 / math.log(2)
+    parts, tiles, held = split(tokens, tile.queries, tile.keys, tile.resident)
+    arguments = qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts
+    if tile.resident:
+        kernel, arguments, common = rope_attention_fwd_resident_kernel, (*arguments, tiles), common | {"BLOCKS": held}
+    else:
+        kernel = rope_attention_fwd_kernel
+    launch(kernel, (parts * heads * samples,), *arguments, *loose(qkv), **common)
+    return out, lse
+
+
+@operator("rope_attention_bwd")
+def rope_attention_bwd(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+) -> list[torch.Tensor]:
+    """→ the gradients of `qkv` (packed as it is, contiguous) and, if there are any, of `q_weight` and `k_weight`."""
+    samples, tokens, _, heads, width = qkv.shape
+    dqkv, delta = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(lse)
+    tile = dq_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
+    other = dkdv_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
+    q_parts, q_tiles, q_blocks = split(tokens, tile.queries, tile.keys, tile.resident)
+    k_parts, k_tiles, k_blocks = split(tokens, other.keys, other.queries, other.resident)
+    q_partials = k_partials = None
+    if q_weight is not None:
+        q_partials = lse.new_empty(q_parts * q_tiles * heads * samples, width)
+        k_partials = lse.new_empty(k_parts * k_tiles * heads * samples, width)
+    scale = width**-0.5 / math.log(2)
+    strides = grad.stride(0), *loose(qkv)
+    launch(
+        rope_attention_bwd_dq_kernel, (q_parts * heads * samples,),
+        grad, qkv, out, lse, table, q_weight, k_weight, dqkv, delta, q_partials, eps, scale, tokens, q_parts, q_tiles,
+        *strides, grad_n=grad.stride(1), BLOCKS=q_blocks, **constants(qkv, table, q_weight, tile),
+    )  # fmt: skip
+    launch(
+        rope_attention_bwd_dkdv_kernel, (k_parts * heads * samples,),
+        grad, qkv, lse, delta, table, q_weight, k_weight, dqkv, k_partials, eps, scale, tokens, k_parts, k_tiles,
+        *strides, grad_n=grad.stride(1), BLOCKS=k_blocks, **constants(qkv, table, q_weight, other),
+    )  # fmt: skip
+    if q_weight is None:
+        return [dqkv]
+    dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
+    launch(
+        rope_attention_bwd_dweight_kernel, (cdiv(width, 8), 2),
+        q_partials, k_partials, dq_weight, dk_weight, len(q_partials), len(k_partials),
+        D=width, COLS=8, ROWS=256, num_warps=8,
+    )  # fmt: skip
+    return [dqkv, dq_weight, dk_weight]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # the log-sum-exp gets no gradient: not one of zeros either
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    qkv, table, q_weight, k_weight, out, lse = ctx.saved_tensors
+    if grad.stride(2) != 1:
+        grad = grad.contiguous()
+    dqkv, *dweights = rope_attention_bwd(grad, qkv, out, lse, table, q_weight, k_weight, ctx.eps)
+    return dqkv, None, *(dweights or (None, None)), None
+
+
+rope_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    table = None if cos is None else pairs(cos, sin)
+    if q_weight is not None:
+        q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
+    return rope_attention_fwd(qkv, table, q_weight, k_weight, eps)[0]
+
+
+def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Tables `[N, d]` → `[N, d/2, 2]` float32: each angle once, its cos and sin side by side, read in one go.
+
+    Plain torch operations, so that a compiled model makes it once for all its layers.
+    """
+    return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
+
+
+def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6) -> list[str]:
+    reasons = refusals(qkv) + refusals(qkv, q_weight, k_weight, dtypes=DTYPES | {qkv.dtype, torch.float64})
+    if qkv.shape[-1] > WIDEST:
+        reasons.append(f"heads are {qkv.shape[-1]} wide, above {WIDEST}")
+    return reasons
+
+
+BACKEND = backend(
+    rope_attention,
+    unsupported,
+    torch_ops=("ldit::rope_attention_fwd", "ldit::rope_attention_bwd"),
+    configs=CONFIGS,
+)

@@ -1,0 +1,123 @@
+"""What the Triton backends share: operators of `torch.library`, launches, and which calls Triton can serve here."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from kernels.arguments import dtype_names
+from kernels.device import triton_interpreted, triton_reasons
+from kernels.operators import dry, operator  # noqa: F401  what the Triton backends import from here
+from kernels.registry import Backend
+
+INTERPRETED = triton_interpreted()
+#: The interpreter multiplies bfloat16 as bit patterns and truncates where a device rounds.
+DTYPES = frozenset({torch.float32, torch.float16} | (set() if INTERPRETED else {torch.bfloat16}))
+#: Compute capability whose launch configurations the interpreter runs.
+INTERPRETED_ARCHITECTURE = 90
+
+
+def _let_loops_run_to_values() -> None:
+    """Let `range` in interpreted kernels take scalars: there they are arrays of one number, which NumPy refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if INTERPRETED:
+    _let_loops_run_to_values()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it would have been: the kernel, its grid, its arguments, its compile-time values and options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict[str, Any]
+
+
+class _State(threading.local):
+    """Of this thread: where launches that are left out are written down, and the architecture meant."""
+
+    launches: list[Launch] | None = None
+    architecture: int | None = None
+
+
+_state = _State()
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Run `kernel[grid](*args, **options)`, unless only the shapes of the results are asked for."""
+    if not dry():
+        kernel[grid](*args, **options)
+    elif _state.launches is not None:
+        _state.launches.append(Launch(kernel, grid, args, options))
+
+
+@contextmanager
+def recorded(architecture: int) -> Iterator[list[Launch]]:
+    """Collect the launches of calls with tensors on the device "meta", as for this compute capability (90 for sm_90).
+
+    Ops compute nothing then. Autograd runs the backward pass in the same thread, so its launches come too.
+    """
+    before = _state.launches, _state.architecture
+    _state.launches, _state.architecture = [], architecture
+    try:
+        yield _state.launches
+    finally:
+        _state.launches, _state.architecture = before
+
+
+def architecture() -> int:
+    """Compute capability of the current device, 90 for sm_90: what launch configurations are chosen by."""
+    if _state.architecture is not None:
+        return _state.architecture
+    return INTERPRETED_ARCHITECTURE if INTERPRETED else _capability(torch.cuda.current_device())
+
+
+@cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
+    """Why Triton kernels cannot take these tensors here, by device and dtype; empty if they can."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    strange = [tensor.dtype for tensor in given if tensor.dtype not in dtypes]
+    reasons = [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in strange]
+    if not INTERPRETED and given[0].device.type == "cpu":
+        reasons.append("the tensors are on the CPU, where Triton kernels run in its interpreter only")
+    return reasons
+
+
+def backend(
+    run: Callable[..., Any],
+    unsupported: Callable[..., list[str]],
+    torch_ops: Iterable[str],
+    configs: Mapping[str, Any],
+    dtypes: frozenset[torch.dtype] = DTYPES,
+) -> Backend:
+    """The backend `triton` of an op.
+
+    Args:
+        run: the op.
+        unsupported: reasons against a call, `refusals` among them.
+        torch_ops, configs, dtypes: as `Backend` has them.
+    """
+    return Backend(
+        "triton", run, triton_reasons, unsupported, dtypes, emulated=INTERPRETED, torch_ops=tuple(torch_ops),
+        configs=configs,
+    )  # fmt: skip

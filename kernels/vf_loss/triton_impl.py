@@ -1,0 +1,166 @@
+"""`vf_loss` in Triton: norms and the second term, tiles of both cosine matrices, two means; a gradient in one launch.
+
+No matrix of cosines, and no normalised copy of an input, ever lies in memory: forward keeps three numbers for each
+position, and backward makes each tile again. float32 products are IEEE. In the backward product Σ_j G_ij ẑ_j of
+float16 or bfloat16 inputs the vectors are exact and the weights G_ij / |z_j| are rounded to the dtype of `z` once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kernels.layout import memory_format
+from kernels.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_loss_positions, vf_loss_tiles
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch of a kernel that makes tiles of both matrices.
+
+    Attributes:
+        rows, columns: positions along the sides of a tile.
+        depth: channels of one step of the products.
+        out: channels of one step of the backward product; 0 in the forward pass.
+        warps, stages: as Triton counts them.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    out: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    """Launch of the pass over the vectors: positions of a program, channels of a step, warps."""
+
+    positions: int
+    depth: int
+    warps: int
+
+
+def positions_config(channels: int, positions: int) -> PositionsConfig:
+    """Steps of 64 × 32 with 4 warps: 16-byte loads along either dimension, 256 programs for a batch of 32."""
+    return PositionsConfig(block(positions, 32), block(channels, 64), 4)
+
+
+def forward_config(dtype: torch.dtype, samples: int, positions: int, arch: int) -> TileConfig:
+    """Square tiles, so that the symmetric half is left out: at 256 positions three of 128 × 128 for a sample.
+
+    Two accumulators of 128 × 128 are half of a multiprocessor's registers; three stages of 64 KB are its shared memory.
+    Such tiles read 60 % of what rows of 64 × 256 would, and it is the L2 cache that limits the tensor cores here. Where
+    they would leave more than half of 132 multiprocessors idle, and on sm_80, whose `mma` operands take registers as
+    well, tiles are 64 × 64. float32 products have no tensor cores: four programs of 128 registers a multiprocessor.
+    """
+    if dtype == torch.float32:
+        return TileConfig(block(positions, 64), block(positions, 64), 16, 0, 4, 3)
+    tiles = triton.cdiv(positions, 128)
+    large = arch >= 90 and 2 * samples * tiles * (tiles + 1) // 2 >= 132
+    side = block(positions, 128 if large else 64)
+    return TileConfig(side, side, 64, 0, 8 if large else 4, 3)
+
+
+def backward_config(dtype: torch.dtype, positions: int) -> TileConfig:
+    """64 rows against 256 columns at once, so that a row's gradient at 256 positions is made without partial sums.
+
+    Two accumulators of 64 × 256 are half of a multiprocessor's registers: one program each, with three stages of 40 KB.
+    A float32 product holds its operands in registers: its tiles are 64 × 32, and partial sums are added up in memory.
+    """
+    if dtype == torch.float32:
+        return TileConfig(block(positions, 64), block(positions, 32), 16, 32, 8, 2)
+    return TileConfig(block(positions, 64), block(positions, 256), 32, 64, 8, 3)
+
+
+def block(size: int, most: int) -> int:
+    """The power of two that covers `size`, from 16 (the least that a product of tiles takes) to `most`."""
+    return min(most, max(16, triton.next_power_of_2(size)))
+
+
+def wider(z: torch.Tensor, f: torch.Tensor) -> torch.dtype:
+    return max(z.dtype, f.dtype, key=lambda dtype: dtype.itemsize)
+
+
+@operator("vf_loss_fwd")
+def forward(
+    z: torch.Tensor, f: torch.Tensor, distmat_margin: float, cos_margin: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both terms, and `[3, B, N]` float32: the norms of `z` and of `f`, and the products z·f."""
+    z, f = z.flatten(2), f.flatten(2)
+    samples, channels, positions = z.shape
+    strides = *z.stride(), *f.stride()
+    kept = z.new_empty((3, samples, positions), dtype=torch.float32)
+    distmat, cos = kept.new_empty(()), kept.new_empty(())
+
+    config = positions_config(channels, positions)
+    grid = triton.cdiv(positions, config.positions), samples
+    cos_sums = kept.new_empty(grid)
+    launch(vf_loss_positions, grid, z, f, *kept, cos_sums, cos_margin, *strides, channels=channels, positions=positions,
+           BLOCK_C=config.depth, BLOCK_N=config.positions, num_warps=config.warps)
+
+    config = forward_config(wider(z, f), samples, positions, architecture())
+    tiles = triton.cdiv(positions, config.rows)
+    tile_sums = kept.new_empty((samples, tiles * tiles))
+    launch(vf_loss_tiles, (tiles * tiles, samples), z, f, *kept[:2], tile_sums, tiles, distmat_margin, *strides,
+           channels=channels, positions=positions, BLOCK=config.rows, BLOCK_C=config.depth,
+           num_warps=config.warps, num_stages=config.stages)
+    launch(vf_loss_means, (1,), tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel(),
+           float(samples * positions**2), float(samples * positions), BLOCK=1024)
+    return distmat, cos, kept
+
+
+@operator("vf_loss_bwd")
+def backward_of_first(
+    z: torch.Tensor, f: torch.Tensor, kept: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
+    distmat_margin: float, cos_margin: float, swapped: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of `z`; with `swapped`, `z` and `f` are the other way round than in the forward pass."""
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
+    z, f, flat = z.flatten(2), f.flatten(2), dz.flatten(2)
+    samples, channels, positions = z.shape
+    config = backward_config(wider(z, f), positions)
+    one_tile = positions <= config.columns
+    sums = flat if one_tile or z.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
+    z_norms, f_norms, products = (kept[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
+    launch(vf_loss_gradient, (triton.cdiv(positions, config.rows), samples), z, f, z_norms, f_norms, products,
+           d_distmat, d_cos, sums, flat, distmat_margin, cos_margin, float(samples * positions**2),
+           float(samples * positions), *z.stride(), *f.stride(), *flat.stride(), channels=channels, positions=positions,
+           BLOCK_M=config.rows, BLOCK_N=config.columns, BLOCK_C=config.depth, BLOCK_OUT=config.out,
+           ONE_TILE=one_tile, num_warps=config.warps, num_stages=config.stages)
+    return dz
+
+
+def setup(ctx, inputs, output):
+    z, f, *margins = inputs
+    ctx.save_for_backward(z, f, output[2])
+    ctx.margins = margins
+
+
+def backward(ctx, d_distmat, d_cos, _):
+    z, f, kept = ctx.saved_tensors
+    of_z, of_f = ctx.needs_input_grad[:2]
+    dz = backward_of_first(z, f, kept, d_distmat, d_cos, *ctx.margins, False) if of_z else None
+    df = backward_of_first(f, z, kept, d_distmat, d_cos, *ctx.margins, True) if of_f else None
+    return dz, df, None, None
+
+
+forward.register_autograd(backward, setup_context=setup)
+
+
+def vf_loss(z, f, distmat_margin, cos_margin):
+    return forward(z, f, float(distmat_margin), float(cos_margin))[:2]
+
+
+def unsupported(z, f, distmat_margin, cos_margin):
+    return refusals(z, f)
+
+
+BACKEND = backend(
+    vf_loss,
+    unsupported,
+    torch_ops=("ldit::vf_loss_fwd", "ldit::vf_loss_bwd"),
+    configs={"positions": positions_config, "forward": forward_config, "backward": backward_config},
+)

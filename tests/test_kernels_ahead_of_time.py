@@ -1,0 +1,51 @@
+"""Every Triton kernel at its production shapes, compiled for sm_90 and sm_80 on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import kernels
+from tests.kernel_ceilings import CEILINGS
+
+ROOT = Path(__file__).parents[1]
+OPS = [name for name, op in kernels.OPS.items() if "triton" in op.backends]
+
+
+@cache
+def reports() -> dict[str, Future]:
+    """Op name → the rows of `tests.ahead_of_time`, two ops at a time."""
+    pool = ThreadPoolExecutor(max_workers=2)
+    return {name: pool.submit(rows, name) for name in OPS}
+
+
+def rows(op: str) -> list[dict]:
+    command = [sys.executable, "-m", "tests.ahead_of_time", op]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_stay_below_their_ceilings(name):
+    found = reports()[name].result()
+    assert {row["architecture"] for row in found} == {90, 80}
+    for row in found:
+        ceiling, where = CEILINGS.get(row["kernel"]), f"{row}"
+        assert ceiling is not None, f"no ceiling for {where}"
+        assert row["registers"] <= ceiling.registers and row["shared"] <= ceiling.shared, f"{ceiling} but {where}"
+        assert row["stack"] <= (ceiling.stack if row["dtype"] == "float32" else 0), f"spills: {where}"
+        wide = ceiling.wide_loads and row["case"] not in ceiling.narrow
+        assert not wide or "128" in row["load_bits"], f"no 128-bit load: {where}"
+        if ceiling.wgmma and row["architecture"] == 90 and row["dtype"] != "float32":
+            assert row["wgmma"], f"no wgmma: {where}"
+
+
+def test_every_ceiling_belongs_to_a_kernel():
+    assert {row["kernel"] for future in reports().values() for row in future.result()} == set(CEILINGS)

@@ -1,0 +1,156 @@
+"""What `rope_attention` launches with Triton, and the cases of its kernels that dtypes of their own tell apart."""
+
+import itertools
+
+import pytest
+import torch
+
+import kernels
+from kernels.device import triton_reasons
+from kernels.judge import gradients, outputs, random_like, reference, widened
+
+if triton_reasons():
+    pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
+
+from kernels.rope_attention.triton_backward import rope_attention_bwd_dweight_kernel
+from kernels.rope_attention.triton_impl import BACKEND, CONFIGS, Tile, blocks, dkdv_tile, dq_tile, forward_tile, pairs
+from kernels.triton_launch import INTERPRETED, launch, recorded
+
+OP = kernels.OPS["rope_attention"]
+SHARED = {90: 227 * 1024, 80: 163 * 1024}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOKENS, WIDTHS = (1, 64, 250, 256, 257, 1024, 5000), (2, 64, 72, 80, 96, 128)
+LIMITS = itertools.product(TOKENS, WIDTHS, DTYPES, (False, True), (80, 90))
+
+
+def power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("width", range(1, 129))
+def test_blocks_cover_a_head_with_little_padding(width):
+    main, rest = blocks(width)
+    assert power_of_two(main) and (rest == 0 or power_of_two(rest)) and rest <= main
+    assert main + rest >= width and main >= 16 and (rest == 0 or rest >= 16)
+    assert rest == 0 or main < width
+    assert main + rest - width < 16 or main + rest <= 1.5 * width or width < 16
+
+
+def test_blocks_of_the_models():
+    wanted = {64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
+    assert {width: blocks(width) for width in wanted} == wanted
+
+
+@pytest.mark.parametrize("tile", CONFIGS.values(), ids=CONFIGS)
+def test_configurations_are_ones_that_triton_takes(tile):
+    assert all(power_of_two(n) and n >= 16 for n in (tile.queries, tile.keys)) and tile.warps in (4, 8)
+    assert tile.registers is None or tile.registers % 8 == 0
+
+
+def test_residents_fit_shared_memory_and_multiply_with_wgmma():
+    for tokens, width, dtype, normed, arch in LIMITS:
+        for kind, choose in (("fwd", forward_tile), ("dq", dq_tile), ("dkdv", dkdv_tile)):
+            tile = choose(tokens, width, dtype, normed, arch)
+            assert tile in CONFIGS.values()
+            rows = tile.keys if kind == "dkdv" else tile.queries  # of the products' left factors
+            assert arch < 90 or dtype == torch.float32 or rows * 4 >= tile.warps * 64 or rows == 64
+            if tile.resident:
+                other = tile.queries if kind == "dkdv" else tile.keys
+                held = -(-tokens // other) * other * 2 * sum(blocks(width)) * dtype.itemsize
+                assert 2 * (held + 20 * 1024) <= SHARED[arch], f"{tile} does not leave two programs for a processor"
+
+
+def calls(tokens: int, dtype: torch.dtype, normed: bool, arch: int, samples: int = 2, heads: int = 3, width: int = 72):
+    qkv = torch.empty(samples, tokens, 3, heads, width, dtype=dtype, device="meta", requires_grad=True)
+    table = torch.empty(tokens, width, device="meta")
+    weights = (torch.empty(width, dtype=dtype, device="meta", requires_grad=True) for _ in "qk") if normed else ()
+    with recorded(arch) as found:
+        out = BACKEND.run(qkv, table, table, *weights)
+        forward = len(found)
+        out.backward(torch.empty_like(out))
+    return found[:forward], found[forward:]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 256, 257, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launches_cover_every_row_once(tokens, dtype, arch):
+    forward, backward = calls(tokens, dtype, False, arch)
+    assert len(forward) == 1 and len(backward) == 2
+    for one in forward + backward:
+        rows = one.options["BK" if "dkdv" in one.kernel.__name__ else "BQ"]
+        held = one.options["BQ" if "dkdv" in one.kernel.__name__ else "BK"]
+        parts = one.grid[0] // 6
+        resident = one.options.get("BLOCKS", 0)
+        tiles = -(-tokens // rows)
+        assert one.grid == (6 * (1 if resident else tiles),) and parts * (tiles if resident else 1) == tiles
+        assert not resident or (resident - 1) * held < tokens <= resident * held
+        assert one.options["RAGGED_Q"] == (tokens % one.options["BQ"] != 0)
+        assert one.options["RAGGED_K"] == (tokens % one.options["BK"] != 0)
+
+
+def test_norm_weights_take_one_more_launch():
+    forward, backward = calls(256, torch.bfloat16, True, 90)
+    assert [len(forward), len(backward)] == [1, 3]
+
+
+@pytest.mark.parametrize(("dtype", "width", "unit"), [(torch.half, 72, 8), (torch.half, 12, 1), (torch.float, 64, 8)])
+def test_whole_vectors_are_promised_where_strides_allow(dtype, width, unit):
+    forward, backward = calls(16, dtype, False, 90, width=width)
+    assert {one.options.get("ALIGNED") for one in forward + backward} == {unit}
+
+
+def test_angles_are_packed_once_each():
+    cos, sin = torch.rand(2, 5, 3, dtype=torch.float64).repeat_interleave(2, dim=2)
+    table = pairs(cos, sin)
+    assert table.dtype == torch.float32 and table.is_contiguous()
+    assert torch.equal(table[..., 0], cos[:, ::2].float()) and torch.equal(table[..., 1], sin[:, ::2].float())
+
+
+def test_wide_heads_are_refused():
+    (reason,) = BACKEND.unsupported(torch.empty(1, 1, 3, 1, 136, device="meta"), None, None)
+    assert "136" in reason and "128" in reason
+
+
+def test_float32_norm_weights_beside_16_bit_heads():
+    """Rotated queries and keys are rounded to 16 bits: so are the sums over them, float32 though their dtype is."""
+    case = next(case for case in OP.cases if case.id == "float16_weights")
+    inputs = case.inputs(torch.float32)
+    inputs |= {"qkv": inputs["qkv"].half()} | {name: inputs[name].float() for name in ("q_weight", "k_weight")}
+    upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
+    got = gradients(OP, OP.bind(BACKEND), inputs, upstream)
+    exact = gradients(OP, reference(OP), widened(inputs), widened(upstream))
+    for name, want in exact.items():
+        assert got[name].dtype == (torch.float16 if name.endswith("qkv") else torch.float32)
+        error, size = (float(t.abs().max()) for t in (got[name] - want, want))
+        assert error <= 4 * torch.finfo(torch.float16).eps * size, f"{name}: {error:.2e} of {size:.2e}"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on the CPU")
+@pytest.mark.parametrize("programs", [1, 256, 257, 600])
+def test_partials_of_many_programs_are_all_summed(programs):
+    q_partials, k_partials = torch.randn(programs, 12), torch.randn(2 * programs, 12)
+    into = torch.full((12,), torch.nan), torch.full((12,), torch.nan, dtype=torch.float16)
+    launch(rope_attention_bwd_dweight_kernel, (2, 2), q_partials, k_partials, *into, programs, 2 * programs,
+           D=12, COLS=8, ROWS=256)  # fmt: skip
+    assert torch.allclose(into[0], q_partials.sum(0), atol=1e-4)
+    assert torch.allclose(into[1].float(), k_partials.sum(0), atol=1e-4, rtol=1e-3)
+
+
+def forced(monkeypatch, **tiles: Tile) -> None:
+    for name, tile in tiles.items():
+        monkeypatch.setattr(f"kernels.rope_attention.triton_impl.{name}", lambda *_, tile=tile: tile)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_other_configurations_compute_the_same(resident, monkeypatch):
+    """Every configuration is a number to edit: both loops, several tiles, ragged ones, in float32."""
+    case = next(case for case in OP.cases if case.id == "width_72")
+    inputs = case.inputs(torch.float32)
+    upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
+    exact = gradients(OP, reference(OP), widened(inputs), widened(upstream), keep=True)
+    forced(monkeypatch, forward_tile=Tile(16, 32, 4, resident=resident), dq_tile=Tile(16, 16, 4, resident=resident),
+           dkdv_tile=Tile(16, 16, 4, resident=resident))
+    got = gradients(OP, OP.bind(BACKEND), inputs, upstream, keep=True)
+    for name, want in exact.items():
+        assert float((got[name] - want).abs().max()) <= 2e-6 * float(want.abs().max()), name
