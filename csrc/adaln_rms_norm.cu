@@ -1,0 +1,142 @@
+// adaln_rms_norm: y = x / rms(x) · weight · (1 + scale) + shift. See common/norm.h for how a block walks over the rows.
+#include "common/norm.h"
+
+namespace ldit {
+namespace {
+
+// Tokens in flight in each thread: 64 bytes of x forward, and as much or more of x and d_y backward.
+template <class X>
+constexpr int kRowsForward = sizeof(X) == 2 ? 4 : 2;
+constexpr int kRowsBackward = 2;
+
+template <class X, class Y, bool all>
+__global__ void __launch_bounds__(kNormThreads)
+    adaln_rms_norm_fwd(const X* __restrict__ x, Modulation modulation, Y* __restrict__ y, NormSizes sizes) {
+  constexpr int steps = kRowsForward<X>;
+  using Sums = BlockSums<steps>;
+  LDIT_SHARED(float, memory, Sums::size);
+  const Sums sums(memory);
+  const Part part(sizes);
+  float factor[kColumns], shift[kColumns];
+  load_factor<all>(modulation, part, factor);
+  load_shift<all>(modulation, part, shift);
+  int round = 0;
+  for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
+    Raw<X, kColumns> rows[steps];
+    float squares[steps];
+#pragma unroll
+    for (int i = 0; i < steps; ++i) rows[i] = load_columns<all>(x, sizes, part, token + i);
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      squares[i] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) squares[i] += rows[i][j] * rows[i][j];
+    }
+    sums(squares, round);
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      if (!part.has(token + i)) continue;
+      float row[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
+      auto result = modulate<Y>(row, inverse_rms(squares[i], sizes), factor, shift);
+      store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
+    }
+  }
+}
+
+// With r = 1 / rms(x), g = d_y·factor and means over the columns: d_x = r·g − x·r³·mean(g·x).
+template <class X, class Y, bool all>
+__global__ void __launch_bounds__(kNormThreads)
+    adaln_rms_norm_bwd(const X* __restrict__ x, Modulation modulation, const Y* __restrict__ d_y, X* __restrict__ d_x,
+                       float* __restrict__ partials, NormSizes sizes) {
+  using Sums = BlockSums<2 * kRowsBackward>;
+  LDIT_SHARED(float, memory, Sums::size);
+  const Sums sums(memory);
+  const Part part(sizes);
+  float factor[kColumns], of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
+  load_factor<all>(modulation, part, factor);
+  int round = 0;
+  for (std::int64_t token = part.begin; token < part.end; token += kRowsBackward, round ^= 1) {
+    Raw<X, kColumns> rows[kRowsBackward];
+    Raw<Y, kColumns> upstream[kRowsBackward];
+    float both[2 * kRowsBackward];  // Σx² and Σg·x of each row
+#pragma unroll
+    for (int i = 0; i < kRowsBackward; ++i) {
+      rows[i] = load_columns<all>(x, sizes, part, token + i);
+      upstream[i] = load_columns<all>(d_y, sizes, part, token + i);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsBackward; ++i) {
+      both[2 * i] = both[2 * i + 1] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        both[2 * i] += rows[i][j] * rows[i][j];
+        both[2 * i + 1] += upstream[i][j] * factor[j] * rows[i][j];
+      }
+    }
+    sums(both, round);
+#pragma unroll
+    for (int i = 0; i < kRowsBackward; ++i) {
+      if (!part.has(token + i)) continue;
+      float r = inverse_rms(both[2 * i], sizes), along = both[2 * i + 1] / static_cast<float>(sizes.width) * r * r * r;
+      Raw<X, kColumns> result;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float d = upstream[i][j], value = rows[i][j];
+        result.set(j, r * d * factor[j] - value * along);
+        of_upstream[j] += d;
+        of_upstream_times_normed[j] += d * value * r;
+      }
+      if (d_x != nullptr) store_some<all>(d_x + part.offset(sizes, token + i), result, part.valid);
+    }
+  }
+  if (partials != nullptr) {
+    store_partial<all>(partials, 2, kOfUpstream, sizes, part, of_upstream);
+    store_partial<all>(partials, 2, kOfUpstreamTimesNormed, sizes, part, of_upstream_times_normed);
+  }
+}
+
+// Calls `use(X, Y, all)`, as types, for the dtypes and for whether whole accesses are possible.
+template <class Use>
+void with_types(DType x, DType y, bool all, Use&& use) {
+  dispatch(x, [&](auto x_tag) {
+    dispatch(y, [&](auto y_tag) {
+      if (all) use(x_tag, y_tag, std::true_type{});
+      else use(x_tag, y_tag, std::false_type{});
+    });
+  });
+}
+
+}  // namespace
+
+void launch_adaln_rms_norm_fwd(Floats x, const Modulation& modulation, Floats y, const NormSizes& sizes, Stream stream) {
+  bool all = whole(x, sizes.width) && whole(y, sizes.width) && whole(modulation, sizes.width);
+  with_types(x.dtype, y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+    using X = typename decltype(x_tag)::type;
+    using Y = typename decltype(y_tag)::type;
+    constexpr const char* name = "adaln_rms_norm_fwd";
+    launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
+           adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data), modulation,
+           static_cast<Y*>(y.data), sizes);
+  });
+}
+
+void launch_adaln_rms_norm_bwd(Floats x, const Modulation& modulation, Floats d_y, Floats d_x, float* partials,
+                               Floats d_weight, Floats d_scale, Floats d_shift, const NormSizes& sizes, Stream stream) {
+  bool all = whole(x, sizes.width) && whole(d_y, sizes.width) && whole(d_x, sizes.width) && aligned(partials) &&
+             whole(modulation, sizes.width);
+  with_types(x.dtype, d_y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+    using X = typename decltype(x_tag)::type;
+    using Y = typename decltype(y_tag)::type;
+    constexpr const char* name = "adaln_rms_norm_bwd";
+    launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
+           adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data), modulation,
+           static_cast<const Y*>(d_y.data), static_cast<X*>(d_x.data), partials, sizes);
+  });
+  if (partials != nullptr) {
+    launch_reduce_modulation<2>(partials, modulation, {}, {d_weight, d_scale, d_shift, {}, {}}, sizes, stream);
+  }
+}
+
+}  // namespace ldit

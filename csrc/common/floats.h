@@ -1,0 +1,50 @@
+// Arrays of floats whose dtype is known at run time: for what a kernel reads or writes too rarely for code of its own.
+#pragma once
+
+#include "vector.h"
+
+namespace ldit {
+
+namespace detail {
+
+template <bool all, class T, int count>
+LDIT_DEVICE void widen(const void* array, std::int64_t offset, int valid, float (&to)[count]) {
+  auto raw = load_some<all, count>(static_cast<const T*>(array) + offset, valid);
+#pragma unroll
+  for (int j = 0; j < count; ++j) to[j] = raw[j];
+}
+
+}  // namespace detail
+
+// The first `valid` of `count` neighbours, all if `all` says so and `valid` is not 0; the others, and a null array, are 0.
+template <bool all, int count>
+LDIT_DEVICE void load_floats(const Floats& array, std::int64_t offset, int valid, float (&to)[count]) {
+#pragma unroll
+  for (int j = 0; j < count; ++j) to[j] = 0.f;
+  if (valid == 0 || array.data == nullptr) return;
+  switch (array.dtype) {
+    case DType::float32: return detail::widen<all, float>(array.data, offset, valid, to);
+    case DType::float16: return detail::widen<all, fp16>(array.data, offset, valid, to);
+    case DType::bfloat16: return detail::widen<all, bf16>(array.data, offset, valid, to);
+  }
+}
+
+LDIT_DEVICE float load_float(const Floats& array, std::int64_t i) {
+  switch (array.dtype) {
+    case DType::float16: return to_float(static_cast<const fp16*>(array.data)[i]);
+    case DType::bfloat16: return to_float(static_cast<const bf16*>(array.data)[i]);
+    default: return static_cast<const float*>(array.data)[i];
+  }
+}
+
+// Nothing if the array is null.
+LDIT_DEVICE void store_float(const Floats& array, std::int64_t i, float value) {
+  if (array.data == nullptr) return;
+  switch (array.dtype) {
+    case DType::float16: static_cast<fp16*>(array.data)[i] = from_float<fp16>(value); break;
+    case DType::bfloat16: static_cast<bf16*>(array.data)[i] = from_float<bf16>(value); break;
+    default: static_cast<float*>(array.data)[i] = value;
+  }
+}
+
+}  // namespace ldit

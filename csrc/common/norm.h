@@ -1,0 +1,157 @@
+// What the modulated RMS norms share: how a block walks over rows, their modulation, and the second stage of its gradients.
+//
+// A block has a thread for every `kColumns` neighbouring columns and walks over some tokens of one sample, a few at a
+// time. So what is held per column (modulation, and sums over tokens in the backward pass) stays in registers, and
+// only the sums over a row need the block: one barrier for each step of `rows` tokens.
+#pragma once
+
+#include "column_sums.h"
+#include "math.h"
+#include "reduce.h"
+
+namespace ldit {
+
+constexpr int kColumns = 8;  // of one thread; 16 bytes of bf16, 32 of float32
+constexpr int kNormThreads = kMaxNormWidth / kColumns;
+
+inline unsigned norm_threads(std::int64_t width) {
+  return static_cast<unsigned>((width + kColumns * kWarp - 1) / (kColumns * kWarp) * kWarp);
+}
+
+// Whether every thread's columns of `array` can be accessed whole, by 16 bytes: `width` and the pointer allow it.
+inline bool whole(const Floats& array, std::int64_t stride) {
+  return aligned(array.data) && stride % kColumns == 0;
+}
+inline bool whole(const Modulation& m, std::int64_t width) {
+  return whole(m.weight, width) && whole(m.scale.array, m.scale.stride) && whole(m.shift.array, m.shift.stride);
+}
+
+// The part of the tokens that a block walks over, and the columns of its thread.
+struct Part {
+  std::int64_t sample, chunk, begin, end;  // tokens [begin, end) of the sample
+  int column, valid;                       // columns [column, column + valid); valid is 0 for threads past the row
+
+  LDIT_DEVICE explicit Part(const NormSizes& sizes) {
+    std::int64_t chunks = sizes.chunks();
+    sample = blockIdx.x / unsigned(chunks);
+    chunk = blockIdx.x - sample * chunks;
+    begin = chunk * sizes.tokens_per_block;
+    end = min(begin + sizes.tokens_per_block, sizes.tokens);
+    column = threadIdx.x * kColumns;
+    valid = max(min(int(sizes.width) - column, kColumns), 0);
+  }
+  LDIT_DEVICE bool has(std::int64_t token) const { return token < end && valid > 0; }
+  // Of the thread's columns of a token, in an array [samples, tokens, width].
+  LDIT_DEVICE std::int64_t offset(const NormSizes& sizes, std::int64_t token) const {
+    return (sample * sizes.tokens + token) * sizes.width + column;
+  }
+};
+
+// Loads the thread's columns of a token, zeros where there are none.
+template <bool all, class T>
+LDIT_DEVICE Raw<T, kColumns> load_columns(const T* array, const NormSizes& sizes, const Part& part, std::int64_t token) {
+  if (!part.has(token)) return Raw<T, kColumns>{};
+  return load_some<all, kColumns>(array + part.offset(sizes, token), part.valid);
+}
+
+// Zeros for a null array as well.
+template <bool all, class T>
+LDIT_DEVICE Raw<T, kColumns> load_if_given(const T* array, const NormSizes& sizes, const Part& part, std::int64_t token) {
+  if (array == nullptr) return Raw<T, kColumns>{};
+  return load_columns<all>(array, sizes, part, token);
+}
+
+// weight·(1 + scale) of the thread's columns.
+template <bool all>
+LDIT_DEVICE void load_factor(const Modulation& m, const Part& part, float (&factor)[kColumns]) {
+  float scale[kColumns];
+  load_floats<all>(m.weight, part.column, part.valid, factor);
+  load_floats<all>(m.scale.array, part.sample * m.scale.stride + part.column, part.valid, scale);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) factor[j] *= 1.f + scale[j];
+}
+
+template <bool all>
+LDIT_DEVICE void load_shift(const Modulation& m, const Part& part, float (&shift)[kColumns]) {
+  load_floats<all>(m.shift.array, part.sample * m.shift.stride + part.column, part.valid, shift);
+}
+
+LDIT_DEVICE float inverse_rms(float sum_of_squares, const NormSizes& sizes) {
+  return fast_rsqrt(sum_of_squares / static_cast<float>(sizes.width) + sizes.eps);
+}
+
+// y = x·inverse_rms·factor + shift, rounded once.
+template <class Y>
+LDIT_DEVICE Raw<Y, kColumns> modulate(const float (&x)[kColumns], float inverse_rms, const float (&factor)[kColumns],
+                                      const float (&shift)[kColumns]) {
+  Raw<Y, kColumns> y;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) y.set(j, x[j] * inverse_rms * factor[j] + shift[j]);
+  return y;
+}
+
+// --- Gradients of a modulation: sums over tokens, a part of them by each block of the first stage.
+
+// Which sums lie in `partials` [samples, chunks, kinds, width], in this order.
+enum Sum { kOfUpstream, kOfUpstreamTimesNormed, kOfStreamTimesBranch, kOfStream };
+
+template <bool all>
+LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const NormSizes& sizes, const Part& part,
+                               const float (&sum)[kColumns]) {
+  if (part.valid == 0) return;
+  Raw<float, kColumns> raw;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) raw.set(j, sum[j]);
+  float* row = partials + ((part.sample * sizes.chunks() + part.chunk) * kinds + which) * sizes.width;
+  store_some<all>(row + part.column, raw, part.valid);
+}
+
+// The second stage. A block owns `kSumColumns` columns of all samples, so the sums over samples need no third.
+template <int kinds>
+__global__ void __launch_bounds__(kSumColumns * kSumParts)
+    reduce_modulation(const float* __restrict__ partials, Modulation modulation, Residual residual,
+                      ModulationGradients gradients, NormSizes sizes) {
+  LDIT_SHARED(float, of_weight, kSumColumns * kSumParts);
+  int side = threadIdx.x / kSumColumns;
+  std::int64_t column = std::int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  std::int64_t chunks = sizes.chunks();
+  bool mine = column < sizes.width;
+  float weight_sum = 0.f, weight = mine ? load_float(modulation.weight, column) : 0.f;
+  float bias_sum = 0.f, bias = 0.f;
+  if constexpr (kinds > kOfStream) bias = mine ? load_float(residual.bias, column) : 0.f;
+  for (std::int64_t sample = side; mine && sample < sizes.samples; sample += kSumParts) {
+    float sums[kinds] = {};
+    const float* from = partials + sample * chunks * kinds * sizes.width + column;
+#pragma unroll 4
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+#pragma unroll
+      for (int k = 0; k < kinds; ++k) sums[k] += from[(chunk * kinds + k) * sizes.width];
+    std::int64_t at = sample * sizes.width + column;
+    store_float(gradients.shift, at, sums[kOfUpstream]);
+    store_float(gradients.scale, at, weight * sums[kOfUpstreamTimesNormed]);
+    if constexpr (kinds > kOfStream) {
+      sums[kOfStreamTimesBranch] += bias * sums[kOfStream];
+      bias_sum += load_float(residual.gate.array, sample * residual.gate.stride + column) * sums[kOfStream];
+    }
+    if constexpr (kinds > kOfStreamTimesBranch) store_float(gradients.gate, at, sums[kOfStreamTimesBranch]);
+    float scale = load_float(modulation.scale.array, sample * modulation.scale.stride + column);
+    weight_sum += (1.f + scale) * sums[kOfUpstreamTimesNormed];
+  }
+  weight_sum = sum_sides(of_weight, weight_sum);
+  if (side == 0 && mine) store_float(gradients.weight, column, weight_sum);
+  if constexpr (kinds > kOfStream) {
+    LDIT_SHARED(float, of_bias, kSumColumns * kSumParts);
+    bias_sum = sum_sides(of_bias, bias_sum);
+    if (side == 0 && mine) store_float(gradients.bias, column, bias_sum);
+  }
+}
+
+template <int kinds>
+void launch_reduce_modulation(const float* partials, const Modulation& modulation, const Residual& residual,
+                              const ModulationGradients& gradients, const NormSizes& sizes, Stream stream) {
+  dim3 grid = blocks("reduce_modulation", (sizes.width + kSumColumns - 1) / kSumColumns);
+  launch({"reduce_modulation", grid, kSumColumns * kSumParts, stream}, reduce_modulation<kinds>, partials,
+         modulation, residual, gradients, sizes);
+}
+
+}  // namespace ldit

@@ -1,0 +1,214 @@
+// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x' / rms(x') · weight · (1 + scale) + shift.
+// See common/norm.h for how a block walks over the rows. Each pass reads and writes every token once.
+#include "common/norm.h"
+
+namespace ldit {
+namespace {
+
+// Tokens in flight in each thread: 64 to 128 bytes of x and branch forward, as much or more of four arrays backward.
+constexpr int kRowsForward = 2;
+template <class X, bool all>
+constexpr int kRowsBackward = sizeof(X) == 2 && all ? 2 : 1;
+
+template <bool all>
+LDIT_DEVICE void load_gate(const Residual& residual, const Part& part, float (&gate)[kColumns]) {
+  load_floats<all>(residual.gate.array, part.sample * residual.gate.stride + part.column, part.valid, gate);
+}
+
+// Half a thread's gate lies beside that of its neighbour: a warp then writes and reads without bank conflicts.
+template <bool all>
+LDIT_DEVICE void keep_gate(const Residual& residual, const Part& part, const Shared<float>& gates) {
+  float gate[kColumns];
+  load_gate<all>(residual, part, gate);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Raw<float, kColumns / 2> raw;
+#pragma unroll
+    for (int j = 0; j < kColumns / 2; ++j) raw.set(j, gate[half * kColumns / 2 + j]);
+    store(gates.span((half * kNormThreads + threadIdx.x) * (kColumns / 2), kColumns / 2), raw);
+  }
+}
+
+LDIT_DEVICE Raw<float, kColumns> kept_gate(const Shared<float>& gates) {
+  Raw<float, kColumns> gate;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    gate.pieces[half] =
+        load<kColumns / 2>(gates.span((half * kNormThreads + threadIdx.x) * (kColumns / 2), kColumns / 2)).pieces[0];
+  }
+  return gate;
+}
+
+template <class X, class Y, bool all>
+__global__ void __launch_bounds__(kNormThreads)
+    gated_residual_adaln_rms_norm_fwd(const X* __restrict__ x, const Y* __restrict__ branch, Residual residual,
+                                      Modulation modulation, X* __restrict__ x_new, Y* __restrict__ y, NormSizes sizes) {
+  constexpr int steps = kRowsForward;
+  using Sums = BlockSums<steps>;
+  LDIT_SHARED(float, memory, Sums::size);
+  const Sums sums(memory);
+  const Part part(sizes);
+  float gate[kColumns], bias[kColumns], factor[kColumns], shift[kColumns];
+  load_gate<all>(residual, part, gate);
+  load_floats<all>(residual.bias, part.column, part.valid, bias);
+  load_factor<all>(modulation, part, factor);
+  load_shift<all>(modulation, part, shift);
+  int round = 0;
+  for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
+    Raw<X, kColumns> rows[steps];
+    Raw<Y, kColumns> added[steps];
+    float squares[steps];
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      rows[i] = load_columns<all>(x, sizes, part, token + i);
+      added[i] = load_columns<all>(branch, sizes, part, token + i);
+    }
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      squares[i] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
+        squares[i] += rows[i][j] * rows[i][j];  // of x' as it is returned, rounded
+      }
+      if (part.has(token + i)) store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
+    }
+    sums(squares, round);
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      if (!part.has(token + i)) continue;
+      float row[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
+      auto result = modulate<Y>(row, inverse_rms(squares[i], sizes), factor, shift);
+      store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
+    }
+  }
+}
+
+// The gradient of the norm, as in adaln_rms_norm.cu, joins that of x': d_x; then d_branch = gate·d_x.
+template <class X, class Y, bool all>
+__global__ void __launch_bounds__(kNormThreads)
+    gated_residual_adaln_rms_norm_bwd(const X* __restrict__ x_new, const Y* __restrict__ branch, Residual residual,
+                                      Modulation modulation, const X* __restrict__ d_x_new, const Y* __restrict__ d_y,
+                                      X* __restrict__ d_x, Y* __restrict__ d_branch, float* __restrict__ partials,
+                                      int kinds, NormSizes sizes) {
+  constexpr int steps = kRowsBackward<X, all>;
+  using Sums = BlockSums<2 * steps>;
+  LDIT_SHARED(float, memory, Sums::size);
+  LDIT_SHARED(float, gates, kColumns * kNormThreads);  // of each thread its own: there are not enough registers
+  const Sums sums(memory);
+  const Part part(sizes);
+  float factor[kColumns];
+  float of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
+  float of_stream_times_branch[kColumns] = {}, of_stream[kColumns] = {};
+  keep_gate<all>(residual, part, gates);
+  load_factor<all>(modulation, part, factor);
+  int round = 0;
+  for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
+    Raw<X, kColumns> rows[steps], stream[steps];
+    Raw<Y, kColumns> upstream[steps], added[steps];
+    float both[2 * steps];  // Σx'² and Σg·x' of each row
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      rows[i] = load_columns<all>(x_new, sizes, part, token + i);
+      upstream[i] = load_if_given<all>(d_y, sizes, part, token + i);
+      stream[i] = load_if_given<all>(d_x_new, sizes, part, token + i);
+      added[i] = load_if_given<all>(branch, sizes, part, token + i);
+    }
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      both[2 * i] = both[2 * i + 1] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        both[2 * i] += rows[i][j] * rows[i][j];
+        both[2 * i + 1] += upstream[i][j] * factor[j] * rows[i][j];
+      }
+    }
+    sums(both, round);
+#pragma unroll
+    for (int i = 0; i < steps; ++i) {
+      if (!part.has(token + i)) continue;
+      float r = inverse_rms(both[2 * i], sizes), along = both[2 * i + 1] / static_cast<float>(sizes.width) * r * r * r;
+      Raw<float, kColumns> gate = kept_gate(gates);
+      Raw<X, kColumns> of_x;
+      Raw<Y, kColumns> of_branch;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float d = upstream[i][j], value = rows[i][j];
+        float total = stream[i][j] + r * d * factor[j] - value * along;
+        of_x.set(j, total);
+        of_branch.set(j, gate[j] * total);
+        of_upstream[j] += d;
+        of_upstream_times_normed[j] += d * value * r;
+        of_stream_times_branch[j] += total * added[i][j];
+        of_stream[j] += total;
+      }
+      store_some<all>(d_x + part.offset(sizes, token + i), of_x, part.valid);
+      store_some<all>(d_branch + part.offset(sizes, token + i), of_branch, part.valid);
+    }
+  }
+  if (partials != nullptr) {
+    store_partial<all>(partials, kinds, kOfUpstream, sizes, part, of_upstream);
+    store_partial<all>(partials, kinds, kOfUpstreamTimesNormed, sizes, part, of_upstream_times_normed);
+    store_partial<all>(partials, kinds, kOfStreamTimesBranch, sizes, part, of_stream_times_branch);
+    if (kinds > kOfStream) store_partial<all>(partials, kinds, kOfStream, sizes, part, of_stream);
+  }
+}
+
+// Calls `use(X, Y, all)`, as types: the stream has the dtype of the branch, or float32.
+template <class Use>
+void with_types(DType stream, DType branch, bool all, Use&& use) {
+  dispatch(branch, [&](auto y_tag) {
+    auto call = [&](auto x_tag) {
+      if (all) use(x_tag, y_tag, std::true_type{});
+      else use(x_tag, y_tag, std::false_type{});
+    };
+    if (stream == branch) call(y_tag);
+    else call(TypeTag<float>{});
+  });
+}
+
+bool whole(const Residual& residual, std::int64_t width) {
+  return whole(residual.gate.array, residual.gate.stride) && whole(residual.bias, width);
+}
+
+}  // namespace
+
+void launch_gated_residual_adaln_rms_norm_fwd(Floats x, Floats branch, const Residual& residual, const Modulation& modulation,
+                                              void* x_new, void* y, const NormSizes& sizes, Stream stream) {
+  bool all = whole(x, sizes.width) && whole(branch, sizes.width) && aligned(x_new) && aligned(y) &&
+             whole(residual, sizes.width) && whole(modulation, sizes.width);
+  with_types(x.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+    using X = typename decltype(x_tag)::type;
+    using Y = typename decltype(y_tag)::type;
+    constexpr const char* name = "gated_residual_adaln_rms_norm_fwd";
+    launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
+           gated_residual_adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
+           static_cast<const Y*>(branch.data), residual, modulation, static_cast<X*>(x_new), static_cast<Y*>(y), sizes);
+  });
+}
+
+void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const Residual& residual,
+                                              const Modulation& modulation, const void* d_x_new, const void* d_y, void* d_x,
+                                              void* d_branch, float* partials, const ModulationGradients& gradients,
+                                              const NormSizes& sizes, Stream stream) {
+  bool all = whole(x_new, sizes.width) && whole(branch, sizes.width) && aligned(d_x_new) && aligned(d_y) && aligned(d_x) &&
+             aligned(d_branch) && aligned(partials) && whole(residual, sizes.width) && whole(modulation, sizes.width);
+  int kinds = residual.bias.data == nullptr ? 3 : 4;
+  with_types(x_new.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+    using X = typename decltype(x_tag)::type;
+    using Y = typename decltype(y_tag)::type;
+    constexpr const char* name = "gated_residual_adaln_rms_norm_bwd";
+    const Y* added = partials == nullptr ? nullptr : static_cast<const Y*>(branch.data);  // only for the gradient of gate
+    launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
+           gated_residual_adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x_new.data), added, residual,
+           modulation, static_cast<const X*>(d_x_new), static_cast<const Y*>(d_y), static_cast<X*>(d_x),
+           static_cast<Y*>(d_branch), partials, kinds, sizes);
+  });
+  if (partials == nullptr) return;
+  if (kinds == 3) launch_reduce_modulation<3>(partials, modulation, residual, gradients, sizes, stream);
+  else launch_reduce_modulation<4>(partials, modulation, residual, gradients, sizes, stream);
+}
+
+}  // namespace ldit

@@ -1,0 +1,171 @@
+// The forward kernel: a block takes rows of queries of one head; keys and values of the head, or as many of them as fit, are
+// in shared memory, and scores stay in registers, a block of keys at a time.
+#pragma once
+
+#include "rows.h"
+
+namespace ldit {
+
+// Shapes of a warp's work.
+template <class T, int width>
+struct ForwardShape {
+  static constexpr int m = kNarrow<T> && width <= 72 ? 2 : 1;  // tiles of 16 queries: each fragment of keys serves all
+  static constexpr int n = kNarrow<T> ? 8 : 4;                 // tiles of 8 keys whose scores are held at a time
+  static constexpr int rows = 16 * m, keys = 8 * n, tiles = width / 8;
+  static constexpr int threads = 128;
+};
+
+// What a warp knows of its queries after some keys: scores in units of log 2, the largest so far; sums, of each lane's
+// columns, of 2^(score − largest), and of that times the values.
+template <class T, int width>
+struct Seen {
+  using Shape = ForwardShape<T, width>;
+  float top[Shape::m][2], total[Shape::m][2], sums[Shape::m][Shape::tiles][4];
+
+  LDIT_DEVICE Seen() {
+#pragma unroll
+    for (int m = 0; m < Shape::m; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) top[m][half] = -INFINITY, total[m][half] = 0.f;
+#pragma unroll
+      for (int t = 0; t < Shape::tiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][t][i] = 0.f;
+    }
+  }
+
+  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `top` is finite.
+  LDIT_DEVICE void see(const Word<T> (&q)[Shape::m][2 * Shape::tiles], const Tile<T, width>& keys, const Tile<T, width>& values,
+                       int first, int left, float scale) {
+    float scores[Shape::m][Shape::n][4] = {};
+#pragma unroll
+    for (int n = 0; n < Shape::n; ++n) {
+      Word<T> b[Shape::tiles];
+      load_b(b, keys, first + 8 * n, 0);
+#pragma unroll
+      for (int m = 0; m < Shape::m; ++m) multiply<T>(scores[m][n], q[m], b);
+    }
+    if (left < Shape::keys) {
+#pragma unroll
+      for (int n = 0; n < Shape::n; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (8 * n + 2 * member_index() + i % 2 >= left) {
+#pragma unroll
+            for (int m = 0; m < Shape::m; ++m) scores[m][n][i] = -INFINITY;
+          }
+    }
+#pragma unroll
+    for (int m = 0; m < Shape::m; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) weigh(scores[m], m, half, scale);
+#pragma unroll
+    for (int n = 0; n < Shape::n; n += 2) {
+      Word<T> b[Shape::tiles][2];
+      load_b_transposed(b, values, first + 8 * n, 0);
+#pragma unroll
+      for (int m = 0; m < Shape::m; ++m) {
+        Word<T> a[4];
+        as_a<T>(a, scores[m][n], scores[m][n + 1]);
+#pragma unroll
+        for (int t = 0; t < Shape::tiles; ++t) multiply<T>(sums[m][t], a, b[t]);
+      }
+    }
+  }
+
+ private:
+  // Turns the scores of a row, in each lane of four, into weights, and shrinks what was summed for a lower maximum.
+  LDIT_DEVICE void weigh(float (&scores)[Shape::n][4], int m, int half, float scale) {
+    float highest = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < Shape::n; ++n) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    highest = fmaxf(top[m][half], warp_max(highest, 4) * scale);
+    float shrink = fast_exp2(top[m][half] - highest), sum = 0.f;
+    top[m][half] = highest;
+#pragma unroll
+    for (int n = 0; n < Shape::n; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = fast_exp2(scores[n][i] * scale - highest);
+        sum += scores[n][i];
+      }
+    total[m][half] = total[m][half] * shrink + sum;
+#pragma unroll
+    for (int t = 0; t < Shape::tiles; ++t) sums[m][t][2 * half] *= shrink, sums[m][t][2 * half + 1] *= shrink;
+  }
+};
+
+// Divides by the sums of weights and stores 16·m rows, by way of the rows of `own` that nobody else needs any more.
+template <class T, int width, bool exact>
+LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row, int token, T* out, float* lse,
+                            const Head<width, exact>& head) {
+  using Shape = ForwardShape<T, width>;
+  __syncwarp();  // all lanes have their fragments of the queries that were here
+#pragma unroll
+  for (int m = 0; m < Shape::m; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = warp_sum(seen.total[m][half], 4), inverse = 1.f / total;
+      int down = 16 * m + 8 * half + group_index();
+#pragma unroll
+      for (int t = 0; t < Shape::tiles; ++t) {
+        const float* pair = &seen.sums[m][t][2 * half];
+        own.set_pair(row + down, 8 * t + 2 * member_index(), word<T>(pair[0] * inverse, pair[1] * inverse));
+      }
+      if (member_index() == 0 && token + down < head.tokens) {
+        lse[head.in_heads(token + down)] = seen.top[m][half] + fast_log(total) * kLog2E;
+      }
+    }
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < Shape::m; ++m) {
+    store_rows(own, row + 16 * m, out + head.in_flat(token + 16 * m), head.row, head.tokens - token - 16 * m, head);
+  }
+}
+
+// Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
+// Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just this width, and accesses
+// are whole; else all warps take one turn.
+template <class T, int width, bool whole>
+__global__ void __launch_bounds__(128, 2)
+    rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out, float* __restrict__ lse, AttentionSizes sizes, bool all) {
+  using Shape = ForwardShape<T, width>;
+  using Rows = Tile<T, width>;
+  DynamicShared dynamic;
+  const Rows queries{dynamic.take<T>(Rows::size(sizes.queries))}, keys{dynamic.take<T>(Rows::size(sizes.keys))},
+      values{dynamic.take<T>(Rows::size(sizes.keys))};
+  LDIT_SHARED(float, weights, 2 * width);
+  const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries, part = blockIdx.x % parts;
+  const Head<width, whole> head(sizes, blockIdx.x / parts, all);
+  const int first = part * sizes.queries;
+  const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
+
+  if (whole) stage_values(qkv, head, 0, sizes.keys, values);
+  stage_weights(turn, head, weights);
+  __syncthreads();
+  if (whole) stage_both(qkv, head, turn, weights, sizes.keys, queries, keys);
+  else stage_turned(qkv, head, turn, weights, 0, first, sizes.queries, queries);
+  wait_copies<0>();
+  __syncthreads();
+  for (int row = warp_index() * Shape::rows; row < sizes.queries; row += blockDim.x / kWarp * Shape::rows) {
+    const bool active = first + row < head.tokens;
+    Word<T> q[Shape::m][2 * Shape::tiles];
+#pragma unroll
+    for (int m = 0; m < Shape::m; ++m) load_a<Shape::tiles>(q[m], queries, row + 16 * m, 0);
+    Seen<T, width> seen;
+    for (int key = 0; key < (whole ? 1 : head.tokens); key += sizes.keys) {
+      if (!whole) {
+        __syncthreads();
+        stage_values(qkv, head, key, sizes.keys, values);
+        stage_turned(qkv, head, turn, weights, 1, key, sizes.keys, keys);
+        wait_copies<0>();
+        __syncthreads();
+      }
+      int count = min(sizes.keys, head.tokens - key);
+      for (int i = 0; active && i < count; i += Shape::keys) seen.see(q, keys, values, i, count - i, scale);
+    }
+    if (active) store_seen(seen, queries, row, first + row, out, lse, head);
+  }
+}
+
+}  // namespace ldit

@@ -1,0 +1,69 @@
+"""What the CUDA backends share: where a call's launchers are, and the two backends that one file of an op holds.
+
+The launchers of `csrc/ops.h` exist twice: compiled for a device (`kernels._cuda`, made by setup.py) and for the CPU
+(`kernels.emulation`). The operators are the same; the device of a call's tensors decides which of them runs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+
+from kernels import emulation
+from kernels.arguments import dtype_names
+from kernels.device import extension, extension_reasons
+from kernels.operators import dry
+from kernels.registry import Backend
+
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def launch(name: str, *args: Any) -> None:
+    """Call the launcher `name` with tensors, numbers and None, unless only the shapes of the results are asked for.
+
+    The first argument is a tensor; its device decides where the launcher is looked up.
+    """
+    if not dry():
+        getattr(launchers(args[0].device), name)(*args)
+
+
+def launchers(device: torch.device) -> ModuleType:
+    return extension() if device.type == "cuda" else emulation.module()
+
+
+def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
+    """Why the kernels cannot take these tensors, by dtype; empty if they can."""
+    strange = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in dtypes]
+    return [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in strange]
+
+
+def backends(
+    run: Callable[..., Any],
+    unsupported: Callable[..., list[str]],
+    torch_ops: Iterable[str],
+    configs: Mapping[str, Any] = MappingProxyType({}),
+    dtypes: frozenset[torch.dtype] = DTYPES,
+) -> tuple[Backend, Backend]:
+    """The backends `cuda`, for CUDA tensors, and `emulated`, for CPU tensors in tests.
+
+    Args:
+        run: the op.
+        unsupported: reasons against a call but for its device.
+        torch_ops, configs, dtypes: as `Backend` has them.
+    """
+
+    def on(device: str) -> Callable[..., list[str]]:
+        def reasons(*args, **kwargs):
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            elsewhere = {tensor.device.type for tensor in tensors} - {device, "meta"}
+            wrong = [f"the tensors are on {where!r}, this backend serves {device!r}" for where in sorted(elsewhere)]
+            return wrong + unsupported(*args, **kwargs)
+
+        return reasons
+
+    shared = {"run": run, "dtypes": dtypes, "torch_ops": tuple(torch_ops), "configs": configs}
+    return (
+        Backend("cuda", unavailable=extension_reasons, unsupported=on("cuda"), **shared),
+        Backend("emulated", unavailable=emulation.reasons, unsupported=on("cpu"), emulated=True, **shared),
+    )

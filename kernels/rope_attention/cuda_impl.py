@@ -1,0 +1,182 @@
+"""Attention on the kernels of csrc/rope_attention.cu; operators, autograd and launch configuration."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.cuda_launch import DTYPES, backends, launch, refusals
+from kernels.layout import contiguous
+from kernels.operators import operator
+
+MAX_WIDTH = 128
+#: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.
+SHARED_LIMITS = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10}
+HOPPER_LIMIT = 227 << 10
+
+
+@dataclass(frozen=True)
+class Config:
+    """How many rows of a head are in shared memory at a time, and the warps that work on them."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+def up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def made_for(width: int, size: int) -> bool:
+    """Whether there are kernels for just this width, which hold a whole head, in elements of `size` bytes."""
+    return size == 2 and width in (64, 72)
+
+
+def held(width: int, size: int) -> int:
+    """Columns of the kernels that serve heads of this width, in elements of `size` bytes: made for it, or with room."""
+    if made_for(width, size):
+        return width
+    return next(columns for columns in (32, 72, MAX_WIDTH) if width <= columns)
+
+
+def stride(columns: int, size: int) -> int:
+    """Bytes from row to row in shared memory: an odd number of 16."""
+    return (columns * size // 16 | 1) * 16
+
+
+def forward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> Config:
+    """Rows for a forward block of four warps, or fewer where there are few tokens.
+
+    In 16 bits, at most 72 wide, a warp takes 32 queries and a fragment of keys or values serves them all: shared memory
+    then delivers as fast as tensor cores multiply. Up to 256 tokens are held as a whole, with their queries: tables are
+    read once for both. At 72 columns that is 108 KiB: two blocks to a multiprocessor, one loads while the other works.
+    """
+    columns = held(width, size)
+    rows, step = (32 if size == 2 and columns <= 72 else 16), (64 if size == 2 else 32)
+    whole = up(tokens, step)
+    warps = min(4, -(-tokens // rows))
+    if made_for(width, size) and tokens <= 256 and 3 * whole * stride(columns, size) <= limit // 2:
+        return Config(whole, whole, warps)
+    queries = warps * rows
+    fits = [keys for keys in (256, 128, 64) if (queries + 2 * keys) * stride(columns, size) <= limit // 2]
+    keys = max(fits, default=step)
+    return Config(queries, min(keys, whole), warps)
+
+
+def backward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> Config:
+    """Rows for a backward block of up to eight warps, each with the gradients of some keys in registers.
+
+    A kernel made for the width holds the whole head, up to 256 tokens, with the gradients of 128 queries' scores (at 72
+    columns 216 KiB), and a warp takes 32 keys. Else keys pass in turns, 16 to a warp, and 64 queries at a time.
+    """
+    if made_for(width, size) and tokens <= 256:
+        whole = Config(up(tokens, 32), up(tokens, 32), -(-tokens // 32))
+        if backward_bytes(whole, width, size, 128) <= limit:
+            return whole
+    most = min(8, -(-tokens // 16))
+    configs = [Config(64, 16 * warps, warps) for warps in range(most, 0, -1)]
+    return next(config for config in configs if backward_bytes(config, held(width, size), size, 64) <= limit)
+
+
+def backward_bytes(config: Config, columns: int, size: int, block: int) -> int:
+    """Shared memory of a block: four matrices, gradients of scores, sums of queries and of the norms' weights."""
+    rows = 2 * (config.keys + config.queries) * stride(columns, size) + config.keys * stride(block, size)
+    return rows + 4 * 2 * config.queries + 4 * 2 * columns * (config.warps + 1)
+
+
+def shared_limit(device: torch.device) -> int:
+    if device.type != "cuda":
+        return HOPPER_LIMIT
+    return SHARED_LIMITS.get(torch.cuda.get_device_capability(device), HOPPER_LIMIT)
+
+
+@operator("rope_attention_cuda_fwd")
+def rope_attention_fwd(
+    qkv: torch.Tensor, table: torch.Tensor | None, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`table` `[N, d/2, 2]` float32: cos and sin of each pair. → the result; log2 Σ exp of scores, `[B, heads, N]`."""
+    samples, tokens, _, heads, width = qkv.shape
+    out = qkv.new_empty((samples, tokens, heads * width))
+    lse = qkv.new_empty((samples, heads, tokens), dtype=torch.float32)
+    config = forward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
+    launch(
+        "rope_attention_fwd", dense(qkv), table, *map(contiguous, (q_weight, k_weight)), out, lse, eps,
+        config.queries, config.keys, config.warps,
+    )  # fmt: skip
+    return out, lse
+
+
+@operator("rope_attention_cuda_bwd")
+def rope_attention_bwd(
+    d_out: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, table: torch.Tensor | None,
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The gradients of `qkv` (packed, contiguous) and, if there are any, of `q_weight` and `k_weight`."""
+    samples, tokens, _, heads, width = qkv.shape
+    config = backward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
+    d_qkv = qkv.new_empty(qkv.shape)
+    scratch = lse.new_empty((samples, heads, tokens, width)) if config.keys < tokens else None
+    partials, d_weights = None, []
+    if q_weight is not None:
+        partials = lse.new_empty((2, samples * heads, width))
+        d_weights = [weight.new_empty(width) for weight in (q_weight, k_weight)]
+    launch(
+        "rope_attention_bwd", dense(d_out), dense(qkv), out, lse, table, *map(contiguous, (q_weight, k_weight)),
+        d_qkv, scratch, partials, *(d_weights or (None, None)), eps, config.queries, config.keys, config.warps,
+    )  # fmt: skip
+    return [d_qkv, *d_weights]
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous from an address that is a multiple of 16 on, as the kernels for one width want it."""
+    begins = tensor.storage_offset() * tensor.element_size() % 16 == 0
+    return tensor.contiguous() if begins else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # the log-sum-exp gets no gradient: not one of zeros either
+
+
+def _backward(ctx, d_out, _):
+    if d_out is None:
+        return (None,) * 5
+    qkv, table, q_weight, k_weight, out, lse = ctx.saved_tensors
+    d_qkv, *d_weights = rope_attention_bwd(d_out, qkv, out, lse, table, q_weight, k_weight, ctx.eps)
+    return d_qkv, None, *(d_weights or (None, None)), None
+
+
+rope_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+    return rope_attention_fwd(qkv, None if cos is None else pairs(cos, sin), q_weight, k_weight, eps)[0]
+
+
+def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Tables `[N, d]` → `[N, d/2, 2]` float32: each angle once, its cos and sin side by side, read in one go.
+
+    Plain torch operations, so that a compiled model makes it once for all its layers.
+    """
+    return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
+
+
+def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+    wide = [f"heads are {qkv.shape[-1]} wide, above {MAX_WIDTH}"] if qkv.shape[-1] > MAX_WIDTH else []
+    return wide + refusals(qkv, q_weight, k_weight)
+
+
+BACKEND, EMULATED = backends(
+    rope_attention,
+    unsupported,
+    torch_ops=("ldit::rope_attention_cuda_fwd", "ldit::rope_attention_cuda_bwd"),
+    configs={
+        "forward": forward(256, 72, 2),
+        "forward beyond 256": forward(1024, 72, 2),
+        "backward": backward(256, 72, 2),
+        "backward beyond 256": backward(1024, 72, 2),
+    },
+    dtypes=DTYPES,
+)

@@ -1,0 +1,99 @@
+"""`vf_loss` on the kernels of csrc/vf_loss.cu: three launches forward, one for each gradient; operators and autograd.
+
+The kernels read vectors as convolutions leave them, positions side by side; other layouts are copied first. Neither a
+matrix of cosines nor a normalised copy of an input is ever made. In the backward product of float16 or bfloat16
+inputs the vectors are exact and the weights are rounded to their dtype once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.cuda_launch import backends, launch, refusals
+from kernels.layout import memory_format
+from kernels.operators import operator
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the kernels are compiled for: positions along a side of a forward tile, and of a backward panel."""
+
+    tile: int
+    panel: int
+
+
+#: Tiles of 64 × 64 with 4 warps: ten for a sample of 256 positions, four at a time on a multiprocessor. A panel is what
+#: 256 positions need, so that their gradient takes no partial sums: 87 KB in 16 bits, with the stages of the products.
+SHAPE = Config(tile=64, panel=256)
+
+
+@operator("vf_loss_cuda_fwd")
+def forward(
+    z: torch.Tensor, f: torch.Tensor, distmat_margin: float, cos_margin: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Both terms, and `[3, B, N]` float32: the norms of `z` and of `f`, and the products z·f."""
+    z, f = flat(z), flat(f)
+    samples, _, positions = z.shape
+    tiles = -(-positions // SHAPE.tile)
+    kept = z.new_empty((3, samples, positions), dtype=torch.float32)
+    distmat, cos = kept.new_empty(()), kept.new_empty(())
+    cos_sums = kept.new_empty(samples * -(-positions // 8))
+    tile_sums = kept.new_empty(samples * (tiles * (tiles + 1) // 2))
+    launch("vf_loss_fwd", z, f, kept, cos_sums, tile_sums, distmat, cos, distmat_margin, cos_margin)
+    return distmat, cos, kept
+
+
+@operator("vf_loss_cuda_bwd")
+def backward_of_first(
+    z: torch.Tensor, f: torch.Tensor, kept: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
+    distmat_margin: float, cos_margin: float, swapped: bool,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of `z`; with `swapped`, `z` and `f` are the other way round than in the forward pass."""
+    d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    flat_z, flat_d_z = flat(z), d_z.flatten(2)
+    partial = None
+    if flat_z.shape[2] > SHAPE.panel:
+        partial = flat_d_z if z.dtype == torch.float32 else torch.empty_like(flat_d_z, dtype=torch.float32)
+    norms = (kept[1], kept[0]) if swapped else (kept[0], kept[1])
+    launch(
+        "vf_loss_bwd", flat_z, flat(f), *norms, kept[2], d_distmat, d_cos, partial, flat_d_z, distmat_margin, cos_margin
+    )
+    return d_z.contiguous(memory_format=memory_format(z))
+
+
+def flat(vectors: torch.Tensor) -> torch.Tensor:
+    """`[B, C, N]`, positions side by side."""
+    return vectors.flatten(2).contiguous()
+
+
+def _setup_context(ctx, inputs, output):
+    z, f, *ctx.margins = inputs
+    ctx.save_for_backward(z, f, output[2])
+
+
+def _backward(ctx, d_distmat, d_cos, _):
+    z, f, kept = ctx.saved_tensors
+    of_z, of_f = ctx.needs_input_grad[:2]
+    d_z = backward_of_first(z, f, kept, d_distmat, d_cos, *ctx.margins, False) if of_z else None
+    d_f = backward_of_first(f, z, kept, d_distmat, d_cos, *ctx.margins, True) if of_f else None
+    return d_z, d_f, None, None
+
+
+forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def vf_loss(z, f, distmat_margin, cos_margin):
+    return forward(z, f, float(distmat_margin), float(cos_margin))[:2]
+
+
+def unsupported(z, f, distmat_margin, cos_margin):
+    mixed = [f"z is {z.dtype} and f is {f.dtype}: these kernels take one dtype"] if z.dtype != f.dtype else []
+    return mixed + refusals(z, f)
+
+
+BACKEND, EMULATED = backends(
+    vf_loss,
+    unsupported,
+    torch_ops=("ldit::vf_loss_cuda_fwd", "ldit::vf_loss_cuda_bwd"),
+    configs={"shape": SHAPE},
+)

@@ -1,0 +1,37 @@
+"""Run the small cases of ops through the emulation, in the mode that `LIGHTNINGDIT_EMULATION` names.
+
+    python -m tests.sanitizer_lane OP …      one line for each op; the sanitizer ends the process at its first finding
+
+A process of its own, because a sanitizer has to be there from the start (see `tests.emulated.under`).
+"""
+
+import sys
+
+import torch
+
+import kernels
+from tests import kernel_checks as checks
+
+
+def run(op) -> int:
+    """The number of cases run, forward and backward."""
+    backend, count = op.backend("emulated"), 0
+    for case in op.cases:
+        for dtype in sorted(op.dtypes & case.dtypes & backend.dtypes, key=str):
+            if case.production:
+                continue
+            inputs = case.inputs(dtype)
+            if backend.unsupported(**inputs):
+                continue
+            results = checks.outputs(op, op.bind(backend), inputs)
+            if op.differentiable:
+                upstream = {name: checks.random_like(result) for name, result in results.items()}
+                checks.gradients(op, op.bind(backend), inputs, upstream)
+            count += 1
+    return count
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        print(name, run(kernels.OPS[name]), flush=True)

@@ -1,0 +1,36 @@
+"""What the CUDA kernels of `rope_attention` are launched with: properties that csrc/rope_attention.cu asks for."""
+
+import pytest
+
+from kernels.rope_attention.cuda_impl import Config, backward, backward_bytes, forward, held, made_for, stride
+
+LIMITS = {"sm_90": 227 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10}
+TOKENS, WIDTHS = (1, 16, 33, 64, 250, 256, 257, 1024, 5000), (2, 32, 64, 72, 80, 96, 128)
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_rows_fill_tiles_and_fit_in_shared_memory(size, limit):
+    for tokens in TOKENS:
+        for width in WIDTHS:
+            columns = held(width, size)
+            config = forward(tokens, width, size, limit)
+            rows, step = (32 if size == 2 and columns <= 72 else 16), (64 if size == 2 else 32)
+            assert config.queries % rows == 0 and config.keys % step == 0 and 1 <= config.warps <= 4
+            whole = made_for(width, size) and config.keys >= tokens and config.queries == config.keys
+            assert whole or config.queries <= config.warps * rows
+            # With the weights of the norms, two blocks of a Hopper or A100 multiprocessor, one elsewhere.
+            used = (config.queries + 2 * config.keys) * stride(columns, size) + 8 * columns
+            assert used <= limit
+            config = backward(tokens, width, size, limit)
+            whole = made_for(width, size) and config.keys >= tokens and config.queries == config.keys
+            rows, block = (32, 128) if whole else (16, 64)
+            assert config.keys == rows * config.warps and 1 <= config.warps <= 8
+            assert config.queries % 32 == 0 and (config.queries >= tokens or config.queries % block == 0)
+            assert backward_bytes(config, columns, size, block) <= limit
+
+
+def test_heads_of_the_models_are_held_whole():
+    assert forward(256, 72, 2) == Config(256, 256, 4) and backward(256, 72, 2) == Config(256, 256, 8)
+    assert 2 * (3 * 256 * stride(72, 2) + 8 * 72 + 1024) <= 228 << 10, "two blocks to a multiprocessor"
+    assert stride(72, 2) == 144 and stride(64, 2) == 144, "rows of 9 units of 16 bytes: no conflicts"
