@@ -1,0 +1,1 @@
+"""Benchmarks. What a program measures and how to read its rows: `bench/README.md`."""

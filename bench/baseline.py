@@ -1,0 +1,82 @@
+"""Committed rows of a GPU, `bench/results/<gpu>.jsonl`: a line for each time they were written says why, then rows."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import kernels
+from bench import compare
+from bench.rows import FORMAT, ROOT, Row, now, read
+
+RESULTS = ROOT / "bench" / "results"
+VERSIONS = ("gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
+
+
+def path_for(gpu: str, folder: Path | None = None) -> Path:
+    """Where the rows of a GPU of that name lie: "NVIDIA H200" → nvidia-h200.jsonl."""
+    return (folder or RESULTS) / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".jsonl")
+
+
+def rows_of(path: Path) -> Iterator[Row]:
+    """The rows of a file that were measured on a GPU, and those of the loaders that feed it."""
+    yield from read(path)
+    yield from (row for row in read(path, "cpu") if row["kind"] == "data")
+
+
+def gpu_of(rows: Iterable[Row]) -> str:
+    """The one GPU that rows were measured on.
+
+    Raises:
+        ValueError: there are no rows, or they are of several.
+    """
+    names = sorted({row["gpu"] for row in rows if row["device"] == "cuda"})
+    if len(names) != 1:
+        raise ValueError(f"rows of one GPU are needed, these are of {', '.join(names) or 'none'}")
+    return names[0]
+
+
+def update(path: Path, rows: list[Row], reason: str) -> Row:
+    """Put the rows in the place of the same ones of the baseline, and say why; returns what was said.
+
+    Of several measurements of a row the one in the middle stays. Rows of the baseline that were not measured stay,
+    unless their op or case is gone.
+    """
+    old = list(rows_of(path)) if path.exists() else []
+    last = [row for row in rows if row["device"] == "cuda"][-1]
+    said = {"format": FORMAT, "kind": "baseline", "date": now(), "device": "cuda", "reason": reason}
+    said |= {name: last[name] for name in VERSIONS}
+    reasons = [row for row in old if row["kind"] == "baseline"] + [said]
+    fresh = [compare.typical(same) for same in compare.grouped(rows).values()]
+    gone = replaced(fresh)
+    kept = [row for row in old if row["kind"] != "baseline" and exists(row) and not gone(row)]
+    ordered = sorted(kept + fresh, key=lambda row: tuple(map(str, compare.key(row))))
+    temporary = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in reasons + ordered]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+    return said
+
+
+def exists(row: Row) -> bool:
+    """Whether what a row measured is still here."""
+    if row["kind"] != "op":
+        return True
+    op = kernels.OPS.get(row["op"])
+    return op is not None and any(case.production and case.id == row["case"] for case in op.cases)
+
+
+def replaced(fresh: list[Row]) -> Callable[[Row], bool]:
+    """Whether newer rows say what a row says: the same one, or one of all its directions, or one of its directions."""
+    names, kinds = {compare.key(row) for row in fresh}, {row["kind"] for row in fresh}
+    covered = {other for name in names for other in compare.covering(name)}
+
+    def gone(row: Row) -> bool:
+        if row["kind"] not in compare.NAMES:
+            return row["kind"] in kinds
+        name = compare.key(row)
+        return name in covered or not names.isdisjoint(compare.covering(name))
+
+    return gone

@@ -1,0 +1,16 @@
+"""Baselines by op: other people's kernels behind the interface of a contender. Each imports its package when loaded."""
+
+from bench.baselines import activations, attention, norms, optimizers
+from bench.baselines.interface import Adapter, Contender
+
+#: Op name → who else computes it.
+BASELINES: dict[str, tuple[Contender, ...]] = {
+    "adaln_rms_norm": norms.ADALN,
+    "gated_residual_adaln_rms_norm": norms.GATED,
+    "group_norm_silu": norms.GROUP_NORM,
+    "swiglu": activations.SWIGLU,
+    "rope_attention": attention.ATTENTION,
+    "adamw_ema_": optimizers.OPTIMIZERS,
+}
+
+__all__ = ["BASELINES", "Adapter", "Contender"]

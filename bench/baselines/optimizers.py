@@ -1,0 +1,85 @@
+"""AdamW as libraries have it, then the moving average and the bfloat16 copy as passes of their own."""
+
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from bench.baselines.interface import Adapter, Contender
+from kernels.judge import Inputs
+
+
+def torch_fused() -> Adapter:
+    """What `torch.optim.AdamW(fused=True)` calls. It divides by its gradient scale, and writes the quotient back."""
+
+    def arrange(*, step, grad_scale, skip, **rest) -> Inputs:
+        return {"steps": (step - 1).float(), "inverse_scale": grad_scale.float().reciprocal(), **rest}
+
+    @torch.no_grad()
+    def run(param, grad, exp_avg, exp_avg_sq, ema, *, steps, lr, betas, eps, weight_decay, ema_decay, inverse_scale,
+            bf16_param=None):
+        adamw(
+            [param], [grad.to(param.dtype)], [exp_avg], [exp_avg_sq], [], [steps],
+            fused=True, grad_scale=inverse_scale, amsgrad=False, maximize=False,
+            beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+        )  # fmt: skip
+        _average_and_copy(param, ema, ema_decay, bf16_param)
+
+    return Adapter(run, arrange)
+
+
+def apex_adam() -> Adapter:
+    from apex.optimizers import FusedAdam
+
+    return _optimizer(FusedAdam)
+
+
+def deepspeed_adam() -> Adapter:
+    from deepspeed.ops.adam import FusedAdam
+
+    return _optimizer(FusedAdam)
+
+
+def _optimizer(FusedAdam: type) -> Adapter:
+    """An optimizer object that holds these states; learning rate and step are the host's, as it has them."""
+
+    def arrange(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, skip, **rest) -> Inputs:
+        optimizer = FusedAdam([param], lr=float(lr), bias_correction=True, betas=betas, eps=eps, adam_w_mode=True,
+                              weight_decay=weight_decay)
+        done = int(step) - 1
+        optimizer.param_groups[0]["step"] = done  # apex counts here, DeepSpeed in the state
+        optimizer.state[param] = {"step": done, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        param.grad = grad if grad.dtype == param.dtype else torch.empty_like(param)
+        return {"optimizer": optimizer, "param": param, "grad": grad, **rest}
+
+    @torch.no_grad()
+    def run(optimizer: Any, param, grad, ema, *, ema_decay, grad_scale, bf16_param=None):
+        if param.grad is not grad:
+            param.grad.copy_(grad)
+        param.grad.mul_(grad_scale)
+        optimizer.step()
+        _average_and_copy(param, ema, ema_decay, bf16_param)
+
+    return Adapter(run, arrange)
+
+
+def _average_and_copy(param, ema, ema_decay: float, bf16_param) -> None:
+    torch._foreach_lerp_([ema], [param], 1 - ema_decay)
+    if bf16_param is not None:
+        torch._foreach_copy_([bf16_param], [param])
+
+
+def _never_skips(skip, **rest) -> list[str]:
+    """Reads the flag, as these libraries' users do on the host."""
+    return ["the averages would be updated in a skipped step too"] if bool(skip) else []
+
+
+_THREE = "AdamW, moving average and bfloat16 copy, each a pass"
+OPTIMIZERS = (
+    Contender("torch-fused", torch_fused, _never_skips, f"{_THREE}; the scaled gradient is written back; a bfloat16 "
+              "gradient is cast first", overwrites=True),
+    Contender("apex-fused-adam", apex_adam, _never_skips, f"{_THREE}; one more to scale the gradient", "apex",
+              overwrites=True),
+    Contender("deepspeed-fused-adam", deepspeed_adam, _never_skips, f"{_THREE}; one more to scale the gradient",
+              "deepspeed", overwrites=True),
+)

@@ -1,0 +1,68 @@
+"""Who takes part in a row: backends of the op, its reference, torch.compile of it, and the baselines."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.baselines import BASELINES, Adapter, Contender
+from kernels.judge import reference
+from kernels.registry import BackendUnavailable, Op
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for exactly these shapes, as one graph or not at all."""
+    # Backward passes are timed again and again over one forward pass; with donated buffers they could run only once.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def contenders_for(op: Op, compiler: Compiler = inductor, emulated: bool = False) -> Iterator[Contender]:
+    """Everybody who computes this op: our backends, "eager" and "compile" (the reference), the baselines.
+
+    emulated: let backends take part that run in an emulator, to test the bench.
+    """
+    for name in ours(op):
+        if name in op.backends:
+            yield Contender(name, partial(_backend, op, name, emulated), partial(_unsupported, op, name),
+                            package="triton" if name == "triton" else "torch")
+    eager = Contender("eager", lambda: Adapter(reference(op)), includes="the reference, op by op")
+    yield eager
+    yield _compiled(eager, compiler, "compile")
+    for baseline in BASELINES.get(op.name, ()):
+        yield baseline
+        if baseline.also_compiled:
+            yield _compiled(baseline, compiler, f"{baseline.name}-compile")
+
+
+def ours(op: Op) -> list[str]:
+    """Our backends for devices, those that "auto" chooses from."""
+    return [name for name in op.order if name != "reference"]
+
+
+def _compiled(contender: Contender, compiler: Compiler, name: str) -> Contender:
+    """The same under torch.compile, which fuses what is around its library call."""
+
+    def load() -> Adapter:
+        adapter = contender.load()
+        return replace(adapter, run=compiler(adapter.run))
+
+    return replace(contender, name=name, load=load, includes=f"torch.compile of: {contender.includes}")
+
+
+def _backend(op: Op, name: str, emulated: bool) -> Adapter:
+    reasons = op.reasons(name)
+    if not reasons and op.backend(name).emulated and not emulated:
+        reasons = ["it would run in an emulator"]
+    if reasons:
+        raise BackendUnavailable(op.name, name, reasons)
+    return Adapter(op.bind(op.backend(name)))
+
+
+def _unsupported(op: Op, name: str, **inputs: Any) -> list[str]:
+    unsupported = op.backend(name).unsupported
+    return unsupported(**inputs) if unsupported is not None else []

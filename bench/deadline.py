@@ -1,0 +1,33 @@
+"""A pytest plugin for a limited time on a GPU: the most telling tests first, and none that begins when it is up.
+
+    pytest -p bench.deadline --minutes 4 -m gpu …
+
+Tests left out are skips with the reason "the time is up", not failures: they say nothing.
+"""
+
+import time
+
+import pytest
+
+#: Parts of test ids; tests with all of them come first.
+TELLING = ("-XL-", "bfloat16", "cuda")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=float("inf"), help="start no test later than this")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DEADLINE] = time.monotonic() + 60 * config.getoption("--minutes")
+
+
+DEADLINE = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not all(part in item.name for part in TELLING))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() >= item.config.stash[DEADLINE]:
+        pytest.skip("the time is up")

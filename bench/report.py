@@ -1,0 +1,117 @@
+"""Write what was measured where it is read: the README's tables, and `bench/results/README.md` with its pictures.
+
+    python -m bench.report            from the rows in bench/results/*.jsonl
+    python -m bench.report --check    write nothing; ends with 1 if one of the two pages is not what would be written
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from bench import pictures, tables
+from bench.measured import Measured, load
+from bench.rows import ROOT
+from bench.targets import missed
+
+MARKER = re.compile(r"(<!-- bench:(\w+) -->\n)(?:.*?\n)?(<!-- /bench:\2 -->)", re.DOTALL)
+NO_NOTE = "no explanation recorded"
+
+INTRODUCTION = """# What was measured
+
+Made by `python -m bench.report` from the rows in this folder, one file for each GPU.
+What is said of missed targets is from `notes/<target>.md`; an edit of this page is lost.
+[How it is measured](../README.md), and what a row holds. Fractions are of a limit that was measured in the same run,
+ratios are to somebody else in the same run; what is said of more GPUs than were used is extrapolated.
+"""
+
+
+def filled(page: str, results: list[Measured]) -> str:
+    """A page with a new table between each pair of `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`.
+
+    Raises:
+        ValueError: no table is called NAME, or a pair is not complete.
+    """
+    names = [match[2] for match in MARKER.finditer(page)]
+    if len(re.findall(r"<!-- /?bench:", page)) != 2 * len(names):
+        raise ValueError("a bench: marker lacks its other half")
+    if unknown := set(names) - set(tables.BLOCKS):
+        raise ValueError(f"no table is called {', '.join(sorted(unknown))}; known: {', '.join(tables.BLOCKS)}")
+    return MARKER.sub(lambda match: match[1] + tables.BLOCKS[match[2]](results) + "\n" + match[3], page)
+
+
+def page(results: list[Measured], notes: Path) -> str:
+    """`bench/results/README.md`."""
+    parts = [INTRODUCTION]
+    if not results:
+        parts.append("No GPU has been measured yet.\n")
+    parts += [f"## Targets\n\n{tables.targets(results)}\n", f"## Ops\n\n{tables.ops(results)}\n"]
+    parts += [part for gpu in results for part in _gpu(gpu, notes)]
+    return "\n".join(parts)
+
+
+def _gpu(gpu: Measured, notes: Path) -> list[str]:
+    parts = [f"## {gpu.gpu}\n"]
+    sections = [
+        ("Committed", "baseline", tables.log), ("Ceilings of the run", "ceiling", tables.ceilings),
+        ("Training steps", "step", tables.steps),
+        ("Where the time of a step goes", "step", tables.breakdown),
+        ("Longest kernels of a step", "step", tables.longest),
+        ("Every case of every op", "op", tables.every_op), ("Who else", "op", tables.every_peer),
+        ("Latents loader", "data", tables.loaders), ("Not measured", "op", tables.lacking),
+    ]  # fmt: skip
+    if lost := missed(gpu):
+        parts.append("### Targets missed\n")
+        parts += [f"* **{target.metric}**, {target.text(target.read(gpu))} of {target.text(target.target)}: "
+                  f"{note(notes, target.name)}\n" for target in lost]  # fmt: skip
+    drawn = [f"![{what}]({name})\n" for name, what in pictures.names(gpu).items()]
+    tabled = [f"### {title}\n\n{make(gpu)}\n" for title, kind, make in sections if gpu.of(kind)]
+    return [*parts, *drawn, *tabled]
+
+
+def note(notes: Path, name: str) -> str:
+    """What was written of a missed target."""
+    path = notes / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else NO_NOTE
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """Path → what belongs there."""
+    folder, readme = root / "bench" / "results", root / "README.md"
+    results = load(folder)
+    return {readme: filled(readme.read_text(encoding="utf-8"), results),
+            folder / "README.md": page(results, folder / "notes")}  # fmt: skip
+
+
+def stale(root: Path = ROOT) -> str:
+    """How the pages differ from what belongs there; empty where they do not."""
+    found = []
+    for path, want in pages(root).items():
+        have = path.read_text(encoding="utf-8") if path.exists() else ""
+        name = str(path.relative_to(root))
+        found += difflib.unified_diff(have.splitlines(), want.splitlines(), name, "what belongs there", lineterm="")
+        if have != want and not found:
+            found.append(f"{name} differs at the ends of its lines")
+    return "\n".join(found)
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="write nothing, say what is not as it should be")
+    if parser.parse_args(argv).check:
+        differences = stale(root)
+        print(differences or "both pages are what the rows say")
+        return int(bool(differences))
+    for path, text in pages(root).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+    for gpu in load(root / "bench" / "results"):
+        for path in pictures.draw(gpu, root / "bench" / "results"):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

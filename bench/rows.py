@@ -1,0 +1,119 @@
+"""The one row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+STATUSES = ("ok", "incorrect", "unavailable", "unsupported", "failed")
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+
+class Log:
+    """Appends rows to a file, if one is given, complete and flushed one by one: a run cut off leaves whole rows."""
+
+    def __init__(self, kind: str, path: Path | None = None):
+        """kind: of device, as `bench.timing.Device` says it."""
+        self._common = machine(kind)
+        self._file = path.open("a", encoding="utf-8") if path else None
+
+    def write(self, row: Row) -> Row:
+        """The row together with what all rows of a run say."""
+        full = {"format": FORMAT, "kind": row["kind"], "date": now(), **self._common, **row}
+        if self._file is not None:
+            self._file.write(json.dumps(full, ensure_ascii=False) + "\n")
+            self._file.flush()
+        return full
+
+
+def read(path: Path, device: str = "cuda") -> Iterator[Row]:
+    """The rows of a file that were measured on that kind of device.
+
+    Raises:
+        ValueError: a line that is no row of this format; names file and line.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            known = row["format"] == FORMAT
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a row ({error!r})") from error
+        if not known:
+            raise ValueError(f"{path}, line {number}: row format {row['format']}, this version reads {FORMAT}")
+        if row["device"] == device:
+            yield row
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def machine(kind: str) -> Row:
+    """What a run was measured on and with. A row from a CPU names no GPU."""
+    gpu = {"gpu": None, "capability": None, "driver": None}
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties()
+        gpu = {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
+               "driver": _nvidia_smi("driver_version")[0]}  # fmt: skip
+    return {
+        "device": kind, **gpu,
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": version("triton"), "revision": revision(),
+    }  # fmt: skip
+
+
+def version(distribution: str) -> str | None:
+    """That of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def revision(root: Path = ROOT) -> str:
+    """`GIT_REVISION` if it is set, for trees without `.git`; else what git says, with "-dirty" where files differ."""
+    if named := os.environ.get("GIT_REVISION"):
+        return named
+    try:
+        head, changes = (
+            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("-dirty" if changes.strip() else "")
+
+
+def clocks() -> dict[str, float]:
+    """Clocks, power and temperature of the GPU at this moment, as far as the driver tells them."""
+    names = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw", "celsius": "temperature.gpu"}
+    found = {}
+    for name, text in zip(names, _nvidia_smi(*names.values()), strict=True):
+        try:
+            found[name] = float(text)
+        except (TypeError, ValueError):  # None, "[N/A]"
+            continue
+    return found
+
+
+def _nvidia_smi(*fields: str) -> list[str | None]:
+    """Of the current device, by its UUID: CUDA and the driver need not count alike."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        query.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, AttributeError, RuntimeError, AssertionError, subprocess.SubprocessError):
+        return [None] * len(fields)
+    values = done.stdout.strip().split(", ")
+    return list(values) if len(values) == len(fields) else [None] * len(fields)

@@ -1,0 +1,62 @@
+"""Entry points for pytest-benchmark, on a GPU; a run of the tests does not collect them.
+
+    pytest bench/ --benchmark-json=now.json [-k "swiglu and XL and bfloat16"]
+    pytest-benchmark compare before.json now.json
+
+A test is one contender of a group that is measured together, by turns. All of it is judged as `python -m bench.ops` and
+`bench.step` judge: what is wrong is not timed.
+"""
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+import kernels
+from bench import roofline, step
+from bench.contenders import contenders_for
+from bench.measured import HEADLINE
+from bench.ops import DIRECTIONS, Job, jobs
+from bench.rows import Log
+from bench.samples import REPLAY, Last, OpBench, StepBench, play, row_of
+from bench.timing import CudaDevice
+from kernels.device import cuda_reasons
+
+NEEDS = cuda_reasons()
+pytestmark = [pytest.mark.skipif(bool(NEEDS), reason="; ".join(NEEDS)), pytest.mark.benchmark(timer=REPLAY)]
+
+CONTESTS = [
+    pytest.param(job, direction, contender.name, id="-".join([*job.names.values(), direction, contender.name]))
+    for job in jobs(kernels.OPS.values())
+    for direction in (DIRECTIONS[:2] if job.op.differentiable else ("forward",))
+    for contender in contenders_for(job.op)
+]  # fmt: skip
+STEPS = next(step.jobs([HEADLINE[0]], [HEADLINE[1]], list(step.QUICK)))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """What a bench needs: the device, a log without a file, ceilings."""
+    device = CudaDevice()
+    return device, Log(device.kind), roofline.measure(device)[0]
+
+
+@pytest.fixture(scope="module")
+def measured_op(parts):
+    return Last(OpBench(*parts).measured)
+
+
+@pytest.fixture(scope="module")
+def measured_step(parts):
+    return Last(StepBench(*parts).measured)
+
+
+@pytest.mark.parametrize(("job", "direction", "contender"), CONTESTS)
+def test_op(benchmark, measured_op, job: Job, direction: str, contender: str):
+    benchmark.group = f"{job} {direction}"
+    play(benchmark, *row_of(measured_op(job), direction, contender))
+
+
+@pytest.mark.parametrize("variant", [variant.name for variant in STEPS.variants])
+def test_step(benchmark, measured_step, variant: str):
+    benchmark.group = f"{STEPS.model} batch {STEPS.batch}"
+    play(benchmark, *measured_step(STEPS)[variant])

@@ -1,0 +1,204 @@
+"""The one clock: laps of several contenders by turns, on a device that can be replaced.
+
+A lap calls the work with several sets of buffers in turn, so that a set that comes again has left the L2 cache, and
+often enough that the gap between two laps does not matter. The clock times whole laps, each contender's in bursts that
+alternate with the others', and drops the first lap of each burst. What is random in the machine thus falls on all
+contenders alike.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+#: Bytes that the sets hold at least: a buffer below about 150 MB measures the L2 of today's GPUs, so twice that, …
+FOOTPRINT = 300_000_000
+#: … and this many times the L2, where that is more.
+TIMES_L2 = 5
+#: Bytes that a lap moves at least, about a millisecond's: between two replays of a graph the device idles a little.
+LAP = 3_000_000_000
+MOST_CALLS = 640
+ROUNDS = 8
+#: Seconds of laps before the first that counts: clocks rise, handles and caches fill.
+WARM_UP = 0.2
+
+
+class Device(Protocol):
+    """Where laps run, and what times them."""
+
+    kind: str
+    l2_bytes: int
+
+    def active(self) -> AbstractContextManager:
+        """Everything that belongs to a measurement is made and run in this context."""
+
+    def replayable(self, lap: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
+        """A lap to run again and again, and how it is run: "graph", "events: why no graph" or "host clock"."""
+
+    def seconds(self, lap: Callable[[], Any], count: int) -> list[float]:
+        """Run the lap `count` times; the seconds of each."""
+
+
+@dataclass(frozen=True)
+class Lap:
+    """What is timed: `run` makes `calls` calls; `restore`, never timed, puts back what they have overwritten."""
+
+    run: Callable[[], Any]
+    calls: int = 1
+    restore: Callable[[], None] | None = None
+    method: str = ""
+
+
+@dataclass
+class Timing:
+    """Seconds of one call, from laps of `calls` calls each."""
+
+    calls: int
+    method: str
+    samples: list[float] = field(default_factory=list)
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.samples, q))
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def spread(self) -> float:
+        """Width of the middle 60 % of the samples, as a part of their median."""
+        return (self.quantile(0.8) - self.quantile(0.2)) / self.median
+
+
+class LapFailed(RuntimeError):
+    """A contender's lap raised: `name` says whose, the cause says what."""
+
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__(f"the lap of {name} failed")
+
+
+def lap_size(moved: int, l2_bytes: int) -> tuple[int, int]:
+    """Sets of buffers and calls of a lap whose calls move so many bytes each; neither is more than `MOST_CALLS`."""
+    moved = max(1, moved)
+    sets = min(MOST_CALLS, max(1, math.ceil(max(FOOTPRINT, TIMES_L2 * l2_bytes) / moved)))
+    return sets, min(MOST_CALLS, max(sets, math.ceil(LAP / moved)))
+
+
+def interleave(laps: Mapping[str, Lap], device: Device, seconds: float, rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time the laps by turns; about `seconds` of samples for each, in `rounds` bursts.
+
+    Each round begins with another contender, so that none always follows the same one.
+
+    Raises:
+        LapFailed: a lap raised.
+    """
+    counts: dict[str, int] = {}
+    timings = {name: Timing(lap.calls, lap.method) for name, lap in laps.items()}
+    names = list(laps)
+    for name in names:
+        with _named(name):
+            counts[name] = _count(laps[name], device, seconds / rounds, len(laps))
+    for turn in range(rounds if names else 0):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            with _named(name):
+                _restore(laps[name])
+                samples = device.seconds(laps[name].run, counts[name] + 1)[1:]
+            timings[name].samples += [sample / laps[name].calls for sample in samples]
+    return timings
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise LapFailed(name) from error
+
+
+def _count(lap: Lap, device: Device, seconds: float, contenders: int) -> int:
+    """Warm the lap up, and say how many fit into `seconds`."""
+    _restore(lap)
+    once = max(device.seconds(lap.run, 2)[1], 1e-7)
+    device.seconds(lap.run, max(1, math.ceil(WARM_UP / contenders / once)))
+    return max(1, int(seconds / once))
+
+
+def _restore(lap: Lap) -> None:
+    if lap.restore is not None:
+        lap.restore()
+
+
+class CudaDevice:
+    """Laps as CUDA graphs, where they can be captured, between CUDA events."""
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+
+    def active(self) -> AbstractContextManager:
+        return torch.cuda.stream(self.stream)
+
+    def replayable(self, lap):
+        for _ in range(2):  # compiles, tunes, fills caches: none of it can be captured
+            lap()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                kept = lap()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return lap, f"events: {str(error).splitlines()[0]}"
+        return _Replay(graph, kept), "graph"
+
+    def seconds(self, lap, count):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            lap()
+            mark.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured lap with its results, whose memory the graph writes."""
+
+    graph: Any
+    kept: Any
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class HostDevice:
+    """A CPU and the host's clock around each lap. For tests of the bench; its rows say "cpu"."""
+
+    kind = "cpu"
+    l2_bytes = 0
+
+    def active(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def replayable(self, lap):
+        lap()
+        return lap, "host clock"
+
+    def seconds(self, lap, count):
+        found = []
+        for _ in range(count):
+            start = time.perf_counter()
+            lap()
+            found.append(time.perf_counter() - start)
+        return found

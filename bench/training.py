@@ -1,0 +1,221 @@
+"""Whole training steps to be timed: the trainer's own, the same network without DeepSpeed, and the plain peer.
+
+All start from the same weights (none of them zero: zeros draw less power and run faster), see the same latents, noise
+and times, and make one optimizer step with the moving average in each call.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import kernels
+from bench.plain import PlainLightningDiT
+from lightningdit import latents
+from lightningdit.config import ModelConfig
+from lightningdit.flow import Transport
+from lightningdit.model import LightningDiT
+
+LR, BETAS, EPS, EMA_DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
+NORMALS = 8  # sets of latents and noise that steps go through by turns
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        name: in rows.
+        engine: "trainer" (DeepSpeed, loader and all), "bare" (neither) or "plain" (the peer).
+        kernels: as `kernels.select` takes it; of no meaning to the peer.
+        compile: a mode of `train.compile`.
+        residual: dtype of the residual stream.
+        recompute: `use_checkpoint` of the network.
+    """
+
+    name: str
+    engine: str
+    kernels: str = "auto"
+    compile: str = "inductor"
+    residual: str = "float32"
+    recompute: bool | str = False
+
+    def features(self) -> dict:
+        """What a row says of it."""
+        return {key: getattr(self, key) for key in ("engine", "kernels", "compile", "residual", "recompute")}
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("trainer", "trainer"),
+        Variant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
+        Variant("bare", "bare"),
+        Variant("bare-eager", "bare", compile="none"),
+        Variant("bare-reference", "bare", kernels="reference"),
+        Variant("bare-cudagraphs", "bare", compile="cudagraphs"),
+        Variant("bare-bfloat16-stream", "bare", residual="bfloat16"),
+        Variant("bare-pointwise", "bare", recompute="pointwise"),
+        Variant("plain-eager", "plain", compile="none"),
+        Variant("plain-compile", "plain"),
+    )
+}
+
+
+class Inputs:
+    """Latents, noise, times and labels of one micro-batch after another, on the device."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device | str):
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, config.in_channels, config.input_size, config.input_size)
+        self.transport = Transport(use_cosine_loss=True, use_lognorm=True)
+        self.sets = []
+        for _ in range(NORMALS):
+            x1, x0 = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+            t = self.transport.sample_timesteps(batch, generator=generator, device=device)
+            y = torch.randint(config.num_classes, (batch,), generator=generator, device=device)
+            self.sets.append((x1, x0, t, y))
+        self._next = 0
+
+    def loss(self, network: Callable) -> torch.Tensor:
+        """That of the next set: squared error and direction, as the published recipe trains."""
+        x1, x0, t, y = self.sets[self._next % NORMALS]
+        self._next += 1
+        terms = self.transport.training_losses(network, x1, t=t, x0=x0, y=y)
+        return terms["loss"].mean() + terms["cos_loss"].mean()
+
+
+def make_network(config: ModelConfig, ops, residual: torch.dtype = torch.float32) -> LightningDiT:
+    """The same weights for everybody, float32 on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = LightningDiT(config, ops, residual)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad and not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.02)
+    return network.train()
+
+
+def compiled(function: Callable, mode: str) -> Callable:
+    if mode == "none":
+        return function
+    options = {"triton.cudagraphs": True} if mode == "cudagraphs" else None
+    backend = "inductor" if mode == "cudagraphs" else mode
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
+class BareStep:
+    """bfloat16 weights as views of one buffer, which `adamw_ema_` writes beside its float32 states."""
+
+    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
+        self._ops = kernels.select(variant.kernels)
+        config = config.model_copy(update={"use_checkpoint": variant.recompute})
+        network = make_network(config, self._ops, getattr(torch, variant.residual)).to(device)
+        self.inputs = Inputs(config, batch, device)
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._master = torch.cat([p.detach().flatten() for p in self._parameters])
+        self._states = [torch.zeros_like(self._master), torch.zeros_like(self._master), self._master.clone()]
+        network.bfloat16()
+        self._copy = self._master.bfloat16()
+        start = 0
+        for p in self._parameters:
+            p.data = self._copy[start : start + p.numel()].view(p.shape)
+            start += p.numel()
+        self._network = compiled(network, variant.compile)
+        self._one = torch.ones((), device=device)
+        self._step, self._lr = torch.zeros((), device=device), torch.full((), LR, device=device)
+        self.norm = self._one
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.inputs.loss(self._network)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in self._parameters])
+        for p in self._parameters:
+            p.grad = None
+        self.norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._step += 1
+        self._ops.adamw_ema_(
+            self._master, gradient, *self._states, step=self._step, lr=self._lr, betas=BETAS, eps=EPS,
+            weight_decay=0.0, ema_decay=EMA_DECAY, grad_scale=self._one, skip=~torch.isfinite(self.norm),
+            bf16_param=self._copy,
+        )  # fmt: skip
+        return loss.detach()
+
+
+class PlainStep:
+    """The peer, with torch's fused AdamW where there is one (on CUDA) and a moving average over lists of tensors."""
+
+    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
+        network = make_network(config, kernels.select("reference")).to(device)
+        self.inputs = Inputs(config, batch, device)
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._average = [p.detach().clone() for p in self._parameters]
+        fused = True if torch.device(device).type == "cuda" else None
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
+        )
+        self._network = compiled(PlainLightningDiT(network), variant.compile)
+        self.norm = torch.ones(())
+
+    def __call__(self) -> torch.Tensor:
+        loss = self.inputs.loss(self._network)
+        loss.backward()
+        self.norm = torch.stack(torch._foreach_norm([p.grad for p in self._parameters])).norm()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - EMA_DECAY)
+        return loss.detach()
+
+
+class TrainerStep:
+    """The trainer's own loop: a run file as a user writes it, latents on disk, loader, draws, DeepSpeed, logging sums.
+
+    The run is `launch/configs/lightningdit_xl_64ep.yaml` but for the sizes asked for. Its draws are its own, so its
+    losses are those of other noise.
+    """
+
+    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str,
+                 images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
+        from launch.config import load
+        from launch.engine import start_processes
+        from launch.train import make_trainer
+
+        self._directory = tempfile.TemporaryDirectory()
+        directory = Path(self._directory.name)
+        write_latents(directory / "latents", config, images)
+        overrides = [
+            f"data.data_path={directory / 'latents'}", f"data.num_classes={config.num_classes}",
+            f"data.image_size={16 * config.input_size}", f"data.num_workers={workers}", "data.verify=false",
+            f"train.output_dir={directory}", "train.exp_name=bench", "train.tensorboard=false",
+            f"train.global_batch_size={batch}", f"train.max_steps={steps}",
+            f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
+            f"train.use_checkpoint={str(variant.recompute).lower()}", f"kernels={variant.kernels}",
+            "model.model_type=null", f"model.in_chans={config.in_channels}",
+            *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
+        ]  # fmt: skip
+        run, _ = load(CONFIG, overrides, kind="lightningdit")
+        self._trainer = make_trainer(run, "lightningdit", start_processes())
+        self._stream = self._trainer.stream()
+
+    def __call__(self) -> None:
+        self._trainer.train_step(self._stream)
+
+
+CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
+STEPS = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}
+
+
+def write_latents(directory: Path, config: ModelConfig, count: int) -> None:
+    """Random latents in the project's format."""
+    generator = torch.Generator().manual_seed(0)
+    writer = latents.LatentsWriter(directory)
+    for first in range(0, count, 1024):
+        size = min(1024, count - first)
+        shape = (size, config.in_channels, config.input_size, config.input_size)
+        plain = torch.randn(shape, generator=generator)
+        writer.add(plain, plain.flip(-1), torch.randint(config.num_classes, (size,), generator=generator))
+    writer.close()
+    latents.finish(directory)

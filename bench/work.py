@@ -1,0 +1,140 @@
+"""What a contender is given: whether it computes the op at all, then laps of calls over sets of buffers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.baselines.interface import Adapter, Contender
+from bench.timing import Device, Lap
+from kernels.judge import (
+    Inputs,
+    Tensors,
+    copied,
+    faults,
+    gradients,
+    leaves,
+    named,
+    outputs,
+    random_like,
+    reference,
+    widened,
+)
+from kernels.registry import Op
+
+DIRECTIONS = ("forward", "backward", "both")
+
+
+class Truth:
+    """The results of one set of arguments that a contender is judged by, as `kernels.judge` says, and the upstream
+    gradients they belong to."""
+
+    def __init__(self, op: Op, inputs: Inputs):
+        self.op, self.inputs = op, inputs
+        self._eager = outputs(op, reference(op), inputs)
+        wide = widened(inputs)
+        self._exact = outputs(op, reference(op), wide)
+        self.upstream: Tensors = {}
+        if op.differentiable:
+            self.upstream = {name: random_like(result) for name, result in self._eager.items()}
+            self._eager_gradients = gradients(op, reference(op), inputs, self.upstream)
+            self._exact_gradients = gradients(op, reference(op), wide, widened(self.upstream))
+
+    def faults(self, adapter: Adapter, direction: str) -> list[str]:
+        """What is wrong with a contender's results in that direction; empty if it may be timed."""
+        call = Call(self.op, adapter, copied(self.inputs))
+        with torch.set_grad_enabled(bool(self.op.differentiable)):
+            results = call.results()
+        wrong = []
+        if direction != "backward":
+            mutated = {name: call.inputs[name] for name in self.op.mutates if call.inputs[name] is not None}
+            wrong += faults({name: result.detach() for name, result in results.items()} | mutated,
+                            self._eager, self._exact)  # fmt: skip
+        if direction != "forward":
+            found = dict(zip(call.leaves, call.gradients(results, self.upstream), strict=True))
+            merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}
+            wrong += faults(merged, self._eager_gradients, self._exact_gradients)
+        return wrong
+
+
+class Call:
+    """One call of a contender with arguments of its own arrangement."""
+
+    def __init__(self, op: Op, adapter: Adapter, inputs: Inputs):
+        self.inputs = inputs
+        self._run = adapter.run
+        self._arranged = adapter.arrange(**inputs)
+        names = op.differentiable if adapter.differentiable is None else adapter.differentiable
+        self.leaves = leaves(self._arranged, [name for name in names if self._arranged[name] is not None])
+
+    def results(self) -> Tensors:
+        return named(self._run(**self._arranged | self.leaves))
+
+    def gradients(self, results: Tensors, upstream: Tensors) -> tuple[torch.Tensor, ...]:
+        """Of its leaves, in their order; the forward pass stays as it is, to be asked again."""
+        return torch.autograd.grad(
+            list(results.values()), list(self.leaves.values()), [upstream[name] for name in results], retain_graph=True
+        )
+
+    def restorer(self) -> Callable[[], None]:
+        """A function that puts back the present values of all its arguments."""
+        tensors = [t for t in (*self.inputs.values(), *self._arranged.values()) if isinstance(t, torch.Tensor)]
+        kept = [(t, t.clone()) for t in {t.data_ptr(): t for t in tensors}.values()]
+
+        def restore() -> None:
+            for tensor, values in kept:
+                tensor.data.copy_(values)  # not seen by autograd, which may have saved the tensor
+
+        return restore
+
+
+class Sets:
+    """Several sets of the same arguments and upstream gradients, in memory of their own; contenders share them.
+
+    A lap makes `calls` calls, each with the next set.
+    """
+
+    def __init__(self, truth: Truth, count: int, calls: int):
+        self.op = truth.op
+        self._calls = calls
+        self._inputs = [truth.inputs, *(copied(truth.inputs) for _ in range(count - 1))]
+        self._upstreams = [truth.upstream, *(copied(truth.upstream) for _ in range(count - 1))]
+
+    def lap(self, contender: Contender, adapter: Adapter, direction: str, device: Device) -> Lap:
+        """A lap of a contender, ready to be repeated; results stay until its end, so that they rotate too.
+
+        Backward, the forward passes have been made before; forward, they save what a backward pass needs, as in
+        training.
+        """
+        own = contender.overwrites or bool(self.op.mutates)
+        calls = [Call(self.op, adapter, copied(inputs) if own else inputs) for inputs in self._inputs]
+        restorers = [call.restorer() for call in calls] if own else []
+        run, method = device.replayable(self._run(calls, direction))
+        return Lap(run, self._calls, (lambda: [restore() for restore in restorers]) if own else None, method)
+
+    def _run(self, calls: list[Call], direction: str) -> Callable[[], Any]:
+        turns = [number % len(calls) for number in range(self._calls)]
+
+        def forward() -> list[Tensors]:
+            # Detached, so that what autograd has saved is freed, as the next call needs the memory.
+            return [{name: result.detach() for name, result in calls[i].results().items()} for i in turns]
+
+        if not self.op.differentiable:
+            return torch.no_grad()(forward)
+        if direction == "forward":
+            return forward
+        passes = [call.results() for call in calls]
+        upstreams = list(map(_matching, passes, self._upstreams))
+        if direction == "backward":
+            return lambda: [calls[i].gradients(passes[i], upstreams[i]) for i in turns]
+        return lambda: [calls[i].gradients(calls[i].results(), upstreams[i]) for i in turns]
+
+
+def _matching(results: Tensors, upstream: Tensors) -> Tensors:
+    """The upstream gradients in the memory layout of these results, as the layer above would give them."""
+    return {
+        name: upstream[name]
+        if result.stride() == upstream[name].stride()
+        else torch.empty_like(result, requires_grad=False).copy_(upstream[name])
+        for name, result in results.items()
+    }

@@ -1,0 +1,148 @@
+"""The loader's bench: what is compared, what a row says, on tiny sets and with a clock that tells invented times."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from bench import data as bench_data
+from bench import rows
+from bench.data import BATCHES, Bench, FilePerSample, contenders, disagreement, figures, host, make_set, table
+from bench.timing import Timing
+from lightningdit.data import LatentDataset
+from tests.golden.golden import ROOT
+
+PUBLISHED = ROOT / "06_latents_dir"
+
+
+class Told:
+    """A device whose contenders, in the order they come, take the seconds it was told; every lap is really run."""
+
+    kind = "cpu"
+    l2_bytes = 0
+
+    def __init__(self, *seconds: float):
+        self.told, self.known = seconds, {}
+
+    def seconds(self, lap, count):
+        each = self.known.setdefault(lap, self.told[len(self.known) % len(self.told)])
+        lap()
+        return [each] * count
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("latents")
+    make_set(directory, 42)
+    return LatentDataset(directory)
+
+
+def test_the_set_made_for_a_run(latents):
+    assert len(latents) == 42 and latents.shape == (32, 16, 16) and latents.labels.tolist() == list(range(42))
+    assert len(list(latents.path.glob("*.safetensors"))) == 4
+    plain, mirrored = (latents.batch([0] * 42, range(42), flips=[flip] * 42)["x"] for flip in (False, True))
+    torch.testing.assert_close(plain.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
+    assert len(plain.unique(dim=0)) == 42 and not torch.equal(plain, mirrored)
+
+
+def test_both_ways_give_the_same_numbers(latents):
+    for data in (latents, LatentDataset(PUBLISHED), LatentDataset(PUBLISHED, latent_multiplier=0.5)):
+        published = FilePerSample(data)
+        assert len(published) == len(data)
+        assert disagreement(data, published) == ""
+
+
+class OneBit(FilePerSample):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x * (1 + 2**-23), y
+
+
+class OtherLabel(FilePerSample):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x, y + 1
+
+
+class NextRow(FilePerSample):
+    def __getitem__(self, index):
+        return super().__getitem__((index + 1) % len(self))
+
+
+class OtherDraw(FilePerSample):
+    def __getitem__(self, index):
+        np.random.uniform()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"), [(OneBit, "x"), (OtherLabel, "y"), (NextRow, "x and y"), (OtherDraw, "x")]
+)
+def test_a_wrong_bit_label_row_or_mirroring_is_a_disagreement(latents, wrong, what):
+    assert disagreement(latents, wrong(latents)).startswith(f"{what} differ")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_contender_reads_whole_epochs_in_an_order_of_its_own(latents, workers):
+    for contender in contenders([workers]):
+        stream = contender.stream(latents, 14, workers)
+        labels = [(batch["y"] if isinstance(batch, dict) else batch[1]) for batch in islice(stream, 6)]
+        first, second = torch.cat(labels[:3]), torch.cat(labels[3:])
+        assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(42)), str(contender)
+        assert first.tolist() != second.tolist() != list(range(42))
+        del stream
+
+
+def test_what_a_row_says(latents, tmp_path):
+    """Laps of 16 × 8 latents in 1, 2, 8 and 4 ms."""
+    out = tmp_path / "rows.jsonl"
+    got = Bench(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), batch_size=8).run(latents, [0, 1])
+    assert [(row["contender"], row["workers"]) for row in got] == [
+        ("latents", 0), ("latents", 1), ("file-per-sample", 0), ("file-per-sample", 1)]  # fmt: skip
+    assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000])
+    first = got[0]
+    assert first["p20_us"] == first["p50_us"] == first["p80_us"] == pytest.approx(1000 / 128) and first["spread"] == 0
+    ratios = {"latents-1": 2, "file-per-sample-0": 8, "file-per-sample-1": 4}
+    assert first["times_faster_than"] == pytest.approx(ratios)
+    assert (first["bytes"], first["calls"], first["kind"], first["status"]) == (32768, BATCHES * 8, "data", "ok")
+    assert first["cpu"] and first["cores"] >= 1 and first["load"] >= 0
+    assert list(rows.read(out, "cpu")) == json.loads(json.dumps(got))
+    assert "best against best: 4.0x" in table(got) and "128,000" in table(got)
+
+
+def test_quantiles_of_a_time_are_those_of_the_rate_the_other_way_round():
+    timings = {"a": Timing(2, "told", [float(n) for n in range(1, 12)]), "b": Timing(2, "told", [12.0])}
+    row = figures("a", timings, 100)
+    assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (3e6, 6e6, 9e6)
+    assert row["latents_per_second"] == 1 / 6 and row["spread"] == 1 and row["times_faster_than"] == {"b": 2}
+    shown = {"contender": "latents", "workers": 0, "batch_size": 8, "status": "ok", "p20_us": 20, "p80_us": 50}
+    assert "20,000 to 50,000" in table([row | host() | shown])
+
+
+def test_no_time_beside_wrong_numbers(latents, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_data, "disagreement", lambda data, published: "x differ")
+    got = Bench(Told(), rows.Log("cpu")).run(latents, [0])
+    assert [(row["status"], row["reason"]) for row in got] == [("incorrect", "x differ")] * 2
+    assert not any("p50_us" in row or "latents_per_second" in row for row in got)
+    assert table(got).count("incorrect: x differ") == 2 and "best" not in table(got)
+    assert bench_data.main(["--samples", "4", "--workers", "0"]) == 1
+
+
+def test_from_the_command_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_data, "HostDevice", lambda: Told(0.001, 0.01))
+    out = tmp_path / "rows.jsonl"
+    both = ["--batch-size", "2", "--workers", "0", "--out", str(out)]
+    assert bench_data.main(["--samples", "20", *both]) == bench_data.main(["--directory", str(PUBLISHED), *both]) == 0
+    assert [row["bytes"] for row in rows.read(out, "cpu")] == [32768] * 2 + [256] * 2
+    assert capsys.readouterr().out.count("best against best: 10.0x") == 2 and PUBLISHED.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("samples", "0"), ("batch-size", "-1"), ("workers", "-1"), ("workers", "a")]
+)
+def test_what_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        bench_data.main([f"--{option}", value])
+    assert f"--{option}: '{value}' is no whole number" in capsys.readouterr().err

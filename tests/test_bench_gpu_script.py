@@ -1,0 +1,159 @@
+"""`bench/gpu.sh` with an interpreter that only writes down what it is asked, and the tests it would run, collected."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: Imports that must not be needed on a GPU machine with torch, triton, pytest, numpy, safetensors and pydantic.
+LACKING = ("deepspeed", "timm", "lpips", "torch_fidelity", "torchdiffeq", "yaml", "tqdm", "tensorboard", "sklearn",
+           "matplotlib", "PIL", "torchvision", "scipy", "nvidia.dali")  # fmt: skip
+
+PARTS = ["machine", "build", "tests", "step", "data", "ops", "regress"]
+FAKE = """#!/usr/bin/env bash
+case "$*" in
+    "-m pytest "*) name=tests ;;
+    "-m bench."*) name=${2#bench.} ;;
+    setup.py*) name=build ;;
+    *) name=machine ;;
+esac
+printf '%s\\n' "$*" > "$CALLS/$name"
+[[ $name == ops ]] && echo 'swiglu XL bfloat16 forward  triton    150.0 µs ±0.1%  93.1% of the memory limit' \\
+    && echo 'swiglu XL bfloat16 forward  eager     900.0 µs' && echo 'rows: 2 ok'
+[[ $name == ops && -n ${TIME_IS_UP:-} ]] && echo 'time is up, not measured: swiglu L bfloat16'
+[[ $name == step ]] && echo 'LightningDiT-XL/1 batch 128 trainer 700.0 images/s'
+[[ $name == data ]] && echo 'best against best: 7.0x the way that opens one file per sample'
+[[ $name == regress ]] && { echo 'rows of ours: 1 unchanged'; exit "${GATE:-0}"; }
+[[ $name == tests ]] && echo '12 passed, 3 skipped in 5s'
+[[ " $FAILING " == *" $name "* ]] && exit 3
+exit 0
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs gpu.sh; returns its exit status, its output and the commands it gave to Python, by part."""
+    python = tmp_path / "python"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.mkdir()
+
+    def run(*arguments: str, failing: str = "", **environment: str):
+        variables = {**os.environ, "PYTHON": str(python), "CALLS": str(calls), "FAILING": failing, **environment}
+        command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+        return done.returncode, done.stdout + done.stderr, {p.name: p.read_text().strip() for p in calls.iterdir()}
+
+    return run
+
+
+def limits(printed: str) -> dict[str, int]:
+    """Part → its limit in seconds, as announced."""
+    heads = [line.removeprefix("== ") for line in printed.splitlines() if line.startswith("== ") and "at most" in line]
+    return {head.split(",")[0]: int(head.split("at most ")[1].split()[0]) for head in heads}
+
+
+def told(call: str) -> float:
+    """The minutes a part is told to keep to."""
+    words = call.split()
+    return float(words[words.index("--minutes") + 1])
+
+
+def test_every_part_runs_in_order_within_the_time(script, tmp_path):
+    status, printed, calls = script("results", "9")
+    out = tmp_path / "results"
+    assert status == 0, printed
+    assert list(limits(printed)) == PARTS
+    assert "-m gpu" in calls["tests"] and "tests/test_kernels_ops.py" in calls["tests"]
+    assert all(f"--out {out}/rows.jsonl" in calls[part] for part in ("step", "data", "ops"))
+    assert "--quick" in calls["step"] and calls["regress"].startswith(f"-m bench.regress {out}/rows.jsonl ")
+    given = limits(printed)
+    assert 125 <= given["tests"] <= 135 and 310 <= given["step"] <= 324, "what a part leaves goes to the next ones"
+    assert 440 <= given["ops"] <= 459 and 500 <= given["regress"] <= 540
+    for part in ("tests", "ops", "regress"):
+        assert 0.8 * given[part] <= 60 * told(calls[part]) <= 0.9 * given[part]
+    summary = (out / "summary.txt").read_text()
+    assert "12 passed, 3 skipped" in summary and "93.1% of the memory limit" in summary and "eager" not in summary
+    assert "700.0 images/s" in summary and "7.0x the way" in summary and "rows of ours: 1 unchanged" in summary
+    assert summary.endswith("all parts ok\n") and printed.endswith(summary)
+    assert {path.name for path in out.iterdir()} == {*(f"{part}.log" for part in PARTS), "summary.txt"}
+
+
+def test_the_gate_without_committed_rows_is_no_failure(script, tmp_path):
+    status, _, _ = script(str(tmp_path / "results"), GATE="2")
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert status == 0 and "regress      nothing to compare with" in summary and summary.endswith("all parts ok\n")
+    status, printed, _ = script(str(tmp_path / "results"), GATE="1")
+    assert status == 1 and "not ok: regress" in printed
+
+
+def test_the_gate_is_told_what_the_run_has_left_out(script, tmp_path):
+    out = str(tmp_path / "results")
+    assert script(out)[2]["regress"].endswith("--partial step")
+    for why in ({"TIME_IS_UP": "1"}, {"failing": "ops"}):
+        assert script(out, **why)[2]["regress"].endswith("--partial step --partial op")
+
+
+@pytest.mark.parametrize("failing", ["tests", "step", "machine tests ops"])
+def test_a_failing_part_does_not_stop_the_others_and_is_told(failing, script, tmp_path):
+    status, _, calls = script(str(tmp_path / "results"), "3", failing=failing)
+    assert status == 1 and set(calls) == set(PARTS)
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert summary.endswith(f"not ok: {failing}\n") and summary.count("failed with status 3") == len(failing.split())
+
+
+def test_a_part_that_hangs_is_cut_off(script, tmp_path):
+    """`timeout` says so with the status 124; here it says so at once."""
+    (tmp_path / "bin").mkdir()
+    timeout = tmp_path / "bin" / "timeout"
+    timeout.write_text("#!/usr/bin/env bash\nexit 124\n")
+    timeout.chmod(0o755)
+    status, _, calls = script("results", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert status == 1 and not calls
+    assert (tmp_path / "results" / "summary.txt").read_text().count("cut off") == len(PARTS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("out", "soon"), ("out", "0"), ("out", "-1")])
+def test_wrong_arguments_are_refused(arguments, script):
+    status, printed, calls = script(*arguments)
+    assert status != 0 and "usage: bash bench/gpu.sh OUT_DIR [MINUTES]" in printed and not calls
+
+
+def test_gpu_tests_are_collected_without_the_other_packages(script, tmp_path):
+    """With the very command of the script, in a process that finds nothing else."""
+    _, _, calls = script("results", "1")
+    command = calls["tests"].split()[2:]
+    hide = f"""
+import sys
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        if not any(name == lacking or name.startswith(lacking + ".") for lacking in {LACKING}):
+            return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+import bench.data, bench.ops, bench.regress, bench.step, pytest
+sys.exit(pytest.main({command!r} + ["--collect-only"]))
+"""
+    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    collected = [line for line in lines if "::" in line]
+    assert len(collected) > 100 and "error" not in lines[-1]
+    assert "-XL-bfloat16-cuda" in collected[0], "the most telling first"
+
+
+def test_tests_that_begin_too_late_are_skipped(tmp_path):
+    (tmp_path / "test_late.py").write_text("def test_one(): assert False\ndef test_two(): assert False\n")
+    from bench import deadline
+
+    for minutes, status in (("0", pytest.ExitCode.OK), ("1", pytest.ExitCode.TESTS_FAILED)):
+        arguments = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--minutes", minutes, str(tmp_path)]
+        assert pytest.main(arguments, plugins=[deadline]) == status

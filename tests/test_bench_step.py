@@ -1,0 +1,186 @@
+"""The bench of whole steps, on a CPU: that everybody trains the same network, and the arithmetic of its rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import step as bench_step
+from bench.breakdown import Interval, breakdown, kind_of, longest
+from bench.plain import PlainLightningDiT
+from bench.rows import Log
+from bench.step import Bench, Job, jobs, text, work_through, wrong_losses
+from bench.timing import HostDevice
+from bench.training import BETAS, EMA_DECAY, EPS, LR, VARIANTS, BareStep, Inputs, PlainStep, Variant, make_network
+from kernels import select
+from lightningdit.config import ModelConfig
+from tests.golden import close, close_grads
+
+ROOT = Path(__file__).parents[1]
+TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
+                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+BARE = Variant("bare", "bare", kernels="reference", compile="none")
+PLAIN = Variant("plain-eager", "plain", compile="none")
+
+
+def test_the_plain_peer_is_our_network():
+    """In float32: outputs and the gradients of every weight."""
+    ours = make_network(TINY, select("reference"))
+    plain = PlainLightningDiT(make_network(TINY, select("reference")))
+    x1, _, t, y = Inputs(TINY, 3, "cpu").sets[0]
+    with torch.autocast("cpu", enabled=False), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "autocast", lambda *a, **k: torch.amp.autocast_mode.autocast("cpu", enabled=False))
+        got = plain(x1, t, y)
+    want = ours(x1, t, y)
+    close("output", got, want.detach(), atol=1e-5)
+    for result in (got, want):
+        result.square().mean().backward()
+    theirs, mine = ({n: p.grad for n, p in net.named_parameters() if p.requires_grad} for net in (plain.network, ours))
+    close_grads("plain", theirs, mine)
+
+
+def test_the_plain_peer_refuses_what_it_is_not():
+    config = TINY.model_copy(update={"use_qknorm": True})
+    with pytest.raises(ValueError, match="no QK norm"):
+        PlainLightningDiT(make_network(config, select("reference")))
+
+
+def test_both_engines_take_the_steps_of_torch_adamw():
+    """bfloat16 products, so the losses agree to its 8 bits; and they fall."""
+    bare, plain = BareStep(BARE, TINY, 8, "cpu"), PlainStep(PLAIN, TINY, 8, "cpu")
+    pairs = [(float(bare()), float(plain())) for _ in range(4)]
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in pairs)
+    assert float(bare.norm) == pytest.approx(float(plain.norm), rel=0.1)
+
+
+def test_the_bare_engine_against_torch_adamw():
+    """One step in float32 arithmetic of its own gradient: weights, average and the bfloat16 copy."""
+    step = BareStep(BARE, TINY, 4, "cpu")
+    before, gradients, update = step._master.clone(), [], step._ops.adamw_ema_
+
+    def recorded(param, grad, *states, **numbers):
+        gradients.append(grad.float())
+        update(param, grad, *states, **numbers)
+
+    step._ops = SimpleNamespace(adamw_ema_=recorded)
+    step()
+    weights = torch.nn.Parameter(before.clone())
+    (weights.grad,) = gradients
+    torch.optim.AdamW([weights], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0).step()
+    close("weights", step._master, weights.detach(), atol=1e-6)
+    close("average", step._states[2], EMA_DECAY * before + (1 - EMA_DECAY) * weights.detach(), atol=1e-6)
+    assert torch.equal(step._copy, step._master.bfloat16())
+    assert step._parameters[0].untyped_storage().data_ptr() == step._copy.untyped_storage().data_ptr()
+
+
+def bench(path=None, **settings) -> Bench:
+    return Bench(HostDevice(), Log("cpu", path), None, seconds=0.01, rounds=2, **settings)
+
+
+def test_rows_of_a_job(tmp_path, capsys):
+    job = Job("tiny", TINY, 4, (BARE, PLAIN))
+    rows = bench(tmp_path / "rows.jsonl").run(job)
+    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in written] == ["bare", "plain-eager"] and written[0]["device"] == "cpu"
+    first = rows[0]
+    assert first["images_per_second"] == pytest.approx(4 / (first["p50_ms"] / 1e3))
+    hours = 64 * 1_281_167 / (8 * first["images_per_second"]) / 3600
+    assert first["extrapolated"]["hours"] == pytest.approx(hours)
+    assert first["times_faster_than"]["plain-eager"] == pytest.approx(rows[1]["p50_ms"] / first["p50_ms"])
+    assert first["mfu"] is None and first["peak_gb"] is None, "a CPU's rows claim no part of a GPU"
+    assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
+
+
+def test_what_cannot_run_is_recorded_and_the_rest_goes_on():
+    def make(variant, *arguments):
+        if variant.engine == "trainer":
+            raise ModuleNotFoundError("No module named 'deepspeed'")
+        if variant.name == "bare-eager":
+            raise RuntimeError("out of memory")
+        return PlainStep(PLAIN, *arguments)
+
+    variants = (VARIANTS["trainer"], VARIANTS["bare-eager"], PLAIN)
+    rows = bench(make=make).run(Job("tiny", TINY, 2, variants))
+    assert [row["status"] for row in rows] == ["unavailable", "failed", "ok"]
+    assert "deepspeed" in rows[0]["reason"] and "out of memory" in rows[1]["reason"]
+
+
+def test_another_loss_is_incorrect_and_not_timed():
+    losses = {"plain-eager": 2.0, "bare": 2.03, "bare-eager": 2.05, "trainer": None}
+    assert wrong_losses(losses).keys() == {"bare-eager"}
+    assert wrong_losses({"plain-eager": 2.0, "bare": float("nan")}).keys() == {"bare"}
+    assert wrong_losses({"bare": 7.0}) == {}, "nobody to compare with"
+
+    def make(variant, *arguments):
+        step = PlainStep(PLAIN, *arguments)
+        return (lambda: step() * 1.1) if variant.name == "bare" else step
+
+    rows = bench(make=make).run(Job("tiny", TINY, 2, (VARIANTS["bare"], PLAIN)))
+    assert [(row["variant"], row["status"]) for row in rows] == [("bare", "incorrect"), ("plain-eager", "ok")]
+
+
+def test_no_job_begins_that_would_end_late(monkeypatch, capsys):
+    times = iter([0.0, 0.0, 50.0, 50.0])
+    monkeypatch.setattr(Bench, "run", lambda self, job: [{"status": "ok"}])
+    todo = list(jobs(["LightningDiT-XL/1"], [64, 32], ["bare"]))
+    assert work_through(bench(), todo, 1.5, clock=lambda: next(times)) == 0
+    assert "not measured: LightningDiT-XL/1 batch 32" in capsys.readouterr().out
+    assert [job.batch for job in jobs(["LightningDiT-XL/1"], [], ["bare"])] == [128, 64]
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert bench_step.main(["--quick"]) == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_breakdown_by_hand():
+    intervals = [
+        Interval("nvjet_tst_128x256_64x4", 0.000, 0.010),
+        Interval("rope_attention_fwd_kernel", 0.012, 0.016),
+        Interval("gated_residual_fwd_kernel", 0.015, 0.018),  # beside the one before: no gap, and both count
+        Interval("adamw_ema_kernel", 0.020, 0.024),
+    ]
+    found = breakdown(reversed(intervals), steps=2)
+    want = {"gemm": 5.0, "attention": 2.0, "memory": 1.5, "optimizer": 2.0, "communication": 0.0, "idle": 2.0}
+    assert found == pytest.approx(want)
+    assert [row["kind"] for row in longest(intervals, 2, count=2)] == ["gemm", "attention"]
+    assert breakdown([], 1)["idle"] == 0.0
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sm90_xmma_gemm_bf16bf16_bf16f32", "gemm"),
+    ("void cutlass::Kernel2<cutlass_80_wmma", "gemm"),
+    ("cublasLt::splitKreduce_kernel", "gemm"),
+    ("triton_red_fused_sum_3", "memory"),
+    ("Memcpy DtoD", "memory"),
+    ("void at::native::multi_tensor_apply_kernel<...FusedAdam", "optimizer"),
+    ("pytorch_flash::flash_fwd_kernel", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90", "attention"),
+    ("ncclDevKernel_AllReduce", "communication"),
+])  # fmt: skip
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(name) == kind
+
+
+TRAINER = """
+from bench.training import TrainerStep, Variant
+from tests.test_bench_step import TINY
+variant = Variant("trainer", "trainer", kernels="reference", compile="none", recompute="pointwise")
+step = TrainerStep(variant, TINY, 8, "cpu", images=64, workers=0, steps=5)
+for _ in range(3):
+    assert step() is None
+trainer = step._trainer
+assert trainer.step == 3 and trainer.engines["model"].optimizer.read_counters()["applied"] == 3
+network = trainer.task.networks["model"]
+assert network.config.depth == TINY.depth and network.config.use_checkpoint == "pointwise"
+"""
+
+
+def test_the_trainer_takes_steps_of_the_run_file():
+    done = subprocess.run([sys.executable, "-c", TRAINER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
