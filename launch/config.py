@@ -45,6 +45,8 @@ class TrainConfig(Section):
 
     `ckpt` names a checkpoint to go on from; otherwise, with `resume`, the newest of the output directory is taken.
     `weight_init` starts from weights alone. `global_batch_size` counts images per optimizer step over all processes.
+    `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
+    "cudagraphs" is Inductor with CUDA graphs.
     """
 
     max_steps: Positive | None = None
@@ -57,11 +59,12 @@ class TrainConfig(Section):
     ckpt_every: Positive = 20_000
     weight_init: str | None = None
     resume: bool = True
-    use_checkpoint: bool = False
+    use_checkpoint: dit.Recompute = False
     max_epochs: Positive | None = None
     micro_batch_size: Positive | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
     keep_checkpoints: Positive | None = None
     valid_every: Positive | None = None
     valid_batches: Positive = 8
@@ -178,6 +181,9 @@ class LightningDiTRun(Section):
         ratio = self.vae.downsample_ratio
         if self.data.image_size % ratio:
             raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of downsample_ratio {ratio}")
+        if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
+            raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
+                             "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
         return self
 
     def network(self) -> dit.ModelConfig:
@@ -191,9 +197,14 @@ class LightningDiTRun(Section):
 
 
 class TokenizerTrainConfig(TrainConfig):
-    """The `train` section of a tokenizer file; one setting holds for both networks."""
+    """The `train` section of a tokenizer file; one setting holds for both networks.
+
+    Nothing is compiled: balancing the terms asks for gradients of the last layer alone, and a compiled backward pass
+    always runs whole.
+    """
 
     global_batch_size: Positive = 256
+    compile: Literal["none"] = "none"
 
 
 class TokenizerOptimizerConfig(OptimizerConfig):

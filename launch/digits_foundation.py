@@ -4,7 +4,6 @@ DINOv2's weights are a download of more than a gigabyte. The stand-in learns to 
 held-out ones); its patch tokens, one for each latent position, are what the tokenizer aligns to.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.checkpoint import write_json
 from launch.digits import CLASSES, Digits
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
@@ -70,7 +70,7 @@ def train_foundation(
     config = MODEL.model_copy(update={"weights": str(path)})
     facts = {"config": config.model_dump(mode="json"), "grid": GRID}
     facts |= {"seed": seed, "steps": steps, "heldout_accuracy": accuracy}
-    path.with_suffix(".json").write_text(json.dumps({"kind": "foundation", **facts}, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), {"kind": "foundation", **facts})
     return config, accuracy
 
 

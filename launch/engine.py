@@ -104,6 +104,25 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
+def compile_mode(asked: str, stage: int) -> str:
+    """What `train.compile` comes to on this machine under a ZeRO stage: a mode other than "auto"."""
+    if asked != "auto":
+        return asked
+    return "inductor" if uses_cuda() and stage < 3 else "none"
+
+
+def compile_network(module: nn.Module, mode: str) -> None:
+    """Let `module.forward` run compiled, as one graph for each shape; a graph break is an error.
+
+    Not the call around it: DeepSpeed's hooks on the module cannot be traced.
+    """
+    if mode == "none":
+        return
+    backend = "inductor" if mode == "cudagraphs" else mode
+    options = {"triton.cudagraphs": True} if mode == "cudagraphs" else None
+    module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+
 def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int,
                      overrides: dict) -> dict:
     """DeepSpeed's own configuration of one engine.
@@ -120,6 +139,7 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
     }
     if stage in (1, 2):
         config["zero_optimization"]["compute_grad_norm"] = False
@@ -136,9 +156,10 @@ class Engine:
         module: the network, float32, with the weights to start from already in it.
         make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
         config: as made by `deepspeed_config`.
+        compile: a mode of `compile_network`.
     """
 
-    def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict):
+    def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict, compile: str = "none"):
         self.module = module
         self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._buffers = [name for name in module.state_dict() if name in dict(module.named_buffers())]
@@ -154,6 +175,7 @@ class Engine:
         if self._stage < 3:  # ZeRO 3 shards them, rounded
             for name, value in self._frozen.items():
                 module.get_parameter(name).data = value.to(device)
+        compile_network(module, compile)
         self._begin()
         for name, value in masters.items():
             self._write(name, "model", value)

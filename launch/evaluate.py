@@ -1,13 +1,15 @@
-"""`python -m launch evaluate`: samples against a reference, or reconstructions against originals, in figures.
+"""`python -m launch evaluate`: samples against a reference, reconstructions against originals, latents, in figures.
 
     evaluate --samples samples.npz --reference imagenet256.npz
     evaluate CONFIG --samples samples/                       # reference: the config's data.fid_reference_file
     evaluate --tokenizer vavae.safetensors --originals imagenet/val --image-size 256
     evaluate --reconstructions decoded/ --originals images/
+    evaluate --latents latents/ --repeats 10                 # how evenly they fill their space
 
 Samples, originals and reconstructions are folders of images or npz files with `arr_0`; a reference may also be an npz
 with the statistics `mu` and `sigma` (and `mu_s`, `sigma_s` for sFID). What made the samples is read from the JSON
-beside them: `samples.json` for `samples.npz`, `folder/samples.json` for `folder`.
+beside them: `samples.json` for `samples.npz`, `folder/samples.json` for `folder`. With a CONFIG, latents are mirrored
+where its `data.latent_flip` says so, else half of them are, as published.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from launch.checkpoint import write_json
 from launch.config import load, select_ops
 from launch.evaluation import (
     Reconstructions,
@@ -27,17 +30,20 @@ from launch.evaluation import (
 )
 from launch.features import Extractor, FoundationFeatures, InceptionFeatures
 from launch.image_source import open_images
+from launch.latent_space import evaluate_latents
+from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 
 
 def main(argv: list[str]) -> int:
     """Measure, print, and write JSON; returns the exit status."""
     args = _parse(argv)
-    result = _reconstructions(args) if args.originals else _samples(args)
+    measure = _samples if args.samples else _reconstructions if args.originals else _latents
+    result = measure(args)
     print(as_text(result))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.output, result)
         print(f"written to {args.output}")
     return 0
 
@@ -46,7 +52,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="LightningDiT file whose data.fid_reference_file is the reference")
+    parser.add_argument("config", nargs="?", help="LightningDiT file: its data section names what is not given here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for CONFIG")
     data = parser.add_argument_group("images")
     data.add_argument("--samples", type=Path, help="generated images")
@@ -59,7 +65,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_argument(
         "--posterior", default="sample", choices=["sample", "mode"], help="what of the encoding to decode"
     )
-    data.add_argument("--seed", type=int, default=0, help="of the posterior's samples")
+    data.add_argument("--seed", type=int, default=0, help="of the posterior's samples, and of the choice of vectors")
+    space = parser.add_argument_group("latents")
+    space.add_argument("--latents", type=Path, help="directory of latents, as extract writes them or published")
+    space.add_argument("--vectors", type=int, help="how many to draw (default: 10,000, or one of each image if fewer)")
+    space.add_argument("--repeats", type=int, default=1, help="draws to average over, a minute each (published: 10)")
     nets = parser.add_argument_group("networks")
     nets.add_argument("--inception-weights", type=Path, help="torch-fidelity's file (default: download)")
     nets.add_argument("--foundation", type=Path, help="compare by this foundation model instead of Inception")
@@ -80,8 +90,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _require_pair(args: argparse.Namespace) -> None:
     """Exactly one question must have been asked."""
-    if (args.samples is None) == (args.originals is None):
-        raise ValueError("evaluate needs either --samples or --originals")
+    asked = [name for name in ("samples", "originals", "latents") if getattr(args, name) is not None]
+    if len(asked) != 1:
+        raise ValueError(f"evaluate needs one of --samples, --originals and --latents, got {len(asked)} of them")
     if args.originals and (args.reconstructions is None) == (args.tokenizer is None):
         raise ValueError("--originals needs either --reconstructions or --tokenizer")
     if args.batch_size < 1:
@@ -124,6 +135,16 @@ def _reconstructions(args: argparse.Namespace) -> dict:
     )  # fmt: skip
 
 
+def _latents(args: argparse.Namespace) -> dict:
+    flip = True
+    if args.config is not None:
+        run, _ = load(args.config, args.overrides, kind="lightningdit")
+        flip = run.data.latent_flip
+    latents = LatentDataset(args.latents, latent_flip=flip)
+    result = evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed)
+    return result | _metadata(args, None)
+
+
 def _unless_missing(build, figure: str, skipped: dict[str, str]):
     """A network, or None with the reason where its weights cannot be had; the other figures do not need it."""
     try:
@@ -158,8 +179,8 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
 
 def as_text(result: dict) -> str:
     """The figures first, then what they are figures of, a line each."""
-    figures = [f"{name:<16}{value:.4f}" for name, value in result["metrics"].items()]
-    skipped = [f"{name:<16}not measured: {reason}" for name, reason in result["skipped"].items()]
-    facts = [f"{k:<16}{v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes")]
+    figures = [f"{name:<15} {value:.4f}" for name, value in result["metrics"].items()]
+    skipped = [f"{name:<15} not measured: {reason}" for name, reason in result["skipped"].items()]
+    facts = [f"{k:<15} {v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes")]
     notes = [f"note: {note}" for note in result["notes"]]
     return "\n".join([*figures, *skipped, "", *facts, *notes])

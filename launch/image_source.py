@@ -1,4 +1,4 @@
-"""Where images to measure come from: a folder of files, an `.npz`, or memory. uint8 `[B, H, W, 3]`, a fixed order."""
+"""Where images to measure come from: a folder of files or an `.npz`. uint8 `[B, H, W, 3]`, a fixed order."""
 
 import os
 import zipfile
@@ -27,21 +27,6 @@ class ImageSource(Protocol):
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 `[size, H, W, 3]` (the last one may be smaller), always in the same order."""
         ...
-
-
-class MemoryImages:
-    """Images that are there already: uint8 `[N, H, W, 3]`."""
-
-    def __init__(self, images: Tensor, description: str = "memory"):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {tuple(images.shape)}")
-        self.images, self.description = images, description
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        yield from self.images.split(size)
 
 
 class NpzImages:

@@ -1,22 +1,34 @@
 """Which samples a step sees, and the loader that brings them: a function of the step alone, so resuming is exact."""
 
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightningdit.seeds import generator
 
+Tensors = dict[str, torch.Tensor]
+Key = tuple[int, int]  # step and micro-batch
+
 
 class Batches(Protocol):
-    """What a task gives to load from: `batch` depends on its arguments (and the task's seed) alone."""
+    """What a task gives to load from: `batch` depends on its arguments (and the task's seed) alone.
+
+    Where it says `threaded = True`, `batch` also takes `pin_memory`, and is called from several threads at once: it
+    should hold Python's lock for as little as it can. Otherwise it is called in processes of its own.
+    """
 
     def __len__(self) -> int: ...
 
-    def batch(self, epochs: torch.Tensor, indices: torch.Tensor) -> dict[str, torch.Tensor]: ...
+    def batch(self, epochs: torch.Tensor, indices: torch.Tensor) -> Tensors: ...
 
 
 @dataclass
@@ -30,25 +42,27 @@ class SampleOrder:
     num_samples: int
     global_batch_size: int
     seed: int
-    _permutations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    _permutations: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def slice(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Epochs and sample indices (int64 `[stop − start]`) of part of the global batch of `step`."""
         first = (step - 1) * self.global_batch_size
-        positions = torch.arange(first + start, first + stop)
-        epochs = positions // self.num_samples
-        indices = torch.empty_like(positions)
-        for epoch in epochs.unique().tolist():
+        epochs, places = np.divmod(np.arange(first + start, first + stop), self.num_samples)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            indices[here] = self._permutation(epoch)[positions[here] % self.num_samples]
-        return epochs, indices
+            indices[here] = self._permutation(epoch)[places[here]]
+        return torch.from_numpy(epochs), torch.from_numpy(indices)
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._permutations:
-            # A batch can straddle two epochs, hardly more: older permutations are not needed again.
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
-        return self._permutations[epoch]
+    def _permutation(self, epoch: int) -> np.ndarray:
+        found = self._permutations.get(epoch)
+        if found is None:
+            found = torch.randperm(self.num_samples, generator=generator(self.seed, epoch)).numpy()
+            # Steps near each other, in whatever order threads come to them, hardly need more than an epoch's
+            # neighbours. The dict is replaced, never changed, so that no thread meets it half done.
+            near = {e: p for e, p in self._permutations.items() if abs(e - epoch) <= 1}
+            self._permutations = near | {epoch: found}
+        return found
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,15 @@ class Split:
 
 
 class _MicroBatches(Dataset):
-    def __init__(self, batches: Batches, order: SampleOrder, split: Split, rank: int):
-        self._batches, self._order, self._split, self._rank = batches, order, split, rank
+    """Micro-batches by step and number. options: for `batch`."""
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __init__(self, batches: Batches, order: SampleOrder, split: Split, rank: int, **options):
+        self._order, self._split, self._rank = order, split, rank
+        self._batch = partial(batches.batch, **options)
+
+    def __getitem__(self, key: Key) -> Tensors:
         step, micro = key
-        return self._batches.batch(*self._order.slice(step, *self._split.bounds(micro, self._rank)))
+        return self._batch(*self._order.slice(step, *self._split.bounds(micro, self._rank)))
 
 
 class _Keys(Sampler):
@@ -104,12 +121,33 @@ def _leave_signals_to_main(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _ahead(load: Callable[[Key], Tensors], keys: Iterable[Key], threads: int) -> Iterator[Tensors]:
+    """What `load` gives for each key, in order, read ahead by so many threads, two keys each."""
+    keys = iter(keys)
+    # As torch's own pinning thread does, lest each of these start a team of threads for its part of a batch.
+    with ThreadPoolExecutor(threads, "loader", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        coming = deque(pool.submit(load, key) for key in islice(keys, 2 * threads))
+        try:
+            while coming:
+                loaded = coming.popleft().result()
+                coming.extend(pool.submit(load, key) for key in islice(keys, 1))
+                yield loaded
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def micro_batches(batches: Batches, order: SampleOrder, split: Split, rank: int, *, first_step: int, last_step: int,
-                  num_workers: int, pin_memory: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`."""
+                  num_workers: int, pin_memory: bool) -> Iterator[Tensors]:
+    """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`.
+
+    The workers are threads where the batches are `threaded`, at least one; else processes, and nothing is read ahead
+    without any. With pin_memory the batches lie where a GPU can fetch them by itself.
+    """
     keys = _Keys(first_step, last_step, split.accumulation)
-    dataset = _MicroBatches(batches, order, split, rank)
+    if getattr(batches, "threaded", False):
+        load = _MicroBatches(batches, order, split, rank, pin_memory=pin_memory).__getitem__
+        return _ahead(load, keys, max(num_workers, 1))
     return iter(DataLoader(
-        dataset, sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main if num_workers else None,
+        _MicroBatches(batches, order, split, rank), sampler=keys, batch_size=None, num_workers=num_workers,
+        pin_memory=pin_memory, worker_init_fn=_leave_signals_to_main if num_workers else None,
     ))  # fmt: skip

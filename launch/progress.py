@@ -13,24 +13,27 @@ from tqdm import tqdm
 
 
 class Meter:
-    """Means of device scalars since the last reading, over micro-batches, steps and processes.
+    """Means of device scalars since the last reading, over micro-batches, steps and processes; of integers the sums.
 
     Non-finite values are left out: they belong to steps that were skipped, and those are counted elsewhere.
     """
 
     def __init__(self):
         self._sums: dict[str, torch.Tensor] = {}  # name → [sum of finite values, how many]
+        self._counts: set[str] = set()  # names of integers
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Add one micro-batch's scalars; nothing is copied to the host."""
         for name, value in values.items():
+            if not value.is_floating_point():
+                self._counts.add(name)
             value = value.detach().double()
             finite = torch.isfinite(value)
             entry = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.double()])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def read(self) -> dict[str, float | None]:
-        """Means over all processes, with one copy to the host, and start anew; None where nothing was finite.
+        """Means and sums over all processes, one copy to the host, and start anew; None where nothing was finite.
 
         Every process must call it.
         """
@@ -39,8 +42,9 @@ class Meter:
         sums = torch.stack(list(self._sums.values()))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        means = (total / count if count else None for total, count in sums.tolist())
-        row = dict(zip(self._sums, means, strict=True))
+        row = {}
+        for name, (total, count) in zip(self._sums, sums.tolist(), strict=True):
+            row[name] = int(total) if name in self._counts else total / count if count else None
         self._sums = {}
         return row
 

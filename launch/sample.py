@@ -3,7 +3,8 @@
 `sample.fid_num` images, label of image i being i modulo the number of classes (or those of --labels, one image each),
 in DIR/samples.npz: `arr_0` uint8 [N, H, W, 3] as the ADM evaluator takes it, `arr_1` the labels; what made them in
 DIR/samples.json, a picture of the first ones in DIR/samples.png. Image i depends on `sample.seed` and i alone: an
-interrupted run goes on with the images it lacks, and the number of processes changes nothing.
+interrupted run goes on with the images it lacks, and the number of processes changes nothing. With `sample.likelihood`
+the npz also holds `log_likelihood` [N], of the normalised latents under the model in nats.
 
 --demo: the eight images of the published demo (scale 9, neither interval nor shift).
 """
@@ -115,14 +116,16 @@ class Generator:
 
     @torch.no_grad()
     def images(self, indices: Sequence[int], labels: Sequence[int]) -> dict:
-        """{"images": uint8 [b, H, W, 3], "nfe", "guided_nfe"} of the samples with these indices."""
+        """{"images": uint8 [b, H, W, 3], "nfe", "guided_nfe"} of the samples with these indices, and where the settings
+        ask for it "log_likelihood": float32 [b]."""
         config, device = self.model.config, self.model.pos_embed.device
         y = torch.tensor([labels[i] for i in indices], device=device)
         shape = (config.in_channels, config.input_size, config.input_size)
         made = sample(self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label)
         pixels = to_uint8(self.tokenizer.decode(self.statistics.denormalise(made.latents)))
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return {"images": images, "nfe": made.nfe, "guided_nfe": made.guided_nfe}
+        found = {"images": images, "nfe": made.nfe, "guided_nfe": made.guided_nfe}
+        return found if made.log_likelihood is None else found | {"log_likelihood": made.log_likelihood.cpu().numpy()}
 
 
 def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] | None) -> list[int]:
@@ -208,7 +211,7 @@ def _save_part(path: Path, **arrays) -> None:
 def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> None:
     """Join the parts: npz, picture, and last the description that makes them count."""
     temporary = output / ".samples.npz"
-    first, nfe, guided = [], [], []
+    first, nfe, guided, likelihoods = [], [], [], []
     with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         # A ZipInfo of one's own has a fixed date: equal images are equal files.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
@@ -217,6 +220,8 @@ def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> 
                     images = content["images"]
                     nfe.append(int(content["nfe"]))
                     guided.append(int(content["guided_nfe"]))
+                    if "log_likelihood" in content:
+                        likelihoods.append(content["log_likelihood"])
                 if not first:
                     shape = (len(labels), *images.shape[1:])
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -224,11 +229,17 @@ def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> 
                 if sum(map(len, first)) < 1000:
                     first.append(images)
                 file.write(images.tobytes())
-        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-            np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+        more = {"arr_1": np.array(labels, dtype=np.int64)}
+        if likelihoods:
+            more["log_likelihood"] = np.concatenate(likelihoods)
+        for name, array in more.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
+                np.lib.format.write_array(file, array)
     os.replace(temporary, output / "samples.npz")
     _picture(np.concatenate(first), labels, output / "samples.png")
     mean = {"nfe": sum(nfe) / len(nfe), "guided_nfe": sum(guided) / len(guided)}
+    if likelihoods:
+        mean["log_likelihood"] = float(more["log_likelihood"].mean())
     write_json(output / "samples.json", facts | mean)
     shutil.rmtree(output / "parts")
 

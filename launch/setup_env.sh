@@ -3,7 +3,7 @@
 #
 # An active virtual or conda environment whose torch is the pinned one is used as it is: what it lacks is added, what it
 # has is left alone. Otherwise .venv at the root of the repository is made once and brought up to date whenever
-# pyproject.toml changes. Arguments: extras (test, dali).
+# pyproject.toml changes. Arguments: extras (test, dali). The CUDA kernels are built in place when csrc has changed.
 
 _say() { printf '[setup] %s\n' "$*" >&2; }
 
@@ -30,7 +30,27 @@ _new_enough_python() {
     return 1
 }
 
+# The CUDA kernels, where they can be built and are of use: on a machine with a GPU, and to test them.
+_build_extension() {
+    local stamp="$_root/build/.extension" want
+    [ "${LIGHTNINGDIT_CUDA:-1}" != 0 ] || return 0
+    [[ " $* " == *" test "* ]] || command -v nvidia-smi >/dev/null 2>&1 || return 0
+    want="$(find "$_root/setup.py" "$_root/csrc" -type f -print0 | sort -z | xargs -0 cat | cksum)"
+    want+=" $("$PYTHON" --version) $_pinned_torch ${LIGHTNINGDIT_CUDA_ARCHS:-}"
+    [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
+    _say "building the CUDA kernels (a minute the first time)"
+    mkdir -p "$_root/build"
+    (cd "$_root" && "$PYTHON" setup.py --quiet build_ext --inplace) >"$_root/build/extension.log" 2>&1 ||
+        { _say "the CUDA kernels do not build:"; cat "$_root/build/extension.log" >&2; return 1; }
+    sed -n 's/^lightningdit: /[setup] /p' "$_root/build/extension.log" >&2
+    printf '%s' "$want" >"$stamp"
+}
+
 setup_environment() {
+    _set_python "$@" && _build_extension "$@"
+}
+
+_set_python() {
     local extras stamp want absent
     extras="$(IFS=,; printf '%s' "$*")"
     if PYTHON="$(_python_of_active_environment)"; then

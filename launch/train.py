@@ -4,6 +4,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,10 @@ from lightningdit.model import LightningDiT
 from lightningdit.task import LightningDiTTask
 from vavae.data import ImageFolder
 from vavae.task import VavaeTask
+
+if TYPE_CHECKING:
+    from launch.engine import Processes
+    from launch.trainer import Trainer
 
 Run = LightningDiTRun | VavaeRun
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -45,9 +50,16 @@ def main(argv: list[str]) -> int:
 def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     """Train as `run` says → the run's directory, and the signal that ended it early or None."""
     from launch.engine import start_processes  # imports DeepSpeed: seconds that a dry run need not wait
+
+    trainer = make_trainer(run, kind, start_processes())
+    return trainer.plan.directory, trainer.run()
+
+
+def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
+    """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
     from launch.trainer import Plan, Trainer
 
-    train, processes = run.train.validating(run.data.valid_path), start_processes()
+    train = run.train.validating(run.data.valid_path)
     ops = select_ops(run.kernels)
     task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
     name = train.exp_name
@@ -65,7 +77,7 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     if processes.is_main:
         print(f"training {kind} in {directory}: {plan.last_step:,} steps of {train.global_batch_size} images, "
               f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}")
-    return directory, trainer.run()
+    return trainer
 
 
 def _vavae_task(run: VavaeRun, ops) -> tuple[VavaeTask, ImageFolder | None]:
@@ -86,7 +98,8 @@ def _vavae_task(run: VavaeRun, ops) -> tuple[VavaeTask, ImageFolder | None]:
 def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
     seed = run.train.global_seed
     task = LightningDiTTask(
-        run.network(), run.transport, run.data, ops, seed=seed, residual_dtype=getattr(torch, run.train.residual_dtype)
+        run.network(), run.transport, run.data, ops, seed=seed,
+        residual_dtype=getattr(torch, run.train.residual_dtype), fold_biases=run.deepspeed.zero_stage < 3,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)

@@ -2,7 +2,7 @@
 
 import platform
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from kernels.registry import Ops
 from launch import checkpoint
 from launch.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from launch.engine import Engine, Processes, deepspeed_config
+from launch.engine import Engine, Processes, compile_mode, deepspeed_config
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter
@@ -110,17 +110,12 @@ class Trainer:
 
     def _loop(self, log: Log | None) -> None:
         train, last = self.plan.train, self.plan.last_step
-        stream = micro_batches(
-            self.task.batches, self.order, self.split, self.processes.rank, first_step=self.step + 1, last_step=last,
-            num_workers=self._num_workers, pin_memory=self.processes.device.type == "cuda",
-        )
-        for engine in self.engines.values():
-            engine.train()
+        stream = self.stream()
         self._clock.start(self.step)
         if self.step >= last and log is not None:
             print(f"already at step {self.step} of {last}: nothing to train")
         while self.step < last:
-            self._train_step(stream)
+            self.train_step(stream)
             if log is not None:
                 log.step()
             stopping = self._should_stop()
@@ -141,7 +136,18 @@ class Trainer:
         every = self.plan.train.valid_every
         return self._validation is not None and every is not None and self.step % every == 0
 
-    def _train_step(self, stream) -> None:
+    def stream(self) -> Iterator[Tensors]:
+        """This process's micro-batches from the next step to the last, for `train_step`."""
+        for engine in self.engines.values():
+            engine.train()
+        return micro_batches(
+            self.task.batches, self.order, self.split, self.processes.rank, first_step=self.step + 1,
+            last_step=self.plan.last_step, num_workers=self._num_workers,
+            pin_memory=self.processes.device.type == "cuda",
+        )
+
+    def train_step(self, stream: Iterator[Tensors]) -> None:
+        """One optimizer step on the next micro-batches of the stream; waits for no device."""
         self.step += 1
         optimizer = self.plan.optimizer
         for engine in self.engines.values():
@@ -304,7 +310,7 @@ class Trainer:
                 ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned,
             )
 
-        return Engine(network, make_optimizer, config)
+        return Engine(network, make_optimizer, config, compile_mode(train.compile, ds.zero_stage))
 
     def _to_device(self, batch: Tensors) -> Tensors:
         return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}

@@ -22,6 +22,8 @@ def _read_float(value: Any) -> Any:
 Float = Annotated[float, BeforeValidator(_read_float), Field(allow_inf_nan=False)]
 Probability = Annotated[Float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+#: What the backward pass computes again: nothing, whole blocks, or norms and activations between matrix products.
+Recompute = bool | Literal["pointwise"]
 
 
 def nearest(name: str, names) -> str:
@@ -67,7 +69,7 @@ class ModelConfig(Section):
     use_rope: bool = False
     use_rmsnorm: bool = False
     wo_shift: bool = False
-    use_checkpoint: bool = False
+    use_checkpoint: Recompute = False
 
     @model_validator(mode="after")
     def _check(self):
@@ -164,7 +166,7 @@ class ModelSection(Section):
     use_rmsnorm: bool = False
     wo_shift: bool = False
     learn_sigma: bool = False
-    use_checkpoint: bool = False
+    use_checkpoint: Recompute = False
 
     @model_validator(mode="after")
     def _check(self):
@@ -220,7 +222,8 @@ class SampleConfig(Section):
 
     Ours: `cfg_channels` (how many leading channels are guided, None for all; the published code guides 3), `seed`,
     `precision` of the network, and the choices of the SDE. Guidance is off at `cfg_scale` 1 and below time
-    `cfg_interval_start`.
+    `cfg_interval_start`. `likelihood`: also say how likely the model finds each sample, which takes a second, longer
+    solve and is defined for its own, unguided ODE.
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
@@ -228,7 +231,7 @@ class SampleConfig(Section):
     atol: Annotated[Float, Field(gt=0)] = 1e-6
     rtol: Annotated[Float, Field(gt=0)] = 1e-3
     reverse: Literal[False] = False
-    likelihood: Literal[False] = False
+    likelihood: bool = False
     num_sampling_steps: Annotated[int, Field(ge=2)] = 250
     cfg_scale: Annotated[Float, Field(ge=1)] = 4.0
     cfg_interval_start: Annotated[Float, Field(ge=0, le=1)] = 0.11
@@ -252,6 +255,8 @@ class SampleConfig(Section):
         if self.diffusion_form not in DIFFUSION_FORMS:
             hint = nearest(self.diffusion_form, DIFFUSION_FORMS)
             raise ValueError(f"diffusion_form {self.diffusion_form!r}{hint}; known: {', '.join(DIFFUSION_FORMS)}")
+        if self.likelihood and (self.mode, self.cfg_scale) != ("ODE", 1):
+            raise ValueError(f"likelihood needs mode ODE and cfg_scale 1, not {self.mode} and {self.cfg_scale:g}")
         return self
 
 

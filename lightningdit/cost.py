@@ -20,22 +20,20 @@ def flops_per_image(config: ModelConfig) -> tuple[int, int]:
     return forward, 3 * forward
 
 
-def activation_bytes_per_image(
-    config: ModelConfig, *, weight_bytes: int = 2, residual_bytes: int = 4, recompute_pointwise: bool = False
-) -> int:
+def activation_bytes_per_image(config: ModelConfig, *, weight_bytes: int = 2, residual_bytes: int = 4) -> int:
     """Bytes that the blocks leave in memory between forward and backward, per image, with ops that save their inputs.
 
     weight_bytes: size of the computing dtype (2 for bfloat16). residual_bytes: of the residual stream.
-    recompute_pointwise: norm outputs, branches and the SwiGLU product are computed again in the backward.
-    Under `use_checkpoint`, what enters each block plus one block at work. LightningDiT-XL/1 on 16 × 16 × 32 latents:
-    330 MB, 220 MB with recompute_pointwise.
+    Under `use_checkpoint`, what enters each block plus one block at work; under "pointwise", what enters a block and
+    its matrix products. LightningDiT-XL/1 on 16 × 16 × 32 latents: 330 MB, 220 MB under "pointwise".
     """
     N, D, F = config.num_tokens, config.hidden_size, config.mlp_hidden
     gate_up = 2 * F if config.use_swiglu else F
-    attention = 3 * D + D  # packed q, k, v and the output
-    pointwise = 0 if recompute_pointwise else 2 * D + 2 * D + F  # two norms' outputs, two branches, inner product
-    streams = 2 * D * residual_bytes  # after each of the two gated additions
-    per_block = N * (streams + weight_bytes * (attention + gate_up + pointwise))
+    products = 3 * D + D + 2 * D + gate_up  # packed q, k, v; attention's output; both branches; what is activated
+    pointwise = 2 * D + F  # outputs of both norms, inner product
+    if config.use_checkpoint == "pointwise":  # the stream after attention's branch is computed again too
+        return config.depth * N * (D * residual_bytes + weight_bytes * products)
+    per_block = N * (2 * D * residual_bytes + weight_bytes * (products + pointwise))
     if not config.use_checkpoint:
         return config.depth * per_block
     return config.depth * N * D * (residual_bytes + weight_bytes) + per_block

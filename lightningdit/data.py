@@ -1,5 +1,7 @@
 """Training data of a diffusion run: a latents directory, memory-mapped, as a pure function of (seed, epoch, index)."""
 
+import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from lightningdit.latents import (
     read_manifest,
     read_statistics,
 )
+from lightningdit.mapping import map_side_by_side
 from lightningdit.seeds import mix
 
 VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
@@ -31,11 +34,14 @@ class LatentDataset:
     verify: also compare every checksum of the manifest (reads everything once); None does so below 4 GiB.
 
     `shape` is (C, H, W), `labels` [N] int64, `statistics` what undoes the normalisation, `manifest` the directory's or
-    None. Opened files are not pickled, so data-loader workers may be forked or spawned.
+    None. Opened files are not pickled, so data-loader workers may be forked or spawned; `threaded` says that threads
+    are enough: a batch is a few calls that leave Python's lock to others.
 
     Raises LatentsError, naming the file, where a shard is missing, truncated or of another shape, a checksum differs,
     the statistics are missing, or a label is out of range.
     """
+
+    threaded = True
 
     def __init__(
         self,
@@ -55,9 +61,10 @@ class LatentDataset:
         self._check_manifest(verify)
         self._shards = [Shard.read(p) for p in sorted(self.path.glob("*.safetensors"))]
         self.shape = self._common_shape()
-        self._ends = np.cumsum([shard.count for shard in self._shards])
-        self._views: list[dict[str, np.ndarray]] | None = None
-        self.labels = torch.from_numpy(np.concatenate([views["labels"] for views in self._opened()]))
+        counts = [shard.count for shard in self._shards]
+        self._ends = np.cumsum(counts)
+        self._firsts = self._ends - counts
+        self._open()
         self._check_labels(num_classes)
         self.statistics = LatentStatistics.neutral(self.shape[0], latent_multiplier)
         if latent_norm:
@@ -65,6 +72,8 @@ class LatentDataset:
             if len(self.statistics.mean) != self.shape[0]:
                 have, want = len(self.statistics.mean), self.shape[0]
                 raise LatentsError(f"{self.path / STATISTICS_FILE} has {have} channels, the latents {want}")
+        area = self.shape[1] * self.shape[2]
+        self._mean, self._std = (v.numpy().repeat(area) for v in (self.statistics.mean, self.statistics.std))
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int) -> "LatentDataset":
@@ -83,7 +92,11 @@ class LatentDataset:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_views": None}
+        return self.__dict__ | {"_windows": None, "labels": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._open()
 
     def flips(self, epochs, indices) -> np.ndarray:
         """Which samples come mirrored: bool [B], each with probability 1/2, a hash of (seed, epoch, index), or none."""
@@ -91,44 +104,53 @@ class LatentDataset:
             return np.zeros(len(indices), dtype=bool)
         return (mix(self.seed, epochs, indices) >> np.uint64(63)).astype(bool)
 
-    def batch(self, epochs, indices, flips=None) -> dict[str, torch.Tensor]:
+    def batch(self, epochs, indices, flips=None, *, pin_memory: bool = False) -> dict[str, torch.Tensor]:
         """Samples `indices` [B] as seen in `epochs` [B] → {"x": [B, C, H, W] float32 normalised, "y": [B] int64}.
 
-        flips: bool [B] instead of the hash's choice. Raises IndexError on an index outside the set.
+        flips: bool [B] instead of the hash's choice. pin_memory: put them where a GPU can fetch them by itself.
+        Raises IndexError on an index outside the set.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices run from {indices.min()} to {indices.max()}; the set has {len(self)} latents")
         flips = self.flips(np.asarray(epochs), indices) if flips is None else np.asarray(flips, dtype=bool)
-        x = np.empty((len(indices), *self.shape), np.float32)
-        self._gather(x.reshape(len(indices), -1), indices, flips)
-        return {"x": torch.from_numpy(x), "y": self.labels[torch.from_numpy(indices)]}
+        x = _empty((len(indices), math.prod(self.shape)), pin_memory)
+        torch.index_select(self._windows, 0, torch.from_numpy(self._places(indices, flips)), out=x)
+        self._normalise(x.numpy())
+        y = torch.from_numpy(self.labels.numpy()[indices])
+        return {"x": x.view(-1, *self.shape), "y": y.pin_memory() if pin_memory else y}
 
-    def _gather(self, out: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
-        """Fill out [B, C·H·W]: each row goes from the page cache through the normalisation to its place in one pass."""
+    def _places(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """Which rows of `_windows` the samples are, int64 [B]."""
         shards = np.searchsorted(self._ends, indices, side="right")
-        rows = indices - (self._ends - [s.count for s in self._shards])[shards]
-        area = self.shape[1] * self.shape[2]
-        mean, std = (v.numpy().repeat(area) for v in (self.statistics.mean, self.statistics.std))
-        views, factor = self._opened(), np.float32(self.statistics.multiplier)
-        for target, shard, flip, row in zip(out, shards.tolist(), flips.tolist(), rows.tolist(), strict=True):
-            source = views[shard]["flat_flip" if flip else "flat"][row]
-            if self.latent_norm:
-                np.subtract(source, mean, out=target)
-                np.divide(target, std, out=target)
-                if factor != 1:
-                    np.multiply(target, factor, out=target)
-            else:
-                np.multiply(source, factor, out=target)
+        within = indices - self._firsts[shards]
+        return self._begins[shards, flips.astype(np.int64)] + within * self._windows.shape[1]
 
-    def _opened(self) -> list[dict[str, np.ndarray]]:
-        """The shards' arrays, mapped on first use in this process."""
-        if self._views is None:
-            self._views = [shard.open() for shard in self._shards]
-            for views in self._views:
-                views["flat"] = views["latents"].reshape(len(views["labels"]), -1)
-                views["flat_flip"] = views["latents_flip"].reshape(len(views["labels"]), -1)
-        return self._views
+    def _normalise(self, x: np.ndarray) -> None:
+        """In place, [B, C·H·W]."""
+        if self.latent_norm:
+            np.subtract(x, self._mean, out=x)
+            np.divide(x, self._std, out=x)
+        if self.statistics.multiplier != 1:
+            np.multiply(x, np.float32(self.statistics.multiplier), out=x)
+
+    def _open(self) -> None:
+        """Map the shards, in this process, as one array.
+
+        Row i of `_windows` is what a latent would be that began at value i of the array: most are none, but a latent is
+        a row wherever its file has put it. `_begins` [shards, 2]: the rows of a shard's first latents, plain, mirrored.
+        """
+        mapped, starts = map_side_by_side([shard.path for shard in self._shards])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            values = torch.from_numpy(mapped.view(np.float32))
+        row = math.prod(self.shape)
+        self._windows = values.as_strided((len(values) - row + 1, row), (1, 1))
+        begins, labels = [], []
+        for shard, start in zip(self._shards, starts, strict=True):
+            begins.append([(start + shard.places[name]) // 4 for name in ("latents", "latents_flip")])
+            labels.append(np.frombuffer(mapped, np.int64, shard.count, start + shard.places["labels"]))
+        self._begins, self.labels = np.array(begins), torch.from_numpy(np.concatenate(labels))
 
     def _check_manifest(self, verify: bool | None) -> None:
         """Every listed file is there with its size (and checksum, if asked), and no shard is there unlisted."""
@@ -162,8 +184,13 @@ class LatentDataset:
         return first.shape
 
     def _check_labels(self, num_classes: int | None) -> None:
-        for shard, views in zip(self._shards, self._opened(), strict=True):
-            low, high = views["labels"].min(initial=0), views["labels"].max(initial=0)
+        for shard, labels in zip(self._shards, self.labels.split([s.count for s in self._shards]), strict=True):
+            low, high = labels.numpy().min(initial=0), labels.numpy().max(initial=0)
             if low < 0 or (num_classes is not None and high >= num_classes):
                 allowed = "not negative" if num_classes is None else f"0 to {num_classes - 1} (num_classes)"
                 raise LatentsError(f"{shard.path} has labels from {low} to {high}; allowed are {allowed}")
+
+
+def _empty(shape: tuple[int, int], pin_memory: bool) -> torch.Tensor:
+    """float32, where torch keeps pinned memory for the next batch, and NumPy asks for huge pages."""
+    return torch.empty(shape, pin_memory=True) if pin_memory else torch.from_numpy(np.empty(shape, np.float32))

@@ -39,6 +39,8 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
+    """Latents [B, C, S, S] → tokens [B, N, D], row by row; around the projection for the published key's sake."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.patch_size

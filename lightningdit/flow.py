@@ -29,9 +29,11 @@ class LinearPath:
     """alpha = t, sigma = 1 - t."""
 
     def alpha(self, t):
+        """(alpha, d alpha / dt) at times t of any shape."""
         return t, torch.ones_like(t)
 
     def sigma(self, t):
+        """(sigma, d sigma / dt) at times t of any shape."""
         return 1 - t, -torch.ones_like(t)
 
     def log_alpha_rate(self, t):
@@ -87,8 +89,6 @@ class VPPath(LinearPath):
 
 
 PATHS = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
-PREDICTIONS = ("velocity", "noise", "score")
-LOSS_WEIGHTS = (None, "velocity", "likelihood")
 
 
 def logit_normal(normal: torch.Tensor) -> torch.Tensor:
@@ -137,6 +137,7 @@ class Transport:
 
     @classmethod
     def from_config(cls, config: TransportConfig) -> "Transport":
+        """The transport of a `transport` section; `lognorm_until_step` is the training task's."""
         fields = config.model_dump(exclude={"path_type", "lognorm_until_step"})
         return cls(path=config.path_type, **fields)
 
@@ -171,10 +172,7 @@ class Transport:
 
     def score_from_velocity(self, velocity, x, t):
         """∇ log p_t(x) of a path whose velocity at x is given."""
-        t = like(t, x)
-        (alpha, d_alpha), (sigma, d_sigma) = self.path.alpha(t), self.path.sigma(t)
-        ratio = alpha / d_alpha
-        return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
+        return self.noise_from_velocity(velocity, x, t) / -self.path.sigma(like(t, x))[0]
 
     def noise_from_velocity(self, velocity, x, t):
         """The noise x0 that `velocity` at x implies."""

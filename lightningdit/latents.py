@@ -9,7 +9,6 @@ Sample i of a set is row i of its shards in the order of their names. The publis
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
 STATISTICS_FILE, MANIFEST_FILE = "latents_stats.pt", "manifest.json"
+UNFINISHED_FILE = "unfinished"  # from an extraction's begin to its end: published latents have no manifest either
 _DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
 
 
@@ -42,31 +42,27 @@ class LatentStatistics:
 
     @classmethod
     def from_json(cls, content: dict) -> "LatentStatistics":
+        """From what `to_json` gave."""
         return cls(torch.tensor(content["mean"]), torch.tensor(content["std"]), float(content["multiplier"]))
 
     def to_json(self) -> dict:
         """{"mean": [C], "std": [C], "multiplier": float}, exact."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist(), "multiplier": self.multiplier}
 
-    def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, H, W] as the tokenizer gives them → as the network sees them."""
-        mean, std = (v.to(x).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std * self.multiplier
-
     def denormalise(self, z: torch.Tensor) -> torch.Tensor:
-        """The way back, `z · std / multiplier + mean`, for the tokenizer to decode."""
+        """From latents [B, C, H, W] as the network sees them to the tokenizer's own, `z · std / multiplier + mean`."""
         mean, std = (v.to(z).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return z * std / self.multiplier + mean
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Where the tensors of one shard lie in its file: name → (byte offset, shape)."""
+    """What one shard holds, and where in its file the tensors begin: name → byte offset."""
 
     path: Path
     count: int
     shape: tuple[int, int, int]
-    places: dict[str, tuple[int, tuple[int, ...]]]
+    places: dict[str, int]
 
     @classmethod
     def read(cls, path: Path) -> "Shard":
@@ -87,21 +83,16 @@ class Shard:
         for name, dtype in _DTYPES.items():
             if name not in entries or entries[name]["dtype"] != dtype:
                 raise LatentsError(f"{path} holds {_describe(entries)}; a latents shard has {name} as {dtype}")
-        places = {n: (8 + length + entries[n]["data_offsets"][0], tuple(entries[n]["shape"])) for n in _DTYPES}
-        shape, labels = places["latents"][1], places["labels"][1]
-        if len(shape) != 4 or 0 in shape or shape != places["latents_flip"][1] or labels != shape[:1]:
+        places = {name: 8 + length + entries[name]["data_offsets"][0] for name in _DTYPES}
+        shape, flipped, labels = (tuple(entries[name]["shape"]) for name in _DTYPES)
+        sizes = [end - start for start, end in (entries[name]["data_offsets"] for name in _DTYPES)]
+        values = [4 * math.prod(shape), 4 * math.prod(flipped), 8 * math.prod(labels)]
+        if len(shape) != 4 or 0 in shape or shape != flipped or labels != shape[:1] or sizes != values:
             raise LatentsError(f"{path} holds {_describe(entries)}: these do not fit together")
+        if any(place % 4 for place in places.values()):
+            found = f"tensors that begin at bytes {places}, not at multiples of 4"
+            raise LatentsError(f"{path} has {found}; loaded and saved by safetensors 0.3 or later it will do")
         return cls(path, labels[0], shape[1:], places)
-
-    def open(self) -> dict[str, np.ndarray]:
-        """Read-only views into a memory map of the file: nothing is read before it is used."""
-        with open(self.path, "rb") as f:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        views = {}
-        for name, (offset, shape) in self.places.items():
-            dtype = "<i8" if name == "labels" else "<f4"
-            views[name] = np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
-        return views
 
 
 def _describe(entries: dict) -> str:
@@ -118,7 +109,17 @@ def file_entry(path: Path) -> dict:
 
 
 def read_manifest(directory: Path) -> dict | None:
-    """The manifest, or None where there is none, as with published latents."""
+    """The manifest, or None where there is none, as with published latents.
+
+    Raises LatentsError where it is damaged, or its extraction has not come to an end.
+    """
+    manifest = _manifest(directory)
+    if manifest is None and (directory / UNFINISHED_FILE).exists():
+        raise LatentsError(f"{directory} is unfinished: run the extraction again to complete it")
+    return manifest
+
+
+def _manifest(directory: Path) -> dict | None:
     path = directory / MANIFEST_FILE
     if not path.exists():
         return None
@@ -153,7 +154,7 @@ class LatentsWriter:
 
     A shard counts once its small JSON record lies beside it (`position` then includes it), so an extraction killed at
     any moment goes on where it stopped. identity: what the latents depend on (any JSON); a directory begun under
-    another one is refused.
+    another one is refused, and so is one with shards that no writer began, such as a published set.
     """
 
     def __init__(self, directory: Path | str, *, rank: int = 0, shard_size: int = 10_000, identity: dict | None = None):
@@ -164,6 +165,7 @@ class LatentsWriter:
             leftover.unlink()
         records = _records(self.directory)
         _check_identity(self.directory, records, self._identity)
+        _claim(self.directory)
         counts = {record["file"]: record["count"] for record in records}
         self.position = self._next_shard = self._filled = 0
         while (name := self._shard_name(self._next_shard)) in counts:
@@ -225,7 +227,8 @@ def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None
     missing, do not fit together, or do not add up to `expected`. Calling it again changes nothing.
     """
     directory = Path(directory)
-    if (manifest := read_manifest(directory)) is not None:
+    if (manifest := _manifest(directory)) is not None:
+        _tidy(directory, manifest)  # a kill may have come before it
         return manifest
     records = _records(directory)
     known = {record["file"] for record in records}
@@ -251,18 +254,34 @@ def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None
         "shards": [{key: r[key] for key in ("file", "rank", "count", "bytes", "sha256")} for r in records],
     }  # fmt: skip
     _write_json(directory / MANIFEST_FILE, manifest)
-    for record in records:
-        (directory / record["file"]).with_suffix(".json").unlink()
+    _tidy(directory, manifest)
     return manifest
+
+
+def _tidy(directory: Path, manifest: dict) -> None:
+    """Remove what a complete set has no use for."""
+    for shard in manifest["shards"]:
+        (directory / shard["file"]).with_suffix(".json").unlink(missing_ok=True)
+    (directory / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def _records(directory: Path) -> list[dict]:
     """What is known of the complete shards, in the order of their names."""
-    manifest = read_manifest(directory)
+    manifest = _manifest(directory)
     if manifest is not None:
         return [shard | {"identity": manifest["identity"]} for shard in manifest["shards"]]
     paths = [p for p in sorted(directory.glob("latents_rank*_shard*.safetensors")) if p.with_suffix(".json").exists()]
     return [json.loads(p.with_suffix(".json").read_text()) for p in paths]
+
+
+def _claim(directory: Path) -> None:
+    """Mark a directory as one that an extraction is writing, unless that has ended."""
+    marker = directory / UNFINISHED_FILE
+    if marker.exists() or (directory / MANIFEST_FILE).exists():
+        return
+    if shards := sorted(directory.glob("*.safetensors")):
+        raise LatentsError(f"{shards[0]} is of no extraction that could go on here: give an empty directory")
+    marker.write_text("These latents are being written, or their extraction was interrupted: run it again.\n")
 
 
 def _check_identity(directory: Path, records: list[dict], identity) -> None:

@@ -2,18 +2,21 @@
 
 The model is given its ops. Each branch's gated residual is added by the norm that follows it, in the same pass: the
 attention branch by its block's norm2, the feed-forward branch by norm1 of the next block, or by the final layer's
-norm. So what travels from block to block is the stream, the branch not yet added to it, and that branch's gate.
+norm. So what travels from block to block is the stream and a `Pending`: the branch not yet added to it, the bias of the
+projection that made the branch, and the branch's gate. Biases are added where the next op reads the product, because
+their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. Where
+parameters exist only while their own module runs (ZeRO 3), `fold_biases=False` leaves each to its module.
 
 Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
 F feed-forward width.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import (
@@ -24,8 +27,30 @@ from lightningdit.embeddings import (
     TimestepEmbedder,
     position_embedding,
 )
+from lightningdit.recompute import recomputed
 
 EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-5
+
+
+class Pending(NamedTuple):
+    """What a stream [B, N, D] is to gain: `gate · (branch + bias)`; branch [B, N, D], bias [D] or None, gate [B, D]."""
+
+    branch: Tensor
+    bias: Tensor | None
+    gate: Tensor
+
+
+class Product(nn.Linear):
+    """A linear layer; where `folded`, another op adds the bias, which `pending_bias` then gives it."""
+
+    folded = True
+
+    @property
+    def pending_bias(self) -> Tensor | None:
+        return self.bias if self.folded else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, None if self.folded else self.bias)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -40,21 +65,26 @@ class ModulatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.ops = ops
 
-    def forward(self, x, shift, scale, branch=None, gate=None):
-        """x and the pending branch [B, N, D], vectors [B, D] → (new stream, its modulated norm in scale's dtype)."""
-        if branch is None:
+    def forward(self, x, shift, scale, pending: Pending | None = None):
+        """Stream x [B, N, D], vectors [B, D] → (new stream, its modulated norm in scale's dtype)."""
+        if pending is None:
             y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)
             return x, y
-        return self.ops.gated_residual_adaln_rms_norm(x, branch, gate, self.weight, shift, scale, EPS)
+        branch, bias, gate = pending
+        return self.ops.gated_residual_adaln_rms_norm(
+            x, branch, gate, self.weight, shift, scale, EPS, branch_bias=bias
+        )
 
 
 class ModulatedLayerNorm(nn.Module):
     """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
 
-    def forward(self, x, shift, scale, branch=None, gate=None):
+    def forward(self, x, shift, scale, pending: Pending | None = None):
         wide = at_least_float32(x.dtype)
-        if branch is not None:
-            x = (x.to(wide) + gate[:, None].to(wide) * branch.to(wide)).to(x.dtype)
+        if pending is not None:
+            branch, gate = pending.branch.to(wide), pending.gate.to(wide)
+            branch = branch if pending.bias is None else branch + pending.bias.to(wide)
+            x = (x.to(wide) + gate[:, None] * branch).to(x.dtype)
         y = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale[:, None].to(wide))
         if shift is not None:
             y = y + shift[:, None].to(wide)
@@ -74,11 +104,13 @@ class QKRMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention of all tokens, with rotary positions and optional QK norm; the bias of `proj` is left to be added."""
+
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.num_heads, self.ops = config.num_heads, ops
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj = Product(config.hidden_size, config.hidden_size)
         norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
         self.k_norm = norm(config.head_dim) if config.use_qknorm else None
@@ -96,21 +128,33 @@ class Attention(nn.Module):
 
 
 class SwiGLUMLP(nn.Module):
+    """The gated feed-forward network (arXiv 2002.05202); the bias of its last layer is left to be added."""
+
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.ops = ops
-        self.w12 = nn.Linear(config.hidden_size, 2 * config.mlp_hidden)
-        self.w3 = nn.Linear(config.mlp_hidden, config.hidden_size)
+        self.w12 = Product(config.hidden_size, 2 * config.mlp_hidden)
+        self.w3 = Product(config.mlp_hidden, config.hidden_size)
+
+    @property
+    def last(self) -> Product:
+        return self.w3
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.ops.swiglu(self.w12(x)))
+        return self.w3(self.ops.swiglu(self.w12(x), bias=self.w12.pending_bias))
 
 
 class GELUMLP(nn.Module):
+    """The feed-forward network of DiT (arXiv 2212.09748); the bias of its last layer is left to be added."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
-        self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
+        self.fc2 = Product(config.mlp_hidden, config.hidden_size)
+
+    @property
+    def last(self) -> Product:
+        return self.fc2
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -129,6 +173,8 @@ class Modulation(nn.Sequential):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward network, each normalised and modulated before and gated after (adaLN-zero)."""
+
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.norm1 = modulated_norm(config, ops)
@@ -137,29 +183,32 @@ class Block(nn.Module):
         self.mlp = SwiGLUMLP(config, ops) if config.use_swiglu else GELUMLP(config)
         self.adaLN_modulation = Modulation(config.hidden_size, config.modulation_parts)
 
-    def forward(self, x, branch, gate, c, cos, sin):
-        """Stream x [B, N, D] with its pending branch and gate (None at the first block) → the same for the next."""
+    def forward(self, x: Tensor, pending: Pending | None, c: Tensor, cos: Tensor | None, sin: Tensor | None):
+        """Stream x [B, N, D] and what it is to gain (None at the first block) → the same for the next."""
         parts = self.adaLN_modulation(c)
         if len(parts) == 6:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         else:
             shift_attn = shift_mlp = None
             scale_attn, gate_attn, scale_mlp, gate_mlp = parts
-        x, y = self.norm1(x, shift_attn, scale_attn, branch, gate)
-        x, y = self.norm2(x, shift_mlp, scale_mlp, self.attn(y, cos, sin), gate_attn)
-        return x, self.mlp(y), gate_mlp
+        x, y = self.norm1(x, shift_attn, scale_attn, pending)
+        attention = Pending(self.attn(y, cos, sin), self.attn.proj.pending_bias, gate_attn)
+        x, y = self.norm2(x, shift_mlp, scale_mlp, attention)
+        return x, Pending(self.mlp(y), self.mlp.last.pending_bias, gate_mlp)
 
 
 class FinalLayer(nn.Module):
+    """The last gated residual, norm and modulation, then the projection to patches."""
+
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.norm_final = modulated_norm(config, ops)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.hidden_size, 2)
 
-    def forward(self, x: Tensor, branch: Tensor, gate: Tensor, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
+    def forward(self, x: Tensor, pending: Pending, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(self.norm_final(x, shift, scale, branch, gate)[1])
+        return self.linear(self.norm_final(x, shift, scale, pending)[1])
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
@@ -178,7 +227,9 @@ class LightningDiT(KeepsFloat32):
 
     tables = ("pos_embed",)
 
-    def __init__(self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, fold_biases: bool = True
+    ):
         super().__init__()
         self.config, self.residual_dtype = config, residual_dtype
         self.x_embedder = PatchEmbed(config)
@@ -188,6 +239,9 @@ class LightningDiT(KeepsFloat32):
         self.feat_rope = RotaryTables(config) if config.use_rope else None
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, ops)
+        for module in self.modules():
+            if isinstance(module, Product):
+                module.folded = fold_biases
         self.initialize()
 
     @torch.no_grad()
@@ -216,14 +270,13 @@ class LightningDiT(KeepsFloat32):
         c = self.t_embedder(t.to(wide)) + self.y_embedder(y).to(wide)  # [B, D]
         x = self.x_embedder(x.to(weights)) + self.pos_embed.to(wide)  # [B, N, D]
         x = x.to(torch.promote_types(weights, self.residual_dtype))
-        branch = gate = None
+        pending = None
         for block in self.blocks:
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
-                state = (x, branch, gate, c, cos, sin)
-                x, branch, gate = checkpoint(block, *state, use_reentrant=False, preserve_rng_state=False)
+                x, pending = recomputed(block, self.config.use_checkpoint, x, pending, c, cos, sin)
             else:
-                x, branch, gate = block(x, branch, gate, c, cos, sin)
-        x = unpatchify(self.final_layer(x, branch, gate, c), self.config.patch_size).to(wide)
+                x, pending = block(x, pending, c, cos, sin)
+        x = unpatchify(self.final_layer(x, pending, c), self.config.patch_size).to(wide)
         return x[:, : self.config.in_channels]
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:

@@ -22,7 +22,8 @@ Observe = Callable[[int, torch.Tensor], None]  # called with the grid index reac
 def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0, device="cpu"):
     """Standard normal [len(indices), *shape] float32; row i is a function of (seed, indices[i], draw) alone.
 
-    Draw 0 is the initial noise, draw k the noise of SDE step k. The same on every device.
+    Draw 0 is the initial noise, draw k the noise of SDE step k (of an ODE, draw 1 probes its divergence). The same on
+    every device.
     """
     rows = [torch.randn(tuple(shape), generator=generator(seed, int(index), draw)) for index in indices]
     return torch.stack(rows).to(device)
@@ -54,6 +55,7 @@ class Guidance:
     channels: int | None = None
 
     def on(self, t: float) -> bool:
+        """Whether a call at time t is guided."""
         # Times are float32: a start of 0.11 has to mean the float32 next to it for t = 0.11 to count as reached.
         return self.scale != 1 and t >= torch.tensor(self.interval_start, dtype=torch.float32).item()
 
@@ -203,11 +205,15 @@ def _last_step(transport, predict, drift, x, t, kind, size):
 
 @dataclass(frozen=True)
 class Samples:
-    """Latents [B, C, H, W] float32 and what they cost: solver calls, and those that ran the unconditional half too."""
+    """Latents [B, C, H, W] float32 and what they cost: solver calls, and those that ran the unconditional half too.
+
+    log_likelihood: [B] float32, of the latents under the model in nats, where it was asked for.
+    """
 
     latents: torch.Tensor
     nfe: int
     guided_nfe: int
+    log_likelihood: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -236,12 +242,16 @@ def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, i
             form=config.diffusion_form, norm=config.diffusion_norm, last_step=config.last_step,
             last_step_size=config.last_step_size, **common,
         )  # fmt: skip
-    return Samples(latents, predict.nfe, predict.guided_nfe)
+    logp = None
+    if config.likelihood:
+        signs = torch.where(sample_noise(config.seed, indices, shape, draw=1, device=y.device) < 0, -1.0, 1.0)
+        logp, _ = log_likelihood(transport, Denoiser(model, y), latents, signs, atol=config.atol, rtol=config.rtol)
+    return Samples(latents, predict.nfe, predict.guided_nfe, logp)
 
 
-def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch.Tensor, *, method="dopri5", steps=50,
-                   atol=1e-6, rtol=1e-3) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(log p(x1) [B] in nats, the noise x1 [B, ...] comes from), by the ODE run from data to noise.
+def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch.Tensor, *, atol=1e-6,
+                   rtol=1e-3) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(log p(x1) [B] in nats, the noise x1 [B, ...] comes from), by the ODE run from data to noise with dopri5.
 
     The divergence is Hutchinson's estimate with `probe`, independent signs ±1 shaped as x1: unbiased, and exact for a
     diagonal Jacobian (arXiv 2011.13456, section D.2).
@@ -255,8 +265,8 @@ def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch
             (pulled,) = torch.autograd.grad((velocity * probe).sum(), x)
         return velocity.detach(), (pulled * probe).flatten(1).sum(1)
 
-    times = torch.linspace(end, start, steps, device=x1.device, dtype=x1.dtype)
+    times = torch.tensor([end, start], device=x1.device, dtype=x1.dtype)
     state = (x1, x1.new_zeros(len(x1)))
-    x, divergence = torchdiffeq.odeint(backwards, state, times, method=method, atol=atol, rtol=rtol)
+    x, divergence = torchdiffeq.odeint(backwards, state, times, method="dopri5", atol=atol, rtol=rtol)
     # Run from data to noise, the integral of the divergence comes out with the sign that adds to the prior's.
     return standard_normal_logp(x[-1]) + divergence[-1], x[-1]

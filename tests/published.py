@@ -1,4 +1,7 @@
-"""The published run files, key by key as their repository documents them (values: the 64-epoch file's)."""
+"""The published run files, key by key as their repository documents them (values: the 64-epoch file's).
+
+Keys that only some of them have are apart: `LIGHTNINGDIT_OPTIONAL`, `TOKENIZER_OPTIONAL`.
+"""
 
 LIGHTNINGDIT_YAML = """\
 ckpt_path: /path/to/lightningdit-xl-imagenet256-64ep.pt
@@ -56,6 +59,13 @@ sample:
   timestep_shift: 0.3
 """
 
+LIGHTNINGDIT_OPTIONAL = """\
+data: {valid_path: /path/to/valid}
+model: {use_checkpoint: true, learn_sigma: true}
+train: {weight_init: /path/to/weights.pt, resume: true, use_checkpoint: true}
+optimizer: {max_grad_norm: 1.0}
+"""
+
 TOKENIZER_YAML = """\
 ckpt_path: /path/to/ckpt
 weight_init: null
@@ -107,4 +117,9 @@ lightning:
     accelerator: gpu
     max_epochs: 50
     precision: 32
+"""
+
+TOKENIZER_OPTIONAL = """\
+weight_init: /path/to/stage1.ckpt
+model: {params: {proj_fix: true}}
 """

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Sets up the environment if there is none and runs the tests; arguments go to pytest.
+# Sets up the environment if there is none and runs the tests, on as many processes as there are cores (at most 8);
+# arguments go to pytest (such as `-n 0` for one process, or a file).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/setup_env.sh"
 setup_environment test
 cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m pytest "$@"
+workers="$(nproc)"
+# One thread each: the processes keep the cores busy.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile "$@"

@@ -1,7 +1,11 @@
 """The arrows of the house, read from the imports themselves."""
 
 import ast
+import re
 import subprocess
+import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,17 +20,33 @@ ALLOWED = {
 }
 # Package → the only place it may be imported in.
 HOME = {"triton": "kernels/", "deepspeed": "launch/engine.py", "timm": "vavae/foundation.py"}
+COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
+# Peers, measured where they are found.
+NEVER_REQUIRED = {"flash_attn", "flash_attn_interface", "apex", "liger_kernel", "quack"}
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of every import in a file, at any depth of nesting."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Top-level names of every import in a file, at any depth of nesting, of names in strings too."""
+    tree, names = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(path.relative_to(ROOT).parts[0] if node.level else node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names.add(named(node.args[0], tree))
     return names
+
+
+def named(argument: ast.expr, tree: ast.Module) -> str:
+    """Top-level name in what an import by string is given: text, text that begins so, or a constant of the file."""
+    if isinstance(argument, ast.Name):
+        constants = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
+        argument = constants.get(argument.id, argument)
+    if isinstance(argument, ast.JoinedStr):
+        argument = argument.values[0]
+    text = argument.value if isinstance(argument, ast.Constant) else COMPUTED
+    return text.split(".")[0]
 
 
 def sources(package: str) -> list[Path]:
@@ -47,17 +67,43 @@ def test_a_library_is_imported_in_its_one_place(library):
     assert all(user.startswith(HOME[library]) for user in users), users
 
 
-def test_imported_packages_are_declared():
-    """Whatever the packages import comes with Python, is of this repository, or is on the list of pinned versions."""
-    import sys
-    import tomllib
+def test_imports_by_string_are_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "file.py"
+    path.write_text("""
+NAME = "vavae.model"
+importlib.import_module("launch.train")
+import_module(NAME)
+def f(x):
+    import_module(f"bench.{x}")
+    __import__("deepspeed")
+    import_module(x)
+""")
+    assert imported(path) == {"launch", "vavae", "bench", "deepspeed", COMPUTED}
 
+
+def test_only_the_registry_computes_what_it_imports():
+    """Of its own package, by construction; a name no reader of imports can see would escape every rule here."""
+    users = {str(p.relative_to(ROOT)) for package in PACKAGES for p in sources(package) if COMPUTED in imported(p)}
+    assert users == {"kernels/registry.py"}
+
+
+@pytest.mark.parametrize("packages, extras", [(PACKAGES, ()), (("bench", "tests"), ("test",))])
+def test_imported_packages_are_pinned(packages, extras):
+    """Whatever is imported comes with Python, is of this repository, or has its one version in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {r.split("=")[0].split(";")[0].strip().lower() for r in project["dependencies"]}
-    names = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
-    known = set(sys.stdlib_module_names) | set(PACKAGES) | {"scipy", "packaging"}  # scipy: with scikit-learn
-    used = set().union(*(imported(p) for package in PACKAGES for p in sources(package)))
-    assert not {n for n in used if names.get(n, n).lower() not in declared and n not in known}
+    listed = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    pinned = {distribution(r.split("==")[0]) for r in listed if "==" in r}
+    assert len(pinned) == len(listed)
+    known = {*sys.stdlib_module_names, *PACKAGES, "bench", "tests", "setup", COMPUTED, *NEVER_REQUIRED}
+    used = set().union(*(imported(p) for package in packages for p in sources(package))) - known
+    brought = metadata.packages_distributions()
+    assert {name for name in used if not pinned & set(map(distribution, brought.get(name, [name])))} == set()
+
+
+def distribution(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_versions_are_pinned_in_one_place():

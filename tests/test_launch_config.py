@@ -7,7 +7,7 @@ import yaml
 
 from launch.__main__ import main
 from launch.config import ConfigError, OptimizerConfig, load, merge
-from tests.published import LIGHTNINGDIT_YAML, TOKENIZER_YAML
+from tests.published import LIGHTNINGDIT_OPTIONAL, LIGHTNINGDIT_YAML, TOKENIZER_OPTIONAL, TOKENIZER_YAML
 
 CONFIGS = Path(__file__).parent.parent / "launch" / "configs"
 
@@ -46,6 +46,42 @@ def test_a_published_tokenizer_file_is_translated(published_tokenizer):
     assert run.loss.disc_start == 2501 and run.model.z_channels == 32
     assert (run.optimizer.lr, run.optimizer.beta1, run.optimizer.beta2) == (1e-4, 0.5, 0.9)
     assert any("5001" in note and "2501" in note for note in notes)
+
+
+def test_every_optional_key_of_a_published_file_has_its_effect(tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text(yaml.safe_dump(merge(*map(yaml.safe_load, (LIGHTNINGDIT_YAML, LIGHTNINGDIT_OPTIONAL)))))
+    run, notes = load(path, kind="lightningdit")
+    assert notes == [] and (run.data.valid_path, run.optimizer.max_grad_norm) == ("/path/to/valid", 1.0)
+    assert (run.train.weight_init, run.train.resume) == ("/path/to/weights.pt", True)
+    assert run.network().learn_sigma and run.network().out_channels == 64 and run.network().use_checkpoint
+    assert run.train.validating(run.data.valid_path).valid_every == 20_000
+    for section in ("model", "train"):  # either of the two keys of one name is enough
+        either, _ = load(path, [f"{section}.use_checkpoint=false"], kind="lightningdit")
+        assert either.network().use_checkpoint
+    assert not load(path, ["model.use_checkpoint=false", "train.use_checkpoint=false"],
+                    kind="lightningdit")[0].network().use_checkpoint  # fmt: skip
+    assert load(path, ["train.resume=false"], kind="lightningdit")[0].train.resume is False
+
+
+def test_every_optional_key_of_a_published_tokenizer_has_its_effect(tmp_path):
+    path = tmp_path / "all.yaml"
+    path.write_text(yaml.safe_dump(merge(*map(yaml.safe_load, (TOKENIZER_YAML, TOKENIZER_OPTIONAL)))))
+    run, _ = load(path, kind="vavae")
+    assert run.train.weight_init == "/path/to/stage1.ckpt" and run.loss.proj_fix
+    path.write_text(TOKENIZER_YAML)
+    run, _ = load(path, kind="vavae")
+    assert run.train.weight_init is None and not run.loss.proj_fix
+
+
+def test_absent_keys_of_a_published_file_mean_false_and_four(tmp_path):
+    document = yaml.safe_load(LIGHTNINGDIT_YAML)
+    document["model"] = {"model_type": "LightningDiT-B/2"}
+    path = tmp_path / "bare.yaml"
+    path.write_text(yaml.safe_dump(document))
+    network = load(path, kind="lightningdit")[0].network()
+    flags = {name: value for name, value in network.model_dump().items() if isinstance(value, bool)}
+    assert len(flags) >= 6 and not any(flags.values()) and network.in_channels == 4
 
 
 def test_dry_run_of_the_published_file(published, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 import kernels
 from launch import evaluate, evaluation, features
 from launch.evaluation import Reconstructions, evaluate_reconstructions, evaluate_samples, measure, open_reference
-from launch.image_source import FolderImages, MemoryImages, NpzImages, open_images
+from launch.image_source import FolderImages, NpzImages, open_images
 from launch.metrics import FeatureStatistics, frechet_distance, precision_recall, psnr, ssim
 from vavae.config import AutoencoderConfig, FoundationConfig
 from vavae.foundation import FoundationModel
@@ -25,6 +25,21 @@ FACTS = {"solver": "euler", "nfe": 49, "dtype": "float32", "guidance": 2.0, "has
 def images(seed, count=40, size=16, width=None, high=256):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, high, (count, size, width or size, 3), generator=generator, dtype=torch.uint8)
+
+
+class MemoryImages:
+    """An image source of one tensor, uint8 `[N, H, W, 3]`."""
+
+    description = "memory"
+
+    def __init__(self, pixels):
+        self.images = pixels
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, size):
+        return iter(self.images.split(size))
 
 
 def means(batch):
@@ -45,12 +60,11 @@ def save_folder(folder, pixels):
     return folder
 
 
-def test_the_three_sources_give_the_same_images(tmp_path):
+def test_folders_and_npz_files_give_the_same_images(tmp_path):
     pixels = images(0, 7)
     np.savez(tmp_path / "plain.npz", pixels.numpy())
     np.savez_compressed(tmp_path / "small.npz", arr_0=pixels.numpy(), mu=np.zeros(3))
     sources = [
-        MemoryImages(pixels),
         open_images(save_folder(tmp_path / "folder", pixels)),
         open_images(tmp_path / "plain.npz"),
         open_images(tmp_path / "small.npz"),
@@ -107,8 +121,6 @@ def test_sources_refuse(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"neither a folder of images nor an \.npz"):
         open_images(tmp_path / "text.txt")
-    with pytest.raises(ValueError, match="images must be uint8"):
-        MemoryImages(pixels.float())
 
 
 def test_samples_against_images():
@@ -293,8 +305,10 @@ def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --samples or --originals"),
-        (["--samples", "a", "--originals", "b"], "either --samples or --originals"),
+        ([], "one of --samples, --originals and --latents, got 0 of them"),
+        (["--samples", "a", "--originals", "b"], "one of --samples, --originals and --latents, got 2 of them"),
+        (["--samples", "a", "--latents", "b"], "one of --samples, --originals and --latents, got 2 of them"),
+        (["--latents", "{here}/none"], "none is no directory"),
         (["--originals", "b"], "either --reconstructions or --tokenizer"),
         (["--samples", "a"], "no reference"),
         (["--samples", "a", "--reference", "b", "--batch-size", "0"], "--batch-size must be at least 1"),

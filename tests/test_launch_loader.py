@@ -1,9 +1,14 @@
 """A step's samples depend on the step alone."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
 import pytest
 import torch
 
 from launch.loader import SampleOrder, Split, micro_batches
+from lightningdit.seeds import generator
 
 
 class Numbers:
@@ -17,6 +22,23 @@ class Numbers:
         return {"epoch": epochs, "index": indices}
 
 
+class Threaded(Numbers):
+    """Notes who asks for what; fails where `broken` says."""
+
+    threaded = True
+
+    def __init__(self, count: int, broken: int | None = None):
+        super().__init__(count)
+        self.asked, self.threads, self.broken = [], set(), broken
+
+    def batch(self, epochs, indices, *, pin_memory):
+        self.threads.add(threading.current_thread().name)
+        self.asked.append(pin_memory)
+        if self.broken in indices.tolist():
+            raise IndexError(f"sample {self.broken} is broken")
+        return super().batch(epochs, indices)
+
+
 def stream(count=10, batch=4, seed=3):
     return SampleOrder(count, batch, seed)
 
@@ -28,6 +50,17 @@ def test_every_epoch_is_a_permutation_and_none_is_dropped():
     permutations = [indices[epochs == e].tolist() for e in range(4)]
     assert all(sorted(p) == list(range(10)) for p in permutations)
     assert len({tuple(p) for p in permutations}) == 4
+
+
+def test_an_epoch_is_torchs_permutation_made_once(monkeypatch):
+    """The order is part of a run's identity: a checkpoint goes on with it. Steps may come in any order."""
+    made, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **k: made.append(n) or randperm(n, **k))
+    order = stream(count=10, batch=4, seed=3)
+    got = {step: order.slice(step, 0, 4)[1] for step in (3, 1, 5, 2, 4)}  # both epochs meet in step 3
+    assert len(made) == 2
+    want = torch.cat([randperm(10, generator=generator(3, epoch)) for epoch in (0, 1)])
+    assert torch.equal(torch.cat([got[step] for step in range(1, 6)]), want)
 
 
 def test_the_seed_changes_the_order_and_nothing_else_does():
@@ -52,16 +85,98 @@ def test_an_indivisible_batch_is_refused():
         Split(10, 2, 3)
 
 
+def test_a_batch_of_several_epochs_goes_on_where_the_last_one_ended():
+    order = stream(count=3, batch=8)
+    epochs, indices = (torch.cat(parts) for parts in zip(*(order.slice(s, 0, 8) for s in (1, 2, 3)), strict=True))
+    assert epochs.tolist() == [e for e in range(8) for _ in range(3)]
+    assert all(sorted(indices[epochs == e].tolist()) == [0, 1, 2] for e in range(8))
+    for start, stop in ((0, 0), (2, 3), (1, 8)):
+        for part, whole in zip(order.slice(2, start, stop), (epochs, indices), strict=True):
+            assert part.dtype == torch.int64 and torch.equal(part, whole[8 + start : 8 + stop])
+
+
+@pytest.mark.parametrize("kind", [Numbers, Threaded])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_starting_late_gives_the_same_batches(num_workers):
+def test_starting_late_gives_the_same_batches(num_workers, kind):
     split = Split(4, 2, 1)
 
     def run(first):
         order = SampleOrder(10, 4, 1)
-        batches = micro_batches(Numbers(10), order, split, 1, first_step=first, last_step=9, num_workers=num_workers,
+        batches = micro_batches(kind(10), order, split, 1, first_step=first, last_step=9, num_workers=num_workers,
                                 pin_memory=False)
         return [b["index"].tolist() for b in batches]
 
     whole = run(1)
-    assert len(whole) == 9 * split.accumulation
+    order, keys = SampleOrder(10, 4, 1), [(step, micro) for step in range(1, 10) for micro in (0, 1)]
+    assert whole == [order.slice(step, *split.bounds(micro, 1))[1].tolist() for step, micro in keys]
     assert run(4) == whole[3 * split.accumulation :]
+
+
+def read(data, num_workers, pin_memory=False):
+    order = SampleOrder(len(data), 2, 1)
+    return micro_batches(data, order, Split(2, 1, 2), 0, first_step=1, last_step=1000, num_workers=num_workers,
+                         pin_memory=pin_memory)
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_threads_read_two_batches_each_ahead(pin_memory):
+    data = Threaded(100)
+    batches = read(data, 3, pin_memory)
+    next(batches)
+    for coming in batches.gi_frame.f_locals["coming"]:
+        coming.result()
+    assert data.asked == [pin_memory] * 7
+    assert all(name.startswith("loader") for name in data.threads)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def test_what_nobody_waits_for_is_not_begun(monkeypatch):
+    """At the end two threads are held in a batch each; two more batches wait for them."""
+    data, gate, shutdown = Threaded(100), threading.Event(), ThreadPoolExecutor.shutdown
+    first = SampleOrder(100, 2, 1).slice(1, 0, 2)[1]
+    plain = data.batch
+    data.batch = lambda e, i, **k: (torch.equal(i, first) or gate.wait()) and plain(e, i, **k)
+
+    def then_open(pool, wait=True, cancel_futures=False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        gate.set()
+        shutdown(pool)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", then_open)
+    batches = read(data, 2)
+    next(batches)
+    batches.close()
+    assert len(data.asked) <= 1 + 2
+
+
+def test_one_thread_reads_ahead_where_none_is_asked_for():
+    data = Threaded(100)
+    batches = read(data, 0)
+    next(batches)
+    for coming in batches.gi_frame.f_locals["coming"]:
+        coming.result()
+    assert len(data.asked) == 3 and len(data.threads) == 1 and data.threads != {threading.current_thread().name}
+
+
+def test_readers_take_no_more_than_a_core_each_and_leave_the_others_to_the_step():
+    class Counts(Threaded):
+        def batch(self, epochs, indices, *, pin_memory):
+            return {"threads": torch.get_num_threads()}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert [batch["threads"] for batch in islice(read(Counts(100), 2), 6)] == [1] * 6
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_arrives_with_the_batch_it_belongs_to(num_workers):
+    _, order = SampleOrder(10, 10, 1).slice(1, 0, 10)
+    batches = read(Threaded(10, broken=int(order[5])), num_workers)
+    assert [next(batches)["index"].tolist() for _ in range(2)] == order[:4].view(2, 2).tolist()
+    with pytest.raises(IndexError, match=f"sample {int(order[5])} is broken"):
+        next(batches)

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.progress import Log, Meter, cut_rows, describe
 
@@ -30,6 +31,34 @@ def test_skipped_steps_do_not_spoil_a_mean():
     for value in (1.0, float("nan"), 3.0, float("inf")):
         meter.add({"loss": torch.tensor(value), "bad": torch.tensor(float("nan"))})
     assert meter.read() == {"loss": 2.0, "bad": None}
+
+
+def test_integers_are_added_up():
+    meter = Meter()
+    for count in (1, 0, 3):
+        meter.add({"unreadable": torch.tensor(count), "loss": torch.tensor(1.0)})
+    got = meter.read()
+    assert got == {"unreadable": 4, "loss": 1.0} and isinstance(got["unreadable"], int)
+    meter.add({"unreadable": torch.tensor(0)})
+    assert meter.read() == {"unreadable": 0}
+
+
+def test_tensorboard_gets_the_numbers_of_every_row(tmp_path):
+    """Read back by TensorBoard itself; a resumed run's scalars replace those after its checkpoint."""
+    log = Log(tmp_path, 0, 9)
+    for step in (2, 4, 6):
+        log.row(row(step, loss=step / 8, unreadable=step, gone=None))
+    log.close()
+    log = Log(tmp_path, 4, 9)
+    log.row(row(6, loss=10.0))
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    numbers = {"loss", "unreadable", "last_step", "epoch", "images", "global_batch_size", "eta_seconds"}
+    assert set(board.Tags()["scalars"]) == numbers
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(2, 0.25), (4, 0.5), (6, 10.0)]
+    assert [(e.step, e.value) for e in board.Scalars("unreadable")] == [(2, 2.0), (4, 4.0)]
+    Log(tmp_path / "none", 0, 9, tensorboard=False).close()
+    assert not (tmp_path / "none" / "tensorboard").exists()
 
 
 def test_rows_after_the_checkpoint_are_cut(tmp_path):

@@ -102,6 +102,18 @@ def test_the_pixels_are_the_decoded_denormalised_samples(weights, tmp_path):
     assert np.abs(images[5].astype(int) - want).max() <= 1
 
 
+def test_likelihoods_lie_beside_the_images(weights, tmp_path):
+    run = a_run(weights, cfg_scale=1.0, likelihood=True, fid_num=6)
+    npz = sample.generate(run, tmp_path / "likely")
+    with np.load(npz) as content:
+        likelihoods, images = content["log_likelihood"], content["arr_0"]
+    assert likelihoods.shape == (6,) and np.isfinite(likelihoods).all() and len(set(likelihoods.tolist())) == 6
+    facts = json.loads((tmp_path / "likely" / "samples.json").read_text())
+    assert facts["log_likelihood"] == pytest.approx(likelihoods.mean()) and facts["guided_nfe"] == 0
+    plain = sample.generate(a_run(weights, cfg_scale=1.0, fid_num=6), tmp_path / "plain")
+    assert np.array_equal(images_of(plain)[0], images) and "log_likelihood" not in np.load(plain)
+
+
 def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
     whole = sample.generate(a_run(weights), tmp_path / "whole")
     original, calls = sample.Generator.images, []

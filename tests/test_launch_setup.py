@@ -15,7 +15,8 @@ IN_ENVIRONMENT = sys.prefix != sys.base_prefix
 
 def set_up(tmp_path: Path, *extras: str, **env: str) -> subprocess.CompletedProcess:
     script = f'source "{ROOT}/launch/setup_env.sh"; setup_environment {" ".join(extras)} && echo "$PYTHON"'
-    return subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=os.environ | env, text=True, capture_output=True)
+    env = os.environ | {"LIGHTNINGDIT_CUDA": "0"} | env
+    return subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=env, text=True, capture_output=True)
 
 
 @pytest.mark.skipif(not IN_ENVIRONMENT, reason="needs to run in a virtual environment")
@@ -41,7 +42,7 @@ def test_an_environment_of_another_torch_is_left_alone(tmp_path):
     checksum = subprocess.run("cksum < pyproject.toml", shell=True, cwd=tmp_path, text=True, capture_output=True).stdout
     (tmp_path / ".venv/.installed").write_text(f"{checksum.strip()} test\n")
     script = f'source "{tmp_path}/launch/setup_env.sh"; setup_environment test && echo "$PYTHON"'
-    env = os.environ | {"VIRTUAL_ENV": str(tmp_path / "env"), "CONDA_PREFIX": ""}
+    env = os.environ | {"VIRTUAL_ENV": str(tmp_path / "env"), "CONDA_PREFIX": "", "LIGHTNINGDIT_CUDA": "0"}
     done = subprocess.run(["bash", "-euc", script], env=env, text=True, capture_output=True, cwd="/")
     assert done.stdout.split() == [str(ready)], done.stderr
 
@@ -58,3 +59,53 @@ def test_missing_packages_are_named(tmp_path):
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/setup_env.sh", "tests/run.sh", ".ci/run"])
 def test_scripts_are_sound_shell(script):
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree with a setup.py that counts its runs, and the function that builds its extension."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/setup_env.sh").write_text((ROOT / "launch/setup_env.sh").read_text())
+    (tmp_path / "pyproject.toml").write_text('dependencies = ["torch==2.11.0"]')
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/swiglu.cu").write_text("1")
+    (tmp_path / "setup.py").write_text("print('built', file=open('runs', 'a'))")
+
+    def build(*extras: str, **env: str) -> subprocess.CompletedProcess:
+        script = f'source launch/setup_env.sh; PYTHON="{sys.executable}"; _build_extension {" ".join(extras)}'
+        path = f"{tmp_path}/bin:/usr/bin:/bin"  # no nvidia-smi of this machine
+        env = {"PATH": path, "HOME": str(tmp_path)} | env
+        return subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=env, text=True, capture_output=True)
+
+    return tmp_path, build
+
+
+def runs(directory: Path) -> int:
+    return len((directory / "runs").read_text().split()) if (directory / "runs").exists() else 0
+
+
+def test_kernels_are_built_once_for_each_change(tree):
+    directory, build = tree
+    assert build("test").returncode == 0 and build("test").returncode == 0
+    assert runs(directory) == 1
+    (directory / "csrc/swiglu.cu").write_text("2")
+    assert build("test").returncode == 0 and runs(directory) == 2
+    assert build("test", LIGHTNINGDIT_CUDA_ARCHS="sm_80").returncode == 0 and runs(directory) == 3
+    assert build("test", LIGHTNINGDIT_CUDA="0").returncode == 0 and runs(directory) == 3
+
+
+def test_kernels_are_not_built_where_they_are_of_no_use(tree):
+    directory, build = tree
+    assert build().returncode == 0 and runs(directory) == 0
+    (directory / "bin").mkdir()
+    (directory / "bin/nvidia-smi").write_text("#!/bin/sh")
+    (directory / "bin/nvidia-smi").chmod(0o755)
+    assert build().returncode == 0 and runs(directory) == 1
+
+
+def test_kernels_that_do_not_build_are_an_error_with_the_compilers_words(tree):
+    directory, build = tree
+    (directory / "setup.py").write_text("raise SystemExit('swiglu.cu(7): error: expected a semicolon')")
+    for _ in range(2):  # and it is tried again
+        done = build("test")
+        assert done.returncode == 1 and "expected a semicolon" in done.stderr

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.triton_launch import INTERPRETED
 from launch import checkpoint
+from launch.config import ConfigError, load
 from launch.export import export
 from lightningdit.weights import read_weights
 from tests import toy
@@ -255,3 +257,37 @@ def test_warm_start_and_explicit_checkpoint(run_file, tmp_path):
     source = tmp_path / "run/checkpoints/step_0000003"
     further = train_here(path, "train.max_steps=4", f"train.ckpt={source}", "train.exp_name=further")
     assert [row["step"] for row in rows(further)] == [4]
+
+
+def test_compiled_training_is_eager_training(tmp_path, run_file):
+    """One graph forward, one backward: the same losses to rounding, and a checkpoint that goes on uncompiled."""
+    command = ("train", "lightningdit", str(run_file()))
+    assert launch(*command, "train.exp_name=eager") == [0]
+    assert launch(*command, "train.exp_name=own", "train.compile=aot_eager", "train.max_steps=4") == [0]
+    assert launch(*command, "train.exp_name=own", "train.compile=none") == [0]
+    for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "own"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused(run_file):
+    path = str(run_file())
+    with pytest.raises(ConfigError, match=r"compile is inductor, but deepspeed\.zero_stage 3"):
+        load(path, ["train.compile=inductor", "deepspeed.zero_stage=3"], kind="lightningdit")
+    assert load(path, ["deepspeed.zero_stage=3"], kind="lightningdit")[0].train.compile == "auto"
+    with pytest.raises(ConfigError, match=r"train\.compile"):
+        load(str(run_file("vavae")), ["train.compile=inductor"], kind="vavae")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
+def test_a_checkpoint_continues_on_another_backend(tmp_path, run_file):
+    """Reference, then Triton, then what "auto" means: the losses of a run on one backend, and each table recorded."""
+    command = ("train", "lightningdit", str(run_file()), "train.ckpt_every=1")
+    assert launch(*command, "train.max_steps=3", "train.exp_name=base") == [0]
+    for backend, steps in (("reference", 1), ("triton", 2), ("auto", 3)):
+        own = ("train.exp_name=own", f"kernels={backend}", f"train.max_steps={steps}")
+        assert launch(*command, *own) == [0]
+        table = checkpoint.newest(tmp_path / "own/checkpoints").state["ops"]
+        assert {row["backend"] for row in table.values()} == {"reference" if backend == "auto" else backend}
+    for one, other in zip(rows(tmp_path / "base"), rows(tmp_path / "own"), strict=True):
+        assert all(other[key] == pytest.approx(one[key], rel=1e-4) for key in ("loss", "mse", "cos_loss"))

@@ -17,22 +17,13 @@ from lightningdit.config import (
 )
 from lightningdit.cost import activation_bytes_per_image, flops_per_image
 from lightningdit.model import LightningDiT
+from tests.published import LIGHTNINGDIT_YAML
 
 PAPER = dict(use_swiglu=True, use_rope=True, use_rmsnorm=True)
 LATENT = dict(input_size=16, in_channels=32)
 
-# The sections of the published 64-epoch file that this library reads, as YAML reads them.
-PUBLISHED = yaml.safe_load("""
-data: {data_path: latents, fid_reference_file: fid.npz, image_size: 256, num_classes: 1000, num_workers: 8,
-       latent_norm: true, latent_multiplier: 1.0}
-model: {model_type: LightningDiT-XL/1, use_qknorm: false, use_swiglu: true, use_rope: true, use_rmsnorm: true,
-        wo_shift: false, in_chans: 32}
-transport: {path_type: Linear, prediction: velocity, loss_weight: null, sample_eps: null, train_eps: null,
-            use_cosine_loss: true, use_lognorm: true}
-sample: {mode: ODE, sampling_method: euler, atol: 1e-6, rtol: 1e-3, reverse: false, likelihood: false,
-         num_sampling_steps: 250, cfg_scale: 10.0, per_proc_batch_size: 4, fid_num: 50000, cfg_interval_start: 0.10,
-         timestep_shift: 0.3}
-""")
+PUBLISHED = yaml.safe_load(LIGHTNINGDIT_YAML)
+# The sections that this library reads.
 SECTIONS = {"data": DataConfig, "model": ModelSection, "transport": TransportConfig, "sample": SampleConfig}
 
 
@@ -96,7 +87,8 @@ def test_every_size_at_both_patches():
         (SampleConfig, {"mode": "SDE", "sampling_method": "dopri5"}, "SDE has euler, heun"),
         (SampleConfig, {"diffusion_form": "sbdm"}, "SBDM"),
         (SampleConfig, {"num_sampling_steps": 1}, "num_sampling_steps"),
-        (SampleConfig, {"likelihood": True}, "likelihood"),
+        (SampleConfig, {"likelihood": True}, "likelihood needs mode ODE and cfg_scale 1, not ODE and 4"),
+        (SampleConfig, {"likelihood": True, "mode": "SDE", "cfg_scale": 1}, "not SDE and 1"),
         (SampleConfig, {"cfg_scale": 0.5}, "cfg_scale"),
         (DataConfig, {}, "data_path"),
         (DataConfig, {"data_path": "x", "latent_multiplier": 0}, "latent_multiplier"),
@@ -174,11 +166,13 @@ def test_activation_bytes_are_those_autograd_keeps(swiglu):
             ctx.save_for_backward(out[0], branch)
             return out
 
+    # Biases are left out: no activation is kept for them.
+    activate = saving_inputs(reference.swiglu, 1)
     attend = saving_inputs(lambda qkv, cos, sin: reference.rope_attention(qkv, cos, sin), 1)
     ops = SimpleNamespace(
         adaln_rms_norm=lambda x, w, a, b, eps, out_dtype: first(x, w, a, b),
-        gated_residual_adaln_rms_norm=lambda *args: Gated.apply(*args[:-1]),
-        swiglu=saving_inputs(reference.swiglu, 1),
+        gated_residual_adaln_rms_norm=lambda *args, branch_bias: Gated.apply(*args[:-1]),
+        swiglu=lambda gate_up, bias: activate(gate_up),
         rope_attention=lambda qkv, cos, sin, q, k, eps: attend(qkv, cos, sin),
     )
     flags = PAPER | {"use_swiglu": swiglu}
@@ -201,6 +195,6 @@ def test_activation_bytes_are_those_autograd_keeps(swiglu):
 
 def test_activation_bytes_of_the_published_model():
     config = named_config("LightningDiT-XL/1", **LATENT, **PAPER)
-    assert activation_bytes_per_image(config, recompute_pointwise=True) == pytest.approx(220e6, rel=0.01)
-    recomputed = config.model_copy(update={"use_checkpoint": True})
-    assert activation_bytes_per_image(recomputed) < activation_bytes_per_image(config) / 4
+    pointwise, blocks = (config.model_copy(update={"use_checkpoint": kind}) for kind in ("pointwise", True))
+    assert activation_bytes_per_image(pointwise) == pytest.approx(220e6, rel=0.01)
+    assert activation_bytes_per_image(blocks) < activation_bytes_per_image(config) / 4

@@ -1,8 +1,11 @@
 """Latents directories: the published ones, our own writer, and everything that can be wrong with one."""
 
 import json
+import mmap
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightningdit import data
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError, LatentStatistics, LatentsWriter, finish, read_manifest
+from lightningdit.mapping import map_side_by_side
 from lightningdit.seeds import generator, mix
 from tests.golden import G, J, close
 from tests.golden.golden import ROOT
@@ -76,10 +80,11 @@ def test_statistics_and_the_way_back(expected):
     assert torch.equal(data.statistics.std, expected["stats/std"].flatten())
     x = data.statistics.denormalise(expected["norm/orig/x"])
     close("denormalised", x, expected["denorm/of_norm_orig"], atol=1e-6)
-    scaled = LatentStatistics(torch.ones(4), torch.full((4,), 2.0), 0.5)
-    for statistics in (data.statistics, LatentStatistics.neutral(4, 0.18215), scaled):
-        x = torch.randn(2, 4, 3, 3)
-        close("there and back", statistics.denormalise(statistics.normalise(x)), x, atol=1e-5)
+    raw = LatentDataset(PUBLISHED, latent_norm=False).batch(EPOCH_0, EVERY, [False] * 12)["x"]
+    for norm, multiplier in ((True, 1.0), (True, 0.5), (False, 0.18215)):
+        other = LatentDataset(PUBLISHED, latent_norm=norm, latent_multiplier=multiplier)
+        there = other.batch(EPOCH_0, EVERY, [False] * 12)["x"]
+        close("there and back", other.statistics.denormalise(there), raw, atol=1e-5)
     again = LatentStatistics.from_json(json.loads(json.dumps(data.statistics.to_json())))
     assert torch.equal(again.mean, data.statistics.mean) and torch.equal(again.std, data.statistics.std)
 
@@ -140,11 +145,14 @@ class _Whole(torch.utils.data.Dataset):
         return self.data.batch(EPOCH_0, EVERY)
 
 
-def test_pickles_without_its_maps():
-    data = LatentDataset(PUBLISHED)
-    data.batch(EPOCH_0, EVERY)
-    again = pickle.loads(pickle.dumps(data))
-    assert again._views is None and torch.equal(again.batch(EPOCH_0, EVERY)["x"], data.batch(EPOCH_0, EVERY)["x"])
+def test_pickles_without_its_maps(tmp_path):
+    write(tmp_path, counts=(999, 1001), shard_size=1500)
+    data, epochs, indices = LatentDataset(tmp_path), torch.zeros(50), torch.arange(1475, 1525)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 8 * 2000  # not even the labels
+    again = pickle.loads(pickled)
+    for name, value in again.batch(epochs, indices).items():
+        assert torch.equal(value, data.batch(epochs, indices)[name])
 
 
 # --- the writer
@@ -220,6 +228,48 @@ def test_extraction_goes_on_after_a_kill(tmp_path):
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in broken.iterdir()}
     assert LatentsWriter(broken, shard_size=5, identity={"images": 13}).position == 13
     assert finish(broken) == read_manifest(broken)
+
+
+@pytest.mark.parametrize("killed", ["before a record", "between shards", "before the manifest", "after it"])
+def test_an_unfinished_extraction_is_no_set(tmp_path, killed):
+    """Not even without statistics, where it could pass for a published set; a kill while finishing loses nothing."""
+    x, y = torch.ones(6, 4, 3, 2), torch.arange(6) % 4
+    writer = LatentsWriter(tmp_path, shard_size=3)
+    with pytest.raises(LatentsError, match="unfinished"):
+        LatentDataset(tmp_path, latent_norm=False)
+    writer.add(x[:4], x[:4], y[:4])
+    if killed == "before a record":
+        (tmp_path / "latents_rank00_shard000.json").unlink()
+    if killed in ("before the manifest", "after it"):
+        writer.add(x[4:], x[4:], y[4:])
+        left = {p: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".safetensors"}
+        finish(tmp_path)
+        for path, content in left.items():  # put back what the end of `finish` takes away
+            path.write_bytes(content)
+    if killed == "before the manifest":
+        (tmp_path / "manifest.json").unlink()
+    if killed == "after it":
+        assert len(LatentDataset(tmp_path, latent_norm=False)) == 6
+    else:
+        with pytest.raises(LatentsError, match=r"is unfinished: run the extraction again"):
+            LatentDataset(tmp_path, latent_norm=False)
+    writer = LatentsWriter(tmp_path, shard_size=3)
+    writer.add(x[writer.position :], x[writer.position :], y[writer.position :])
+    writer.close()
+    finish(tmp_path, expected=6)
+    assert len(LatentDataset(tmp_path, latent_norm=False)) == 6
+    assert LatentsWriter(tmp_path, shard_size=3).position == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "latents_rank00_shard000.safetensors", "latents_rank00_shard001.safetensors", "latents_stats.pt",
+        "manifest.json"]  # fmt: skip
+
+
+def test_latents_that_no_extraction_of_ours_began_are_not_overwritten(tmp_path):
+    shutil.copytree(PUBLISHED, tmp_path / "set")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "set").iterdir()}
+    with pytest.raises(LatentsError, match=r"latents_rank00_shard000.safetensors.* give an empty directory"):
+        LatentsWriter(tmp_path / "set")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "set").iterdir()} == before
 
 
 def test_writer_refuses(tmp_path):
@@ -359,6 +409,105 @@ def test_no_directory_no_shards_no_checksums(tmp_path):
         LatentDataset(tmp_path)
     with pytest.raises(LatentsError, match=r"no manifest\.json, so there are no checksums"):
         LatentDataset(PUBLISHED, verify=True)
+
+
+def test_gathering_from_many_shards(tmp_path):
+    """Every row of every shard, in any order, against the rows that were written."""
+    x = write(tmp_path, counts=(11, 6, 9), ranks=2, shard_size=4, shape=(3, 5, 7))
+    statistics = LatentDataset(tmp_path).statistics
+    for norm, multiplier in ((True, 1.0), (True, 0.7), (False, 1.0), (False, 0.7)):
+        data = LatentDataset(tmp_path, latent_norm=norm, latent_multiplier=multiplier)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+        flips = order % 3 == 0
+        want = x[order] + 100 * flips.view(-1, 1, 1, 1)
+        if norm:
+            want = (want - statistics.mean.view(-1, 1, 1)) / statistics.std.view(-1, 1, 1)
+        assert torch.equal(data.batch(torch.zeros(len(x)), order, flips)["x"], want * multiplier)
+
+
+def test_an_empty_batch_has_its_shape():
+    batch = LatentDataset(PUBLISHED).batch(EPOCH_0[:0], EVERY[:0])
+    assert batch["x"].shape == (0, 4, 4, 4) and batch["y"].shape == (0,)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.5])
+@pytest.mark.parametrize("norm", [True, False])
+def test_pinned_batches_are_the_same_in_memory_of_their_own(monkeypatch, norm, multiplier):
+    data = LatentDataset(PUBLISHED, latent_norm=norm, latent_multiplier=multiplier)
+    want, pinned, empty = data.batch(EPOCH_0, EVERY), [], torch.empty
+
+    def stand_in(*shape, pin_memory):
+        pinned.append(empty(*shape).fill_(float("nan")))
+        return pinned[-1]
+
+    monkeypatch.setattr(torch, "empty", stand_in)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda y: pinned.append(y.clone()) or pinned[-1])
+    got = data.batch(EPOCH_0, EVERY, pin_memory=True)
+    assert all(torch.equal(got[key], want[key]) for key in ("x", "y"))
+    assert {got["x"].data_ptr(), got["y"].data_ptr()} == {p.data_ptr() for p in pinned}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pinned_batches_on_a_gpu():
+    data = LatentDataset(PUBLISHED)
+    got, want = data.batch(EPOCH_0, EVERY, pin_memory=True), data.batch(EPOCH_0, EVERY)
+    assert all(got[key].is_pinned() and torch.equal(got[key], want[key]) for key in ("x", "y"))
+
+
+def test_the_same_batches_from_many_threads(tmp_path):
+    write(tmp_path, counts=(40, 24), shard_size=10)
+    data = LatentDataset(tmp_path)
+    keys = [(torch.full((16,), e), torch.arange(16) * 4 % 61) for e in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda key: data.batch(*key)["x"], keys))
+    assert all(torch.equal(x, data.batch(*key)["x"]) for x, key in zip(together, keys, strict=True))
+
+
+def test_maps_lie_side_by_side_and_go_with_the_array(tmp_path):
+    sizes = (1, mmap.PAGESIZE - 1, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 5)
+    contents = [bytes([n]) * size for n, size in enumerate(sizes, 1)]
+    for n, content in enumerate(contents):
+        (tmp_path / f"{n}").write_bytes(content)
+    mapped, starts = map_side_by_side(sorted(tmp_path.iterdir()))
+    assert starts == [n * mmap.PAGESIZE for n in (0, 1, 2, 3)] and len(mapped) == 7 * mmap.PAGESIZE
+    for start, content in zip(starts, contents, strict=True):
+        assert mapped[start : start + len(content)].tobytes() == content
+    assert mapped[1:start].max() == 3 and not mapped[start + len(content) :].any() and not mapped.flags.writeable
+    view = mapped[-10:]
+    assert _maps_of(tmp_path) == 4
+    del mapped
+    assert _maps_of(tmp_path) == 4 and not view.any()
+    del view
+    assert _maps_of(tmp_path) == 0
+
+
+def _maps_of(directory):
+    return Path("/proc/self/maps").read_text().count(f"{directory}/")
+
+
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path):
+    (tmp_path / "full").write_text("something")
+    (tmp_path / "empty").touch()
+    with pytest.raises(OSError, match="empty"):
+        map_side_by_side([tmp_path / "full", tmp_path / "empty"])
+    assert not _maps_of(tmp_path)
+
+
+def test_tensors_at_odd_bytes_or_of_other_sizes(latents):
+    (latents / "manifest.json").unlink()
+    content = (latents / SHARD).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    shifted = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :]
+    (latents / SHARD).write_bytes(shifted)
+    with pytest.raises(LatentsError, match=f"{SHARD} has tensors that begin at bytes .*not at multiples of 4"):
+        LatentDataset(latents)
+    header = json.loads(content[8 : 8 + length])
+    header["latents"]["data_offsets"][0] += 4
+    text = json.dumps(header).encode().ljust(length)
+    (latents / SHARD).write_bytes(content[:8] + text + content[8 + length :])
+    with pytest.raises(LatentsError, match=f"{SHARD} .*do not fit together"):
+        LatentDataset(latents)
 
 
 def test_index_outside_the_set():

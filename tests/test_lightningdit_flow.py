@@ -113,6 +113,21 @@ def test_conversions_undo_each_other(name):
     close("velocity of noise", Transport(name, "noise").velocity(x0, xt, t), velocity, atol=1e-9)
 
 
+@pytest.mark.parametrize("case", J("02_transport")["create_transport_eps"])
+def test_default_eps(case):
+    """As recorded, but for sampling as for training where the published default is missing (null, and then an error).
+
+    Its 0 for velocity models stands for an eps that no interval of theirs uses: `test_training_interval` holds that.
+    """
+    path, prediction = case.split("/")
+    train, sampling = J("02_transport")["create_transport_eps"][case]
+    transport = Transport(path, prediction)
+    if train != 0:
+        assert transport.train_eps == train and transport.sample_eps == (sampling or train)
+    else:
+        assert sampling == 0 and transport.interval(transport.train_eps) == (0, 1)
+
+
 @pytest.mark.parametrize("case", J("02_transport")["check_interval_train"])
 def test_training_interval(case):
     path, prediction = case.split("/")

@@ -1,10 +1,12 @@
 """The network against the recorded published model, and the invariants a training engine relies on."""
 
 import hashlib
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
@@ -74,8 +76,8 @@ def test_float64(variant, ops):
 
 @pytest.mark.parametrize("variant", RECORDED)
 def test_every_submodule(variant, ops):
-    """Recorded block outputs include the branch that here is still pending when a block returns."""
-    g, model, seen = G(f"01_dit_{variant}"), build(variant, ops), {}
+    """Recorded outputs include the branch that is still pending when a block returns here, and the branch's bias."""
+    g, model, seen, biases = G(f"01_dit_{variant}"), build(variant, ops), {}, {}
 
     def keep(name):
         return lambda module, args, out: seen.__setitem__(name, out)
@@ -86,14 +88,15 @@ def test_every_submodule(variant, ops):
         block.register_forward_hook(keep(f"block{i}"))
         block.attn.register_forward_hook(keep(f"block{i}.attn"))
         block.mlp.register_forward_hook(keep(f"block{i}.mlp"))
+        biases |= {f"block{i}.attn": block.attn.proj.bias, f"block{i}.mlp": block.mlp.last.bias}
     model.final_layer.register_forward_hook(keep("final_layer"))
     model(g["in/x"], g["in/t"], g["in/y"])
     for name, want in g.group("inter/").items():
         got = seen[name]
         if isinstance(got, tuple):
-            x, branch, gate = got
-            got = x + gate[:, None] * branch
-        close(name, got, want, atol=1e-5)
+            x, (branch, bias, gate) = got
+            got = x + gate[:, None] * (branch + bias)
+        close(name, got + biases.get(name, 0), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", RECORDED)
@@ -163,7 +166,7 @@ def test_feed_forward_layer(ops):
     g = G("01_dit_modules")
     mlp = SwiGLUMLP(ModelConfig(**VARIANTS["a"]), ops)
     mlp.load_state_dict(g.group("swiglu/param/"))
-    close("SwiGLU", mlp(g["swiglu/x"]), g["swiglu/out"], atol=5e-6)
+    close("SwiGLU", mlp(g["swiglu/x"]) + mlp.last.bias, g["swiglu/out"], atol=5e-6)
 
 
 def test_norm(ops):
@@ -295,7 +298,7 @@ def test_layer_norm_of_queries_and_keys(ops):
         return torch.view_as_real(pairs * angle).flatten(-2)
 
     want = ((turn(q) @ turn(k).transpose(-1, -2)) / config.head_dim**0.5).softmax(-1) @ v
-    want = attn.proj(want.transpose(1, 2).flatten(2))
+    want = F.linear(want.transpose(1, 2).flatten(2), attn.proj.weight)
     close("QK LayerNorm", attn(x, cos.double(), sin.double()), want, atol=1e-9)
 
 
@@ -326,9 +329,9 @@ def test_residual_stream_dtype(residual, ops):
     config = ModelConfig(**VARIANTS["a"])
     model = LightningDiT(config, ops, residual).bfloat16()
     seen = []
-    model.blocks[0].register_forward_hook(lambda m, a, out: seen.extend(out))
+    model.blocks[0].register_forward_hook(lambda m, a, out: seen.extend((out[0], *out[1])))
     model(*inputs(config))
-    assert [z.dtype for z in seen] == [residual, torch.bfloat16, torch.bfloat16]
+    assert [z.dtype for z in seen] == [residual, *[torch.bfloat16] * 3]
     assert LightningDiT(config, ops, torch.bfloat16)(*inputs(config)).dtype == torch.float32
 
 
@@ -336,12 +339,41 @@ def test_residual_stream_dtype(residual, ops):
 def test_activation_checkpointing_changes_nothing(variant, ops):
     config = ModelConfig(**VARIANTS[variant])
     results = []
-    for use_checkpoint in (False, True):
+    for use_checkpoint in (False, True, "pointwise"):
         model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
         out = model(*inputs(config))
         out.square().sum().backward()
         results.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and softmaxes for work that is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count["products" if name in ("mm", "addmm", "bmm") else name] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_the_backward_pass_computes_again(compiled, ops):
+    """No product is made twice under "pointwise", though norms and activations are."""
+    config = ModelConfig(**VARIANTS["a"])
+    counts = {}
+    for use_checkpoint in (False, "pointwise", True):
+        model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
+        call = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else model
+        call(*inputs(config)).square().sum().backward()
+        with Products() as seen:
+            call(*inputs(config)).square().sum().backward()
+        counts[use_checkpoint] = seen.count
+    assert counts["pointwise"]["products"] == counts[False]["products"] < counts[True]["products"]
+    assert counts["pointwise"]["rsqrt"] > config.depth * 2 + 1 or compiled
 
 
 def test_forward_draws_nothing(ops):

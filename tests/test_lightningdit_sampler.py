@@ -256,6 +256,39 @@ def test_log_likelihood_of_gaussian_data():
     close("noise", noise, x / SPREAD, atol=1e-5)
 
 
+def test_samples_come_with_their_likelihood():
+    """Under the exact field of Gaussian data: its log-density at the samples, whatever else is in the batch."""
+    config = SampleConfig(num_sampling_steps=40, cfg_scale=1.0, likelihood=True, atol=1e-7, rtol=1e-7, seed=4)
+
+    def model(x, t, y):
+        assert len(y) == len(x)
+        return gaussian_velocity(x, t.view(-1, 1, 1, 1))
+
+    def run(indices):
+        return sample(model, Transport(), config, torch.zeros(len(indices)), indices, shape=(3, 2, 2), null_label=NULL)
+
+    made = run([0, 1, 2])
+    density = torch.distributions.Normal(0.0, SPREAD).log_prob(made.latents).flatten(1).sum(1)
+    close("log density", made.log_likelihood, density, atol=1e-4)
+    close("another batch", run([2]).log_likelihood, made.log_likelihood[2:], atol=1e-4)
+    assert made.nfe == 39 and not made.log_likelihood.requires_grad
+    unasked = config.model_copy(update={"likelihood": False})
+    made = sample(model, Transport(), unasked, torch.zeros(1), [0], shape=(3, 2, 2), null_label=NULL)
+    assert made.log_likelihood is None
+
+
+def test_likelihood_of_a_network_is_of_the_sample_alone(model):
+    """Each sample has signs of its own, so that its estimate does not depend on its neighbours."""
+    config = SampleConfig(num_sampling_steps=3, cfg_scale=1.0, likelihood=True, seed=4)
+    labels = torch.tensor([1, 5])
+
+    def run(indices):
+        made = sample(model, Transport(), config, labels[indices], indices, shape=(4, 4, 4), null_label=NULL)
+        return made.log_likelihood
+
+    close("alone", torch.cat([run([0]), run([1])]), run([0, 1]), rtol=2e-3)
+
+
 def test_noise_depends_on_seed_index_and_draw_alone():
     rows = initial_noise(7, [3, 0, 12], (4, 2, 2))
     for row, index in zip(rows, (3, 0, 12), strict=True):

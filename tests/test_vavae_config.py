@@ -1,54 +1,21 @@
 """What tokenizer runs may say, the published YAML, and the stages of the released recipe."""
 
-import copy
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from vavae.config import (
-    RELEASED_STAGES,
-    AutoencoderConfig,
-    DataConfig,
-    FoundationConfig,
-    LossConfig,
-    StageConfig,
-    loss_at,
-)
+from tests.published import TOKENIZER_YAML
+from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
 from vavae.published import disc_start_in_iterations, from_published
 
-PUBLISHED = """
-ckpt_path: /weights/vavae.pt
-weight_init: /weights/stage1.ckpt
-model:
-  base_learning_rate: 1e-4
-  target: some.module.AutoencoderKL
-  params:
-    monitor: val/rec_loss
-    embed_dim: 32
-    use_vf: dinov2
-    reverse_proj: true
-    lossconfig:
-      target: some.module.Loss
-      params: {disc_start: 5001, kl_weight: 1e-6, disc_weight: 0.5, vf_weight: 0.1, adaptive_vf: true,
-               distmat_margin: 0.25, cos_margin: 0.5}
-    ddconfig: {double_z: true, z_channels: 32, resolution: 256, in_channels: 3, out_ch: 3, ch: 128,
-               ch_mult: [1, 1, 2, 2, 4], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.0}
-data:
-  target: some.module.DataModule
-  params:
-    batch_size: 8
-    wrap: true
-    train: {target: some.Train, params: {data_root: /images/train}}
-    validation: {target: some.Val, params: {data_root: /images/val}}
-lightning:
-  trainer: {devices: 8, num_nodes: 4, strategy: ddp, accelerator: gpu, max_epochs: 50, precision: 32}
-"""
+ROOT = Path(__file__).parent.parent
 
 
 def published() -> dict:
-    return copy.deepcopy(yaml.safe_load(PUBLISHED))
+    return yaml.safe_load(TOKENIZER_YAML)
 
 
 def refuses(pattern: str, function, *args, **kwargs):
@@ -58,7 +25,7 @@ def refuses(pattern: str, function, *args, **kwargs):
 
 def test_published_yaml_becomes_our_sections():
     sections, notes = from_published(published())
-    assert sections["preset"] == "paper" and sections["ckpt_path"] == "/weights/vavae.pt"
+    assert sections["preset"] == "paper" and sections["ckpt_path"] == "/path/to/ckpt"
     assert AutoencoderConfig(**sections["model"]) == AutoencoderConfig(size="f16d32")
     foundation = FoundationConfig(**sections["foundation"])
     assert (foundation.model_name, foundation.normalization) == ("vit_large_patch14_dinov2.lvd142m", "published")
@@ -67,9 +34,8 @@ def test_published_yaml_becomes_our_sections():
     assert (loss.distmat_margin, loss.cos_margin, loss.adaptive_vf, loss.reverse_proj) == (0.25, 0.5, True, True)
     assert loss.reconstruction == "sum" and loss.use_vf and not loss.proj_fix
     data = DataConfig(**sections["data"])
-    assert (data.data_path, data.valid_path, data.image_size) == ("/images/train", "/images/val", 256)
-    assert sections["train"] == {"max_epochs": 50, "global_batch_size": 256, "precision": "float32",
-                                 "weight_init": "/weights/stage1.ckpt"}
+    assert (data.data_path, data.valid_path, data.image_size) == ("/path/to/train", "/path/to/val", 256)
+    assert sections["train"] == {"max_epochs": 50, "global_batch_size": 256, "precision": "float32"}
     assert float(sections["optimizer"]["lr"]) == 1e-4
     for said in ("model.target", "lightning.trainer.strategy", "data.params.wrap", "2501 iterations", "= 256"):
         assert any(said in note for note in notes), said
@@ -163,11 +129,12 @@ def test_sizes():
 
 
 def test_released_recipe_changes_the_loss_by_epoch():
-    base = LossConfig(kl_weight=2e-6)
+    shipped = yaml.safe_load((ROOT / "launch/configs/vavae_f16d32_dinov2.yaml").read_text())
+    stages, base = [StageConfig(**stage) for stage in shipped["stages"]], LossConfig(kl_weight=2e-6)
     wanted = {0: (0.5, 0.0, 0.0), 99.999: (0.5, 0.0, 0.0), 100: (0.1, 0.0, 0.0), 114.9: (0.1, 0.0, 0.0),
               115: (0.1, 0.25, 0.5), 129: (0.1, 0.25, 0.5), 1000: (0.1, 0.25, 0.5)}
     for epoch, values in wanted.items():
-        loss = loss_at(base, RELEASED_STAGES, epoch)
+        loss = loss_at(base, stages, epoch)
         assert (loss.vf_weight, loss.distmat_margin, loss.cos_margin) == values, epoch
         assert loss.kl_weight == 2e-6
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def test_export_comes_back_with_its_config(tensors, tmp_path):
     assert model.config == TINY
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
     assert [path.name for path in (tmp_path / "deep").iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_export_cut_short_leaves_the_one_before(tmp_path):
+    """A disk that takes no file of more than 100 kB: the weights fit on it, what is said of them does not."""
+    write_export(tmp_path / "net", {"a": torch.zeros(3)}, TINY, step=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_export(tmp_path / "net", {"a": torch.ones(3)}, TINY, step=2, note="x" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in before} == before
+    write_export(tmp_path / "net", {"a": torch.ones(3)}, TINY, step=2)
+    assert json.loads((tmp_path / "net.json").read_text())["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.safetensors"]
 
 
 def test_fingerprint_is_of_the_weights_not_the_file(tensors, tmp_path):

@@ -205,14 +205,6 @@ class StageConfig(Section):
     loss: StageLoss = StageLoss()
 
 
-# The released tokenizers were trained so (arXiv 2501.01423, appendix; released configs): 130 epochs in three stages.
-RELEASED_STAGES = (
-    StageConfig(epochs=100, loss=StageLoss(vf_weight=0.5, distmat_margin=0.0, cos_margin=0.0)),
-    StageConfig(epochs=15, loss=StageLoss(vf_weight=0.1, distmat_margin=0.0, cos_margin=0.0)),
-    StageConfig(epochs=15, loss=StageLoss(vf_weight=0.1, distmat_margin=0.25, cos_margin=0.5)),
-)
-
-
 def loss_at(loss: LossConfig, stages: Iterable[StageConfig], epoch: float) -> LossConfig:
     """The loss in force after `epoch` epochs (a fraction is fine); the last stage goes on for ever."""
     changes, end = {}, 0

@@ -165,13 +165,19 @@ def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
 
 
 def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any):
-    """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights."""
+    """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights.
+
+    Each file is replaced whole, and neither before both could be written.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    write_tensors(path, tensors)
     document = {"kind": "vavae", "config": config.model_dump(mode="json"), **facts}
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.json.tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    write_tensors(path, tensors)
+    os.replace(temporary, path.with_suffix(".json"))
 
 
 def read_export_config(path: str | Path) -> AutoencoderConfig:

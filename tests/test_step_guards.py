@@ -1,0 +1,121 @@
+"""What a training step costs, read off its graph without a GPU: a pass over the tokens more than before fails here."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from kernels.device import triton_reasons
+from kernels.triton_launch import INTERPRETED
+from lightningdit.config import ModelConfig
+from lightningdit.model import LightningDiT
+from tests.kernel_launches import launches
+from tests.step_graph import moved_bytes, passes, trace
+
+# Wide enough in tokens that no weight is as large as a tensor of them.
+SHAPE = {"input_size": 16, "patch_size": 1, "in_channels": 4, "hidden_size": 16, "num_heads": 2}
+PAPER = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+BATCH, TOKENS, WIDTH = 2, 2 * 256, 16
+TENSOR = TOKENS * WIDTH
+
+#: Passes over the tokens that one more block adds: four products and the operators between them; backward two products
+#: for each, and the sum that is the gradient of the packed projection's bias.
+FORWARD = {
+    "aten.addmm.default": 1,
+    "aten.mm.default": 3,
+    "ldit.gated_residual_adaln_rms_norm_fwd.default": 2,
+    "ldit.rope_attention_fwd.default": 1,
+    "ldit.swiglu_fwd.default": 1,
+}
+BACKWARD = {
+    "aten.mm.default": 8,
+    "aten.sum.dim_IntList": 1,
+    "ldit.gated_residual_adaln_rms_norm_bwd.default": 2,
+    "ldit.rope_attention_bwd.default": 1,
+    "ldit.swiglu_bwd.default": 1,
+}
+
+#: Kernels of one call, forward and backward, at production shapes.
+LAUNCHES = {
+    "adaln_rms_norm": (1, 2),
+    "gated_residual_adaln_rms_norm": (1, 2),
+    "swiglu": (1, 2),
+    "rope_attention": (1, 3),  # the third for the weights of QK norm
+    "vf_loss": (3, 2),
+    "group_norm_silu": (2, 2),
+    "adamw_ema_": (1, 0),
+}
+
+
+def graphs(depth: int, residual: torch.dtype, ops=None, **changes):
+    """Those of a float16 network on Triton ops."""
+    if reasons := triton_reasons():
+        pytest.skip("; ".join(reasons))
+    device = "cpu" if INTERPRETED else "cuda"
+    config = ModelConfig(**SHAPE, **PAPER | changes, depth=depth)
+    network = LightningDiT(config, ops or kernels.select("triton"), residual).to(device, torch.float16)
+    inputs = torch.randn(BATCH, 4, 16, 16), torch.rand(BATCH), torch.tensor([1, 2])
+    return trace(network, *(value.to(device) for value in inputs))
+
+
+def of_one_block(residual: torch.dtype, **changes) -> tuple[Counter, Counter]:
+    """What the second of two blocks adds, forward and backward."""
+    one, two = graphs(1, residual, **changes), graphs(2, residual, **changes)
+    return tuple(
+        Counter(passes(getattr(two, name), TENSOR)) - Counter(passes(getattr(one, name), TENSOR))
+        for name in ("forward", "backward")
+    )
+
+
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32])
+@pytest.mark.parametrize("changes", [{}, {"use_qknorm": True, "wo_shift": True}], ids=["paper", "qknorm"])
+def test_passes_over_the_tokens_in_a_block(changes, residual):
+    forward, backward = of_one_block(residual, **changes)
+    assert forward == FORWARD, f"forward: {forward - Counter(FORWARD)} more, {Counter(FORWARD) - forward} fewer"
+    assert backward == BACKWARD, f"backward: {backward - Counter(BACKWARD)} more, {Counter(BACKWARD) - backward} fewer"
+
+
+def test_a_pass_more_is_seen():
+    """Planted: a residual added outside of the op, as an innocent change might do."""
+
+    def outside(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
+        stream = x + gate[:, None] * (branch + branch_bias)
+        return stream, triton.adaln_rms_norm(stream, weight, shift, scale, eps, out_dtype=branch.dtype)
+
+    triton = kernels.select("triton")
+    planted = SimpleNamespace(**{name: getattr(triton, name) for name in kernels.OPS})
+    planted.gated_residual_adaln_rms_norm = outside
+    changed = graphs(2, torch.float16, planted)
+    more = Counter(passes(changed.forward, TENSOR)) - Counter(passes(graphs(2, torch.float16).forward, TENSOR))
+    assert "aten.mul.Tensor" in more and "aten.add.Tensor" in more
+
+
+def test_bytes_that_a_block_moves_forward():
+    """In units of one [tokens, width] tensor: the ops of PERF's arithmetic, and products that read and write each side.
+
+    Norms 4D each (stream and branch in, stream and output out), attention 3D in and D out, SwiGLU 3F, products
+    (1 + 3) + (1 + 1) D and D + 2F, F + D.
+    """
+    one, two = graphs(1, torch.float16), graphs(2, torch.float16)
+    hidden = ModelConfig(**SHAPE, **PAPER, depth=1).mlp_hidden / WIDTH
+    want = 2 * 4 + (3 + 1) + 3 * hidden + (1 + 3) + (1 + 1) + (1 + 2 * hidden) + (hidden + 1)
+    got = (moved_bytes(two.forward, TENSOR) - moved_bytes(one.forward, TENSOR)) / (TENSOR * 2)
+    assert got == pytest.approx(want, rel=0.15)  # weights, tables and statistics come on top
+
+
+def test_no_graph_break():
+    config = ModelConfig(**SHAPE | {"input_size": 2}, **PAPER, depth=2)  # small: this one computes
+    if reasons := triton_reasons():
+        pytest.skip("; ".join(reasons))
+    network = LightningDiT(config, kernels.select("triton"))
+    found = torch._dynamo.explain(network)(torch.randn(1, 4, 2, 2), torch.rand(1), torch.tensor([1]))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("name", [name for name, op in kernels.OPS.items() if "triton" in op.backends])
+def test_kernels_launched_by_an_op(name):
+    op = kernels.OPS[name]
+    counts = [tuple(map(len, launches(op, case, torch.float32))) for case in op.cases if case.production]
+    assert max(counts) == LAUNCHES[name]
