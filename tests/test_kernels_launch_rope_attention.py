@@ -12,8 +12,9 @@ from kernels.judge import gradients, outputs, random_like, reference, widened
 if triton_reasons():
     pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
 
+from kernels.rope_attention.call import pairs
 from kernels.rope_attention.triton_backward import rope_attention_bwd_dweight_kernel
-from kernels.rope_attention.triton_impl import BACKEND, CONFIGS, Tile, blocks, dkdv_tile, dq_tile, forward_tile, pairs
+from kernels.rope_attention.triton_impl import BACKEND, CONFIGS, Tile, blocks, dkdv_tile, dq_tile, forward_tile
 from kernels.triton_launch import INTERPRETED, launch, recorded
 
 OP = kernels.OPS["rope_attention"]

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels.cuda_launch import DTYPES, backends, launch, refusals
-from kernels.layout import contiguous
 from kernels.operators import operator
+from kernels.rope_attention.call import WIDEST, differentiate, too_wide
 
-MAX_WIDTH = 128
 #: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10}
 HOPPER_LIMIT = 227 << 10
@@ -36,7 +35,7 @@ def held(width: int, size: int) -> int:
     """Columns of the kernels that serve heads of this width, in elements of `size` bytes: made for it, or with room."""
     if made_for(width, size):
         return width
-    return next(columns for columns in (32, 72, MAX_WIDTH) if width <= columns)
+    return next(columns for columns in (32, 72, WIDEST) if width <= columns)
 
 
 def stride(columns: int, size: int) -> int:
@@ -101,7 +100,7 @@ def rope_attention_fwd(
     lse = qkv.new_empty((samples, heads, tokens), dtype=torch.float32)
     config = forward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     launch(
-        "rope_attention_fwd", dense(qkv), table, *map(contiguous, (q_weight, k_weight)), out, lse, eps,
+        "rope_attention_fwd", dense(qkv), table, q_weight, k_weight, out, lse, eps,
         config.queries, config.keys, config.warps,
     )  # fmt: skip
     return out, lse
@@ -122,7 +121,7 @@ def rope_attention_bwd(
         partials = lse.new_empty((2, samples * heads, width))
         d_weights = [weight.new_empty(width) for weight in (q_weight, k_weight)]
     launch(
-        "rope_attention_bwd", dense(d_out), dense(qkv), out, lse, table, *map(contiguous, (q_weight, k_weight)),
+        "rope_attention_bwd", dense(d_out), dense(qkv), out, lse, table, q_weight, k_weight,
         d_qkv, scratch, partials, *(d_weights or (None, None)), eps, config.queries, config.keys, config.warps,
     )  # fmt: skip
     return [d_qkv, *d_weights]
@@ -134,38 +133,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous() if begins else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # the log-sum-exp gets no gradient: not one of zeros either
-
-
-def _backward(ctx, d_out, _):
-    if d_out is None:
-        return (None,) * 5
-    qkv, table, q_weight, k_weight, out, lse = ctx.saved_tensors
-    d_qkv, *d_weights = rope_attention_bwd(d_out, qkv, out, lse, table, q_weight, k_weight, ctx.eps)
-    return d_qkv, None, *(d_weights or (None, None)), None
-
-
-rope_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-    return rope_attention_fwd(qkv, None if cos is None else pairs(cos, sin), q_weight, k_weight, eps)[0]
-
-
-def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Tables `[N, d]` → `[N, d/2, 2]` float32: each angle once, its cos and sin side by side, read in one go.
-
-    Plain torch operations, so that a compiled model makes it once for all its layers.
-    """
-    return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
+rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-    wide = [f"heads are {qkv.shape[-1]} wide, above {MAX_WIDTH}"] if qkv.shape[-1] > MAX_WIDTH else []
-    return wide + refusals(qkv, q_weight, k_weight)
+    return refusals(qkv, q_weight, k_weight) + too_wide(qkv)
 
 
 BACKEND, EMULATED = backends(

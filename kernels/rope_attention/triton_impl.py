@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.rope_attention.call import differentiate, too_wide
 from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_dkdv_kernel,
     rope_attention_bwd_dq_kernel,
@@ -12,9 +13,6 @@ from kernels.rope_attention.triton_backward import (
 )
 from kernels.rope_attention.triton_forward import rope_attention_fwd_kernel, rope_attention_fwd_resident_kernel
 from kernels.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
-
-WIDEST = 128
-
 
 #: Most tokens, and widest heads, of which two programs fit the shared memory of a processor with sm_90 side by side.
 RESIDENT_TOKENS, RESIDENT_WIDTH = 256, 80
@@ -200,47 +198,12 @@ def rope_attention_bwd(
     return [dqkv, dq_weight, dk_weight]
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # the log-sum-exp gets no gradient: not one of zeros either
-
-
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 5
-    qkv, table, q_weight, k_weight, out, lse = ctx.saved_tensors
-    if grad.stride(2) != 1:
-        grad = grad.contiguous()
-    dqkv, *dweights = rope_attention_bwd(grad, qkv, out, lse, table, q_weight, k_weight, ctx.eps)
-    return dqkv, None, *(dweights or (None, None)), None
-
-
-rope_attention_fwd.register_autograd(_backward, setup_context=_save)
-
-
-def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
-    table = None if cos is None else pairs(cos, sin)
-    if q_weight is not None:
-        q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-    return rope_attention_fwd(qkv, table, q_weight, k_weight, eps)[0]
-
-
-def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Tables `[N, d]` → `[N, d/2, 2]` float32: each angle once, its cos and sin side by side, read in one go.
-
-    Plain torch operations, so that a compiled model makes it once for all its layers.
-    """
-    return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
+rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6) -> list[str]:
-    reasons = refusals(qkv) + refusals(qkv, q_weight, k_weight, dtypes=DTYPES | {qkv.dtype, torch.float64})
-    if qkv.shape[-1] > WIDEST:
-        reasons.append(f"heads are {qkv.shape[-1]} wide, above {WIDEST}")
-    return reasons
+    beside = refusals(qkv, q_weight, k_weight, dtypes=DTYPES | {qkv.dtype, torch.float64})
+    return refusals(qkv) + beside + too_wide(qkv)
 
 
 BACKEND = backend(
