@@ -1,13 +1,10 @@
-"""AdamW, moving average and bfloat16 copy on the kernel of csrc/adamw_ema.cu; operator and launch configuration."""
+"""AdamW, moving average and bfloat16 copy on the kernel of csrc/adamw_ema.cu; launch and its configuration."""
 
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-
+from kernels.adamw_ema_.call import DTYPES, in_place, reasons
 from kernels.cuda_launch import backends, launch, refusals
-from kernels.operators import operator
-
-DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 @dataclass(frozen=True)
@@ -22,30 +19,12 @@ class Config:
 UPDATE = Config(numbers_per_block=4096)
 
 
-@operator("adamw_ema_cuda_", mutates=("param", "exp_avg", "exp_avg_sq", "ema", "bf16_param"))
-def update_(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, ema: torch.Tensor,
-    bf16_param: torch.Tensor | None, step: torch.Tensor, lr: torch.Tensor, grad_scale: torch.Tensor,
-    skip: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float,
-) -> None:  # fmt: skip
-    launch(
-        "adamw_ema_", param, grad.contiguous(), exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip,
-        beta1, beta2, eps, weight_decay, ema_decay, UPDATE.numbers_per_block,
-    )  # fmt: skip
+def update(param, *tensors_and_numbers):
+    launch("adamw_ema_", param, *tensors_and_numbers, UPDATE.numbers_per_block)
 
 
-def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
-               skip, bf16_param=None):
-    update_(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, *betas, eps, weight_decay,
-            ema_decay)  # fmt: skip
-
-
-def unsupported(param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars):
-    changed = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "bf16_param": bf16_param}
-    gaps = [name for name, tensor in changed.items() if tensor is not None and not tensor.is_contiguous()]
-    reasons = [f"{name} is not contiguous" for name in gaps]
-    return reasons + refusals(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, dtypes=DTYPES)
-
+adamw_ema_ = in_place("adamw_ema_cuda_", update)
+unsupported = partial(reasons, refusals)
 
 BACKEND, EMULATED = backends(
     adamw_ema_, unsupported, torch_ops=("ldit::adamw_ema_cuda_",), configs={"update": UPDATE}, dtypes=DTYPES

@@ -6,13 +6,14 @@ last program masks.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import inf, log
 
-import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_launch import INTERPRETED, backend, launch, operator, refusals
+from kernels.adamw_ema_.call import DTYPES, in_place, reasons
+from kernels.triton_launch import INTERPRETED, backend, launch, refusals
 
 ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 
@@ -109,17 +110,15 @@ def adamw_ema_kernel(
                     eps, weight_decay, ema_decay, ema_rest, COPIED)  # fmt: skip
 
 
-@operator("adamw_ema_", mutates=("param", "exp_avg", "exp_avg_sq", "ema", "bf16_param"))
-def update_(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, ema: torch.Tensor,
-    bf16_param: torch.Tensor | None, step: torch.Tensor, lr: torch.Tensor, grad_scale: torch.Tensor,
-    skip: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float,
+def update(
+    param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, beta1, beta2, eps, weight_decay,
+    ema_decay,
 ) -> None:  # fmt: skip
     numbers = param.numel()
     cut = block(numbers)
     launch(
         adamw_ema_kernel, (triton.cdiv(numbers, cut.numbers),),
-        param, grad.contiguous(), exp_avg, exp_avg_sq, ema, param if bf16_param is None else bf16_param,
+        param, grad, exp_avg, exp_avg_sq, ema, param if bf16_param is None else bf16_param,
         step, lr, grad_scale, skip, numbers,
         beta1, 1 - beta1, log(beta1) if beta1 else -inf, beta2, 1 - beta2, log(beta2) if beta2 else -inf,
         eps, weight_decay, ema_decay, 1 - ema_decay,
@@ -127,23 +126,13 @@ def update_(
     )  # fmt: skip
 
 
-def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
-               skip, bf16_param=None):
-    update_(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, *betas, eps, weight_decay,
-            ema_decay)  # fmt: skip
-
-
-def unsupported(param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars):
-    changed = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "bf16_param": bf16_param}
-    gaps = [name for name, tensor in changed.items() if tensor is not None and not tensor.is_contiguous()]
-    reasons = [f"{name} is not contiguous" for name in gaps]
-    return reasons + refusals(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, dtypes=BACKEND.dtypes)
-
+adamw_ema_ = in_place("adamw_ema_", update)
+unsupported = partial(reasons, refusals)
 
 BACKEND = backend(
     adamw_ema_,
     unsupported,
     torch_ops=("ldit::adamw_ema_",),
     configs={"update": block(84_407_092)},
-    dtypes=frozenset({torch.float32, torch.bfloat16}),
+    dtypes=DTYPES,
 )

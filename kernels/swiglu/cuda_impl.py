@@ -1,4 +1,4 @@
-"""SwiGLU on the kernels of csrc/swiglu.cu; operators, autograd and launch configuration."""
+"""SwiGLU on the kernels of csrc/swiglu.cu; operators and launch configuration."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import torch
 from kernels.cuda_launch import backends, launch, refusals
 from kernels.layout import contiguous
 from kernels.operators import operator
+from kernels.swiglu.call import differentiate
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,7 @@ def swiglu_bwd(
     return d_gate_up, d_bias
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, d_out):
-    gate_up, bias = ctx.saved_tensors
-    summed = bias is not None and ctx.needs_input_grad[1]
-    d_gate_up, d_bias = swiglu_bwd(d_out, gate_up, bias, summed)
-    return d_gate_up, d_bias if summed else None
-
-
-swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def swiglu(gate_up, *, bias=None):
-    return swiglu_fwd(gate_up, bias)
+swiglu = differentiate(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):

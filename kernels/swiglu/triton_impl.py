@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.swiglu.call import differentiate
 from kernels.triton_launch import backend, launch, operator, refusals
 
 
@@ -217,22 +218,7 @@ def swiglu_bwd(
     return d_gate_up, d_bias
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, grad):
-    gate_up, bias = ctx.saved_tensors
-    summed = bias is not None and ctx.needs_input_grad[1]
-    d_gate_up, d_bias = swiglu_bwd(grad, gate_up, bias, summed)
-    return d_gate_up, d_bias if summed else None
-
-
-swiglu_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def swiglu(gate_up, *, bias=None):
-    return swiglu_fwd(gate_up, bias)
+swiglu = differentiate(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):

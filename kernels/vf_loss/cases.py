@@ -73,6 +73,7 @@ CASES = (
     _case("more_positions_than_channels", 1, 3, 5, 7, (0.1, 0.3)),
     _case("more_channels_than_positions", 2, 100, 2, 3, (0.1, 0.3)),
     _case("float32_features", 2, 12, 3, 3, features=torch.float32),
+    _case("float16_features", 2, 11, 3, 4, features=torch.float16, layout=_channels_last),
     _case("channels_last", 2, 12, 3, 4, layout=_channels_last),
     _case("strided", 2, 9, 3, 4, layout=strided),
     Case("below_the_floors", _below_the_floors, dtypes=EXACT),

@@ -1,10 +1,12 @@
-"""`vf_loss` on the kernels of csrc/vf_loss.cu: three launches forward, one for each gradient; operators and autograd.
+"""`vf_loss` on the kernels of csrc/vf_loss.cu: three launches forward, one for each gradient; operators.
 
 The kernels read vectors as convolutions leave them, positions side by side; other layouts are copied first. Neither a
 matrix of cosines nor a normalised copy of an input is ever made. In the backward product of float16 or bfloat16
-inputs the vectors are exact and the weights are rounded to their dtype once.
+inputs the vectors are exact and the weights are rounded to their dtype once. Inputs of two dtypes are widened to
+float32 first, which changes no number: their products need float32 anyway, and beside those a copy is little.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from kernels.cuda_launch import backends, launch, refusals
 from kernels.layout import memory_format
 from kernels.operators import operator
+from kernels.vf_loss.call import differentiate
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def forward(
     z: torch.Tensor, f: torch.Tensor, distmat_margin: float, cos_margin: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both terms, and `[3, B, N]` float32: the norms of `z` and of `f`, and the products z·f."""
-    z, f = flat(z), flat(f)
+    z, f = flat(z, f)
     samples, _, positions = z.shape
     tiles = -(-positions // SHAPE.tile)
     kept = z.new_empty((3, samples, positions), dtype=torch.float32)
@@ -49,46 +52,27 @@ def backward_of_first(
     distmat_margin: float, cos_margin: float, swapped: bool,
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of `z`; with `swapped`, `z` and `f` are the other way round than in the forward pass."""
-    d_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    flat_z, flat_d_z = flat(z), d_z.flatten(2)
-    partial = None
+    flat_z, flat_f = flat(z, f)
+    d_z, partial = torch.empty_like(flat_z), None
     if flat_z.shape[2] > SHAPE.panel:
-        partial = flat_d_z if z.dtype == torch.float32 else torch.empty_like(flat_d_z, dtype=torch.float32)
+        partial = d_z if d_z.dtype == torch.float32 else torch.empty_like(d_z, dtype=torch.float32)
     norms = (kept[1], kept[0]) if swapped else (kept[0], kept[1])
-    launch(
-        "vf_loss_bwd", flat_z, flat(f), *norms, kept[2], d_distmat, d_cos, partial, flat_d_z, distmat_margin, cos_margin
-    )
-    return d_z.contiguous(memory_format=memory_format(z))
+    launch("vf_loss_bwd", flat_z, flat_f, *norms, kept[2], d_distmat, d_cos, partial, d_z, distmat_margin, cos_margin)
+    return d_z.to(z.dtype).view(z.shape).contiguous(memory_format=memory_format(z))
 
 
-def flat(vectors: torch.Tensor) -> torch.Tensor:
-    """`[B, C, N]`, positions side by side."""
-    return vectors.flatten(2).contiguous()
+def flat(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each `[B, C, N]`, positions side by side; float32 where their dtypes differ."""
+    dtypes = {vectors.dtype for vectors in inputs}
+    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
+    return (vectors.flatten(2).contiguous().to(dtype) for vectors in inputs)
 
 
-def _setup_context(ctx, inputs, output):
-    z, f, *ctx.margins = inputs
-    ctx.save_for_backward(z, f, output[2])
-
-
-def _backward(ctx, d_distmat, d_cos, _):
-    z, f, kept = ctx.saved_tensors
-    of_z, of_f = ctx.needs_input_grad[:2]
-    d_z = backward_of_first(z, f, kept, d_distmat, d_cos, *ctx.margins, False) if of_z else None
-    d_f = backward_of_first(f, z, kept, d_distmat, d_cos, *ctx.margins, True) if of_f else None
-    return d_z, d_f, None, None
-
-
-forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def vf_loss(z, f, distmat_margin, cos_margin):
-    return forward(z, f, float(distmat_margin), float(cos_margin))[:2]
+vf_loss = differentiate(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):
-    mixed = [f"z is {z.dtype} and f is {f.dtype}: these kernels take one dtype"] if z.dtype != f.dtype else []
-    return mixed + refusals(z, f)
+    return refusals(z, f)
 
 
 BACKEND, EMULATED = backends(

@@ -12,6 +12,7 @@ import triton
 
 from kernels.layout import memory_format
 from kernels.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.vf_loss.call import differentiate
 from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_loss_positions, vf_loss_tiles
 
 
@@ -133,25 +134,7 @@ def backward_of_first(
     return dz
 
 
-def setup(ctx, inputs, output):
-    z, f, *margins = inputs
-    ctx.save_for_backward(z, f, output[2])
-    ctx.margins = margins
-
-
-def backward(ctx, d_distmat, d_cos, _):
-    z, f, kept = ctx.saved_tensors
-    of_z, of_f = ctx.needs_input_grad[:2]
-    dz = backward_of_first(z, f, kept, d_distmat, d_cos, *ctx.margins, False) if of_z else None
-    df = backward_of_first(f, z, kept, d_distmat, d_cos, *ctx.margins, True) if of_f else None
-    return dz, df, None, None
-
-
-forward.register_autograd(backward, setup_context=setup)
-
-
-def vf_loss(z, f, distmat_margin, cos_margin):
-    return forward(z, f, float(distmat_margin), float(cos_margin))[:2]
+vf_loss = differentiate(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):

@@ -1,0 +1,43 @@
+"""What a call of `adamw_ema_` is on either compiler's kernel: the op on one operator, and what it cannot take."""
+
+from collections.abc import Callable
+
+import torch
+
+from kernels.adamw_ema_ import OP
+from kernels.operators import operator
+
+#: Of `grad`; all else that has `[n]` numbers is float32, but for the bfloat16 copy.
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def in_place(name: str, update: Callable[..., None]) -> Callable[..., None]:
+    """The op, as the operator `ldit::<name>` around `update`, which launches with these tensors and numbers in order:
+
+    param, grad (contiguous), exp_avg, exp_avg_sq, ema, bf16_param or None, step, lr, grad_scale, skip, β1, β2, eps,
+    weight_decay, ema_decay.
+    """
+
+    @operator(name, mutates=OP.mutates)
+    def update_(
+        param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, ema: torch.Tensor,
+        bf16_param: torch.Tensor | None, step: torch.Tensor, lr: torch.Tensor, grad_scale: torch.Tensor,
+        skip: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float,
+    ) -> None:  # fmt: skip
+        update(param, grad.contiguous(), exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip,
+               beta1, beta2, eps, weight_decay, ema_decay)  # fmt: skip
+
+    def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
+                   skip, bf16_param=None):
+        update_(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, *betas, eps,
+                weight_decay, ema_decay)  # fmt: skip
+
+    return adamw_ema_
+
+
+def reasons(refusals, param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars) -> list[str]:
+    """Why the kernel cannot take a call: gaps in what it changes, and the `refusals` of the compiler."""
+    changed = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "bf16_param": bf16_param}
+    gaps = [name for name, tensor in changed.items() if tensor is not None and not tensor.is_contiguous()]
+    found = [f"{name} is not contiguous" for name in gaps]
+    return found + refusals(grad, *changed.values(), dtypes=DTYPES)

@@ -1,0 +1,32 @@
+"""What a call of `vf_loss` is on either compiler's kernels: the op on two operators, with autograd."""
+
+from collections.abc import Callable
+
+
+def differentiate(forward, backward) -> Callable:
+    """The op. Both terms are symmetric in `z` and `f`, so one operator gives either gradient, if it is asked for.
+
+    Args:
+        forward: the operator `(z, f, distmat_margin, cos_margin) → distmat, cos, kept`, where `kept` is `[3, B, N]`
+            float32: the norms of `z`, the norms of `f`, the products z·f.
+        backward: the operator `(z, f, kept, d_distmat, d_cos, distmat_margin, cos_margin, swapped) → d_z`; with
+            `swapped`, `z` and `f` are the other way round than in `kept`.
+    """
+
+    def setup_context(ctx, inputs, output):
+        z, f, *ctx.margins = inputs
+        ctx.save_for_backward(z, f, output[2])
+
+    def gradients(ctx, d_distmat, d_cos, _):
+        z, f, kept = ctx.saved_tensors
+        of_z, of_f = ctx.needs_input_grad[:2]
+        d_z = backward(z, f, kept, d_distmat, d_cos, *ctx.margins, False) if of_z else None
+        d_f = backward(f, z, kept, d_distmat, d_cos, *ctx.margins, True) if of_f else None
+        return d_z, d_f, None, None
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+
+    def vf_loss(z, f, distmat_margin, cos_margin):
+        return forward(z, f, float(distmat_margin), float(cos_margin))[:2]
+
+    return vf_loss
