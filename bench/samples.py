@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, ops, step
+from bench import compare, contest, ops, step
 from bench.rows import Row
 from bench.timing import Timing
 
@@ -104,6 +104,6 @@ class StepBench(step.Bench):
         self.kept.clear()
         return {row["variant"]: (row, self.kept.get(row["variant"])) for row in self.run(job)}
 
-    def _figures(self, job: step.Job, variant: Any, timings: dict[str, Timing]) -> Row:
-        self.kept[variant.name] = timings[variant.name]
-        return super()._figures(job, variant, timings)
+    def figures(self, job: step.Job, name: str, seconds: float, parts: contest.Parts) -> Row:
+        self.kept[name] = parts[""]
+        return super().figures(job, name, seconds, parts)

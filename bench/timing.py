@@ -8,8 +8,9 @@ contenders alike.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -57,11 +58,12 @@ class Lap:
 
 @dataclass
 class Timing:
-    """Seconds of one call, from laps of `calls` calls each."""
+    """Seconds of one call, from laps of `calls` calls each, made in so many bursts."""
 
     calls: int
     method: str
     samples: list[float] = field(default_factory=list)
+    bursts: int = 0
 
     def quantile(self, q: float) -> float:
         return float(np.quantile(self.samples, q))
@@ -79,7 +81,7 @@ class Timing:
 class LapFailed(RuntimeError):
     """A contender's lap raised: `name` says whose, the cause says what."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: Any):
         self.name = name
         super().__init__(f"the lap of {name} failed")
 
@@ -91,20 +93,27 @@ def lap_size(moved: int, l2_bytes: int) -> tuple[int, int]:
     return sets, min(MOST_CALLS, max(sets, math.ceil(LAP / moved)))
 
 
-def interleave(laps: Mapping[str, Lap], device: Device, seconds: float, rounds: int = ROUNDS) -> dict[str, Timing]:
+def interleave(laps: Mapping[Any, Lap], device: Device, seconds: float, rounds: int = ROUNDS) -> dict[Any, Timing]:
     """Time the laps by turns; about `seconds` of samples for each, in `rounds` bursts.
-
-    Each round begins with another contender, so that none always follows the same one.
 
     Raises:
         LapFailed: a lap raised.
     """
-    counts: dict[str, int] = {}
+    return deque(bursts(laps, device, seconds, rounds), maxlen=1)[0]
+
+
+def bursts(laps: Mapping[Any, Lap], device: Device, seconds: float, rounds: int) -> Iterator[dict[Any, Timing]]:
+    """The same burst by burst: all that has been timed, first after the warm-up (nothing yet), then after each burst.
+
+    Each round begins with another contender, so that none always follows the same one.
+    """
+    counts: dict[Any, int] = {}
     timings = {name: Timing(lap.calls, lap.method) for name, lap in laps.items()}
     names = list(laps)
     for name in names:
         with _named(name):
             counts[name] = _count(laps[name], device, seconds / rounds, len(laps))
+    yield timings
     for turn in range(rounds if names else 0):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -112,11 +121,12 @@ def interleave(laps: Mapping[str, Lap], device: Device, seconds: float, rounds: 
                 _restore(laps[name])
                 samples = device.seconds(laps[name].run, counts[name] + 1)[1:]
             timings[name].samples += [sample / laps[name].calls for sample in samples]
-    return timings
+            timings[name].bursts += 1
+            yield timings
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _named(name: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -152,13 +162,15 @@ class CudaDevice:
         for _ in range(2):  # compiles, tunes, fills caches: none of it can be captured
             lap()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, pool, self.stream):
                 kept = lap()
         except RuntimeError as error:
+            pass
             torch.cuda.synchronize()
-            return lap, f"events: {str(error).splitlines()[0]}"
+            first = error.__context__ or error  # what the lap raised, before the capture could not be ended
+            return lap, f"events: {str(first).splitlines()[0]}"
         return _Replay(graph, kept), "graph"
 
     def seconds(self, lap, count):
@@ -169,6 +181,16 @@ class CudaDevice:
             mark.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+
+
+def _end_allocations(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """What torch before 2.12 leaves undone when a capture fails: its allocator then refuses to free any memory."""
+    try:
+        graph.pool()  # the capture has ended, and the graph will give the pool back
+    except RuntimeError:
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bench import step as bench_step
 from bench.breakdown import Interval, breakdown, kind_of, longest
 from bench.plain import PlainLightningDiT
 from bench.rows import Log
-from bench.step import Bench, Job, jobs, text, work_through, wrong_losses
+from bench.step import Bench, Job, jobs, text, wrong_losses
 from bench.timing import HostDevice
 from bench.training import BETAS, EMA_DECAY, EPS, LR, VARIANTS, BareStep, Inputs, PlainStep, Variant, make_network
 from kernels import select
@@ -92,6 +92,8 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert first["extrapolated"]["hours"] == pytest.approx(hours)
     assert first["times_faster_than"]["plain-eager"] == pytest.approx(rows[1]["p50_ms"] / first["p50_ms"])
     assert first["mfu"] is None and first["peak_gb"] is None, "a CPU's rows claim no part of a GPU"
+    assert first["rests_on"] == {"bursts": 2, "of": 2, "by_turns": True, "cut_off": None}
+    assert first["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
     assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
 
 
@@ -123,13 +125,17 @@ def test_another_loss_is_incorrect_and_not_timed():
     assert [(row["variant"], row["status"]) for row in rows] == [("bare", "incorrect"), ("plain-eager", "ok")]
 
 
-def test_no_job_begins_that_would_end_late(monkeypatch, capsys):
-    times = iter([0.0, 0.0, 50.0, 50.0])
-    monkeypatch.setattr(Bench, "run", lambda self, job: [{"status": "ok"}])
-    todo = list(jobs(["LightningDiT-XL/1"], [64, 32], ["bare"]))
-    assert work_through(bench(), todo, 1.5, clock=lambda: next(times)) == 0
-    assert "not measured: LightningDiT-XL/1 batch 32" in capsys.readouterr().out
+def test_jobs_of_a_run():
     assert [job.batch for job in jobs(["LightningDiT-XL/1"], [], ["bare"])] == [128, 64]
+    assert [str(job) for job in jobs(["LightningDiT-XL/1"], [32], ["bare"])] == ["LightningDiT-XL/1 batch 32"]
+
+
+def test_the_one_that_others_are_judged_by_starts_first():
+    """Else a run that is cut off has timed contenders and nobody to judge them by."""
+    job = next(jobs(["LightningDiT-XL/1"], [128], list(bench_step.QUICK)))
+    assert bench().order(job) == ["plain-eager", "trainer", "bare", "plain-compile"]
+    job = next(jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-compile"]))
+    assert bench().order(job) == ["plain-compile", "bare"]
 
 
 def test_without_a_gpu_it_says_so(capsys):

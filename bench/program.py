@@ -1,0 +1,56 @@
+"""What the programs of contests share: their options, the GPU they need, ceilings, and an end in order."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import roofline
+from bench.contest import Contest, work_through
+from bench.cutoff import CutOff, Deadline, stoppable
+from bench.rows import Log
+from bench.timing import CudaDevice
+from kernels.device import cuda_reasons
+
+#: Kinds of contenders compile the same functions, each for itself.
+RECOMPILE_LIMIT = 64
+
+
+def parser(module: str, description: str, seconds: float) -> argparse.ArgumentParser:
+    """With the options of every contest; seconds: the default of samples."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    made.add_argument("--seconds", type=float, default=seconds, help=f"of samples (default {seconds:g})")
+    made.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with rows of what was measured")
+    made.add_argument("--out", type=Path, help="append rows to this file")
+    return made
+
+
+def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], todo: list[Any]) -> int:
+    """Measure the ceilings, then the jobs; the exit status.
+
+    Args:
+        make: of device, log, ceilings, seconds and `until`, the contest.
+
+    Returns:
+        1 if a contender is wrong or fails, 2 if there is no GPU, 128 and its number after a signal.
+    """
+    if reasons := cuda_reasons():
+        print(f"{module} needs a GPU: {'; '.join(reasons)}", file=sys.stderr)
+        return 2
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    until = Deadline.after(options.minutes)
+    try:
+        with stoppable():
+            device = CudaDevice()
+            log = Log(device.kind, options.out)
+            ceilings, found = roofline.measure(device)
+            for row in found:
+                print(roofline.ceiling_text(log.write(row)), flush=True)
+            return work_through(make(device, log, ceilings, seconds=options.seconds, until=until), todo)
+    except CutOff as cut:
+        print(f"cut off by {cut}; whoever had been measured has a row", file=sys.stderr)
+        return 128 + cut.number

@@ -1,0 +1,265 @@
+"""Contests with contenders that only tell invented times: what is judged, timed, and left when a run is cut off."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from bench import contest, program, roofline
+from bench.contest import TIME_IS_UP, Contest, Ready, rests_on, work_through
+from bench.cutoff import CutOff, Deadline, stoppable
+from bench.rows import Log, read
+from bench.timing import HostDevice, Lap
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    names: tuple[str, ...] = ("a", "b", "c")
+
+    def __str__(self) -> str:
+        return "a job"
+
+
+class Told:
+    """A device whose laps take the seconds that they return; it counts the bursts."""
+
+    kind = "cpu"
+    l2_bytes = 0
+
+    def __init__(self):
+        self.bursts = 0
+
+    def seconds(self, lap, count):
+        self.bursts += 1
+        return [lap() for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Toy(Contest):
+    """Contender n takes n + 1 centiseconds, twice that in the part "more"; everybody's value is 1."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    fails: dict[str, Exception] = field(default_factory=dict)
+    shared: Any = "shared"
+    lap: Any = None
+
+    kind: ClassVar[str] = "toy"
+
+    def named(self, job, name):
+        return {"contender": name}
+
+    def set_up(self, job):
+        if isinstance(self.shared, Exception):
+            raise self.shared
+        return self.shared
+
+    def prepare(self, job, name, shared):
+        assert shared == "shared"
+        if name in self.fails:
+            raise self.fails[name]
+        each = (job.names.index(name) + 1) / 100
+        laps = {"": Lap(lambda: each), "more": Lap(lambda: self.lap(name) if self.lap else 2 * each)}
+        return Ready(laps, self.values.get(name, 1), {"about": name})
+
+    def wrong(self, job, values, shared):
+        return {name: f"{value} is not 1" for name, value in values.items() if value != 1}
+
+    def total(self, job, name, parts, q):
+        return parts[""].quantile(q) + parts["more"].quantile(q)
+
+    def figures(self, job, name, seconds, parts):
+        return {"per_second": 1 / seconds}
+
+    def afterwards(self, job, ready):
+        return {"seen": True}
+
+    def text(self, row):
+        return f"{row['contender']} {row['status']} {rests_on(row)}".strip()
+
+
+def toy(path=None, **settings) -> Toy:
+    return Toy(Told(), Log("cpu", path), None, **({"seconds": 0.4, "rounds": 4} | settings))
+
+
+WHOLE = {"bursts": 4, "of": 4, "by_turns": True, "cut_off": None}
+
+
+def test_a_whole_job(tmp_path):
+    rows = toy(tmp_path / "rows.jsonl").run(Job())
+    assert list(read(tmp_path / "rows.jsonl", "cpu")) == rows
+    assert [row["contender"] for row in rows] == ["a", "b", "c"] and {row["status"] for row in rows} == {"ok"}
+    assert [row["p50_ms"] for row in rows] == pytest.approx([30, 60, 90]), "both parts together"
+    first = rows[0]
+    assert first["times_faster_than"] == pytest.approx({"b": 2, "c": 3})
+    assert first["per_second"] == pytest.approx(1 / 0.03)
+    assert first["rests_on"] == WHOLE and (first["about"], first["seen"], first["peak_gb"]) == ("a", True, None)
+    assert rests_on(first) == "" and first["samples"] == 4 * 5, "parts have equal time: the slower one's samples count"
+
+
+def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():
+    rows = toy(values={"b": 2}, fails={"c": ImportError("No module named 'x'")}).run(Job())
+    assert {row["contender"]: f"{row['status']} {row['reason']}".strip() for row in rows} == {
+        "a": "ok", "b": "incorrect 2 is not 1", "c": "unavailable not installed: No module named 'x'"}  # fmt: skip
+    assert "p50_ms" not in rows[1] and rows[-1]["times_faster_than"] == {}
+    rows = toy(fails={"b": RuntimeError("out of memory")}).run(Job())
+    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["RuntimeError: out of memory"]
+    rows = toy(shared=ImportError("x")).run(Job())
+    assert [row["status"] for row in rows] == ["unavailable"] * 3
+
+
+def test_a_lap_that_fails_takes_no_other_with_it():
+    def failing(name, after):
+        laps = {"b": 0}
+
+        def lap(who):
+            laps[who] = laps.get(who, 0) + 1
+            if who == name and laps[who] > after:
+                raise RuntimeError("an illegal address")
+            return 0.01
+
+        return lap
+
+    for after in (0, 60):  # in the first laps of all; when all are timed by turns
+        rows = toy(lap=failing("b", after)).run(Job())
+        assert {row["contender"]: row["status"] for row in rows} == {"a": "ok", "b": "failed", "c": "ok"}
+        assert all(row["rests_on"] == WHOLE and set(row["times_faster_than"]) <= {"a", "c"}
+                   for row in rows if row["status"] == "ok")  # fmt: skip
+
+
+def test_a_failing_look_afterwards_loses_no_row(monkeypatch):
+    def broken(self, job, ready):
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(Toy, "afterwards", broken)
+    rows = toy().run(Job())
+    assert [row["status"] for row in rows] == ["ok"] * 3
+    assert rows[0]["afterwards"] == "failed: RuntimeError: no profiler"
+
+
+def until(bursts: int, device: Told) -> Deadline:
+    """Passes when the device has seen so many bursts."""
+    return Deadline(bursts, lambda: device.bursts + 0.5)
+
+
+@pytest.mark.parametrize("bursts", range(0, 60, 3))
+def test_when_the_time_is_up_whoever_was_timed_has_a_row(bursts, capsys):
+    """Whenever it is: starting takes 6 bursts (two parts, each with warm-up and estimate), so three take 18."""
+    bench = toy()
+    device = bench.device
+    bench = toy(until=until(bursts, device))
+    object.__setattr__(bench, "device", device)
+    rows = bench.run(Job())
+    started = min(3, -(-bursts // 6))
+    assert [row["contender"] for row in rows] == ["a", "b", "c"][:started]
+    rests = [row["rests_on"] for row in rows]
+    printed = capsys.readouterr().out
+    if bursts < 18:
+        early = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": TIME_IS_UP}
+        assert rests == [early] * started and (TIME_IS_UP in printed)
+    else:
+        assert all(rest["bursts"] <= 4 and (rest["cut_off"] is None) == (rest == WHOLE) for rest in rests)
+        assert (rests == [WHOLE] * 3) == (bursts >= 18 + 12 + 24 - 1)
+    assert all(row["p50_ms"] == pytest.approx(30 * (number + 1)) for number, row in enumerate(rows))
+    assert all("seen" in row for row in rows), "there is time to look"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("when", "timed"), [(3, 0), (60, 1), (120, 2), (165, 3), (280, 3)])
+def test_a_signal_leaves_the_rows_of_all_that_was_timed(number, when, timed, tmp_path):
+    """Twice at once, as `timeout` sends it. A start takes 53 laps of this part; from 177 on contenders take turns."""
+    laps = []
+
+    def lap(name):
+        laps.append(name)
+        if len(laps) == when:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        return 0.01
+
+    before = signal.getsignal(number)
+    with pytest.raises(CutOff) as cut, stoppable():
+        toy(tmp_path / "rows.jsonl", lap=lap).run(Job())
+    assert cut.value.number == number and signal.getsignal(number) is before
+    rows = list(read(tmp_path / "rows.jsonl", "cpu"))
+    assert [row["contender"] for row in rows] == ["a", "b", "c"][:timed]
+    assert all(row["rests_on"]["cut_off"] == number.name and "seen" not in row for row in rows)
+    assert all(row["rests_on"]["by_turns"] == (when == 280) for row in rows)
+    if rows:
+        assert number.name in rests_on(rows[0])
+
+
+def test_jobs_end_in_time(capsys):
+    now = [0.0]
+    bench = toy(until=Deadline(90.0, lambda: now[0]))
+
+    class Recorded:
+        until = bench.until
+
+        def run(self, job):
+            now[0] += 50
+            return [{"status": "failed" if job == "second" else "ok"}]
+
+    assert work_through(Recorded(), ["first", "second", "third"]) == 0 and now == [50.0]
+    assert "not measured: second, third" in capsys.readouterr().out
+    now[0] = -100.0
+    assert work_through(Recorded(), ["first", "second", "third"]) == 1, "one failed"
+
+
+PROGRAM = """
+import sys
+from bench import program, roofline
+from bench.timing import HostDevice
+from tests.test_bench_contest import Job, Slow
+program.cuda_reasons = list
+program.CudaDevice = HostDevice
+roofline.measure = lambda device: (None, [])
+options = program.parser("bench.toy", "", 0.2).parse_args(sys.argv[1:])
+sys.exit(program.run("bench.toy", options, Slow, [Job(), Job()]))
+"""
+
+
+@dataclass(frozen=True)
+class Slow(Toy):
+    """Really takes time, and says when it has started."""
+
+    def prepare(self, job, name, shared):
+        import time
+
+        print("started", name, flush=True)
+        return Ready({part: Lap(lambda: time.sleep(0.02)) for part in ("", "more")}, 1)
+
+
+def test_a_program_that_is_told_to_stop(tmp_path):
+    """By `timeout`, which also says so in its exit status."""
+    out = tmp_path / "rows.jsonl"
+    program = [sys.executable, "-c", PROGRAM, "--seconds", "1e4", "--out", str(out)]
+    process = subprocess.Popen(["timeout", "--preserve-status", "1000", *program], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert any("started b" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)  # which `timeout` hands on, as when the time is up
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    rows = list(read(out, "cpu"))
+    assert [row["contender"] for row in rows] == ["a"] and rows[0]["rests_on"]["cut_off"] == "SIGTERM"
+    assert rows[0]["samples"] > 0 and "cut off by SIGTERM" in errors
+
+
+def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "cuda_reasons", list)
+    monkeypatch.setattr(program, "CudaDevice", HostDevice)
+    monkeypatch.setattr(roofline, "measure", lambda device: (None, []))
+    monkeypatch.setattr(contest, "EARLY", 0.05)
+    out = tmp_path / "rows.jsonl"
+    words = ["--minutes", "0.01", "--seconds", "2", "--out", str(out)]
+    options = program.parser("bench.toy", "", 0.2).parse_args(words)
+    assert program.run("bench.toy", options, Slow, [Job()]) == 0
+    rows = list(read(out, "cpu"))
+    assert rows and all(row["rests_on"]["cut_off"] == TIME_IS_UP for row in rows)
+    monkeypatch.setattr(program, "cuda_reasons", lambda: ["no CUDA device"])
+    assert program.run("bench.toy", options, Slow, [Job()]) == 2
