@@ -59,6 +59,12 @@ def profiled(step: Callable[[], object], steps: int = 3) -> list[Interval]:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    on_device = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    spans = ((event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in on_device)
+    return on_device(profile.events())
+
+
+def on_device(events: Iterable) -> list[Interval]:
+    """Kernels and copies among a profiler's events; without the names of regions, which it lays over their kernels."""
+    kept = (event for event in events
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)  # fmt: skip
+    spans = ((event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in kept)
     return [Interval(*span) for span in spans if span[2] > span[1]]

@@ -167,7 +167,7 @@ class CudaDevice:
             with torch.cuda.graph(graph, pool, self.stream):
                 kept = lap()
         except RuntimeError as error:
-            pass
+            _end_allocations(pool)
             torch.cuda.synchronize()
             first = error.__context__ or error  # what the lap raised, before the capture could not be ended
             return lap, f"events: {str(first).splitlines()[0]}"
@@ -183,14 +183,11 @@ class CudaDevice:
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
 
 
-def _end_allocations(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+def _end_allocations(pool: tuple[int, int]) -> None:
     """What torch before 2.12 leaves undone when a capture fails: its allocator then refuses to free any memory."""
-    try:
-        graph.pool()  # the capture has ended, and the graph will give the pool back
-    except RuntimeError:
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    with suppress(RuntimeError):  # it was done, and the graph will give the pool back
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 @dataclass(frozen=True)
