@@ -27,25 +27,17 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < steps; ++i) rows[i] = load_columns<all>(x, sizes, part, token + i);
 #pragma unroll
-    for (int i = 0; i < steps; ++i) {
-      squares[i] = 0.f;
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) squares[i] += rows[i][j] * rows[i][j];
-    }
+    for (int i = 0; i < steps; ++i) squares[i] = sum_of_squares(rows[i]);
     sums(squares, round);
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
       if (!part.has(token + i)) continue;
-      float row[kColumns];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
-      auto result = modulate<Y>(row, inverse_rms(squares[i], sizes), factor, shift);
+      auto result = modulate<Y>(rows[i], squares[i], sizes, factor, shift);
       store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
     }
   }
 }
 
-// With r = 1 / rms(x), g = d_y·factor and means over the columns: d_x = r·g − x·r³·mean(g·x).
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
     adaln_rms_norm_bwd(const X* __restrict__ x, Modulation modulation, const Y* __restrict__ d_y, X* __restrict__ d_x,
@@ -67,19 +59,12 @@ __global__ void __launch_bounds__(kNormThreads)
       upstream[i] = load_columns<all>(d_y, sizes, part, token + i);
     }
 #pragma unroll
-    for (int i = 0; i < kRowsBackward; ++i) {
-      both[2 * i] = both[2 * i + 1] = 0.f;
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        both[2 * i] += rows[i][j] * rows[i][j];
-        both[2 * i + 1] += upstream[i][j] * factor[j] * rows[i][j];
-      }
-    }
+    for (int i = 0; i < kRowsBackward; ++i) sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
       if (!part.has(token + i)) continue;
-      float r = inverse_rms(both[2 * i], sizes), along = both[2 * i + 1] / static_cast<float>(sizes.width) * r * r * r;
+      const auto [r, along] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
       Raw<X, kColumns> result;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {

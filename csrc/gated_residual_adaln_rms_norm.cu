@@ -65,28 +65,22 @@ __global__ void __launch_bounds__(kNormThreads)
     }
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
-      squares[i] = 0.f;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
-        squares[i] += rows[i][j] * rows[i][j];  // of x' as it is returned, rounded
-      }
+      for (int j = 0; j < kColumns; ++j) rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
+      squares[i] = sum_of_squares(rows[i]);  // of x' as it is returned, rounded
       if (part.has(token + i)) store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
     }
     sums(squares, round);
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
       if (!part.has(token + i)) continue;
-      float row[kColumns];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
-      auto result = modulate<Y>(row, inverse_rms(squares[i], sizes), factor, shift);
+      auto result = modulate<Y>(rows[i], squares[i], sizes, factor, shift);
       store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
     }
   }
 }
 
-// The gradient of the norm, as in adaln_rms_norm.cu, joins that of x': d_x; then d_branch = gate·d_x.
+// The gradient of the norm joins that of x': d_x; then d_branch = gate·d_x.
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
     gated_residual_adaln_rms_norm_bwd(const X* __restrict__ x_new, const Y* __restrict__ branch, Residual residual,
@@ -117,19 +111,12 @@ __global__ void __launch_bounds__(kNormThreads)
       added[i] = load_if_given<all>(branch, sizes, part, token + i);
     }
 #pragma unroll
-    for (int i = 0; i < steps; ++i) {
-      both[2 * i] = both[2 * i + 1] = 0.f;
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        both[2 * i] += rows[i][j] * rows[i][j];
-        both[2 * i + 1] += upstream[i][j] * factor[j] * rows[i][j];
-      }
-    }
+    for (int i = 0; i < steps; ++i) sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
       if (!part.has(token + i)) continue;
-      float r = inverse_rms(both[2 * i], sizes), along = both[2 * i + 1] / static_cast<float>(sizes.width) * r * r * r;
+      const auto [r, along] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
       Raw<float, kColumns> gate = kept_gate(gates);
       Raw<X, kColumns> of_x;
       Raw<Y, kColumns> of_branch;

@@ -189,6 +189,22 @@ LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channe
   }
 }
 
+// Calls `use(step)` for each step, while the copies that `load(step + 1)` has started are under way. A step's shared memory is
+// that of the step before the last; begins and ends with all of it free.
+template <class Load, class Use>
+LDIT_DEVICE void in_two_stages(int steps, Load&& load, Use&& use) {
+  load(0);
+  commit_copies();
+  for (int step = 0; step < steps; ++step) {
+    if (step + 1 < steps) load(step + 1);
+    commit_copies();
+    wait_copies<1>();
+    __syncthreads();
+    use(step);
+    __syncthreads();
+  }
+}
+
 // Adds z_i·z_j to zz and f_i·f_j to ff for the block's rows i and columns j; begins and ends with free shared memory.
 template <class B, class T>
 LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t first_row, std::int64_t first_column,
@@ -209,21 +225,10 @@ LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t f
       fetch<B::threads>(columns(step % 2, which), from, channel, first_column, kDepth<T>);
     }
   };
-  auto add = [&](int stage, int which, float (&sums)[2][4][4]) {
-    add_products<B>(rows(stage, which), columns(stage, which), sums);
-  };
-  int steps = int((z.channels + kDepth<T> - 1) / kDepth<T>);
-  load_step(0);
-  commit_copies();
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) load_step(step + 1);
-    commit_copies();
-    wait_copies<1>();
-    __syncthreads();
-    add(step % 2, 0, zz);
-    add(step % 2, 1, ff);
-    __syncthreads();
-  }
+  in_two_stages(int((z.channels + kDepth<T> - 1) / kDepth<T>), load_step, [&](int step) {
+    add_products<B>(rows(step % 2, 0), columns(step % 2, 0), zz);
+    add_products<B>(rows(step % 2, 1), columns(step % 2, 1), ff);
+  });
 }
 
 // Inverse norms of the rows and columns of a thread's products; norms of positions that do not exist are 0.
@@ -434,13 +439,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
     };
     const int channel_of_warp = warp_index() / 4 * 32, row_of_warp = warp_index() % 4 * 16;
     float sums[2][2][4] = {};
-    load_step(0);
-    commit_copies();
-    for (int step = 0; step < steps; ++step) {
-      if (step + 1 < steps) load_step(step + 1);
-      commit_copies();
-      wait_copies<1>();
-      __syncthreads();
+    in_two_stages(steps, load_step, [&](int step) {
       add_pulls(vectors(step), weights, channel_of_warp, row_of_warp, step % across * kChunk, sums);
       if (step % across == across - 1) {
 #pragma unroll
@@ -465,8 +464,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
               d_z[at] = from_float<T>(sum * scales[row] + own);
             }
       }
-      __syncthreads();
-    }
+    });
   }
 }
 

@@ -110,11 +110,10 @@ MUTATIONS = {
         "a[1] = word<T>(first[0], first[1]), a[0] = word<T>(first[2], first[3]);",
     ),
     "barrier_before_a_stage_is_filled_again": Mutation(
-        "vf_loss", "vf_loss.cu", "    add(step % 2, 1, ff);\n    __syncthreads();\n", "    add(step % 2, 1, ff);\n",
+        "vf_loss", "vf_loss.cu", "    use(step);\n    __syncthreads();\n", "    use(step);\n",
     ),
     "copies_used_before_they_arrive": Mutation(
-        "vf_loss", "vf_loss.cu", "wait_copies<1>();\n    __syncthreads();\n    add",
-        "wait_copies<2>();\n    __syncthreads();\n    add",
+        "vf_loss", "vf_loss.cu", "wait_copies<1>();", "wait_copies<2>();",
     ),
     "last_position": Mutation(
         "vf_loss", "vf_loss.cu", "min(from.positions - position - column,",

@@ -80,15 +80,49 @@ LDIT_DEVICE float inverse_rms(float sum_of_squares, const NormSizes& sizes) {
   return fast_rsqrt(sum_of_squares / static_cast<float>(sizes.width) + sizes.eps);
 }
 
-// y = x·inverse_rms·factor + shift, rounded once.
-template <class Y>
-LDIT_DEVICE Raw<Y, kColumns> modulate(const float (&x)[kColumns], float inverse_rms, const float (&factor)[kColumns],
-                                      const float (&shift)[kColumns]) {
+// Σx² over the thread's columns.
+template <class X>
+LDIT_DEVICE float sum_of_squares(const Raw<X, kColumns>& x) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) sum += x[j] * x[j];
+  return sum;
+}
+
+// y = x / rms(x)·factor + shift, rounded once; `squares` is Σx² over the row.
+template <class Y, class X>
+LDIT_DEVICE Raw<Y, kColumns> modulate(const Raw<X, kColumns>& x, float squares, const NormSizes& sizes,
+                                      const float (&factor)[kColumns], const float (&shift)[kColumns]) {
+  float row[kColumns];  // converted before the root is taken: the compiler then needs fewer registers
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) row[j] = x[j];
+  float r = inverse_rms(squares, sizes);
   Raw<Y, kColumns> y;
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) y.set(j, x[j] * inverse_rms * factor[j] + shift[j]);
+  for (int j = 0; j < kColumns; ++j) y.set(j, row[j] * r * factor[j] + shift[j]);
   return y;
 }
+
+// --- Gradient of a row: with r = 1 / rms(x), g = d_y·factor and means over the columns, d_x = r·g − x·r³·mean(g·x).
+
+// What the thread's columns add to Σx² and Σg·x.
+template <class X, class Y>
+LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& d_y, const float (&factor)[kColumns],
+                             float& squares, float& products) {
+  squares = products = 0.f;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    squares += x[j] * x[j];
+    products += d_y[j] * factor[j] * x[j];
+  }
+}
+
+struct RowGradient {
+  float r, along;  // d_x = r·g − x·along
+
+  LDIT_DEVICE RowGradient(float squares, float products, const NormSizes& sizes)
+      : r(inverse_rms(squares, sizes)), along(products / static_cast<float>(sizes.width) * r * r * r) {}
+};
 
 // --- Gradients of a modulation: sums over tokens, a part of them by each block of the first stage.
 
