@@ -18,7 +18,7 @@ from bench.cutoff import NEVER, CutOff, Deadline
 from bench.rows import Log, Row, clocks
 from bench.timing import Device, Lap, Timing
 
-#: Seconds of laps right after a contender has started: its row rests on them until all are timed by turns.
+#: Most seconds of laps right after a contender has started: its row rests on them until all are timed by turns.
 EARLY = 1.0
 TIME_IS_UP = "the time is up"
 Parts = dict[str, Timing]
@@ -36,6 +36,7 @@ class Ready:
 
     Attributes:
         laps: part → what is timed; the one part of most contenders is called "".
+        times: part → how often the whole that a row is about needs it; once where nothing is said.
         value: what contenders are judged by, such as a first loss; None where there is nothing to compare.
         about: further keys of its row.
         peak_gb: gigabytes of device memory that starting it took at most; None on a CPU.
@@ -44,7 +45,21 @@ class Ready:
     laps: dict[str, Lap]
     value: Any = None
     about: Row = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
     peak_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A contender and the times of its parts."""
+
+    name: str
+    ready: Ready
+    parts: Parts
+
+    def seconds(self, q: float = 0.5) -> float:
+        """Of the whole, at that quantile of its parts."""
+        return sum(self.ready.times.get(part, 1) * timing.quantile(q) for part, timing in self.parts.items())
 
 
 @dataclass
@@ -61,15 +76,15 @@ class Progress:
             where.pop(name, None)
         self.turns = {key: timing for key, timing in self.turns.items() if key[0] != name}
 
-    def timings(self) -> dict[str, Parts]:
-        """Contender → part → timing by turns, or the early one where there is none; without those that have neither."""
+    def timed(self) -> dict[str, Timed]:
+        """Contender → its times by turns, or the early ones where there are none; without those that have neither."""
         found = {}
         for name, ready in self.ready.items():
             parts = {part: self.turns[name, part] for part in ready.laps if self._measured(name, part)}
             if len(parts) == len(ready.laps):
-                found[name] = parts
+                found[name] = Timed(name, ready, parts)
             elif name in self.early:
-                found[name] = self.early[name]
+                found[name] = Timed(name, ready, self.early[name])
         return found
 
     def by_turns(self, parts: Parts) -> bool:
@@ -121,12 +136,8 @@ class Contest:
         """Contender → what is wrong with its value."""
         return {}
 
-    def total(self, job: Any, name: str, parts: Parts, q: float) -> float:
-        """Seconds of the whole that a row is about, at that quantile of its parts."""
-        return parts[""].quantile(q)
-
-    def figures(self, job: Any, name: str, seconds: float, parts: Parts) -> Row:
-        """The numbers of a row beside those that all rows have; seconds: the median of the whole."""
+    def figures(self, job: Any, timed: Timed) -> Row:
+        """The numbers of a row beside those that all rows have."""
         raise NotImplementedError
 
     def afterwards(self, job: Any, ready: Ready) -> Row:
@@ -136,6 +147,9 @@ class Contest:
     def text(self, row: Row) -> str:
         """A row as a line to read."""
         raise NotImplementedError
+
+    def conclude(self, rows: list[Row]) -> None:
+        """Print what the rows of all jobs come to."""
 
     # The course of a job.
 
@@ -186,10 +200,13 @@ class Contest:
             rows.append(self._write(job, other, "incorrect", why))
         if name in progress.ready:
             try:
-                progress.early[name] = timing.interleave(ready.laps, self.device, min(EARLY, self.seconds), 1)
+                progress.early[name] = self._glance(ready.laps)
             except timing.LapFailed as failure:
                 progress.drop(name)
                 rows.append(self._write(job, name, *_status(failure.__cause__)))
+
+    def _glance(self, laps: dict[str, Lap]) -> Parts:
+        return timing.interleave(laps, self.device, min(EARLY, self.seconds / self.rounds), rounds=1)
 
     def _take_turns(self, job: Any, progress: Progress, rows: list[Row]) -> None:
         """Fill `progress.turns`; without anything in it where a lap has failed: the others begin anew, without it."""
@@ -206,11 +223,11 @@ class Contest:
 
     def _report(self, job: Any, progress: Progress, rows: list[Row], cut: CutOff | None) -> CutOff | None:
         """Write the rows of all that was timed; the signal that has come by then."""
-        timings = progress.timings()
+        timed = progress.timed()
         state = clocks() if self.device.kind == "cuda" and cut is None else {}
-        for name in [name for name in job.names if name in timings]:
-            ready, parts = progress.ready[name], timings[name]
-            told = self._figures(job, name, timings) | {"rests_on": self._rests_on(parts, progress)}
+        for name in [name for name in job.names if name in timed]:
+            ready = timed[name].ready
+            told = self._figures(job, timed[name], timed) | {"rests_on": self._rests_on(timed[name].parts, progress)}
             told |= {"peak_gb": ready.peak_gb, "clocks": state, **ready.about}
             if cut is None:
                 try:
@@ -222,15 +239,14 @@ class Contest:
             rows.append(self._write(job, name, "ok", "", **told))
         return cut
 
-    def _figures(self, job: Any, name: str, timings: dict[str, Parts]) -> Row:
-        mine = timings[name]
-        low, middle, high = (self.total(job, name, mine, q / 100) for q in (20, 50, 80))
-        others = {other: self.total(job, other, parts, 0.5) for other, parts in timings.items() if other != name}
+    def _figures(self, job: Any, mine: Timed, everybody: dict[str, Timed]) -> Row:
+        low, middle, high = (mine.seconds(q / 100) for q in (20, 50, 80))
+        others = {name: timed.seconds() for name, timed in everybody.items() if timed is not mine}
         return {
             "p20_ms": low * 1e3, "p50_ms": middle * 1e3, "p80_ms": high * 1e3, "spread": (high - low) / middle,
-            "samples": min(len(part.samples) for part in mine.values()),
-            "times_faster_than": {other: seconds / middle for other, seconds in others.items()},
-            **self.figures(job, name, middle, mine),
+            "samples": min(len(part.samples) for part in mine.parts.values()),
+            "times_faster_than": {name: seconds / middle for name, seconds in others.items()},
+            **self.figures(job, mine),
         }  # fmt: skip
 
     def _rests_on(self, parts: Parts, progress: Progress) -> Row:
@@ -303,4 +319,5 @@ def work_through(contest: Contest, todo: list[Any]) -> int:
             break
         rows += contest.run(job)
         longest = max(longest, clock() - begun)
+    contest.conclude(rows)
     return int(any(row["status"] in ("incorrect", "failed") for row in rows))

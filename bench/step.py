@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from bench import contest, program
 from bench.breakdown import breakdown, longest, profiled
-from bench.contest import Contest, Parts, Ready
+from bench.contest import Contest, Ready, Timed
 from bench.rows import Row
 from bench.timing import Lap
 from bench.training import STEPS, VARIANTS, Variant
@@ -84,8 +84,8 @@ class Bench(Contest):
     def wrong(self, job: Job, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)
 
-    def figures(self, job: Job, name: str, seconds: float, parts: Parts) -> Row:
-        rate, flops = job.batch / seconds, flops_per_image(job.config)[1]
+    def figures(self, job: Job, timed: Timed) -> Row:
+        rate, flops = job.batch / timed.seconds(), flops_per_image(job.config)[1]
         hours = IMAGES / (8 * rate) / 3600
         return {
             "images_per_second": rate, "flops": flops * job.batch, **self.limits(rate * flops),

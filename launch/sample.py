@@ -122,10 +122,14 @@ class Generator:
         y = torch.tensor([labels[i] for i in indices], device=device)
         shape = (config.in_channels, config.input_size, config.input_size)
         made = sample(self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label)
-        pixels = to_uint8(self.tokenizer.decode(self.statistics.denormalise(made.latents)))
-        images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        found = {"images": images, "nfe": made.nfe, "guided_nfe": made.guided_nfe}
+        found = {"images": self.pixels(made.latents), "nfe": made.nfe, "guided_nfe": made.guided_nfe}
         return found if made.log_likelihood is None else found | {"log_likelihood": made.log_likelihood.cpu().numpy()}
+
+    @torch.no_grad()
+    def pixels(self, latents: torch.Tensor) -> np.ndarray:
+        """uint8 [b, H, W, 3] of normalised latents [b, C, h, w]."""
+        pixels = to_uint8(self.tokenizer.decode(self.statistics.denormalise(latents)))
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] | None) -> list[int]:

@@ -1,0 +1,180 @@
+"""Time guided sampling on a GPU: from noise to images, as `python -m launch sample` makes them.
+
+    python -m bench.sampling [--model NAME] [--batch N] [--variant NAME] [--precision P] [--quick] [--out FILE]
+
+The `sample` section is that of the published 64-epoch run: 250 points of Euler, guided from time 0.10 on; below it the
+unconditional half is not run. A measured call of each kind, guided and not, stands for all of that kind: what a row
+says of a whole sample is extrapolated. Its peer is the plain model under the plain loop, with both halves in all calls.
+First the latents of a short grid are judged beside those of the plain model, against float64.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+import kernels
+from bench import contest, program
+from bench.contest import Contest, Ready, Timed
+from bench.rows import Row
+from bench.step import PAPER
+from kernels.judge import fault
+from kernels.registry import Ops
+from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
+from lightningdit.cost import flops_per_image
+from vavae.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from bench.samplers import Sampler, Setting
+
+F16D32 = AutoencoderConfig(size="f16d32")
+BATCH = 64  # `per_proc_batch_size` of the published run
+QUICK = ("auto", "plain-eager")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to sample.
+
+    Attributes:
+        name: in rows.
+        engine: "ours" (the sampler of `python -m launch sample`) or "plain" (the peer).
+        kernels: "auto", "reference", or "cuda": those ops that have a CUDA kernel, the others as "auto".
+        compile: a mode of `bench.training.compiled`.
+    """
+
+    name: str
+    engine: str
+    kernels: str = "auto"
+    compile: str = "none"
+
+    def features(self) -> dict:
+        """What a row says of it."""
+        return {key: getattr(self, key) for key in ("engine", "kernels", "compile")}
+
+    def ops(self) -> Ops:
+        if self.kernels != "cuda":
+            return kernels.select(self.kernels)
+        return kernels.select("auto", **{name: "cuda" for name, op in kernels.OPS.items() if "cuda" in op.backends})
+
+
+VARIANTS = {
+    v.name: v
+    for v in (
+        Variant("auto", "ours"),
+        Variant("auto-compile", "ours", compile="inductor"),
+        Variant("cuda", "ours", kernels="cuda"),
+        Variant("reference", "ours", kernels="reference"),
+        Variant("plain-eager", "plain", kernels="reference"),
+        Variant("plain-compile", "plain", kernels="reference", compile="inductor"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and batch, to be sampled in several ways by turns."""
+
+    model: str
+    config: ModelConfig
+    batch: int
+    precision: str
+    variants: tuple[Variant, ...]
+    tokenizer: AutoencoderConfig = F16D32
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(variant.name for variant in self.variants)
+
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def __str__(self) -> str:
+        return f"{self.model} batch {self.batch} {self.precision}"
+
+
+def jobs(models: list[str], batches: list[int], precisions: list[str], names: list[str]) -> Iterator[Job]:
+    for model in models:
+        config = named_config(model, input_size=16, in_channels=32, **PAPER)
+        for precision in precisions:
+            for batch in batches:
+                yield Job(model, config, batch, precision, tuple(VARIANTS[name] for name in names))
+
+
+@dataclass(frozen=True)
+class Bench(Contest):
+    """A row is about whole samples of one batch; those they are judged by are the plain model's own."""
+
+    kind: ClassVar[str] = "sampling"
+
+    def named(self, job: Job, name: str) -> Row:
+        variant = job.variant(name)
+        return {"model": job.model, "batch": job.batch, "precision": job.precision, "contender": name,
+                "ours": variant.engine == "ours", "features": variant.features()}  # fmt: skip
+
+    def set_up(self, job: Job) -> "Setting":
+        from bench.samplers import Setting  # needs packages that a GPU machine may lack
+
+        return Setting(job.config, job.tokenizer, job.batch, job.precision, self.device.kind)
+
+    def prepare(self, job: Job, name: str, shared: "Setting") -> Ready:
+        from bench.samplers import SAMPLERS
+
+        variant = job.variant(name)
+        sampler = SAMPLERS[variant.engine](variant, shared)
+        for lap in sampler.laps.values():
+            lap.run()  # compiles, tunes, fills caches
+        about = {"settings": shared.settings.model_dump(), "decode_flops": shared.decode_flops}
+        return Ready(sampler.laps, sampler, about, sampler.times)
+
+    def wrong(self, job: Job, values: Mapping[str, "Sampler"], shared: "Setting") -> dict[str, str]:
+        """By the tests' rule: an error at most twice that of the plain model."""
+        found = {n: fault("latents", sampler.samples, shared.eager, shared.exact) for n, sampler in values.items()}
+        return {name: why for name, why in found.items() if why}
+
+    def figures(self, job: Job, timed: Timed) -> Row:
+        """FLOPs are what samples need: the plain loop's halves that are thrown away do not count."""
+        seconds, (guided, unguided) = timed.seconds(), timed.ready.value.calls
+        decoding = timed.parts["decode"].median
+        flops = (2 * guided + unguided) * flops_per_image(job.config)[0] + timed.ready.about["decode_flops"]
+        measured = {part: timing.median * 1e3 for part, timing in timed.parts.items()}
+        return {
+            "images_per_second": job.batch / seconds, "latents_per_second": job.batch / (seconds - decoding),
+            "flops": flops * job.batch,
+            **self.limits(flops * job.batch / seconds, getattr(torch, job.precision)),
+            "extrapolated": {"guided_calls": guided, "unguided_calls": unguided, "parts_ms": measured,
+                             "times": timed.ready.times},
+        }  # fmt: skip
+
+    def text(self, row: Row) -> str:
+        head = f"{row['model']} batch {row['batch']} {row['precision']} {row['contender']:13}"
+        if row["status"] != "ok":
+            return f"{head} {row['status']}: {row['reason']}"
+        share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
+        others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
+        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["extrapolated"]["parts_ms"].items())
+        rests = contest.rests_on(row)
+        return (f"{head} {row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
+                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}{others}"
+                + (f"; {rests}" if rests else ""))  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = program.parser("bench.sampling", __doc__, seconds=3.0)
+    parser.add_argument("--model", action="append", choices=MODEL_NAMES, help="repeatable; default: XL/1")
+    parser.add_argument("--batch", action="append", type=int, help=f"samples at once; repeatable; default: {BATCH}")
+    parser.add_argument("--precision", action="append", choices=("bfloat16", "float32"),
+                        help="of the network; repeatable; default: bfloat16")  # fmt: skip
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
+    parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)} alone")
+    options = parser.parse_args(argv)
+    names = options.variant or list(QUICK if options.quick else VARIANTS)
+    models, precisions = options.model or ["LightningDiT-XL/1"], options.precision or ["bfloat16"]
+    todo = list(jobs(models, options.batch or [BATCH], precisions, names))
+    return program.run("bench.sampling", options, Bench, todo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Tokenizers to be timed: random weights, the same for everybody, and the passes that a lap makes."""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels.registry import Ops
+from vavae.config import AutoencoderConfig
+from vavae.images import to_uint8
+from vavae.model import AutoencoderKL
+
+
+def set_numerics() -> None:
+    """As `launch.engine.start_processes` sets them: IEEE float32 in convolutions, and the same bits each time."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def make_tokenizer(config: AutoencoderConfig, ops: Ops) -> AutoencoderKL:
+    """float32 on the CPU, not to be trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderKL(config, ops).eval().requires_grad_(False)
+
+
+def draw(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    """Normal numbers, cut to [-1, 1] so that they may be pixels; the same each time."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape, generator=generator, device=device).clamp_(-1, 1)
+
+
+class Encode:
+    """Images [B, 3, S, S] in [-1, 1] → a sample of each posterior, as extraction encodes one image (it does each twice,
+    plain and mirrored)."""
+
+    def __init__(self, tokenizer: AutoencoderKL, inputs: torch.Tensor):
+        self.tokenizer, self.inputs = tokenizer, inputs
+        self.noise = draw(Decode.shape(tokenizer.config, len(inputs), inputs.shape[-1]), inputs.device)
+
+    @staticmethod
+    def shape(config: AutoencoderConfig, batch: int, size: int) -> tuple[int, ...]:
+        """Of the inputs."""
+        return batch, config.in_channels, size, size
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        return self.tokenizer.encode(self.inputs).sample(noise=self.noise)
+
+    @staticmethod
+    @torch.no_grad()
+    def result(tokenizer: AutoencoderKL, inputs: torch.Tensor) -> torch.Tensor:
+        """What contenders are judged by."""
+        return tokenizer.moments(inputs)
+
+
+class Decode:
+    """Latents [B, C, h, w] → 8-bit images [B, 3, S, S], as samples are decoded."""
+
+    def __init__(self, tokenizer: AutoencoderKL, inputs: torch.Tensor):
+        self.tokenizer, self.inputs = tokenizer, inputs
+
+    @staticmethod
+    def shape(config: AutoencoderConfig, batch: int, size: int) -> tuple[int, ...]:
+        grid = size // config.downsample_ratio
+        return batch, config.embed_dim, grid, grid
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        return to_uint8(self.tokenizer.decode(self.inputs))
+
+    @staticmethod
+    @torch.no_grad()
+    def result(tokenizer: AutoencoderKL, inputs: torch.Tensor) -> torch.Tensor:
+        return tokenizer.decode(inputs)
+
+
+PASSES: dict[str, type[Encode] | type[Decode]] = {"encode": Encode, "decode": Decode}
+
+
+@cache
+def flops_per_image(config: AutoencoderConfig, size: int) -> dict[str, int]:
+    """"encode" and "decode" → FLOPs of an image of size × size pixels, every product and convolution, a multiply-add
+    counted as two; nothing is allocated."""
+    with torch.device("meta"):
+        tokenizer = AutoencoderKL(config, kernels.select("reference"))
+        inputs = {name: torch.empty(way.shape(config, 1, size)) for name, way in PASSES.items()}
+    return {name: _count(partial(way.result, tokenizer, inputs[name])) for name, way in PASSES.items()}
+
+
+def _count(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
