@@ -99,7 +99,7 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
     seed = run.train.global_seed
     task = LightningDiTTask(
         run.network(), run.transport, run.data, ops, seed=seed,
-        residual_dtype=getattr(torch, run.train.residual_dtype), fold_biases=run.deepspeed.zero_stage < 3,
+        residual_dtype=getattr(torch, run.train.residual_dtype), resident=run.deepspeed.zero_stage < 3,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)

@@ -4,14 +4,16 @@ The model is given its ops. Each branch's gated residual is added by the norm th
 attention branch by its block's norm2, the feed-forward branch by norm1 of the next block, or by the final layer's
 norm. So what travels from block to block is the stream and a `Pending`: the branch not yet added to it, the bias of the
 projection that made the branch, and the branch's gate. Biases are added where the next op reads the product, because
-their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. Where
-parameters exist only while their own module runs (ZeRO 3), `fold_biases=False` leaves each to its module.
+their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. The vectors
+that modulate the blocks are made for all of them before the first. Where parameters exist only while their own module
+runs (ZeRO 3), `resident=False` leaves each bias and each block's modulation to its module.
 
 Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
 F feed-forward width.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from lightningdit.embeddings import (
     TimestepEmbedder,
     position_embedding,
 )
+from lightningdit.modulation import Modulation, Vectors, modulations
 from lightningdit.recompute import recomputed
 
 EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-5
@@ -104,12 +107,16 @@ class QKRMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of all tokens, with rotary positions and optional QK norm; the bias of `proj` is left to be added."""
+    """Attention of all tokens, with rotary positions and optional QK norm; the bias of `proj` is left to be added.
+
+    That of `qkv` is left to the op, unless a LayerNorm reads queries and keys before.
+    """
 
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.num_heads, self.ops = config.num_heads, ops
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        linear = nn.Linear if config.use_qknorm and not config.use_rmsnorm else Product
+        self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Product(config.hidden_size, config.hidden_size)
         norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
@@ -118,13 +125,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:  # x [B, N, D], tables [N, d]
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        bias = self.qkv.pending_bias if isinstance(self.qkv, Product) else None
         q_weight = k_weight = None
         if isinstance(self.q_norm, QKRMSNorm):
             q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
         elif self.q_norm is not None:
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
-        return self.proj(self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS))
+        return self.proj(self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias))
 
 
 class SwiGLUMLP(nn.Module):
@@ -160,18 +168,6 @@ class GELUMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Modulation(nn.Sequential):
-    """The condition c [B, D] → `parts` vectors [B, D] in the weights' dtype."""
-
-    def __init__(self, hidden_size: int, parts: int):
-        super().__init__(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
-        self.parts = parts
-
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        activation, linear = self
-        return linear(activation(c).to(linear.weight.dtype)).chunk(self.parts, dim=1)
-
-
 class Block(nn.Module):
     """Attention and feed-forward network, each normalised and modulated before and gated after (adaLN-zero)."""
 
@@ -183,14 +179,18 @@ class Block(nn.Module):
         self.mlp = SwiGLUMLP(config, ops) if config.use_swiglu else GELUMLP(config)
         self.adaLN_modulation = Modulation(config.hidden_size, config.modulation_parts)
 
-    def forward(self, x: Tensor, pending: Pending | None, c: Tensor, cos: Tensor | None, sin: Tensor | None):
-        """Stream x [B, N, D] and what it is to gain (None at the first block) → the same for the next."""
-        parts = self.adaLN_modulation(c)
-        if len(parts) == 6:
-            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+    def forward(
+        self, x: Tensor, pending: Pending | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Pending]:
+        """Stream x [B, N, D] and what it is to gain (None at the first block) → the same for the next.
+
+        modulation: what this block's `adaLN_modulation` gives for the condition.
+        """
+        if len(modulation) == 6:
+            shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         else:
             shift_attn = shift_mlp = None
-            scale_attn, gate_attn, scale_mlp, gate_mlp = parts
+            scale_attn, gate_attn, scale_mlp, gate_mlp = modulation
         x, y = self.norm1(x, shift_attn, scale_attn, pending)
         attention = Pending(self.attn(y, cos, sin), self.attn.proj.pending_bias, gate_attn)
         x, y = self.norm2(x, shift_mlp, scale_mlp, attention)
@@ -223,15 +223,14 @@ class LightningDiT(KeepsFloat32):
 
     residual_dtype: dtype of the residual stream; one narrower than the weights' is raised to theirs. Weights may be
     cast to bfloat16 or float16 as a whole: timestep embedding, condition, norms, RoPE and the output stay float32.
+    resident: whether all parameters can be read at any time, not only by the module they belong to.
     """
 
     tables = ("pos_embed",)
 
-    def __init__(
-        self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, fold_biases: bool = True
-    ):
+    def __init__(self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, resident: bool = True):
         super().__init__()
-        self.config, self.residual_dtype = config, residual_dtype
+        self.config, self.residual_dtype, self.resident = config, residual_dtype, resident
         self.x_embedder = PatchEmbed(config)
         self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, config.grid_size), requires_grad=False)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
@@ -241,7 +240,7 @@ class LightningDiT(KeepsFloat32):
         self.final_layer = FinalLayer(config, ops)
         for module in self.modules():
             if isinstance(module, Product):
-                module.folded = fold_biases
+                module.folded = resident
         self.initialize()
 
     @torch.no_grad()
@@ -271,13 +270,18 @@ class LightningDiT(KeepsFloat32):
         x = self.x_embedder(x.to(weights)) + self.pos_embed.to(wide)  # [B, N, D]
         x = x.to(torch.promote_types(weights, self.residual_dtype))
         pending = None
-        for block in self.blocks:
+        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, pending = recomputed(block, self.config.use_checkpoint, x, pending, c, cos, sin)
+                x, pending = recomputed(block, self.config.use_checkpoint, x, pending, modulation, cos, sin)
             else:
-                x, pending = block(x, pending, c, cos, sin)
+                x, pending = block(x, pending, modulation, cos, sin)
         x = unpatchify(self.final_layer(x, pending, c), self.config.patch_size).to(wide)
         return x[:, : self.config.in_channels]
+
+    def _modulations(self, c: Tensor) -> Iterable[Vectors]:
+        """Those of each block for the condition c [B, D]."""
+        layers = [block.adaLN_modulation for block in self.blocks]
+        return modulations(layers, c) if self.resident else (layer(c) for layer in layers)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config

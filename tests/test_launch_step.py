@@ -8,10 +8,44 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
+from launch.engine import Engine, deepspeed_config, start_processes
+from launch.optimizer import AdamWEma
+from lightningdit.config import ModelConfig
+from lightningdit.model import LightningDiT
+from lightningdit.modulation import evenly_spaced
 from tests import toy
 from tests.host_reads import HostReads
 
 ROOT = Path(__file__).parents[1]
+
+
+OPS = kernels.select("reference")
+NETWORK = ModelConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=24, num_heads=2, depth=3, num_classes=3,
+                      use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+
+
+def engine(stage: int, bf16: bool) -> Engine:
+    """A small network, in this process alone."""
+
+    def optimizer(parameters, partitioned: bool) -> AdamWEma:
+        return AdamWEma(parameters, OPS, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.9,
+                        max_grad_norm=1.0, partitioned=partitioned)  # fmt: skip
+
+    start_processes()
+    config = deepspeed_config(
+        stage=stage, bf16=bf16, micro_batch_size=2, accumulation=1, world_size=1, overrides={}
+    )
+    torch.manual_seed(0)
+    return Engine(LightningDiT(NETWORK, OPS), optimizer, config)
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (1, True), (2, True)])
+def test_one_product_can_read_the_modulation_of_all_blocks(stage, bf16):
+    """DeepSpeed's flat buffer holds equal layers at equal distances, so that no weight is copied for it."""
+    linears = [block.adaLN_modulation[1] for block in engine(stage, bf16).module.blocks]
+    assert evenly_spaced([linear.weight for linear in linears]) is not None
+    assert evenly_spaced([linear.bias for linear in linears]) is not None
 
 
 def test_reads_are_seen():
