@@ -83,6 +83,28 @@ class OpBench(ops.Bench):
 class _Work(ops.Work):
     kept: dict[tuple[str, str], Timing] = field(kw_only=True)
 
+    def figures(self, name: str, timings: dict[str, Timing]) -> Row:
+        self.kept[self.direction, name] = timings[name]
+        return super().figures(name, timings)
+
+
+def row_of(found: dict, direction: str, contender: str) -> tuple[Row, Timing | None]:
+    """What was measured of a contender in a direction, or what was said of all its directions, or of the whole job."""
+    keys = ((direction, contender), (None, contender), (None, "all"))
+    return next(found[key] for key in keys if key in found)
+
+
+@dataclass(frozen=True)
+class StepBench(step.Bench):
+    """Keeps the samples of variants."""
+
+    kept: dict[str, Timing] = field(default_factory=dict)
+
+    def measured(self, job: step.Job) -> dict[str, tuple[Row, Timing | None]]:
+        """Variant → row, and its samples if it has some."""
+        self.kept.clear()
+        return {row["variant"]: (row, self.kept.get(row["variant"])) for row in self.run(job)}
+
     def figures(self, job: step.Job, timed: Timed) -> Row:
         self.kept[timed.name] = timed.parts[""]
         return super().figures(job, timed)
