@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels.cases import Case
@@ -129,3 +130,16 @@ def test_gradients_of_the_reference_are_those_of_its_results(op):
             return op.backend("reference").run(**{**inputs, **dict(zip(names, values, strict=True))})
 
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-5), case.id
+
+
+@pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)
+def test_cases_and_the_reference_stay_on_their_device(op):
+    """On one that is only made up, whose tensors do not mix with a CPU's either. It can draw no production cases."""
+    with FakeTensorMode():
+        for case in op.cases:
+            if case.production or torch.float32 not in case.dtypes & op.dtypes:
+                continue
+            inputs = case.inputs(torch.float32, "cuda")
+            found = inputs | checks.outputs(op, checks.reference(op), inputs)
+            strays = [n for n, t in found.items() if isinstance(t, torch.Tensor) and t.device.type != "cuda"]
+            assert not strays, f"{case.id}: {strays}"

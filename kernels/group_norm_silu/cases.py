@@ -16,7 +16,7 @@ def _case(name: str, *shape: int, groups: int, mean=0.5, drift=0.0, small=None, 
     def make(draw: Draw) -> dict:
         x = draw.normal(*shape, mean=mean, std=1.5, dtype=torch.float32)
         if drift:
-            x += torch.linspace(0, drift, shape[2])[:, None]
+            x += torch.linspace(0, drift, shape[2], device=x.device)[:, None]
         x.unflatten(1, (groups, -1))[:, 1::2] *= 1e-3  # the eps decides these groups
         return {
             "x": layout(x.to(draw.dtype)),
