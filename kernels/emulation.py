@@ -8,6 +8,7 @@ Objects are kept under `build/emulation`, named by what went into them: editing 
 that sanitizer (see csrc/README.md).
 """
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -32,6 +33,7 @@ COMMON = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hi
 #: Mode → what the kernels are compiled with besides. The runtime is not: it switches stacks under the sanitizers' feet.
 MODES = {
     "plain": ("-O2",),
+    "unoptimized": ("-O0",),  # compiled in a third of the time
     "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
@@ -68,8 +70,12 @@ def mode() -> str:
 @cache
 def module() -> ModuleType:
     """The launchers, built if they are not; raises BuildError."""
-    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "binding.cpp"]
-    return load(library(sources, mode()))
+    return load(library(module_sources(), mode()))
+
+
+def module_sources() -> list[Path]:
+    """The kernels and their Python module."""
+    return [*sorted(CSRC.glob("*.cu")), CSRC / "binding.cpp"]
 
 
 def load(path: Path) -> ModuleType:
@@ -81,36 +87,35 @@ def load(path: Path) -> ModuleType:
     return found
 
 
-def library(sources: Sequence[Path], mode: str = "plain", csrc: Path = CSRC, cache: Path = CACHE) -> Path:
+def library(sources: Sequence[Path], mode: str = "plain", plain: Sequence[Path] = ()) -> Path:
     """The shared library of these sources and the runtime, built if it is not.
 
     Args:
-        sources: `.cu` and `.cpp` files; includes are looked up in `csrc`.
+        sources: `.cu` and `.cpp` files; includes are looked up beside them, then in `csrc`.
         mode: a key of `MODES`.
-        csrc: where the headers and the runtime are taken from.
-        cache: where objects and libraries are kept.
+        plain: more sources, whose mode is `plain`. What a header defines for several sources is taken from the first.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    runtime = csrc / "emulation" / "runtime.cpp"
-    jobs = [(runtime, ("-O2",)), *((source, MODES[mode]) for source in sources)]
+    CACHE.mkdir(parents=True, exist_ok=True)
+    modes = [*((source, mode) for source in sources), *((source, "plain") for source in plain)]
+    jobs = [(CSRC / "emulation" / "runtime.cpp", ("-O2",)), *((source, MODES[mode]) for source, mode in modes)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compiled(*job, csrc, cache), jobs))
-    target = cache / f"{MODULE}-{digest(*objects)}-{mode}.so"
+        objects = list(pool.map(lambda job: compiled(*job), jobs))
+    target = CACHE / f"{MODULE}-{digest(*objects)}-{mode}.so"
     if not target.exists():
         build(target, [*map(str, objects), "-shared", *MODES[mode]])
     return target
 
 
-def compiled(source: Path, extra: tuple[str, ...], csrc: Path, cache: Path) -> Path:
+def compiled(source: Path, extra: tuple[str, ...]) -> Path:
     """The object of one source, made if it is not there."""
     flags = [*COMMON, *extra, "-Wall", "-Wno-unknown-pragmas"]
     if source.suffix == ".cpp":
         flags += [f"-DLDIT_MODULE={MODULE}", *(f"-I{folder}" for folder in include_folders())]
     text = " ".join([compiler(), *flags])
-    target = cache / f"{source.stem}-{digest(*included(source, csrc), text=text)}.o"
+    target = CACHE / f"{source.stem}-{digest(*included(source, CSRC), text=text)}.o"
     if not target.exists():
         language = ["-x", "c++"] if source.suffix == ".cu" else []
-        build(target, [*flags, f"-I{csrc}", "-c", *language, str(source)])
+        build(target, [*flags, f"-I{CSRC}", "-c", *language, str(source)])
     return target
 
 
@@ -131,8 +136,11 @@ def include_folders() -> list[str]:
 
 
 def build(target: Path, arguments: list[str]) -> None:
-    """Run the compiler, and show `target` to others only when it is whole."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    """Run the compiler, unless another process does so already; show `target` to others only when it is whole."""
+    with target.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
         made = Path(folder, target.name)
         process = subprocess.run([compiler(), *arguments, "-o", str(made)], capture_output=True, text=True)
         if process.returncode:

@@ -55,6 +55,16 @@ def test_mma(machine, name, k):
         assert torch.equal(out, codes[:, column : column + 8].float())
 
 
+def test_products_of_float32(machine):
+    """Exact to float32, and what the emulation does at once has the bits of what a device does by shuffles."""
+    device = machine[0]
+    a, b = numbers(16, 8, device=device), numbers(8, 8, device=device, seed=1)
+    out, by_shuffles = nans(16, 8, device=device), nans(16, 8, device=device)
+    call(machine, "multiply_float32", a, b, out, by_shuffles)
+    torch.testing.assert_close(out, (a.double() @ b.double()).float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(out, by_shuffles)
+
+
 @pytest.mark.parametrize("name", NARROW)
 def test_mma_of_what_ldmatrix_loads(machine, name):
     device = machine[0]

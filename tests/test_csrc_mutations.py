@@ -110,10 +110,11 @@ MUTATIONS = {
         "a[1] = word<T>(first[0], first[1]), a[0] = word<T>(first[2], first[3]);",
     ),
     "barrier_before_a_stage_is_filled_again": Mutation(
-        "vf_loss", "vf_loss.cu", "    use(step);\n    __syncthreads();\n", "    use(step);\n",
+        "vf_loss", "vf_loss.cu", "    add(step % 2, 1, ff);\n    __syncthreads();\n", "    add(step % 2, 1, ff);\n",
     ),
     "copies_used_before_they_arrive": Mutation(
-        "vf_loss", "vf_loss.cu", "wait_copies<1>();", "wait_copies<2>();",
+        "vf_loss", "vf_loss.cu", "wait_copies<1>();\n    __syncthreads();\n    add",
+        "wait_copies<2>();\n    __syncthreads();\n    add",
     ),
     "last_position": Mutation(
         "vf_loss", "vf_loss.cu", "min(from.positions - position - column,",
@@ -129,13 +130,18 @@ MUTATIONS = {
 
 
 def mutated(mutation: Mutation, folder: Path) -> Path:
-    """A copy of csrc with the mutation in it."""
+    """The library of the module with the mutation in it: only sources of the op that it touches are compiled anew."""
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy)
     file = copy / mutation.file
     assert file.read_text().count(mutation.old) == 1, f"{mutation.file} holds {mutation.old!r} not once"
     file.write_text(file.read_text().replace(mutation.old, mutation.new))
-    return copy
+    sources = sorted(copy.glob(f"{mutation.op.rstrip('_')}*.cu"))
+    touched = [source for source in sources if file.resolve() in emulation.included(source, copy)]
+    assert touched, f"no source of {mutation.op} includes {mutation.file}"
+    names = {source.name for source in touched}
+    others = [source for source in emulation.module_sources() if source.name not in names]
+    return emulation.library(touched, "unoptimized", plain=others)
 
 
 def cases(op):
@@ -151,9 +157,7 @@ def tensors(case) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_found(name, tmp_path, monkeypatch):
     mutation = MUTATIONS[name]
-    csrc = mutated(mutation, tmp_path)
-    sources = [*sorted(csrc.glob("*.cu")), csrc / "binding.cpp"]
-    module = emulation.load(emulation.library(sources, "plain", csrc))
+    module = emulation.load(mutated(mutation, tmp_path))
     monkeypatch.setattr(cuda_launch, "launchers", lambda device: module)
     op = kernels.OPS[mutation.op]
     backend = op.backend("emulated")

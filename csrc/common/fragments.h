@@ -148,7 +148,7 @@ LDIT_DEVICE float2 from_lane(float2 pair, int lane) {
 }
 
 // One tile deep, by FMA: the rows of A are in the lanes of a group, a column of B in those of another.
-LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b) {
+LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 below, float2 b) {
   int row = lane_index() / 4 * 4, column = lane_index() % 4 * 8;
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
@@ -159,6 +159,16 @@ LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 
     d[2] += bottom.x * left.x, d[2] += bottom.y * left.y;
     d[3] += bottom.x * right.x, d[3] += bottom.y * right.y;
   }
+}
+
+LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b, [[maybe_unused]] Site site = Site::here()) {
+#ifdef LDIT_EMULATED
+  // The same sums, in the same order, in one turn of each lane instead of 32 (tests/csrc/helpers.cu compares them).
+  float2 a[2] = {above, below};
+  emulated_mma<float, 8>("multiply_add", d, a, &b, site);
+#else
+  multiply_add_by_shuffles(d, above, below, b);
+#endif
 }
 
 }  // namespace detail
@@ -174,7 +184,7 @@ LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Wo
     if constexpr (tiles % 2) mma_m16n8k8<T>(d, {a[2 * tiles - 2], a[2 * tiles - 1]}, {b[tiles - 1]}, site);
   } else {
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) detail::multiply_add(d, a[2 * t], a[2 * t + 1], b[t]);
+    for (int t = 0; t < tiles; ++t) detail::multiply_add(d, a[2 * t], a[2 * t + 1], b[t], site);
   }
 }
 

@@ -28,31 +28,37 @@ constexpr bool kNarrow = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 #ifdef LDIT_EMULATED
 namespace detail {
 
-template <int k>
+// What a lane brings to a product; a Word holds two neighbours along k.
+template <class Word>
 struct Product {
-  const std::uint32_t* a;
-  const std::uint32_t* b;
+  const Word* a;
+  const Word* b;
   float* d;
 };
 
-template <class T, int k>
+template <class T>
+float2 unpack_word(std::uint32_t word) { return unpack<T>(word); }
+template <class T>
+float2 unpack_word(float2 word) { return word; }
+
+template <class T, int k, class Word>
 LDIT_AS_ONE void multiply(void* const lanes[32], unsigned) {
   float a[16][k], b[k][8];
   for (int lane = 0; lane < 32; ++lane) {
-    auto& mine = *static_cast<Product<k>*>(lanes[lane]);
+    auto& mine = *static_cast<Product<Word>*>(lanes[lane]);
     int group = lane / 4, member = lane % 4;
     for (int half = 0; half < k / 8; ++half) {
       int first = 2 * member + 8 * half;
       for (int below = 0; below < 2; ++below) {
-        float2 pair = unpack<T>(mine.a[2 * half + below]);
+        float2 pair = unpack_word<T>(mine.a[2 * half + below]);
         a[group + 8 * below][first] = pair.x, a[group + 8 * below][first + 1] = pair.y;
       }
-      float2 pair = unpack<T>(mine.b[half]);
+      float2 pair = unpack_word<T>(mine.b[half]);
       b[first][group] = pair.x, b[first + 1][group] = pair.y;
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
-    auto& mine = *static_cast<Product<k>*>(lanes[lane]);
+    auto& mine = *static_cast<Product<Word>*>(lanes[lane]);
     for (int i = 0; i < 4; ++i) {
       int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
       float sum = mine.d[i];
@@ -62,10 +68,11 @@ LDIT_AS_ONE void multiply(void* const lanes[32], unsigned) {
   }
 }
 
-template <class T, int k>
-void emulated_mma(const char* what, float* d, const std::uint32_t* a, const std::uint32_t* b, Site site) {
-  Product<k> mine{a, b, d};
-  emulation::collective(what, kFullMask, &mine, multiply<T, k>, false, site);
+// d += a·b with A 16×k and B k×8, sums in the order of k.
+template <class T, int k, class Word>
+void emulated_mma(const char* what, float* d, const Word* a, const Word* b, Site site) {
+  Product<Word> mine{a, b, d};
+  emulation::collective(what, kFullMask, &mine, multiply<T, k, Word>, false, site);
 }
 
 // The lanes exchange addresses; each then reads what it gets itself, so that a sanitizer blames the right thread.

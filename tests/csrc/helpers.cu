@@ -1,5 +1,6 @@
 // One warp for each helper of csrc/common, with what goes in and what comes out laid open. For the emulation and a device.
 #include "common/async_copy.h"
+#include "common/fragments.h"
 #include "common/mma.h"
 #include "common/reduce.h"
 #include "common/vector.h"
@@ -11,7 +12,7 @@ namespace {
 
 // d [16, 8] = a [16, k] · b [k, 8], fragments put together by hand from the layout that mma.h documents.
 template <class T, int k>
-__global__ void multiply(const T* a, const T* b, float* d) {
+__global__ void product(const T* a, const T* b, float* d) {
   int group = lane_index() / 4, member = lane_index() % 4;
   std::uint32_t left[k / 4], right[k / 8];
   for (int half = 0; half < k / 8; ++half) {
@@ -26,6 +27,21 @@ __global__ void multiply(const T* a, const T* b, float* d) {
   if constexpr (k == 16) mma_m16n8k16<T>(sums, left, right);
   else mma_m16n8k8<T>(sums, left, right);
   for (int i = 0; i < 4; ++i) d[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2] = sums[i];
+}
+
+// The same of float32, with k = 8: as kernels have it, and by shuffles, which is what a device does.
+__global__ void multiply_float32(const float* a, const float* b, float* d, float* by_shuffles) {
+  int group = lane_index() / 4, member = lane_index() % 4, first = 2 * member;
+  float2 above{a[group * 8 + first], a[group * 8 + first + 1]};
+  float2 below{a[(group + 8) * 8 + first], a[(group + 8) * 8 + first + 1]};
+  float2 right{b[first * 8 + group], b[(first + 1) * 8 + group]};
+  float sums[4] = {}, sums_by_shuffles[4] = {};
+  detail::multiply_add(sums, above, below, right);
+  detail::multiply_add_by_shuffles(sums_by_shuffles, above, below, right);
+  for (int i = 0; i < 4; ++i) {
+    int at = (group + 8 * (i / 2)) * 8 + 2 * member + i % 2;
+    d[at] = sums[i], by_shuffles[at] = sums_by_shuffles[i];
+  }
 }
 
 // The same product of 16 and 16, fragments by ldmatrix: A as it is, B [k, 8] row-major, transposed on the way.
@@ -129,12 +145,16 @@ EXPORT const char* run_multiply(bool brain, int k, const void* a, const void* b,
   return caught([&] {
     narrow_types(brain, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      LaunchConfig config{"multiply", dim3(1), 32, nullptr};
+      LaunchConfig config{"product", dim3(1), 32, nullptr};
       auto *left = static_cast<const T*>(a), *right = static_cast<const T*>(b);
-      if (k == 16) launch(config, multiply<T, 16>, left, right, d);
-      else launch(config, multiply<T, 8>, left, right, d);
+      if (k == 16) launch(config, product<T, 16>, left, right, d);
+      else launch(config, product<T, 8>, left, right, d);
     });
   });
+}
+
+EXPORT const char* run_multiply_float32(const float* a, const float* b, float* d, float* by_shuffles) {
+  return caught([&] { launch({"multiply_float32", dim3(1), 32, nullptr}, multiply_float32, a, b, d, by_shuffles); });
 }
 
 EXPORT const char* run_multiply_from_shared(bool brain, const void* a, const void* b, float* d) {
