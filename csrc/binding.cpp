@@ -16,9 +16,9 @@ Floats floats_or_none(Call& call, const char* name, py::handle object, const Sha
   return tensor ? tensor->shaped(shape).floats() : Floats{};
 }
 
-float* partial_sums(Call& call, py::handle object, const Shape& shape) {
-  Floats sums = floats_or_none(call, "partials", object, shape);
-  call.require(sums.dtype == DType::float32, "partials", "is not float32");
+float* partial_sums(Call& call, py::handle object, const Shape& shape, const char* name = "partials") {
+  Floats sums = floats_or_none(call, name, object, shape);
+  call.require(sums.dtype == DType::float32, name, "is not float32");
   return static_cast<float*>(sums.data);
 }
 
@@ -160,29 +160,30 @@ AttentionSizes attention_sizes(Call& call, const Tensor& qkv, int queries, int k
   return {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4), queries, keys, warps};
 }
 
-Turn turn(Call& call, py::handle table, py::handle q_weight, py::handle k_weight, double eps, const AttentionSizes& sizes) {
+Turn turn(Call& call, py::handle bias, py::handle table, py::handle q_weight, py::handle k_weight, double eps, const AttentionSizes& sizes) {
   Floats angles = floats_or_none(call, "table", table, {sizes.tokens, sizes.width / 2, 2});
   call.require(angles.dtype == DType::float32, "table", "is not float32");
   call.require(angles.data == nullptr || sizes.width % 2 == 0, "table", "is given for heads of an odd width");
   call.require(q_weight.is_none() == k_weight.is_none(), "k_weight", "is given or missing without q_weight");
   return {static_cast<const float*>(angles.data), floats_or_none(call, "q_weight", q_weight, {sizes.width}),
-          floats_or_none(call, "k_weight", k_weight, {sizes.width}), static_cast<float>(eps)};
+          floats_or_none(call, "k_weight", k_weight, {sizes.width}), floats_or_none(call, "bias", bias, {3 * sizes.heads * sizes.width}),
+          static_cast<float>(eps)};
 }
 
-void rope_attention_fwd(py::handle qkv, py::handle table, py::handle q_weight, py::handle k_weight, py::handle out, py::handle lse,
-                        double eps, int queries, int keys, int warps) {
+void rope_attention_fwd(py::handle qkv, py::handle bias, py::handle table, py::handle q_weight, py::handle k_weight, py::handle out,
+                        py::handle lse, double eps, int queries, int keys, int warps) {
   Call call("rope_attention_fwd");
   Tensor packed(call, "qkv", qkv), result(call, "out", out), sums(call, "lse", lse);
   AttentionSizes sizes = attention_sizes(call, packed, queries, keys, warps);
   Floats input = packed.floats();
-  launch_rope_attention_fwd(input, turn(call, table, q_weight, k_weight, eps, sizes),
+  launch_rope_attention_fwd(input, turn(call, bias, table, q_weight, k_weight, eps, sizes),
                             result.shaped({sizes.samples, sizes.tokens, sizes.heads * sizes.width}).typed(input.dtype).data(),
                             sums.shaped({sizes.samples, sizes.heads, sizes.tokens}).as<float>(DType::float32), sizes, call.stream());
 }
 
-void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle out, py::handle lse, py::handle table, py::handle q_weight,
-                        py::handle k_weight, py::handle d_qkv, py::handle scratch, py::handle partials, py::handle d_q_weight,
-                        py::handle d_k_weight, double eps, int queries, int keys, int warps) {
+void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::handle table, py::handle q_weight, py::handle k_weight,
+                        py::handle out, py::handle lse, py::handle d_qkv, py::handle scratch, py::handle weight_partials,
+                        py::handle bias_partials, py::handle d_q_weight, py::handle d_k_weight, py::handle d_bias, double eps, int queries, int keys, int warps) {
   Call call("rope_attention_bwd");
   Tensor upstream(call, "d_out", d_out), packed(call, "qkv", qkv), result(call, "out", out), sums(call, "lse", lse),
       gradient(call, "d_qkv", d_qkv);
@@ -193,12 +194,14 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle out, py::ha
   call.require(sum_of_keys.dtype == DType::float32, "scratch", "is not float32");
   launch_rope_attention_bwd(upstream.shaped(flat).typed(input.dtype).data(), input, result.shaped(flat).typed(input.dtype).data(),
                             sums.shaped({sizes.samples, sizes.heads, sizes.tokens}).as<float>(DType::float32),
-                            turn(call, table, q_weight, k_weight, eps, sizes),
+                            turn(call, bias, table, q_weight, k_weight, eps, sizes),
                             gradient.shaped({sizes.samples, sizes.tokens, 3, sizes.heads, sizes.width}).typed(input.dtype).data(),
                             static_cast<float*>(sum_of_keys.data),
-                            partial_sums(call, partials, {2, sizes.samples * sizes.heads, sizes.width}),
-                            floats_or_none(call, "d_q_weight", d_q_weight, of_weight),
-                            floats_or_none(call, "d_k_weight", d_k_weight, of_weight), sizes, call.stream());
+                            {partial_sums(call, weight_partials, {2, sizes.samples * sizes.heads, sizes.width}, "weight_partials"),
+                             partial_sums(call, bias_partials, {sizes.samples, 3, sizes.heads, sizes.width}, "bias_partials")},
+                            {floats_or_none(call, "d_q_weight", d_q_weight, of_weight), floats_or_none(call, "d_k_weight", d_k_weight, of_weight),
+                             floats_or_none(call, "d_bias", d_bias, {3 * sizes.heads * sizes.width})},
+                            sizes, call.stream());
 }
 
 void adamw_ema_(py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq, py::handle ema, py::handle bf16_param,

@@ -97,8 +97,9 @@ void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const
                                               void* d_branch, float* partials, const ModulationGradients& gradients,
                                               const NormSizes& sizes, Stream stream);
 
-// --- rope_attention: softmax(q·kᵀ / √width)·v within each head of qkv [samples, tokens, 3, heads, width], queries and keys
-// normed if there are weights [width], then rotated if there is a table, float32 [tokens, width / 2, 2]: cos and sin.
+// --- rope_attention: softmax(q·kᵀ / √width)·v within each head of qkv [samples, tokens, 3, heads, width], to which a bias is added
+// if there is one; queries and keys normed if there are weights [width], then rotated if there is a table, float32
+// [tokens, width / 2, 2]: cos and sin.
 
 struct AttentionSizes {
   std::int64_t samples, tokens, heads, width;
@@ -111,16 +112,26 @@ constexpr std::int64_t kMaxHeadWidth = 128;
 struct Turn {
   const float* table = nullptr;
   Floats q_weight, k_weight;  // both or neither
+  Floats bias;                // [3, heads, width], or null
   float eps = 0;              // of the norms
+};
+
+// Partial sums of a block for the gradients of the vectors, float32, or null where they are not asked for.
+struct VectorPartials {
+  float* of_weights = nullptr;  // [2, samples·heads, width]
+  float* of_bias = nullptr;     // [samples, 3, heads, width]
+};
+
+struct VectorGradients {
+  Floats d_q_weight, d_k_weight, d_bias;
 };
 
 // out [samples, tokens, heads·width] of the dtype of qkv; lse float32 [samples, heads, tokens], log2 Σ exp of the scores.
 void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse, const AttentionSizes& sizes, Stream stream);
 
-// `scratch` float32 [samples, heads, tokens, width], or null where `keys` holds all tokens. `partials` float32
-// [2, samples·heads, width], or null without weights; so d_q_weight and d_k_weight.
+// `scratch` float32 [samples, heads, tokens, width], or null where `keys` holds all tokens.
 void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse, const Turn& turn, void* d_qkv,
-                               float* scratch, float* partials, Floats d_q_weight, Floats d_k_weight,
+                               float* scratch, const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream);
 
 // --- adamw_ema_: one step of AdamW, of the moving average of the weights and of their copy, in place.

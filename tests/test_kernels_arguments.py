@@ -62,6 +62,8 @@ BAD = [
     ("rope_attention", {"sin": zeros(5, 5)}, "shape of sin is (5, 5)", "(5, 10) (N, d)"),
     ("rope_attention", {"sin": zeros(5, 10, dtype=torch.float16)}, "dtype of sin is torch.float16", "torch.float32"),
     ("rope_attention", {"q_weight": zeros(3, 10)}, "shape of q_weight is (3, 10)", "(10,) (d)"),
+    ("rope_attention", {"bias": zeros(30)}, "shape of bias is (30,)", "(90,) (3·heads·d)"),
+    ("rope_attention", {"bias": zeros(90).int()}, "dtype of bias is torch.int32", "torch.float32"),
     ("rope_attention", {"cos": zeros(5, 10, device="meta")}, "device of cos is meta", "cpu"),
     ("rope_attention", {"eps": -1e-6}, "eps is -1e-06", "positive"),
     ("vf_loss", {"z": zeros(3, 7, 15)}, "shape of z is (3, 7, 15)", "[B, C, h, w]"),

@@ -13,9 +13,17 @@ if triton_reasons():
     pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
 
 from kernels.rope_attention.call import pairs
-from kernels.rope_attention.triton_backward import rope_attention_bwd_dweight_kernel
-from kernels.rope_attention.triton_impl import BACKEND, CONFIGS, Tile, blocks, dkdv_tile, dq_tile, forward_tile
-from kernels.triton_launch import INTERPRETED, launch, recorded
+from kernels.rope_attention.triton_impl import (
+    BACKEND,
+    CONFIGS,
+    Tile,
+    blocks,
+    dkdv_tile,
+    dq_tile,
+    forward_tile,
+    sums,
+)
+from kernels.triton_launch import INTERPRETED, recorded
 
 OP = kernels.OPS["rope_attention"]
 SHARED = {90: 227 * 1024, 80: 163 * 1024}
@@ -113,11 +121,11 @@ def test_wide_heads_are_refused():
     assert "136" in reason and "128" in reason
 
 
-def test_float32_norm_weights_beside_16_bit_heads():
+def test_float32_vectors_beside_16_bit_heads():
     """Rotated queries and keys are rounded to 16 bits: so are the sums over them, float32 though their dtype is."""
     case = next(case for case in OP.cases if case.id == "float16_weights")
     inputs = case.inputs(torch.float32)
-    inputs |= {"qkv": inputs["qkv"].half()} | {name: inputs[name].float() for name in ("q_weight", "k_weight")}
+    inputs |= {"qkv": inputs["qkv"].half()} | {name: inputs[name].float() for name in ("q_weight", "k_weight", "bias")}
     upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
     got = gradients(OP, OP.bind(BACKEND), inputs, upstream)
     exact = gradients(OP, reference(OP), widened(inputs), widened(upstream))
@@ -130,12 +138,14 @@ def test_float32_norm_weights_beside_16_bit_heads():
 @pytest.mark.skipif(not INTERPRETED, reason="on the CPU")
 @pytest.mark.parametrize("programs", [1, 256, 257, 600])
 def test_partials_of_many_programs_are_all_summed(programs):
-    q_partials, k_partials = torch.randn(programs, 12), torch.randn(2 * programs, 12)
-    into = torch.full((12,), torch.nan), torch.full((12,), torch.nan, dtype=torch.float16)
-    launch(rope_attention_bwd_dweight_kernel, (2, 2), q_partials, k_partials, *into, programs, 2 * programs,
-           D=12, COLS=8, ROWS=256)  # fmt: skip
-    assert torch.allclose(into[0], q_partials.sum(0), atol=1e-4)
-    assert torch.allclose(into[1].float(), k_partials.sum(0), atol=1e-4, rtol=1e-3)
+    q_partials, k_partials = torch.randn(2, programs, 12), torch.randn(2 * programs, 12)  # queries and values; keys
+    into = torch.full((36,), torch.nan)
+    sums(3, 12, q_partials, k_partials, into, into[12:], programs, 2 * programs)
+    assert torch.allclose(into.view(3, 12)[::2], q_partials.sum(1), atol=1e-4)
+    assert torch.allclose(into[12:24], k_partials.sum(0), atol=1e-4)
+    half = torch.full((12,), torch.nan, dtype=torch.float16)
+    sums(2, 12, q_partials, k_partials, torch.empty(12), half, programs, 2 * programs)
+    assert torch.allclose(half.float(), k_partials.sum(0), atol=1e-4, rtol=1e-3)
 
 
 def forced(monkeypatch, **tiles: Tile) -> None:

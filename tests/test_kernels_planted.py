@@ -84,6 +84,10 @@ EDITS = {
         ("accumulation_dtype(qkv)", "qkv.dtype"),
         ("cos is not None", "False"),
         ("q_weight is not None", "False"),
+        ("qkv.to(wide) + bias.to(wide).view(qkv.shape[2:])", "qkv.to(wide)"),
+        ("+ bias.to(wide).view(qkv.shape[2:])", "- bias.to(wide).view(qkv.shape[2:])"),
+        ("bias.to(wide).view(qkv.shape[2:])", "bias.detach().to(wide).view(qkv.shape[2:])"),
+        ("view(qkv.shape[2:])", "view(qkv.shape[3], 3, -1).transpose(0, 1)"),
     ],
     "vf_loss": [
         (" - distmat_margin", ""),

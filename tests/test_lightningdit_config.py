@@ -173,7 +173,7 @@ def test_activation_bytes_are_those_autograd_keeps(swiglu):
         adaln_rms_norm=lambda x, w, a, b, eps, out_dtype: first(x, w, a, b),
         gated_residual_adaln_rms_norm=lambda *args, branch_bias: Gated.apply(*args[:-1]),
         swiglu=lambda gate_up, bias: activate(gate_up),
-        rope_attention=lambda qkv, cos, sin, q, k, eps: attend(qkv, cos, sin),
+        rope_attention=lambda qkv, cos, sin, q, k, eps, bias: attend(qkv, cos, sin),
     )
     flags = PAPER | {"use_swiglu": swiglu}
     config = ModelConfig(input_size=16, patch_size=1, hidden_size=64, depth=24, num_heads=4, num_classes=5, **flags)

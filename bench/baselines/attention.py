@@ -1,4 +1,4 @@
-"""Attention of torch and flash-attention, with what comes before it: both norms and the rotation are in the time."""
+"""Attention of torch and flash-attention, with what comes before it: bias, norms and rotation are in the time."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ def sdpa(backend: SDPBackend) -> Adapter:
     """`scaled_dot_product_attention` on one of its backends; norm and rotation by torch, op by op, as the published
     model has them: the tables are float32, and queries and keys are rounded after the rotation."""
 
-    def run(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
+    def run(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
+        q, k, v = _biased(qkv, bias).permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
         q, k = _normed(q, q_weight, eps), _normed(k, k_weight, eps)
         if cos is not None:
             q, k = (rotate(t, cos, sin).to(qkv.dtype) for t in (q, k))
@@ -24,6 +24,10 @@ def sdpa(backend: SDPBackend) -> Adapter:
         return out.transpose(1, 2).flatten(2)
 
     return Adapter(run)
+
+
+def _biased(qkv: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return qkv if bias is None else qkv + bias.to(qkv.dtype).view(qkv.shape[2:])
 
 
 def _normed(t: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -39,8 +43,8 @@ def flash_attn(attention: Callable[..., torch.Tensor]) -> Adapter:
         half = (None, None) if cos is None else (t[:, ::2].to(qkv.dtype).contiguous() for t in (cos, sin))
         return {"qkv": qkv, **dict(zip(("cos", "sin"), half, strict=True)), **rest}
 
-    def run(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-        q, k, v = qkv.unbind(2)
+    def run(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
+        q, k, v = _biased(qkv, bias).unbind(2)
         q, k = _normed(q, q_weight, eps), _normed(k, k_weight, eps)
         if cos is not None:
             q, k = (apply_rotary_emb(t, cos, sin, interleaved=True) for t in (q, k))
@@ -66,7 +70,7 @@ def _half_precision_only(qkv, **rest) -> list[str]:
     return [] if qkv.dtype in (torch.float16, torch.bfloat16) else [f"takes float16 and bfloat16, not {qkv.dtype}"]
 
 
-_EAGER = "norm and rotation by torch, op by op"
+_EAGER = "bias, norm and rotation by torch, op by op"
 ATTENTION = (
     *(
         Contender(f"sdpa-{name}", lambda backend=backend: sdpa(backend), unsupported, _EAGER, also_compiled=compiled)
@@ -77,8 +81,8 @@ ATTENTION = (
             ("math", SDPBackend.MATH, lambda **inputs: [], False),
         )
     ),
-    Contender("flash-attn-2", flash_attn_2, _half_precision_only, "norm by torch, rotation by its own kernel",
-              "flash-attn"),
-    Contender("flash-attn-3", flash_attn_3, _half_precision_only, "norm by torch, rotation by flash-attn's kernel",
-              "flash-attn-3"),
+    Contender("flash-attn-2", flash_attn_2, _half_precision_only,
+              "bias and norm by torch, rotation by its own kernel", "flash-attn"),
+    Contender("flash-attn-3", flash_attn_3, _half_precision_only,
+              "bias and norm by torch, rotation by flash-attn's kernel", "flash-attn-3"),
 )

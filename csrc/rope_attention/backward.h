@@ -6,11 +6,11 @@
 // Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of the queries in `scratch`.
 #pragma once
 
-#include "rows.h"
+#include "gradients.h"
 
 namespace ldit {
 
-template <class T, int width, bool whole>
+template <class T, int width, bool whole, bool biased>
 struct BackwardShape {
   static constexpr int m = whole ? 2 : 1;  // tiles of 16 keys of a warp
   static constexpr int n = width <= 72 ? 4 : 2;  // tiles of 8 queries at a time
@@ -20,33 +20,36 @@ struct BackwardShape {
 
   using Rows = Tile<T, width>;
   using Scores = Tile<T, block>;
+  using Sums = Vectors<width, biased>;  // of a warp
   static std::size_t shared(const AttentionSizes& sizes) {
     std::size_t rows = 2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
-    return rows * sizeof(T) + 4 * (2 * sizes.queries + sizes.warps * 2 * width);
+    return rows * sizeof(T) + 4 * (2 * sizes.queries + sizes.warps * Sums::size);
   }
 };
 
 // What all warps share.
-template <class T, int width, bool whole>
+template <class T, int width, bool whole, bool biased>
 struct BackwardMemory {
-  using Shape = BackwardShape<T, width, whole>;
+  using Shape = BackwardShape<T, width, whole, biased>;
   typename Shape::Rows keys, values, queries, upstream;
   typename Shape::Scores d_scores;  // rows are keys, columns queries of a block
   Shared<float> lse, deltas;        // of the queries
-  Shared<float> weight_sums;        // [warps, 2, width]: what the gradients of the weights sum
+  Shared<float> sums;               // [warps, …]: what the gradients of the vectors sum
 
   LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const AttentionSizes& sizes)
       : keys{dynamic.take<T>(Shape::Rows::size(sizes.keys))}, values{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
         queries{dynamic.take<T>(Shape::Rows::size(sizes.queries))}, upstream{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
         d_scores{dynamic.take<T>(Shape::Scores::size(sizes.keys))}, lse(dynamic.take<float>(sizes.queries)),
-        deltas(dynamic.take<float>(sizes.queries)), weight_sums(dynamic.take<float>(sizes.warps * 2 * width)) {}
+        deltas(dynamic.take<float>(sizes.queries)), sums(dynamic.take<float>(sizes.warps * Shape::Sums::size)) {}
+
+  LDIT_DEVICE typename Shape::Sums sums_of(int warp) const { return {sums.part(warp * Shape::Sums::size, Shape::Sums::size)}; }
 };
 
-// Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and delta = Σ upstream·result.
-// Queries that do not exist get an infinite sum: their weights are 0.
-template <class T, int width, bool whole>
-LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, const T* d_out, const T* out, const float* lse,
-                                const Head<width, whole>& head, int first, int rows) {
+// Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and delta = Σ upstream·result, the
+// latter without the bias of the values, as these are. Queries that do not exist get an infinite sum: their weights are 0.
+template <class T, int width, bool whole, bool biased>
+LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole, biased>& memory, const T* d_out, const T* out, const float* lse,
+                                const Head<width, whole>& head, const Vectors<width, biased>& vectors, int first, int rows) {
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -58,8 +61,9 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, c
       auto upstream = head.template load_some<kChunk>(d_out + at + column, valid);
       auto result = head.template load_some<kChunk>(out + at + column, valid);
       store(memory.upstream.at(row, column, kChunk), upstream);
+      auto plain = vectors.add_bias(result, 2, column, -1.f);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) delta += upstream[j] * result[j];
+      for (int j = 0; j < kChunk; ++j) delta += upstream[j] * plain[j];
     }
     delta = warp_sum(delta, 4);
     if (member_index() == 0) {
@@ -69,86 +73,15 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, c
   }
 }
 
-// Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back through rotation and norm.
-// `sums`, of this warp and [2, width]: where the gradients of the norms' weights are summed.
-template <class T, int width, bool exact>
-LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head, const Turn& turn,
-                           const Shared<float>& weights, int which, int token, float scale, const Shared<float>& sums) {
-  constexpr int tiles = width / 8;
-  const bool normed = turn.q_weight.data != nullptr;
-  const int member = 2 * member_index();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    int at = token + group_index() + 8 * half;
-    bool there = at < head.tokens;
-    const float* angles = turn.table + std::int64_t(at) * head.width + member;
-    bool turned = turn.table && there;
-#pragma unroll
-    for (int t = 0; t < tiles; ++t) {
-      Raw<float, 2> angle{};
-      bool here = turned && head.left(8 * t + member, 2);
-      if (here) angle = load<2>(angles + 8 * t);
-      float cos = here ? angle[0] * scale : scale, sin = here ? angle[1] * scale : 0.f;
-      float even = d[t][2 * half], odd = d[t][2 * half + 1];
-      d[t][2 * half] = even * cos + odd * sin;
-      d[t][2 * half + 1] = odd * cos - even * sin;
-    }
-    if (!normed) continue;
-    const T* from = qkv + head.in_packed(which, there ? at : 0) + member;
-    Raw<T, 2> raw[tiles];
-    float squares = 0.f, along = 0.f;
-#pragma unroll
-    for (int t = 0; t < tiles; ++t) {
-      raw[t] = head.template load_some<2>(from + 8 * t, there ? head.left(8 * t + member, 2) : 0);
-      squares += raw[t][0] * raw[t][0] + raw[t][1] * raw[t][1];
-    }
-    float inverse = inverse_rms(squares, head, turn);
-#pragma unroll
-    for (int t = 0; t < tiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float normed = raw[t][j] * inverse, &mine = d[t][2 * half + j], of_weight = mine * normed;
-        int column = which * width + 8 * t + member + j;
-#pragma unroll
-        for (int flip = 4; flip < kWarp; flip *= 2) of_weight += from_lane_across(of_weight, flip);
-        if (group_index() == 0) sums[column] += of_weight;
-        mine *= weights[column];
-        along += mine * normed;
-      }
-    along = warp_sum(along, 4) / static_cast<float>(head.width);
-#pragma unroll
-    for (int t = 0; t < tiles; ++t)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float& mine = d[t][2 * half + j];
-        mine = (mine - raw[t][j] * inverse * along) * inverse;
-      }
-  }
-}
-
-// Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there to `to`.
-template <class T, int width, bool exact>
-LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row, T* to, int exist, const Head<width, exact>& head) {
-  __syncwarp();
-#pragma unroll
-  for (int t = 0; t < width / 8; ++t)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      own.set_pair(row + group_index() + 8 * half, 8 * t + 2 * member_index(), word<T>(d[t][2 * half], d[t][2 * half + 1]));
-    }
-  __syncwarp();
-  store_rows(own, row, to, 3 * head.row, exist, head);
-}
-
 // The gradients of a warp's keys and values.
-template <class T, int width, bool whole>
+template <class T, int width, bool whole, bool biased>
 struct KeyGradients {
-  using Shape = BackwardShape<T, width, whole>;
+  using Shape = BackwardShape<T, width, whole, biased>;
   float keys[Shape::m][Shape::tiles][4] = {}, values[Shape::m][Shape::tiles][4] = {};
 
   // Adds what 8·n queries from `query` on give, and leaves the gradients of their scores in shared memory, from `column` on. Of
   // the keys, in rows from `row` on, `left` exist.
-  LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query, int column, float scale) {
+  LDIT_DEVICE void add(const BackwardMemory<T, width, whole, biased>& memory, int row, int left, int query, int column, float scale) {
     constexpr int M = Shape::m, N = Shape::n;
     float weights[M][N][4] = {};
     multiply_rows<N>(weights, memory.keys, row, memory.queries, query);
@@ -236,8 +169,8 @@ struct KeyGradients {
 };
 
 // The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first `count` keys.
-template <class T, int width, bool whole>
-LDIT_DEVICE void query_gradients(float (&d)[width / 8][4], const BackwardMemory<T, width, whole>& memory, int column, int count) {
+template <class T, int width, bool whole, bool biased>
+LDIT_DEVICE void query_gradients(float (&d)[width / 8][4], const BackwardMemory<T, width, whole, biased>& memory, int column, int count) {
   for (int key = 0; key < count; key += 16) {
     Word<T> left[4], right[width / 8][2];
     load_a_transposed(left, memory.d_scores, key, column);
@@ -263,10 +196,10 @@ LDIT_DEVICE void add_scratch(float (&d)[width / 8][4], float* scratch, const Hea
 }
 
 // The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; `end` and `block` are rows in memory.
-template <class T, int width, bool whole>
-LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv, const Head<width, whole>& head, const Turn& turn,
-                                const Shared<float>& weights, const Shared<float>& sums, T* d_qkv, float* scratch, int first,
-                                int block, int end, int key, int count, float scale) {
+template <class T, int width, bool whole, bool biased>
+LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole, biased>& memory, const T* qkv, const Head<width, whole>& head,
+                                const Turn& turn, const Vectors<width, biased>& vectors, T* d_qkv, float* scratch, int first, int block,
+                                int end, int key, int count, float scale) {
   const bool last = key + count >= head.tokens;
   for (int at = block + 16 * warp_index(); at < end; at += 16 * (blockDim.x / kWarp)) {
     const int token = first + at;
@@ -274,53 +207,57 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
     query_gradients(d, memory, at - block, count);
     if (scratch) add_scratch(d, scratch, head, token, key > 0, !last);
     if (!last) continue;
-    turn_back(d, qkv, head, turn, weights, 0, token, scale, sums);
+    turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
     store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token, head);
   }
 }
 
-// Adds up the sums of all warps for the gradients of the norms' weights.
-template <class T, int width, bool whole>
-LDIT_DEVICE void store_partials(const BackwardMemory<T, width, whole>& memory, float* partials, const Head<width, whole>& head,
-                                const AttentionSizes& sizes) {
-  for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
-    int which = i / width, column = i % width;
-    if (column >= head.width) continue;
+// Adds up the sums of all warps for the gradients of the vectors.
+template <class T, int width, bool whole, bool biased>
+LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole, biased>& memory, const VectorPartials& partials,
+                            const Head<width, whole>& head, const AttentionSizes& sizes) {
+  using Sums = Vectors<width, biased>;
+  for (int i = threadIdx.x; i < Sums::size; i += blockDim.x) {
+    const int which = i / width, column = i % width;
+    float* to = which < 2 ? partials.of_weights : partials.of_bias;
+    if (to == nullptr || column >= head.width) continue;
     float sum = 0.f;
-    for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.weight_sums[2 * warp * width + i];
-    partials[(which * sizes.samples * sizes.heads + blockIdx.x) * head.width + column] = sum;
+    for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * Sums::size + i];
+    std::int64_t at = which < 2 ? (which * sizes.samples * sizes.heads + blockIdx.x) * head.width
+                                : (std::int64_t(head.sample) * 3 + which - 2) * head.row + head.first;
+    to[at + column] = sum;
   }
 }
 
 // `keys` of the sizes is what the warps take, rows each; `queries` a multiple of 8·n, and of Shape::block unless it holds all.
-// `whole`: both are the same and hold the head, which has just this width, and accesses are whole.
-template <class T, int width, bool whole>
+// `whole`: both are the same and hold the head, which has just this width, and accesses are whole. `biased`: there may be a bias.
+template <class T, int width, bool whole, bool biased>
 __global__ void __launch_bounds__(256, 1)
     rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv, const T* __restrict__ out, const float* __restrict__ lse,
-                       Turn turn, T* __restrict__ d_qkv, float* scratch, float* __restrict__ partials, AttentionSizes sizes, bool all) {
-  using Shape = BackwardShape<T, width, whole>;
+                       Turn turn, T* __restrict__ d_qkv, float* scratch, VectorPartials partials, AttentionSizes sizes, bool all) {
+  using Shape = BackwardShape<T, width, whole, biased>;
   DynamicShared dynamic;
-  const BackwardMemory<T, width, whole> memory(dynamic, sizes);
+  const BackwardMemory<T, width, whole, biased> memory(dynamic, sizes);
   const Head<width, whole> head(sizes, blockIdx.x, all);
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
-  const Shared<float> sums = memory.weight_sums.part(warp_index() * 2 * width, 2 * width);
-  LDIT_SHARED(float, weights, 2 * width);
-  stage_weights(turn, head, weights);
-  for (int i = lane_index(); i < 2 * width; i += kWarp) sums[i] = 0.f;
+  LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
+  const Vectors<width, biased> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
+  stage_vectors(turn, head, vectors);
+  for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
 
   for (int key = 0; key < (whole ? 1 : head.tokens); key += sizes.keys) {
     const int count = min(sizes.keys, head.tokens - key);
     __syncthreads();
     stage_values(qkv, head, key, sizes.keys, memory.values);
-    if (whole) stage_both(qkv, head, turn, weights, sizes.keys, memory.queries, memory.keys);
-    else stage_turned(qkv, head, turn, weights, 1, key, sizes.keys, memory.keys);
-    KeyGradients<T, width, whole> gradients;
+    if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, memory.queries, memory.keys);
+    else stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, memory.keys);
+    KeyGradients<T, width, whole, biased> gradients;
     for (int query = 0; query < (whole ? 1 : head.tokens); query += sizes.queries) {
       if (query > 0) __syncthreads();
-      if (!whole) stage_turned(qkv, head, turn, weights, 0, query, sizes.queries, memory.queries);
-      stage_upstream(memory, d_out, out, lse, head, query, sizes.queries);
+      if (!whole) stage_turned(qkv, head, turn, vectors, 0, query, sizes.queries, memory.queries);
+      stage_upstream(memory, d_out, out, lse, head, vectors, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
       const int queries = min(sizes.queries, head.tokens - query);
@@ -331,22 +268,29 @@ __global__ void __launch_bounds__(256, 1)
           gradients.add(memory, row, count - row, at, at - block, scale);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, turn, weights, sums, d_qkv, whole ? nullptr : scratch, query, block, end, key, count, scale * kLn2);
+        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query, block, end, key, count, scale * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all
+    if constexpr (biased) {
+      add_columns<Shape::tiles>(sums.of_bias(2), [&](int t, int j) {
+        float sum = 0.f;
+#pragma unroll
+        for (int m = 0; m < Shape::m; ++m) sum += gradients.values[m][t][j] + gradients.values[m][t][2 + j];
+        return sum;
+      });
+    }
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
       const int at = row + 16 * m, token = key + at;
       if (at >= count) continue;
       store_tile(gradients.values[m], memory.values, at, d_qkv + head.in_packed(2, token), head.tokens - token, head);
-      turn_back(gradients.keys[m], qkv, head, turn, weights, 1, token, scale * kLn2, sums);
+      turn_back(gradients.keys[m], qkv, head, turn, vectors, 1, token, scale * kLn2, sums);
       store_tile(gradients.keys[m], memory.keys, at, d_qkv + head.in_packed(1, token), head.tokens - token, head);
     }
   }
-  if (partials == nullptr) return;
   __syncthreads();
-  store_partials(memory, partials, head, sizes);
+  store_sums(memory, partials, head, sizes);
 }
 
 }  // namespace ldit

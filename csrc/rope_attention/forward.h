@@ -95,10 +95,11 @@ struct Seen {
   }
 };
 
-// Divides by the sums of weights and stores 16·m rows, by way of the rows of `own` that nobody else needs any more.
-template <class T, int width, bool exact>
+// Divides by the sums of weights, adds the bias of the values and stores 16·m rows, by way of the rows of `own` that nobody
+// else needs any more.
+template <class T, int width, bool exact, bool biased>
 LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row, int token, T* out, float* lse,
-                            const Head<width, exact>& head) {
+                            const Head<width, exact>& head, const Vectors<width, biased>& vectors) {
   using Shape = ForwardShape<T, width>;
   __syncwarp();  // all lanes have their fragments of the queries that were here
 #pragma unroll
@@ -109,8 +110,11 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
       int down = 16 * m + 8 * half + group_index();
 #pragma unroll
       for (int t = 0; t < Shape::tiles; ++t) {
-        const float* pair = &seen.sums[m][t][2 * half];
-        own.set_pair(row + down, 8 * t + 2 * member_index(), word<T>(pair[0] * inverse, pair[1] * inverse));
+        const int column = 8 * t + 2 * member_index();
+        Raw<float, 2> pair;
+        for (int j = 0; j < 2; ++j) pair.set(j, seen.sums[m][t][2 * half + j] * inverse);
+        pair = vectors.add_bias(pair, 2, column);
+        own.set_pair(row + down, column, word<T>(pair[0], pair[1]));
       }
       if (member_index() == 0 && token + down < head.tokens) {
         lse[head.in_heads(token + down)] = seen.top[m][half] + fast_log(total) * kLog2E;
@@ -125,8 +129,8 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
 
 // Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
 // Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just this width, and accesses
-// are whole; else all warps take one turn.
-template <class T, int width, bool whole>
+// are whole; else all warps take one turn. `biased`: there may be a bias.
+template <class T, int width, bool whole, bool biased>
 __global__ void __launch_bounds__(128, 2)
     rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out, float* __restrict__ lse, AttentionSizes sizes, bool all) {
   using Shape = ForwardShape<T, width>;
@@ -134,17 +138,18 @@ __global__ void __launch_bounds__(128, 2)
   DynamicShared dynamic;
   const Rows queries{dynamic.take<T>(Rows::size(sizes.queries))}, keys{dynamic.take<T>(Rows::size(sizes.keys))},
       values{dynamic.take<T>(Rows::size(sizes.keys))};
-  LDIT_SHARED(float, weights, 2 * width);
+  LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
+  const Vectors<width, biased> vectors{shared_vectors};
   const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries, part = blockIdx.x % parts;
   const Head<width, whole> head(sizes, blockIdx.x / parts, all);
   const int first = part * sizes.queries;
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
 
   if (whole) stage_values(qkv, head, 0, sizes.keys, values);
-  stage_weights(turn, head, weights);
+  stage_vectors(turn, head, vectors);
   __syncthreads();
-  if (whole) stage_both(qkv, head, turn, weights, sizes.keys, queries, keys);
-  else stage_turned(qkv, head, turn, weights, 0, first, sizes.queries, queries);
+  if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, queries, keys);
+  else stage_turned(qkv, head, turn, vectors, 0, first, sizes.queries, queries);
   wait_copies<0>();
   __syncthreads();
   for (int row = warp_index() * Shape::rows; row < sizes.queries; row += blockDim.x / kWarp * Shape::rows) {
@@ -157,14 +162,14 @@ __global__ void __launch_bounds__(128, 2)
       if (!whole) {
         __syncthreads();
         stage_values(qkv, head, key, sizes.keys, values);
-        stage_turned(qkv, head, turn, weights, 1, key, sizes.keys, keys);
+        stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, keys);
         wait_copies<0>();
         __syncthreads();
       }
       int count = min(sizes.keys, head.tokens - key);
       for (int i = 0; active && i < count; i += Shape::keys) seen.see(q, keys, values, i, count - i, scale);
     }
-    if (active) store_seen(seen, queries, row, first + row, out, lse, head);
+    if (active) store_seen(seen, queries, row, first + row, out, lse, head, vectors);
   }
 }
 

@@ -1,6 +1,10 @@
-// How rows of a head come from global memory, queries and keys turned (normed, then rotated), and how they go back.
+// How rows of a head come from global memory, queries and keys turned (with their bias, normed, then rotated), and how they
+// go back.
 //
-// Rows and columns that do not exist are 0 in shared memory: products need no masks but that of the softmax.
+// Columns that do not exist are 0 in shared memory, and so are rows but for a bias, so that any product with them is finite.
+// Weights between queries and keys are 0 where one of both does not exist; no other mask is needed.
+//
+// The values keep out of shared memory's rows what their bias is: weights that sum to 1 take it to the result as it is.
 #pragma once
 
 #include "../common/async_copy.h"
@@ -54,21 +58,45 @@ struct Head {
   }
 };
 
-// The weights of the norms as float32 in shared memory, [2, width]; columns that do not exist have 0.
-template <int width, bool exact>
-LDIT_DEVICE void stage_weights(const Turn& turn, const Head<width, exact>& head, const Shared<float>& weights) {
-  if (turn.q_weight.data == nullptr) return;
-  for (int i = threadIdx.x; i < 2 * width; i += blockDim.x) {
-    int column = i % width;
-    if (column >= head.width) weights[i] = 0.f;
-    else if (i < width) weights[i] = load_float(turn.q_weight, column);
-    else weights[i] = load_float(turn.k_weight, column);
+// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of queries and keys; where kernels
+// are `biased`, the bias of queries, keys and values. What is not given, and columns that do not exist, are 0.
+template <int width, bool biased>
+struct Vectors {
+  static constexpr int count = biased ? 5 : 2, size = count * width;
+  Shared<float> memory;
+
+  LDIT_DEVICE float* weight(int which, int column, int columns) const { return memory.span(which * width + column, columns); }
+  LDIT_DEVICE Shared<float> of_weight(int which) const { return memory.part(which * width, width); }
+  LDIT_DEVICE Shared<float> of_bias(int which) const { return memory.part((2 + which) * width, width); }
+
+  // Neighbours in a row of queries, keys or values (`which` 0, 1 or 2) with their bias, or without for a `sign` of −1.
+  template <int columns, class T>
+  LDIT_DEVICE Raw<float, columns> add_bias(const Raw<T, columns>& raw, int which, int column, float sign = 1.f) const {
+    Raw<float, columns> sum;
+#pragma unroll
+    for (int j = 0; j < columns; ++j) sum.set(j, raw[j]);
+    if constexpr (biased) {
+      auto added = load<columns>(memory.span((2 + which) * width + column, columns));
+#pragma unroll
+      for (int j = 0; j < columns; ++j) sum.set(j, sign * added[j] + sum[j]);
+    }
+    return sum;
+  }
+};
+
+template <int width, bool exact, bool biased>
+LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head, const Vectors<width, biased>& vectors) {
+  for (int i = threadIdx.x; i < Vectors<width, biased>::size; i += blockDim.x) {
+    const int which = i / width, column = i % width;
+    const Floats from = which == 0 ? turn.q_weight : which == 1 ? turn.k_weight : turn.bias;
+    const std::int64_t at = which < 2 ? column : (which - 2) * head.row + head.first + column;
+    vectors.memory[i] = from.data != nullptr && column < head.width ? load_float(from, at) : 0.f;
   }
 }
 
 // Eight columns of a turned row, rounded once. `inverse`: of the root mean square; `factors`: of the norm.
 template <class T>
-LDIT_DEVICE Raw<T, kChunk> turned(const Raw<T, kChunk>& raw, bool normed, float inverse, const Raw<float, kChunk>& factors,
+LDIT_DEVICE Raw<T, kChunk> turned(const Raw<float, kChunk>& raw, bool normed, float inverse, const Raw<float, kChunk>& factors,
                                   bool rotated, const Raw<float, kChunk>& angles) {
   float values[kChunk];
 #pragma unroll
@@ -83,8 +111,7 @@ LDIT_DEVICE Raw<T, kChunk> turned(const Raw<T, kChunk>& raw, bool normed, float 
   return result;
 }
 
-template <class T>
-LDIT_DEVICE float sum_of_squares(const Raw<T, kChunk>& raw) {
+LDIT_DEVICE float sum_of_squares(const Raw<float, kChunk>& raw) {
   float sum = 0.f;
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) sum += raw[j] * raw[j];
@@ -98,8 +125,8 @@ LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head, con
 
 // Turns rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1) into shared memory; four threads
 // share a row. In few registers: sums of products occupy most of them.
-template <class T, int width, bool exact>
-LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Shared<float>& weights,
+template <class T, int width, bool exact, bool biased>
+LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width, biased>& vectors,
                               int which, int first, int rows, const Tile<T, width>& to) {
   const bool normed = turn.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
@@ -110,24 +137,25 @@ LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, cons
     if (normed) {
       float squares = 0.f;
       for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-        squares += sum_of_squares(head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0));
+        auto raw = head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0);
+        squares += sum_of_squares(vectors.add_bias(raw, which, column));
       }
       inverse = inverse_rms(squares, head, turn);
     }
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
       int valid = there ? head.left(column, kChunk) : 0;
-      auto raw = head.template load_some<kChunk>(from + column, valid);
+      auto raw = vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
       Raw<float, kChunk> angles{}, factors{};
       if (turn.table) angles = head.template load_some<kChunk>(turn.table + std::int64_t(token) * head.width + column, valid);
-      if (normed) factors = load<kChunk>(weights.span(which * width + column, kChunk));
-      store(to.at(row, column, kChunk), turned(raw, normed, inverse, factors, turn.table != nullptr, angles));
+      if (normed) factors = load<kChunk>(vectors.weight(which, column, kChunk));
+      store(to.at(row, column, kChunk), turned<T>(raw, normed, inverse, factors, turn.table != nullptr, angles));
     }
   }
 }
 
 // The same for the first rows of queries and keys at once, which reads the table once, and asks for a whole row at a time.
-template <class T, int width, bool exact>
-LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Shared<float>& weights,
+template <class T, int width, bool exact, bool biased>
+LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width, biased>& vectors,
                             int rows, const Tile<T, width>& queries, const Tile<T, width>& keys) {
   constexpr int pieces = (width / kChunk + 3) / 4;
   const bool normed = turn.q_weight.data != nullptr;
@@ -148,7 +176,10 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
       if (normed) {
         float squares = 0.f;
 #pragma unroll
-        for (int p = 0; p < pieces; ++p) squares += sum_of_squares(raw[i][p]);
+        for (int p = 0; p < pieces; ++p) {
+          int column = kChunk * (member_index() + 4 * p);
+          if (column < width) squares += sum_of_squares(vectors.add_bias(raw[i][p], i, column));
+        }
         inverse = inverse_rms(squares, head, turn);
       }
 #pragma unroll
@@ -156,9 +187,9 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
         int column = kChunk * (member_index() + 4 * p);
         if (column >= width) continue;
         Raw<float, kChunk> factors{};
-        if (normed) factors = load<kChunk>(weights.span(i * width + column, kChunk));
+        if (normed) factors = load<kChunk>(vectors.weight(i, column, kChunk));
         store((i == 0 ? queries : keys).at(row, column, kChunk),
-              turned(raw[i][p], normed, inverse, factors, turn.table != nullptr, angles[p]));
+              turned<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors, turn.table != nullptr, angles[p]));
       }
     }
   }

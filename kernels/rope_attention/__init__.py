@@ -1,7 +1,8 @@
 """Softmax attention over a packed projection, with optional RMS norm of queries and keys, then rotary positions.
 
-    rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6) → heads side by side
+    rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None) → heads side by side
 
+    qkv     = qkv + bias                                            if it is given
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k    = rms_norm(q) · q_weight, rms_norm(k) · k_weight        if the weights are given; over d, for each head
     q, k    = rotate(q), rotate(k)                                  if the tables are given
@@ -13,12 +14,14 @@ Args:
     cos, sin: `[N, d]`, float32 (or float64), both or neither. The values of a pair of neighbours are equal.
     q_weight, k_weight: `[d]`, any of these dtypes, both or neither.
     eps: positive, inside the root of the RMS norms; unused without them.
+    bias: `[3·heads·d]`, any of these dtypes: that of the projection before, which then has none. Its gradient, the sum
+        of that of `qkv` over samples and tokens, is summed before that is rounded and reads nothing again.
 
 Returns:
     `[B, N, heads·d]` in the dtype of `qkv`. Norms, rotation, softmax and reductions are float32 (float64 for float64
     input); the reference also multiplies in it.
 
-Gradients flow to `qkv`, `q_weight` and `k_weight`; the tables are constants.
+Gradients flow to `qkv`, `q_weight`, `k_weight` and `bias`; the tables are constants.
 
 Raises:
     ValueError: a shape, dtype or device that does not fit, an empty `qkv`, an odd d with tables, one table or one
@@ -43,9 +46,11 @@ def check(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    bias: torch.Tensor | None = None,
 ) -> None:
     check_rank(NAME, "qkv", qkv, "B, N, 3, heads, d")
-    _, tokens, three, _, width = qkv.shape
+    _, tokens, three, heads, width = qkv.shape
     if three != 3:
         refuse(NAME, "shape of qkv", tuple(qkv.shape), "[B, N, 3, heads, d]")
     check_dtype(NAME, "qkv", qkv)
@@ -59,7 +64,10 @@ def check(
         for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
             check_shape(NAME, argument, weight, (width,), "d")
             check_dtype(NAME, argument, weight)
-    check_device(NAME, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
+    if bias is not None:
+        check_shape(NAME, "bias", bias, (3 * heads * width,), "3·heads·d")
+        check_dtype(NAME, "bias", bias)
+    check_device(NAME, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, bias=bias)
     check_eps(NAME, eps)
 
 
@@ -71,4 +79,4 @@ def _both(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | Non
 
 
 NAME = "rope_attention"
-OP = Op(NAME, check, differentiable=("qkv", "q_weight", "k_weight"))
+OP = Op(NAME, check, differentiable=("qkv", "q_weight", "k_weight", "bias"))

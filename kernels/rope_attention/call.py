@@ -13,10 +13,11 @@ def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.Cu
     """Give one operator its gradient by the other; returns the op as these two compute it.
 
     Args:
-        forward: (qkv, table, q_weight, k_weight, eps) → the result; log2 Σ exp of the scores, `[B, heads, N]` float32.
-            `table` `[N, d/2, 2]` float32: cos and sin of each pair. Rows of `qkv` are dense, its weights contiguous.
-        backward: (gradient of the result, qkv, result, log-sum-exp, table, q_weight, k_weight, eps) → the gradients of
-            `qkv` (packed, contiguous) and, if there are any, of `q_weight` and `k_weight`.
+        forward: (qkv, bias, table, q_weight, k_weight, eps) → the result; log2 Σ exp of the scores, `[B, heads, N]`
+            float32. `table` `[N, d/2, 2]` float32: cos and sin of each pair. Rows of `qkv` are dense, and all vectors.
+        backward: (gradient of the result, qkv, bias, table, q_weight, k_weight, result, log-sum-exp, eps, summed) → the
+            gradients of `qkv` (packed, contiguous), of `q_weight` and of `k_weight`, empty where there are none, and of
+            `bias`, empty unless `summed`.
     """
 
     def save(ctx, inputs, output):
@@ -26,16 +27,18 @@ def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.Cu
 
     def gradients(ctx, d_out, _):
         if d_out is None:
-            return (None,) * 5
-        qkv, *turn, out, lse = ctx.saved_tensors
-        d_qkv, *d_weights = backward(dense_rows(d_out), qkv, out, lse, *turn, ctx.eps)
-        return d_qkv, None, *(d_weights or (None, None)), None
+            return (None,) * 6
+        normed, summed = ctx.saved_tensors[3] is not None, ctx.needs_input_grad[1]
+        d_qkv, d_q_weight, d_k_weight, d_bias = backward(dense_rows(d_out), *ctx.saved_tensors, ctx.eps, summed)
+        d_weights = (d_q_weight, d_k_weight) if normed else (None, None)
+        return d_qkv, d_bias if summed else None, None, *d_weights, None
 
     forward.register_autograd(gradients, setup_context=save)
 
-    def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+    def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
         table = None if cos is None else pairs(cos, sin)
-        return forward(dense_rows(qkv), table, contiguous(q_weight), contiguous(k_weight), eps)[0]
+        q_weight, k_weight, bias = map(contiguous, (q_weight, k_weight, bias))
+        return forward(dense_rows(qkv), bias, table, q_weight, k_weight, eps)[0]
 
     return rope_attention
 
@@ -48,7 +51,7 @@ def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
 
 
-def too_wide(qkv: torch.Tensor) -> list[str]:
+def too_wide(qkv: torch.Tensor, widest: int = WIDEST) -> list[str]:
     """Why kernels cannot take these heads; empty if they can."""
     width = qkv.shape[-1]
-    return [f"heads are {width} wide, above {WIDEST}"] if width > WIDEST else []
+    return [f"heads are {width} wide, above {widest} in {qkv.dtype}"] if width > widest else []

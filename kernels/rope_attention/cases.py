@@ -5,20 +5,22 @@ from kernels.registry import FLOATS
 
 EPS = 1e-6
 WIDE, NARROW = frozenset({torch.float32, torch.float64}), frozenset({torch.float16, torch.bfloat16})
+TRAINED = frozenset({torch.bfloat16})  # shapes no published model has: once is enough
 
 
-def _case(name: str, samples: int, tokens: int, heads: int, width: int, *, rope=True, norm=True, std=1.5, mean=0.2,
-          small=None, layout=lambda x: x, production=False, dtypes=FLOATS) -> Case:
-    """`std`, `mean`: of queries, keys and values; `small`: dtype of the weights where it is not that of `qkv`."""
+def _case(name: str, samples: int, tokens: int, heads: int, width: int, *, rope=True, norm=True, bias=False, std=1.5,
+          mean=0.2, small=None, layout=lambda x: x, production=False, dtypes=FLOATS) -> Case:
+    """`std`, `mean`: of queries, keys and values; `small`: dtype of weights and bias where it is not that of `qkv`."""
 
     def make(draw: Draw) -> dict:
         qkv = draw.normal(samples, tokens, 3, heads, width, std=std, mean=mean, dtype=torch.float32)
-        if norm:
+        if norm and not bias:  # with one, no row is small
             qkv[:, 1::2, :2] *= 1e-3  # the eps of the norm decides these rows
         cos, sin = draw.angles(tokens, width) if rope else (None, None)
         q_weight, k_weight = (draw.normal(width, mean=1.0, std=0.3, dtype=small) if norm else None for _ in "qk")
+        vector = draw.normal(3 * heads * width, mean=-0.3, std=0.5, dtype=small) if bias else None
         return {"qkv": layout(qkv.to(draw.dtype)), "cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight,
-                "eps": EPS}
+                "eps": EPS, "bias": vector}
 
     return Case(name, make, production, dtypes)
 
@@ -51,34 +53,46 @@ CASES = (
           dtypes=NARROW),
     _case("strided", 2, 5, 2, 12, layout=strided),
     _case("heads_first", 2, 5, 2, 12, layout=_heads_first),
-    _case("float16_weights", 2, 6, 2, 12, small=torch.float16, dtypes=WIDE),
+    _case("float16_weights", 2, 6, 2, 12, bias=True, small=torch.float16, dtypes=WIDE),
     _case("width_64", 1, 33, 2, 64, norm=False),
     _case("width_72", 1, 37, 2, 72),
     # Tiles of Triton are 16 to 128 rows: several of each kind, the last one with one row, or full.
     _case("width_80_65_tokens", 1, 65, 1, 80),
     _case("width_96_128_tokens", 1, 128, 1, 96, norm=False),
     _case("width_128_two_heads", 1, 20, 2, 128, norm=False),
+    # Several samples, heads and tiles: a bias differs in each head, and all samples and tokens add to its gradient.
+    _case("bias", 3, 5, 2, 10, norm=False, bias=True),
+    _case("bias_norm", 2, 7, 3, 12, bias=True),
+    _case("bias_plain", 2, 6, 2, 7, rope=False, norm=False, bias=True),
+    _case("bias_width_72", 1, 70, 1, 72, norm=False, bias=True),
+    _case("bias_norm_width_64", 1, 33, 2, 64, bias=True),
     _case("257_tokens", 1, 257, 1, 24, dtypes=NARROW),  # one more than may stay in shared memory
-    _case("B", 32, 256, 12, 64, norm=False, production=True),
-    _case("L", 32, 256, 16, 64, norm=False, production=True),
+    # The bias is that of the projection, which leaves it to the op unless parameters are partitioned.
+    _case("B", 32, 256, 12, 64, norm=False, bias=True, production=True),
+    _case("L", 32, 256, 16, 64, norm=False, bias=True, production=True, dtypes=NARROW),
     _case("XL", 128, 256, 16, 72, norm=False, production=True),
-    _case("XL_norm", 32, 256, 16, 72, production=True),
-    _case("1p6B", 16, 256, 28, 64, norm=False, production=True),
-    _case("XL_64_tokens", 64, 64, 16, 72, norm=False, production=True),
-    _case("XL_1024_tokens", 4, 1024, 16, 72, norm=False, production=True),
+    _case("XL_bias", 128, 256, 16, 72, norm=False, bias=True, production=True),
+    _case("XL_norm", 32, 256, 16, 72, bias=True, production=True),
+    _case("1p6B", 16, 256, 28, 64, norm=False, bias=True, production=True, dtypes=NARROW),
+    _case("XL_64_tokens", 64, 64, 16, 72, norm=False, bias=True, production=True),
+    _case("XL_1024_tokens", 4, 1024, 16, 72, norm=False, bias=True, production=True),
+    _case("XL_1024_tokens_norm", 4, 1024, 16, 72, bias=True, production=True, dtypes=TRAINED),
     _case("XL_ragged", 4, 250, 16, 72, production=True),
+    _case("width_96", 4, 256, 12, 96, bias=True, production=True, dtypes=TRAINED),
+    _case("width_128", 4, 256, 9, 128, bias=True, production=True, dtypes=TRAINED),
 )
 
 
-def cost(qkv, cos, sin, q_weight=None, k_weight=None, eps=EPS) -> Cost:
+def cost(qkv, cos, sin, q_weight=None, k_weight=None, eps=EPS, *, bias=None) -> Cost:
     samples, tokens, _, heads, width = qkv.shape
     result = nbytes(qkv) // 3
-    constants = nbytes(cos, sin, q_weight, k_weight)
+    gradients = nbytes(q_weight, k_weight, bias)
+    constants = nbytes(cos, sin) + gradients
     product = 2 * samples * heads * tokens * tokens * width
     return Cost(
         forward_bytes=nbytes(qkv) + result + constants,
         # Read: qkv, the result and its gradient. Written: the gradient of qkv.
-        backward_bytes=nbytes(qkv) + 2 * result + nbytes(qkv) + constants + nbytes(q_weight, k_weight),
+        backward_bytes=nbytes(qkv) + 2 * result + nbytes(qkv) + constants + gradients,
         forward_flops=2 * product,
         backward_flops=5 * product,
     )

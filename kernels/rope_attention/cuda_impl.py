@@ -1,4 +1,4 @@
-"""Attention on the kernels of csrc/rope_attention.cu; operators, autograd and launch configuration."""
+"""Attention on the kernels of csrc/rope_attention_*.cu: operators and launch configuration."""
 
 from dataclasses import dataclass
 
@@ -36,6 +36,11 @@ def held(width: int, size: int) -> int:
     if made_for(width, size):
         return width
     return next(columns for columns in (32, 72, WIDEST) if width <= columns)
+
+
+def widest(size: int) -> int:
+    """The widest heads that there are kernels for, in elements of `size` bytes: in float32 those of the models."""
+    return WIDEST if size == 2 else 72
 
 
 def stride(columns: int, size: int) -> int:
@@ -78,9 +83,10 @@ def backward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> C
 
 
 def backward_bytes(config: Config, columns: int, size: int, block: int) -> int:
-    """Shared memory of a block: four matrices, gradients of scores, sums of queries and of the norms' weights."""
+    """Shared memory of a block: four matrices, gradients of scores, two sums for each query; the norms' weights and the
+    bias, and what each warp sums for their gradients."""
     rows = 2 * (config.keys + config.queries) * stride(columns, size) + config.keys * stride(block, size)
-    return rows + 4 * 2 * config.queries + 4 * 2 * columns * (config.warps + 1)
+    return rows + 4 * 2 * config.queries + 4 * 5 * columns * (config.warps + 1)
 
 
 def shared_limit(device: torch.device) -> int:
@@ -91,16 +97,15 @@ def shared_limit(device: torch.device) -> int:
 
 @operator("rope_attention_cuda_fwd")
 def rope_attention_fwd(
-    qkv: torch.Tensor, table: torch.Tensor | None, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
-    eps: float,
+    qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None, eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`table` `[N, d/2, 2]` float32: cos and sin of each pair. → the result; log2 Σ exp of scores, `[B, heads, N]`."""
     samples, tokens, _, heads, width = qkv.shape
     out = qkv.new_empty((samples, tokens, heads * width))
     lse = qkv.new_empty((samples, heads, tokens), dtype=torch.float32)
     config = forward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     launch(
-        "rope_attention_fwd", dense(qkv), table, q_weight, k_weight, out, lse, eps,
+        "rope_attention_fwd", dense(qkv), bias, table, q_weight, k_weight, out, lse, eps,
         config.queries, config.keys, config.warps,
     )  # fmt: skip
     return out, lse
@@ -108,23 +113,25 @@ def rope_attention_fwd(
 
 @operator("rope_attention_cuda_bwd")
 def rope_attention_bwd(
-    d_out: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, table: torch.Tensor | None,
-    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, eps: float,
-) -> list[torch.Tensor]:  # fmt: skip
-    """The gradients of `qkv` (packed, contiguous) and, if there are any, of `q_weight` and `k_weight`."""
+    d_out: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None,
+    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, eps: float,
+    summed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     samples, tokens, _, heads, width = qkv.shape
     config = backward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     d_qkv = qkv.new_empty(qkv.shape)
     scratch = lse.new_empty((samples, heads, tokens, width)) if config.keys < tokens else None
-    partials, d_weights = None, []
+    d_weights, d_bias, of_weights, of_bias = (None, None), None, None, None
     if q_weight is not None:
-        partials = lse.new_empty((2, samples * heads, width))
-        d_weights = [weight.new_empty(width) for weight in (q_weight, k_weight)]
+        d_weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
+        of_weights = lse.new_empty((2, samples * heads, width))
+    if summed:
+        d_bias, of_bias = torch.empty_like(bias), lse.new_empty((samples, 3, heads, width))
     launch(
-        "rope_attention_bwd", dense(d_out), dense(qkv), out, lse, table, q_weight, k_weight,
-        d_qkv, scratch, partials, *(d_weights or (None, None)), eps, config.queries, config.keys, config.warps,
+        "rope_attention_bwd", dense(d_out), dense(qkv), bias, table, q_weight, k_weight, out, lse, d_qkv, scratch,
+        of_weights, of_bias, *d_weights, d_bias, eps, config.queries, config.keys, config.warps,
     )  # fmt: skip
-    return [d_qkv, *d_weights]
+    return d_qkv, *(qkv.new_empty(0) if gradient is None else gradient for gradient in (*d_weights, d_bias))
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,8 +143,8 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
 
 
-def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
-    return refusals(qkv, q_weight, k_weight) + too_wide(qkv)
+def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
+    return refusals(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
 
 
 BACKEND, EMULATED = backends(

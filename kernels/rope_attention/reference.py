@@ -5,9 +5,10 @@ from kernels.arguments import accumulation_dtype
 from kernels.registry import Backend
 
 
-def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6):
+def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
     wide = accumulation_dtype(qkv)
-    q, k, v = qkv.to(wide).permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
+    packed = qkv.to(wide) if bias is None else qkv.to(wide) + bias.to(wide).view(qkv.shape[2:])
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
     if q_weight is not None:
         q = rms_normalize(q, eps) * q_weight.to(wide)
         k = rms_normalize(k, eps) * k_weight.to(wide)

@@ -1,7 +1,11 @@
-"""The backward kernels of `rope_attention`: dq and delta, then dk and dv, then the sums of the norms' weights.
+"""The backward kernels of `rope_attention`: dq and delta, then dk and dv, then sums over all tiles.
 
 No program adds to what another one writes, so there are no atomics; seven matrix products instead of five are the
-price. Rows of queries past the end read as 0, and so do their upstream gradients: they add nothing to dk and dv.
+price. Queries past the end have an infinite log-sum-exp, so weights of 0: they add nothing to dk and dv.
+
+The gradients of the norms' weights and of the bias are sums over tokens, of which a tile writes its part: rows `[D]` at
+`[samples, tiles, heads]`, so that a weight, which all heads share, adds up rows of D, and the bias rows of heads · D.
+That of the values' bias is the sum of the upstream gradient, because the weights of each query sum to 1.
 """
 
 import triton
@@ -9,12 +13,14 @@ import triton.language as tl
 
 from kernels.rope_attention.triton_forward import (
     accumulate,
+    biases,
     hide_beyond,
     inverse_rms,
     load,
+    load_biased,
     load_head,
     load_turned,
-    load_weight,
+    load_vector,
     outer,
     store,
     turn,
@@ -26,29 +32,33 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def store_turned_back(
-    d_first, d_rest, base, into, stride, into_stride, limit, table, weight, partial, eps, D: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, RAGGED: tl.constexpr,
+    d_first, d_rest, base, into, stride, into_stride, limit, table, weight, bias, of_weight, of_bias, eps,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
+    BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Take the gradient of the rows that `load_turned` gave back through rotation and norm, and store it.
 
-    `partial`: where the gradient of `weight` from these rows goes, `D` float32.
+    `of_weight`, `of_bias`: where the gradients of `weight` and `bias` from these rows go, `D` float32 each.
     """
     ROWS: tl.constexpr = d_first.shape[0]
+    if BIASED and RAGGED:  # rows past the end hold the bias
+        exists = tl.arange(0, ROWS)[:, None] < limit
+        d_first = tl.where(exists, d_first, 0.0)
+        d_rest = tl.where(exists, d_rest, 0.0)
     if ROPE:
         d_first = turn(d_first, load(table, D, limit, ROWS, 0, MAIN, D, RAGGED), True)
         if REST:
             d_rest = turn(d_rest, load(table, D, limit, ROWS, MAIN, REST, D, RAGGED), True)
     if NORM:
-        first, rest = load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
-        first, rest = first.to(tl.float32), rest.to(tl.float32)
+        first, rest = load_biased(base, stride, limit, bias, ROWS, D, MAIN, REST, BIASED, RAGGED)
         inverse = inverse_rms(first, rest, eps, D, REST)[:, None]
         first, rest = first * inverse, rest * inverse
-        store_columns(partial, tl.sum(d_first * first, axis=0), 0, D)
-        d_first *= load_weight(weight, 0, MAIN, D)[None, :]
+        store_columns(of_weight, tl.sum(d_first * first, axis=0), 0, D)
+        d_first *= load_vector(weight, 0, MAIN, D)[None, :]
         along = tl.sum(d_first * first, axis=1)
         if REST:
-            store_columns(partial, tl.sum(d_rest * rest, axis=0), MAIN, D)
-            d_rest *= load_weight(weight, MAIN, REST, D)[None, :]
+            store_columns(of_weight, tl.sum(d_rest * rest, axis=0), MAIN, D)
+            d_rest *= load_vector(weight, MAIN, REST, D)[None, :]
             along += tl.sum(d_rest * rest, axis=1)
         along = along[:, None] / D
         d_first = (d_first - first * along) * inverse
@@ -57,6 +67,15 @@ def store_turned_back(
     store(into, into_stride, limit, d_first, 0, D, RAGGED)
     if REST:
         store(into, into_stride, limit, d_rest, MAIN, D, RAGGED)
+    if SUMMED:
+        store_column_sums(of_bias, d_first, d_rest, D, MAIN, REST)
+
+
+@triton.jit
+def store_column_sums(into, first, rest, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    store_columns(into, tl.sum(first.to(tl.float32), axis=0), 0, D)
+    if REST:
+        store_columns(into, tl.sum(rest.to(tl.float32), axis=0), MAIN, D)
 
 
 @triton.jit
@@ -66,8 +85,12 @@ def store_columns(base, values, FIRST: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def row_sums(a, b):
-    return tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
+def row_sums(out, grad, bias, FIRST: tl.constexpr, D: tl.constexpr, BIASED: tl.constexpr):
+    """Σ (out − bias) · grad of each row: the values stand without their bias in the products, so it goes from here."""
+    out = out.to(tl.float32)
+    if BIASED:
+        out -= load_vector(bias, FIRST, out.shape[1], D)[None, :]
+    return tl.sum(out * grad.to(tl.float32), axis=1)
 
 
 @triton.jit
@@ -98,22 +121,26 @@ def add_to_dk_dv(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
 def rope_attention_bwd_dq_kernel(
-    grad, qkv, out, lse, table, q_weight, k_weight, dqkv, delta, partials, eps, scale, tokens, parts, tiles,
+    grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, of_weight, of_bias, eps, scale, tokens, parts,
+    tiles,
     grad_b, stride_b, stride_3, stride_h,
     grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Each program: dq and delta = Σ out·grad of `tiles` tiles of `BQ` queries.
 
     The keys of the head stay in shared memory, in `BLOCKS` blocks of `BK`; or pass by for every tile if that is 0.
-    `partials` [tiles of all programs, D]: Σ over the tile of what the gradient of `q_weight` sums.
+    `of_weight` [samples, tiles, heads, D]: parts of the gradient of `q_weight`; `of_bias` [2, …]: of the bias of
+    queries and of values.
     """
     part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
     sample, head = sample.to(tl.int64), head.to(tl.int64)
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
+    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
     grad += sample * grad_b + head * D
     out += sample * tokens * cols + head * D
     dqkv += sample * tokens * 3 * cols + head * D
@@ -125,21 +152,21 @@ def rope_attention_bwd_dq_kernel(
     for i in tl.static_range(BLOCKS):
         left = tokens - i * BK
         ks += (load_turned(keys + tl.cast(i * BK, tl.int64) * stride_n, stride_n, left,
-                           table + i * BK * D if ROPE else table, k_weight, eps, BK, D, MAIN, REST, ROPE, NORM,
-                           RAGGED_K),)
+                           table + i * BK * D if ROPE else table, k_weight, k_bias, eps, BK, D, MAIN, REST, ROPE, NORM,
+                           BIASED, RAGGED_K),)
         vs += (load_head(values + tl.cast(i * BK, tl.int64) * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
     for start in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
         at, left = tl.cast(start, tl.int64), tokens - start
         here = table + at * D if ROPE else table
         do, do_rest = load_head(grad + at * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q)
         o, o_rest = load_head(out + at * cols, cols, left, BQ, D, MAIN, REST, RAGGED_Q)
-        dot = row_sums(o, do)
+        dot = row_sums(o, do, v_bias, 0, D, BIASED)
         if REST:
-            dot += row_sums(o_rest, do_rest)
+            dot += row_sums(o_rest, do_rest, v_bias, MAIN, D, BIASED)
         tl.store(delta + at + rows, dot, mask=rows < left)
-        top = tl.load(lse + at + rows, mask=rows < left, other=0.0)
-        q, q_rest = load_turned(queries + at * stride_n, stride_n, left, here, q_weight, eps, BQ, D, MAIN, REST, ROPE,
-                                NORM, RAGGED_Q)
+        top = tl.load(lse + at + rows, mask=rows < left, other=float("inf"))
+        q, q_rest = load_turned(queries + at * stride_n, stride_n, left, here, q_weight, q_bias, eps, BQ, D, MAIN, REST,
+                                ROPE, NORM, BIASED, RAGGED_Q)
         dq, dq_rest = zeros(BQ, MAIN, REST)
         for i in tl.static_range(BLOCKS):
             dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, ks[i][0], ks[i][1], vs[i][0], vs[i][1], dq,
@@ -148,37 +175,44 @@ def rope_attention_bwd_dq_kernel(
             for first in tl.range(0, tokens, BK, disable_licm=True):
                 row = tl.cast(first, tl.int64)
                 k, k_rest = load_turned(keys + row * stride_n, stride_n, tokens - first,
-                                        table + row * D if ROPE else table, k_weight, eps, BK, D, MAIN, REST, ROPE,
-                                        NORM, RAGGED_K)
+                                        table + row * D if ROPE else table, k_weight, k_bias, eps, BK, D, MAIN, REST,
+                                        ROPE, NORM, BIASED, RAGGED_K)
                 v, v_rest = load_head(values + row * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
                 dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_rest,
                                         tokens - first, scale, REST, RAGGED_K)
         natural = scale * LN_2
-        into = partials
-        if NORM:
-            into += (tl.program_id(0).to(tl.int64) * tiles + (start // BQ - part * tiles)) * D
+        tile = (sample * parts * tiles + start // BQ) * cols + head * D
+        into_weight = of_weight + tile if NORM else of_weight
+        into_bias = of_bias + tile if SUMMED else of_bias
         store_turned_back(dq * natural, dq_rest * natural, queries + at * stride_n, dqkv + at * 3 * cols, stride_n,
-                          3 * cols, left, here, q_weight, into, eps, D, MAIN, REST, ROPE, NORM, RAGGED_Q)
+                          3 * cols, left, here, q_weight, q_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
+                          NORM, BIASED, SUMMED, RAGGED_Q)
+        if SUMMED:
+            of_values = into_bias + tl.num_programs(0).to(tl.int64) * tiles * D
+            store_column_sums(of_values, do, do_rest, D, MAIN, REST)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
 def rope_attention_bwd_dkdv_kernel(
-    grad, qkv, lse, delta, table, q_weight, k_weight, dqkv, partials, eps, scale, tokens, parts, tiles,
+    grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, of_weight, of_bias, eps, scale, tokens, parts, tiles,
     grad_b, stride_b, stride_3, stride_h,
     grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Each program: dk and dv of `tiles` tiles of `BK` keys.
 
     The queries of the head and their upstream gradients stay in shared memory, in `BLOCKS` blocks of `BQ`; or pass by
-    for every tile if that is 0.
+    for every tile if that is 0. `of_weight`, `of_bias` [samples, tiles, heads, D]: parts of the gradients of `k_weight`
+    and of the bias of keys.
     """
     part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
     sample, head = sample.to(tl.int64), head.to(tl.int64)
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
+    q_bias, k_bias, _ = biases(bias, head, cols, D, BIASED)
     grad += sample * grad_b + head * D
     dqkv += (sample * tokens * 3 + 1) * cols + head * D
     lse += (sample * heads + head) * tokens
@@ -189,19 +223,19 @@ def rope_attention_bwd_dkdv_kernel(
     for i in tl.static_range(BLOCKS):
         left = tokens - i * BQ
         qs += (load_turned(queries + tl.cast(i * BQ, tl.int64) * stride_n, stride_n, left,
-                           table + i * BQ * D if ROPE else table, q_weight, eps, BQ, D, MAIN, REST, ROPE, NORM,
-                           RAGGED_Q),)
+                           table + i * BQ * D if ROPE else table, q_weight, q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM,
+                           BIASED, RAGGED_Q),)
         dos += (load_head(grad + tl.cast(i * BQ, tl.int64) * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q),)
     for start in tl.range(part * tiles * BK, tl.minimum((part + 1) * tiles * BK, tokens), BK, disable_licm=True):
         at, left = tl.cast(start, tl.int64), tokens - start
         here = table + at * D if ROPE else table
-        k, k_rest = load_turned(keys + at * stride_n, stride_n, left, here, k_weight, eps, BK, D, MAIN, REST, ROPE,
-                                NORM, RAGGED_K)
+        k, k_rest = load_turned(keys + at * stride_n, stride_n, left, here, k_weight, k_bias, eps, BK, D, MAIN, REST,
+                                ROPE, NORM, BIASED, RAGGED_K)
         v, v_rest = load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K)
         dk, dk_rest = zeros(BK, MAIN, REST)
         dv, dv_rest = zeros(BK, MAIN, REST)
         for i in tl.static_range(BLOCKS):
-            top = tl.load(lse + i * BQ + rows, mask=rows < tokens - i * BQ, other=0.0)
+            top = tl.load(lse + i * BQ + rows, mask=rows < tokens - i * BQ, other=float("inf"))
             dot = tl.load(delta + i * BQ + rows, mask=rows < tokens - i * BQ, other=0.0)
             dk, dk_rest, dv, dv_rest = add_to_dk_dv(qs[i][0], qs[i][1], dos[i][0], dos[i][1], top, dot, k, k_rest, v,
                                                     v_rest, dk, dk_rest, dv, dv_rest, scale, REST)
@@ -209,10 +243,10 @@ def rope_attention_bwd_dkdv_kernel(
             for first in range(0, tokens, BQ):
                 row = tl.cast(first, tl.int64)
                 q, q_rest = load_turned(queries + row * stride_n, stride_n, tokens - first,
-                                        table + row * D if ROPE else table, q_weight, eps, BQ, D, MAIN, REST, ROPE,
-                                        NORM, RAGGED_Q)
+                                        table + row * D if ROPE else table, q_weight, q_bias, eps, BQ, D, MAIN, REST,
+                                        ROPE, NORM, BIASED, RAGGED_Q)
                 do, do_rest = load_head(grad + row * grad_n, grad_n, tokens - first, BQ, D, MAIN, REST, RAGGED_Q)
-                top = tl.load(lse + first + rows, mask=rows < tokens - first, other=0.0)
+                top = tl.load(lse + first + rows, mask=rows < tokens - first, other=float("inf"))
                 dot = tl.load(delta + first + rows, mask=rows < tokens - first, other=0.0)
                 dk, dk_rest, dv, dv_rest = add_to_dk_dv(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk,
                                                         dk_rest, dv, dv_rest, scale, REST)
@@ -221,31 +255,39 @@ def rope_attention_bwd_dkdv_kernel(
         if REST:
             store(values_into, 3 * cols, left, dv_rest, MAIN, D, RAGGED_K)
         natural = scale * LN_2
-        into = partials
-        if NORM:
-            into += (tl.program_id(0).to(tl.int64) * tiles + (start // BK - part * tiles)) * D
+        tile = (sample * parts * tiles + start // BK) * cols + head * D
+        into_weight = of_weight + tile if NORM else of_weight
+        into_bias = of_bias + tile if SUMMED else of_bias
         store_turned_back(dk * natural, dk_rest * natural, keys + at * stride_n, dqkv + at * 3 * cols, stride_n,
-                          3 * cols, left, here, k_weight, into, eps, D, MAIN, REST, ROPE, NORM, RAGGED_K)
+                          3 * cols, left, here, k_weight, k_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
+                          NORM, BIASED, SUMMED, RAGGED_K)
 
 
-@triton.jit(do_not_specialize=["q_programs", "k_programs"])
-def rope_attention_bwd_dweight_kernel(
-    q_partials, k_partials, dq_weight, dk_weight, q_programs, k_programs,
-    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+@triton.jit(do_not_specialize=["q_parts", "k_parts"])
+def rope_attention_bwd_sums_kernel(
+    of_queries, of_keys, into_queries, into_keys, q_parts, k_parts,
+    WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each program: `COLS` columns of the sum of the partials of queries (second grid index 0) or of keys (1)."""
-    if tl.program_id(1) == 0:
-        sum_columns(q_partials, dq_weight, q_programs, D, COLS, ROWS)
+    """Each program: `COLS` of `WIDTH` columns of a sum over all parts of queries (second grid index 0) or of keys (1).
+
+    Where there is an index 2, of values: their parts lie behind those of queries, their sum behind that of keys.
+    """
+    if tl.program_id(1) == 1:
+        sum_columns(of_keys, into_keys, k_parts, WIDTH, COLS, ROWS)
     else:
-        sum_columns(k_partials, dk_weight, k_programs, D, COLS, ROWS)
+        if tl.program_id(1) == 2:
+            of_queries += tl.cast(q_parts, tl.int64) * WIDTH
+            into_queries += 2 * WIDTH
+        sum_columns(of_queries, into_queries, q_parts, WIDTH, COLS, ROWS)
 
 
 @triton.jit
-def sum_columns(partials, into, programs, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+def sum_columns(parts, into, count, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """into[c] = Σ parts[:, c], always in the same order."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     rows = tl.arange(0, ROWS)
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, programs, ROWS):
+    for first in range(0, count, ROWS):
         at = (first + rows).to(tl.int64)[:, None]
-        acc += tl.load(partials + at * D + cols[None, :], mask=(at < programs) & (cols < D)[None, :], other=0.0)
-    tl.store(into + cols, tl.sum(acc, axis=0).to(into.dtype.element_ty), mask=cols < D)
+        acc += tl.load(parts + at * WIDTH + cols[None, :], mask=(at < count) & (cols < WIDTH)[None, :], other=0.0)
+    tl.store(into + cols, tl.sum(acc, axis=0).to(into.dtype.element_ty), mask=cols < WIDTH)

@@ -55,9 +55,23 @@ def store(base, stride, limit, values, FIRST: tl.constexpr, D: tl.constexpr, RAG
 
 
 @triton.jit
-def load_weight(weight, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):
+def load_vector(vector, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr):
+    """Columns of a norm's weight or of a head's part of the bias, in float32."""
     cols = FIRST + tl.arange(0, COLS)
-    return tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
+    return tl.load(vector + cols, mask=cols < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_biased(base, stride, limit, bias, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+                REST: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+    """Both blocks of the columns of some rows, in float32 and with the bias, which rows from `limit` on have alone."""
+    first, rest = load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
+    first, rest = first.to(tl.float32), rest.to(tl.float32)
+    if BIASED:
+        first += load_vector(bias, 0, MAIN, D)[None, :]
+        if REST:
+            rest += load_vector(bias, MAIN, REST, D)[None, :]
+    return first, rest
 
 
 @triton.jit
@@ -81,23 +95,33 @@ def inverse_rms(first, second, eps, D: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def load_turned(base, stride, limit, table, weight, eps, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-                REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, RAGGED: tl.constexpr):
-    """Queries or keys, normed and rotated in float32 and rounded once to the dtype they came in: both blocks."""
-    first, second = load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
-    DTYPE: tl.constexpr = first.dtype
-    if ROPE or NORM:
-        first, second = first.to(tl.float32), second.to(tl.float32)
+def load_turned(base, stride, limit, table, weight, bias, eps, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
+                REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+    """Queries or keys with their bias, normed and rotated in float32 and rounded once to their dtype: both blocks."""
+    if ROPE or NORM or BIASED:
+        first, second = load_biased(base, stride, limit, bias, ROWS, D, MAIN, REST, BIASED, RAGGED)
         if NORM:
             scale = inverse_rms(first, second, eps, D, REST)[:, None]
-            first = first * scale * load_weight(weight, 0, MAIN, D)[None, :]
+            first = first * scale * load_vector(weight, 0, MAIN, D)[None, :]
             if REST:
-                second = second * scale * load_weight(weight, MAIN, REST, D)[None, :]
+                second = second * scale * load_vector(weight, MAIN, REST, D)[None, :]
         if ROPE:
             first = turn(first, load(table, D, limit, ROWS, 0, MAIN, D, RAGGED), False)
             if REST:
                 second = turn(second, load(table, D, limit, ROWS, MAIN, REST, D, RAGGED), False)
-    return first.to(DTYPE), second.to(DTYPE)
+        return first.to(base.dtype.element_ty), second.to(base.dtype.element_ty)
+    else:
+        return load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
+
+
+@triton.jit
+def biases(bias, head, cols: tl.constexpr, D: tl.constexpr, BIASED: tl.constexpr):
+    """Where the parts of a head's queries, keys and values begin; the same without a bias."""
+    if BIASED:
+        bias += head * D
+        return bias, bias + cols, bias + 2 * cols
+    else:
+        return bias, bias, bias
 
 
 @triton.jit
@@ -162,23 +186,33 @@ def see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, left, scale,
 
 
 @triton.jit
-def finish(out, lse, stride, left, acc, acc_rest, top, total, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-           RAGGED: tl.constexpr):
-    """Divide by the sums of exponentials and store: a tile of the result, and log2 of those sums over all."""
+def finish(out, lse, stride, left, acc, acc_rest, top, total, bias, D: tl.constexpr, MAIN: tl.constexpr,
+           REST: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+    """Divide by the sums of exponentials and store: a tile of the result, and log2 of those sums over all.
+
+    The bias of the values is added here: weights that sum to 1 leave it as it is.
+    """
     inverse = (1 / total)[:, None]
-    store(out, stride, left, acc * inverse, 0, D, RAGGED)
+    acc *= inverse
     if REST:
-        store(out, stride, left, acc_rest * inverse, MAIN, D, RAGGED)
+        acc_rest *= inverse
+    if BIASED:
+        acc += load_vector(bias, 0, MAIN, D)[None, :]
+        if REST:
+            acc_rest += load_vector(bias, MAIN, REST, D)[None, :]
+    store(out, stride, left, acc, 0, D, RAGGED)
+    if REST:
+        store(out, stride, left, acc_rest, MAIN, D, RAGGED)
     rows = tl.arange(0, acc.shape[0])
     tl.store(lse + rows, top + tl.log2(total), mask=rows < left)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
 def rope_attention_fwd_resident_kernel(
-    qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts, tiles, stride_b, stride_3, stride_h,
+    qkv, table, q_weight, k_weight, bias, out, lse, eps, scale, tokens, parts, tiles, stride_b, stride_3, stride_h,
     stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Each program: `tiles` tiles of `BQ` queries of one head, and all its keys, in `BLOCKS` blocks of `BK`.
 
@@ -190,6 +224,7 @@ def rope_attention_fwd_resident_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
+    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
     out += sample * tokens * cols + head * D
     lse += (sample * heads + head) * tokens
 
@@ -197,26 +232,27 @@ def rope_attention_fwd_resident_kernel(
     vs = ()
     for i in tl.static_range(BLOCKS):
         at, left = tl.cast(i * BK, tl.int64), tokens - i * BK
-        ks += (load_turned(keys + at * stride_n, stride_n, left, table + at * D if ROPE else table, k_weight, eps, BK,
-                           D, MAIN, REST, ROPE, NORM, RAGGED_K),)
+        ks += (load_turned(keys + at * stride_n, stride_n, left, table + at * D if ROPE else table, k_weight, k_bias,
+                           eps, BK, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_K),)
         vs += (load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
     for first in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
         row, rows_left = tl.cast(first, tl.int64), tokens - first
         q, q_rest = load_turned(queries + row * stride_n, stride_n, rows_left, table + row * D if ROPE else table,
-                                q_weight, eps, BQ, D, MAIN, REST, ROPE, NORM, RAGGED_Q)
+                                q_weight, q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_Q)
         top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
         for i in tl.static_range(BLOCKS):
             top, total, acc, acc_rest = see(q, q_rest, ks[i][0], ks[i][1], vs[i][0], vs[i][1], top, total, acc,
                                             acc_rest, tokens - i * BK, scale, REST, RAGGED_K and i == BLOCKS - 1)
-        finish(out + row * cols, lse + row, cols, rows_left, acc, acc_rest, top, total, D, MAIN, REST, RAGGED_Q)
+        finish(out + row * cols, lse + row, cols, rows_left, acc, acc_rest, top, total, v_bias, D, MAIN, REST, BIASED,
+               RAGGED_Q)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
 def rope_attention_fwd_kernel(
-    qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts, stride_b, stride_3, stride_h,
+    qkv, table, q_weight, k_weight, bias, out, lse, eps, scale, tokens, parts, stride_b, stride_3, stride_h,
     stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
+    NORM: tl.constexpr, BIASED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Each program: one tile of `BQ` queries, while the keys of the head pass by in blocks of `BK`.
 
@@ -228,17 +264,18 @@ def rope_attention_fwd_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
+    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
     out += (sample * tokens + start) * cols + head * D
     lse += (sample * heads + head) * tokens + start
 
     q, q_rest = load_turned(queries + start * stride_n, stride_n, left, table + start * D if ROPE else table, q_weight,
-                            eps, BQ, D, MAIN, REST, ROPE, NORM, RAGGED_Q)
+                            q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_Q)
     top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
     for first in range(0, tokens, BK):
         at = tl.cast(first, tl.int64)
         k, k_rest = load_turned(keys + at * stride_n, stride_n, tokens - first, table + at * D if ROPE else table,
-                                k_weight, eps, BK, D, MAIN, REST, ROPE, NORM, RAGGED_K)
+                                k_weight, k_bias, eps, BK, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_K)
         v, v_rest = load_head(values + at * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
         top, total, acc, acc_rest = see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, tokens - first,
                                         scale, REST, RAGGED_K)
-    finish(out, lse, cols, left, acc, acc_rest, top, total, D, MAIN, REST, RAGGED_Q)
+    finish(out, lse, cols, left, acc, acc_rest, top, total, v_bias, D, MAIN, REST, BIASED, RAGGED_Q)

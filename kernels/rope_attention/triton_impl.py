@@ -9,7 +9,7 @@ from kernels.rope_attention.call import differentiate, too_wide
 from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_dkdv_kernel,
     rope_attention_bwd_dq_kernel,
-    rope_attention_bwd_dweight_kernel,
+    rope_attention_bwd_sums_kernel,
 )
 from kernels.rope_attention.triton_forward import rope_attention_fwd_kernel, rope_attention_fwd_resident_kernel
 from kernels.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
@@ -108,14 +108,16 @@ def split(tokens: int, rows: int, held_rows: int, resident: bool) -> tuple[int, 
     return (1, tiles, cdiv(tokens, held_rows)) if resident else (tiles, 1, 0)
 
 
-def constants(qkv: torch.Tensor, table: torch.Tensor | None, weight: torch.Tensor | None, tile: Tile) -> dict:
+def constants(
+    qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, weight: torch.Tensor | None, tile: Tile
+) -> dict:
     """The compile-time values that the three kernels share, and the options of a launch."""
     tokens, width = qkv.shape[1], qkv.shape[-1]
     main, rest = blocks(width)
     return {
         "stride_n": qkv.stride(1), "heads": qkv.shape[3],
         "D": width, "MAIN": main, "REST": rest, "BQ": tile.queries, "BK": tile.keys,
-        "ROPE": table is not None, "NORM": weight is not None,
+        "ROPE": table is not None, "NORM": weight is not None, "BIASED": bias is not None,
         "RAGGED_Q": tokens % tile.queries != 0, "RAGGED_K": tokens % tile.keys != 0,
         # With 8 elements as the unit of every row, a thread reads 128 bits at a time.
         "ALIGNED": 8 if all(stride % 8 == 0 for stride in (width, *qkv.stride()[:4])) else 1,
@@ -131,20 +133,20 @@ def loose(qkv: torch.Tensor) -> tuple[int, int, int]:
 @operator("rope_attention_fwd")
 def rope_attention_fwd(
     qkv: torch.Tensor,
+    bias: torch.Tensor | None,
     table: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`table` `[N, d/2, 2]` float32: cos, sin of each pair. → the result; log2 Σ exp of the scores, `[B, heads, N]`."""
     samples, tokens, _, heads, width = qkv.shape
     out = qkv.new_empty(samples, tokens, heads * width)
     lse = qkv.new_empty(samples, heads, tokens, dtype=torch.float32)
     tile = forward_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
-    common = constants(qkv, table, q_weight, tile)
+    common = constants(qkv, bias, table, q_weight, tile)
     scale = width**-0.5 / math.log(2)
     parts, tiles, held = split(tokens, tile.queries, tile.keys, tile.resident)
-    arguments = qkv, table, q_weight, k_weight, out, lse, eps, scale, tokens, parts
+    arguments = qkv, table, q_weight, k_weight, bias, out, lse, eps, scale, tokens, parts
     if tile.resident:
         kernel, arguments, common = rope_attention_fwd_resident_kernel, (*arguments, tiles), common | {"BLOCKS": held}
     else:
@@ -157,52 +159,64 @@ def rope_attention_fwd(
 def rope_attention_bwd(
     grad: torch.Tensor,
     qkv: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    bias: torch.Tensor | None,
     table: torch.Tensor | None,
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     eps: float,
-) -> list[torch.Tensor]:
-    """→ the gradients of `qkv` (packed as it is, contiguous) and, if there are any, of `q_weight` and `k_weight`."""
+    summed: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     samples, tokens, _, heads, width = qkv.shape
+    normed = q_weight is not None
     dqkv, delta = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    tile = dq_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
-    other = dkdv_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
+    tile = dq_tile(tokens, width, qkv.dtype, normed, architecture())
+    other = dkdv_tile(tokens, width, qkv.dtype, normed, architecture())
     q_parts, q_tiles, q_blocks = split(tokens, tile.queries, tile.keys, tile.resident)
     k_parts, k_tiles, k_blocks = split(tokens, other.keys, other.queries, other.resident)
-    q_partials = k_partials = None
-    if q_weight is not None:
-        q_partials = lse.new_empty(q_parts * q_tiles * heads * samples, width)
-        k_partials = lse.new_empty(k_parts * k_tiles * heads * samples, width)
+    q_rows, k_rows = samples * q_parts * q_tiles, samples * k_parts * k_tiles
+    q_of_weight = k_of_weight = q_of_bias = k_of_bias = None
+    if normed:
+        q_of_weight, k_of_weight = (lse.new_empty(rows * heads, width) for rows in (q_rows, k_rows))
+    if summed:
+        q_of_bias, k_of_bias = lse.new_empty(2, q_rows, heads * width), lse.new_empty(k_rows, heads * width)
     scale = width**-0.5 / math.log(2)
     strides = grad.stride(0), *loose(qkv)
     launch(
         rope_attention_bwd_dq_kernel, (q_parts * heads * samples,),
-        grad, qkv, out, lse, table, q_weight, k_weight, dqkv, delta, q_partials, eps, scale, tokens, q_parts, q_tiles,
-        *strides, grad_n=grad.stride(1), BLOCKS=q_blocks, **constants(qkv, table, q_weight, tile),
+        grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, q_of_weight, q_of_bias, eps, scale, tokens,
+        q_parts, q_tiles, *strides,
+        grad_n=grad.stride(1), BLOCKS=q_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, tile),
     )  # fmt: skip
     launch(
         rope_attention_bwd_dkdv_kernel, (k_parts * heads * samples,),
-        grad, qkv, lse, delta, table, q_weight, k_weight, dqkv, k_partials, eps, scale, tokens, k_parts, k_tiles,
-        *strides, grad_n=grad.stride(1), BLOCKS=k_blocks, **constants(qkv, table, q_weight, other),
+        grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, k_of_weight, k_of_bias, eps, scale, tokens,
+        k_parts, k_tiles, *strides,
+        grad_n=grad.stride(1), BLOCKS=k_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, other),
     )  # fmt: skip
-    if q_weight is None:
-        return [dqkv]
-    dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
+    dq_weight, dk_weight, dbias = (qkv.new_empty(0) for _ in range(3))
+    if normed:
+        dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
+        sums(2, width, q_of_weight, k_of_weight, dq_weight, dk_weight, q_rows * heads, k_rows * heads)
+    if summed:
+        dbias = torch.empty_like(bias)
+        sums(3, heads * width, q_of_bias, k_of_bias, dbias, dbias[heads * width :], q_rows, k_rows)
+    return dqkv, dq_weight, dk_weight, dbias
+
+
+def sums(count: int, width: int, *arguments) -> None:
+    """The second stage of `count` sums of `width` columns; the other arguments are those of the kernel."""
     launch(
-        rope_attention_bwd_dweight_kernel, (cdiv(width, 8), 2),
-        q_partials, k_partials, dq_weight, dk_weight, len(q_partials), len(k_partials),
-        D=width, COLS=8, ROWS=256, num_warps=8,
-    )  # fmt: skip
-    return [dqkv, dq_weight, dk_weight]
+        rope_attention_bwd_sums_kernel, (cdiv(width, 8), count), *arguments, WIDTH=width, COLS=8, ROWS=256, num_warps=8
+    )
 
 
 rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
 
 
-def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6) -> list[str]:
-    beside = refusals(qkv, q_weight, k_weight, dtypes=DTYPES | {qkv.dtype, torch.float64})
+def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None) -> list[str]:
+    beside = refusals(qkv, q_weight, k_weight, bias, dtypes=DTYPES | {qkv.dtype, torch.float64})
     return refusals(qkv) + beside + too_wide(qkv)
 
 

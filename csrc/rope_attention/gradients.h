@@ -1,0 +1,112 @@
+// How the gradient of 16 rows goes back: through rotation and norm, into sums over all rows, to global memory.
+#pragma once
+
+#include "rows.h"
+
+namespace ldit {
+
+// The sum of each of 8 values over the lanes of all groups: those of group g get that of value g. Every step leaves a lane half
+// of the values, so that 8 sums take 7 shuffles instead of 24.
+LDIT_DEVICE float sum_for_group(float (&values)[8]) {
+#pragma unroll
+  for (int flip = 16; flip >= 4; flip /= 2) {
+    const bool upper = lane_index() & flip;
+#pragma unroll
+    for (int i = 0; i < flip / 4; ++i) {
+      float low = values[i], high = values[flip / 4 + i];
+      values[i] = (upper ? high : low) + from_lane_across(upper ? low : high, flip);
+    }
+  }
+  return values[0];
+}
+
+// Adds to `sums`, this warp's own, what all groups have of each column; `value(tile, j)`: this lane's for its column j of a tile.
+template <int tiles, class Value>
+LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
+#pragma unroll
+  for (int t = 0; t < tiles; t += 4) {
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = t + i / 2 < tiles ? value(t + i / 2, i % 2) : 0.f;
+    float sum = sum_for_group(values);
+    int tile = t + group_index() / 2;
+    if (tile < tiles) sums[8 * tile + 2 * member_index() + group_index() % 2] += sum;
+  }
+}
+
+// Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back through rotation and norm.
+// `sums`, of this warp: where the gradients of the vectors are summed.
+template <class T, int width, bool exact, bool biased>
+LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head, const Turn& turn,
+                           const Vectors<width, biased>& vectors, int which, int token, float scale, const Vectors<width, biased>& sums) {
+  constexpr int tiles = width / 8;
+  const bool normed = turn.q_weight.data != nullptr;
+  const int member = 2 * member_index();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int at = token + group_index() + 8 * half;
+    bool there = at < head.tokens;
+    const float* angles = turn.table + std::int64_t(at) * head.width + member;
+    bool turned = turn.table && there;
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      Raw<float, 2> angle{};
+      bool here = turned && head.left(8 * t + member, 2);
+      if (here) angle = load<2>(angles + 8 * t);
+      float cos = here ? angle[0] * scale : scale, sin = here ? angle[1] * scale : 0.f;
+      float even = d[t][2 * half], odd = d[t][2 * half + 1];
+      d[t][2 * half] = even * cos + odd * sin;
+      d[t][2 * half + 1] = odd * cos - even * sin;
+    }
+    if (!normed) continue;
+    const T* from = qkv + head.in_packed(which, there ? at : 0) + member;
+    Raw<T, 2> raw[tiles];
+    float squares = 0.f, along = 0.f;
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      raw[t] = head.template load_some<2>(from + 8 * t, there ? head.left(8 * t + member, 2) : 0);
+      auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
+      squares += pair[0] * pair[0] + pair[1] * pair[1];
+    }
+    float inverse = inverse_rms(squares, head, turn);
+#pragma unroll
+    for (int t = 0; t < tiles; ++t)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float normed = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse, &mine = d[t][2 * half + j], of_weight = mine * normed;
+        int column = 8 * t + member + j;
+#pragma unroll
+        for (int flip = 4; flip < kWarp; flip *= 2) of_weight += from_lane_across(of_weight, flip);
+        if (group_index() == 0) sums.of_weight(which)[column] += of_weight;
+        mine *= *vectors.weight(which, column, 1);
+        along += mine * normed;
+      }
+    along = warp_sum(along, 4) / static_cast<float>(head.width);
+#pragma unroll
+    for (int t = 0; t < tiles; ++t) {
+      auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& mine = d[t][2 * half + j];
+        mine = (mine - pair[j] * inverse * along) * inverse;
+      }
+    }
+  }
+  if constexpr (biased) add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
+}
+
+// Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there to `to`.
+template <class T, int width, bool exact>
+LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row, T* to, int exist, const Head<width, exact>& head) {
+  __syncwarp();
+#pragma unroll
+  for (int t = 0; t < width / 8; ++t)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      own.set_pair(row + group_index() + 8 * half, 8 * t + 2 * member_index(), word<T>(d[t][2 * half], d[t][2 * half + 1]));
+    }
+  __syncwarp();
+  store_rows(own, row, to, 3 * head.row, exist, head);
+}
+
+}  // namespace ldit

@@ -1,0 +1,50 @@
+// Which instances of the kernels there are, and which of them serves a call.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "../common/convert.h"
+#include "../common/launch.h"
+#include "../common/vector.h"
+#include "rows.h"
+
+namespace ldit {
+
+template <int columns, bool of_whole, bool of_biased>
+struct Instance {
+  static constexpr int width = columns;
+  static constexpr bool whole = of_whole, biased = of_biased;
+};
+
+// Calls `use(T, Instance)`, as types. Where a block holds a whole head, of a usual width, and accesses are whole, a kernel for
+// just that; else the least that has room, and takes a bias or none. No model multiplies wider heads than 72 in float32.
+template <class Use>
+void with_instance(DType dtype, std::int64_t width, bool whole, bool biased, Use&& use) {
+  dispatch(dtype, [&](auto tag) {
+    constexpr bool narrow = kNarrow<typename decltype(tag)::type>;
+    if constexpr (narrow) {
+      if (width == 64 && whole) return biased ? use(tag, Instance<64, true, true>{}) : use(tag, Instance<64, true, false>{});
+      if (width == 72 && whole) return biased ? use(tag, Instance<72, true, true>{}) : use(tag, Instance<72, true, false>{});
+    }
+    if (width <= 32) return use(tag, Instance<32, false, true>{});
+    if (width <= 72) return use(tag, Instance<72, false, true>{});
+    if constexpr (narrow) {
+      if (width <= kMaxHeadWidth) return use(tag, Instance<kMaxHeadWidth, false, true>{});
+    }
+    throw LaunchError("rope_attention: a head of " + std::to_string(width) + " columns");
+  });
+}
+
+// Whether 16 bytes can be read at the start of every 8 columns of a head in all arrays, which start at 16 bytes.
+inline bool whole_chunks(const AttentionSizes& sizes, std::initializer_list<const void*> arrays) {
+  bool all = sizes.width % kChunk == 0;
+  for (const void* array : arrays) all = all && aligned(array);
+  return all;
+}
+
+inline void check(bool holds, const char* what) {
+  if (!holds) throw LaunchError(std::string("rope_attention: ") + what);
+}
+
+}  // namespace ldit
