@@ -47,6 +47,24 @@ def write_latents(directory: Path, count: int = 20) -> Path:
     return directory
 
 
+def write_random_latents(
+    directory: Path, counts=(5, 3), ranks=1, shard_size=5, shape=(4, 3, 2), identity: dict | None = None
+) -> torch.Tensor:
+    """Each rank's random latents, `counts` at a time, mean 2 and std 3; the mirrored ones are 100 more. → Those in order."""
+    generator = torch.Generator().manual_seed(0)
+    everything = []
+    for rank in range(ranks):
+        writer = latents.LatentsWriter(directory, rank=rank, shard_size=shard_size, identity=identity)
+        for count in counts:
+            x = torch.randn(count, *shape, generator=generator) * 3 + 2
+            writer.add(x, x + 100, torch.arange(count) % 4)
+            everything.append(x)
+        writer.close()
+    tokenizer = {"name": "test", "sha256": "00"}
+    latents.finish(directory, world_size=ranks, tokenizer=tokenizer, expected=ranks * sum(counts))
+    return torch.cat(everything)
+
+
 def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
     """`count` smooth colour images of 2 classes as PNG."""
     for i in range(count):
