@@ -50,7 +50,7 @@ def write_latents(directory: Path, count: int = 20) -> Path:
 def write_random_latents(
     directory: Path, counts=(5, 3), ranks=1, shard_size=5, shape=(4, 3, 2), identity: dict | None = None
 ) -> torch.Tensor:
-    """Each rank's random latents, `counts` at a time, mean 2 and std 3; the mirrored ones are 100 more. → Those in order."""
+    """Random latents of each rank, `counts` at a time, mean 2, std 3, mirrored ones 100 more. → The plain ones."""
     generator = torch.Generator().manual_seed(0)
     everything = []
     for rank in range(ranks):
