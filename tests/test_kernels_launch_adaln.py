@@ -153,3 +153,12 @@ def test_launches_and_what_they_are_given(name):
             gradients = launch.kernel.__name__ == "modulation_bwd"
             views = [vector for vector in vectors if vector.stride(0) == inputs["scale"].stride(0)]
             assert views and (gradients or len(views) == len(vectors)), f"{launch.kernel.__name__} is given copies"
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "emulated"])
+def test_a_result_of_float64_is_refused(name):
+    op = kernels.OPS["adaln_rms_norm"]
+    inputs = next(case for case in op.cases if case.id == "XL").inputs(torch.float16, "meta")
+    reasons = op.backend(name).unsupported(**inputs | {"out_dtype": torch.float64})
+    assert any(reason.startswith("out_dtype torch.float64") for reason in reasons), reasons
+    assert op.backend(name).unsupported(**inputs | {"out_dtype": torch.float32}) == []

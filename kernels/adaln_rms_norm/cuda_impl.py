@@ -1,10 +1,11 @@
-"""The modulated RMS norm on the kernels of csrc/adaln_rms_norm.cu; operators, autograd and launch configuration."""
+"""The modulated RMS norm on the kernels of csrc/adaln_rms_norm.cu; operators and launch configuration."""
 
 from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda_launch import backends, launch, refusals
+from kernels.adaln_rms_norm.call import differentiate, refused_result
+from kernels.cuda_launch import DTYPES, backends, launch, refusals
 from kernels.layout import dense_rows
 from kernels.operators import operator
 
@@ -39,19 +40,19 @@ def adaln_rms_norm_fwd(
 
 @operator("adaln_rms_norm_cuda_bwd")
 def adaln_rms_norm_bwd(
-    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, eps: float,
-    shift_dtype: torch.dtype, d_modulation: bool,
+    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor, d_y: torch.Tensor,
+    eps: float, vectors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of x, weight, shift and scale; the last three empty unless `d_modulation`."""
+    """The gradients of x, weight, shift and scale; the last three empty unless `vectors`."""
     samples, tokens, width = x.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chunks = -(-tokens // BACKWARD.tokens_per_block)
-    count = samples if d_modulation else 0
-    d_weight = weight.new_empty(width if d_modulation else 0)
+    count = samples if vectors else 0
+    d_weight = weight.new_empty(width if vectors else 0)
     d_scale = scale.new_empty((count, width))
-    d_shift = scale.new_empty((count, width), dtype=shift_dtype)
+    d_shift = (scale if shift is None else shift).new_empty((count, width))
     partials = x.new_empty((count, chunks, 2, width), dtype=torch.float32)
-    asked = (partials, d_weight, d_scale, d_shift) if d_modulation else (None,) * 4
+    asked = (partials, d_weight, d_scale, d_shift) if vectors else (None,) * 4
     launch(
         "adaln_rms_norm_bwd", x.contiguous(), weight.contiguous(), dense_rows(scale), d_y.contiguous(), d_x, *asked,
         eps, BACKWARD.tokens_per_block,
@@ -59,30 +60,16 @@ def adaln_rms_norm_bwd(
     return d_x, d_weight, d_shift, d_scale
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, shift, scale, ctx.eps, _ = inputs
-    ctx.shift_dtype = scale.dtype if shift is None else shift.dtype
-    ctx.save_for_backward(x, weight, scale)
+adaln_rms_norm = differentiate(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
 
 
-def _backward(ctx, d_y):
-    x, weight, scale = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    gradients = adaln_rms_norm_bwd(d_y, x, weight, scale, ctx.eps, ctx.shift_dtype, any(wanted[1:4]))
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted[:4], strict=True)), None, None
-
-
-adaln_rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def adaln_rms_norm(x, weight, shift, scale, eps, *, out_dtype=None):
-    return adaln_rms_norm_fwd(x, weight, shift, scale, eps, out_dtype or x.dtype)
+def too_wide(x: torch.Tensor) -> list[str]:
+    """Why the kernels cannot take rows like these; empty if they can."""
+    return [f"width {x.shape[-1]} is above {MAX_WIDTH}"] if x.shape[-1] > MAX_WIDTH else []
 
 
 def unsupported(x, weight, shift, scale, eps, *, out_dtype=None):
-    wide = [f"width {x.shape[-1]} is above {MAX_WIDTH}"] if x.shape[-1] > MAX_WIDTH else []
-    result = [] if out_dtype is None else refusals(x.new_empty(0, dtype=out_dtype))
-    return wide + refusals(x, weight, shift, scale) + result
+    return too_wide(x) + refusals(x, weight, shift, scale) + refused_result(out_dtype, DTYPES)
 
 
 BACKEND, EMULATED = backends(

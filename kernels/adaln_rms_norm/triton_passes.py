@@ -52,10 +52,10 @@ def backward_pass(
     shift: Optional,
     scale: torch.Tensor,
     vectors: bool,
-) -> list[Optional]:
+) -> list[torch.Tensor]:
     """The gradients of x, branch, gate, bias, weight, shift, scale: two launches, one where `vectors` is false.
 
-    None for an argument that is None, and for the vectors where `vectors` is false.
+    Empty for an argument that is None, and for the vectors where `vectors` is false.
     """
     samples, tokens, width = x_new.shape
     dy, upstream, x_new, branch = (contiguous(tensor) for tensor in (dy, upstream, x_new, branch))
@@ -78,7 +78,8 @@ def backward_pass(
         BIAS=bias is not None,
         **options(width, tiling),
     )
-    return [dx, dbranch, *vector_gradients(sums, gate, bias, weight, shift, scale)]
+    gradients = dx, dbranch, *vector_gradients(sums, gate, bias, weight, shift, scale)
+    return [dx.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 def vector_gradients(

@@ -1,9 +1,10 @@
-"""The gated residual and its norm on the kernels of csrc; operators, autograd and launch configuration."""
+"""The gated residual and its norm on the kernels of csrc; operators and launch configuration."""
 
 import torch
 
-from kernels.adaln_rms_norm.cuda_impl import MAX_WIDTH, Config
+from kernels.adaln_rms_norm.cuda_impl import Config, too_wide
 from kernels.cuda_launch import backends, launch, refusals
+from kernels.gated_residual_adaln_rms_norm.call import differentiate
 from kernels.layout import contiguous, dense_rows
 from kernels.operators import operator
 
@@ -30,25 +31,25 @@ def gated_residual_adaln_rms_norm_fwd(
 
 @operator("gated_residual_adaln_rms_norm_cuda_bwd")
 def gated_residual_adaln_rms_norm_bwd(
-    x_new: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
-    branch_bias: torch.Tensor | None, d_x_new: torch.Tensor | None, d_y: torch.Tensor | None, eps: float,
-    shift_dtype: torch.dtype, d_vectors: bool,
+    x_new: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None,
+    scale: torch.Tensor, branch_bias: torch.Tensor | None, d_x_new: torch.Tensor | None, d_y: torch.Tensor | None,
+    eps: float, vectors: bool,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
-    """The gradients of x, branch, gate, weight, shift, scale, branch_bias; the last five empty unless `d_vectors`."""
+    """The gradients of x, branch, gate, weight, shift, scale, branch_bias; the last five empty unless `vectors`."""
     samples, tokens, width = x_new.shape
     d_x = torch.empty(x_new.shape, dtype=x_new.dtype, device=x_new.device)
     d_branch = torch.empty(branch.shape, dtype=branch.dtype, device=x_new.device)
-    count, columns = (samples, width) if d_vectors else (0, 0)
+    count, columns = (samples, width) if vectors else (0, 0)
     d_gate, d_scale = gate.new_empty((count, width)), scale.new_empty((count, width))
-    d_shift = scale.new_empty((count, width), dtype=shift_dtype)
+    d_shift = (scale if shift is None else shift).new_empty((count, width))
     d_weight = weight.new_empty(columns)
     biased = branch_bias is not None
     d_bias = branch_bias.new_empty(columns) if biased else weight.new_empty(0)
     shape = (count, -(-tokens // BACKWARD.tokens_per_block), 3 + biased, width)
     partials = x_new.new_empty(shape, dtype=torch.float32)
-    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias if biased else None) if d_vectors else (None,) * 6
+    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias if biased else None) if vectors else (None,) * 6
     launch(
         "gated_residual_adaln_rms_norm_bwd", x_new.contiguous(), branch.contiguous(), dense_rows(gate),
         weight.contiguous(), dense_rows(scale), contiguous(branch_bias), contiguous(d_x_new), contiguous(d_y), d_x,
@@ -57,33 +58,11 @@ def gated_residual_adaln_rms_norm_bwd(
     return d_x, d_branch, d_gate, d_weight, d_shift, d_scale, d_bias
 
 
-def _setup_context(ctx, inputs, output):
-    _, branch, gate, weight, shift, scale, branch_bias, ctx.eps = inputs
-    ctx.shift_dtype = scale.dtype if shift is None else shift.dtype
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], branch, gate, weight, scale, branch_bias)
-
-
-def _backward(ctx, d_x_new, d_y):
-    if d_x_new is None and d_y is None:
-        return (None,) * 8
-    wanted = ctx.needs_input_grad[:7]
-    gradients = gated_residual_adaln_rms_norm_bwd(
-        *ctx.saved_tensors, d_x_new, d_y, ctx.eps, ctx.shift_dtype, any(wanted[2:])
-    )
-    return *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)), None
-
-
-gated_residual_adaln_rms_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    return gated_residual_adaln_rms_norm_fwd(x, branch, gate, weight, shift, scale, branch_bias, eps)
+gated_residual_adaln_rms_norm = differentiate(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    wide = [f"width {x.shape[-1]} is above {MAX_WIDTH}"] if x.shape[-1] > MAX_WIDTH else []
-    return wide + refusals(x, branch, gate, weight, shift, scale, branch_bias)
+    return too_wide(x) + refusals(x, branch, gate, weight, shift, scale, branch_bias)
 
 
 BACKEND, EMULATED = backends(

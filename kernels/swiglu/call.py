@@ -1,14 +1,16 @@
-"""What a call of `swiglu` is on either compiler's kernels: the op on two operators, with autograd."""
+"""What a call of `swiglu` is on either compiler's kernels: two operators, with autograd."""
 
 from collections.abc import Callable
 
+import torch
 
-def differentiate(forward, backward) -> Callable:
-    """The op, which saves nothing but its inputs.
+
+def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+    """Give one operator its gradient by the other; returns the op as these two compute it. It saves its inputs only.
 
     Args:
-        forward: the operator `(gate_up, bias) → out`.
-        backward: the operator `(d_out, gate_up, bias, summed) → d_gate_up, d_bias`; the latter empty unless `summed`.
+        forward: (gate_up, bias) → the result.
+        backward: (its gradient, gate_up, bias, summed) → the gradients of `gate_up` and, empty unless `summed`, `bias`.
     """
 
     def setup_context(ctx, inputs, output):

@@ -1,16 +1,20 @@
-"""What a call of `vf_loss` is on either compiler's kernels: the op on two operators, with autograd."""
+"""What a call of `vf_loss` is on either compiler's kernels: two operators, with autograd."""
 
 from collections.abc import Callable
 
+import torch
 
-def differentiate(forward, backward) -> Callable:
-    """The op. Both terms are symmetric in `z` and `f`, so one operator gives either gradient, if it is asked for.
+
+def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+    """Give one operator its gradients by the other; returns the op as these two compute it.
+
+    Both terms are symmetric in `z` and `f`: one operator gives either gradient, where it is asked for.
 
     Args:
-        forward: the operator `(z, f, distmat_margin, cos_margin) → distmat, cos, kept`, where `kept` is `[3, B, N]`
-            float32: the norms of `z`, the norms of `f`, the products z·f.
-        backward: the operator `(z, f, kept, d_distmat, d_cos, distmat_margin, cos_margin, swapped) → d_z`; with
-            `swapped`, `z` and `f` are the other way round than in `kept`.
+        forward: (z, f, distmat_margin, cos_margin) → distmat, cos and `kept`, `[3, B, N]` float32: the norms of `z`,
+            those of `f`, the products z·f.
+        backward: (z, f, kept, gradient of distmat, of cos, distmat_margin, cos_margin, swapped) → the gradient of `z`;
+            with `swapped`, `z` and `f` are the other way round than in `kept`.
     """
 
     def setup_context(ctx, inputs, output):
