@@ -18,10 +18,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DEADLINE] = time.monotonic() + 60 * config.getoption("--minutes")
+    told = getattr(config, "workerinput", {}).get("end")  # in a process of pytest-xdist
+    config.stash[END] = time.monotonic() + 60 * config.getoption("--minutes") if told is None else told
 
 
-DEADLINE = pytest.StashKey[float]()
+END = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """All processes of pytest-xdist have the same end, those too that begin late, in the place of one that died."""
+    node.workerinput["end"] = node.config.stash[END]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,5 +36,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.monotonic() >= item.config.stash[DEADLINE]:
+    if time.monotonic() >= item.config.stash[END]:
         pytest.skip("the time is up")

@@ -15,6 +15,7 @@ LACKING = ("deepspeed", "timm", "lpips", "torch_fidelity", "torchdiffeq", "yaml"
 PARTS = ["machine", "build", "tests", "step", "data", "ops", "regress"]
 FAKE = """#!/usr/bin/env bash
 case "$*" in
+    "-c import xdist") exit 0 ;;
     "-m pytest "*) name=tests ;;
     "-m bench."*) name=${2#bench.} ;;
     setup.py*) name=build ;;
@@ -27,7 +28,7 @@ printf '%s\\n' "$*" > "$CALLS/$name"
 [[ $name == step ]] && echo 'LightningDiT-XL/1 batch 128 trainer 700.0 images/s'
 [[ $name == data ]] && echo 'best against best: 7.0x the way that opens one file per sample'
 [[ $name == regress ]] && { echo 'rows of ours: 1 unchanged'; exit "${GATE:-0}"; }
-[[ $name == tests ]] && echo '12 passed, 3 skipped in 5s'
+[[ $name == tests ]] && echo "${CRASHED:-}" && echo '12 passed, 3 skipped in 5s'
 [[ " $FAILING " == *" $name "* ]] && exit 3
 exit 0
 """
@@ -96,6 +97,18 @@ def test_the_gate_is_told_what_the_run_has_left_out(script, tmp_path):
     assert script(out)[2]["regress"].endswith("--partial step")
     for why in ({"TIME_IS_UP": "1"}, {"failing": "ops"}):
         assert script(out, **why)[2]["regress"].endswith("--partial step --partial op")
+
+
+@pytest.mark.parametrize(("told", "without"), [
+    ("worker 'gw3' crashed while running 'tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda]'", "cuda"),
+    ("!! _pytest.outcomes.Exit: tests/t.py::test_f[swiglu-triton-odd-float16-cuda] lost the device: why !!", "triton"),
+    ("FAILED tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda] - AssertionError", ""),
+])  # fmt: skip
+def test_who_has_lost_the_device_is_not_timed(told, without, script, tmp_path):
+    ops = script(str(tmp_path / "results"), CRASHED=told)[2]["ops"]
+    assert [name for name in ("cuda", "triton") if f"--without {name} " in ops] == ([without] if without else [])
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert ("crashed while" in summary or "lost the device" in summary) == bool(without)
 
 
 @pytest.mark.parametrize("failing", ["tests", "step", "machine tests ops"])

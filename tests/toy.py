@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
 
 from lightningdit import latents
 
@@ -67,6 +65,8 @@ def write_random_latents(
 
 def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
     """`count` smooth colour images of 2 classes as PNG."""
+    from PIL import Image  # here and below: tests for a GPU come without
+
     for i in range(count):
         row, column = np.mgrid[0:size, 0:size] / size
         waves = [np.sin(3 * row + i), np.cos(4 * column - i), np.sin(2 * (row + column) + 2 * i)]
@@ -78,6 +78,8 @@ def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
 
 def write_run(path: Path, content: dict, **sections: dict) -> Path:
     """A run file: `content` with keys of `sections` put into its sections."""
+    import yaml
+
     merged = {**content, **{name: {**content.get(name, {}), **values} for name, values in sections.items()}}
     path.write_text(yaml.safe_dump(merged))
     return path
