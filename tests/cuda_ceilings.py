@@ -38,8 +38,8 @@ CEILINGS: dict[str, Ceiling] = {
     "vf_loss_tiles": Ceiling(registers=128, shared=37120, wide_loads=3, hmma=2),
     "vf_loss_means": Ceiling(registers=32, shared=512),
     "vf_loss_gradient": Ceiling(registers=224, wide_loads=3, hmma=2),
-    # Sums of products fill the registers. Of the widths of models in 16 bits, only what is used once a row spills, backward;
-    # the others are float32, and wider than 72.
+    # Sums of products fill the registers. Backward, of the widths of models in 16 bits, four numbers spill at most; the
+    # others are float32, and wider than 72.
     "rope_attention_fwd": Ceiling(registers=255, shared=2560, wide_loads=16, hmma=14, spilling=("IfLi72E",)),
     "rope_attention_bwd": Ceiling(
         registers=255, shared=2560, wide_loads=16, hmma=14, spills=16, spilling=("IfLi72E", "Li128E"),

@@ -197,6 +197,20 @@ def test_attention_without_tables_or_weights_is_torch_attention():
     close("peaked attention", OPS.rope_attention(peaked, None, None), want, atol=1e-12)
 
 
+def test_attention_adds_its_bias_before_anything_else():
+    qkv, bias, angle = normal(2, 5, 3, 3, 8).requires_grad_(), normal(72, seed=1).requires_grad_(), normal(5, 4, seed=2)
+    weights = [normal(8, seed=seed, mean=1.0) for seed in (3, 4)]
+    tables = [table.repeat_interleave(2, dim=1) for table in (angle.cos(), angle.sin())]
+    got = OPS.rope_attention(qkv, *tables, *weights, bias=bias)
+    packed = (qkv.detach().flatten(2) + bias.detach()).view(qkv.shape).requires_grad_()  # as the projection would
+    want = OPS.rope_attention(packed, *tables, *weights)
+    close("attention", got, want, atol=1e-13)
+    for out in (got, want):
+        (out * normal(*out.shape, seed=5)).sum().backward()
+    close("gradient of qkv", qkv.grad, packed.grad, atol=1e-13)
+    close("gradient of the bias", bias.grad, packed.grad.sum(dim=(0, 1)).flatten(), atol=1e-13)
+
+
 def test_recorded_rotation_gives_the_recorded_attention():
     q, rotated = (MODULES[key].transpose(1, 2) for key in ("rope/q", "rope/q_rot"))  # [B, N, heads, d]
     k, v = normal(*q.shape, seed=1, dtype=torch.float32), normal(*q.shape, seed=2, dtype=torch.float32)
