@@ -7,10 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from bench.tokenizer import Variant
+from bench.training import compiled
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
+
+#: Images of a batch whose results are judged.
+JUDGED = 2
 
 
 def set_numerics() -> None:
@@ -78,6 +83,39 @@ class Decode:
 
 
 PASSES: dict[str, type[Encode] | type[Decode]] = {"encode": Encode, "decode": Decode}
+
+
+class Truth:
+    """What contenders of a pass share: inputs, and the first results of the reference ops, judged by their own in
+    float64.
+
+    Attributes:
+        eager: results of the reference ops in the dtype asked for.
+        exact: in float64.
+        flops: of an image.
+        about: further keys of rows.
+    """
+
+    def __init__(self, part: str, config: AutoencoderConfig, size: int, batch: int, dtype: torch.dtype,
+                 device: torch.device | str):  # fmt: skip
+        set_numerics()
+        self._way, self._config, self._dtype = PASSES[part], config, dtype
+        self._inputs = draw(self._way.shape(config, batch, size), device)
+        tokenizer, few = make_tokenizer(config, kernels.select("reference")).to(device), self._inputs[:JUDGED]
+        self.exact = self._way.result(tokenizer.double(), few)
+        tokenizer = make_tokenizer(config, kernels.select("reference")).to(device, dtype)
+        self.eager = self._way.result(tokenizer, few)
+        self.flops, self.about = flops_per_image(config, size)[part], {}
+
+    def contender(self, variant: Variant) -> tuple[Encode | Decode, torch.Tensor]:
+        """What is timed, and its first results."""
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+        tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels))
+        tokenizer.to(self._inputs.device, self._dtype, memory_format=layout)
+        for half in (tokenizer.encoder, tokenizer.decoder):
+            half.forward = compiled(half.forward, variant.compile)
+        run = self._way(tokenizer, self._inputs.contiguous(memory_format=layout))
+        return run, self._way.result(tokenizer, run.inputs)[:JUDGED]
 
 
 @cache

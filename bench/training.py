@@ -13,6 +13,7 @@ import torch
 
 import kernels
 from bench.plain import PlainLightningDiT
+from kernels.registry import Ops
 from lightningdit import latents
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
@@ -107,41 +108,51 @@ def compiled(function: Callable, mode: str) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
+class FlatAdamW:
+    """A network's weights in bfloat16, views of one buffer that `adamw_ema_` writes beside its float32 states."""
+
+    def __init__(self, network: torch.nn.Module, ops: Ops):
+        self.ops, self.parameters = ops, [p for p in network.parameters() if p.requires_grad]
+        self.master = torch.cat([p.detach().flatten() for p in self.parameters])
+        self.states = [torch.zeros_like(self.master), torch.zeros_like(self.master), self.master.clone()]
+        network.bfloat16()
+        self.copy = self.master.bfloat16()
+        start = 0
+        for p in self.parameters:
+            p.data = self.copy[start : start + p.numel()].view(p.shape)
+            start += p.numel()
+        self._one = torch.ones((), device=self.master.device)
+        self._step, self._lr = torch.zeros_like(self._one), torch.full_like(self._one, LR)
+        self.norm = self._one
+
+    def step(self) -> None:
+        """Take the gradients, and forget them."""
+        gradient = torch.cat([p.grad.flatten() for p in self.parameters])
+        for p in self.parameters:
+            p.grad = None
+        self.norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._step += 1
+        self.ops.adamw_ema_(
+            self.master, gradient, *self.states, step=self._step, lr=self._lr, betas=BETAS, eps=EPS, weight_decay=0.0,
+            ema_decay=EMA_DECAY, grad_scale=self._one, skip=~torch.isfinite(self.norm), bf16_param=self.copy,
+        )  # fmt: skip
+
+
 class BareStep:
-    """bfloat16 weights as views of one buffer, which `adamw_ema_` writes beside its float32 states."""
+    """The network without DeepSpeed: weights in bfloat16, the optimizer and the average in one pass."""
 
     def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
-        self._ops = kernels.select(variant.kernels)
+        ops = kernels.select(variant.kernels)
         config = config.model_copy(update={"use_checkpoint": variant.recompute})
-        network = make_network(config, self._ops, getattr(torch, variant.residual)).to(device)
+        network = make_network(config, ops, getattr(torch, variant.residual)).to(device)
         self.inputs = Inputs(config, batch, device)
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
-        self._master = torch.cat([p.detach().flatten() for p in self._parameters])
-        self._states = [torch.zeros_like(self._master), torch.zeros_like(self._master), self._master.clone()]
-        network.bfloat16()
-        self._copy = self._master.bfloat16()
-        start = 0
-        for p in self._parameters:
-            p.data = self._copy[start : start + p.numel()].view(p.shape)
-            start += p.numel()
+        self.optimizer = FlatAdamW(network, ops)
         self._network = compiled(network, variant.compile)
-        self._one = torch.ones((), device=device)
-        self._step, self._lr = torch.zeros((), device=device), torch.full((), LR, device=device)
-        self.norm = self._one
 
     def __call__(self) -> torch.Tensor:
         loss = self.inputs.loss(self._network)
         loss.backward()
-        gradient = torch.cat([p.grad.flatten() for p in self._parameters])
-        for p in self._parameters:
-            p.grad = None
-        self.norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self._step += 1
-        self._ops.adamw_ema_(
-            self._master, gradient, *self._states, step=self._step, lr=self._lr, betas=BETAS, eps=EPS,
-            weight_decay=0.0, ema_decay=EMA_DECAY, grad_scale=self._one, skip=~torch.isfinite(self.norm),
-            bf16_param=self._copy,
-        )  # fmt: skip
+        self.optimizer.step()
         return loss.detach()
 
 

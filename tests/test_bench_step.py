@@ -30,12 +30,9 @@ PLAIN = Variant("plain-eager", "plain", compile="none")
 def test_the_plain_peer_is_our_network():
     """In float32: outputs and the gradients of every weight."""
     ours = make_network(TINY, select("reference"))
-    plain = PlainLightningDiT(make_network(TINY, select("reference")))
+    plain = PlainLightningDiT(make_network(TINY, select("reference")), autocast=None)
     x1, _, t, y = Inputs(TINY, 3, "cpu").sets[0]
-    with torch.autocast("cpu", enabled=False), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "autocast", lambda *a, **k: torch.amp.autocast_mode.autocast("cpu", enabled=False))
-        got = plain(x1, t, y)
-    want = ours(x1, t, y)
+    got, want = plain(x1, t, y), ours(x1, t, y)
     close("output", got, want.detach(), atol=1e-5)
     for result in (got, want):
         result.square().mean().backward()
@@ -54,27 +51,28 @@ def test_both_engines_take_the_steps_of_torch_adamw():
     bare, plain = BareStep(BARE, TINY, 8, "cpu"), PlainStep(PLAIN, TINY, 8, "cpu")
     pairs = [(float(bare()), float(plain())) for _ in range(4)]
     assert all(a == pytest.approx(b, rel=0.02) for a, b in pairs)
-    assert float(bare.norm) == pytest.approx(float(plain.norm), rel=0.1)
+    assert float(bare.optimizer.norm) == pytest.approx(float(plain.norm), rel=0.1)
 
 
 def test_the_bare_engine_against_torch_adamw():
     """One step in float32 arithmetic of its own gradient: weights, average and the bfloat16 copy."""
     step = BareStep(BARE, TINY, 4, "cpu")
-    before, gradients, update = step._master.clone(), [], step._ops.adamw_ema_
+    flat = step.optimizer
+    before, gradients, update = flat.master.clone(), [], flat.ops.adamw_ema_
 
     def recorded(param, grad, *states, **numbers):
         gradients.append(grad.float())
         update(param, grad, *states, **numbers)
 
-    step._ops = SimpleNamespace(adamw_ema_=recorded)
+    flat.ops = SimpleNamespace(adamw_ema_=recorded)
     step()
     weights = torch.nn.Parameter(before.clone())
     (weights.grad,) = gradients
     torch.optim.AdamW([weights], lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0).step()
-    close("weights", step._master, weights.detach(), atol=1e-6)
-    close("average", step._states[2], EMA_DECAY * before + (1 - EMA_DECAY) * weights.detach(), atol=1e-6)
-    assert torch.equal(step._copy, step._master.bfloat16())
-    assert step._parameters[0].untyped_storage().data_ptr() == step._copy.untyped_storage().data_ptr()
+    close("weights", flat.master, weights.detach(), atol=1e-6)
+    close("average", flat.states[2], EMA_DECAY * before + (1 - EMA_DECAY) * weights.detach(), atol=1e-6)
+    assert torch.equal(flat.copy, flat.master.bfloat16())
+    assert flat.parameters[0].untyped_storage().data_ptr() == flat.copy.untyped_storage().data_ptr()
 
 
 def bench(path=None, **settings) -> Bench:
@@ -184,9 +182,21 @@ trainer = step._trainer
 assert trainer.step == 3 and trainer.engines["model"].optimizer.read_counters()["applied"] == 3
 network = trainer.task.networks["model"]
 assert network.config.depth == TINY.depth and network.config.use_checkpoint == "pointwise"
+
+from bench.tokenizer import Variant
+from bench.tokenizer_training import Setting, TrainerStep
+from tests.test_bench_tokenizer import OVERRIDES
+setting = Setting(4, "cpu", (*OVERRIDES, "loss.perceptual=none"), images=8)
+step = TrainerStep(Variant("trainer", "trainer", kernels="reference"), setting)
+assert step() is None and step() is None
+engines = step._trainer.engines
+assert {name: e.optimizer.read_counters()["applied"] for name, e in engines.items()} == {
+    "autoencoder": 2, "discriminator": 2}
+assert {p.dtype for p in engines["autoencoder"].module.parameters()} == {__import__("torch").bfloat16}
 """
 
 
-def test_the_trainer_takes_steps_of_the_run_file():
+def test_the_trainers_take_steps_of_their_run_files():
+    """The transformer's and the tokenizer's, in one process: most of its time is imports."""
     done = subprocess.run([sys.executable, "-c", TRAINER], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

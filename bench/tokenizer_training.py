@@ -1,0 +1,145 @@
+"""Whole training steps of a tokenizer to be timed: the trainer's own, and the same task without DeepSpeed.
+
+The run is `launch/configs/vavae_f16d32_dinov2.yaml` with the GAN running from the first step. What would have to be
+downloaded, the vision transformer and LPIPS's VGG-16, is written with random weights; images are random pictures on
+disk. The task then reads all of it as it reads the real ones.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import kernels
+from bench.tokenizer import Variant
+from bench.tokenizers import set_numerics
+from bench.training import FlatAdamW, compiled
+from launch.config import VavaeRun, load
+from vavae.cost import training_cost
+from vavae.foundation import FoundationModel
+from vavae.loss import lpips_network
+from vavae.model import Level, Middle
+from vavae.task import VavaeTask
+from vavae.weights import write_tensors
+
+CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
+IMAGES, FOREVER = 256, 1_000_000
+
+
+class Setting:
+    """What all ways to train share: a run file, random weights and images on disk.
+
+    Attributes:
+        flops: of an image, all networks together.
+        about: further keys of rows.
+    """
+
+    def __init__(self, batch: int, device: torch.device | str, overrides: tuple[str, ...] = (), images: int = IMAGES):
+        set_numerics()
+        self.device, self._directory = torch.device(device), tempfile.TemporaryDirectory()
+        folder = Path(self._directory.name)
+        self.run: VavaeRun = load(CONFIG, [
+            f"data.data_path={folder / 'images'}", "data.valid_path=null", "loss.disc_start=0",
+            f"foundation.weights={folder / 'foundation.safetensors'}", f"train.global_batch_size={batch}",
+            f"loss.perceptual_weights={folder / 'vgg.safetensors'}", "train.max_epochs=null",
+            f"train.max_steps={FOREVER}", f"train.output_dir={folder}", "train.exp_name=bench",
+            "train.tensorboard=false", *overrides,
+        ], kind="vavae")[0]  # fmt: skip
+        run = self.run
+        write_images(folder / "images", max(images, batch), run.data.image_size)
+        write_vgg(folder / "vgg.safetensors", self.device)
+        grid = run.data.image_size // run.model.downsample_ratio
+        FoundationModel.from_config(run.features(), grid, pretrained=False).save(folder / "foundation.safetensors")
+        self.flops = flops_per_image(run)
+        self.about = {"frozen_weights": "random", "images": "random pictures, JPEG"}
+
+    def contender(self, variant: Variant) -> tuple[Callable[[], object], dict[str, float] | None]:
+        """A step to call, and the losses of the first one where it tells them."""
+        step = {"trainer": TrainerStep, "bare": BareStep}[variant.engine](variant, self)
+        losses = step()
+        return step, losses and {name: float(loss) for name, loss in losses.items()}
+
+
+class TrainerStep:
+    """The trainer's own loop, with DeepSpeed and the loader; its losses are those of noise and images of its own."""
+
+    def __init__(self, variant: Variant, setting: Setting):
+        from launch.engine import start_processes
+        from launch.train import make_trainer
+
+        run = setting.run.model_copy(update={"kernels": variant.kernels})
+        self._trainer = make_trainer(run, "vavae", start_processes())
+        self._stream = self._trainer.stream()
+
+    def __call__(self) -> None:
+        self._trainer.train_step(self._stream)
+
+
+class BareStep:
+    """The task's step on images that are on the device, weights in bfloat16, one optimizer pass for each network."""
+
+    def __init__(self, variant: Variant, setting: Setting):
+        run, ops = setting.run, kernels.select(variant.kernels)
+        self._size = run.train.global_batch_size
+        self._task = VavaeTask(model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
+                               seed=run.train.global_seed, global_batch_size=self._size)  # fmt: skip
+        self._task.to(setting.device)
+        self._networks = {name: network.to(setting.device).train() for name, network in self._task.networks.items()}
+        self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}
+        for module in self._networks["autoencoder"].modules():
+            if isinstance(module, Level | Middle):
+                module.forward = compiled(module.forward, variant.compile)
+        if variant.compile != "none":  # a term's gradient at one layer is asked for before the backward pass
+            torch._functorch.config.donated_buffer = False
+        first = torch.arange(self._size)
+        image = self._task.batches.batch(torch.zeros_like(first), first)["image"].to(setting.device)
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+        self._batch, self._step = {"image": image.contiguous(memory_format=layout)}, 0
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self._step += 1
+        draws = self._task.draw(self._step, self._size, self._batch["image"].device)
+        stepped = []
+
+        def backward(name: str, loss: torch.Tensor) -> None:
+            loss.backward()
+            stepped.append(name)
+
+        logs = self._task.train_step(self._networks, self._batch, draws, self._step, backward)
+        for name in stepped:
+            self._optimizers[name].step()
+        return logs
+
+
+def flops_per_image(run: VavaeRun) -> int:
+    """FLOPs of an image in a training step, through the trained networks and the frozen ones."""
+    costs = training_cost(run.model, run.features(), run.loss, run.data.image_size)
+    return sum(cost.flops for cost in costs.values())
+
+
+def write_images(folder: Path, count: int, size: int) -> None:
+    """Random pictures of one class: blots of colour, as noise of single pixels would cost a decoder more."""
+    random = np.random.default_rng(0)
+    (folder / "class").mkdir(parents=True)
+    for number in range(count):
+        blots = random.integers(0, 256, (max(size // 8, 1), max(size // 8, 1), 3), dtype=np.uint8)
+        picture = Image.fromarray(blots).resize((size, size), Image.Resampling.BICUBIC)
+        picture.save(folder / "class" / f"{number:04d}.jpg", quality=90)
+
+
+def write_vgg(path: Path, device: torch.device) -> None:
+    """Random weights of VGG-16 in torchvision's layout, of a size that keeps activations' (arXiv 1502.01852)."""
+    write_tensors(path, {name: value.cpu() for name, value in _vgg(device)})
+
+
+def _vgg(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator(device).manual_seed(0)
+    for key, value in lpips_network("meta").net.state_dict().items():
+        drawn = torch.zeros(value.shape, device=device)
+        if value.ndim > 1:
+            drawn.normal_(std=math.sqrt(2 / value[0].numel()), generator=generator)
+        yield f"features.{key.split('.', 1)[1]}", drawn

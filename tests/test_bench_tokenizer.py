@@ -1,0 +1,177 @@
+"""The bench of the tokenizer, on a CPU with tiny networks: who is judged by what, and the arithmetic of its rows."""
+
+import json
+
+import pytest
+import torch
+
+from bench import tokenizer as bench_tokenizer
+from bench import tokenizer_training, tokenizers
+from bench.rows import Log, read
+from bench.timing import HostDevice
+from bench.tokenizer import JUDGED_LOSSES, QUICK, VARIANTS, Bench, Job, Variant, jobs, wrong_losses
+from bench.tokenizer_training import Setting
+from bench.tokenizers import PASSES, Truth, draw, flops_per_image, make_tokenizer
+from kernels import select
+from tests.golden import close
+from vavae.config import AutoencoderConfig
+from vavae.loss import Perceptual
+
+TINY = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
+                         resolution=16)  # fmt: skip
+VIT = "{img_size: 32, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"
+#: A run small enough for a CPU: 8 × 8 latents of 16 × 16 pixels.
+OVERRIDES = (
+    "model={embed_dim: 4, z_channels: 4, ch: 32, ch_mult: [1, 1], num_res_blocks: 1, attn_resolutions: [], "
+    "resolution: 16}", "data.image_size=16", "data.num_workers=0", "loss.disc_ndf=8", "loss.disc_n_layers=1",
+    "foundation.model_name=vit_tiny_patch16_224", f"foundation.model_args={VIT}",
+)  # fmt: skip
+REFERENCE = Variant("reference", "pass", kernels="reference")
+LAST = Variant("reference-channels-last", "pass", kernels="reference", channels_last=True)
+GRAPH = Variant("reference-compile", "pass", kernels="reference", compile="inductor")
+BARE = Variant("reference", "bare", kernels="reference")
+
+
+def bench(path=None) -> Bench:
+    return Bench(HostDevice(), Log("cpu", path), None, seconds=0.02, rounds=2)
+
+
+def test_flops_are_those_of_the_published_limits():
+    """790 TFLOP/s make 5,700 images/s of encoding and 3,130 of decoding; and with the area, by hand."""
+    found = flops_per_image(AutoencoderConfig(size="f16d32"), 256)
+    assert (round(found["encode"] / 1e9, 1), round(found["decode"] / 1e9, 1)) == (137.9, 252.2)
+    assert 790e12 / found["encode"] == pytest.approx(5700, rel=0.01)
+    assert 790e12 / found["decode"] == pytest.approx(3130, rel=0.01)
+    small, large = (flops_per_image(TINY, size)["encode"] for size in (16, 32))
+    attention = 4 * 32 * (256**2 - 4 * 64**2)  # its two products grow by 16
+    assert large == 4 * small + attention
+
+
+@pytest.mark.parametrize(("part", "precision"), [("encode", "float32"), ("decode", "bfloat16")])
+def test_rows_of_a_pass(part, precision, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tokenizers, "compiled", lambda function, mode: seen.append(mode) or function)
+    job = Job(part, precision, 3, (REFERENCE, LAST, GRAPH), TINY, 16)
+    rows = bench(tmp_path / "rows.jsonl").run(job)
+    assert list(read(tmp_path / "rows.jsonl", "cpu")) == json.loads(json.dumps(rows))
+    assert [row["contender"] for row in rows] == ["reference", "reference-channels-last", "reference-compile"]
+    assert {(row["status"], row["ours"]) for row in rows} == {("ok", False)}
+    first = rows[0]
+    assert (first["part"], first["precision"], first["batch"], first["kind"]) == (part, precision, 3, "tokenizer")
+    assert first["images_per_second"] == pytest.approx(3e3 / first["p50_ms"]) and first["fraction"] is None
+    assert first["flops"] == 3 * flops_per_image(TINY, 16)[part] and "breakdown_ms" not in first
+    assert rows[1]["features"]["channels_last"] and "images/s" in capsys.readouterr().out
+    assert seen == ["none"] * 4 + ["inductor"] * 2, "encoder and decoder of each"
+
+
+def test_passes_are_those_of_extraction_and_sampling():
+    tokenizer = make_tokenizer(TINY, select("reference"))
+    images, latents = (draw(PASSES[part].shape(TINY, 2, 16), "cpu") for part in ("encode", "decode"))
+    assert images.shape == (2, 3, 16, 16) and latents.shape == (2, 4, 8, 8) and images.abs().max() == 1
+    encode, decode = PASSES["encode"](tokenizer, images), PASSES["decode"](tokenizer, latents)
+    posterior = tokenizer.encode(images)
+    close("latents", encode(), posterior.mean + posterior.std * encode.noise, atol=1e-5)
+    pixels = decode()
+    assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 16, 16) and pixels.float().std() > 0
+
+
+def test_a_contender_has_the_layout_and_precision_it_is_named_for():
+    truth = Truth("decode", TINY, 16, 3, torch.bfloat16, "cpu")
+    assert truth.exact.dtype == torch.float64 and truth.eager.dtype == torch.bfloat16 and len(truth.exact) == 2
+    run, value = truth.contender(LAST)
+    assert run.inputs.is_contiguous(memory_format=torch.channels_last) and not run.inputs.is_contiguous()
+    weight = run.tokenizer.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and weight.dtype == torch.bfloat16
+    assert value.shape == truth.exact.shape and 0 < (value.double() - truth.exact).abs().max() < 0.1
+    assert truth.contender(REFERENCE)[0].inputs.is_contiguous()
+
+
+def test_a_wrong_pass_is_not_timed(monkeypatch):
+    true = Truth.contender
+
+    def wrong(self, variant):
+        run, value = true(self, variant)
+        return run, value * 1.1 if variant.channels_last else value
+
+    monkeypatch.setattr(Truth, "contender", wrong)
+    rows = bench().run(Job("encode", "float32", 2, (REFERENCE, LAST), TINY, 16))
+    assert {row["contender"]: row["status"] for row in rows} == {
+        "reference": "ok", "reference-channels-last": "incorrect"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting(4, "cpu", OVERRIDES, images=6)
+
+
+def test_the_run_that_is_trained_has_every_term(setting):
+    """Frozen networks are read from files as a user names them, and do something."""
+    run = setting.run
+    assert run.loss.use_vf and run.loss.use_gan and run.loss.perceptual == "lpips" and run.loss.disc_start == 0
+    assert run.train.precision == "bfloat16" and run.train.global_batch_size == 4
+    step, losses = setting.contender(BARE)
+    assert set(JUDGED_LOSSES) | {"perceptual", "g_loss"} <= set(losses) and all(losses[k] != 0 for k in JUDGED_LOSSES)
+    x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+    assert 1e-3 < float(Perceptual(run.loss.perceptual_weights)(x, y)) < 1e3, "activations neither vanish nor explode"
+    assert len(step._task.batches) == 6 and step._batch["image"].shape == (4, 3, 16, 16)
+    assert 0.2 < step._batch["image"].std() < 1
+    assert setting.flops > 3 * flops_per_image(TINY, 16)["decode"]
+
+
+def test_a_step_trains_both_networks(setting):
+    step, _ = setting.contender(BARE)
+    assert set(step._optimizers) == {"autoencoder", "discriminator"}
+    before = {name: optimizer.master.clone() for name, optimizer in step._optimizers.items()}
+    first = [float(step()["rec"]) for _ in range(3)]
+    for name, optimizer in step._optimizers.items():
+        assert not torch.equal(optimizer.master, before[name]) and float(optimizer.norm) > 0, name
+        assert all(p.dtype == torch.bfloat16 and p.grad is None for p in optimizer.parameters)
+    assert first[2] < first[0], "the reconstruction improves"
+
+
+def test_rows_of_a_training_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(tokenizer_training, "compiled", lambda function, mode: seen.append(mode) or function)
+    last = Variant("bare-channels-last", "bare", kernels="reference", compile="inductor", channels_last=True)
+    rows = bench().run(Job("train", "bfloat16", 2, (last, BARE), overrides=(*OVERRIDES, "loss.perceptual=none")))
+    assert {row["contender"]: row["status"] for row in rows} == {"bare-channels-last": "ok", "reference": "ok"}, rows
+    assert rows[0]["frozen_weights"] == "random" and rows[0]["flops"] > 0
+    assert rows[1]["images_per_second"] == pytest.approx(2e3 / rows[1]["p50_ms"])
+    assert seen == ["none"] * 6 + ["inductor"] * 6, "two levels and a middle each of encoder and decoder"
+
+
+def test_another_loss_is_incorrect():
+    truth = dict.fromkeys(JUDGED_LOSSES, 2.0)
+    assert wrong_losses({"reference": truth, "bare": truth | {"kl": 2.03}, "trainer": None}) == {}
+    found = wrong_losses({"reference": truth, "bare": truth | {"kl": 2.05, "nll": float("nan")}})
+    assert found == {"bare": "first losses beside the reference ops': nll nan for 2, kl 2.05 for 2"}
+    assert wrong_losses({"bare": truth}) == {}, "nobody to compare with"
+
+
+def test_contenders_of_a_run():
+    found = list(jobs(["encode", "train"], [], ["bfloat16", "float32"], [], quick=False))
+    assert [str(job) for job in found[:3]] == [
+        "encode batch 32 bfloat16", "encode batch 32 float32", "train batch 32 bfloat16"]  # fmt: skip
+    assert len(found) == 2 * 3 + 2 and found[0].names == tuple(VARIANTS["encode"])
+    found = list(jobs(list(VARIANTS), [], ["bfloat16"], [], quick=True))
+    assert [job.part for job in found] == ["encode", "decode", "train"]
+    assert {name for job in found for name in job.names} == set(QUICK)
+    (job,) = jobs(["encode", "train"], [7], ["float32"], ["trainer"], quick=False)
+    assert (job.part, job.batch, job.precision, job.names) == ("train", 7, "bfloat16", ("trainer",))
+    job = next(jobs(["train"], [], [], [], quick=False))
+    assert bench().order(job)[0] == "reference", "by whom the others are judged"
+
+
+def test_without_its_packages_or_a_gpu_it_says_so(monkeypatch, capsys):
+    def lacking(*arguments):
+        raise ModuleNotFoundError("No module named 'lpips'")
+
+    monkeypatch.setattr(tokenizer_training, "Setting", lacking)
+    rows = bench().run(Job("train", "bfloat16", 2, (BARE,)))
+    assert [(row["status"], row["reason"]) for row in rows] == [
+        ("unavailable", "not installed: No module named 'lpips'")]  # fmt: skip
+    with pytest.raises(SystemExit):
+        bench_tokenizer.main(["training"])
+    assert "no part is called 'training'; known: encode, decode, train" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert bench_tokenizer.main(["--quick"]) == 2 and "needs a GPU" in capsys.readouterr().err
