@@ -7,8 +7,8 @@ Environment:
     LIGHTNINGDIT_CUDA_ARCHS     compute capabilities, such as "sm_80 sm_90a"; else those of the GPUs here, else sm_90a
     MAX_JOBS                    compilers at work at a time, else one for each core
 
-Without nvcc, or without torch (pip's isolated builds have none), the package is pure Python, and this says so. A source
-that does not compile is an error.
+nvcc is that of a CUDA toolkit or of the extra `nvcc`. Without it, or without torch (pip's isolated builds have none),
+the package is pure Python, and this says so. A source that does not compile is an error.
 """
 
 import os
@@ -22,6 +22,12 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--threads=1"]
+#: Wheel → a file of it, below the folder that NVIDIA's wheels share.
+WHEELS_BESIDE_NVCC = {
+    "nvidia-nvvm": "nvvm/bin/cicc",
+    "nvidia-cuda-crt": "include/crt/host_config.h",
+    "nvidia-cuda-cccl": "include/nv/target",
+}
 CXX_FLAGS = ["-O2", "-std=c++17", "-fvisibility=hidden", "-DLDIT_MODULE=_cuda"]
 
 
@@ -48,7 +54,19 @@ def why_not() -> str:
         return "LIGHTNINGDIT_CUDA is 0"
     if find_spec("torch") is None:
         return "torch is not installed in the environment that builds"
-    return "" if find_nvcc() else "there is no nvcc"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "there is no nvcc"
+    absent = absent_beside_wheel(nvcc)
+    return f"{nvcc} is of a wheel and lacks {', '.join(absent)} beside it (the extra `nvcc` has all)" if absent else ""
+
+
+def absent_beside_wheel(nvcc: Path) -> list[str]:
+    """The wheels that nvidia-cuda-nvcc needs and that are not there; nothing for the nvcc of a toolkit."""
+    home = nvcc.parent.parent
+    if home != wheel_folder():
+        return []
+    return [name for name, file in WHEELS_BESIDE_NVCC.items() if not (home / file).is_file()]
 
 
 def architectures(text: str | None) -> list[str]:

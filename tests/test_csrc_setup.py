@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_reasons_for_no_extension(setup, monkeypatch, tmp_path, capsys):
     assert setup.build() == {} and "there is no nvcc; the package is pure Python" in capsys.readouterr().err
     monkeypatch.setattr(setup, "find_nvcc", lambda: tmp_path / "bin" / "nvcc")
     assert setup.why_not() == ""
+    monkeypatch.setattr(setup, "wheel_folder", lambda: tmp_path)
+    for name, file in setup.WHEELS_BESIDE_NVCC.items():
+        assert name in setup.why_not()
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert setup.why_not() == ""
     monkeypatch.setenv("LIGHTNINGDIT_CUDA", "0")
     assert setup.build() == {} and "LIGHTNINGDIT_CUDA is 0" in capsys.readouterr().err
     monkeypatch.delenv("LIGHTNINGDIT_CUDA")
@@ -80,6 +87,14 @@ def test_nvcc_of_the_toolkit_that_is_named_then_of_the_path_then_of_the_wheel(se
     which = setup.shutil.which
     monkeypatch.setattr(setup.shutil, "which", lambda name: None if name.startswith("/usr/local") else which(name))
     assert setup.find_nvcc() == wheel
+
+
+def test_the_extra_has_each_wheel_that_nvcc_needs(setup):
+    text = (ROOT / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["nvcc"]
+    pinned = dict(requirement.split("==") for requirement in extra)
+    assert pinned.keys() == {"nvidia-cuda-nvcc", *setup.WHEELS_BESIDE_NVCC}
+    assert {version.rsplit(".", 1)[0] for version in pinned.values()} == {"13.0"}, "one release of CUDA"
 
 
 def project(folder: Path, source: str) -> Path:
