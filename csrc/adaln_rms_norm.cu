@@ -29,12 +29,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < steps; ++i) squares[i] = sum_of_squares(rows[i]);
     sums(squares, round);
-#pragma unroll
-    for (int i = 0; i < steps; ++i) {
-      if (!part.has(token + i)) continue;
-      auto result = modulate<Y>(rows[i], squares[i], sizes, factor, shift);
-      store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
-    }
+    store_modulated<all>(y, rows, squares, factor, shift, sizes, part, token);
   }
 }
 

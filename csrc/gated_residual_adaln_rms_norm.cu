@@ -71,12 +71,7 @@ __global__ void __launch_bounds__(kNormThreads)
       if (part.has(token + i)) store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
     }
     sums(squares, round);
-#pragma unroll
-    for (int i = 0; i < steps; ++i) {
-      if (!part.has(token + i)) continue;
-      auto result = modulate<Y>(rows[i], squares[i], sizes, factor, shift);
-      store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
-    }
+    store_modulated<all>(y, rows, squares, factor, shift, sizes, part, token);
   }
 }
 

@@ -89,18 +89,23 @@ LDIT_DEVICE float sum_of_squares(const Raw<X, kColumns>& x) {
   return sum;
 }
 
-// y = x / rms(x)·factor + shift, rounded once; `squares` is Σx² over the row.
-template <class Y, class X>
-LDIT_DEVICE Raw<Y, kColumns> modulate(const Raw<X, kColumns>& x, float squares, const NormSizes& sizes,
-                                      const float (&factor)[kColumns], const float (&shift)[kColumns]) {
-  float row[kColumns];  // converted before the root is taken: the compiler then needs fewer registers
+// Writes y = x / rms(x)·factor + shift, rounded once, of rows from `token` on; `squares` are their Σx².
+template <bool all, class X, class Y, int count>
+LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count], const float (&squares)[count],
+                                 const float (&factor)[kColumns], const float (&shift)[kColumns], const NormSizes& sizes,
+                                 const Part& part, std::int64_t token) {
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) row[j] = x[j];
-  float r = inverse_rms(squares, sizes);
-  Raw<Y, kColumns> y;
+  for (int i = 0; i < count; ++i) {
+    if (!part.has(token + i)) continue;
+    float row[kColumns];  // converted before the root is taken: the compiler then needs fewer registers
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) y.set(j, row[j] * r * factor[j] + shift[j]);
-  return y;
+    for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
+    float r = inverse_rms(squares[i], sizes);
+    Raw<Y, kColumns> result;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) result.set(j, row[j] * r * factor[j] + shift[j]);
+    store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
+  }
 }
 
 // --- Gradient of a row: with r = 1 / rms(x), g = d_y·factor and means over the columns, d_x = r·g − x·r³·mean(g·x).
