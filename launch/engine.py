@@ -90,8 +90,9 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        # A C++ extension for inference only, which DeepSpeed would compile (a minute) before the first training step.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not cuda:  # there DeepSpeed has no such op, and would run compilers to find out which others it could build
+            # A C++ extension for inference only, which it would compile (a minute) before the first training step.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
     world_size = dist.get_world_size()
     host_group = dist.new_group(backend="gloo", timeout=timeout) if cuda and world_size > 1 else None
