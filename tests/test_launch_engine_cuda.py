@@ -1,0 +1,40 @@
+"""How processes start on a GPU, with stand-ins for what needs one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launch import engine
+
+
+class Refusing:
+    """In place of a module: whoever asks for anything of it fails."""
+
+    def __getattr__(self, name: str):
+        raise AssertionError(f"asked for {name}")
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
+    """DeepSpeed finds out which of its ops could be compiled, with compilers, when its list of them is looked at."""
+    asked, names = {}, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for name, value in zip(names, "021", strict=True):
+        monkeypatch.setenv(name, value)
+        if not launched:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(engine, "uses_cuda", lambda: True)
+    monkeypatch.setattr(engine.deepspeed, "ops", Refusing())
+    monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(backend=backend))
+    monkeypatch.setattr(dist, "new_group", lambda **settings: settings["backend"])
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2 if launched else 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    found = engine.start_processes()
+    assert found.device == asked["device"] == torch.device("cuda", int(launched))
+    assert asked["backend"] == asked["dist_backend"] == "nccl" and asked["dist_init_required"] is False
+    assert found.host_group == ("gloo" if launched else None)
+    assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
