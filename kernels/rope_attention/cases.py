@@ -41,6 +41,7 @@ CASES = (
     # The gradients of q and k are 0 here but for the rounding of products: of small numbers, to be below the tolerance.
     _case("one_token", 2, 1, 2, 8, norm=False, std=0.5),
     _case("two_wide", 1, 3, 1, 2),
+    _case("bias_norm", 2, 7, 3, 12, bias=True),
     _case("odd", 2, 5, 3, 10),
     _case("odd_no_norm", 2, 5, 3, 10, norm=False),
     _case("norm_only", 2, 7, 2, 8, rope=False),
@@ -60,9 +61,8 @@ CASES = (
     _case("width_80_65_tokens", 1, 65, 1, 80),
     _case("width_96_128_tokens", 1, 128, 1, 96, norm=False),
     _case("width_128_two_heads", 1, 20, 2, 128, norm=False),
-    # Several samples, heads and tiles: a bias differs in each head, and all samples and tokens add to its gradient.
+    # Several samples, heads or tiles: a bias differs in each head, and all samples and tokens add to its gradient.
     _case("bias", 3, 5, 2, 10, norm=False, bias=True),
-    _case("bias_norm", 2, 7, 3, 12, bias=True),
     _case("bias_plain", 2, 6, 2, 7, rope=False, norm=False, bias=True),
     _case("bias_width_72", 1, 70, 1, 72, norm=False, bias=True),
     _case("bias_norm_width_64", 1, 33, 2, 64, bias=True),

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from kernels.rope_attention.triton_forward import (
     accumulate,
-    biases,
     hide_beyond,
     inverse_rms,
     load,
@@ -140,7 +139,9 @@ def rope_attention_bwd_dq_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
-    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
+    q_bias = bias + head * D if BIASED else bias
+    k_bias = q_bias + cols if BIASED else bias
+    v_bias = q_bias + 2 * cols if BIASED else bias
     grad += sample * grad_b + head * D
     out += sample * tokens * cols + head * D
     dqkv += sample * tokens * 3 * cols + head * D
@@ -212,7 +213,8 @@ def rope_attention_bwd_dkdv_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
-    q_bias, k_bias, _ = biases(bias, head, cols, D, BIASED)
+    q_bias = bias + head * D if BIASED else bias
+    k_bias = q_bias + cols if BIASED else bias
     grad += sample * grad_b + head * D
     dqkv += (sample * tokens * 3 + 1) * cols + head * D
     lse += (sample * heads + head) * tokens

@@ -115,16 +115,6 @@ def load_turned(base, stride, limit, table, weight, bias, eps, ROWS: tl.constexp
 
 
 @triton.jit
-def biases(bias, head, cols: tl.constexpr, D: tl.constexpr, BIASED: tl.constexpr):
-    """Where the parts of a head's queries, keys and values begin; the same without a bias."""
-    if BIASED:
-        bias += head * D
-        return bias, bias + cols, bias + 2 * cols
-    else:
-        return bias, bias, bias
-
-
-@triton.jit
 def outer(a, a_rest, b, b_rest, REST: tl.constexpr):
     """a · bᵀ in float32, over the columns of both blocks."""
     product = tl.dot(a, tl.trans(b), input_precision="ieee")
@@ -224,7 +214,9 @@ def rope_attention_fwd_resident_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
-    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
+    q_bias = bias + head * D if BIASED else bias
+    k_bias = q_bias + cols if BIASED else bias
+    v_bias = q_bias + 2 * cols if BIASED else bias
     out += sample * tokens * cols + head * D
     lse += (sample * heads + head) * tokens
 
@@ -264,7 +256,9 @@ def rope_attention_fwd_kernel(
     queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
     keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
     cols: tl.constexpr = heads * D
-    q_bias, k_bias, v_bias = biases(bias, head, cols, D, BIASED)
+    q_bias = bias + head * D if BIASED else bias
+    k_bias = q_bias + cols if BIASED else bias
+    v_bias = q_bias + 2 * cols if BIASED else bias
     out += (sample * tokens + start) * cols + head * D
     lse += (sample * heads + head) * tokens + start
 
