@@ -14,11 +14,14 @@ from bench.rows import Row
 NAMES = {
     "op": ("op", "case", "dtype", "direction", "contender"),
     "step": ("model", "batch", "variant"),
+    "sampling": ("model", "batch", "precision", "contender"),
+    "tokenizer": ("part", "precision", "batch", "contender"),
+    "gemm": ("model", "batch", "layer", "direction", "contender"),
     "ceiling": ("ceiling",),
     "data": ("contender", "workers", "batch_size"),
 }
-#: Kind of row → the part of its fraction that may be lost.
-TOLERANCE = {"op": 0.05, "step": 0.03}
+#: Kind of row → the part of its fraction that may be lost. Products are a library's, loaders have no limit.
+TOLERANCE = {"op": 0.05, "step": 0.03, "sampling": 0.03, "tokenizer": 0.03}
 #: How often a suspect is measured again; the median of all its measurements counts.
 RERUNS = 2
 WRONG = ("incorrect", "failed")
@@ -63,6 +66,8 @@ def mine(row: Row) -> bool:
     """Whether a row is of our own code, not of a peer's."""
     if row["kind"] == "step":
         return row["features"]["engine"] != "plain"
+    if "ours" in row:
+        return row["ours"]
     backends = {name for op in kernels.OPS.values() for name in ours(op)}
     return row["kind"] == "op" and row["contender"] in backends | {"all"}
 
@@ -186,4 +191,4 @@ def text(finding: Finding) -> str:
     before, after = ("-" if value is None else f"{value:.1%}" for value in (finding.before, finding.after))
     change = f"{finding.after / finding.before - 1:+.1%}" if finding.before and finding.after else ""
     name = " ".join(str(part) for part in names if part is not None)
-    return f"{finding.verdict:10} {kind:4} {name:64} {before:>7} → {after:>7} {change:>7}  {finding.note}".rstrip()
+    return f"{finding.verdict:10} {kind:9} {name:64} {before:>7} → {after:>7} {change:>7}  {finding.note}".rstrip()

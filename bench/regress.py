@@ -36,6 +36,12 @@ def command(row: Row) -> list[str]:
     """The arguments of `python -m` that measure exactly this row."""
     if row["kind"] == "step":
         return ["bench.step", "--model", row["model"], "--batch", str(row["batch"]), "--variant", row["variant"]]
+    if row["kind"] == "sampling":
+        return ["bench.sampling", "--model", row["model"], "--batch", str(row["batch"]), "--precision",
+                row["precision"], "--variant", row["contender"]]  # fmt: skip
+    if row["kind"] == "tokenizer":
+        return ["bench.tokenizer", row["part"], "--batch", str(row["batch"]), "--precision", row["precision"],
+                "--variant", row["contender"]]  # fmt: skip
     return ["bench.ops", row["op"], "--case", row["case"], "--dtype", row["dtype"], "--direction", row["direction"],
             "--only", row["contender"]]  # fmt: skip
 
@@ -165,7 +171,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="a kind of rows of which the run measured a part only; repeatable")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=float("inf"), help="measure nothing again after that time")
     parser.add_argument("--against", metavar="REV", help="compare with this git revision instead of with a file")
-    parser.add_argument("--bench", choices=("ops", "step"), default="ops", help="the one that --against runs")
+    parser.add_argument("--bench", choices=("ops", "step", "sampling", "tokenizer"), default="ops",
+                        help="the one that --against runs")  # fmt: skip
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.arguments = argv[cut + 1 :]

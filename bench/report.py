@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench import pictures, tables
+from bench import contest_tables, pictures, tables
 from bench.measured import Measured, load
 from bench.rows import ROOT
 from bench.targets import missed
@@ -58,6 +58,8 @@ def _gpu(gpu: Measured, notes: Path) -> list[str]:
         ("Training steps", "step", tables.steps),
         ("Where the time of a step goes", "step", tables.breakdown),
         ("Longest kernels of a step", "step", tables.longest),
+        ("Matrix products of a step", "gemm", contest_tables.products),
+        ("Sampling", "sampling", contest_tables.sampling), ("Tokenizer", "tokenizer", contest_tables.tokenizer),
         ("Every case of every op", "op", tables.every_op), ("Who else", "op", tables.every_peer),
         ("Latents loader", "data", tables.loaders), ("Not measured", "op", tables.lacking),
     ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import kernels
 from bench import compare
 from bench.breakdown import KINDS, OTHER
+from bench.contest import rests_on
 from bench.measured import HEADLINE, NOT_YET, Measured, backlog, peers, telling, tflops
 from bench.rows import Row
 from bench.step import IMAGES
@@ -56,8 +58,10 @@ def _ratios(which: str) -> list[str]:
 def _step(gpu: Measured, row: Row) -> list[str]:
     ratio = row["times_faster_than"]
     memory = f"{row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-    return [row["variant"], f"{row['images_per_second']:.0f} (±{percent(row['spread'] / 2)})", percent(row["fraction"]),
-            percent(row["mfu"]), times(ratio.get("plain-eager")), times(ratio.get("plain-compile")), memory,
+    rests = f" ({why})" if (why := rests_on(row)) else ""
+    rate = f"{row['images_per_second']:.0f} (±{percent(row['spread'] / 2)})"
+    return [row["variant"] + rests, rate, percent(row["fraction"]), percent(row["mfu"]),
+            times(ratio.get("plain-eager")), times(ratio.get("plain-compile")), memory,
             hours(row["images_per_second"])]  # fmt: skip
 
 
@@ -86,15 +90,17 @@ def _fastest(row: Row) -> str:
     return next((f"{ratio:.2f} {name}" for name, ratio in peers(row).items()), "")
 
 
-def targets(results: list[Measured]) -> str:
-    """What is aimed at, and what each GPU reaches."""
+def targets(results: list[Measured], names: Iterable[str] = ()) -> str:
+    """What is aimed at (all of it unless targets are named), and what each GPU reaches."""
+    wanted = [target for target in TARGETS if not names or target.name in names]
+
     def cell(target: Target, gpu: Measured) -> str:
         value = target.read(gpu)
         return NOT_YET if value is None else f"{target.text(value)}, {verdict(target, value)}"
 
     head = ["", "target", "moonshot", "limit", *([gpu.gpu for gpu in results] or ["measured"])]
     return table(head, [[t.metric, t.text(t.target), t.text(t.moonshot), t.limit,
-                         *([cell(t, gpu) for gpu in results] or [NOT_YET])] for t in TARGETS])  # fmt: skip
+                         *([cell(t, gpu) for gpu in results] or [NOT_YET])] for t in wanted])  # fmt: skip
 
 
 def log(gpu: Measured) -> str:
@@ -187,4 +193,6 @@ def lacking(gpu: Measured) -> str:
                   in sorted(counted.items())])  # fmt: skip
 
 
-BLOCKS: dict[str, Callable[[list[Measured]], str]] = {"training": training, "ops": ops}
+OTHERS = ("gemm", "sampling", "encode", "decode", "vavae")
+BLOCKS: dict[str, Callable[[list[Measured]], str]] = {
+    "training": training, "ops": ops, "others": partial(targets, names=OTHERS)}  # fmt: skip

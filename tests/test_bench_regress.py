@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import baseline, compare, ops, regress
+from bench import baseline, compare, ops, program, regress
+from bench import sampling as bench_sampling
 from bench import step as bench_step
+from bench import tokenizer as bench_tokenizer
 from bench.compare import NotMeasured
 from bench.rows import FORMAT, read
 
@@ -28,6 +30,16 @@ def op(fraction: float | None = 0.9, *, status: str = "ok", spread: float = 0.01
 def step(fraction: float = 0.6, *, variant: str = "trainer", engine: str = "trainer", spread: float = 0.005) -> dict:
     return MACHINE | {"kind": "step", "model": "LightningDiT-XL/1", "batch": 128, "variant": variant, "status": "ok",
                       "features": {"engine": engine}, "reason": "", "fraction": fraction, "spread": spread}  # fmt: skip
+
+
+def sampling(fraction: float = 0.5, *, contender: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
+    return MACHINE | {"kind": "sampling", "model": "LightningDiT-XL/1", "batch": 64, "precision": "bfloat16",
+                      "contender": contender, "ours": ours, "status": "ok", "reason": "", "fraction": fraction,
+                      "spread": spread}  # fmt: skip
+
+
+def tokenizer(fraction: float = 0.4, *, contender: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
+    return sampling(fraction, contender=contender, ours=ours, spread=spread) | {"kind": "tokenizer", "part": "encode"}
 
 
 def write(path: Path, rows: Iterable[dict]) -> Path:
@@ -52,7 +64,7 @@ def verdicts(before: list[dict], after: list[dict], again=None, partial=()) -> l
     return [finding.verdict for finding in compare.compare(before, after, again or Bench(), partial)]
 
 
-@pytest.mark.parametrize(("make", "tolerance"), [(op, 0.05), (step, 0.03)])
+@pytest.mark.parametrize(("make", "tolerance"), [(op, 0.05), (step, 0.03), (sampling, 0.03), (tokenizer, 0.03)])
 def test_a_loss_beyond_the_tolerance_is_called_after_two_more_measurements(make, tolerance):
     before = make(0.8)
     for change, verdict, measurements in ((-0.01, "fell", 2), (0.005, "unchanged", 0), (0.11, "improved", 0)):
@@ -134,6 +146,11 @@ def test_peers_are_not_judged():
     before = [op(contender="eager"), op(contender="flash-attn"), step(variant="plain-eager", engine="plain")]
     assert verdicts(before, [op(0.1, contender="eager")]) == []
     assert verdicts(before, [op(contender="cuda")]) == ["new"]
+    peers = [sampling(contender="plain-eager", ours=False), tokenizer(contender="reference", ours=False),
+             MACHINE | {"kind": "gemm", "ours": False, "status": "ok", "fraction": 0.9, "model": "x", "batch": 1,
+                        "layer": "qkv", "direction": "wgrad", "contender": "torch"}]  # fmt: skip
+    assert verdicts(peers, []) == [] and verdicts([*peers, sampling()], []) == ["missing"]
+    assert verdicts([sampling(), tokenizer()], [], partial=["sampling", "tokenizer"]) == ["left out"] * 2
 
 
 def test_the_row_in_the_middle():
@@ -168,7 +185,7 @@ def test_exit_statuses_and_the_table(files, capsys):
     capsys.readouterr()
     assert files([op(), step(0.6 * 0.96) | {"triton": "3.7.0"}]) == 1
     printed = capsys.readouterr().out
-    assert "fell       step LightningDiT-XL/1 128 trainer" in printed and "not measured again" in printed
+    assert "fell       step      LightningDiT-XL/1 128 trainer" in printed and "not measured again" in printed
     assert "triton: 3.6.0 in the baseline, 3.6.0, 3.7.0" in printed.replace("3.7.0, 3.6.0", "3.6.0, 3.7.0")
     assert "rows of ours: 1 fell, 1 unchanged" in printed and "swiglu" not in printed
     assert files([step()]) == 1 and files([step()], "--partial", "op") == 0
@@ -223,6 +240,21 @@ def test_measuring_again_asks_for_exactly_the_row(tmp_path, capsys):
     assert options.dtypes == [torch.bfloat16]
     if not torch.cuda.is_available():
         assert bench_step.main(regress.command(step())[1:]) == 2, "its arguments are right; what lacks is the GPU"
+        for row, program in ((sampling(), bench_sampling), (tokenizer(), bench_tokenizer)):
+            module, *arguments = regress.command(row)
+            assert f"bench.{row['kind']}" == module and program.main(arguments) == 2
+
+
+def test_measuring_again_plans_one_row(monkeypatch):
+    planned = []
+    monkeypatch.setattr(program, "run", lambda module, options, make, todo: planned.extend(todo) or 0)
+    for made, bench in ((step(), bench_step), (sampling(), bench_sampling), (tokenizer(), bench_tokenizer)):
+        planned.clear()
+        bench.main(regress.command(made)[1:])
+        (job,) = planned
+        contest = bench.Bench(None, None, None)
+        (name,) = job.names
+        assert compare.key(made) == compare.key(contest.named(job, name) | {"kind": contest.kind})
 
 
 def again(run, **other) -> regress.Again:

@@ -9,9 +9,10 @@ import pytest
 
 import kernels
 from bench import pictures, report, tables
+from bench.gemms import DIRECTIONS, LAYERS
 from bench.measured import Measured, load, telling
 from bench.rows import FORMAT, ROOT
-from bench.targets import TARGETS, missed, verdict
+from bench.targets import TARGETS, gemm_rate, missed, verdict
 
 MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": "NVIDIA H200",
            "capability": "9.0", "driver": "580.1", "python": "3.12", "torch": "2.11.0", "cuda": "13.0",
@@ -36,6 +37,36 @@ def step(variant: str, rate: float, **more) -> dict:
     } | more  # fmt: skip
 
 
+def contest(kind: str, rate: float, **more) -> dict:
+    """A row of sampling or of the tokenizer."""
+    return MACHINE | {
+        "kind": kind, "contender": "auto", "batch": 64, "precision": "bfloat16", "status": "ok", "reason": "",
+        "ours": True, "images_per_second": rate, "p50_ms": 64e3 / rate, "spread": 0.01, "fraction": 0.55,
+        "peak_gb": 20.0, "times_faster_than": {},
+    } | more  # fmt: skip
+
+
+def contests() -> list[dict]:
+    """Sampling at 4.5 images/s; a tokenizer that encodes, whose decoding was cut off, and that cannot train."""
+    parts = {"guided": 60.25, "unguided": 30.5, "decode": 320.0, "noise": 4.0}
+    cut = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": "SIGTERM"}
+    xl, plain = {"model": "LightningDiT-XL/1"}, {"contender": "plain-eager", "ours": False}
+    ours, theirs = ({"extrapolated": {"parts_ms": found}} for found in (parts, {"guided": 120.0}))
+    rows = [contest("sampling", 4.5, **xl, latents_per_second=4.75, **ours, times_faster_than={"plain-eager": 2.25}),
+            contest("sampling", 2.0, **xl, **plain, latents_per_second=2.1, **theirs),
+            contest("sampling", 90.0, model="LightningDiT-B/1", latents_per_second=99, **ours),
+            contest("tokenizer", 2100.0, part="encode", breakdown_ms=SPENT, times_faster_than={"reference": 1.75}),
+            contest("tokenizer", 2900.0, part="encode", contender="reference", ours=False),
+            contest("tokenizer", 900.0, part="decode", rests_on=cut),
+            contest("tokenizer", 1.0, part="train", status="unavailable", reason="not installed: lpips")]  # fmt: skip
+    products = [MACHINE | {"kind": "gemm", "model": "LightningDiT-XL/1", "batch": 128, "layer": layer, "ours": False,
+                           "direction": direction, "contender": name, "shape": [32768, 3456, 1152], "status": "ok",
+                           "reason": "", "flops": 10**12, "p50_ms": ms, "tflops": 1e3 / ms, "spread": 0.01,
+                           "fraction": 0.9} for name, ms in (("torch", 1.6), ("cublaslt", 1.25)) for layer in LAYERS
+                for direction in DIRECTIONS]  # fmt: skip
+    return rows + products
+
+
 def planted() -> list[dict]:
     rows = [MACHINE | {"kind": "baseline", "reason": "the first | rows"}]
     for name, rate, unit in (("copy", 4.2, "TB/s"), ("matmul bfloat16", 760.0, "TFLOP/s")):
@@ -52,7 +83,7 @@ def planted() -> list[dict]:
                                                                   "ms": 125.0}]),
              step("plain-eager", 180.0, breakdown_ms=SPENT),
              step("bare", 1.0) | {"status": "failed", "reason": "out of memory"}]  # fmt: skip
-    return rows
+    return rows + contests()
 
 
 def gpu() -> Measured:
@@ -158,12 +189,38 @@ def test_targets_by_hand():
     assert found["training"] == 640 and found["plain-eager"] == 3.5 and found["plain-compile"] is None
     assert found["swiglu-forward"] == 0.89 and found["optimizer"] == 0.89
     assert found["attention-forward"] == pytest.approx(4e9 / 27e-6 / 1e12) and found["vf-loss"] == pytest.approx(5.5)
+    assert found["gemm"] == pytest.approx(1000 / 1.6), "as torch runs them"
     products = 128 * 256 * 28 * (3 + 1 + 3 * 3072 / 1152) * 1152**2 * 2 * 3  # qkv, proj, w12, w3; forward, backward
-    assert found["gemm"] == pytest.approx(products / 0.125 / 1e12)
+    assert gemm_rate(gpu()) == pytest.approx(products / 0.125 / 1e12), "within a step"
+    assert (found["sampling"], found["encode"], found["decode"]) == (4.5, 2100, 900) and found["vavae"] is None
     training = TARGETS[0]
     assert [verdict(training, value) for value in (None, 649, 650, 750)] == ["", "missed", "reached", "moonshot"]
     assert {"training", "attention-forward", "swiglu-forward"} <= {target.name for target in missed(gpu())}
     assert len({target.name for target in TARGETS}) == len(TARGETS)
+
+
+def test_the_tables_of_contests(tmp_path):
+    page = report.page([gpu()], tmp_path)
+    xl = "| LightningDiT-XL/1 | 64 | bfloat16 |"
+    assert f"{xl} auto | 4.50 | 1.0 % | 4.75 | 55.0 % | 2.25 |  | 60.25 | 30.50 | 320.00 | 4.00 |  |" in page
+    assert f"{xl} plain-eager | 2.00 | 1.0 % | 2.10 | 55.0 % |  |  | 120.00 |  |  |  |  |" in page
+    encode = "| encode | bfloat16 | 64 | auto | 2,100.0 | 1.0 % | 55.0 % | 20.0 GB | 1.75 |  |"
+    assert f"{encode} 30.5 | 125.0 | 30.0 | 2.0 |  |" in page
+    assert page.index("| reference | 2,900.0 |") < page.index("| auto | 2,100.0 |"), "the fastest first"
+    assert "| 1 burst just after it had started, cut off: SIGTERM |" in page
+    assert "| train | bfloat16 | 64 | auto |  |  |  |  |  |  |  |  |  |  | unavailable: not installed: lpips |" in page
+    assert "| qkv | wgrad | 32768 × 3456 × 1152 | cublaslt | 800.0 | 1.0 % | 90.0 % |  |" in page
+    assert "| all | mean over a step |  | torch | 625.0 |" in page and "| best | 800.0 |" in page
+    assert "| all | within a step, by the profiler |  | torch |" in page
+    others = tables.BLOCKS["others"]([gpu()]).splitlines()
+    assert len(others) == 2 + 5 and others[2].endswith("| 625 TFLOP/s, missed |")
+    assert others[3].endswith("| 4.5 images/s, reached |")
+
+
+def test_a_step_that_was_cut_off_says_so():
+    rests = {"bursts": 2, "of": 4, "by_turns": True, "cut_off": "SIGTERM"}
+    row = tables.training([Measured("x", (step("trainer", 640.0, rests_on=rests),))]).splitlines()[2]
+    assert row.startswith("| NVIDIA H200 | trainer (2 of 4 bursts, cut off: SIGTERM) | 640")
 
 
 def test_the_loader_is_read_from_its_rows(tmp_path):
@@ -194,7 +251,7 @@ def test_markers_are_a_pair_and_name_a_table():
     assert "| not measured yet |" in report.filled("<!-- bench:ops -->\n<!-- /bench:ops -->", [])
     for text, why in (
         ("<!-- bench:ops -->\n", "other half"), ("<!-- bench:ops -->\n<!-- /bench:training -->", "other half"),
-        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "no table is called speed; known: training, ops"),
+        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "no table is called speed; known: training, ops, others"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
             report.filled(text, [])
