@@ -3,11 +3,14 @@
 #
 #     bash bench/gpu.sh OUT_DIR [MINUTES]        (25 minutes unless said otherwise)
 #
-# A build of csrc, the tests marked gpu, then python -m bench.step, bench.data and bench.ops, and bench.regress on their
-# rows. OUT_DIR gets a log of each part, rows.jsonl and summary.txt; each part stops in time by itself, leaves whole rows,
-# and the next one runs whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no
-# failure. Needs torch, triton, pytest, numpy, safetensors, pydantic and this tree; what needs DeepSpeed runs where it is
-# installed. PYTHON names another interpreter, GIT_REVISION the revision of a tree without .git.
+# A build of csrc, the tests marked gpu, then python -m bench.step, the telling cases of bench.ops, bench.gemms,
+# bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Nine minutes
+# are meant to fill every table; below 40, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets a
+# log of each part, rows.jsonl and summary.txt; each part stops in time by itself, leaves whole rows, and the next one
+# runs whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no failure. Needs
+# torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and PyYAML,
+# training steps DeepSpeed, those of the tokenizer timm and lpips: what is not installed is a row that says so. PYTHON
+# names another interpreter, GIT_REVISION the revision of a tree without .git.
 set -uo pipefail
 
 usage="usage: bash bench/gpu.sh OUT_DIR [MINUTES]"
@@ -64,19 +67,32 @@ part build 300 "$PYTHON" setup.py --quiet build_ext --inplace
 
 # Files without such tests may import packages that this machine lacks.
 mapfile -t files < <(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
-limit="$(share 25)"
+limit="$(share 15)"
 # Most of the time compilers are at work, on one core each: several processes, with 20 GB of the device at most.
 workers=()
 "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 6 --maxschedchunk 4 --max-worker-restart 60)
 part tests "$limit" "$PYTHON" -m pytest -p bench.deadline -p bench.lost_device -p no:cacheprovider "${workers[@]}" \
     --minutes "$(soft "$limit")" -q -m gpu --continue-on-collection-errors "${files[@]}"
 
-# Four ways to train, by turns: up to 45 s of steps of each; compiling them takes the rest.
-limit="$(share 60)"
-seconds=$((limit / 16 < 45 ? limit / 16 + 1 : 45))
-part step "$limit" "$PYTHON" -m bench.step --quick --seconds "$seconds" --out "$out/rows.jsonl"
+quick=()
+((minutes < 40)) && quick=(--quick)
 
-part data 60 "$PYTHON" -m bench.data --seconds 2 --out "$out/rows.jsonl"
+# bench NAME PERCENT MODULE ARGUMENTS …: a part of the bench that keeps to that share of the time left; below 20 s, in
+# which it would measure little more than the ceilings, it is left out.
+bench() {
+    local limit
+    limit="$(share "$2")"
+    if ((limit < 20)); then
+        echo "time is up, not measured: $1" | tee "$out/$1.log"
+        printf '%-12s %-24s %4d s\n' "$1" "no time" 0 >> "$out/summary.txt"
+        return
+    fi
+    part "$1" "$limit" "$PYTHON" -m "$3" --minutes "$(soft "$limit")" "${@:4}" --out "$out/rows.jsonl"
+}
+
+# Ways to train, by turns: up to 45 s of steps of each; compiling them takes the rest.
+seconds="$(($(share 35) / 16 + 1))"
+bench step 35 bench.step "${quick[@]}" --seconds "$((seconds < 45 ? seconds : 45))"
 
 # DeepSpeed's optimizer is compiled on the spot, for a minute. A backend that has lost the device to a test would take
 # everybody else's rows with it.
@@ -85,13 +101,16 @@ for backend in cuda triton; do
     grep -qE "crashed while running .*-$backend-|-$backend-.* lost the device" "$out/tests.log" \
         && without+=(--without "$backend")
 done
-limit="$(share 85)"
-part ops "$limit" "$PYTHON" -m bench.ops --minutes "$(soft "$limit")" --seconds 0.3 "${without[@]}" \
-    --out "$out/rows.jsonl"
+bench ops 25 bench.ops --quick --seconds 0.3 "${without[@]}"
+bench gemms 20 bench.gemms --seconds 0.3
+bench sampling 35 bench.sampling "${quick[@]}" --seconds 2
+bench tokenizer 60 bench.tokenizer "${quick[@]}" --seconds 2
+part data 60 "$PYTHON" -m bench.data --seconds 2 --out "$out/rows.jsonl"
+bench more 85 bench.ops --after-quick --seconds 0.3 "${without[@]}"
 
-# Committed rows may be of more steps than those, and of more ops than there was time for.
-partial=(--partial step)
-if ! grep -q '^ops *ok' "$out/summary.txt" || grep -q '^time is up' "$out/ops.log"; then
+# Committed rows may be of more than this run had time for.
+partial=(--partial step --partial sampling --partial tokenizer)
+if (($(grep -cE '^(ops|more) +ok' "$out/summary.txt") < 2)) || grep -q '^time is up' "$out"/{ops,more}.log; then
     partial+=(--partial op)
 fi
 limit="$(share 100)"
@@ -100,9 +119,11 @@ part regress "$limit" "$PYTHON" -m bench.regress "$out/rows.jsonl" --minutes "$(
 {
     tail -n 1 "$out/tests.log"
     grep -hoE "worker '.*' crashed while running .*|[^ ]+ lost the device: .*" "$out/tests.log" | sort -u
-    grep -h ' images/s' "$out/step.log"
+    grep -h ' images/s' "$out"/{step,sampling,tokenizer}.log
+    grep -h ' mean over the step' "$out/gemms.log"
     grep -h '^best against best' "$out/data.log"
-    grep -E '^(copy|matmul|time is up|rows:)| (triton|cuda) +[0-9.]+ µs' "$out/ops.log"
+    grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$out"/{ops,more}.log
+    grep -hiE '^(the )?time is up' "$out"/*.log
     cat "$out/regress.log"
     ((${#failed[@]} == 0)) && echo "all parts ok" || echo "not ok: ${failed[*]}"
 } >> "$out/summary.txt"

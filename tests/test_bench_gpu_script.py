@@ -12,11 +12,14 @@ ROOT = Path(__file__).parents[1]
 LACKING = ("deepspeed", "timm", "lpips", "torch_fidelity", "torchdiffeq", "yaml", "tqdm", "tensorboard", "sklearn",
            "matplotlib", "PIL", "torchvision", "scipy", "nvidia.dali")  # fmt: skip
 
-PARTS = ["machine", "build", "tests", "step", "data", "ops", "regress"]
+PARTS = ["machine", "build", "tests", "step", "ops", "gemms", "sampling", "tokenizer", "data", "more", "regress"]
+#: Those that keep to a share of the time left, in percent of it.
+SHARES = {"step": 35, "ops": 25, "gemms": 20, "sampling": 35, "tokenizer": 60, "more": 85}
 FAKE = """#!/usr/bin/env bash
 case "$*" in
     "-c import xdist") exit 0 ;;
     "-m pytest "*) name=tests ;;
+    *" --after-quick "*) name=more ;;
     "-m bench."*) name=${2#bench.} ;;
     setup.py*) name=build ;;
     *) name=machine ;;
@@ -24,8 +27,11 @@ esac
 printf '%s\\n' "$*" > "$CALLS/$name"
 [[ $name == ops ]] && echo 'swiglu XL bfloat16 forward  triton    150.0 µs ±0.1%  93.1% of the memory limit' \\
     && echo 'swiglu XL bfloat16 forward  eager     900.0 µs' && echo 'rows: 2 ok'
-[[ $name == ops && -n ${TIME_IS_UP:-} ]] && echo 'time is up, not measured: swiglu L bfloat16'
+[[ $name == "${TIME_IS_UP:-}" ]] && echo 'time is up, not measured: swiglu L bfloat16'
 [[ $name == step ]] && echo 'LightningDiT-XL/1 batch 128 trainer 700.0 images/s'
+[[ $name == sampling ]] && echo 'LightningDiT-XL/1 batch 64 bfloat16 auto   5.10 images/s'
+[[ $name == tokenizer ]] && echo 'encode batch 32 bfloat16 auto   2100.0 images/s'
+[[ $name == gemms ]] && echo "LightningDiT-XL/1 batch 128: 690.0 TFLOP/s mean over the step's products, torch"
 [[ $name == data ]] && echo 'best against best: 7.0x the way that opens one file per sample'
 [[ $name == regress ]] && { echo 'rows of ours: 1 unchanged'; exit "${GATE:-0}"; }
 [[ $name == tests ]] && echo "${CRASHED:-}" && echo '12 passed, 3 skipped in 5s'
@@ -70,16 +76,19 @@ def test_every_part_runs_in_order_within_the_time(script, tmp_path):
     assert status == 0, printed
     assert list(limits(printed)) == PARTS
     assert "-m gpu" in calls["tests"] and "tests/test_kernels_ops.py" in calls["tests"]
-    assert all(f"--out {out}/rows.jsonl" in calls[part] for part in ("step", "data", "ops"))
-    assert "--quick" in calls["step"] and calls["regress"].startswith(f"-m bench.regress {out}/rows.jsonl ")
+    assert all(f"--out {out}/rows.jsonl" in calls[part] for part in ("data", *SHARES))
+    assert all("--quick" in calls[part] for part in ("step", "ops", "sampling", "tokenizer"))
+    assert calls["regress"].startswith(f"-m bench.regress {out}/rows.jsonl ")
     given = limits(printed)
-    assert 125 <= given["tests"] <= 135 and 310 <= given["step"] <= 324, "what a part leaves goes to the next ones"
-    assert 440 <= given["ops"] <= 459 and 500 <= given["regress"] <= 540
-    for part in ("tests", "ops", "regress"):
+    assert 70 <= given["tests"] <= 81 and 500 <= given["regress"] <= 540
+    for part, percent in SHARES.items():
+        assert 520 * percent <= 100 * given[part] <= 540 * percent, "what a part leaves goes to the next ones"
+    for part in ("tests", "regress", *SHARES):
         assert 0.8 * given[part] <= 60 * told(calls[part]) <= 0.9 * given[part]
     summary = (out / "summary.txt").read_text()
     assert "12 passed, 3 skipped" in summary and "93.1% of the memory limit" in summary and "eager" not in summary
     assert "700.0 images/s" in summary and "7.0x the way" in summary and "rows of ours: 1 unchanged" in summary
+    assert "5.10 images/s" in summary and "2100.0 images/s" in summary and "690.0 TFLOP/s mean" in summary
     assert summary.endswith("all parts ok\n") and printed.endswith(summary)
     assert {path.name for path in out.iterdir()} == {*(f"{part}.log" for part in PARTS), "summary.txt"}
 
@@ -94,9 +103,26 @@ def test_the_gate_without_committed_rows_is_no_failure(script, tmp_path):
 
 def test_the_gate_is_told_what_the_run_has_left_out(script, tmp_path):
     out = str(tmp_path / "results")
-    assert script(out)[2]["regress"].endswith("--partial step")
-    for why in ({"TIME_IS_UP": "1"}, {"failing": "ops"}):
-        assert script(out, **why)[2]["regress"].endswith("--partial step --partial op")
+    always = "--partial step --partial sampling --partial tokenizer"
+    assert script(out)[2]["regress"].endswith(always)
+    for part in ("ops", "more"):
+        for why in ({"TIME_IS_UP": part}, {"failing": part}):
+            assert script(out, **why)[2]["regress"].endswith(f"{always} --partial op")
+
+
+def test_with_time_everything_is_measured(script, tmp_path):
+    _, _, calls = script(str(tmp_path / "results"), "40")
+    assert not any("--quick" in calls[part] for part in ("step", "sampling", "tokenizer")) and "--quick" in calls["ops"]
+
+
+def test_a_part_without_time_is_left_out_and_no_failure(script, tmp_path):
+    """A minute's 20 % are 12 s."""
+    status, printed, calls = script("results", "1")
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    lacking = {"ops", "gemms"}
+    assert status == 0 and set(calls) == set(PARTS) - lacking, printed
+    assert summary.count(" no time ") == 2 and all(f"not measured: {part}\n" in summary for part in lacking)
+    assert calls["regress"].endswith("--partial op")
 
 
 @pytest.mark.parametrize(("told", "without"), [
@@ -151,7 +177,7 @@ class Hiding:
         if not any(name == lacking or name.startswith(lacking + ".") for lacking in {LACKING}):
             return self.finder.find_spec(name, path, target)
 sys.meta_path[:] = map(Hiding, sys.meta_path)
-import bench.data, bench.ops, bench.regress, bench.step, pytest
+import bench.data, bench.gemms, bench.ops, bench.regress, bench.sampling, bench.step, bench.tokenizer, pytest
 sys.exit(pytest.main({command!r} + ["--collect-only"]))
 """
     done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True,
