@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from launch.config import merge
-from launch.optimizer import STATE_KEYS, AdamWEma
+from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators and warns
@@ -129,7 +129,9 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
     """DeepSpeed's own configuration of one engine.
 
     Norm, clipping and overflow checks are the optimizer's (they read nothing on the host), so DeepSpeed's are off.
-    `overrides` are merged last.
+    So are, in bfloat16 under ZeRO 1 and 2, DeepSpeed's float32 master weights: the optimizer keeps them as a state, or
+    else DeepSpeed would cast every gradient to float32 and every weight back. (It wants "bf16_optimizer_states" said
+    then; ours stay float32.) `overrides` are merged before that.
     """
     config = {
         "train_batch_size": micro_batch_size * accumulation * world_size,
@@ -143,11 +145,22 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
         "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
     }
     if stage in (1, 2):
-        config["zero_optimization"]["compute_grad_norm"] = False
+        # DeepSpeed's "reduce_scatter" is an all-reduce too, of a bucket it divides, cuts by owner and copies back.
+        config["zero_optimization"] |= {"compute_grad_norm": False, "reduce_scatter": False}
     if stage == 3:
         # One group, so that the optimizer sees every gradient of this process at once.
         config["zero_optimization"]["sub_group_size"] = int(1e15)
-    return merge(config, overrides)
+    config = merge(config, overrides)
+    if bf16 and stage in (1, 2) and not _wants_float32_gradients(config):
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return config
+
+
+def _wants_float32_gradients(config: dict) -> bool:
+    """Whether DeepSpeed is to sum gradients in float32, or to keep optimizer states in another memory, as float32."""
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    summed = config.get("data_types", {}).get("grad_accum_dtype")
+    return summed == "fp32" or offload.get("device", "none") not in (None, "none")
 
 
 class Engine:
@@ -168,6 +181,7 @@ class Engine:
         self._frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
         # DeepSpeed casts the module before the optimizer copies its master weights: keep what they should be.
         bf16 = config["bf16"]["enabled"]
+        self._own_masters = config["bf16"].get("bf16_master_weights_and_grads", False)
         masters = {name: p.detach().clone() for name, p in self._names.items()} if bf16 else {}
         device = torch.device("cuda" if uses_cuda() else "cpu")
         module.to(device)
@@ -247,9 +261,9 @@ class Engine:
         p, master = self._names[name], self._unsharded(name)
         if master is not None:
             return master.detach() if key == "model" else self.optimizer.state[master][key]
-        if key == "model":
+        if key == "model" and not self._own_masters:
             return deepspeed.utils.safe_get_full_fp32_param(p)
-        return deepspeed.utils.safe_get_full_optimizer_state(p, key)
+        return deepspeed.utils.safe_get_full_optimizer_state(p, MASTER if key == "model" else key)
 
     @torch.no_grad()
     def _write(self, name: str, key: str, value: torch.Tensor) -> None:
@@ -265,6 +279,8 @@ class Engine:
                 deepspeed.utils.safe_set_local_optimizer_state(p, part, key)
         elif key == "model":
             deepspeed.utils.safe_set_full_fp32_param(p, value.to(p.device))
+            if self._own_masters:
+                deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), MASTER)
         else:
             deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), key)
 

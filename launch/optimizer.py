@@ -2,7 +2,8 @@
 
 The optimizer works on whatever tensors it is given: the parameters themselves (ZeRO 0) or the flat float32 partitions
 that DeepSpeed puts in their place (ZeRO 1 to 3). The moving average is thus sharded, saved and resumed with the master
-weights, and no second model exists on any device. Norm, clip factor and skip flag never leave the device.
+weights, and no second model exists on any device. A bfloat16 tensor gets its float32 master weights as one more state,
+and is itself written by the pass that updates them. Norm, clip factor and skip flag never leave the device.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from kernels.registry import Ops
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
+MASTER = "master"  # the state of a bfloat16 tensor that holds its float32 weights
 
 
 class NonFinite(RuntimeError):
@@ -23,7 +25,7 @@ class AdamWEma(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA through `ops.adamw_ema_`; a non-finite step is skipped.
 
     Args:
-        params: parameters to optimize; DeepSpeed may replace them by flat float32 partitions.
+        params: parameters to optimize; DeepSpeed may replace them by flat partitions, float32 or bfloat16.
         ops: the bundle whose `adamw_ema_` does the update.
         lr, betas, eps, weight_decay: AdamW's own; weight decay is decoupled.
         ema_decay: `ema ← decay·ema + (1 − decay)·param` after every applied step; the average starts as the weights.
@@ -100,11 +102,13 @@ class AdamWEma(torch.optim.Optimizer):
 
     def _update(self, param: torch.Tensor, group: dict, scale: torch.Tensor, skip: torch.Tensor) -> None:
         state = self.state[param]
+        weights, copy = (state[MASTER], param) if MASTER in state else (param, None)
         self._ops.adamw_ema_(
-            param.data.view(-1), param.grad.contiguous().view(-1),
+            weights.data.view(-1), param.grad.contiguous().view(-1),
             *(state[key].view(-1) for key in STATE_KEYS),
             step=self.counters["applied"], lr=self._lr, betas=group["betas"], eps=group["eps"],
             weight_decay=group["weight_decay"], ema_decay=self._ema_decay, grad_scale=scale, skip=skip,
+            bf16_param=None if copy is None else copy.data.view(-1),
         )
 
     def _norm_and_skip(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,6 +137,8 @@ class AdamWEma(torch.optim.Optimizer):
         for param in (*partitions, *(p for group in self.param_groups for p in group["params"])):
             state = self.state[param]
             if not state:
-                state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
-                state["ema"] = param.detach().clone()
+                weights = param.detach()
+                if param.dtype == torch.bfloat16:
+                    weights = state[MASTER] = weights.float()
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+                state["ema"] = weights.clone()

@@ -1,6 +1,9 @@
-"""Counts what makes the host wait for a device during training steps; a child process runs it.
+"""Counts what makes the host wait for a device in training steps, and what DeepSpeed copies; a child process runs it.
 
     python -m tests.host_reads CONFIG OUTPUT.json [key=value …]
+
+OUTPUT.json: "reads", where the host read a value → how often; "copies", where DeepSpeed reads and writes tensors →
+bytes per step and trained parameter. What is ours, such as the optimizer's pass, is not in it, nor is communication.
 """
 
 import json
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from launch import loader, train
 from launch.trainer import Trainer
@@ -18,20 +22,30 @@ from launch.trainer import Trainer
 #: Operators that hand the host a value; on a GPU each waits for everything queued before it.
 READS = frozenset({"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::allclose",
                    "aten::masked_select", "aten::unique_dim", "aten::_unique2"})
+#: In-place operators that do not read what they write.
+OVERWRITES = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 LOADER = Path(loader.__file__)
+BACKWARD = "engine.py:backward"  # where DeepSpeed starts the network's own backward pass
 
 
 class HostReads(TorchDispatchMode):
-    """Where reads came from: "file:function of the operator" → how often."""
+    """Where reads and copies came from: "file:function of the operator" → how often, and how many bytes."""
 
     def __init__(self):
         super().__init__()
         self.seen: Counter[str] = Counter()
+        self.copied: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func._schema.name in READS:
             self.note(func._schema.name)
-        return func(*args, **kwargs or {})
+        result = func(*args, **kwargs)
+        code = _caller().f_code
+        where = f"{Path(code.co_filename).name}:{code.co_name}"
+        if "/deepspeed/" in code.co_filename and where != BACKWARD:
+            self.copied[where] += moved_bytes(func, args, kwargs, result)
+        return result
 
     def note(self, what: str) -> None:
         frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
@@ -41,8 +55,29 @@ class HostReads(TorchDispatchMode):
         self.seen[f"{what} in {caller.filename}:{caller.name}"] += 1
 
 
+def _caller():
+    """The innermost frame that is neither torch's nor of this file."""
+    frame = sys._getframe(1)
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame
+
+
+def moved_bytes(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result) -> int:
+    """Bytes that an operator reads and writes if each tensor crosses memory once; none for views and communication."""
+    if func.is_view or func.namespace == "c10d" or func._schema.name in ("aten::detach", "aten::alias"):
+        return 0
+    inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    outputs = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+    if func._schema.name in OVERWRITES:
+        inputs = inputs[1:]
+    elif func._schema.name.startswith(("aten::empty", "aten::new_empty")):
+        outputs = []
+    return sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+
+
 def watch(reads: HostReads) -> None:
-    """Count the reads and explicit waits inside training steps; logging and checkpoints lie between them."""
+    """Count the reads, explicit waits and copies inside training steps; logging and checkpoints lie between them."""
     step = Trainer.train_step
 
     def watched(self, stream):
@@ -53,6 +88,8 @@ def watch(reads: HostReads) -> None:
         with reads:
             step(self, stream)
         del accelerator.synchronize
+        reads.trained = self.step * sum(p.numel() for n in self.task.networks.values() for p in n.parameters()
+                                        if p.requires_grad)  # fmt: skip
 
     Trainer.train_step = watched
 
@@ -63,4 +100,5 @@ if __name__ == "__main__":
     found = HostReads()
     watch(found)
     train.main(["lightningdit", config, *overrides])
-    Path(output).write_text(json.dumps(found.seen))
+    copies = {where: count / found.trained for where, count in found.copied.items()}
+    Path(output).write_text(json.dumps({"reads": found.seen, "copies": copies}))

@@ -1,4 +1,4 @@
-"""What a training step must not do: wait for the device."""
+"""What a training step must not do: wait for the device, and copy what need not be copied."""
 
 import json
 import subprocess
@@ -15,27 +15,27 @@ from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from lightningdit.modulation import evenly_spaced
 from tests import toy
-from tests.host_reads import HostReads
+from tests.host_reads import HostReads, moved_bytes
 
 ROOT = Path(__file__).parents[1]
 
 
+COPIED = 16  # bytes of each trained parameter that DeepSpeed reads and writes in a step, on one process in bfloat16
 OPS = kernels.select("reference")
 NETWORK = ModelConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=24, num_heads=2, depth=3, num_classes=3,
                       use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
 
 
-def engine(stage: int, bf16: bool) -> Engine:
-    """A small network, in this process alone."""
+def engine(stage: int, bf16: bool, **changes) -> Engine:
+    """A small network, in this process alone. changes: to DeepSpeed's bf16 section."""
 
     def optimizer(parameters, partitioned: bool) -> AdamWEma:
         return AdamWEma(parameters, OPS, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.9,
-                        max_grad_norm=1.0, partitioned=partitioned)  # fmt: skip
+                        max_grad_norm=0.0, partitioned=partitioned)  # fmt: skip
 
     start_processes()
-    config = deepspeed_config(
-        stage=stage, bf16=bf16, micro_batch_size=2, accumulation=1, world_size=1, overrides={}
-    )
+    config = deepspeed_config(stage=stage, bf16=bf16, micro_batch_size=2, accumulation=1, world_size=1, overrides={})
+    config["bf16"] |= changes
     torch.manual_seed(0)
     return Engine(LightningDiT(NETWORK, OPS), optimizer, config)
 
@@ -48,7 +48,58 @@ def test_one_product_can_read_the_modulation_of_all_blocks(stage, bf16):
     assert evenly_spaced([linear.bias for linear in linears]) is not None
 
 
-def test_reads_are_seen():
+def train(network: Engine, steps: int) -> dict:
+    """Its state after so many steps."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x, target = torch.randn(2, 2, 4, 4, 4, generator=generator)
+        loss = (network(x, torch.rand(2, generator=generator), torch.tensor([0, 2])) - target).square().mean()
+        network.backward(loss)
+        network.step()
+    return network.full_state(keep=True)
+
+
+def test_master_weights_of_the_optimizer_are_those_that_deepspeed_would_keep():
+    """Bit for bit, with states in float32, and the weights in use are their rounding."""
+    own, deepspeeds = engine(1, True), engine(1, True, bf16_master_weights_and_grads=False, bf16_optimizer_states=False)
+    (kept,) = own.optimizer.state
+    assert kept.dtype == torch.bfloat16 and {t.dtype for t in own.optimizer.state[kept].values()} == {torch.float32}
+    state, want = train(own, 4), train(deepspeeds, 4)
+    assert not deepspeeds.optimizer.state.keys() & {kept} and state.keys() == want.keys()
+    for key, tensors in want.items():
+        assert all(torch.equal(state[key][name], tensor) for name, tensor in tensors.items()), key
+    weights = state["model"]
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in weights.values())
+    for network in (own, deepspeeds):
+        assert all(torch.equal(p, weights[name].to(p.dtype)) for name, p in network.module.named_parameters())
+
+
+def test_master_weights_are_written_and_read_unrounded():
+    network = engine(2, True)
+    state = train(network, 2)
+    fresh = engine(2, True)
+    fresh.load_states({key: state[key] for key in ("model", "exp_avg", "exp_avg_sq", "ema")})
+    again = fresh.full_state(keep=True)
+    assert all(torch.equal(again[key][name], t) for key in state for name, t in state[key].items())
+
+
+@pytest.mark.parametrize(("overrides", "own"), [
+    ({}, True),
+    ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
+    ({"data_types": {"grad_accum_dtype": "fp32"}}, False),
+])  # fmt: skip
+def test_where_float32_gradients_are_wanted_deepspeed_keeps_master_weights(overrides, own):
+    def asked(stage: int, bf16: bool) -> bool:
+        config = deepspeed_config(stage=stage, bf16=bf16, micro_batch_size=1, accumulation=1, world_size=1,
+                                  overrides=overrides)  # fmt: skip
+        return config["bf16"].get("bf16_master_weights_and_grads", False)
+
+    assert [asked(stage, True) for stage in range(4)] == [False, own, own, False]
+    assert not any(asked(stage, False) for stage in range(4))
+
+
+def test_reads_and_copies_are_seen():
     reads, numbers = HostReads(), torch.ones(3)
     with reads:
         numbers.sum().item()
@@ -56,19 +107,29 @@ def test_reads_are_seen():
             numbers.nonzero()
         numbers * 2
     assert sum(reads.seen.values()) == 3 and all("test_launch_step.py" in key for key in reads.seen)
+    a, b, aten = torch.ones(6), torch.ones(6, dtype=torch.bfloat16), torch.ops.aten
+    calls = [(aten.copy_.default, a, b), (aten.add_.Tensor, a, b), (aten.cat.default, [a, a])]
+    calls.append((aten.view.default, a, [2, 3]))
+    assert [moved_bytes(function, args, {}, function(*args)) for function, *args in calls] == [36, 60, 96, 0]
 
 
 @pytest.mark.parametrize("overrides", [
     ("train.precision=bfloat16",),
-    ("train.micro_batch_size=4", "train.compile=aot_eager"),
+    ("train.precision=bfloat16", "train.micro_batch_size=4", "train.compile=aot_eager"),
     ("train.precision=bfloat16", "deepspeed.zero_stage=2"),
 ], ids=["bfloat16", "accumulated_compiled", "zero2"])  # fmt: skip
-def test_a_step_reads_nothing_on_the_host(tmp_path, overrides):
-    """Neither this project nor DeepSpeed, from the first step on, checkpoints and log lines aside."""
+def test_what_a_step_reads_on_the_host_and_copies(tmp_path, overrides):
+    """Neither this project nor DeepSpeed reads, from the first step on, checkpoints and log lines aside.
+
+    DeepSpeed reads and writes every gradient three times (into a bucket, its owner's part, one flat tensor) and every
+    weight once, however many micro-batches a step has: 16 bytes of each trained parameter.
+    """
     data = {**toy.LIGHTNINGDIT["data"], "data_path": str(toy.write_latents(tmp_path / "latents"))}
     train = {"output_dir": str(tmp_path), "max_steps": 3}
     config = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train)
     command = [sys.executable, "-m", "tests.host_reads", str(config), str(tmp_path / "reads.json"), *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "reads.json").read_text()) == {}
+    found = json.loads((tmp_path / "reads.json").read_text())
+    assert found["reads"] == {}
+    assert sum(found["copies"].values()) == pytest.approx(COPIED, abs=0.1), found["copies"]
