@@ -195,15 +195,16 @@ class Contest:
             return
         ready.peak_gb = peak.gigabytes
         progress.ready[name] = ready
-        for other, why in self.wrong(job, {n: r.value for n, r in progress.ready.items()}, shared).items():
-            progress.drop(other)
-            rows.append(self._write(job, other, "incorrect", why))
-        if name in progress.ready:
-            try:
+        try:
+            for other, why in self.wrong(job, {n: r.value for n, r in progress.ready.items()}, shared).items():
+                progress.drop(other)
+                rows.append(self._write(job, other, "incorrect", why))
+            if name in progress.ready:
                 progress.early[name] = self._glance(ready.laps)
-            except timing.LapFailed as failure:
-                progress.drop(name)
-                rows.append(self._write(job, name, *_status(failure.__cause__)))
+        except Exception as error:
+            progress.drop(name)
+            cause = error.__cause__ if isinstance(error, timing.LapFailed) else error
+            rows.append(self._write(job, name, *_status(cause)))
 
     def _glance(self, laps: dict[str, Lap]) -> Parts:
         return timing.interleave(laps, self.device, min(EARLY, self.seconds / self.rounds), rounds=1)

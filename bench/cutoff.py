@@ -1,6 +1,7 @@
 """Ends a measurement early and in order: when its time is up, and when the process is told to stop."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +27,23 @@ class CutOff(BaseException):
 def stoppable() -> Iterator[None]:
     """Within the context the first SIGTERM or SIGINT raises `CutOff`; what comes after it is ignored.
 
-    `timeout` sends its signal twice, to the process and to its group: the second must not end what the first began.
+    `timeout` sends its signal twice, to the process and to its group: the second must not end what the first began, nor
+    must the end of the loaders' processes, of which torch makes an exception wherever this one is. They inherit the
+    handler, and end as they would without it.
     """
+    owner = os.getpid()
 
     def stop(number: int, frame: object) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         for other in SIGNALS:
             signal.signal(other, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         raise CutOff(number)
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = {signal.SIGCHLD: signal.getsignal(signal.SIGCHLD)}
+    before |= {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:

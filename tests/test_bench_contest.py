@@ -1,8 +1,10 @@
 """Contests with contenders that only tell invented times: what is judged, timed, and left when a run is cut off."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +112,15 @@ def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():
     assert [row["status"] for row in rows] == ["unavailable"] * 3
 
 
+def test_who_cannot_be_judged_has_failed(monkeypatch):
+    def judge(self, job, values, shared):
+        raise MemoryError(f"no room for {len(values)}")
+
+    monkeypatch.setattr(Toy, "wrong", judge)
+    rows = toy().run(Job())
+    assert [(row["status"], row["reason"]) for row in rows] == [("failed", "MemoryError: no room for 1")] * 3
+
+
 def test_a_lap_that_fails_takes_no_other_with_it():
     def failing(name, after):
         laps = {"b": 0}
@@ -199,6 +210,26 @@ def test_what_comes_after_the_first_signal_is_ignored():
             signal.raise_signal(number)
 
 
+def test_the_end_of_a_loaders_process_does_no_harm():
+    """torch raises an error wherever the main process is when a worker dies, and the signal goes to all of them."""
+    def died(number, frame):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    before = signal.signal(signal.SIGCHLD, died)
+    try:
+        with stoppable():
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker.start()
+            with pytest.raises(CutOff):
+                signal.raise_signal(signal.SIGTERM)
+            worker.terminate()
+            worker.join()
+        assert worker.exitcode == -signal.SIGTERM, "it has no rows to write"
+        assert signal.getsignal(signal.SIGCHLD) is died
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_whole_of_several_parts():
     parts = {"a": Timing(1, "", [1.0, 2.0, 3.0]), "b": Timing(1, "", [10.0, 10.0, 40.0])}
     timed = Timed("x", Ready({}, times={"a": 100}), parts)
@@ -243,8 +274,6 @@ class Slow(Toy):
     """Really takes time, and says when it has started."""
 
     def prepare(self, job, name, shared):
-        import time
-
         print("started", name, flush=True)
         return Ready({part: Lap(lambda: time.sleep(0.02)) for part in ("", "more")}, 1)
 
