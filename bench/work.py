@@ -15,6 +15,7 @@ from kernels.judge import (
     gradients,
     leaves,
     named,
+    narrow,
     outputs,
     random_like,
     reference,
@@ -49,11 +50,11 @@ class Truth:
         if direction != "backward":
             mutated = {name: call.inputs[name] for name in self.op.mutates if call.inputs[name] is not None}
             wrong += faults({name: result.detach() for name, result in results.items()} | mutated,
-                            self._eager, self._exact)  # fmt: skip
+                            self._eager, self._exact, narrow(self.inputs))  # fmt: skip
         if direction != "forward":
             found = dict(zip(call.leaves, call.gradients(results, self.upstream), strict=True))
             merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}
-            wrong += faults(merged, self._eager_gradients, self._exact_gradients)
+            wrong += faults(merged, self._eager_gradients, self._exact_gradients, narrow(self.inputs))
         return wrong
 
 

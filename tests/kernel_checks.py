@@ -13,7 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from kernels.cases import Case
-from kernels.judge import Tensors, copied, faults, gradients, leaves, outputs, random_like, reference, widened
+from kernels.judge import (
+    Inputs,
+    Tensors,
+    copied,
+    faults,
+    gradients,
+    leaves,
+    narrow,
+    outputs,
+    random_like,
+    reference,
+    widened,
+)
 from kernels.registry import Backend, Op
 
 
@@ -36,7 +48,7 @@ def check_forward(op: Op, backend: Backend, case: Case, dtype: torch.dtype, devi
         if isinstance(value, torch.Tensor):
             assert same_bits(value, before[name]), f"{op.name}: argument {name} was changed"
     eager = outputs(op, reference(op), inputs)
-    judge_all(got, eager, outputs(op, reference(op), widened(inputs)))
+    judge_all(inputs, got, eager, outputs(op, reference(op), widened(inputs)))
     for name in eager:
         assert memory_format(got[name]) == memory_format(eager[name]), f"{name}: memory format {got[name].stride()}"
         if name in op.mutates and same_bits(eager[name], inputs[name]):
@@ -51,7 +63,7 @@ def check_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
     with poisoned_memory():
         got = gradients(op, op.bind(backend), inputs, upstream)
     eager = gradients(op, reference(op), inputs, upstream)
-    judge_all(got, eager, gradients(op, reference(op), widened(inputs), widened(upstream)))
+    judge_all(inputs, got, eager, gradients(op, reference(op), widened(inputs), widened(upstream)))
 
 
 def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -66,7 +78,7 @@ def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.d
     ):
         got = gradients(op, op.bind(backend), inputs, upstream, wanted)
         eager = gradients(op, reference(op), inputs, upstream, wanted)
-        judge_all(got, eager, gradients(op, reference(op), widened(inputs), widened(upstream), wanted))
+        judge_all(inputs, got, eager, gradients(op, reference(op), widened(inputs), widened(upstream), wanted))
 
 
 def check_repeats(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -102,9 +114,9 @@ def _check_compiled(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
         upstream = {name: random_like(result) for name, result in eager.items()}
         eager = gradients(op, reference(op), inputs, upstream, keep=True)
         exact = gradients(op, reference(op), widened(inputs), widened(upstream), keep=True)
-        judge_all(gradients(op, function, inputs, upstream, keep=True), eager, exact)
+        judge_all(inputs, gradients(op, function, inputs, upstream, keep=True), eager, exact)
     else:
-        judge_all(outputs(op, function, inputs), eager, exact)
+        judge_all(inputs, outputs(op, function, inputs), eager, exact)
 
 
 def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -133,8 +145,8 @@ def check_limits(op: Op, backend: Backend, case: Case, device: str = "cpu") -> N
         assert reasons and all(isinstance(reason, str) for reason in reasons), f"no reason against {dtype}"
 
 
-def judge_all(got: Tensors, eager: Tensors, exact: Tensors) -> None:
-    wrong = faults(got, eager, exact)
+def judge_all(inputs: Inputs, got: Tensors, eager: Tensors, exact: Tensors) -> None:
+    wrong = faults(got, eager, exact, narrow(inputs))
     assert not wrong, "; ".join(wrong)
 
 

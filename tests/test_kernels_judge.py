@@ -1,0 +1,50 @@
+"""What the rule lets pass: sums as tensor cores make them, simulated; and what it does not."""
+
+import torch
+
+from kernels.judge import fault, narrow
+
+MARGIN = 0.25
+
+
+def cut_off(wide: torch.Tensor) -> torch.Tensor:
+    """float64 to float32 towards 0."""
+    near = wide.float()
+    bits = near.view(torch.int32)
+    return torch.where(near.double().abs() > wide.abs(), bits - 1, bits).view(torch.float32)
+
+
+def cosines(vectors: torch.Tensor, add) -> torch.Tensor:
+    """Those of bfloat16 rows with each other; `add` rounds the sum after each step of 16 products."""
+    wide, total = vectors.double(), torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for part in wide.split(16, dim=1):
+        total = add(total + part @ part.T).double()
+    lengths = wide.norm(dim=1)
+    return total / lengths[:, None] / lengths
+
+
+def distances(pair: list[torch.Tensor], add) -> torch.Tensor:
+    """As in the VF loss: the mean of how much more than a margin cosines differ."""
+    a, b = (cosines(vectors, add) for vectors in pair)
+    return ((a - b).abs() - MARGIN).relu().mean()
+
+
+def test_sums_that_tensor_cores_cut_off_pass_and_coarser_ones_do_not():
+    random = torch.Generator().manual_seed(0)
+    # Of the second set each row but the first resembles it: cosines near 0 in one set, and near 0.9 in the other.
+    first, other = (torch.randn(64, 1024, generator=random) for _ in range(2))
+    second = (other + 3 * other[:1]).bfloat16()
+    pair = [first.bfloat16(), second]
+    exact = distances(pair, lambda total: total)
+    got = distances(pair, cut_off).float()
+    assert fault("mean", got, exact.float(), exact), "not what float32 could do"
+    assert not fault("mean", got, exact.float(), exact, narrow=True)
+    assert not fault("mean", distances(pair, torch.Tensor.float).float(), exact.float(), exact), "rounded to nearest"
+    in_float16 = distances(pair, torch.Tensor.half).float()
+    assert fault("mean", in_float16, exact.float(), exact, narrow=True)
+
+
+def test_what_is_narrow():
+    wide = {"x": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int16), "eps": 1e-6, "bias": None}
+    assert not narrow(wide)
+    assert narrow(wide | {"bias": torch.zeros(1, dtype=torch.float16)}) and narrow({"x": torch.zeros(1).bfloat16()})
