@@ -56,8 +56,10 @@ def on_device(name: str) -> Library:
     target.parent.mkdir(parents=True, exist_ok=True)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     flags = ["-std=c++17", "--expt-relaxed-constexpr", f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC", "-shared"]
-    command = [nvcc, *flags, f"-I{emulation.CSRC}", "-o", str(target), str(SOURCES / f"{name}.cu")]
+    made = target.with_suffix(f".{os.getpid()}.so")  # others may be at it too, or have it open
+    command = [nvcc, *flags, f"-I{emulation.CSRC}", "-o", str(made), str(SOURCES / f"{name}.cu")]
     subprocess.run(command, check=True)
+    made.replace(target)
     return Library(target)
 
 
