@@ -68,9 +68,9 @@ part build 300 "$PYTHON" setup.py --quiet build_ext --inplace
 # Files without such tests may import packages that this machine lacks.
 mapfile -t files < <(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
 limit="$(share 15)"
-# Most of the time compilers are at work, on one core each: several processes, with 20 GB of the device at most.
+# Most of the time compilers are at work, on one core each: several processes.
 workers=()
-"$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 6 --maxschedchunk 4 --max-worker-restart 60)
+"$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8 --maxschedchunk 4 --max-worker-restart 60)
 part tests "$limit" "$PYTHON" -m pytest -p bench.deadline -p bench.lost_device -p no:cacheprovider "${workers[@]}" \
     --minutes "$(soft "$limit")" -q -m gpu --continue-on-collection-errors "${files[@]}"
 
