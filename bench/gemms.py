@@ -15,8 +15,9 @@ from typing import ClassVar
 
 import torch
 
-from bench import contest, program
-from bench.contest import Contest, Ready, Timed
+from bench import program
+from bench.contest import Contest
+from bench.progress import Ready, Timed
 from bench.rows import Row
 from bench.step import PAPER
 from bench.timing import Lap, lap_size
@@ -142,9 +143,7 @@ class Bench(Contest):
         if row["status"] != "ok":
             return f"{head} {row['status']}: {row['reason']}"
         part = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
-        rests = contest.rests_on(row)
-        return (f"{head} {row['tflops']:6.1f} TFLOP/s ({row['p50_ms'] * 1e3:.1f} µs ±{row['spread'] / 2:.1%}{part})"
-                + (f"; {rests}" if rests else ""))  # fmt: skip
+        return f"{head} {row['tflops']:6.1f} TFLOP/s ({row['p50_ms'] * 1e3:.1f} µs ±{row['spread'] / 2:.1%}{part})"
 
     def conclude(self, rows: list[Row]) -> None:
         for (model, batch, name), rate in means(rows).items():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench import compare, ops, step
-from bench.contest import Timed
+from bench.progress import Timed
 from bench.rows import Row
 from bench.timing import Timing
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 import kernels
-from bench import contest, program
-from bench.contest import Contest, Ready, Timed
+from bench import program
+from bench.contest import Contest, Varied
+from bench.progress import Ready, Timed
 from bench.rows import Row
 from bench.step import PAPER
 from kernels.judge import fault
@@ -74,7 +75,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Varied):
     """One model and batch, to be sampled in several ways by turns."""
 
     model: str
@@ -83,13 +84,6 @@ class Job:
     precision: str
     variants: tuple[Variant, ...]
     tokenizer: AutoencoderConfig = F16D32
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(variant.name for variant in self.variants)
-
-    def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
 
     def __str__(self) -> str:
         return f"{self.model} batch {self.batch} {self.precision}"
@@ -155,10 +149,8 @@ class Bench(Contest):
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["extrapolated"]["parts_ms"].items())
-        rests = contest.rests_on(row)
         return (f"{head} {row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
-                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}{others}"
-                + (f"; {rests}" if rests else ""))  # fmt: skip
+                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}{others}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench import contest, program
+from bench import program
 from bench.breakdown import breakdown, longest, profiled
-from bench.contest import Contest, Ready, Timed
+from bench.contest import Contest, Varied
+from bench.progress import Ready, Timed
 from bench.rows import Row
 from bench.timing import Lap
 from bench.training import STEPS, VARIANTS, Variant
@@ -31,20 +32,13 @@ LOSS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Varied):
     """One model and batch, to be trained in several ways by turns."""
 
     model: str
     config: ModelConfig
     batch: int
     variants: tuple[Variant, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(variant.name for variant in self.variants)
-
-    def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
 
     def __str__(self) -> str:
         return f"{self.model} batch {self.batch}"
@@ -123,7 +117,6 @@ def text(row: Row) -> str:
     share = f", {row['mfu']:.1%} MFU" if row["mfu"] else ""
     memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
     others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
-    others += f"; {rests}" if (rests := contest.rests_on(row)) else ""
     hours = row["extrapolated"]["hours"]
     return (f"{head} {row['images_per_second']:7.1f} images/s{share} ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
             f"{memory}), 64 epochs on 8 GPUs: {hours:.1f} h (extrapolated){others}")

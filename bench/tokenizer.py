@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from bench import contest, program
+from bench import program
 from bench.breakdown import breakdown, longest, profiled
-from bench.contest import Contest, Ready, Timed
+from bench.contest import Contest, Varied
+from bench.progress import Ready, Timed
 from bench.rows import Row
 from bench.timing import Lap
 from kernels.judge import fault
@@ -85,7 +86,7 @@ QUICK = ("auto", "auto-channels-last", "reference", "reference-channels-last", "
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Varied):
     """One part, precision and batch, by several contenders."""
 
     part: str
@@ -95,13 +96,6 @@ class Job:
     config: AutoencoderConfig = F16D32
     size: int = SIZE
     overrides: tuple[str, ...] = ()  # of the run file that is trained
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(variant.name for variant in self.variants)
-
-    def variant(self, name: str) -> Variant:
-        return next(variant for variant in self.variants if variant.name == name)
 
     def __str__(self) -> str:
         return f"{self.part} batch {self.batch} {self.precision}"
@@ -171,9 +165,8 @@ class Bench(Contest):
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
         others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
-        rests = contest.rests_on(row)
         return (f"{head} {row['images_per_second']:8.1f} images/s ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
-                f"{share}{memory}){others}" + (f"; {rests}" if rests else ""))  # fmt: skip
+                f"{share}{memory}){others}")  # fmt: skip
 
 
 def wrong_losses(values: Mapping[str, dict[str, float] | None]) -> dict[str, str]:

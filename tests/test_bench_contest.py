@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import pytest
 
 from bench import contest, program, roofline
-from bench.contest import TIME_IS_UP, Contest, Ready, Timed, rests_on, work_through
+from bench.contest import TIME_IS_UP, Contest, rests_on, work_through
 from bench.cutoff import CutOff, Deadline, stoppable
+from bench.progress import Ready, Timed
 from bench.rows import Log, read
 from bench.timing import HostDevice, Lap, Timing
 
@@ -79,7 +80,7 @@ class Toy(Contest):
         return {"seen": True}
 
     def text(self, row):
-        return f"{row['contender']} {row['status']} {rests_on(row)}".strip()
+        return f"{row['contender']} {row['status']}"
 
 
 def toy(path=None, **settings) -> Toy:
@@ -170,6 +171,7 @@ def test_when_the_time_is_up_whoever_was_timed_has_a_row(bursts, capsys):
     if bursts < 18:
         early = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": TIME_IS_UP}
         assert rests == [early] * started and (TIME_IS_UP in printed)
+        assert printed.count("ok; 1 burst just after it had started, cut off: the time is up") == started
     else:
         assert all(rest["bursts"] <= 4 and (rest["cut_off"] is None) == (rest == WHOLE) for rest in rests)
         assert (rests == [WHOLE] * 3) == (bursts >= 18 + 12 + 24 - 1)
