@@ -105,8 +105,16 @@ def stop_processes() -> None:
         dist.destroy_process_group()
 
 
-def compile_mode(asked: str, stage: int) -> str:
-    """What `train.compile` comes to on this machine under a ZeRO stage: a mode other than "auto"."""
+def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:
+    """What `train.compile` comes to on this machine under a ZeRO stage: a mode other than "auto".
+
+    Raises ValueError for CUDA graphs where gradients would wait in a graph's memory for those of the next micro-batch
+    (`accumulation` of them make a step), whose replay overwrites them. ZeRO 2 and 3 take each away at once.
+    """
+    if asked == "cudagraphs" and accumulation > 1 and stage < 2:
+        raise ValueError(f"train.compile is cudagraphs, but train.micro_batch_size cuts a step into {accumulation} "
+                         f"parts and deepspeed.zero_stage {stage} leaves gradients where the next part's are written: "
+                         "use zero_stage 2, compile inductor, or a step in one part")
     if asked != "auto":
         return asked
     return "inductor" if uses_cuda() and stage < 3 else "none"
@@ -115,7 +123,9 @@ def compile_mode(asked: str, stage: int) -> str:
 def compile_network(module: nn.Module, mode: str) -> None:
     """Let `module.forward` run compiled, as one graph for each shape; a graph break is an error.
 
-    Not the call around it: DeepSpeed's hooks on the module cannot be traced.
+    Not the call around it: DeepSpeed's hooks on the module cannot be traced. With "cudagraphs", forward and backward
+    are a graph each. Weights are read where they lie, at the same addresses after each step; the inputs, some
+    megabytes, are copied in; nothing random is drawn inside.
     """
     if mode == "none":
         return

@@ -35,8 +35,11 @@ class Task(Protocol):
     def to(self, device: torch.device) -> None:
         """Move frozen helpers to the device."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device) -> Tensors:
-        """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step)."""
+    def draw(self, step: int, batch_size: int, device: torch.device, into: Tensors | None = None) -> Tensors:
+        """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
+
+        They are written into those of an earlier call, so that each step finds its own at the same addresses.
+        """
 
     def train_step(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, step: int,
                    backward: Callable[[str, torch.Tensor], None]) -> Tensors:
@@ -81,6 +84,7 @@ class Trainer:
         self._validation = validation
         self._meter, self._clock = Meter(), Clock()
         self._stop_signal: int | None = None
+        self._draws: Tensors | None = None
         self.step = 0
         start = self._agree(self._find_start())
         if start is not None:
@@ -152,7 +156,8 @@ class Trainer:
         optimizer = self.plan.optimizer
         for engine in self.engines.values():
             engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))
-        draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device)
+        draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device, self._draws)
+        self._draws = draws
         for micro in range(self.split.accumulation):
             batch = self._to_device(next(stream))
             start, stop = self.split.bounds(micro, self.processes.rank)
@@ -310,7 +315,8 @@ class Trainer:
                 ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned,
             )
 
-        return Engine(network, make_optimizer, config, compile_mode(train.compile, ds.zero_stage))
+        mode = compile_mode(train.compile, ds.zero_stage, self.split.accumulation)
+        return Engine(network, make_optimizer, config, mode)
 
     def _to_device(self, batch: Tensors) -> Tensors:
         return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}

@@ -56,21 +56,27 @@ class LightningDiTTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str) -> Tensors:
+    def draw(
+        self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None
+    ) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
-        A function of (seed, step) and the kind of device: whoever slices it sees the same run.
+        A function of (seed, step) and the kind of device: whoever slices it sees the same run. With `into`, the result
+        of an earlier call of the same sizes, its tensors are overwritten and returned.
         """
         config = self.config
         noise, times, drops = (generator(self._seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
         shape = (batch_size, config.in_channels, config.input_size, config.input_size)
-        return {
-            "noise": torch.randn(shape, generator=noise, device=device),
-            "t": self.transport.sample_timesteps(
-                batch_size, generator=times, device=device, lognorm=self._lognorm_at(step)
-            ),
-            "drop": torch.rand(batch_size, generator=drops, device=device) < config.class_dropout_prob,
+        draws = into or {
+            "noise": torch.empty(shape, device=device),
+            "t": torch.empty(batch_size, device=device),
+            "drop": torch.empty(batch_size, dtype=torch.bool, device=device),
         }
+        draws["noise"].normal_(generator=noise)
+        t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=self._lognorm_at(step))
+        draws["t"].copy_(t)
+        torch.lt(torch.rand(batch_size, generator=drops, device=device), config.class_dropout_prob, out=draws["drop"])
+        return draws
 
     def _lognorm_at(self, step: int) -> bool:
         return self.transport.use_lognorm and (self._lognorm_until is None or step <= self._lognorm_until)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import kernels
-from launch.engine import Engine, deepspeed_config, start_processes
+from launch.config import load
+from launch.engine import Engine, compile_mode, deepspeed_config, start_processes
 from launch.optimizer import AdamWEma
+from launch.train import make_trainer
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from lightningdit.modulation import evenly_spaced
@@ -97,6 +99,42 @@ def test_where_float32_gradients_are_wanted_deepspeed_keeps_master_weights(overr
 
     assert [asked(stage, True) for stage in range(4)] == [False, own, own, False]
     assert not any(asked(stage, False) for stage in range(4))
+
+
+def test_what_a_graph_would_read_stays_at_its_addresses(tmp_path, monkeypatch):
+    """Weights and the step's random numbers; the numbers themselves are new ones in every step."""
+    data = {**toy.LIGHTNINGDIT["data"], "data_path": str(toy.write_latents(tmp_path / "latents"))}
+    path = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train={"output_dir": str(tmp_path)})
+    run, _ = load(path, ["train.precision=bfloat16", "train.micro_batch_size=4"], kind="lightningdit")
+    trainer, seen = make_trainer(run, "lightningdit", start_processes()), []
+    step = trainer.task.train_step
+
+    def watched(engines, batch, draws, number, backward):
+        seen.append({name: (value.data_ptr(), value.clone()) for name, value in draws.items()})
+        return step(engines, batch, draws, number, backward)
+
+    monkeypatch.setattr(trainer.task, "train_step", watched)
+    weights = dict(trainer.task.networks["model"].named_parameters())
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in weights.items() if p.requires_grad}
+    stream = trainer.stream()
+    for _ in range(3):
+        trainer.train_step(stream)
+    for micro in range(2):
+        first, *later = seen[micro::2]
+        for draws in later:
+            assert {name: address for name, (address, _) in draws.items()} == {k: v[0] for k, v in first.items()}
+            assert not torch.equal(draws["noise"][1], first["noise"][1])
+            assert not torch.equal(draws["t"][1], first["t"][1])
+    assert all(weights[name].data_ptr() == address for name, (address, _) in before.items())
+    assert any(not torch.equal(weights[name], value) for name, (_, value) in before.items())
+
+
+def test_graphs_whose_gradients_the_next_one_would_overwrite_are_refused():
+    for stage in (0, 1):
+        with pytest.raises(ValueError, match=rf"cuts a step into 2 parts and deepspeed\.zero_stage {stage} "):
+            compile_mode("cudagraphs", stage, accumulation=2)
+    assert [compile_mode("cudagraphs", *at) for at in ((0, 1), (1, 1), (2, 2))] == ["cudagraphs"] * 3
+    assert compile_mode("inductor", 1, accumulation=2) == "inductor"
 
 
 def test_reads_and_copies_are_seen():

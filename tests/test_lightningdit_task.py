@@ -72,6 +72,9 @@ def test_draws_are_of_seed_and_step_alone(latents, ops):
     again, seeded = t.draw(5, 8, "cpu"), task(latents, ops, seed=1).draw(5, 8, "cpu")
     for name, shape in (("noise", (8, 4, 4, 4)), ("t", (8,)), ("drop", (8,))):
         assert first[name].shape == shape and torch.equal(first[name], again[name])
+    rewritten = t.draw(6, 8, "cpu", into=again)
+    assert all(rewritten[name] is again[name] for name in ("noise", "t", "drop"))
+    assert all(torch.equal(rewritten[name], value) for name, value in other.items())
     for different in (other, seeded):
         assert not torch.equal(first["noise"], different["noise"]) and not torch.equal(first["t"], different["t"])
 

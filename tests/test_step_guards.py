@@ -6,11 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels.device import triton_reasons
 from kernels.triton_launch import INTERPRETED
 from lightningdit.config import ModelConfig
+from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from tests.kernel_launches import launches
 from tests.step_graph import moved_bytes, passes, trace
@@ -116,6 +120,36 @@ def test_bytes_that_a_block_moves_forward():
     want = 2 * 4 + (3 + 1) + 3 * hidden + (1 + 3) + (1 + 1) + (1 + 2 * hidden) + (hidden + 1)
     got = (moved_bytes(two.forward, TENSOR) - moved_bytes(one.forward, TENSOR)) / (TENSOR * 2)
     assert got == pytest.approx(want, rel=0.15)  # weights, tables and statistics come on top
+
+
+def test_nothing_is_made_on_the_host():
+    """On a GPU, network and loss leave nothing to the CPU: no copy between the two, nothing that no graph can hold."""
+    config = ModelConfig(**SHAPE, **PAPER, depth=2)
+    if reasons := triton_reasons():
+        pytest.skip("; ".join(reasons))
+    network = LightningDiT(config, kernels.select("triton")).half()
+    kept = network.state_dict()
+    transport = Transport(use_cosine_loss=True, use_lognorm=True)
+
+    def model(x, t, y):
+        return torch.func.functional_call(network, state, (x, t, y))
+
+    class Elsewhere(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            found.extend(str(func) for t in tree_leaves(result) if isinstance(t, torch.Tensor) and not t.is_cuda)
+            return result
+
+    found = []
+    with FakeTensorMode():  # tensors without memory, so that they may be on any device
+        state = {k: torch.empty(t.shape, dtype=t.dtype, device="cuda") for k, t in kept.items()}
+        x, noise = torch.empty(2, BATCH, 4, 16, 16, device="cuda")
+        t, y = torch.empty(BATCH, device="cuda"), torch.empty(BATCH, dtype=torch.int64, device="cuda")
+        with Elsewhere():
+            transport.training_losses(model, x, t=t, x0=noise, y=y)
+            assert not found
+            torch.arange(3).to("cuda")
+    assert found == ["aten.arange.default"]
 
 
 def test_no_graph_break():

@@ -134,11 +134,16 @@ class VavaeTask:
             raise ValueError(f"the checkpoint was trained on other classes ({state['classes'][:5]} …) than "
                              f"{self.batches.root} has ({list(self.batches.classes[:5])} …)")
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str) -> Tensors:
-        """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32."""
+    def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
+        """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32.
+
+        With `into`, the result of an earlier call of the same sizes, its tensor is overwritten and returned.
+        """
         shape = (batch_size, self.model.embed_dim, self.grid, self.grid)
         generator = seeds.generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
-        return {"noise": torch.randn(shape, generator=generator, device=device)}
+        draws = into or {"noise": torch.empty(shape, device=device)}
+        draws["noise"].normal_(generator=generator)
+        return draws
 
     def loss_at(self, step: int) -> LossConfig:
         """The loss in force at a step (from 1)."""
