@@ -112,7 +112,9 @@ def test_the_run_that_is_trained_has_every_term(setting):
     step, losses = setting.contender(BARE)
     assert set(JUDGED_LOSSES) | {"perceptual", "g_loss"} <= set(losses) and all(losses[k] != 0 for k in JUDGED_LOSSES)
     x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
-    assert 1e-3 < float(Perceptual(run.loss.perceptual_weights)(x, y)) < 1e3, "activations neither vanish nor explode"
+    perceptual = Perceptual(run.loss.perceptual_weights)
+    assert 1e-3 < float(perceptual(x, y)) < 1e3
+    assert 0.05 < perceptual.net.net(x)[-1].std() < 20, "activations neither vanish nor explode"
     assert len(step._task.batches) == 6 and step._batch["image"].shape == (4, 3, 16, 16)
     assert 0.2 < step._batch["image"].std() < 1
     assert setting.flops > 3 * flops_per_image(TINY, 16)["decode"]
