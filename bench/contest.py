@@ -122,7 +122,7 @@ class Contest:
 
     def _measure(self, job: Any, progress: Progress, rows: list[Row]) -> None:
         try:
-            shared = self.set_up(job)
+            shared = progress.shared = self.set_up(job)
         except Exception as error:
             rows += [self._write(job, name, *_status(error)) for name in job.names]
             return

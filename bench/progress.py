@@ -45,8 +45,12 @@ class Timed:
 
 @dataclass
 class Progress:
-    """How far a job has come: who has started, and what was timed of whom."""
+    """How far a job has come: who has started, and what was timed of whom.
 
+    `shared` lives as long: contenders may read files that go with it.
+    """
+
+    shared: Any = None
     ready: dict[str, Ready] = field(default_factory=dict)
     early: dict[str, Parts] = field(default_factory=dict)
     turns: dict[tuple[str, str], Timing] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -111,6 +112,24 @@ def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():
     assert [row["reason"] for row in rows if row["status"] == "failed"] == ["RuntimeError: out of memory"]
     rows = toy(shared=ImportError("x")).run(Job())
     assert [row["status"] for row in rows] == ["unavailable"] * 3
+
+
+def test_what_contenders_share_lives_until_their_rows_are_written(monkeypatch):
+    class Folder:
+        """Such as a directory of files that is removed with its object."""
+
+    alive, seen = [], []
+
+    def set_up(self, job):
+        folder = Folder()
+        alive.append(weakref.ref(folder))
+        return folder
+
+    monkeypatch.setattr(Toy, "set_up", set_up)
+    monkeypatch.setattr(Toy, "prepare", lambda self, job, name, shared: Ready({"": Lap(lambda: 0.01)}, 1))
+    monkeypatch.setattr(Toy, "afterwards", lambda self, job, ready: seen.append(alive[0]() is not None) or {})
+    toy().run(Job())
+    assert seen == [True] * 3 and alive[0]() is None
 
 
 def test_who_cannot_be_judged_has_failed(monkeypatch):
