@@ -40,7 +40,7 @@ CEILINGS: dict[str, Ceiling] = {
     "group_norm_silu_apply": Ceiling(64, 33 * 1024),
     "group_norm_silu_sums": Ceiling(128, 65 * 1024),
     "group_norm_silu_gradients": Ceiling(128, 65 * 1024),
-    "rope_attention_fwd_resident_kernel": Ceiling(184, 88 * 1024, wgmma=True, wide_loads=True),
+    "rope_attention_fwd_resident_kernel": Ceiling(255, 88 * 1024, wgmma=True, wide_loads=True),
     "rope_attention_fwd_kernel": Ceiling(255, 30 * 1024, wgmma=True, wide_loads=True, stack=336),
     "rope_attention_bwd_dq_kernel": Ceiling(255, 98 * 1024, wgmma=True, wide_loads=True, stack=112),
     "rope_attention_bwd_dkdv_kernel": Ceiling(255, 92 * 1024, wgmma=True, wide_loads=True, stack=16),

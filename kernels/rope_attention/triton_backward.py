@@ -159,7 +159,13 @@ def rope_attention_bwd_dq_kernel(
     for start in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
         at, left = tl.cast(start, tl.int64), tokens - start
         here = table + at * D if ROPE else table
+        tile = (sample * parts * tiles + start // BQ) * cols + head * D
+        into_weight = of_weight + tile if NORM else of_weight
+        into_bias = of_bias + tile if SUMMED else of_bias
         do, do_rest = load_head(grad + at * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q)
+        if SUMMED:
+            of_values = into_bias + tl.num_programs(0).to(tl.int64) * tiles * D
+            store_column_sums(of_values, do, do_rest, D, MAIN, REST)
         o, o_rest = load_head(out + at * cols, cols, left, BQ, D, MAIN, REST, RAGGED_Q)
         dot = row_sums(o, do, v_bias, 0, D, BIASED)
         if REST:
@@ -182,15 +188,11 @@ def rope_attention_bwd_dq_kernel(
                 dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_rest,
                                         tokens - first, scale, REST, RAGGED_K)
         natural = scale * LN_2
-        tile = (sample * parts * tiles + start // BQ) * cols + head * D
-        into_weight = of_weight + tile if NORM else of_weight
-        into_bias = of_bias + tile if SUMMED else of_bias
+        if NORM:
+            tl.debug_barrier()  # else what the way back needs is loaded before, and registers spill
         store_turned_back(dq * natural, dq_rest * natural, queries + at * stride_n, dqkv + at * 3 * cols, stride_n,
                           3 * cols, left, here, q_weight, q_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
                           NORM, BIASED, SUMMED, RAGGED_Q)
-        if SUMMED:
-            of_values = into_bias + tl.num_programs(0).to(tl.int64) * tiles * D
-            store_column_sums(of_values, do, do_rest, D, MAIN, REST)
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])

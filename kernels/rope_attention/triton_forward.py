@@ -267,6 +267,8 @@ def rope_attention_fwd_kernel(
     top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
     for first in range(0, tokens, BK):
         at = tl.cast(first, tl.int64)
+        if NORM:
+            tl.debug_barrier()  # else keys are loaded before the last ones are done with, and registers spill
         k, k_rest = load_turned(keys + at * stride_n, stride_n, tokens - first, table + at * D if ROPE else table,
                                 k_weight, k_bias, eps, BK, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_K)
         v, v_rest = load_head(values + at * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
