@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 
 import lightningdit.cost as dit_cost
-import vavae.cost as vae_cost
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, load, select_ops
 from launch.loader import Split
 from launch.plan import Network, RunPlan
 from lightningdit.data import LatentDataset
 from lightningdit.model import LightningDiT
 from lightningdit.task import LightningDiTTask
-from vavae.data import ImageFolder
-from vavae.task import VavaeTask
 
 if TYPE_CHECKING:
     from launch.engine import Processes
     from launch.trainer import Trainer
+    from vavae.data import ImageFolder
+    from vavae.task import VavaeTask
 
 Run = LightningDiTRun | VavaeRun
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -80,7 +79,10 @@ def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
     return trainer
 
 
-def _vavae_task(run: VavaeRun, ops) -> tuple[VavaeTask, ImageFolder | None]:
+def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
+    from vavae.data import ImageFolder  # imports torchvision, and the task timm and lpips: seconds of their own
+    from vavae.task import VavaeTask
+
     task = VavaeTask(
         model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
         seed=run.train.global_seed, global_batch_size=run.train.global_batch_size, stages=run.stages,
@@ -133,6 +135,8 @@ def _count_images(run: Run, kind: str) -> tuple[int, bool]:
     if not Path(run.data.data_path).is_dir():
         return run.data.num_images, True
     if kind == "vavae":
+        from vavae.data import ImageFolder
+
         return len(ImageFolder.from_config(run.data, 0)), False
     return len(LatentDataset.from_config(run.data, 0)), False
 
@@ -152,6 +156,8 @@ def _lightningdit_costs(run: LightningDiTRun):
 
 
 def _vavae_costs(run: VavaeRun):
+    import vavae.cost as vae_cost
+
     costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size)
     width = BYTES[run.train.precision]
     frozen = costs.pop("frozen", None)

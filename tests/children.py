@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["launch.train", "launch.trainer", "launch.engine"])
+_context.set_forkserver_preload(["launch.train", "launch.trainer", "launch.engine", "vavae.task"])
 
 
 @dataclass(frozen=True)

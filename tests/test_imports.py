@@ -1,0 +1,48 @@
+"""What starting a program costs: which packages an import brings, and how many modules in all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+#: Packages that take a second or hundreds of modules to import, to be brought by what computes with them alone.
+HEAVY = (
+    "torch", "torch._dynamo", "torchvision", "triton", "deepspeed", "timm", "lpips", "torchdiffeq", "sklearn", "scipy",
+    "matplotlib", "PIL", "tensorboard", "torch_fidelity", "nvidia.dali",
+)  # fmt: skip
+HOUSE = ("kernels", "lightningdit", "vavae", "launch", "bench")
+
+#: Statement → what of HEAVY it may bring, and the most modules of this project.
+COSTS = {
+    "import kernels": ({"torch"}, 12),
+    "import lightningdit.model": ({"torch"}, 20),
+    "import vavae.model": ({"torch"}, 6),
+    "import launch.train": ({"torch"}, 36),
+    "import launch.engine": ({"torch", "deepspeed"}, 24),
+    "import sys; from launch.__main__ import main; main(['--help'])": (set(), 2),
+}
+
+LISTED = "import sys; print(*sys.modules, sep='\\n')"
+
+
+def modules_after(statement: str) -> set[str]:
+    command = [sys.executable, "-c", f"{statement}\n{LISTED}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", COSTS)
+def test_what_an_import_brings(statement):
+    allowed, most = COSTS[statement]
+    loaded = modules_after(statement)
+    assert {name for name in HEAVY if name in loaded} <= allowed
+    ours = sorted(name for name in loaded if name.split(".")[0] in HOUSE)
+    assert ours and len(ours) <= most, f"{len(ours)} modules of this project: {ours}"
+
+
+def test_what_is_brought_is_seen():
+    loaded = modules_after("import PIL, launch")
+    assert {"PIL", "launch"} <= loaded and "torch" not in loaded
