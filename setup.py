@@ -21,7 +21,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--threads=1"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--threads=2"]  # two architectures at a time
 #: Wheel → a file of it, below the folder that NVIDIA's wheels share.
 WHEELS_BESIDE_NVCC = {
     "nvidia-nvvm": "nvvm/bin/cicc",

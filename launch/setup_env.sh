@@ -38,7 +38,7 @@ _build_extension() {
     want="$(find "$_root/setup.py" "$_root/csrc" -type f -print0 | sort -z | xargs -0 cat | cksum)"
     want+=" $("$PYTHON" --version) $_pinned_torch ${LIGHTNINGDIT_CUDA_ARCHS:-}"
     [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
-    _say "building the CUDA kernels (a minute the first time)"
+    _say "building the CUDA kernels (some minutes the first time)"
     mkdir -p "$_root/build"
     (cd "$_root" && "$PYTHON" setup.py --quiet build_ext --inplace) >"$_root/build/extension.log" 2>&1 ||
         { _say "the CUDA kernels do not build:"; cat "$_root/build/extension.log" >&2; return 1; }

@@ -1,4 +1,7 @@
-"""Without a CUDA device Triton's kernels run in its interpreter; that has to be said before Triton is imported."""
+"""Without a CUDA device Triton's kernels run in its interpreter; that has to be said before Triton is imported.
+
+And the order of the files.
+"""
 
 import os
 
@@ -6,3 +9,17 @@ from kernels.device import cuda_reasons
 
 if cuda_reasons():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+#: Files that take longest, by the time they take. They come first: with a process for each core, one of them at the end
+#: would leave the other cores without work.
+LONGEST = (
+    "test_kernels_ops.py", "test_launch_train.py", "test_csrc_emulation.py", "test_kernels_ahead_of_time.py",
+    "test_csrc_mutations.py", "test_step_guards.py", "test_models_on_kernels.py", "test_csrc_setup.py",
+    "test_launch_digits.py", "test_launch_evaluate.py", "test_csrc_resources.py", "test_launch_metrics.py",
+    "test_kernels_registry.py", "test_bench_step.py", "test_bench_gpu_script.py", "test_launch_quickstart.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))

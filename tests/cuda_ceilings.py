@@ -12,15 +12,15 @@ class Ceiling:
         shared: bytes of static shared memory.
         wide_loads: so many of its instances, at least, read 128 bits at a time: those for aligned rows.
         hmma: so many multiply on the tensor cores: those for 16-bit inputs.
-        spills: bytes of registers that an instance may store in local memory.
-        spilling: parts of the symbols of instances that may store any number.
+        stack: bytes of local memory, where registers that spill go, that an instance may have.
+        spilling: parts of the symbols of instances that may have any number.
     """
 
     registers: int
     shared: int = 0
     wide_loads: int = 0
     hmma: int = 0
-    spills: int = 0
+    stack: int = 0
     spilling: tuple[str, ...] = ()
 
 
@@ -42,6 +42,6 @@ CEILINGS: dict[str, Ceiling] = {
     # others are float32, and wider than 72.
     "rope_attention_fwd": Ceiling(registers=255, shared=2560, wide_loads=16, hmma=14, spilling=("IfLi72E",)),
     "rope_attention_bwd": Ceiling(
-        registers=255, shared=2560, wide_loads=16, hmma=14, spills=16, spilling=("IfLi72E", "Li128E"),
+        registers=255, shared=2560, wide_loads=16, hmma=14, stack=16, spilling=("IfLi72E", "Li128E"),
     ),
 }
