@@ -161,6 +161,9 @@ def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulat
         # One group, so that the optimizer sees every gradient of this process at once.
         config["zero_optimization"]["sub_group_size"] = int(1e15)
     config = merge(config, overrides)
+    if world_size == 1 and stage in (1, 2):
+        # There is nobody to talk to while the backward pass goes on, and before it talks it waits for the device.
+        config["zero_optimization"]["overlap_comm"] = False
     if bf16 and stage in (1, 2) and not _wants_float32_gradients(config):
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return config

@@ -1,10 +1,15 @@
-"""How processes start on a GPU, with stand-ins for what needs one."""
+"""How processes start and step on a GPU, with stand-ins for what needs one."""
+
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import kernels
 from launch import engine
+from launch.config import DEEPSPEED_FILES
+from launch.optimizer import AdamWEma
 
 
 class Refusing:
@@ -38,3 +43,26 @@ def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     assert asked["backend"] == asked["dist_backend"] == "nccl" and asked["dist_init_required"] is False
     assert found.host_group == ("gloo" if launched else None)
     assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_one_process_waits_for_no_device(stage, monkeypatch):
+    """With the shipped files and on an accelerator with streams, where the host has to ask for order."""
+    engine.start_processes()
+    accelerator, waits = engine.deepspeed.get_accelerator(), []
+    monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
+    monkeypatch.setattr(accelerator, "synchronize", lambda *device: waits.append(device))
+    shipped = json.loads((DEEPSPEED_FILES / f"zero{stage}.json").read_text())
+    config = engine.deepspeed_config(stage=stage, bf16=True, micro_batch_size=2, accumulation=1, world_size=1,
+                                     overrides=shipped)  # fmt: skip
+
+    def optimizer(parameters, partitioned: bool) -> AdamWEma:
+        return AdamWEma(parameters, kernels.select("reference"), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
+                        ema_decay=0.9, max_grad_norm=0.0, partitioned=partitioned)  # fmt: skip
+
+    network = engine.Engine(torch.nn.Linear(8, 8), optimizer, config)
+    waits.clear()
+    for _ in range(2):
+        network.backward(network(torch.ones(2, 8).bfloat16()).float().sum())
+        network.step()
+    assert network.optimizer.read_counters()["applied"] == 2 and not waits
