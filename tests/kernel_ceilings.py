@@ -43,6 +43,6 @@ CEILINGS: dict[str, Ceiling] = {
     "rope_attention_fwd_resident_kernel": Ceiling(255, 88 * 1024, wgmma=True, wide_loads=True),
     "rope_attention_fwd_kernel": Ceiling(255, 30 * 1024, wgmma=True, wide_loads=True, stack=336),
     "rope_attention_bwd_dq_kernel": Ceiling(255, 98 * 1024, wgmma=True, wide_loads=True, stack=112),
-    "rope_attention_bwd_dkdv_kernel": Ceiling(255, 92 * 1024, wgmma=True, wide_loads=True, stack=16),
+    "rope_attention_bwd_dkdv_kernel": Ceiling(255, 92 * 1024, wgmma=True, wide_loads=True, stack=24),
     "rope_attention_bwd_sums_kernel": Ceiling(40, 256, wide_loads=True),
 }

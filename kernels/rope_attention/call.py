@@ -28,8 +28,9 @@ def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.Cu
     def gradients(ctx, d_out, _):
         if d_out is None:
             return (None,) * 6
-        normed, summed = ctx.saved_tensors[3] is not None, ctx.needs_input_grad[1]
-        d_qkv, d_q_weight, d_k_weight, d_bias = backward(dense_rows(d_out), *ctx.saved_tensors, ctx.eps, summed)
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+        normed, summed = saved[3] is not None, ctx.needs_input_grad[1]
+        d_qkv, d_q_weight, d_k_weight, d_bias = backward(dense_rows(d_out), *saved, ctx.eps, summed)
         d_weights = (d_q_weight, d_k_weight) if normed else (None, None)
         return d_qkv, d_bias if summed else None, None, *d_weights, None
 

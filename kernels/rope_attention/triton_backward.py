@@ -188,7 +188,7 @@ def rope_attention_bwd_dq_kernel(
                 dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_rest,
                                         tokens - first, scale, REST, RAGGED_K)
         natural = scale * LN_2
-        if NORM:
+        if NORM or SUMMED:
             tl.debug_barrier()  # else what the way back needs is loaded before, and registers spill
         store_turned_back(dq * natural, dq_rest * natural, queries + at * stride_n, dqkv + at * 3 * cols, stride_n,
                           3 * cols, left, here, q_weight, q_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
