@@ -113,7 +113,11 @@ class Contest:
             self._measure(job, progress, rows)
         except CutOff as signal:
             cut, progress.stopped = signal, str(signal)
-        cut = self._report(job, progress, rows, cut)
+        while progress.unreported(job.names):
+            try:
+                self._report(job, progress, rows, look=cut is None)
+            except CutOff as signal:  # there is one at most
+                cut, progress.stopped = signal, progress.stopped or str(signal)
         progress.ready.clear()
         if cut is not None:
             raise cut
@@ -171,23 +175,21 @@ class Contest:
             progress.drop(failure.name[0])
             rows.append(self._write(job, failure.name[0], *_status(failure.__cause__)))
 
-    def _report(self, job: Any, progress: Progress, rows: list[Row], cut: CutOff | None) -> CutOff | None:
-        """Write the rows of all that was timed; the signal that has come by then."""
+    def _report(self, job: Any, progress: Progress, rows: list[Row], look: bool) -> None:
+        """Write the rows of all that was timed; look: there is time for what is looked at afterwards."""
         timed = progress.timed()
-        state = clocks() if self.device.kind == "cuda" and cut is None else {}
-        for name in [name for name in job.names if name in timed]:
+        state = clocks() if self.device.kind == "cuda" and look else {}
+        for name in progress.unreported(job.names):
             ready = timed[name].ready
             told = self._figures(job, timed[name], timed) | {"rests_on": self._rests_on(timed[name].parts, progress)}
             told |= {"peak_gb": ready.peak_gb, "clocks": state, **ready.about}
-            if cut is None:
+            if look:
                 try:
                     told |= self.afterwards(job, ready)
-                except CutOff as signal:
-                    cut = signal
                 except Exception as error:
                     told["afterwards"] = ": ".join(_status(error))
             rows.append(self._write(job, name, "ok", "", **told))
-        return cut
+            progress.reported.add(name)
 
     def _figures(self, job: Any, mine: Timed, everybody: dict[str, Timed]) -> Row:
         low, middle, high = (mine.seconds(q / 100) for q in (20, 50, 80))

@@ -1,5 +1,6 @@
 """How far a contest has come: contenders that have started, what was timed of them, the memory they took."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class Progress:
     early: dict[str, Parts] = field(default_factory=dict)
     turns: dict[tuple[str, str], Timing] = field(default_factory=dict)
     stopped: str = ""
+    reported: set[str] = field(default_factory=set)
 
     def drop(self, name: str) -> None:
         for where in (self.ready, self.early):
@@ -71,6 +73,11 @@ class Progress:
             elif name in self.early:
                 found[name] = Timed(name, ready, self.early[name])
         return found
+
+    def unreported(self, names: Iterable[str]) -> list[str]:
+        """Those that were timed and have no row yet."""
+        timed = self.timed()
+        return [name for name in names if name in timed and name not in self.reported]
 
     def by_turns(self, parts: Parts) -> bool:
         return any(mine is measured for mine in parts.values() for measured in self.turns.values())

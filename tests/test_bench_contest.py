@@ -223,6 +223,24 @@ def test_a_signal_leaves_the_rows_of_all_that_was_timed(number, when, timed, tmp
         assert number.name in rests_on(rows[0])
 
 
+@pytest.mark.parametrize("where", ["afterwards", "figures"])
+def test_a_signal_while_rows_are_written_loses_none(where, tmp_path, monkeypatch):
+    true, calls = getattr(Toy, where), []
+
+    def told(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return true(self, *arguments)
+
+    monkeypatch.setattr(Toy, where, told)
+    with pytest.raises(CutOff), stoppable():
+        toy(tmp_path / "rows.jsonl").run(Job())
+    rows = list(read(tmp_path / "rows.jsonl", "cpu"))
+    assert [row["contender"] for row in rows] == ["a", "b", "c"] and all(row["rests_on"] == WHOLE for row in rows)
+    assert ["seen" in row for row in rows] == [True, False, False], "no time to look at the others"
+
+
 def test_what_comes_after_the_first_signal_is_ignored():
     with stoppable():
         with pytest.raises(CutOff):
@@ -239,8 +257,10 @@ def test_the_end_of_a_loaders_process_does_no_harm():
     before = signal.signal(signal.SIGCHLD, died)
     try:
         with stoppable():
-            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            here, there = multiprocessing.Pipe()
+            worker = multiprocessing.get_context("fork").Process(target=lambda: (there.send("up"), time.sleep(60)))
             worker.start()
+            here.recv()
             with pytest.raises(CutOff):
                 signal.raise_signal(signal.SIGTERM)
             worker.terminate()
