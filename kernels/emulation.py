@@ -34,7 +34,7 @@ COMMON = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hi
 MODES = {
     "plain": ("-O2",),
     "unoptimized": ("-O0",),  # compiled in a third of the time
-    "address": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
+    "address": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
 }
 
