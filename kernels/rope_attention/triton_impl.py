@@ -49,17 +49,20 @@ class Tile:
 # dq Tile(128, 32, 8), Tile(64, 128, 4, resident=True); dkdv Tile(32, 128, 8), Tile(32, 64, 4, resident=True).
 CONFIGS = {
     "fwd": Tile(64, 64, 4, 168),
+    "fwd wide": Tile(64, 64, 4),
     "fwd resident": Tile(64, 64, 4, resident=True),
     "fwd float32": Tile(32, 32, 4),
     "fwd sm_80": Tile(64, 32, 4),
     "dq": Tile(64, 32, 4, 168),
     "dq normed": Tile(64, 32, 4),
+    "dq wide": Tile(64, 32, 4),
     "dq resident": Tile(64, 64, 4, resident=True),
     "dq resident normed": Tile(64, 32, 4, resident=True),
     "dq float32": Tile(32, 16, 4),
     "dq sm_80": Tile(32, 16, 4),
     "dkdv": Tile(32, 64, 4),
     "dkdv normed": Tile(32, 128, 8),
+    "dkdv wide": Tile(16, 128, 8),
     "dkdv resident": Tile(64, 64, 4, resident=True),
     "dkdv float32": Tile(16, 32, 4),
     "dkdv sm_80": Tile(16, 64, 4),
@@ -88,7 +91,9 @@ def _lane(tokens: int, width: int, dtype: torch.dtype, arch: int) -> str:
         return " float32"  # its products run without tensor cores, from registers: small tiles
     if arch < 90:
         return " sm_80"  # operands of mma come from registers: small tiles
-    return " resident" if tokens <= RESIDENT_TOKENS and width <= RESIDENT_WIDTH else ""
+    if width > RESIDENT_WIDTH:
+        return " wide"  # more columns for each thread to hold
+    return " resident" if tokens <= RESIDENT_TOKENS else ""
 
 
 def blocks(width: int) -> tuple[int, int]:
