@@ -25,8 +25,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from bench.rows import Log, Row, version
-from bench.timing import Device, HostDevice, Lap, Timing, interleave
+from bench.measure.rows import Log, Row, version
+from bench.measure.timing import Device, HostDevice, Lap, Timing, interleave
 from launch.loader import SampleOrder, Split, micro_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsWriter, finish

@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import torch
 
-from bench import program
-from bench.contest import Contest
-from bench.progress import Ready, Timed
-from bench.rows import Row
+from bench.measure import program
+from bench.measure.contest import Contest
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Row
+from bench.measure.timing import Lap, lap_size
 from bench.step import PAPER
-from bench.timing import Lap, lap_size
 from kernels.judge import fault
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 

@@ -59,7 +59,7 @@ soft() { awk -v seconds="$1" 'BEGIN { printf "%.2f", 0.85 * seconds / 60 }'; }
 
 part machine 60 "$PYTHON" -c '
 import json, torch
-from bench.rows import machine
+from bench.measure.rows import machine
 print(json.dumps(machine("cuda" if torch.cuda.is_available() else "cpu"), indent=1))'
 
 # The CUDA kernels, for the GPU here; where there is no nvcc this says so and succeeds.
@@ -71,7 +71,7 @@ limit="$(share 15)"
 # Most of the time compilers are at work, on one core each: several processes.
 workers=()
 "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8 --maxschedchunk 4 --max-worker-restart 60)
-part tests "$limit" "$PYTHON" -m pytest -p bench.deadline -p bench.lost_device -p no:cacheprovider "${workers[@]}" \
+part tests "$limit" "$PYTHON" -m pytest -p bench.plugins.deadline -p bench.plugins.lost_device -p no:cacheprovider "${workers[@]}" \
     --minutes "$(soft "$limit")" -q -m gpu --continue-on-collection-errors "${files[@]}"
 
 quick=()

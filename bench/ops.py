@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 import kernels
-from bench import roofline, timing
+from bench import roofline
 from bench.baselines import Adapter, Contender
-from bench.contenders import Compiler, contenders_for, inductor, ours
-from bench.rows import Log, Row, clocks, version
-from bench.timing import CudaDevice, Device, Timing
-from bench.work import DIRECTIONS, Sets, Truth
+from bench.entrants.contenders import Compiler, contenders_for, inductor, ours
+from bench.measure import timing
+from bench.measure.rows import Log, Row, clocks, version
+from bench.measure.timing import CudaDevice, Device, Timing
+from bench.measure.work import DIRECTIONS, Sets, Truth
 from kernels.cases import Case
 from kernels.device import cuda_reasons
 from kernels.registry import BackendUnavailable, Op

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import baseline, compare
-from bench.compare import NotMeasured
-from bench.rows import ROOT, Row, machine, read
+from bench.gate import baseline, compare
+from bench.gate.compare import NotMeasured
+from bench.measure.rows import ROOT, Row, machine, read
 from kernels.device import cuda_reasons
 
 NO_BASELINE, USAGE = 2, 64

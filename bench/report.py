@@ -10,10 +10,10 @@ import re
 import sys
 from pathlib import Path
 
-from bench import contest_tables, pictures, tables
-from bench.measured import Measured, load
-from bench.rows import ROOT
-from bench.targets import missed
+from bench.measure.rows import ROOT
+from bench.pages import contest_tables, pictures, tables
+from bench.pages.measured import Measured, load
+from bench.pages.targets import missed
 
 MARKER = re.compile(r"(<!-- bench:(\w+) -->\n)(?:.*?\n)?(<!-- /bench:\2 -->)", re.DOTALL)
 NO_NOTE = "no explanation recorded"

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.rows import Log, Row
-from bench.timing import CudaDevice, Device, Lap, Timing, interleave
+from bench.measure.rows import Log, Row
+from bench.measure.timing import CudaDevice, Device, Lap, Timing, interleave
 from kernels.cases import Cost
 from kernels.device import cuda_reasons
 from lightningdit.config import named_config

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 import kernels
-from bench import program
-from bench.contest import Contest, Varied
-from bench.progress import Ready, Timed
-from bench.rows import Row
+from bench.measure import program
+from bench.measure.contest import Contest, Varied
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Row
 from bench.step import PAPER
 from kernels.judge import fault
 from kernels.registry import Ops
@@ -28,7 +28,7 @@ from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    from bench.samplers import Sampler, Setting
+    from bench.entrants.samplers import Sampler, Setting
 
 F16D32 = AutoencoderConfig(size="f16d32")
 BATCH = 64  # `per_proc_batch_size` of the published run
@@ -43,7 +43,7 @@ class Variant:
         name: in rows.
         engine: "ours" (the sampler of `python -m launch sample`) or "plain" (the peer).
         kernels: "auto", "reference", or "cuda": those ops that have a CUDA kernel, the others as "auto".
-        compile: a mode of `bench.training.compiled`.
+        compile: a mode of `bench.entrants.training.compiled`.
     """
 
     name: str
@@ -109,12 +109,12 @@ class Bench(Contest):
                 "ours": variant.engine == "ours", "features": variant.features()}  # fmt: skip
 
     def set_up(self, job: Job) -> "Setting":
-        from bench.samplers import Setting  # needs packages that a GPU machine may lack
+        from bench.entrants.samplers import Setting  # needs packages that a GPU machine may lack
 
         return Setting(job.config, job.tokenizer, job.batch, job.precision, self.device.kind)
 
     def prepare(self, job: Job, name: str, shared: "Setting") -> Ready:
-        from bench.samplers import SAMPLERS
+        from bench.entrants.samplers import SAMPLERS
 
         variant = job.variant(name)
         sampler = SAMPLERS[variant.engine](variant, shared)

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench import program
-from bench.breakdown import breakdown, longest, profiled
-from bench.contest import Contest, Varied
-from bench.progress import Ready, Timed
-from bench.rows import Row
-from bench.timing import Lap
-from bench.training import STEPS, VARIANTS, Variant
+from bench.entrants.training import STEPS, VARIANTS, Variant
+from bench.measure import program
+from bench.measure.breakdown import breakdown, longest, profiled
+from bench.measure.contest import Contest, Varied
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Row
+from bench.measure.timing import Lap
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 

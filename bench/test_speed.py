@@ -13,12 +13,12 @@ pytest.importorskip("pytest_benchmark")
 
 import kernels
 from bench import roofline, step
-from bench.contenders import contenders_for
-from bench.measured import HEADLINE
+from bench.entrants.contenders import contenders_for
+from bench.measure.rows import Log
+from bench.measure.timing import CudaDevice
 from bench.ops import DIRECTIONS, Job, jobs
-from bench.rows import Log
-from bench.samples import REPLAY, Last, OpBench, StepBench, play, row_of
-from bench.timing import CudaDevice
+from bench.pages.measured import HEADLINE
+from bench.plugins.samples import REPLAY, Last, OpBench, StepBench, play, row_of
 from kernels.device import cuda_reasons
 
 NEEDS = cuda_reasons()

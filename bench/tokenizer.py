@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from bench import program
-from bench.breakdown import breakdown, longest, profiled
-from bench.contest import Contest, Varied
-from bench.progress import Ready, Timed
-from bench.rows import Row
-from bench.timing import Lap
+from bench.measure import program
+from bench.measure.breakdown import breakdown, longest, profiled
+from bench.measure.contest import Contest, Varied
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Row
+from bench.measure.timing import Lap
 from kernels.judge import fault
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    from bench.tokenizer_training import Setting
-    from bench.tokenizers import Truth
+    from bench.entrants.tokenizer_training import Setting
+    from bench.entrants.tokenizers import Truth
 
 F16D32, SIZE = AutoencoderConfig(size="f16d32"), 256
 #: Part → batches; the first of them with --quick. What a process trains at once is that of the published run on 8 GPUs.
@@ -43,7 +43,7 @@ class Variant:
         name: in rows.
         engine: "pass" (encoding, decoding), "trainer" (DeepSpeed, loader and all) or "bare" (neither).
         kernels: as `kernels.select` takes it.
-        compile: a mode of `bench.training.compiled`; of encoder and decoder, in training of their levels.
+        compile: a mode of `bench.entrants.training.compiled`; of encoder and decoder, in training of their levels.
         channels_last: memory format of what comes in, and of the weights where they are not trained.
     """
 
@@ -125,10 +125,10 @@ class Bench(Contest):
 
     def set_up(self, job: Job) -> "Setting | Truth":
         if job.part == "train":
-            from bench.tokenizer_training import Setting  # needs packages that a GPU machine may lack
+            from bench.entrants.tokenizer_training import Setting  # needs packages that a GPU machine may lack
 
             return Setting(job.batch, self.device.kind, job.overrides)
-        from bench.tokenizers import Truth
+        from bench.entrants.tokenizers import Truth
 
         return Truth(job.part, job.config, job.size, job.batch, getattr(torch, job.precision), self.device.kind)
 

@@ -7,9 +7,9 @@ import torch
 
 import kernels
 from bench.baselines import BASELINES
-from bench.contenders import contenders_for
+from bench.entrants.contenders import contenders_for
+from bench.measure.work import Truth
 from bench.ops import ready
-from bench.work import Truth
 from tests import stand_ins
 
 PACKAGES = ("liger_kernel", "apex", "quack", "flash_attn", "flash_attn_interface", "deepspeed")

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bench import contest, program, roofline
-from bench.contest import TIME_IS_UP, Contest, rests_on, work_through
-from bench.cutoff import CutOff, Deadline, stoppable
-from bench.progress import Ready, Timed
-from bench.rows import Log, read
-from bench.timing import HostDevice, Lap, Timing
+from bench import roofline
+from bench.measure import contest, program
+from bench.measure.contest import TIME_IS_UP, Contest, rests_on, work_through
+from bench.measure.cutoff import CutOff, Deadline, stoppable
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Log, read
+from bench.measure.timing import HostDevice, Lap, Timing
 
 ROOT = Path(__file__).parents[1]
 
@@ -299,8 +300,9 @@ def test_jobs_end_in_time(capsys):
 
 PROGRAM = """
 import sys
-from bench import program, roofline
-from bench.timing import HostDevice
+from bench import roofline
+from bench.measure import program
+from bench.measure.timing import HostDevice
 from tests.test_bench_contest import Job, Slow
 program.cuda_reasons = list
 program.CudaDevice = HostDevice

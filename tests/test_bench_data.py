@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench import data as bench_data
-from bench import rows
 from bench.data import BATCHES, Bench, FilePerSample, contenders, disagreement, figures, host, make_set, table
-from bench.timing import Timing
+from bench.measure import rows
+from bench.measure.timing import Timing
 from lightningdit.data import LatentDataset
 from tests.golden.golden import ROOT
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.breakdown import Interval, on_device
-from bench.timing import CudaDevice
+from bench.measure.breakdown import Interval, on_device
+from bench.measure.timing import CudaDevice
 
 POOL = (0, 7)
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import kernels
-from bench import ops, samples, step, timing
+from bench import ops, step
 from bench.baselines import Adapter, Contender
-from bench.contenders import contenders_for
-from bench.rows import Log
-from bench.timing import HostDevice
-from bench.training import Variant
+from bench.entrants.contenders import contenders_for
+from bench.entrants.training import Variant
+from bench.measure import timing
+from bench.measure.rows import Log
+from bench.measure.timing import HostDevice
+from bench.plugins import samples
 from kernels.device import cuda_reasons
 from kernels.judge import reference
 from lightningdit.config import ModelConfig
@@ -28,8 +30,8 @@ OK = {"status": "ok", "reason": "", "kind": "op", "contender": "triton", "fracti
 PLAYED = """
 import json
 import pytest
-from bench.samples import REPLAY, play
-from bench.timing import Timing
+from bench.plugins.samples import REPLAY, play
+from bench.measure.timing import Timing
 
 @pytest.mark.benchmark(timer=REPLAY)
 @pytest.mark.parametrize("number", [0, 1])

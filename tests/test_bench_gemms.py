@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from bench import gemms, timing
+from bench import gemms
 from bench.gemms import LIBRARIES, Bench, Job, Product, means, products
-from bench.rows import Log, read
+from bench.measure import timing
+from bench.measure.rows import Log, read
+from bench.measure.timing import HostDevice
 from bench.step import PAPER
-from bench.timing import HostDevice
 from lightningdit.config import ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 from lightningdit.model import LightningDiT

@@ -191,7 +191,7 @@ sys.exit(pytest.main({command!r} + ["--collect-only"]))
 
 def test_tests_that_begin_too_late_are_skipped(tmp_path):
     (tmp_path / "test_late.py").write_text("def test_one(): assert False\ndef test_two(): assert False\n")
-    from bench import deadline
+    from bench.plugins import deadline
 
     for minutes, status in (("0", pytest.ExitCode.OK), ("1", pytest.ExitCode.TESTS_FAILED)):
         arguments = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--minutes", minutes, str(tmp_path)]

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import ops, roofline, rows, timing
+from bench import ops, roofline
 from bench.baselines import Adapter, Contender
+from bench.measure import rows, timing
+from bench.measure.rows import Log
+from bench.measure.timing import HostDevice
+from bench.measure.work import Sets, Truth
 from bench.ops import Bench, Job, alarming, jobs, parse, plan, text, work_through
-from bench.rows import Log
-from bench.timing import HostDevice
-from bench.work import Sets, Truth
 from kernels.judge import reference
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import baseline, compare, ops, program, regress
+from bench import ops, regress
 from bench import sampling as bench_sampling
 from bench import step as bench_step
 from bench import tokenizer as bench_tokenizer
-from bench.compare import NotMeasured
-from bench.rows import FORMAT, read
+from bench.gate import baseline, compare
+from bench.gate.compare import NotMeasured
+from bench.measure import program
+from bench.measure.rows import FORMAT, read
 
 GPU = "NVIDIA H200"
 MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": GPU, "capability": "9.0",

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 import kernels
-from bench import pictures, report, tables
+from bench import report
 from bench.gemms import DIRECTIONS, LAYERS
-from bench.measured import Measured, load, telling
-from bench.rows import FORMAT, ROOT
-from bench.targets import TARGETS, gemm_rate, missed, verdict
+from bench.measure.rows import FORMAT, ROOT
+from bench.pages import pictures, tables
+from bench.pages.measured import Measured, load, telling
+from bench.pages.targets import TARGETS, gemm_rate, missed, verdict
 
 MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": "NVIDIA H200",
            "capability": "9.0", "driver": "580.1", "python": "3.12", "torch": "2.11.0", "cuda": "13.0",

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from bench import samplers
 from bench import sampling as bench_sampling
-from bench.plain import plain_euler
-from bench.rows import Log, read
-from bench.samplers import JUDGED_POINTS, Setting
+from bench.entrants import samplers
+from bench.entrants.plain import plain_euler
+from bench.entrants.samplers import JUDGED_POINTS, Setting
+from bench.entrants.tokenizers import flops_per_image
+from bench.measure.rows import Log, read
+from bench.measure.timing import HostDevice
 from bench.sampling import QUICK, VARIANTS, Bench, Job, Variant, jobs
-from bench.timing import HostDevice
-from bench.tokenizers import flops_per_image
 from kernels import OPS, select
 from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image as model_flops

@@ -10,12 +10,23 @@ import pytest
 import torch
 
 from bench import step as bench_step
-from bench.breakdown import Interval, breakdown, kind_of, longest
-from bench.plain import PlainLightningDiT
-from bench.rows import Log
+from bench.entrants.plain import PlainLightningDiT
+from bench.entrants.training import (
+    BETAS,
+    EMA_DECAY,
+    EPS,
+    LR,
+    VARIANTS,
+    BareStep,
+    Inputs,
+    PlainStep,
+    Variant,
+    make_network,
+)
+from bench.measure.breakdown import Interval, breakdown, kind_of, longest
+from bench.measure.rows import Log
+from bench.measure.timing import HostDevice
 from bench.step import Bench, Job, jobs, text, wrong_losses
-from bench.timing import HostDevice
-from bench.training import BETAS, EMA_DECAY, EPS, LR, VARIANTS, BareStep, Inputs, PlainStep, Variant, make_network
 from kernels import select
 from lightningdit.config import ModelConfig
 from tests.golden import close, close_grads
@@ -172,7 +183,7 @@ def test_kinds_of_kernels(name, kind):
 
 
 TRAINER = """
-from bench.training import TrainerStep, Variant
+from bench.entrants.training import TrainerStep, Variant
 from tests.test_bench_step import TINY
 variant = Variant("trainer", "trainer", kernels="reference", compile="none", recompute="pointwise")
 step = TrainerStep(variant, TINY, 8, "cpu", images=64, workers=0, steps=5)
@@ -184,7 +195,7 @@ network = trainer.task.networks["model"]
 assert network.config.depth == TINY.depth and network.config.use_checkpoint == "pointwise"
 
 from bench.tokenizer import Variant
-from bench.tokenizer_training import Setting, TrainerStep
+from bench.entrants.tokenizer_training import Setting, TrainerStep
 from tests.test_bench_tokenizer import OVERRIDES
 setting = Setting(4, "cpu", (*OVERRIDES, "loss.perceptual=none"), images=8)
 step = TrainerStep(Variant("trainer", "trainer", kernels="reference"), setting)

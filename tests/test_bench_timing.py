@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import roofline, timing
-from bench.timing import HostDevice, Lap, Timing, interleave, lap_size
+from bench import roofline
+from bench.measure import timing
+from bench.measure.timing import HostDevice, Lap, Timing, interleave, lap_size
 
 
 class Scripted:

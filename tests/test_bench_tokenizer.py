@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench import tokenizer as bench_tokenizer
-from bench import tokenizer_training, tokenizers
-from bench.rows import Log, read
-from bench.timing import HostDevice
+from bench.entrants import tokenizer_training, tokenizers
+from bench.entrants.tokenizer_training import Setting
+from bench.entrants.tokenizers import PASSES, Truth, draw, flops_per_image, make_tokenizer
+from bench.measure.rows import Log, read
+from bench.measure.timing import HostDevice
 from bench.tokenizer import JUDGED_LOSSES, QUICK, VARIANTS, Bench, Job, Variant, jobs, wrong_losses
-from bench.tokenizer_training import Setting
-from bench.tokenizers import PASSES, Truth, draw, flops_per_image, make_tokenizer
 from kernels import select
 from tests.golden import close
 from vavae.config import AutoencoderConfig

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 import kernels
-from bench.plain import PlainLightningDiT, plain_euler
+from bench.entrants.plain import PlainLightningDiT, plain_euler
+from bench.entrants.tokenizers import flops_per_image, make_tokenizer, set_numerics
+from bench.entrants.training import CONFIG, compiled, make_network
+from bench.measure.timing import Lap
 from bench.sampling import Variant
-from bench.timing import Lap
-from bench.tokenizers import flops_per_image, make_tokenizer, set_numerics
-from bench.training import CONFIG, compiled, make_network
 from kernels.registry import Ops
 from launch.config import load
 from launch.sample import Generator

@@ -15,7 +15,7 @@ import torch
 
 FORMAT = 1
 STATUSES = ("ok", "incorrect", "unavailable", "unsupported", "failed")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 
 
@@ -23,7 +23,7 @@ class Log:
     """Appends rows to a file, if one is given, complete and flushed one by one: a run cut off leaves whole rows."""
 
     def __init__(self, kind: str, path: Path | None = None):
-        """kind: of device, as `bench.timing.Device` says it."""
+        """kind: of device, as `bench.measure.timing.Device` says it."""
         self._common = machine(kind)
         self._file = path.open("a", encoding="utf-8") if path else None
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from bench.rows import Row
-from bench.timing import Lap, Timing
+from bench.measure.rows import Row
+from bench.measure.timing import Lap, Timing
 
 Parts = dict[str, Timing]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import median, median_low
 
 import kernels
-from bench.contenders import ours
-from bench.rows import Row
+from bench.entrants.contenders import ours
+from bench.measure.rows import Row
 
 #: Kind of row → what names one. Rows of other kinds are kept in a baseline and not compared.
 NAMES = {

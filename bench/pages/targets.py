@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import gemms
-from bench.measured import HEADLINE, Measured, tflops
-from bench.rows import Row
+from bench.measure.rows import Row
+from bench.pages.measured import HEADLINE, Measured, tflops
 from lightningdit.config import named_config
 
 Reader = Callable[[Measured], float | None]

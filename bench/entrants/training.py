@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.plain import PlainLightningDiT
+from bench.entrants.plain import PlainLightningDiT
 from kernels.registry import Ops
 from lightningdit import latents
 from lightningdit.config import ModelConfig
@@ -215,7 +215,7 @@ class TrainerStep:
         self._trainer.train_step(self._stream)
 
 
-CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
+CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
 STEPS = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}
 
 

@@ -1,11 +1,11 @@
 """Markdown tables of sampling, of the tokenizer and of matrix products, for one GPU's page."""
 
 from bench import gemms
-from bench.contest import rests_on
-from bench.measured import Measured
-from bench.rows import Row
-from bench.tables import percent, table, times
-from bench.targets import gemm_rate
+from bench.measure.contest import rests_on
+from bench.measure.rows import Row
+from bench.pages.measured import Measured
+from bench.pages.tables import percent, table, times
+from bench.pages.targets import gemm_rate
 
 PARTS = ("guided", "unguided", "decode", "noise")
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import kernels
-from bench import compare
-from bench.breakdown import KINDS, OTHER
-from bench.contest import rests_on
-from bench.measured import HEADLINE, NOT_YET, Measured, backlog, peers, telling, tflops
-from bench.rows import Row
+from bench.gate import compare
+from bench.measure.breakdown import KINDS, OTHER
+from bench.measure.contest import rests_on
+from bench.measure.rows import Row
+from bench.pages.measured import HEADLINE, NOT_YET, Measured, backlog, peers, telling, tflops
+from bench.pages.targets import TARGETS, Target, verdict
 from bench.step import IMAGES
-from bench.targets import TARGETS, Target, verdict
 
 GOAL = next(target for target in TARGETS if target.name == "training")
 DIRECTIONS = ("forward", "backward", "both")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench.baselines.interface import Adapter, Contender
-from bench.timing import Device, Lap
+from bench.measure.timing import Device, Lap
 from kernels.judge import (
     Inputs,
     Tensors,

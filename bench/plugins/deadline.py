@@ -1,6 +1,6 @@
 """A pytest plugin for a limited time on a GPU: the most telling tests first, and none that begins when it is up.
 
-    pytest -p bench.deadline --minutes 4 -m gpu …
+    pytest -p bench.plugins.deadline --minutes 4 -m gpu …
 
 Tests left out are skips with the reason "the time is up", not failures: they say nothing.
 """

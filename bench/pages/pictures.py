@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kernels
-from bench.breakdown import KINDS, OTHER
-from bench.measured import HEADLINE, Measured, peers
-from bench.rows import Row
+from bench.measure.breakdown import KINDS, OTHER
+from bench.measure.rows import Row
+from bench.pages.measured import HEADLINE, Measured, peers
+from bench.pages.targets import TARGETS
 from bench.step import IMAGES
-from bench.targets import TARGETS
 
 TEN_HOURS = IMAGES / (8 * 36_000)  # images/s per GPU
 PALETTE = ("#7a5195", "#ef5675", "#003f5c", "#ffa600", "#5aa469", "#cccccc")

@@ -6,9 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 import kernels
-from bench import baseline, compare
+from bench.gate import baseline, compare
+from bench.measure.rows import Row
 from bench.ops import Job, jobs
-from bench.rows import Row
 
 HEADLINE = ("LightningDiT-XL/1", 128)
 BATCH = HEADLINE[1]

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from bench import roofline, timing
-from bench.cutoff import NEVER, CutOff, Deadline
-from bench.progress import Parts, PeakMemory, Progress, Ready, Timed
-from bench.rows import Log, Row, clocks
-from bench.timing import Device, Lap
+from bench import roofline
+from bench.measure import timing
+from bench.measure.cutoff import NEVER, CutOff, Deadline
+from bench.measure.progress import Parts, PeakMemory, Progress, Ready, Timed
+from bench.measure.rows import Log, Row, clocks
+from bench.measure.timing import Device, Lap
 
 #: Most seconds of laps right after a contender has started: its row rests on them until all are timed by turns.
 EARLY = 1.0

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from bench import compare, ops, step
-from bench.progress import Timed
-from bench.rows import Row
-from bench.timing import Timing
+from bench import ops, step
+from bench.gate import compare
+from bench.measure.progress import Timed
+from bench.measure.rows import Row
+from bench.measure.timing import Timing
 
 
 class Replay:
     """A timer that tells pairs of times whose differences are the samples."""
 
-    __name__ = "bench.timing"
+    __name__ = "bench.measure.timing"
 
     def __init__(self) -> None:
         self._marks: Iterator[float] = iter(())

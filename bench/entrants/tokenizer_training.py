@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import kernels
+from bench.entrants.tokenizers import set_numerics
+from bench.entrants.training import FlatAdamW, compiled
 from bench.tokenizer import Variant
-from bench.tokenizers import set_numerics
-from bench.training import FlatAdamW, compiled
 from launch.config import VavaeRun, load
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel
@@ -26,7 +26,7 @@ from vavae.model import Level, Middle
 from vavae.task import VavaeTask
 from vavae.weights import write_tensors
 
-CONFIG = Path(__file__).parents[1] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
+CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
 IMAGES, FOREVER = 256, 1_000_000
 
 

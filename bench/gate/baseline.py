@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import kernels
-from bench import compare
-from bench.rows import FORMAT, ROOT, Row, now, read
+from bench.gate import compare
+from bench.measure.rows import FORMAT, ROOT, Row, now, read
 
 RESULTS = ROOT / "bench" / "results"
 VERSIONS = ("gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")

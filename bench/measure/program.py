@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from bench import roofline
-from bench.contest import Contest, work_through
-from bench.cutoff import CutOff, Deadline, stoppable
-from bench.rows import Log
-from bench.timing import CudaDevice
+from bench.measure.contest import Contest, work_through
+from bench.measure.cutoff import CutOff, Deadline, stoppable
+from bench.measure.rows import Log
+from bench.measure.timing import CudaDevice
 from kernels.device import cuda_reasons
 
 #: Kinds of contenders compile the same functions, each for itself.

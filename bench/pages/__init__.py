@@ -1,0 +1,1 @@
+"""Tables, pictures and targets, made from committed rows."""
