@@ -12,9 +12,7 @@ class Ceiling:
         shared: bytes per program.
         wgmma: its sm_90 code multiplies with `wgmma` where the inputs are not float32.
         wide_loads: it reads 128 bits at a time.
-        stack: bytes that float32 may spill; in 16 bits nothing may, but for `spilling` and on sm_80.
-        spilling: cases that may spill as much in 16 bits.
-        stack_80: bytes that any dtype may spill on sm_80, where products take their factors from registers.
+        stack: bytes that float32 may spill; in 16 bits nothing may.
         narrow: cases whose rows do not begin at multiples of 16 bytes, so that no load can be that wide.
     """
 
@@ -23,8 +21,6 @@ class Ceiling:
     wgmma: bool = False
     wide_loads: bool = False
     stack: int = 0
-    spilling: tuple[str, ...] = ()
-    stack_80: int = 0
     narrow: tuple[str, ...] = ()
 
 
@@ -45,11 +41,8 @@ CEILINGS: dict[str, Ceiling] = {
     "group_norm_silu_sums": Ceiling(128, 65 * 1024),
     "group_norm_silu_gradients": Ceiling(128, 65 * 1024),
     "rope_attention_fwd_resident_kernel": Ceiling(255, 88 * 1024, wgmma=True, wide_loads=True),
-    "rope_attention_fwd_kernel": Ceiling(255, 48 * 1024, wgmma=True, wide_loads=True, stack=336, stack_80=8),
+    "rope_attention_fwd_kernel": Ceiling(255, 48 * 1024, wgmma=True, wide_loads=True, stack=336),
     "rope_attention_bwd_dq_kernel": Ceiling(255, 98 * 1024, wgmma=True, wide_loads=True, stack=112),
-    # Two sums of products fill the registers: 128 normed columns do not fit, nor on sm_80 the bias of 72.
-    "rope_attention_bwd_dkdv_kernel": Ceiling(
-        255, 92 * 1024, wgmma=True, wide_loads=True, stack=24, spilling=("width_128",), stack_80=80,
-    ),
+    "rope_attention_bwd_dkdv_kernel": Ceiling(255, 92 * 1024, wgmma=True, wide_loads=True, stack=24),
     "rope_attention_bwd_sums_kernel": Ceiling(40, 256, wide_loads=True),
 }  # fmt: skip

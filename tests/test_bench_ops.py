@@ -257,9 +257,9 @@ def test_the_most_telling_comes_first():
 def test_options_choose():
     quick, rest = (list(map(str, plan(parse([flag])))) for flag in ("--quick", "--after-quick"))
     assert len(quick) == len(kernels.OPS) and sorted(quick + rest) == sorted(map(str, plan(parse([]))))
-    chosen = plan(parse(["swiglu", "rope_attention", "--case", "XL", "--dtype", "float32", "--dtype", "bfloat16"]))
+    chosen = plan(parse(["swiglu", "adaln_rms_norm", "--case", "XL", "--dtype", "float32", "--dtype", "bfloat16"]))
     assert list(map(str, chosen)) == [
-        "swiglu XL bfloat16", "rope_attention XL bfloat16", "swiglu XL float32", "rope_attention XL float32"
+        "swiglu XL bfloat16", "adaln_rms_norm XL bfloat16", "swiglu XL float32", "adaln_rms_norm XL float32"
     ]  # fmt: skip
 
 

@@ -244,7 +244,7 @@ def rope_attention_bwd_dkdv_kernel(
             dk, dk_rest, dv, dv_rest = add_to_dk_dv(qs[i][0], qs[i][1], dos[i][0], dos[i][1], top, dot, k, k_rest, v,
                                                     v_rest, dk, dk_rest, dv, dv_rest, scale, REST)
         if BLOCKS == 0:
-            for first in range(0, tokens, BQ):
+            for first in tl.range(0, tokens, BQ, disable_licm=True):
                 row = tl.cast(first, tl.int64)
                 q, q_rest = load_turned(queries + row * stride_n, stride_n, tokens - first,
                                         table + row * D if ROPE else table, q_weight, q_bias, eps, BQ, D, MAIN, REST,

@@ -53,6 +53,7 @@ CONFIGS = {
     "fwd resident": Tile(64, 64, 4, resident=True),
     "fwd float32": Tile(32, 32, 4),
     "fwd sm_80": Tile(64, 32, 4),
+    "fwd sm_80 wide": Tile(32, 32, 4),
     "dq": Tile(64, 32, 4, 168),
     "dq normed": Tile(64, 32, 4),
     "dq wide": Tile(64, 32, 4),
@@ -60,12 +61,14 @@ CONFIGS = {
     "dq resident normed": Tile(64, 32, 4, resident=True),
     "dq float32": Tile(32, 16, 4),
     "dq sm_80": Tile(32, 16, 4),
+    "dq sm_80 wide": Tile(32, 16, 4),
     "dkdv": Tile(32, 64, 4),
     "dkdv normed": Tile(32, 128, 8),
     "dkdv wide": Tile(16, 128, 8),
     "dkdv resident": Tile(64, 64, 4, resident=True),
     "dkdv float32": Tile(16, 32, 4),
-    "dkdv sm_80": Tile(16, 64, 4),
+    "dkdv sm_80": Tile(16, 32, 4),
+    "dkdv sm_80 wide": Tile(16, 32, 4),
 }
 
 
@@ -89,10 +92,11 @@ def dkdv_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: i
 def _lane(tokens: int, width: int, dtype: torch.dtype, arch: int) -> str:
     if dtype == torch.float32:
         return " float32"  # its products run without tensor cores, from registers: small tiles
+    wide = " wide" if width > RESIDENT_WIDTH else ""  # more columns for each thread to hold
     if arch < 90:
-        return " sm_80"  # operands of mma come from registers: small tiles
-    if width > RESIDENT_WIDTH:
-        return " wide"  # more columns for each thread to hold
+        return " sm_80" + wide  # operands of mma come from registers: small tiles
+    if wide:
+        return wide
     return " resident" if tokens <= RESIDENT_TOKENS else ""
 
 
