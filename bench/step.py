@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from bench.entrants.training import STEPS, VARIANTS, Variant
 from bench.measure import program
-from bench.measure.breakdown import breakdown, longest, profiled
+from bench.measure.breakdown import where_time_goes
 from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
@@ -87,11 +87,7 @@ class Bench(Contest):
         }  # fmt: skip
 
     def afterwards(self, job: Job, ready: Ready) -> Row:
-        """Where the time goes, by the profiler."""
-        if self.device.kind != "cuda":
-            return {}
-        found = profiled(ready.laps[""].run)
-        return {"breakdown_ms": breakdown(found, 3), "longest": longest(found, 3)}
+        return where_time_goes(ready.laps[""].run, self.device.kind)
 
     def text(self, row: Row) -> str:
         return text(row)

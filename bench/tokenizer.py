@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from bench.measure import program
-from bench.measure.breakdown import breakdown, longest, profiled
+from bench.measure.breakdown import where_time_goes
 from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
@@ -152,11 +152,7 @@ class Bench(Contest):
         return {"images_per_second": job.batch / seconds, **self.limits(timed.ready.about["flops"] / seconds, dtype)}
 
     def afterwards(self, job: Job, ready: Ready) -> Row:
-        """Where the time goes, by the profiler."""
-        if self.device.kind != "cuda":
-            return {}
-        found = profiled(ready.laps[""].run)
-        return {"breakdown_ms": breakdown(found, 3), "longest": longest(found, 3)}
+        return where_time_goes(ready.laps[""].run, self.device.kind)
 
     def text(self, row: Row) -> str:
         head = f"{row['part']} batch {row['batch']} {row['precision']} {row['contender']:32}"

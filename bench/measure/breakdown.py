@@ -52,7 +52,15 @@ def longest(intervals: Iterable[Interval], steps: int, count: int = 12) -> list[
             for name, times in ranked]  # fmt: skip
 
 
-def profiled(step: Callable[[], object], steps: int = 3) -> list[Interval]:
+def where_time_goes(step: Callable[[], object], device: str, steps: int = 3) -> dict:
+    """"breakdown_ms" and "longest" of a step, by the profiler; nothing where `device` is no GPU."""
+    if device != "cuda":
+        return {}
+    found = profiled(step, steps)
+    return {"breakdown_ms": breakdown(found, steps), "longest": longest(found, steps)}
+
+
+def profiled(step: Callable[[], object], steps: int) -> list[Interval]:
     """What ran on the GPU during so many steps."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:

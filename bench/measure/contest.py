@@ -7,6 +7,7 @@ rests on.
 """
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -45,7 +46,7 @@ class Varied:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Contest(ABC):
     """How rows are measured.
 
     Attributes:
@@ -66,9 +67,9 @@ class Contest:
 
     # What a bench says of itself.
 
+    @abstractmethod
     def named(self, job: Any, name: str) -> Row:
         """The keys that name a row, and what else is known of a contender before it starts."""
-        raise NotImplementedError
 
     def set_up(self, job: Any) -> Any:
         """What the contenders of a job share; given to `prepare` and `wrong`."""
@@ -78,28 +79,29 @@ class Contest:
         """In which order contenders start: those the others are judged by first."""
         return job.names
 
+    @abstractmethod
     def prepare(self, job: Any, name: str, shared: Any) -> Ready:
         """Make a contender and warm it up. ImportError: it is not installed here."""
-        raise NotImplementedError
 
     def wrong(self, job: Any, values: Mapping[str, Any], shared: Any) -> dict[str, str]:
         """Contender → what is wrong with its value."""
         return {}
 
+    @abstractmethod
     def figures(self, job: Any, timed: Timed) -> Row:
         """The numbers of a row beside those that all rows have."""
-        raise NotImplementedError
 
     def afterwards(self, job: Any, ready: Ready) -> Row:
         """What is looked at when everything has been timed; left out where the run is cut off by a signal."""
         return {}
 
+    @abstractmethod
     def text(self, row: Row) -> str:
         """A row as a line to read."""
-        raise NotImplementedError
 
     def conclude(self, rows: list[Row]) -> None:
         """Print what the rows of all jobs come to."""
+        return None
 
     # The course of a job.
 
