@@ -21,6 +21,8 @@ from kernels.rope_attention.triton_forward import (
     load_turned,
     load_vector,
     outer,
+    own_head,
+    packed_rows,
     store,
     turn,
     zeros,
@@ -134,10 +136,8 @@ def rope_attention_bwd_dq_kernel(
     `of_weight` [samples, tiles, heads, D]: parts of the gradient of `q_weight`; `of_bias` [2, …]: of the bias of
     queries and of values.
     """
-    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
-    sample, head = sample.to(tl.int64), head.to(tl.int64)
-    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
-    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    part, head, sample = own_head(parts, heads)
+    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
     cols: tl.constexpr = heads * D
     q_bias = bias + head * D if BIASED else bias
     k_bias = q_bias + cols if BIASED else bias
@@ -210,10 +210,8 @@ def rope_attention_bwd_dkdv_kernel(
     for every tile if that is 0. `of_weight`, `of_bias` [samples, tiles, heads, D]: parts of the gradients of `k_weight`
     and of the bias of keys.
     """
-    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
-    sample, head = sample.to(tl.int64), head.to(tl.int64)
-    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
-    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    part, head, sample = own_head(parts, heads)
+    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
     cols: tl.constexpr = heads * D
     q_bias = bias + head * D if BIASED else bias
     k_bias = q_bias + cols if BIASED else bias

@@ -10,6 +10,20 @@ import triton.language as tl
 
 
 @triton.jit
+def own_head(parts, heads: tl.constexpr):
+    """Which of the `parts` of which head of which sample is this program's; programs of a head are neighbours."""
+    program = tl.program_id(0)
+    return program % parts, (program // parts % heads).to(tl.int64), (program // parts // heads).to(tl.int64)
+
+
+@triton.jit
+def packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED: tl.constexpr):
+    """Where the first query, key and value of a head are."""
+    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
+    return queries, queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+
+
+@triton.jit
 def load(base, stride, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
          RAGGED: tl.constexpr):
     """Rows 0 to `ROWS` of `base`, those from `limit` on as 0, and columns from `FIRST` on, those from `D` on as 0."""
@@ -209,10 +223,8 @@ def rope_attention_fwd_resident_kernel(
     The keys are read, normed, rotated and put in shared memory once.
     `scale` is that of the scores times log2(e); `lse` is log2 of the sum of exponentials.
     """
-    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
-    sample, head = sample.to(tl.int64), head.to(tl.int64)
-    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
-    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    part, head, sample = own_head(parts, heads)
+    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
     cols: tl.constexpr = heads * D
     q_bias = bias + head * D if BIASED else bias
     k_bias = q_bias + cols if BIASED else bias
@@ -250,11 +262,9 @@ def rope_attention_fwd_kernel(
 
     Programs of a head are neighbours, so its keys stay in L2. `scale` and `lse` as above.
     """
-    part, head, sample = tl.program_id(0) % parts, tl.program_id(0) // parts % heads, tl.program_id(0) // parts // heads
-    sample, head = sample.to(tl.int64), head.to(tl.int64)
+    part, head, sample = own_head(parts, heads)
     start, left = part.to(tl.int64) * BQ, tokens - part * BQ
-    queries = qkv + sample * stride_b + tl.multiple_of(head * stride_h, ALIGNED)
-    keys, values = queries + stride_3, queries + 2 * tl.cast(stride_3, tl.int64)
+    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
     cols: tl.constexpr = heads * D
     q_bias = bias + head * D if BIASED else bias
     k_bias = q_bias + cols if BIASED else bias
