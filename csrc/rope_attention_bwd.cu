@@ -18,8 +18,8 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
     check(sizes.keys == sizes.warps * Shape::rows, "keys are not those of the warps");
     check(sizes.queries % (8 * Shape::n) == 0 && (sizes.queries >= sizes.tokens || sizes.queries % Shape::block == 0), "queries fill no tiles");
     check(sizes.keys >= sizes.tokens || scratch != nullptr, "there is no scratch");
-    check(sizes.warps * kWarp <= Shape::threads, "too many warps");
-    launch({name, blocks(name, sizes.samples * sizes.heads), unsigned(sizes.warps * kWarp), stream, Shape::shared(sizes)},
+    check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::most, "too many warps or queries");
+    launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream, Shape::shared(sizes)},
            rope_attention_bwd<T, Chosen::width, Chosen::whole, Chosen::biased>, static_cast<const T*>(d_out),
            static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, turn, static_cast<T*>(d_qkv), scratch, partials, sizes, all);
   });

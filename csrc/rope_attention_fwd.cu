@@ -19,7 +19,7 @@ void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* l
     check(sizes.warps * kWarp <= Shape::threads, "too many warps");
     std::int64_t parts = (sizes.tokens + sizes.queries - 1) / sizes.queries;
     std::size_t shared = (Rows::size(sizes.queries) + 2 * Rows::size(sizes.keys)) * sizeof(T);
-    launch({name, blocks(name, sizes.samples * sizes.heads * parts), unsigned(sizes.warps * kWarp), stream, shared},
+    launch({name, blocks(name, sizes.heads * parts, sizes.samples), unsigned(sizes.warps * kWarp), stream, shared},
            rope_attention_fwd<T, Chosen::width, Chosen::whole, Chosen::biased>, static_cast<const T*>(qkv.data), turn,
            static_cast<T*>(out), lse, sizes, all);
   });

@@ -48,6 +48,12 @@ def test_wider_heads_than_kernels_have_columns_are_refused(dtype, width):
     assert reason == f"heads are {width} wide, above {width - 8} in {dtype}"
 
 
+def test_more_samples_than_a_grid_has_rows_are_refused():
+    assert not BACKEND.unsupported(torch.empty(65535, 1, 3, 1, 8, device="meta"), None, None)
+    (reason,) = BACKEND.unsupported(torch.empty(65536, 1, 3, 1, 8, device="meta"), None, None)
+    assert reason == "65536 samples, above 65535"
+
+
 def test_heads_of_the_models_are_held_whole():
     assert forward(256, 72, 2) == Config(256, 256, 4) and backward(256, 72, 2) == Config(256, 256, 8)
     assert 2 * (3 * 256 * stride(72, 2) + 20 * 72 + 1024) <= 228 << 10, "two blocks to a multiprocessor"

@@ -85,7 +85,8 @@ def test_partial_gradients(op, name, device):
 
 @pytest.mark.parametrize(("op", "name", "device"), first_cases())
 def test_same_bits_in_every_run(op, name, device):
-    for backend, case, dtype in small_cases(op, name, device):
+    """On a CPU of some cases: there, threads and programs take turns."""
+    for backend, case, dtype in small_cases(op, name, device)[:: 1 if device == "cuda" else 3]:
         checks.check_repeats(op, backend, case, dtype, device)
 
 

@@ -150,7 +150,7 @@ LDIT_DEVICE float2 from_lane(float2 pair, int lane) {
 // One tile deep, by FMA: the rows of A are in the lanes of a group, a column of B in those of another.
 LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 below, float2 b) {
   int row = lane_index() / 4 * 4, column = lane_index() % 4 * 8;
-#pragma unroll
+#pragma unroll 1  // a quarter of the code, which takes long to compile
   for (int pair = 0; pair < 4; ++pair) {
     float2 top = from_lane(above, row + pair), bottom = from_lane(below, row + pair);
     float2 left = from_lane(b, column + pair), right = from_lane(b, column + 4 + pair);

@@ -48,10 +48,12 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
 #endif
 }
 
-// A one-dimensional grid; throws LaunchError if no grid has so many blocks.
-inline dim3 blocks(const char* name, std::int64_t count) {
-  if (count < 1 || count > 0x7fffffff) throw LaunchError(std::string(name) + ": a grid of " + std::to_string(count) + " blocks");
-  return dim3(static_cast<unsigned>(count));
+// A grid of `count` blocks, times `rows`; throws LaunchError if no grid has so many.
+inline dim3 blocks(const char* name, std::int64_t count, std::int64_t rows = 1) {
+  if (count < 1 || count > 0x7fffffff || rows < 1 || rows > 0xffff) {
+    throw LaunchError(std::string(name) + ": a grid of " + std::to_string(count) + " × " + std::to_string(rows) + " blocks");
+  }
+  return dim3(static_cast<unsigned>(count), static_cast<unsigned>(rows));
 }
 
 }  // namespace ldit

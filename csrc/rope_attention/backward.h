@@ -17,13 +17,14 @@ struct BackwardShape {
   static constexpr int block = whole ? 128 : 64;  // queries whose gradient is made at a time
   static constexpr int rows = 16 * m, tiles = width / 8;
   static constexpr int threads = 256;
+  static constexpr int most = whole ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
   using Scores = Tile<T, block>;
   using Sums = Vectors<width, biased>;  // of a warp
   static std::size_t shared(const AttentionSizes& sizes) {
     std::size_t rows = 2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
-    return rows * sizeof(T) + 4 * (2 * sizes.queries + sizes.warps * Sums::size);
+    return rows * sizeof(T) + 4 * sizes.warps * Sums::size;
   }
 };
 
@@ -33,14 +34,14 @@ struct BackwardMemory {
   using Shape = BackwardShape<T, width, whole, biased>;
   typename Shape::Rows keys, values, queries, upstream;
   typename Shape::Scores d_scores;  // rows are keys, columns queries of a block
-  Shared<float> lse, deltas;        // of the queries
+  Shared<float> of_queries;         // 8 at a time: their lse, then their deltas
   Shared<float> sums;               // [warps, …]: what the gradients of the vectors sum
 
-  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const AttentionSizes& sizes)
+  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const Shared<float>& of_queries, const AttentionSizes& sizes)
       : keys{dynamic.take<T>(Shape::Rows::size(sizes.keys))}, values{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
         queries{dynamic.take<T>(Shape::Rows::size(sizes.queries))}, upstream{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
-        d_scores{dynamic.take<T>(Shape::Scores::size(sizes.keys))}, lse(dynamic.take<float>(sizes.queries)),
-        deltas(dynamic.take<float>(sizes.queries)), sums(dynamic.take<float>(sizes.warps * Shape::Sums::size)) {}
+        d_scores{dynamic.take<T>(Shape::Scores::size(sizes.keys))}, of_queries(of_queries),
+        sums(dynamic.take<float>(sizes.warps * Shape::Sums::size)) {}
 
   LDIT_DEVICE typename Shape::Sums sums_of(int warp) const { return {sums.part(warp * Shape::Sums::size, Shape::Sums::size)}; }
 };
@@ -67,8 +68,9 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole, biased>& m
     }
     delta = warp_sum(delta, 4);
     if (member_index() == 0) {
-      memory.lse[row] = there ? lse[head.in_heads(token)] : INFINITY;
-      memory.deltas[row] = delta;
+      const int at = 16 * (row / 8) + row % 8;
+      memory.of_queries[at] = there ? lse[head.in_heads(token)] : INFINITY;
+      memory.of_queries[at + 8] = delta;
     }
   }
 }
@@ -87,7 +89,7 @@ struct KeyGradients {
     multiply_rows<N>(weights, memory.keys, row, memory.queries, query);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      auto sums = load<2>(memory.lse.span(query + 8 * n + 2 * member_index(), 2));
+      auto sums = load<2>(memory.of_queries.span(2 * (query + 8 * n) + 2 * member_index(), 2));
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -111,7 +113,7 @@ struct KeyGradients {
       multiply_rows<2>(d_weights, memory.values, row, memory.upstream, query + 8 * n);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        auto deltas = load<2>(memory.deltas.span(query + 8 * (n + j) + 2 * member_index(), 2));
+        auto deltas = load<2>(memory.of_queries.span(2 * (query + 8 * (n + j)) + 8 + 2 * member_index(), 2));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           float(&mine)[4] = weights[m][n + j];
@@ -171,6 +173,7 @@ struct KeyGradients {
 // The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first `count` keys.
 template <class T, int width, bool whole, bool biased>
 LDIT_DEVICE void query_gradients(float (&d)[width / 8][4], const BackwardMemory<T, width, whole, biased>& memory, int column, int count) {
+#pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
     Word<T> left[4], right[width / 8][2];
     load_a_transposed(left, memory.d_scores, key, column);
@@ -195,16 +198,17 @@ LDIT_DEVICE void add_scratch(float (&d)[width / 8][4], float* scratch, const Hea
     }
 }
 
-// The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; `end` and `block` are rows in memory.
+// The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; the block is the `columns` rows in
+// memory from `block` on.
 template <class T, int width, bool whole, bool biased>
 LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole, biased>& memory, const T* qkv, const Head<width, whole>& head,
                                 const Turn& turn, const Vectors<width, biased>& vectors, T* d_qkv, float* scratch, int first, int block,
-                                int end, int key, int count, float scale) {
+                                int columns, int key, int count, float scale) {
   const bool last = key + count >= head.tokens;
-  for (int at = block + 16 * warp_index(); at < end; at += 16 * (blockDim.x / kWarp)) {
-    const int token = first + at;
+  for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
+    const int at = block + column, token = first + at;
     float d[width / 8][4] = {};
-    query_gradients(d, memory, at - block, count);
+    query_gradients(d, memory, column, count);
     if (scratch) add_scratch(d, scratch, head, token, key > 0, !last);
     if (!last) continue;
     turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
@@ -223,8 +227,8 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole, biased>& memor
     if (to == nullptr || column >= head.width) continue;
     float sum = 0.f;
     for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * Sums::size + i];
-    std::int64_t at = which < 2 ? (which * sizes.samples * sizes.heads + blockIdx.x) * head.width
-                                : (std::int64_t(head.sample) * 3 + which - 2) * head.row + head.first;
+    std::int64_t at = which < 2 ? ((which * sizes.samples + head.sample) * sizes.heads + head.head) * head.width
+                                : (std::int64_t(head.sample) * 3 + which - 2) * head.row() + head.first();
     to[at + column] = sum;
   }
 }
@@ -237,8 +241,9 @@ __global__ void __launch_bounds__(256, 1)
                        Turn turn, T* __restrict__ d_qkv, float* scratch, VectorPartials partials, AttentionSizes sizes, bool all) {
   using Shape = BackwardShape<T, width, whole, biased>;
   DynamicShared dynamic;
-  const BackwardMemory<T, width, whole, biased> memory(dynamic, sizes);
-  const Head<width, whole> head(sizes, blockIdx.x, all);
+  LDIT_SHARED(float, of_queries, (2 * BackwardShape<T, width, whole, biased>::most));  // where it is known, no register says
+  const BackwardMemory<T, width, whole, biased> memory(dynamic, of_queries, sizes);
+  const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x, all);
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
   LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
@@ -247,28 +252,29 @@ __global__ void __launch_bounds__(256, 1)
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
 
-  for (int key = 0; key < (whole ? 1 : head.tokens); key += sizes.keys) {
-    const int count = min(sizes.keys, head.tokens - key);
+  for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
+    const int count = whole ? head.tokens : min(sizes.keys, head.tokens - key);
     __syncthreads();
     stage_values(qkv, head, key, sizes.keys, memory.values);
     if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, memory.queries, memory.keys);
     else stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, memory.keys);
     KeyGradients<T, width, whole, biased> gradients;
-    for (int query = 0; query < (whole ? 1 : head.tokens); query += sizes.queries) {
+    for (int query = 0; query < (whole ? 1 : head.tokens); query += whole ? 1 : sizes.queries) {
       if (query > 0) __syncthreads();
       if (!whole) stage_turned(qkv, head, turn, vectors, 0, query, sizes.queries, memory.queries);
       stage_upstream(memory, d_out, out, lse, head, vectors, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
-      const int queries = min(sizes.queries, head.tokens - query);
+      const int queries = whole ? head.tokens : min(sizes.queries, head.tokens - query);
       for (int block = 0; block < queries; block += Shape::block) {
-        const int end = min(block + Shape::block, queries);
+        const int columns = min(Shape::block, queries - block);
         if (block > 0) __syncthreads();  // the gradients of scores of the block before have been read
-        for (int at = block; row < count && at < end; at += 8 * Shape::n) {
-          gradients.add(memory, row, count - row, at, at - block, scale);
+        for (int column = 0; row < count && column < columns; column += 8 * Shape::n) {
+          gradients.add(memory, row, count - row, block + column, column, scale);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query, block, end, key, count, scale * kLn2);
+        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query, block, columns, key, count,
+                       scale * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all

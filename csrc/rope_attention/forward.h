@@ -123,11 +123,11 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < Shape::m; ++m) {
-    store_rows(own, row + 16 * m, out + head.in_flat(token + 16 * m), head.row, head.tokens - token - 16 * m, head);
+    store_rows(own, row + 16 * m, out + head.in_flat(token + 16 * m), head.row(), head.tokens - token - 16 * m, head);
   }
 }
 
-// Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
+// A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
 // Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just this width, and accesses
 // are whole; else all warps take one turn. `biased`: there may be a bias.
 template <class T, int width, bool whole, bool biased>
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(128, 2)
   LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
   const Vectors<width, biased> vectors{shared_vectors};
   const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries, part = blockIdx.x % parts;
-  const Head<width, whole> head(sizes, blockIdx.x / parts, all);
+  const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x / parts, all);
   const int first = part * sizes.queries;
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(128, 2)
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<Shape::tiles>(q[m], queries, row + 16 * m, 0);
     Seen<T, width> seen;
-    for (int key = 0; key < (whole ? 1 : head.tokens); key += sizes.keys) {
+    for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
       if (!whole) {
         __syncthreads();
         stage_values(qkv, head, key, sizes.keys, values);

@@ -106,7 +106,7 @@ LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>
       own.set_pair(row + group_index() + 8 * half, 8 * t + 2 * member_index(), word<T>(d[t][2 * half], d[t][2 * half + 1]));
     }
   __syncwarp();
-  store_rows(own, row, to, 3 * head.row, exist, head);
+  store_rows(own, row, to, 3 * head.row(), exist, head);
 }
 
 }  // namespace ldit

@@ -22,27 +22,25 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // `width` of the columns exist. Little is kept, and offsets are made anew: registers are for sums of products.
 template <int columns, bool exact>
 struct Head {
-  int sample, first;  // column in a row of the result
-  int tokens, row;    // elements from row to row in the result; in qkv thrice that
-  int width;
-  bool all;           // whether accesses of 16 bytes are possible
+  int sample, head;
+  int tokens, heads, width;
+  bool all;  // whether accesses of 16 bytes are possible
 
-  LDIT_DEVICE Head(const AttentionSizes& sizes, unsigned index, bool all)
-      : sample(index / unsigned(sizes.heads)), tokens(sizes.tokens), width(exact ? columns : int(sizes.width)), all(exact || all) {
-    row = int(sizes.heads) * width;
-    first = int(index - sample * unsigned(sizes.heads)) * width;
-  }
+  LDIT_DEVICE Head(const AttentionSizes& sizes, unsigned sample, unsigned head, bool all)
+      : sample(sample), head(head), tokens(sizes.tokens), heads(sizes.heads), width(exact ? columns : int(sizes.width)),
+        all(exact || all) {}
+
+  LDIT_DEVICE int row() const { return heads * width; }   // elements from row to row in the result; in qkv thrice that
+  LDIT_DEVICE int first() const { return head * width; }  // column in a row of the result
 
   // Of a token's query, key or value (`which` 0, 1 or 2) in qkv, or of its row in the result.
   LDIT_DEVICE std::int64_t in_packed(int which, int token) const {
-    return ((std::int64_t(sample) * tokens + token) * 3 + which) * row + first;
+    return ((std::int64_t(sample) * tokens + token) * 3 + which) * row() + first();
   }
-  LDIT_DEVICE std::int64_t in_flat(int token) const { return (std::int64_t(sample) * tokens + token) * row + first; }
+  LDIT_DEVICE std::int64_t in_flat(int token) const { return (std::int64_t(sample) * tokens + token) * row() + first(); }
 
   // Of a token in [samples, heads, tokens].
-  LDIT_DEVICE std::int64_t in_heads(int token) const {
-    return (std::int64_t(sample) * (row / width) + first / width) * tokens + token;
-  }
+  LDIT_DEVICE std::int64_t in_heads(int token) const { return (std::int64_t(sample) * heads + head) * tokens + token; }
 
   // How many of `count` columns from `column` on exist.
   LDIT_DEVICE int left(int column, int count) const {
@@ -89,7 +87,7 @@ LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head,
   for (int i = threadIdx.x; i < Vectors<width, biased>::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
     const Floats from = which == 0 ? turn.q_weight : which == 1 ? turn.k_weight : turn.bias;
-    const std::int64_t at = which < 2 ? column : (which - 2) * head.row + head.first + column;
+    const std::int64_t at = which < 2 ? column : (which - 2) * head.row() + head.first() + column;
     vectors.memory[i] = from.data != nullptr && column < head.width ? load_float(from, at) : 0.f;
   }
 }

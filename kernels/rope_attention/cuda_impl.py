@@ -11,6 +11,8 @@ from kernels.rope_attention.call import WIDEST, differentiate, too_wide
 #: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10}
 HOPPER_LIMIT = 227 << 10
+#: The most rows that a grid has.
+MOST_SAMPLES = 65535
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,10 @@ def backward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> C
 
 
 def backward_bytes(config: Config, columns: int, size: int, block: int) -> int:
-    """Shared memory of a block: four matrices, gradients of scores, two sums for each query; the norms' weights and the
-    bias, and what each warp sums for their gradients."""
+    """Shared memory of a block: four matrices, gradients of scores, two sums for each of the most queries that a kernel
+    serves; the norms' weights and the bias, and what each warp sums for their gradients."""
     rows = 2 * (config.keys + config.queries) * stride(columns, size) + config.keys * stride(block, size)
-    return rows + 4 * 2 * config.queries + 4 * 5 * columns * (config.warps + 1)
+    return rows + 4 * 2 * (256 if block == 128 else 64) + 4 * 5 * columns * (config.warps + 1)
 
 
 def shared_limit(device: torch.device) -> int:
@@ -144,7 +146,8 @@ rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
-    return refusals(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
+    found = refusals(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
+    return found + [f"{len(qkv)} samples, above {MOST_SAMPLES}"] * (len(qkv) > MOST_SAMPLES)
 
 
 BACKEND, EMULATED = backends(
