@@ -129,7 +129,7 @@ struct VectorGradients {
 // out [samples, tokens, heads·width] of the dtype of qkv; lse float32 [samples, heads, tokens], log2 Σ exp of the scores.
 void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse, const AttentionSizes& sizes, Stream stream);
 
-// `scratch` float32 [samples, heads, tokens, width], or null where `keys` holds all tokens.
+// `scratch` float32 [samples, heads, tokens, width], or null where `keys` holds all tokens and heads are at most 72 wide.
 void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse, const Turn& turn, void* d_qkv,
                                float* scratch, const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream);

@@ -10,17 +10,17 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
                                const AttentionSizes& sizes, Stream stream) {
   bool all = whole_chunks(sizes, {d_out, qkv.data, out, turn.table, d_qkv});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
-  with_instance(qkv.dtype, sizes.width, whole, turn.bias.data != nullptr, [&](auto tag, auto instance) {
+  with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
     using T = typename decltype(tag)::type;
     using Chosen = decltype(instance);
-    using Shape = BackwardShape<T, Chosen::width, Chosen::whole, Chosen::biased>;
+    using Shape = BackwardShape<T, Chosen::width, Chosen::whole>;
     constexpr const char* name = "rope_attention_bwd";
     check(sizes.keys == sizes.warps * Shape::rows, "keys are not those of the warps");
     check(sizes.queries % (8 * Shape::n) == 0 && (sizes.queries >= sizes.tokens || sizes.queries % Shape::block == 0), "queries fill no tiles");
-    check(sizes.keys >= sizes.tokens || scratch != nullptr, "there is no scratch");
+    check((sizes.keys >= sizes.tokens && !Shape::wide) || scratch != nullptr, "there is no scratch");
     check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::most, "too many warps or queries");
     launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream, Shape::shared(sizes)},
-           rope_attention_bwd<T, Chosen::width, Chosen::whole, Chosen::biased>, static_cast<const T*>(d_out),
+           rope_attention_bwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(d_out),
            static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, turn, static_cast<T*>(d_qkv), scratch, partials, sizes, all);
   });
   std::int64_t heads = sizes.samples * sizes.heads;

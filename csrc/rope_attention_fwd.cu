@@ -8,7 +8,7 @@ namespace ldit {
 void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse, const AttentionSizes& sizes, Stream stream) {
   bool all = whole_chunks(sizes, {qkv.data, turn.table, out});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
-  with_instance(qkv.dtype, sizes.width, whole, turn.bias.data != nullptr, [&](auto tag, auto instance) {
+  with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
     using T = typename decltype(tag)::type;
     using Chosen = decltype(instance);
     using Shape = ForwardShape<T, Chosen::width>;
@@ -20,7 +20,7 @@ void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* l
     std::int64_t parts = (sizes.tokens + sizes.queries - 1) / sizes.queries;
     std::size_t shared = (Rows::size(sizes.queries) + 2 * Rows::size(sizes.keys)) * sizeof(T);
     launch({name, blocks(name, sizes.heads * parts, sizes.samples), unsigned(sizes.warps * kWarp), stream, shared},
-           rope_attention_fwd<T, Chosen::width, Chosen::whole, Chosen::biased>, static_cast<const T*>(qkv.data), turn,
+           rope_attention_fwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(qkv.data), turn,
            static_cast<T*>(out), lse, sizes, all);
   });
 }

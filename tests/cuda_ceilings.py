@@ -1,4 +1,4 @@
-"""What each CUDA kernel may use at most, over all its instances and architectures."""
+"""What each CUDA kernel may use at most, over all its instances and architectures. None may spill."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,12 @@ class Ceiling:
         shared: bytes of static shared memory.
         wide_loads: so many of its instances, at least, read 128 bits at a time: those for aligned rows.
         hmma: so many multiply on the tensor cores: those for 16-bit inputs.
-        stack: bytes of local memory, where registers that spill go, that an instance for sm_80 may have.
-        spilling: parts of the symbols of instances that may have any number.
     """
 
     registers: int
     shared: int = 0
     wide_loads: int = 0
     hmma: int = 0
-    stack: int = 0
-    spilling: tuple[str, ...] = ()
 
 
 CEILINGS: dict[str, Ceiling] = {
@@ -38,8 +34,6 @@ CEILINGS: dict[str, Ceiling] = {
     "vf_loss_tiles": Ceiling(registers=128, shared=37120, wide_loads=3, hmma=2),
     "vf_loss_means": Ceiling(registers=32, shared=512),
     "vf_loss_gradient": Ceiling(registers=224, wide_loads=3, hmma=2),
-    # Sums of products fill the registers. Backward, on sm_80, of 72 columns without a bias, one number spills; heads
-    # above 80 wide, which no model has, spill more.
-    "rope_attention_fwd": Ceiling(registers=255, shared=2560, wide_loads=16, hmma=14),
-    "rope_attention_bwd": Ceiling(registers=255, shared=3488, wide_loads=16, hmma=14, stack=8, spilling=("Li128E",)),
+    "rope_attention_fwd": Ceiling(registers=255, shared=2560, wide_loads=12, hmma=10),
+    "rope_attention_bwd": Ceiling(registers=255, shared=3488, wide_loads=12, hmma=10),
 }

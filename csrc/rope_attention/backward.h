@@ -3,25 +3,27 @@
 // go to shared memory once, from where all warps together make the gradient of a block of queries: five matrix products,
 // and no sum over blocks.
 //
-// Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of the queries in `scratch`.
+// Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of the queries in `scratch`, as
+// it always does where heads are wide.
 #pragma once
 
 #include "gradients.h"
 
 namespace ldit {
 
-template <class T, int width, bool whole, bool biased>
+template <class T, int width, bool whole>
 struct BackwardShape {
   static constexpr int m = whole ? 2 : 1;  // tiles of 16 keys of a warp
   static constexpr int n = width <= 72 ? 4 : 2;  // tiles of 8 queries at a time
   static constexpr int block = whole ? 128 : 64;  // queries whose gradient is made at a time
   static constexpr int rows = 16 * m, tiles = width / 8;
   static constexpr int threads = 256;
+  static constexpr bool wide = width > 72;  // registers do not hold whole gradients of queries beside those of keys
   static constexpr int most = whole ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
   using Scores = Tile<T, block>;
-  using Sums = Vectors<width, biased>;  // of a warp
+  using Sums = Vectors<width>;  // of a warp
   static std::size_t shared(const AttentionSizes& sizes) {
     std::size_t rows = 2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
     return rows * sizeof(T) + 4 * sizes.warps * Sums::size;
@@ -29,9 +31,9 @@ struct BackwardShape {
 };
 
 // What all warps share.
-template <class T, int width, bool whole, bool biased>
+template <class T, int width, bool whole>
 struct BackwardMemory {
-  using Shape = BackwardShape<T, width, whole, biased>;
+  using Shape = BackwardShape<T, width, whole>;
   typename Shape::Rows keys, values, queries, upstream;
   typename Shape::Scores d_scores;  // rows are keys, columns queries of a block
   Shared<float> of_queries;         // 8 at a time: their lse, then their deltas
@@ -48,9 +50,9 @@ struct BackwardMemory {
 
 // Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and delta = Σ upstream·result, the
 // latter without the bias of the values, as these are. Queries that do not exist get an infinite sum: their weights are 0.
-template <class T, int width, bool whole, bool biased>
-LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole, biased>& memory, const T* d_out, const T* out, const float* lse,
-                                const Head<width, whole>& head, const Vectors<width, biased>& vectors, int first, int rows) {
+template <class T, int width, bool whole>
+LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, const T* d_out, const T* out, const float* lse,
+                                const Head<width, whole>& head, const Vectors<width>& vectors, int first, int rows) {
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -76,14 +78,14 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole, biased>& m
 }
 
 // The gradients of a warp's keys and values.
-template <class T, int width, bool whole, bool biased>
+template <class T, int width, bool whole>
 struct KeyGradients {
-  using Shape = BackwardShape<T, width, whole, biased>;
+  using Shape = BackwardShape<T, width, whole>;
   float keys[Shape::m][Shape::tiles][4] = {}, values[Shape::m][Shape::tiles][4] = {};
 
   // Adds what 8·n queries from `query` on give, and leaves the gradients of their scores in shared memory, from `column` on. Of
   // the keys, in rows from `row` on, `left` exist.
-  LDIT_DEVICE void add(const BackwardMemory<T, width, whole, biased>& memory, int row, int left, int query, int column, float scale) {
+  LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query, int column, float scale) {
     constexpr int M = Shape::m, N = Shape::n;
     float weights[M][N][4] = {};
     multiply_rows<N>(weights, memory.keys, row, memory.queries, query);
@@ -170,27 +172,30 @@ struct KeyGradients {
   }
 };
 
-// The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first `count` keys.
-template <class T, int width, bool whole, bool biased>
-LDIT_DEVICE void query_gradients(float (&d)[width / 8][4], const BackwardMemory<T, width, whole, biased>& memory, int column, int count) {
+// The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first `count` keys: its columns
+// from `first` on.
+template <int tiles, class T, int width, bool whole>
+LDIT_DEVICE void query_gradients(float (&d)[tiles][4], const BackwardMemory<T, width, whole>& memory, int column, int count,
+                                 int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
-    Word<T> left[4], right[width / 8][2];
+    Word<T> left[4], right[tiles][2];
     load_a_transposed(left, memory.d_scores, key, column);
-    load_b_transposed(right, memory.keys, key, 0);
+    load_b_transposed(right, memory.keys, key, first);
 #pragma unroll
-    for (int t = 0; t < width / 8; ++t) multiply<T>(d[t], left, right[t]);
+    for (int t = 0; t < tiles; ++t) multiply<T>(d[t], left, right[t]);
   }
 }
 
-// d = scratch + d, or scratch = d, for the 16 rows of a fragment; each thread meets its own elements again.
-template <int width, bool exact>
-LDIT_DEVICE void add_scratch(float (&d)[width / 8][4], float* scratch, const Head<width, exact>& head, int token, bool add, bool keep) {
+// d = scratch + d, or scratch = d, for 16 rows and the columns from `first` on.
+template <int tiles, int width, bool exact>
+LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<width, exact>& head, int token, int first, bool add,
+                             bool keep) {
 #pragma unroll
-  for (int t = 0; t < width / 8; ++t)
+  for (int t = 0; t < tiles; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int at = token + group_index() + 8 * (i / 2), column = 8 * t + 2 * member_index() + i % 2;
+      int at = token + group_index() + 8 * (i / 2), column = first + 8 * t + 2 * member_index() + i % 2;
       if (at >= head.tokens || column >= head.width) continue;
       float& sum = scratch[head.in_heads(at) * head.width + column];
       if (add) d[t][i] += sum;
@@ -200,27 +205,48 @@ LDIT_DEVICE void add_scratch(float (&d)[width / 8][4], float* scratch, const Hea
 
 // The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; the block is the `columns` rows in
 // memory from `block` on.
-template <class T, int width, bool whole, bool biased>
-LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole, biased>& memory, const T* qkv, const Head<width, whole>& head,
-                                const Turn& turn, const Vectors<width, biased>& vectors, T* d_qkv, float* scratch, int first, int block,
+template <class T, int width, bool whole>
+LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv, const Head<width, whole>& head,
+                                const Turn& turn, const Vectors<width>& vectors, T* d_qkv, float* scratch, int first, int block,
                                 int columns, int key, int count, float scale) {
   const bool last = key + count >= head.tokens;
   for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
     const int at = block + column, token = first + at;
+    if constexpr (BackwardShape<T, width, whole>::wide) {
+#pragma unroll 1
+      for (int part = 0; part < width; part += width / 2) {
+        float d[width / 16][4] = {};
+        query_gradients(d, memory, column, count, part);
+        add_scratch(d, scratch, head, token, part, key > 0, true);
+      }
+    } else {
+      float d[width / 8][4] = {};
+      query_gradients(d, memory, column, count, 0);
+      if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
+      if (!last) continue;
+      turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
+      store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token, head);
+    }
+  }
+}
+
+// The gradients of all queries, which are in scratch, by way of the rows of keys that a warp has in memory.
+template <class T, int width, bool whole>
+LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv, const Head<width, whole>& head,
+                                     const Turn& turn, const Vectors<width>& vectors, T* d_qkv, float* scratch, float scale) {
+  for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
     float d[width / 8][4] = {};
-    query_gradients(d, memory, column, count);
-    if (scratch) add_scratch(d, scratch, head, token, key > 0, !last);
-    if (!last) continue;
+    add_scratch(d, scratch, head, token, 0, true, false);
     turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
-    store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token, head);
+    store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token), head.tokens - token, head);
   }
 }
 
 // Adds up the sums of all warps for the gradients of the vectors.
-template <class T, int width, bool whole, bool biased>
-LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole, biased>& memory, const VectorPartials& partials,
+template <class T, int width, bool whole>
+LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory, const VectorPartials& partials,
                             const Head<width, whole>& head, const AttentionSizes& sizes) {
-  using Sums = Vectors<width, biased>;
+  using Sums = Vectors<width>;
   for (int i = threadIdx.x; i < Sums::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
     float* to = which < 2 ? partials.of_weights : partials.of_bias;
@@ -234,20 +260,20 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole, biased>& memor
 }
 
 // `keys` of the sizes is what the warps take, rows each; `queries` a multiple of 8·n, and of Shape::block unless it holds all.
-// `whole`: both are the same and hold the head, which has just this width, and accesses are whole. `biased`: there may be a bias.
-template <class T, int width, bool whole, bool biased>
+// `whole`: both are the same and hold the head, which has just this width, and accesses are whole.
+template <class T, int width, bool whole>
 __global__ void __launch_bounds__(256, 1)
     rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv, const T* __restrict__ out, const float* __restrict__ lse,
                        Turn turn, T* __restrict__ d_qkv, float* scratch, VectorPartials partials, AttentionSizes sizes, bool all) {
-  using Shape = BackwardShape<T, width, whole, biased>;
+  using Shape = BackwardShape<T, width, whole>;
   DynamicShared dynamic;
-  LDIT_SHARED(float, of_queries, (2 * BackwardShape<T, width, whole, biased>::most));  // where it is known, no register says
-  const BackwardMemory<T, width, whole, biased> memory(dynamic, of_queries, sizes);
+  LDIT_SHARED(float, of_queries, 2 * Shape::most);  // at an address that takes no register
+  const BackwardMemory<T, width, whole> memory(dynamic, of_queries, sizes);
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x, all);
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
-  LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
-  const Vectors<width, biased> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
+  LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
+  const Vectors<width> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
   stage_vectors(turn, head, vectors);
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
@@ -258,7 +284,7 @@ __global__ void __launch_bounds__(256, 1)
     stage_values(qkv, head, key, sizes.keys, memory.values);
     if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, memory.queries, memory.keys);
     else stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, memory.keys);
-    KeyGradients<T, width, whole, biased> gradients;
+    KeyGradients<T, width, whole> gradients;
     for (int query = 0; query < (whole ? 1 : head.tokens); query += whole ? 1 : sizes.queries) {
       if (query > 0) __syncthreads();
       if (!whole) stage_turned(qkv, head, turn, vectors, 0, query, sizes.queries, memory.queries);
@@ -278,7 +304,7 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
     __syncthreads();  // the keys have been read by all
-    if constexpr (biased) {
+    if (turn.bias.data != nullptr) {
       add_columns<Shape::tiles>(sums.of_bias(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
@@ -296,6 +322,10 @@ __global__ void __launch_bounds__(256, 1)
     }
   }
   __syncthreads();
+  if constexpr (Shape::wide) {
+    finish_from_scratch(memory, qkv, head, turn, vectors, d_qkv, scratch, scale * kLn2);
+    __syncthreads();
+  }
   store_sums(memory, partials, head, sizes);
 }
 

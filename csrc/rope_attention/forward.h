@@ -97,9 +97,9 @@ struct Seen {
 
 // Divides by the sums of weights, adds the bias of the values and stores 16·m rows, by way of the rows of `own` that nobody
 // else needs any more.
-template <class T, int width, bool exact, bool biased>
+template <class T, int width, bool exact>
 LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row, int token, T* out, float* lse,
-                            const Head<width, exact>& head, const Vectors<width, biased>& vectors) {
+                            const Head<width, exact>& head, const Vectors<width>& vectors) {
   using Shape = ForwardShape<T, width>;
   __syncwarp();  // all lanes have their fragments of the queries that were here
 #pragma unroll
@@ -129,8 +129,8 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
 
 // A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
 // Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just this width, and accesses
-// are whole; else all warps take one turn. `biased`: there may be a bias.
-template <class T, int width, bool whole, bool biased>
+// are whole; else all warps take one turn.
+template <class T, int width, bool whole>
 __global__ void __launch_bounds__(128, 2)
     rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out, float* __restrict__ lse, AttentionSizes sizes, bool all) {
   using Shape = ForwardShape<T, width>;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(128, 2)
   DynamicShared dynamic;
   const Rows queries{dynamic.take<T>(Rows::size(sizes.queries))}, keys{dynamic.take<T>(Rows::size(sizes.keys))},
       values{dynamic.take<T>(Rows::size(sizes.keys))};
-  LDIT_SHARED(float, shared_vectors, (Vectors<width, biased>::size));
-  const Vectors<width, biased> vectors{shared_vectors};
+  LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
+  const Vectors<width> vectors{shared_vectors};
   const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries, part = blockIdx.x % parts;
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x / parts, all);
   const int first = part * sizes.queries;

@@ -36,9 +36,9 @@ LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
 
 // Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back through rotation and norm.
 // `sums`, of this warp: where the gradients of the vectors are summed.
-template <class T, int width, bool exact, bool biased>
+template <class T, int width, bool exact>
 LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head, const Turn& turn,
-                           const Vectors<width, biased>& vectors, int which, int token, float scale, const Vectors<width, biased>& sums) {
+                           const Vectors<width>& vectors, int which, int token, float scale, const Vectors<width>& sums) {
   constexpr int tiles = width / 8;
   const bool normed = turn.q_weight.data != nullptr;
   const int member = 2 * member_index();
@@ -92,7 +92,7 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
       }
     }
   }
-  if constexpr (biased) add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
+  if (turn.bias.data != nullptr) add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 
 // Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there to `to`.

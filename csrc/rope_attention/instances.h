@@ -11,26 +11,26 @@
 
 namespace ldit {
 
-template <int columns, bool of_whole, bool of_biased>
+template <int columns, bool of_whole>
 struct Instance {
   static constexpr int width = columns;
-  static constexpr bool whole = of_whole, biased = of_biased;
+  static constexpr bool whole = of_whole;
 };
 
 // Calls `use(T, Instance)`, as types. Where a block holds a whole head, of a usual width, and accesses are whole, a kernel for
-// just that; else the least that has room, and takes a bias or none. No model multiplies wider heads than 72 in float32.
+// just that; else the least that has room. No model multiplies wider heads than 72 in float32.
 template <class Use>
-void with_instance(DType dtype, std::int64_t width, bool whole, bool biased, Use&& use) {
+void with_instance(DType dtype, std::int64_t width, bool whole, Use&& use) {
   dispatch(dtype, [&](auto tag) {
     constexpr bool narrow = kNarrow<typename decltype(tag)::type>;
     if constexpr (narrow) {
-      if (width == 64 && whole) return biased ? use(tag, Instance<64, true, true>{}) : use(tag, Instance<64, true, false>{});
-      if (width == 72 && whole) return biased ? use(tag, Instance<72, true, true>{}) : use(tag, Instance<72, true, false>{});
+      if (width == 64 && whole) return use(tag, Instance<64, true>{});
+      if (width == 72 && whole) return use(tag, Instance<72, true>{});
     }
-    if (width <= 32) return use(tag, Instance<32, false, true>{});
-    if (width <= 72) return use(tag, Instance<72, false, true>{});
+    if (width <= 32) return use(tag, Instance<32, false>{});
+    if (width <= 72) return use(tag, Instance<72, false>{});
     if constexpr (narrow) {
-      if (width <= kMaxHeadWidth) return use(tag, Instance<kMaxHeadWidth, false, true>{});
+      if (width <= kMaxHeadWidth) return use(tag, Instance<kMaxHeadWidth, false>{});
     }
     throw LaunchError("rope_attention: a head of " + std::to_string(width) + " columns");
   });

@@ -56,11 +56,11 @@ struct Head {
   }
 };
 
-// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of queries and keys; where kernels
-// are `biased`, the bias of queries, keys and values. What is not given, and columns that do not exist, are 0.
-template <int width, bool biased>
+// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of queries and keys; the bias
+// of queries, keys and values. What is not given, and columns that do not exist, are 0.
+template <int width>
 struct Vectors {
-  static constexpr int count = biased ? 5 : 2, size = count * width;
+  static constexpr int size = 5 * width;
   Shared<float> memory;
 
   LDIT_DEVICE float* weight(int which, int column, int columns) const { return memory.span(which * width + column, columns); }
@@ -70,21 +70,17 @@ struct Vectors {
   // Neighbours in a row of queries, keys or values (`which` 0, 1 or 2) with their bias, or without for a `sign` of −1.
   template <int columns, class T>
   LDIT_DEVICE Raw<float, columns> add_bias(const Raw<T, columns>& raw, int which, int column, float sign = 1.f) const {
+    auto added = load<columns>(memory.span((2 + which) * width + column, columns));
     Raw<float, columns> sum;
 #pragma unroll
-    for (int j = 0; j < columns; ++j) sum.set(j, raw[j]);
-    if constexpr (biased) {
-      auto added = load<columns>(memory.span((2 + which) * width + column, columns));
-#pragma unroll
-      for (int j = 0; j < columns; ++j) sum.set(j, sign * added[j] + sum[j]);
-    }
+    for (int j = 0; j < columns; ++j) sum.set(j, sign * added[j] + raw[j]);
     return sum;
   }
 };
 
-template <int width, bool exact, bool biased>
-LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head, const Vectors<width, biased>& vectors) {
-  for (int i = threadIdx.x; i < Vectors<width, biased>::size; i += blockDim.x) {
+template <int width, bool exact>
+LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head, const Vectors<width>& vectors) {
+  for (int i = threadIdx.x; i < Vectors<width>::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
     const Floats from = which == 0 ? turn.q_weight : which == 1 ? turn.k_weight : turn.bias;
     const std::int64_t at = which < 2 ? column : (which - 2) * head.row() + head.first() + column;
@@ -123,8 +119,8 @@ LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head, con
 
 // Turns rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1) into shared memory; four threads
 // share a row. In few registers: sums of products occupy most of them.
-template <class T, int width, bool exact, bool biased>
-LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width, biased>& vectors,
+template <class T, int width, bool exact>
+LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width>& vectors,
                               int which, int first, int rows, const Tile<T, width>& to) {
   const bool normed = turn.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
@@ -152,8 +148,8 @@ LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, cons
 }
 
 // The same for the first rows of queries and keys at once, which reads the table once, and asks for a whole row at a time.
-template <class T, int width, bool exact, bool biased>
-LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width, biased>& vectors,
+template <class T, int width, bool exact>
+LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width>& vectors,
                             int rows, const Tile<T, width>& queries, const Tile<T, width>& keys) {
   constexpr int pieces = (width / kChunk + 3) / 4;
   const bool normed = turn.q_weight.data != nullptr;

@@ -122,7 +122,8 @@ def rope_attention_bwd(
     samples, tokens, _, heads, width = qkv.shape
     config = backward(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     d_qkv = qkv.new_empty(qkv.shape)
-    scratch = lse.new_empty((samples, heads, tokens, width)) if config.keys < tokens else None
+    summed_there = config.keys < tokens or held(width, qkv.element_size()) > 72
+    scratch = lse.new_empty((samples, heads, tokens, width)) if summed_there else None
     d_weights, d_bias, of_weights, of_bias = (None, None), None, None, None
     if q_weight is not None:
         d_weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
