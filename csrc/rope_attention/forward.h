@@ -127,9 +127,9 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
   }
 }
 
-// A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of the sizes are multiples of
-// Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just this width, and accesses
-// are whole; else all warps take one turn.
+// A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of
+// the sizes are multiples of Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just
+// this width, and accesses are whole; else all warps take one turn.
 template <class T, int width, bool whole>
 __global__ void __launch_bounds__(128, 2)
     rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out, float* __restrict__ lse, AttentionSizes sizes, bool all) {

@@ -63,6 +63,7 @@ CASES = (
     _case("width_80_65_tokens", 1, 65, 1, 80),
     _case("width_96_128_tokens", 1, 128, 1, 96, norm=False, std=1.0),
     _case("width_128_two_heads", 1, 20, 2, 128, norm=False),
+    _case("width_88_130_tokens", 1, 130, 1, 88, dtypes=NARROW),  # more keys than a CUDA block takes at a time
     # Several samples, heads or tiles: a bias differs in each head, and all samples and tokens add to its gradient.
     _case("bias", 3, 5, 2, 10, norm=False, bias=True),
     _case("bias_plain", 2, 6, 2, 7, rope=False, norm=False, bias=True),
