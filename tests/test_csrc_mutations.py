@@ -102,8 +102,8 @@ MUTATIONS = {
         "rope_attention", "rope_attention/gradients.h", "  __syncwarp();\n  store_rows", "  store_rows",
     ),
     "attention_bias_of_another_head": Mutation(
-        "rope_attention", "rope_attention/rows.h", "(which - 2) * head.row + head.first + column",
-        "(which - 2) * head.row + column",
+        "rope_attention", "rope_attention/rows.h", "(which - 2) * head.row() + head.first() + column",
+        "(which - 2) * head.row() + column",
     ),
     "attention_sums_of_another_group": Mutation(
         "rope_attention", "rope_attention/gradients.h", "(upper ? high : low) +", "(upper ? low : high) +",
