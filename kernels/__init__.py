@@ -17,6 +17,7 @@ OPS: dict[str, Op] = load_ops(
     "vf_loss",
     "group_norm_silu",
     "adamw_ema_",
+    "weight_gradients",
 )
 
 

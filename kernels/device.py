@@ -40,11 +40,11 @@ def extension() -> ModuleType:
     return import_module(EXTENSION)
 
 
-def triton_reasons() -> list[str]:
-    """Why Triton kernels cannot run here, neither compiled for a device nor in Triton's interpreter."""
+def triton_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
+    """Why Triton kernels cannot run here: neither for a device of that compute capability nor in the interpreter."""
     if find_spec("triton") is None:
         return ["triton is not installed"]
-    return [] if triton_interpreted() else cuda_reasons()
+    return [] if triton_interpreted() else cuda_reasons(minimum)
 
 
 def triton_interpreted() -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from kernels.registry import Op
 
@@ -53,8 +54,12 @@ def fault(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor
 
 def narrow(inputs: Inputs) -> bool:
     """Whether any of the arguments has 16-bit floats."""
-    tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
-    return any(tensor.is_floating_point() and tensor.dtype.itemsize == 2 for tensor in tensors)
+    return any(tensor.is_floating_point() and tensor.dtype.itemsize == 2 for tensor in tensors_of(inputs))
+
+
+def tensors_of(values: Any) -> list[torch.Tensor]:
+    """All tensors among arguments, those in lists too."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def reference(op: Op) -> Callable[..., Any]:
@@ -114,11 +119,12 @@ def widened(inputs: Inputs) -> Inputs:
             return value.double()
         return torch.float64 if isinstance(value, torch.dtype) else value
 
-    return {name: widen(value) for name, value in inputs.items()}
+    return tree_map(widen, inputs)
 
 
 def copy(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    """Tensors, or lists of them, in memory of their own; anything else as it is."""
+    return tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def copied(inputs: Inputs) -> Inputs:

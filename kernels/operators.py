@@ -28,13 +28,13 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable], tor
 
     Its parameters carry the type annotations that `torch.library.custom_op` asks for. The same function, its launches
     left out (`dry`), tells shapes, dtypes and strides to `torch.compile`; so it reads no values and only its first
-    argument, a tensor, decides the device.
+    argument, a tensor or a list of them, decides the device.
     """
 
     def register(function: Callable) -> torch.library.CustomOpDef:
         @wraps(function)
         def on_its_device(first, *args, **kwargs):
-            with torch.cuda.device_of(first):
+            with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
                 return function(first, *args, **kwargs)
 
         @wraps(function)

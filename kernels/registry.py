@@ -53,6 +53,7 @@ class Backend:
         emulated: runs its kernels in an emulator: for tests, never what "auto" means.
         torch_ops: names of the operators it registers with `torch.library`, such as `"ldit::swiglu_fwd"`.
         configs: launch configurations by name, for benches and ahead-of-time compilation.
+        minimum: the least compute capability that its kernels are made for.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Backend:
     emulated: bool = False
     torch_ops: tuple[str, ...] = ()
     configs: Mapping[str, Any] = field(default_factory=dict)
+    minimum: tuple[int, int] = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,11 @@ class Ops:
     def table(self) -> dict[str, dict[str, str]]:
         """Op name → `{"backend": its name, "reason": why this one}`, for logs and checkpoints."""
         return {name: dict(row) for name, row in self._table.items()}
+
+    def backend(self, name: str) -> Backend | None:
+        """The backend chosen for an op; None where that one cannot serve."""
+        chosen = self._table[name]["backend"]
+        return None if self._ops[name].reasons(chosen) else self._ops[name].backend(chosen)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"no op is called {name!r}{nearest(name, vars(self)['_ops'])}")

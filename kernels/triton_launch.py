@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -109,15 +109,16 @@ def backend(
     torch_ops: Iterable[str],
     configs: Mapping[str, Any],
     dtypes: frozenset[torch.dtype] = DTYPES,
+    minimum: tuple[int, int] = (8, 0),
 ) -> Backend:
     """The backend `triton` of an op.
 
     Args:
         run: the op.
         unsupported: reasons against a call, `refusals` among them.
-        torch_ops, configs, dtypes: as `Backend` has them.
+        torch_ops, configs, dtypes, minimum: as `Backend` has them.
     """
     return Backend(
-        "triton", run, triton_reasons, unsupported, dtypes, emulated=INTERPRETED, torch_ops=tuple(torch_ops),
-        configs=configs,
+        "triton", run, partial(triton_reasons, minimum), unsupported, dtypes, emulated=INTERPRETED,
+        torch_ops=tuple(torch_ops), configs=configs, minimum=minimum,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import kernels
-from kernels.registry import Op
+from kernels.registry import Backend, Op
 from tests.kernel_launches import launches
 
 ARCHITECTURES = (90, 80)
@@ -45,10 +45,15 @@ class Offline:
         return GPUTarget("cuda", self.architecture, 32)
 
 
+def architectures(backend: Backend) -> list[int]:
+    """Those of `ARCHITECTURES` that the backend is made for."""
+    return [number for number in ARCHITECTURES if divmod(number, 10) >= backend.minimum]
+
+
 def compiled(op: Op) -> Iterator[dict]:
     """A row for each distinct compiled kernel of the op."""
     backend, seen = op.backend("triton"), set()
-    for architecture in ARCHITECTURES:
+    for architecture in architectures(backend):
         driver.set_active(Offline(architecture))
         for case in op.cases:
             for dtype in sorted(op.dtypes & case.dtypes & backend.dtypes, key=str):

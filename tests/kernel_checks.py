@@ -24,6 +24,7 @@ from kernels.judge import (
     outputs,
     random_like,
     reference,
+    tensors_of,
     widened,
 )
 from kernels.registry import Backend, Op
@@ -45,8 +46,8 @@ def check_forward(op: Op, backend: Backend, case: Case, dtype: torch.dtype, devi
     with poisoned_memory():
         got = outputs(op, op.bind(backend), inputs)
     for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            assert same_bits(value, before[name]), f"{op.name}: argument {name} was changed"
+        pairs = zip(tensors_of(value), tensors_of(before[name]), strict=True)
+        assert all(same_bits(*pair) for pair in pairs), f"{op.name}: argument {name} was changed"
     eager = outputs(op, reference(op), inputs)
     judge_all(inputs, got, eager, outputs(op, reference(op), widened(inputs)))
     for name in eager:

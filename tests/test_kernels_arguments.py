@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
 from kernels.cases import nbytes
+from kernels.judge import copied
 from kernels.registry import FLOATS
 
 OPS = kernels.select("reference")
@@ -20,7 +22,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-ADALN, GATED = "adaln_rms_norm", "gated_residual_adaln_rms_norm"
+ADALN, GATED, GRADIENTS = "adaln_rms_norm", "gated_residual_adaln_rms_norm", "weight_gradients"
 MODULATED = [
     ({"x": zeros(3, 37)}, "shape of x is (3, 37)", "[B, N, D]"),
     ({"x": zeros(3, 0, 37)}, "shape of x is (3, 0, 37)", "no dimension 0"),
@@ -90,6 +92,14 @@ BAD = [
     ("adamw_ema_", {"betas": (0.9,)}, "betas is (0.9,)", "two numbers"),
     ("adamw_ema_", {"eps": -1.0}, "eps is -1.0", "not negative"),
     ("adamw_ema_", {"weight_decay": -0.1}, "weight_decay is -0.1", "not negative"),
+    (GRADIENTS, {"inputs": [zeros(37, 7)]}, "d_outputs and inputs is 2 and 1 tensors", "as many of one"),
+    (GRADIENTS, {"d_outputs": [], "inputs": []}, "d_outputs and inputs is 0 and 0 tensors", "at least one"),
+    (GRADIENTS, {"d_outputs": [zeros(37, 5), zeros(3)]}, "shape of d_outputs[1] is (3,)", "[..., width]"),
+    (GRADIENTS, {"d_outputs": [zeros(37, 5), zeros(37, 0)]}, "shape of d_outputs[1] is (37, 0)", "no dimension 0"),
+    (GRADIENTS, {"d_outputs": [zeros(37, 5), zeros(36, 3)]}, "shape of d_outputs[1] is (36, 3)", "37 tokens"),
+    (GRADIENTS, {"inputs": [zeros(37, 7), zeros(2, 37, 9)]}, "shape of inputs[1] is (2, 37, 9)", "37 tokens"),
+    (GRADIENTS, {"inputs": [zeros(37, 7), zeros(37, 9).half()]}, "dtype of inputs[1] is torch.float16", "float32"),
+    (GRADIENTS, {"inputs": [zeros(37, 7), zeros(37, 9, device="meta")]}, "device of inputs[1] is meta", "cpu"),
     ("adamw_ema_", {"ema_decay": 1.5}, "ema_decay is 1.5", "[0, 1]"),
 ]
 
@@ -97,7 +107,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "changes", "got", "allowed"), BAD)
 def test_a_bad_argument_is_named_with_its_value_and_what_is_allowed(name, changes, got, allowed):
     inputs = arguments(name)
-    getattr(OPS, name)(**{key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()})
+    getattr(OPS, name)(**copied(inputs))
     with pytest.raises(ValueError) as error:
         getattr(OPS, name)(**inputs | changes)
     message = str(error.value)
@@ -120,7 +130,7 @@ def test_dtypes_of_an_op_are_those_its_check_lets_through(name):
 def integers(case) -> dict:
     """The case's first argument as integers."""
     name, value = next(iter(case.inputs(torch.float32).items()))
-    return {name: value.int()}
+    return {name: tree_map(torch.Tensor.int, value)}
 
 
 def production(name: str, case_id: str) -> tuple[kernels.Op, dict]:
@@ -169,6 +179,16 @@ def test_optimizer_bytes_for_a_parameter(case_id, grad, bytes_each):
     assert op.cost(**inputs).forward_bytes == bytes_each * inputs["param"].numel()
 
 
+def test_weight_gradients_of_the_largest_model():
+    """As many products as forward, where they are these parts of the 237.25 GFLOP of an image: qkv, proj, w12, w3."""
+    op, inputs = production("weight_gradients", "XL")
+    cost = op.cost(**inputs)
+    assert 28 * cost.forward_flops / 128 / 237.25e9 == pytest.approx(0.241 + 0.080 + 0.428 + 0.214, abs=1e-3)
+    channels = 3456 + 1152 + 6144 + 1152 + 1152 + 1152 + 1152 + 3072
+    weights = 1152 * (3456 + 1152 + 6144 + 3072)
+    assert cost.forward_bytes == 2 * (128 * 256 * channels + weights)
+
+
 def test_vf_loss_and_group_norm_costs():
     op, inputs = production("vf_loss", "dinov2_large")
     cost = op.cost(**inputs)
@@ -193,5 +213,5 @@ def test_cases_are_the_same_numbers_each_time():
     for op in kernels.OPS.values():
         case = op.cases[1]
         first, second = case.inputs(torch.float32), case.inputs(torch.float32)
-        for name, value in first.items():
-            assert torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from kernels.cases import Case
 from kernels.device import cuda_reasons
+from kernels.judge import tensors_of
 from kernels.registry import FLOATS, Backend, Op
 from tests import kernel_checks as checks
 
@@ -142,5 +143,5 @@ def test_cases_and_the_reference_stay_on_their_device(op):
                 continue
             inputs = case.inputs(torch.float32, "cuda")
             found = inputs | checks.outputs(op, checks.reference(op), inputs)
-            strays = [n for n, t in found.items() if isinstance(t, torch.Tensor) and t.device.type != "cuda"]
+            strays = [n for n, v in found.items() if any(t.device.type != "cuda" for t in tensors_of(v))]
             assert not strays, f"{case.id}: {strays}"

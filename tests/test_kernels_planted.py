@@ -129,6 +129,14 @@ EDITS = {
         ("m * m_scale", "m"),
         ("p = param *", "grad.zero_(); p = param *"),
     ],
+    "weight_gradients": [
+        ("in pairs)", "in [(d[..., :-1, :], x[..., :-1, :]) for d, x in pairs])"),
+        ("in pairs)", "in [*pairs][:1])"),
+        ("in pairs)", "in reversed([*pairs]))"),
+        ("x.flatten(0, -2))", "x.flatten(0, -2)) / x.flatten(0, -2).shape[0]"),
+        ("x.flatten(0, -2))", "x.flatten(0, -2).abs())"),
+        ("torch.mm(d_output.flatten(0, -2).t(), x.flatten(0, -2))", "x.flatten(0, -2).t() @ d_output.flatten(0, -2)"),
+    ],
 }
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 import kernels
 from tests.golden import G, close
@@ -13,6 +14,8 @@ from tests.kernel_checks import outputs, reference, widened
 OPS = kernels.select("reference")
 MODULES = G("01_dit_modules")
 LOSSES = G("05_vae_losses")
+#: Ops whose reference is the library's own product, added up in the library's order.
+LIBRARY = ("weight_gradients",)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, mean: float = 0.0) -> torch.Tensor:
@@ -27,7 +30,7 @@ def modulation(samples: int, width: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [op for op in kernels.OPS.values() if op.name not in LIBRARY], ids=lambda op: op.name)
 def test_low_precision_is_float32_arithmetic_rounded_once(op, dtype):
     """Bit for bit, and in the dtypes that the docstring promises."""
     function = reference(op)
@@ -37,7 +40,7 @@ def test_low_precision_is_float32_arithmetic_rounded_once(op, dtype):
         inputs = case.inputs(dtype)
         if inputs.get("x") is not None and "branch" in inputs and inputs["x"].dtype == dtype:
             continue  # two roundings, one after the other: tested below
-        wide = {key: float32(value) for key, value in inputs.items()}
+        wide = tree_map(float32, inputs)
         got, want = outputs(op, function, inputs), outputs(op, function, wide)
         for name in got:
             assert got[name].dtype == (torch.float32 if op.name == "vf_loss" else result_dtype(inputs, name, dtype))
@@ -327,3 +330,19 @@ def test_group_norm_gradients_keep_channels_last():
     x = normal(2, 6, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     OPS.group_norm_silu(x, normal(6), normal(6, seed=1), 2, 1e-6).square().sum().backward()
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+# weight_gradients
+
+
+def test_weight_gradients_are_those_autograd_gives_linear_layers():
+    for case in kernels.OPS["weight_gradients"].cases:
+        if case.production:
+            continue
+        inputs = case.inputs(torch.float64)
+        pairs = list(zip(inputs["d_outputs"], inputs["inputs"], strict=True))
+        weights = [normal(d.shape[-1], x.shape[-1]).requires_grad_() for d, x in pairs]
+        total = sum((F.linear(x, weight) * d).sum() for weight, (d, x) in zip(weights, pairs, strict=True))
+        want = torch.autograd.grad(total, weights)
+        for number, (a, b) in enumerate(zip(OPS.weight_gradients(**inputs), want, strict=True)):
+            close(f"{case.id} {number}", a, b, atol=1e-11)

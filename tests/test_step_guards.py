@@ -49,6 +49,7 @@ LAUNCHES = {
     "vf_loss": (3, 2),
     "group_norm_silu": (2, 2),
     "adamw_ema_": (1, 0),
+    "weight_gradients": (2, 0),  # the second where sums are cut in parts
 }
 
 
@@ -163,6 +164,8 @@ def test_no_graph_break():
 
 @pytest.mark.parametrize("name", [name for name, op in kernels.OPS.items() if "triton" in op.backends])
 def test_kernels_launched_by_an_op(name):
-    op = kernels.OPS[name]
-    counts = [tuple(map(len, launches(op, case, torch.float32))) for case in op.cases if case.production]
+    op, backend = kernels.OPS[name], kernels.OPS[name].backend("triton")
+    dtype = torch.float32 if torch.float32 in backend.dtypes else torch.float16
+    cases = [case for case in op.cases if case.production and not backend.unsupported(**case.inputs(dtype, "meta"))]
+    counts = [tuple(map(len, launches(op, case, dtype))) for case in cases]
     assert max(counts) == LAUNCHES[name]

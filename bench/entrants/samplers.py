@@ -12,9 +12,10 @@ import torch
 import kernels
 from bench.entrants.plain import PlainLightningDiT, plain_euler
 from bench.entrants.tokenizers import flops_per_image, make_tokenizer, set_numerics
-from bench.entrants.training import CONFIG, compiled, make_network
+from bench.entrants.training import CONFIG, make_network
 from bench.measure.timing import Lap
 from bench.sampling import Variant
+from kernels.compilation import compiled
 from kernels.registry import Ops
 from launch.config import load
 from launch.sample import Generator

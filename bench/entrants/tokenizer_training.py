@@ -16,8 +16,9 @@ from PIL import Image
 
 import kernels
 from bench.entrants.tokenizers import set_numerics
-from bench.entrants.training import FlatAdamW, compiled
+from bench.entrants.training import FlatAdamW
 from bench.tokenizer import Variant
+from kernels.compilation import compiled
 from launch.config import VavaeRun, load
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench.entrants.training import compiled
 from bench.tokenizer import Variant
+from kernels.compilation import compiled
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8

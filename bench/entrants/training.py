@@ -13,6 +13,7 @@ import torch
 
 import kernels
 from bench.entrants.plain import PlainLightningDiT
+from kernels.compilation import compiled
 from kernels.registry import Ops
 from lightningdit import latents
 from lightningdit.config import ModelConfig
@@ -31,6 +32,7 @@ class Variant:
         name: in rows.
         engine: "trainer" (DeepSpeed, loader and all), "bare" (neither) or "plain" (the peer).
         kernels: as `kernels.select` takes it; of no meaning to the peer.
+        weight_gradients: the backend of that op: "reference" leaves these products to the library.
         compile: a mode of `train.compile`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
@@ -39,13 +41,18 @@ class Variant:
     name: str
     engine: str
     kernels: str = "auto"
+    weight_gradients: str = "auto"
     compile: str = "inductor"
     residual: str = "float32"
     recompute: bool | str = False
 
     def features(self) -> dict:
         """What a row says of it."""
-        return {key: getattr(self, key) for key in ("engine", "kernels", "compile", "residual", "recompute")}
+        names = ("engine", "kernels", "weight_gradients", "compile", "residual", "recompute")
+        return {name: getattr(self, name) for name in names}
+
+    def ops(self) -> Ops:
+        return kernels.select(self.kernels, weight_gradients=self.weight_gradients)
 
 
 VARIANTS = {
@@ -55,6 +62,7 @@ VARIANTS = {
         Variant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
         Variant("bare", "bare"),
         Variant("bare-eager", "bare", compile="none"),
+        Variant("bare-grouped", "bare", weight_gradients="triton"),
         Variant("bare-reference", "bare", kernels="reference"),
         Variant("bare-cudagraphs", "bare", compile="cudagraphs"),
         Variant("bare-bfloat16-stream", "bare", residual="bfloat16"),
@@ -100,14 +108,6 @@ def make_network(config: ModelConfig, ops, residual: torch.dtype = torch.float32
     return network.train()
 
 
-def compiled(function: Callable, mode: str) -> Callable:
-    if mode == "none":
-        return function
-    options = {"triton.cudagraphs": True} if mode == "cudagraphs" else None
-    backend = "inductor" if mode == "cudagraphs" else mode
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
-
-
 class FlatAdamW:
     """A network's weights in bfloat16, views of one buffer that `adamw_ema_` writes beside its float32 states."""
 
@@ -142,12 +142,12 @@ class BareStep:
     """The network without DeepSpeed: weights in bfloat16, the optimizer and the average in one pass."""
 
     def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
-        ops = kernels.select(variant.kernels)
+        ops = variant.ops()
         config = config.model_copy(update={"use_checkpoint": variant.recompute})
         network = make_network(config, ops, getattr(torch, variant.residual)).to(device)
         self.inputs = Inputs(config, batch, device)
         self.optimizer = FlatAdamW(network, ops)
-        self._network = compiled(network, variant.compile)
+        self._network = compiled(network, variant.compile, ops)
 
     def __call__(self) -> torch.Tensor:
         loss = self.inputs.loss(self._network)
@@ -203,7 +203,8 @@ class TrainerStep:
             f"train.output_dir={directory}", "train.exp_name=bench", "train.tensorboard=false",
             f"train.global_batch_size={batch}", f"train.max_steps={steps}",
             f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
-            f"train.use_checkpoint={str(variant.recompute).lower()}", f"kernels={variant.kernels}",
+            f"train.use_checkpoint={str(variant.recompute).lower()}",
+            f"kernels={{default: {variant.kernels}, weight_gradients: {variant.weight_gradients}}}",
             "model.model_type=null", f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
         ]  # fmt: skip

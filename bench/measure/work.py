@@ -19,6 +19,7 @@ from kernels.judge import (
     outputs,
     random_like,
     reference,
+    tensors_of,
     widened,
 )
 from kernels.registry import Op
@@ -79,8 +80,8 @@ class Call:
 
     def restorer(self) -> Callable[[], None]:
         """A function that puts back the present values of all its arguments."""
-        tensors = [t for t in (*self.inputs.values(), *self._arranged.values()) if isinstance(t, torch.Tensor)]
-        kept = [(t, t.clone()) for t in {t.data_ptr(): t for t in tensors}.values()]
+        tensors = {t.data_ptr(): t for t in tensors_of([self.inputs, self._arranged])}
+        kept = [(t, t.clone()) for t in tensors.values()]
 
         def restore() -> None:
             for tensor, values in kept:

@@ -1,0 +1,208 @@
+"""Weight gradients in Triton: one launch for all layers, so that tiles of one fill the wave that another leaves.
+
+A program sums one tile of one layer's `[O, I]` over all tokens. Both factors lie with the tokens outermost, which the
+tensor memory accelerator and `wgmma` take as it is: nothing is turned or held in registers. Where even together the
+tiles are few, each sum is cut in parts that a second kernel adds up in a fixed order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.operators import dry
+from kernels.triton_launch import DTYPES as TRITON_DTYPES
+from kernels.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.weight_gradients import tokens as tokens_of
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the launch is cut.
+
+    Attributes:
+        rows: of a program's tile, along O; a power of two, 64 for each four warps.
+        columns, more_columns: along I, beside each other: two powers of two, since one would be 256 or 128.
+        depth: tokens that one step adds.
+        stages: steps whose operands are under way at once; all of them fill the shared memory of a processor.
+        warps: of a program.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    more_columns: int = 64
+    depth: int = 64
+    stages: int = 4
+    warps: int = 8
+
+    @property
+    def width(self) -> int:
+        return self.columns + self.more_columns
+
+    def count(self, out: int, inner: int) -> int:
+        return triton.cdiv(out, self.rows) * triton.cdiv(inner, self.width)
+
+
+#: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 processors with nothing beyond an edge. Others
+#: that compile for sm_90 without spills, for a GPU to judge: Tile(128, 128, 128, stages=3), Tile(256, 64, 32).
+TILE = Tile()
+#: Compute capability → processors of the largest device that has it.
+PROCESSORS = {90: 132, 100: 148}
+#: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
+PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
+#: Float32 products would run without tensor cores.
+DTYPES = TRITON_DTYPES - {torch.float32}
+#: Their descriptors are arguments of the kernel, of which there is room for so many.
+MOST_LAYERS = 8
+#: Numbers for which the second kernel takes a program.
+SUM_BLOCK = 1024
+
+
+def parts(widths: list[tuple[int, int]], tokens: int, arch: int, tile: Tile = TILE) -> int:
+    """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
+    tiles = sum(tile.count(*pair) for pair in widths)
+    numbers = sum(out * inner for out, inner in widths)
+    processors = PROCESSORS.get(arch, PROCESSORS[90])
+    seconds = 2 * tile.rows * tile.width * tokens * processors / PRODUCTS
+
+    def cost(count: int) -> float:
+        waves = -(-tiles * count // processors)
+        return waves * seconds / count + (0 if count == 1 else numbers * (8 * count + 2) / TRAFFIC)
+
+    return min(range(1, max(1, min(MOST_PARTS, tokens // LEAST_TOKENS)) + 1), key=cost)
+
+
+@triton.jit
+def _sum_of_tile(
+    d_output, x, more_x, to, program, first, end, out, inner,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of a layer's sum over the tokens from `first` to `end`, stored at `to`.
+
+    Tiles that run at the same time are neighbours in both directions, so that they read the same tokens together:
+    numbers grow along the shorter side.
+    """
+    down, across = tl.cdiv(out, ROWS), tl.cdiv(inner, COLUMNS + MORE)
+    if down < across:
+        row, column = (program % down) * ROWS, (program // down) * (COLUMNS + MORE)
+    else:
+        row, column = (program // across) * ROWS, (program % across) * (COLUMNS + MORE)
+    main = tl.zeros((ROWS, COLUMNS), tl.float32)
+    more = tl.zeros((ROWS, MORE), tl.float32)
+    for token in tl.range(first, end, DEPTH, num_stages=STAGES):
+        left = d_output.load([token, row]).T
+        main = tl.dot(left, x.load([token, column]), main)
+        more = tl.dot(left, more_x.load([token, column + COLUMNS]), more)
+    _store(main, to, row, column, out, inner, ROWS, COLUMNS)
+    _store(more, to, row, column + COLUMNS, out, inner, ROWS, MORE)
+
+
+@triton.jit
+def _store(values, to, row, column, out, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    place = to + rows.to(tl.int64)[:, None] * inner + columns[None, :]
+    tl.store(place, values.to(to.dtype.element_ty), (rows < out)[:, None] & (columns < inner)[None, :])
+
+
+@triton.jit
+def weight_gradients_kernel(
+    d_outputs, inputs, more_inputs, outs, inners, results, tokens, tokens_each, numbers,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles of all layers along the first axis of the grid, parts of the tokens along the second."""
+    program, part = tl.program_id(0), tl.program_id(1)
+    to = results + part.to(tl.int64) * numbers
+    begin = part * tokens_each
+    end = tl.minimum(begin + tokens_each, tokens)
+    for layer in tl.static_range(len(d_outputs)):
+        out, inner = outs[layer], inners[layer]
+        tiles = tl.cdiv(out, ROWS) * tl.cdiv(inner, COLUMNS + MORE)
+        if (program >= 0) & (program < tiles):
+            _sum_of_tile(d_outputs[layer], inputs[layer], more_inputs[layer], to, program, begin, end, out, inner,
+                         ROWS, COLUMNS, MORE, DEPTH, STAGES)  # fmt: skip
+        program -= tiles
+        to += out.to(tl.int64) * inner
+
+
+@triton.jit
+def weight_gradients_sum_kernel(partial_sums, results, parts, numbers, BLOCK: tl.constexpr):
+    """results[n] = Σ partial_sums[:, n], always in the same order."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < numbers
+    total = tl.zeros([BLOCK], tl.float32)
+    source = partial_sums + place
+    for _ in range(parts):
+        total += tl.load(source, inside, other=0.0)
+        source += numbers
+    tl.store(results + place, total.to(results.dtype.element_ty), inside)
+
+
+@operator("weight_gradients")
+def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
+    """All of them behind each other."""
+    first, tokens = d_outputs[0], tokens_of(d_outputs[0])
+    outs, inners = (tuple(tensor.shape[-1] for tensor in tensors) for tensors in (d_outputs, inputs))
+    widths = list(zip(outs, inners, strict=True))
+    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, architecture())
+    tokens_each = triton.cdiv(triton.cdiv(tokens, count), TILE.depth) * TILE.depth
+    result = torch.empty(numbers, dtype=first.dtype, device=first.device)
+    partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
+    d_outputs, inputs = ([_table(tensor) for tensor in tensors] for tensors in (d_outputs, inputs))
+    launch(
+        weight_gradients_kernel, (sum(TILE.count(*pair) for pair in widths), count),
+        _described(d_outputs, TILE.rows), _described(inputs, TILE.columns), _described(inputs, TILE.more_columns),
+        outs, inners, partial_sums, tokens, tokens_each, numbers,
+        ROWS=TILE.rows, COLUMNS=TILE.columns, MORE=TILE.more_columns, DEPTH=TILE.depth, STAGES=TILE.stages,
+        num_warps=TILE.warps,
+    )  # fmt: skip
+    if count > 1:
+        launch(
+            weight_gradients_sum_kernel, (triton.cdiv(numbers, SUM_BLOCK),), partial_sums, result, count, numbers,
+            BLOCK=SUM_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return result
+
+
+def _table(tensor: torch.Tensor) -> torch.Tensor:
+    """As `[tokens, width]`, one row after the other from a multiple of 16 bytes on, as the accelerator asks."""
+    table = tensor.flatten(0, -2).contiguous()
+    return table if dry() or table.data_ptr() % 16 == 0 else table.clone()
+
+
+def _described(tables: list[torch.Tensor], columns: int) -> tuple[TensorDescriptor, ...]:
+    return tuple(TensorDescriptor.from_tensor(table, [TILE.depth, columns]) for table in tables)
+
+
+def weight_gradients(d_outputs, inputs):
+    flat = flat_weight_gradients(list(d_outputs), list(inputs))
+    return split(flat, [(d.shape[-1], x.shape[-1]) for d, x in zip(d_outputs, inputs, strict=True)])
+
+
+def split(flat: torch.Tensor, widths: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+    """What the operator returns, as a view `[O, I]` for each layer."""
+    pieces = flat.split([out * inner for out, inner in widths])
+    return tuple(piece.view(pair) for piece, pair in zip(pieces, widths, strict=True))
+
+
+def unsupported(d_outputs, inputs):
+    tensors = [*d_outputs, *inputs]
+    reasons = refusals(*tensors, dtypes=DTYPES)
+    if odd := sorted({tensor.shape[-1] for tensor in tensors if tensor.shape[-1] % 8}):
+        reasons.append(f"width {odd[0]} is no multiple of 8: rows begin at no multiple of 16 bytes")
+    if len(d_outputs) > MOST_LAYERS:
+        reasons.append(f"{len(d_outputs)} layers are more than {MOST_LAYERS}")
+    if tokens_of(tensors[0]) >= 2**31 - TILE.depth:
+        reasons.append(f"{tokens_of(tensors[0])} tokens are more than 32-bit numbers count")
+    return reasons
+
+
+BACKEND = backend(
+    weight_gradients,
+    unsupported,
+    torch_ops=("ldit::weight_gradients",),
+    configs={"tile": TILE},
+    dtypes=DTYPES,
+    minimum=(9, 0),
+)
