@@ -13,6 +13,7 @@ from launch.config import load
 from launch.engine import Engine, compile_mode, deepspeed_config, start_processes
 from launch.optimizer import AdamWEma
 from launch.train import make_trainer
+from launch.trainer import Trainer
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from lightningdit.modulation import evenly_spaced
@@ -101,12 +102,25 @@ def test_where_float32_gradients_are_wanted_deepspeed_keeps_master_weights(overr
     assert not any(asked(stage, False) for stage in range(4))
 
 
+def toy_trainer(folder: Path, *overrides: str) -> Trainer:
+    data = {**toy.LIGHTNINGDIT["data"], "data_path": str(toy.write_latents(folder / "latents"))}
+    path = toy.write_run(folder / "run.yaml", toy.LIGHTNINGDIT, data=data, train={"output_dir": str(folder)})
+    run, _ = load(path, list(overrides), kind="lightningdit")
+    return make_trainer(run, "lightningdit", start_processes())
+
+
+def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch):
+    """It may be they that a backward pass hands its weight gradients to."""
+    told = []
+    monkeypatch.setattr("launch.engine.compiled", lambda function, *of: told.append(of) or function)
+    toy_trainer(tmp_path, "train.compile=inductor", "kernels={default: reference, weight_gradients: triton}")
+    ((mode, ops),) = told
+    assert mode == "inductor" and ops.table()["weight_gradients"]["backend"] == "triton"
+
+
 def test_what_a_graph_would_read_stays_at_its_addresses(tmp_path, monkeypatch):
     """Weights and the step's random numbers; the numbers themselves are new ones in every step."""
-    data = {**toy.LIGHTNINGDIT["data"], "data_path": str(toy.write_latents(tmp_path / "latents"))}
-    path = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train={"output_dir": str(tmp_path)})
-    run, _ = load(path, ["train.precision=bfloat16", "train.micro_batch_size=4"], kind="lightningdit")
-    trainer, seen = make_trainer(run, "lightningdit", start_processes()), []
+    trainer, seen = toy_trainer(tmp_path, "train.precision=bfloat16", "train.micro_batch_size=4"), []
     step = trainer.task.train_step
 
     def watched(engines, batch, draws, number, backward):
