@@ -18,6 +18,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_launcher
 from triton.runtime.driver import driver
 
 import kernels
@@ -63,8 +64,17 @@ def compiled(op: Op) -> Iterator[dict]:
                     kernel = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.options)
                     if (architecture, kernel.hash) not in seen:
                         seen.add((architecture, kernel.hash))
+                        check_launcher(kernel)
                         row = {"op": op.name, "case": case.id, "dtype": str(dtype).removeprefix("torch.")}
                         yield row | {"architecture": architecture, "kernel": launch.kernel.__name__} | report(kernel)
+
+
+def check_launcher(kernel) -> None:
+    """Write, as a launch would, the C function that passes the arguments on; raises for those it does not know."""
+    source = kernel.src
+    constants = {(source.fn.arg_names.index(at),) if isinstance(at, str) else at: value
+                 for at, value in source.constants.items()}  # fmt: skip
+    make_launcher(constants, source.signature, getattr(kernel.metadata, "tensordesc_meta", None))
 
 
 def report(kernel) -> dict:

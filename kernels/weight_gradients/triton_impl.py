@@ -54,8 +54,8 @@ PROCESSORS = {90: 132, 100: 148}
 PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
 #: Float32 products would run without tensor cores.
 DTYPES = TRITON_DTYPES - {torch.float32}
-#: Their descriptors are arguments of the kernel, of which there is room for so many.
-MOST_LAYERS = 8
+#: As many as the kernel has arguments for.
+MOST_LAYERS = 4
 #: Numbers for which the second kernel takes a program.
 SUM_BLOCK = 1024
 
@@ -108,22 +108,30 @@ def _store(values, to, row, column, out, inner, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def weight_gradients_kernel(
-    d_outputs, inputs, more_inputs, outs, inners, results, tokens, tokens_each, numbers,
+    d_output0, input0, more0, out0, inner0, d_output1, input1, more1, out1, inner1,
+    d_output2, input2, more2, out2, inner2, d_output3, input3, more3, out3, inner3,
+    results, tokens, tokens_each, numbers,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of all layers along the first axis of the grid, parts of the tokens along the second."""
+    """Tiles of all layers along the first axis of the grid, parts of the tokens along the second.
+
+    Layers come one by one because a launch passes descriptors as arguments, not in tuples; None where there is none.
+    """
     program, part = tl.program_id(0), tl.program_id(1)
     to = results + part.to(tl.int64) * numbers
     begin = part * tokens_each
     end = tl.minimum(begin + tokens_each, tokens)
-    for layer in tl.static_range(len(d_outputs)):
+    d_outputs, inputs = (d_output0, d_output1, d_output2, d_output3), (input0, input1, input2, input3)
+    mores, outs, inners = (more0, more1, more2, more3), (out0, out1, out2, out3), (inner0, inner1, inner2, inner3)
+    for layer in tl.static_range(4):
         out, inner = outs[layer], inners[layer]
-        tiles = tl.cdiv(out, ROWS) * tl.cdiv(inner, COLUMNS + MORE)
-        if (program >= 0) & (program < tiles):
-            _sum_of_tile(d_outputs[layer], inputs[layer], more_inputs[layer], to, program, begin, end, out, inner,
-                         ROWS, COLUMNS, MORE, DEPTH, STAGES)  # fmt: skip
-        program -= tiles
-        to += out.to(tl.int64) * inner
+        if out is not None:
+            tiles = tl.cdiv(out, ROWS) * tl.cdiv(inner, COLUMNS + MORE)
+            if (program >= 0) & (program < tiles):
+                _sum_of_tile(d_outputs[layer], inputs[layer], mores[layer], to, program, begin, end, out, inner,
+                             ROWS, COLUMNS, MORE, DEPTH, STAGES)  # fmt: skip
+            program -= tiles
+            to += out.to(tl.int64) * inner
 
 
 @triton.jit
@@ -143,17 +151,16 @@ def weight_gradients_sum_kernel(partial_sums, results, parts, numbers, BLOCK: tl
 def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
     """All of them behind each other."""
     first, tokens = d_outputs[0], tokens_of(d_outputs[0])
-    outs, inners = (tuple(tensor.shape[-1] for tensor in tensors) for tensors in (d_outputs, inputs))
-    widths = list(zip(outs, inners, strict=True))
+    widths = _widths(d_outputs, inputs)
     numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, architecture())
     tokens_each = triton.cdiv(triton.cdiv(tokens, count), TILE.depth) * TILE.depth
     result = torch.empty(numbers, dtype=first.dtype, device=first.device)
     partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
-    d_outputs, inputs = ([_table(tensor) for tensor in tensors] for tensors in (d_outputs, inputs))
+    layers = [value for pair in zip(d_outputs, inputs, strict=True) for value in _arguments(*pair)]
+    layers += [None] * (MOST_LAYERS * 5 - len(layers))
     launch(
         weight_gradients_kernel, (sum(TILE.count(*pair) for pair in widths), count),
-        _described(d_outputs, TILE.rows), _described(inputs, TILE.columns), _described(inputs, TILE.more_columns),
-        outs, inners, partial_sums, tokens, tokens_each, numbers,
+        *layers, partial_sums, tokens, tokens_each, numbers,
         ROWS=TILE.rows, COLUMNS=TILE.columns, MORE=TILE.more_columns, DEPTH=TILE.depth, STAGES=TILE.stages,
         num_warps=TILE.warps,
     )  # fmt: skip
@@ -171,13 +178,21 @@ def _table(tensor: torch.Tensor) -> torch.Tensor:
     return table if dry() or table.data_ptr() % 16 == 0 else table.clone()
 
 
-def _described(tables: list[torch.Tensor], columns: int) -> tuple[TensorDescriptor, ...]:
-    return tuple(TensorDescriptor.from_tensor(table, [TILE.depth, columns]) for table in tables)
+def _arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
+    """What the kernel is told of a layer."""
+    left, right = _table(d_output), _table(x)
+    blocks = ((left, TILE.rows), (right, TILE.columns), (right, TILE.more_columns))
+    described = [TensorDescriptor.from_tensor(table, [TILE.depth, columns]) for table, columns in blocks]
+    return [*described, left.shape[1], right.shape[1]]
+
+
+def _widths(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(d_output.shape[-1], x.shape[-1]) for d_output, x in zip(d_outputs, inputs, strict=True)]
 
 
 def weight_gradients(d_outputs, inputs):
     flat = flat_weight_gradients(list(d_outputs), list(inputs))
-    return split(flat, [(d.shape[-1], x.shape[-1]) for d, x in zip(d_outputs, inputs, strict=True)])
+    return split(flat, _widths(d_outputs, inputs))
 
 
 def split(flat: torch.Tensor, widths: list[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
