@@ -17,6 +17,8 @@ OPS: dict[str, Op] = load_ops(
     "vf_loss",
     "group_norm_silu",
     "adamw_ema_",
+    "linear_swiglu",
+    "swiglu_linear_grad",
     "weight_gradients",
 )
 

@@ -15,8 +15,8 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None) -> Callable:
 
     Args:
         mode: "none" gives the function itself, "cudagraphs" is Inductor with CUDA graphs.
-        ops: those that the function computes with. Where they have a backend for `weight_gradients`, Inductor takes
-            the weight gradients of several linear layers together in one call of it.
+        ops: those that the function computes with; under Inductor, some take the place of nodes of the graph
+            (`kernels.rewriting`).
 
     Raises:
         ValueError: an unknown mode.
@@ -27,7 +27,7 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None) -> Callable:
         return function
     options: dict[str, Any] = {"triton.cudagraphs": True} if mode == "cudagraphs" else {}
     if ops is not None and mode != "aot_eager":
-        from kernels.weight_gradients.graph_pass import inductor_options
+        from kernels.rewriting import inductor_options
 
         options |= inductor_options(ops)
     backend = "inductor" if mode == "cudagraphs" else mode

@@ -93,6 +93,11 @@ def _capability(device: int) -> int:
     return 10 * major + minor
 
 
+def processors(arch: int) -> int:
+    """Multiprocessors of the largest device of that compute capability: how many programs run at once, one on each."""
+    return {80: 108, 90: 132, 100: 148}.get(arch, 132)
+
+
 def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
     """Why Triton kernels cannot take these tensors here, by device and dtype; empty if they can."""
     given = [tensor for tensor in tensors if tensor is not None]

@@ -44,6 +44,8 @@ CEILINGS: dict[str, Ceiling] = {
     "rope_attention_fwd_kernel": Ceiling(255, 48 * 1024, wgmma=True, wide_loads=True, stack=336),
     "rope_attention_bwd_dq_kernel": Ceiling(255, 98 * 1024, wgmma=True, wide_loads=True, stack=112),
     "rope_attention_bwd_dkdv_kernel": Ceiling(255, 92 * 1024, wgmma=True, wide_loads=True, stack=24),
+    "linear_swiglu_kernel": Ceiling(224, 225 * 1024, wgmma=True),
+    "swiglu_linear_grad_kernel": Ceiling(255, 225 * 1024, wgmma=True),
     "weight_gradients_kernel": Ceiling(168, 161 * 1024, wgmma=True),
     "weight_gradients_sum_kernel": Ceiling(40, 2048, wide_loads=True),
     "rope_attention_bwd_sums_kernel": Ceiling(40, 256, wide_loads=True),

@@ -16,7 +16,7 @@ HOUSE = ("kernels", "lightningdit", "vavae", "launch", "bench")
 
 #: Statement → what of HEAVY it may bring, and the most modules of this project.
 COSTS = {
-    "import kernels": ({"torch"}, 12),
+    "import kernels": ({"torch"}, 14),
     "import lightningdit.model": ({"torch"}, 20),
     "import vavae.model": ({"torch"}, 6),
     "import launch.train": ({"torch"}, 36),

@@ -23,6 +23,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 ADALN, GATED, GRADIENTS = "adaln_rms_norm", "gated_residual_adaln_rms_norm", "weight_gradients"
+LINEAR, SLOPE = "linear_swiglu", "swiglu_linear_grad"
 MODULATED = [
     ({"x": zeros(3, 37)}, "shape of x is (3, 37)", "[B, N, D]"),
     ({"x": zeros(3, 0, 37)}, "shape of x is (3, 0, 37)", "no dimension 0"),
@@ -92,6 +93,22 @@ BAD = [
     ("adamw_ema_", {"betas": (0.9,)}, "betas is (0.9,)", "two numbers"),
     ("adamw_ema_", {"eps": -1.0}, "eps is -1.0", "not negative"),
     ("adamw_ema_", {"weight_decay": -0.1}, "weight_decay is -0.1", "not negative"),
+    (LINEAR, {"x": zeros(7)}, "shape of x is (7,)", "[..., D]"),
+    (LINEAR, {"x": zeros(3, 0, 7)}, "shape of x is (3, 0, 7)", "no dimension 0"),
+    (LINEAR, {"x": zeros(3, 5, 7, dtype=torch.int32)}, "dtype of x is torch.int32", "torch.float32"),
+    (LINEAR, {"weight": zeros(22, 6)}, "shape of weight is (22, 6)", "(2H, 7)"),
+    (LINEAR, {"weight": zeros(21, 7)}, "shape of weight is (21, 7)", "2H"),
+    (LINEAR, {"weight": zeros(22, 7).half()}, "dtype of weight is torch.float16", "torch.float32"),
+    (LINEAR, {"weight": zeros(22, 7, device="meta")}, "device of weight is meta", "cpu"),
+    (LINEAR, {"bias": zeros(11)}, "shape of bias is (11,)", "(22,) (2H)"),
+    (SLOPE, {"d_output": zeros(7)}, "shape of d_output is (7,)", "[..., D]"),
+    (SLOPE, {"d_output": zeros(3, 5, 7).long()}, "dtype of d_output is torch.int64", "torch.float32"),
+    (SLOPE, {"weight": zeros(6, 11)}, "shape of weight is (6, 11)", "(7, H)"),
+    (SLOPE, {"weight": zeros(7, 11).double()}, "dtype of weight is torch.float64", "torch.float32"),
+    (SLOPE, {"gate_up": zeros(3, 4, 22)}, "shape of gate_up is (3, 4, 22)", "(3, 5, 22) (..., 2H)"),
+    (SLOPE, {"gate_up": zeros(3, 5, 22).half()}, "dtype of gate_up is torch.float16", "torch.float32"),
+    (SLOPE, {"bias": zeros(1, 22)}, "shape of bias is (1, 22)", "(22,) (2H)"),
+    (SLOPE, {"bias": zeros(22, device="meta")}, "device of bias is meta", "cpu"),
     (GRADIENTS, {"inputs": [zeros(37, 7)]}, "d_outputs and inputs is 2 and 1 tensors", "as many of one"),
     (GRADIENTS, {"d_outputs": [], "inputs": []}, "d_outputs and inputs is 0 and 0 tensors", "at least one"),
     (GRADIENTS, {"d_outputs": [zeros(37, 5), zeros(3)]}, "shape of d_outputs[1] is (3,)", "[..., width]"),
@@ -187,6 +204,16 @@ def test_weight_gradients_of_the_largest_model():
     channels = 3456 + 1152 + 6144 + 1152 + 1152 + 1152 + 1152 + 3072
     weights = 1152 * (3456 + 1152 + 6144 + 3072)
     assert cost.forward_bytes == 2 * (128 * 256 * channels + weights)
+
+
+def test_swiglu_with_its_product_moves_two_hidden_tensors_less():
+    """PERF's 3F forward and 5F backward beside the products' own 2F and F: folded, 3F, and 4F without either's D."""
+    tokens, F = 128 * 256, 2 * 3072
+    for name, width in (("linear_swiglu", 3), ("swiglu_linear_grad", 4)):
+        op, inputs = production(name, "XL")
+        rest = nbytes(*(value for key, value in inputs.items() if key in ("x", "d_output", "weight", "bias")))
+        assert op.cost(**inputs).forward_bytes == pytest.approx(tokens * width * F + rest, rel=1e-4)
+        assert op.cost(**inputs).forward_flops == 2 * tokens * 1152 * 3072 * (2 if name == "linear_swiglu" else 1)
 
 
 def test_vf_loss_and_group_norm_costs():

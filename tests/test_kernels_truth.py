@@ -15,7 +15,7 @@ OPS = kernels.select("reference")
 MODULES = G("01_dit_modules")
 LOSSES = G("05_vae_losses")
 #: Ops whose reference is the library's own product, added up in the library's order.
-LIBRARY = ("weight_gradients",)
+LIBRARY = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, mean: float = 0.0) -> torch.Tensor:
@@ -330,6 +330,32 @@ def test_group_norm_gradients_keep_channels_last():
     x = normal(2, 6, 3, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     OPS.group_norm_silu(x, normal(6), normal(6, seed=1), 2, 1e-6).square().sum().backward()
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+# linear_swiglu, swiglu_linear_grad
+
+
+def test_linear_swiglu_is_the_two_one_after_the_other():
+    x, weight, bias = normal(2, 5, 7), normal(18, 7, seed=1), normal(18, seed=2)
+    for vector in (bias, None):
+        gate_up, activated = OPS.linear_swiglu(x, weight, bias=vector)
+        close("product", gate_up, x @ weight.T, atol=1e-13)
+        gate, up = (gate_up if vector is None else gate_up + vector).split(9, dim=-1)
+        close("activated", activated, gate * torch.special.expit(gate) * up, atol=1e-13)
+
+
+def test_swiglu_linear_grad_is_the_gradient_autograd_gives():
+    weight, d_output = normal(7, 9), normal(2, 5, 7, seed=1)
+    gate_up, bias = normal(2, 5, 18, seed=2).requires_grad_(), normal(18, seed=3).requires_grad_()
+    F.linear(OPS.swiglu(gate_up, bias=bias), weight).backward(d_output)
+    d_gate_up, d_bias = OPS.swiglu_linear_grad(d_output, weight, gate_up.detach(), bias=bias.detach())
+    close("gate_up", d_gate_up, gate_up.grad, atol=1e-13)
+    close("bias", d_bias, bias.grad, atol=1e-13)
+    gate_up.grad = None
+    F.linear(OPS.swiglu(gate_up), weight).backward(d_output)
+    found, nothing = OPS.swiglu_linear_grad(d_output, weight, gate_up.detach())
+    close("without a bias", found, gate_up.grad, atol=1e-13)
+    assert nothing is None
 
 
 # weight_gradients

@@ -49,6 +49,8 @@ LAUNCHES = {
     "vf_loss": (3, 2),
     "group_norm_silu": (2, 2),
     "adamw_ema_": (1, 0),
+    "linear_swiglu": (1, 0),
+    "swiglu_linear_grad": (2, 0),  # the second for the bias
     "weight_gradients": (2, 0),  # the second where sums are cut in parts
 }
 

@@ -4,6 +4,7 @@ All start from the same weights (none of them zero: zeros draw less power and ru
 and times, and make one optimizer step with the moving average in each call.
 """
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Variant:
         name: in rows.
         engine: "trainer" (DeepSpeed, loader and all), "bare" (neither) or "plain" (the peer).
         kernels: as `kernels.select` takes it; of no meaning to the peer.
-        weight_gradients: the backend of that op: "reference" leaves these products to the library.
+        in_graph: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
         compile: a mode of `train.compile`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
@@ -41,18 +42,24 @@ class Variant:
     name: str
     engine: str
     kernels: str = "auto"
-    weight_gradients: str = "auto"
+    in_graph: tuple[str, ...] = ()
     compile: str = "inductor"
     residual: str = "float32"
     recompute: bool | str = False
 
     def features(self) -> dict:
         """What a row says of it."""
-        names = ("engine", "kernels", "weight_gradients", "compile", "residual", "recompute")
+        names = ("engine", "kernels", "in_graph", "compile", "residual", "recompute")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """By op, as a run file's `kernels` has it."""
+        return {"default": self.kernels, **dict.fromkeys(self.in_graph, "triton")}
+
     def ops(self) -> Ops:
-        return kernels.select(self.kernels, weight_gradients=self.weight_gradients)
+        named = self.backends
+        return kernels.select(named.pop("default"), **named)
 
 
 VARIANTS = {
@@ -62,7 +69,8 @@ VARIANTS = {
         Variant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
         Variant("bare", "bare"),
         Variant("bare-eager", "bare", compile="none"),
-        Variant("bare-grouped", "bare", weight_gradients="triton"),
+        Variant("bare-grouped", "bare", in_graph=("weight_gradients",)),
+        Variant("bare-folded", "bare", in_graph=("linear_swiglu", "swiglu_linear_grad")),
         Variant("bare-reference", "bare", kernels="reference"),
         Variant("bare-cudagraphs", "bare", compile="cudagraphs"),
         Variant("bare-bfloat16-stream", "bare", residual="bfloat16"),
@@ -204,7 +212,7 @@ class TrainerStep:
             f"train.global_batch_size={batch}", f"train.max_steps={steps}",
             f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
             f"train.use_checkpoint={str(variant.recompute).lower()}",
-            f"kernels={{default: {variant.kernels}, weight_gradients: {variant.weight_gradients}}}",
+            f"kernels={json.dumps(variant.backends)}",
             "model.model_type=null", f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
         ]  # fmt: skip

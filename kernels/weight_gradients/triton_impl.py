@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.operators import dry
+from kernels.descriptors import described, misaligned, table
 from kernels.triton_launch import DTYPES as TRITON_DTYPES
-from kernels.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
 from kernels.weight_gradients import tokens as tokens_of
 
 
@@ -48,8 +47,6 @@ class Tile:
 #: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 processors with nothing beyond an edge. Others
 #: that compile for sm_90 without spills, for a GPU to judge: Tile(128, 128, 128, stages=3), Tile(256, 64, 32).
 TILE = Tile()
-#: Compute capability → processors of the largest device that has it.
-PROCESSORS = {90: 132, 100: 148}
 #: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
 PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
 #: Float32 products would run without tensor cores.
@@ -64,11 +61,10 @@ def parts(widths: list[tuple[int, int]], tokens: int, arch: int, tile: Tile = TI
     """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
     tiles = sum(tile.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
-    processors = PROCESSORS.get(arch, PROCESSORS[90])
-    seconds = 2 * tile.rows * tile.width * tokens * processors / PRODUCTS
+    seconds = 2 * tile.rows * tile.width * tokens * processors(arch) / PRODUCTS
 
     def cost(count: int) -> float:
-        waves = -(-tiles * count // processors)
+        waves = -(-tiles * count // processors(arch))
         return waves * seconds / count + (0 if count == 1 else numbers * (8 * count + 2) / TRAFFIC)
 
     return min(range(1, max(1, min(MOST_PARTS, tokens // LEAST_TOKENS)) + 1), key=cost)
@@ -172,18 +168,11 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
     return result
 
 
-def _table(tensor: torch.Tensor) -> torch.Tensor:
-    """As `[tokens, width]`, one row after the other from a multiple of 16 bytes on, as the accelerator asks."""
-    table = tensor.flatten(0, -2).contiguous()
-    return table if dry() or table.data_ptr() % 16 == 0 else table.clone()
-
-
 def _arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
     """What the kernel is told of a layer."""
-    left, right = _table(d_output), _table(x)
+    left, right = table(d_output), table(x)
     blocks = ((left, TILE.rows), (right, TILE.columns), (right, TILE.more_columns))
-    described = [TensorDescriptor.from_tensor(table, [TILE.depth, columns]) for table, columns in blocks]
-    return [*described, left.shape[1], right.shape[1]]
+    return [*(described(rows, TILE.depth, columns) for rows, columns in blocks), left.shape[1], right.shape[1]]
 
 
 def _widths(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -204,8 +193,7 @@ def split(flat: torch.Tensor, widths: list[tuple[int, int]]) -> tuple[torch.Tens
 def unsupported(d_outputs, inputs):
     tensors = [*d_outputs, *inputs]
     reasons = refusals(*tensors, dtypes=DTYPES)
-    if odd := sorted({tensor.shape[-1] for tensor in tensors if tensor.shape[-1] % 8}):
-        reasons.append(f"width {odd[0]} is no multiple of 8: rows begin at no multiple of 16 bytes")
+    reasons += misaligned(tensors[0].element_size(), *(tensor.shape[-1] for tensor in tensors))
     if len(d_outputs) > MOST_LAYERS:
         reasons.append(f"{len(d_outputs)} layers are more than {MOST_LAYERS}")
     if tokens_of(tensors[0]) >= 2**31 - TILE.depth:

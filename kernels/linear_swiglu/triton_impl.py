@@ -1,0 +1,120 @@
+"""A linear layer and SwiGLU in Triton, by the tensor memory accelerator and `wgmma`.
+
+A program takes tiles by turns, the same columns of both halves in each, so that gate and product of a number meet in
+one thread. While a tile is activated and stored, the operands of the next are under way.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.descriptors import described, misaligned, table
+from kernels.triton_launch import DTYPES as TRITON_DTYPES
+from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the launch is cut.
+
+    Attributes:
+        rows: of a tile; 64 for each four warps.
+        columns: of a tile, in each half.
+        depth: of one step of the products.
+        stages: steps whose operands are under way at once; with what is stored they fill a processor's shared memory.
+        warps: of a program.
+        flatten: whether steps of all tiles are one loop, so that the next tile's operands come during this one's end.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    stages: int = 4
+    warps: int = 8
+    flatten: bool = True
+
+    def count(self, rows: int, hidden: int) -> int:
+        return triton.cdiv(rows, self.rows) * triton.cdiv(hidden, self.columns)
+
+
+#: Compiles for sm_90 without spills, as do stages=3 and flatten=False, for a GPU to judge.
+TILE = Tile()
+#: Float32 products would run without tensor cores.
+DTYPES = TRITON_DTYPES - {torch.float32}
+
+
+@triton.jit
+def _with_bias(values, bias, first, hidden, COLUMNS: tl.constexpr):
+    column = first + tl.arange(0, COLUMNS)
+    return values + tl.load(bias + column, column < hidden, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def linear_swiglu_kernel(
+    x, gate_weight, up_weight, bias, gate_out, up_out, activated, rows, hidden, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+    BIASED: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(hidden, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        row, column = (tile // across) * ROWS, (tile % across) * COLUMNS
+        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+        up = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in tl.range(0, width, DEPTH, num_stages=STAGES):
+            left = x.load([row, step])
+            gate = tl.dot(left, gate_weight.load([column, step]).T, gate)
+            up = tl.dot(left, up_weight.load([column, step]).T, up)
+        narrow_gate, narrow_up = gate.to(gate_out.dtype), up.to(up_out.dtype)
+        gate_out.store([row, column], narrow_gate)
+        up_out.store([row, column], narrow_up)
+        # As rounded, because the backward pass has nothing else.
+        gate, up = narrow_gate.to(tl.float32), narrow_up.to(tl.float32)
+        if BIASED:
+            gate = _with_bias(gate, bias, column, hidden, COLUMNS)
+            up = _with_bias(up, bias + hidden, column, hidden, COLUMNS)
+        activated.store([row, column], (gate / (1 + tl.exp(-gate)) * up).to(activated.dtype))
+
+
+@operator("linear_swiglu")
+def linear_swiglu_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On `[rows, D]`."""
+    rows, width = x.shape
+    hidden = weight.shape[0] // 2
+    gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
+    weight = table(weight)
+    launch(
+        linear_swiglu_kernel, (min(TILE.count(rows, hidden), processors(architecture())),),
+        described(table(x), TILE.rows, TILE.depth),
+        *(described(half, TILE.columns, TILE.depth) for half in weight.chunk(2)),
+        None if bias is None else bias.contiguous(),
+        *(described(half, TILE.rows, TILE.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
+        rows, hidden, width,
+        ROWS=TILE.rows, COLUMNS=TILE.columns, DEPTH=TILE.depth, STAGES=TILE.stages, FLATTEN=TILE.flatten,
+        BIASED=bias is not None, num_warps=TILE.warps,
+    )  # fmt: skip
+    return gate_up, activated
+
+
+def linear_swiglu(x, weight, *, bias=None):
+    results = linear_swiglu_fwd(x.flatten(0, -2), weight, bias)
+    return tuple(result.unflatten(0, x.shape[:-1]) for result in results)
+
+
+def unsupported(x, weight, *, bias=None):
+    reasons = refusals(x, weight, dtypes=DTYPES) + refusals(x, bias)
+    return reasons + misaligned(x.element_size(), x.shape[-1], weight.shape[0] // 2)
+
+
+BACKEND = backend(
+    linear_swiglu,
+    unsupported,
+    torch_ops=("ldit::linear_swiglu",),
+    configs={"tile": TILE},
+    dtypes=DTYPES,
+    minimum=(9, 0),
+)

@@ -1,0 +1,44 @@
+"""Finds the gradient through a linear layer and `swiglu` in a compiled graph; `swiglu_linear_grad` computes both."""
+
+import operator as python
+
+import torch
+from torch import fx
+
+import kernels.swiglu.triton_impl  # noqa: F401  registers the operator looked for
+from kernels.registry import Backend
+from kernels.rewriting import aten, before_views, call, operator, reshaped, value
+
+
+def rewrite(graph: fx.Graph, backend: Backend) -> None:
+    for slope in graph.find_nodes(op="call_function", target=torch.ops.ldit.swiglu_bwd.default):
+        grad, gate_up, bias, summed = slope.args
+        chain = list(before_views(grad))
+        product = chain[-1]
+        if product.target is not aten.mm.default or any(len(node.users) > 1 for node in chain):
+            continue  # somebody else wants the product
+        if summed != (bias is not None):
+            continue
+        d_output, weight = product.args
+        known = [value(node).flatten(0, -2) for node in (d_output, weight, gate_up)]
+        vector = None if bias is None else value(bias)
+        if known[0].dtype in backend.dtypes and not backend.unsupported(*known, bias=vector):
+            _replace(graph, slope, (d_output, weight, gate_up, bias), backend)
+            for node in chain:
+                graph.erase_node(node)
+
+
+def _replace(graph: fx.Graph, slope: fx.Node, args: tuple, backend: Backend) -> None:
+    d_output, weight, gate_up, bias = args
+    shape = tuple(value(gate_up).shape)
+    with graph.inserting_before(slope):
+        flat = reshaped(graph, gate_up, (len(value(d_output)), shape[-1]))
+        empty = value(flat).new_empty
+        values = empty(tuple(value(flat).shape)), empty(0) if bias is None else value(bias).new_empty(shape[-1])
+        both = call(graph, operator(*backend.torch_ops), d_output, weight, flat, bias, value=values)
+        d_gate_up, d_bias = (call(graph, python.getitem, both, i, value=values[i]) for i in range(2))
+        results = reshaped(graph, d_gate_up, shape), d_bias
+    for user in list(slope.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(slope)

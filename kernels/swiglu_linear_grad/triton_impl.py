@@ -1,0 +1,125 @@
+"""The gradient through a linear layer and SwiGLU in Triton, by the tensor memory accelerator and `wgmma`.
+
+A program takes tiles by turns; each is two products side by side, so that one left operand serves both. A product is
+turned into both gradients half by half, as more would not fit into registers beside it, while the operands of the next
+tile are under way. Sums over a tile's rows, for the bias, are partial sums that the second kernel of `swiglu` adds up.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.descriptors import described, misaligned, table
+from kernels.linear_swiglu.triton_impl import DTYPES, Tile
+from kernels.swiglu.triton_impl import SUM_COLUMNS, SUM_ROWS, swiglu_sum_kernel
+from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
+
+#: Here `columns` are those of one product of two. Compiles for sm_90 without spills, as does stages=3, for a GPU to
+#: judge.
+TILE = Tile()
+
+
+@triton.jit
+def _store_gradients(
+    d_activated, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column, hidden,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of a block, and their sums over its rows."""
+    gate, up = gate_in.load([row, column]).to(tl.float32), up_in.load([row, column]).to(tl.float32)
+    columns = column + tl.arange(0, COLUMNS)
+    if BIASED:
+        gate += tl.load(bias + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + hidden + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    d_gate = d_activated * up * (sigmoid * (1 + gate * (1 - sigmoid)))
+    d_up = d_activated * (gate * sigmoid)
+    gate_out.store([row, column], d_gate.to(gate_out.dtype))
+    up_out.store([row, column], d_up.to(up_out.dtype))
+    if BIASED:
+        sums = partial_sums + (row // ROWS).to(tl.int64) * (2 * hidden) + columns
+        tl.store(sums, tl.sum(d_gate, axis=0), columns < hidden)
+        tl.store(sums + hidden, tl.sum(d_up, axis=0), columns < hidden)
+
+
+@triton.jit
+def _store_product(
+    d_activated, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column, hidden,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """As above, one half of the columns after the other; each thread holds numbers of both, so none move."""
+    HALF: tl.constexpr = COLUMNS // 2
+    left, right = tl.split(tl.permute(tl.reshape(d_activated, (ROWS, 2, HALF)), (0, 2, 1)))
+    _store_gradients(left, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column, hidden,
+                     ROWS, HALF, BIASED)  # fmt: skip
+    _store_gradients(right, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column + HALF, hidden,
+                     ROWS, HALF, BIASED)  # fmt: skip
+
+
+@triton.jit
+def swiglu_linear_grad_kernel(
+    d_output, weight, gate_in, up_in, gate_out, up_out, bias, partial_sums, rows, hidden, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
+    BIASED: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(hidden, 2 * COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        row, column = (tile // across) * ROWS, (tile % across) * (2 * COLUMNS)
+        first = tl.zeros((ROWS, COLUMNS), tl.float32)
+        second = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for step in tl.range(0, width, DEPTH, num_stages=STAGES):
+            left = d_output.load([row, step])
+            first = tl.dot(left, weight.load([step, column]), first)
+            second = tl.dot(left, weight.load([step, column + COLUMNS]), second)
+        _store_product(first, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column, hidden,
+                       ROWS, COLUMNS, BIASED)  # fmt: skip
+        _store_product(second, gate_in, up_in, gate_out, up_out, bias, partial_sums, row, column + COLUMNS, hidden,
+                       ROWS, COLUMNS, BIASED)  # fmt: skip
+
+
+@operator("swiglu_linear_grad")
+def swiglu_linear_grad_2d(
+    d_output: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On `[rows, D]` and `[rows, 2H]`; the gradient of the bias is empty without one."""
+    (rows, width), hidden = d_output.shape, weight.shape[1]
+    d_gate_up, down = torch.empty_like(gate_up, memory_format=torch.contiguous_format), triton.cdiv(rows, TILE.rows)
+    partial_sums = None if bias is None else torch.empty(down, 2 * hidden, device=d_output.device)
+    halves = (*table(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
+    launch(
+        swiglu_linear_grad_kernel,
+        (min(down * triton.cdiv(hidden, 2 * TILE.columns), processors(architecture())),),
+        described(table(d_output), TILE.rows, TILE.depth), described(table(weight), TILE.depth, TILE.columns),
+        *(described(half, TILE.rows, TILE.columns // 2) for half in halves),
+        None if bias is None else bias.contiguous(), partial_sums, rows, hidden, width,
+        ROWS=TILE.rows, COLUMNS=TILE.columns, DEPTH=TILE.depth, STAGES=TILE.stages, FLATTEN=TILE.flatten,
+        BIASED=bias is not None, num_warps=TILE.warps,
+    )  # fmt: skip
+    if bias is None:
+        return d_gate_up, d_gate_up.new_empty(0)
+    d_bias = torch.empty(2 * hidden, dtype=bias.dtype, device=bias.device)
+    launch(
+        swiglu_sum_kernel, (triton.cdiv(2 * hidden, SUM_COLUMNS),), partial_sums, d_bias, down, 2 * hidden,
+        ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return d_gate_up, d_bias
+
+
+def swiglu_linear_grad(d_output, weight, gate_up, *, bias=None):
+    found, d_bias = swiglu_linear_grad_2d(d_output.flatten(0, -2), weight, gate_up.flatten(0, -2), bias)
+    return found.unflatten(0, gate_up.shape[:-1]), None if bias is None else d_bias
+
+
+def unsupported(d_output, weight, gate_up, *, bias=None):
+    reasons = refusals(d_output, weight, gate_up, dtypes=DTYPES) + refusals(d_output, bias)
+    return reasons + misaligned(d_output.element_size(), d_output.shape[-1], weight.shape[1])
+
+
+BACKEND = backend(
+    swiglu_linear_grad,
+    unsupported,
+    torch_ops=("ldit::swiglu_linear_grad",),
+    configs={"tile": TILE},
+    dtypes=DTYPES,
+    minimum=(9, 0),
+)
