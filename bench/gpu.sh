@@ -66,7 +66,7 @@ print(json.dumps(machine("cuda" if torch.cuda.is_available() else "cpu"), indent
 part build 300 "$PYTHON" setup.py --quiet build_ext --inplace
 
 # Files without such tests may import packages that this machine lacks.
-mapfile -t files < <(grep -l 'pytest\.mark\.gpu' tests/test_*.py)
+mapfile -t files < <(grep -lE 'pytest\.mark\.gpu|^def test.*hopper' tests/test_*.py)
 limit="$(share 15)"
 # Most of the time compilers are at work, on one core each: several processes.
 workers=()

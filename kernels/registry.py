@@ -78,6 +78,7 @@ class Op:
         mutates: names of the arguments changed in place.
         dtypes: dtypes of the main input that `check` lets through.
         order: backends in the order "auto" prefers them.
+        in_graph: no model calls it; it takes the place of nodes in a compiled graph (`kernels.rewriting`).
         package: import path of the folder, `kernels.<name>` if empty.
     """
 
@@ -87,6 +88,7 @@ class Op:
     mutates: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = FLOATS
     order: tuple[str, ...] = ORDER
+    in_graph: bool = False
     package: str = ""
 
     def _module(self, name: str = "") -> str:

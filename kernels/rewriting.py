@@ -14,11 +14,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
 
+from kernels import OPS
 from kernels.registry import Backend, Ops
 
 aten = torch.ops.aten
-#: Ops that rewrite graphs, in the order in which they are asked.
-OPS = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
 #: What only says how memory is read.
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
@@ -43,8 +42,8 @@ class Rewriting(CustomGraphPass):
 
 
 def inductor_options(ops: Ops) -> dict[str, Any]:
-    """What `torch.compile` with Inductor is told: nothing where the bundle has no kernels for `OPS`."""
-    chosen = {name: ops.backend(name) for name in OPS}
+    """What `torch.compile` with Inductor is told: nothing where the bundle has no kernels for such ops."""
+    chosen = {name: ops.backend(name) for name, op in OPS.items() if op.in_graph}
     backends = {name: backend for name, backend in chosen.items() if backend is not None and backend.torch_ops}
     return {"post_grad_custom_pre_pass": Rewriting(backends)} if backends else {}
 

@@ -5,7 +5,9 @@ And the order of the files.
 
 import os
 
-from kernels.device import cuda_reasons
+import pytest
+
+from kernels.device import cuda_reasons, triton_interpreted, triton_reasons
 
 if cuda_reasons():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,6 +20,15 @@ LONGEST = (
     "test_launch_digits.py", "test_launch_evaluate.py", "test_csrc_resources.py", "test_launch_metrics.py",
     "test_kernels_registry.py", "test_bench_step.py", "test_bench_gpu_script.py", "test_launch_quickstart.py",
 )  # fmt: skip
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def hopper(request) -> str:
+    """A device that takes Triton's kernels for sm_90: "cpu", in the interpreter, or "cuda"; skips where it cannot."""
+    reasons = cuda_reasons((9, 0)) if request.param == "cuda" else triton_reasons()
+    if reasons or triton_interpreted() != (request.param == "cpu"):
+        pytest.skip("; ".join(reasons) or f"Triton's kernels do not run on {request.param} here")
+    return request.param
 
 
 def pytest_collection_modifyitems(items):

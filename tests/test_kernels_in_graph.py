@@ -12,29 +12,25 @@ from torch._dynamo.backends.common import aot_autograd
 
 import kernels
 from kernels.compilation import compiled
-from kernels.device import triton_reasons
-from kernels.triton_launch import INTERPRETED
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT, SwiGLUMLP
 
 rewriting = pytest.importorskip("kernels.rewriting")
 in_graph = pytest.importorskip("kernels.weight_gradients.in_graph")
-for op in ("swiglu", *rewriting.OPS):
+IN_GRAPH = [name for name, op in kernels.OPS.items() if op.in_graph]
+for op in ("swiglu", *IN_GRAPH):
     pytest.importorskip(f"kernels.{op}.triton_impl")  # registers the operators
-DEVICE = "cpu" if INTERPRETED else "cuda"
 TOGETHER, PRODUCT = torch.ops.ldit.weight_gradients.default, torch.ops.aten.mm.default
 FORWARD, BACKWARD = torch.ops.ldit.linear_swiglu.default, torch.ops.ldit.swiglu_linear_grad.default
 SWIGLU, SLOPE = torch.ops.ldit.swiglu_fwd.default, torch.ops.ldit.swiglu_bwd.default
 
 
-def usable(*names: str) -> kernels.Ops:
-    """A bundle in which these ops are Triton's."""
-    if reasons := triton_reasons((9, 0)):
-        pytest.skip("; ".join(reasons))
+def on_triton(*names: str) -> kernels.Ops:
+    """A bundle in which these ops are Triton's, the others the reference."""
     return kernels.select("reference", **dict.fromkeys(names, "triton"))
 
 
-def network(depth: int, width: int = 192, ops: kernels.Ops | None = None, **changes) -> LightningDiT:
+def network(device: str, depth: int, width: int = 192, ops: kernels.Ops | None = None, **changes) -> LightningDiT:
     """A float16 one, none of whose weights is zero."""
     config = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=width, depth=depth, num_classes=5,
                          **{"num_heads": 3, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True} | changes)
@@ -43,7 +39,7 @@ def network(depth: int, width: int = 192, ops: kernels.Ops | None = None, **chan
     for parameter in found.parameters():
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return found.to(DEVICE, torch.float16).train()
+    return found.to(device, torch.float16).train()
 
 
 INPUTS = torch.linspace(-1, 1, 128).view(2, 4, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
@@ -51,7 +47,8 @@ INPUTS = torch.linspace(-1, 1, 128).view(2, 4, 4, 4), torch.tensor([0.2, 0.7]), 
 
 def gradients(module: nn.Module, function, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     module.zero_grad()
-    function(*(value.to(DEVICE) for value in inputs)).square().sum().backward()
+    device = next(module.parameters()).device
+    function(*(value.to(device) for value in inputs)).square().sum().backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
@@ -82,8 +79,8 @@ def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_checkpoint": True}, {"use_swiglu": False}], ids=str)
-def test_each_block_has_one_call(changes):
-    module, ops = network(2, **changes), usable("weight_gradients")
+def test_each_block_has_one_call(hopper, changes):
+    module, ops = network(hopper, 2, **changes), on_triton("weight_gradients")
     without, before = passed(module, kernels.select("reference"))
     together, after = passed(module, ops)
     assert before[TOGETHER] == 0 and after[TOGETHER] == 2
@@ -91,30 +88,29 @@ def test_each_block_has_one_call(changes):
     assert_near(together, without)
 
 
-def test_widths_without_a_tile_are_left_to_the_library():
+def test_widths_without_a_tile_are_left_to_the_library(hopper):
     """96 is narrower than one; 208·8/3 = 554 is no multiple of 8, which leaves qkv and proj of two blocks."""
-    ops = usable("weight_gradients")
-    assert passed(network(2, width=96), ops)[1][TOGETHER] == 0
-    module = network(2, width=208, num_heads=2)
+    ops = on_triton("weight_gradients")
+    assert passed(network(hopper, 2, width=96), ops)[1][TOGETHER] == 0
+    module = network(hopper, 2, width=208, num_heads=2)
     assert module.config.mlp_hidden == 554 and passed(module, ops)[1][TOGETHER] == 1
 
 
-def feed_forward(ops: kernels.Ops, kind: type = SwiGLUMLP, **changes) -> SwiGLUMLP:
+def feed_forward(device: str, ops: kernels.Ops, kind: type = SwiGLUMLP, **changes) -> SwiGLUMLP:
     """Such a network by itself, in float16, whose results are as large as what it is given."""
-    found = kind(network(1, **changes).config, ops)
+    found = kind(network(device, 1, **changes).config, ops)
     for parameter in found.parameters():
         nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
-    return found.to(DEVICE, torch.float16)
+    return found.to(device, torch.float16)
 
 
 class Layers(nn.Module):
-    """Linear layers one after the other, 136 wide; the last one's weight is used a second time."""
+    """Linear layers one after the other, 136 wide."""
 
     def __init__(self, count: int):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(136, 136, bias=False) for _ in range(count))
-        self.to(DEVICE, torch.float16)
 
     def forward(self, x):
         for layer in self.layers:
@@ -127,10 +123,10 @@ TOKENS = torch.linspace(-1, 1, 24 * 136, dtype=torch.float16).view(24, 136).sin(
 
 
 @pytest.mark.parametrize(("count", "calls"), [(3, 0), (4, 1), (7, 1), (8, 2)])
-def test_layers_are_taken_four_at_a_time(count, calls):
-    module = Layers(count)
+def test_layers_are_taken_four_at_a_time(hopper, count, calls):
+    module = Layers(count).to(hopper, torch.float16)
     want = gradients(module, module, TOKENS)
-    got, found = passed(module, usable("weight_gradients"), (TOKENS,))
+    got, found = passed(module, on_triton("weight_gradients"), (TOKENS,))
     assert found[TOGETHER] == calls
     assert_near(got, want)
 
@@ -195,11 +191,11 @@ def test_what_is_a_transpose():
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_checkpoint": True}, {"use_checkpoint": "pointwise"}], ids=str)
-def test_a_feed_forward_network_is_two_calls(changes):
+def test_a_feed_forward_network_is_two_calls(hopper, changes):
     """One for up-projection and activation, one for both gradients; each takes the place of a product and a pass."""
-    folded = usable("swiglu", "linear_swiglu", "swiglu_linear_grad")
-    module = network(2, ops=folded, **changes)
-    apart, before = passed(module, usable("swiglu"))
+    folded = on_triton("swiglu", "linear_swiglu", "swiglu_linear_grad")
+    module = network(hopper, 2, ops=folded, **changes)
+    apart, before = passed(module, on_triton("swiglu"))
     got, after = passed(module, folded)
     again = 2 * (changes.get("use_checkpoint") is True)  # forward once more
     assert after[FORWARD] == 2 + again and after[SWIGLU] == before[SWIGLU] - after[FORWARD]
@@ -208,17 +204,17 @@ def test_a_feed_forward_network_is_two_calls(changes):
     assert_near(got, apart)
 
 
-def test_all_of_them_together():
-    every = usable("swiglu", *rewriting.OPS)
-    module = network(2, ops=every)
+def test_all_of_them_together(hopper):
+    every = on_triton("swiglu", *IN_GRAPH)
+    module = network(hopper, 2, ops=every)
     got, after = passed(module, every)
     assert (after[FORWARD], after[BACKWARD], after[TOGETHER]) == (2, 2, 2)
-    assert_near(got, passed(module, usable("swiglu"))[0])
+    assert_near(got, passed(module, on_triton("swiglu"))[0])
 
 
-def test_what_a_rewriting_must_not_take():
+def test_what_a_rewriting_must_not_take(hopper):
     """A product that is wanted elsewhere, a layer that adds its own bias, rows that begin anywhere."""
-    folded = usable("swiglu", "linear_swiglu", "swiglu_linear_grad")
+    folded = on_triton("swiglu", "linear_swiglu", "swiglu_linear_grad")
 
     class Watched(SwiGLUMLP):
         def forward(self, x):
@@ -226,21 +222,21 @@ def test_what_a_rewriting_must_not_take():
             activated = self.ops.swiglu(gate_up, bias=self.w12.pending_bias)
             return self.w3(activated) + activated[..., : x.shape[-1]]
 
-    module, x = feed_forward(folded, Watched), ROWS
+    module, x = feed_forward(hopper, folded, Watched), ROWS
     got, found = passed(module, folded, (x,))
     assert (found[FORWARD], found[BACKWARD], found[SLOPE]) == (1, 0, 1)
     assert_near(got, gradients(module, module, x))
     module.w12.folded = False
     assert passed(module, folded, (x,))[1][FORWARD] == 0
-    odd = feed_forward(folded, width=208, num_heads=2)
+    odd = feed_forward(hopper, folded, width=208, num_heads=2)
     found = passed(odd, folded, (torch.ones(1, 24, 208, dtype=torch.float16),))[1]
     assert (found[FORWARD], found[BACKWARD], found[SWIGLU], found[SLOPE]) == (0, 0, 1, 1)
 
 
-def test_with_inductor():
+def test_with_inductor(hopper):
     """Its decompositions, its own passes and its cache's key."""
-    every = usable("swiglu", *rewriting.OPS)
-    two = nn.Sequential(feed_forward(every), feed_forward(every))
+    every = on_triton("swiglu", *IN_GRAPH)
+    two = nn.Sequential(feed_forward(hopper, every), feed_forward(hopper, every))
     calls, rewrite = Counter(), rewriting.Rewriting.__call__
 
     def counted(self, graph):
@@ -255,13 +251,13 @@ def test_with_inductor():
     assert_near(got, gradients(two, two, ROWS))
 
 
-def test_who_is_asked():
+def test_who_is_asked(hopper):
     """Only a bundle whose backends can serve changes what Inductor does; the pass names the code it stands for."""
     for choice in ("auto", "reference", "cuda"):
         assert rewriting.inductor_options(kernels.select(choice)) == {}, choice
-    one, three = (rewriting.inductor_options(usable(*names)) for names in (("weight_gradients",), rewriting.OPS))
+    one, three = (rewriting.inductor_options(on_triton(*names)) for names in (("weight_gradients",), IN_GRAPH))
     (one,), (three,) = one.values(), three.values()
-    assert list(one.backends) == ["weight_gradients"] and list(three.backends) == list(rewriting.OPS)
+    assert list(one.backends) == ["weight_gradients"] and list(three.backends) == IN_GRAPH
     assert pickle.loads(pickle.dumps(one.uuid())) == one.uuid() != three.uuid()
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.device import triton_reasons
-from kernels.triton_launch import INTERPRETED, processors, recorded
+from kernels.triton_launch import processors, recorded
 from tests.kernel_launches import launches
 
 impl = pytest.importorskip("kernels.linear_swiglu.triton_impl")
@@ -36,13 +35,10 @@ def test_few_tiles_have_as_many_programs():
     assert [launch.grid for launch in found] == [(6,)]
 
 
-def test_the_activation_is_that_of_the_product_as_rounded():
+def test_the_activation_is_that_of_the_product_as_rounded(hopper):
     """Bit for bit nearly everywhere; of the product before it was rounded, a fifth would be others."""
-    if reasons := triton_reasons(impl.BACKEND.minimum):
-        pytest.skip("; ".join(reasons))
-    device = "cpu" if INTERPRETED else "cuda"
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(64, 72, generator=generator).to(device, torch.float16) for _ in range(2))
+    x, weight = (torch.randn(64, 72, generator=generator).to(hopper, torch.float16) for _ in range(2))
     gate_up, activated = impl.linear_swiglu(x, weight)
     want = kernels.select("reference").swiglu(gate_up)
     assert float((activated == want).float().mean()) > 0.97
