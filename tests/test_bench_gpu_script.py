@@ -189,6 +189,16 @@ sys.exit(pytest.main({command!r} + ["--collect-only"]))
     assert "-XL-bfloat16-cuda" in collected[0], "the most telling first"
 
 
+def test_no_file_with_gpu_tests_is_left_out(script):
+    """The marker may come from a fixture, which is not to be seen in the file."""
+    _, _, calls = script("results", "1")
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert files == {word for word in calls["tests"].split() if word.startswith("tests/test_")}
+
+
 def test_tests_that_begin_too_late_are_skipped(tmp_path):
     (tmp_path / "test_late.py").write_text("def test_one(): assert False\ndef test_two(): assert False\n")
     from bench.plugins import deadline
