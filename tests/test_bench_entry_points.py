@@ -120,7 +120,7 @@ def test_every_contender_of_every_contest_has_an_entry_and_without_a_gpu_it_is_s
     pytest.importorskip("pytest_benchmark")
     if not cuda_reasons():
         pytest.skip("there is a GPU")
-    select = "swiglu and float32 and XL and not bias or test_step"
+    select = "[swiglu-XL-float32- or test_step"
     assert pytest.main([str(ROOT / "bench"), "-q", "-p", "no:cacheprovider", "-rs", "-k", select]) == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SKIPPED")]
     count = 2 * len(list(contenders_for(SWIGLU)))
