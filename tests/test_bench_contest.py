@@ -255,6 +255,11 @@ def test_the_end_of_a_loaders_process_does_no_harm():
 
     A signal that comes just before a sleep does not end it, so the worker sleeps for a moment at a time.
     """
+    def work(connection):
+        connection.send("up")
+        for _ in range(1200):
+            time.sleep(0.05)
+
     def died(number, frame):
         raise RuntimeError("DataLoader worker is killed by signal: Terminated")
 
@@ -262,7 +267,7 @@ def test_the_end_of_a_loaders_process_does_no_harm():
     try:
         with stoppable():
             here, there = multiprocessing.Pipe()
-            worker = multiprocessing.get_context("fork").Process(target=lambda: (there.send("up"), *map(time.sleep, [0.05] * 1200)))
+            worker = multiprocessing.get_context("fork").Process(target=work, args=(there,))
             worker.start()
             here.recv()
             with pytest.raises(CutOff):
