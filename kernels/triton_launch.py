@@ -93,9 +93,19 @@ def _capability(device: int) -> int:
     return 10 * major + minor
 
 
-def processors(arch: int) -> int:
-    """Multiprocessors of the largest device of that compute capability: how many programs run at once, one on each."""
-    return {80: 108, 90: 132, 100: 148}.get(arch, 132)
+def processors() -> int:
+    """Multiprocessors of the current device: how many programs run at once, one on each.
+
+    Without a device, those of the largest one of the compute capability meant: A100, H100, B200.
+    """
+    if _state.architecture is not None or INTERPRETED:
+        return {80: 108, 100: 148}.get(architecture(), 132)
+    return _processors(torch.cuda.current_device())
+
+
+@cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import kernels
-from kernels.triton_launch import processors
 from tests.kernel_launches import launches
 
 impl = pytest.importorskip("kernels.weight_gradients.triton_impl")
@@ -21,27 +20,27 @@ def test_tiles_of_the_largest_model_fill_their_waves():
 
 
 @pytest.mark.parametrize(("widths", "tokens"), [(XL, 32_768), (B, 32_768), (B, 65_536), ([(128, 192)], 32_768)])
-@pytest.mark.parametrize("arch", [90, 100])
-def test_parts_keep_processors_busy(widths, tokens, arch):
+@pytest.mark.parametrize("processors", [78, 114, 132, 148])
+def test_parts_keep_processors_busy(widths, tokens, processors):
     """No other number of parts would end sooner, by waves alone, by more than its sums in parts cost."""
     tiles = sum(impl.TILE.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
 
     def waves(parts: int) -> float:
-        return -(-tiles * parts // processors(arch)) / parts
+        return -(-tiles * parts // processors) / parts
 
-    chosen = impl.parts(widths, tokens, arch)
-    wave = 2 * 128 * 192 * tokens * processors(arch) / impl.PRODUCTS
+    chosen = impl.parts(widths, tokens, processors)
+    wave = 2 * 128 * 192 * tokens * processors / impl.PRODUCTS
     for other in range(1, impl.MOST_PARTS + 1):
         gain = (waves(chosen) - waves(other)) * wave
         assert gain <= (other > 1) * numbers * (8 * other + 2) / impl.TRAFFIC + 1e-12, other
 
 
 def test_parts_of_known_shapes():
-    assert impl.parts(XL, 32_768, 90) == 1, "five full waves"
-    assert impl.parts(B, 32_768, 90) > 1, "2.2 waves would take the time of three"
-    assert impl.parts([(128, 192)], 32_768, 90) == impl.MOST_PARTS, "one tile for all processors"
-    assert impl.parts([(128, 192)], 1500, 90) == 1, "a part has at least 1024 tokens"
+    assert impl.parts(XL, 32_768, 132) == 1, "five full waves"
+    assert impl.parts(B, 32_768, 132) > 1, "2.2 waves would take the time of three"
+    assert impl.parts([(128, 192)], 32_768, 132) == impl.MOST_PARTS, "one tile for all processors"
+    assert impl.parts([(128, 192)], 1500, 132) == 1, "a part has at least 1024 tokens"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_one_launch_for_all_layers(case, names):
     assert [launch.kernel.__name__ for launch in found] == names
     tiles, parts = found[0].grid
     widths = {"XL": XL, "B": B}[case]
-    assert tiles == sum(impl.TILE.count(*pair) for pair in widths) and parts == impl.parts(widths, 32_768, 90)
+    assert tiles == sum(impl.TILE.count(*pair) for pair in widths) and parts == impl.parts(widths, 32_768, 132)
     each = found[0].args[-2]
     assert each % impl.TILE.depth == 0 and (parts - 1) * each < 32_768 <= parts * each
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kernels.descriptors import described, misaligned, table
 from kernels.triton_launch import DTYPES as TRITON_DTYPES
-from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
+from kernels.triton_launch import backend, launch, operator, processors, refusals
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def linear_swiglu_fwd(
     gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
     weight = table(weight)
     launch(
-        linear_swiglu_kernel, (min(TILE.count(rows, hidden), processors(architecture())),),
+        linear_swiglu_kernel, (min(TILE.count(rows, hidden), processors()),),
         described(table(x), TILE.rows, TILE.depth),
         *(described(half, TILE.columns, TILE.depth) for half in weight.chunk(2)),
         None if bias is None else bias.contiguous(),

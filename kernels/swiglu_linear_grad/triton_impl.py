@@ -12,7 +12,7 @@ import triton.language as tl
 from kernels.descriptors import described, misaligned, table
 from kernels.linear_swiglu.triton_impl import DTYPES, Tile
 from kernels.swiglu.triton_impl import SUM_COLUMNS, SUM_ROWS, swiglu_sum_kernel
-from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
+from kernels.triton_launch import backend, launch, operator, processors, refusals
 
 #: Here `columns` are those of one product of two. Compiles for sm_90 without spills, as does stages=3, for a GPU to
 #: judge.
@@ -88,7 +88,7 @@ def swiglu_linear_grad_2d(
     halves = (*table(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
     launch(
         swiglu_linear_grad_kernel,
-        (min(down * triton.cdiv(hidden, 2 * TILE.columns), processors(architecture())),),
+        (min(down * triton.cdiv(hidden, 2 * TILE.columns), processors()),),
         described(table(d_output), TILE.rows, TILE.depth), described(table(weight), TILE.depth, TILE.columns),
         *(described(half, TILE.rows, TILE.columns // 2) for half in halves),
         None if bias is None else bias.contiguous(), partial_sums, rows, hidden, width,

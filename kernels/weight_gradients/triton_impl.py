@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.descriptors import described, misaligned, table
 from kernels.triton_launch import DTYPES as TRITON_DTYPES
-from kernels.triton_launch import architecture, backend, launch, operator, processors, refusals
+from kernels.triton_launch import backend, launch, operator, processors, refusals
 from kernels.weight_gradients import tokens as tokens_of
 
 
@@ -57,14 +57,14 @@ MOST_LAYERS = 4
 SUM_BLOCK = 1024
 
 
-def parts(widths: list[tuple[int, int]], tokens: int, arch: int, tile: Tile = TILE) -> int:
+def parts(widths: list[tuple[int, int]], tokens: int, processors: int, tile: Tile = TILE) -> int:
     """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
     tiles = sum(tile.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
-    seconds = 2 * tile.rows * tile.width * tokens * processors(arch) / PRODUCTS
+    seconds = 2 * tile.rows * tile.width * tokens * processors / PRODUCTS
 
     def cost(count: int) -> float:
-        waves = -(-tiles * count // processors(arch))
+        waves = -(-tiles * count // processors)
         return waves * seconds / count + (0 if count == 1 else numbers * (8 * count + 2) / TRAFFIC)
 
     return min(range(1, max(1, min(MOST_PARTS, tokens // LEAST_TOKENS)) + 1), key=cost)
@@ -148,7 +148,7 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
     """All of them behind each other."""
     first, tokens = d_outputs[0], tokens_of(d_outputs[0])
     widths = _widths(d_outputs, inputs)
-    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, architecture())
+    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, processors())
     tokens_each = triton.cdiv(triton.cdiv(tokens, count), TILE.depth) * TILE.depth
     result = torch.empty(numbers, dtype=first.dtype, device=first.device)
     partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
