@@ -249,6 +249,9 @@ def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Op
     for value in (backend, *per_op.values()):
         if value not in choices:
             raise ValueError(f"no backend is called {value!r}{nearest(str(value), choices)}")
+    for name, value in per_op.items():
+        if ops[name].in_graph and value != "auto" and (reasons := ops[name].reasons(value)):
+            raise BackendUnavailable(name, value, reasons)
     bundle = Ops(dict(ops), {name: per_op.get(name, backend) for name in ops})
     if "auto" in (backend, *per_op.values()):
         _log_once(bundle.table())

@@ -184,7 +184,19 @@ class LightningDiTRun(Section):
         if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
             raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
                              "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
+        self._check_ops_in_graphs()
         return self
+
+    def _check_ops_in_graphs(self) -> None:
+        """Refuse to name an op that would take part in nothing."""
+        named = {} if isinstance(self.kernels, str) else self.kernels
+        compile, precision = self.train.compile, self.train.precision
+        for name, backend in named.items():
+            op = kernels.OPS.get(name)
+            asked = op is not None and op.in_graph and backend not in ("auto", "reference")
+            if asked and (compile in ("none", "aot_eager") or precision == "float32"):
+                raise ValueError(f"kernels.{name} is {backend}, but train.compile is {compile} and train.precision "
+                                 f"{precision}: it takes part in graphs that Inductor compiles, in bfloat16")
 
     def network(self) -> dit.ModelConfig:
         """The network's shape for this run's latents and classes."""

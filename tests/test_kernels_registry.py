@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,15 @@ def test_a_missing_backend_raises_at_first_use_and_not_before(folder):
         ops.scale(torch.ones(2))
     assert (error.value.op, error.value.backend) == ("scale", "triton")
     assert pickle.loads(pickle.dumps(error.value)).reasons == error.value.reasons
+
+
+def test_an_op_that_nobody_calls_is_refused_at_once_where_it_is_named(folder):
+    """As a whole bundle's backend it may be missing: then it takes part in nothing."""
+    op = replace(plant(folder, "planted_in_graph", reference=backend_file("reference", 1)), in_graph=True)
+    assert registry.choose({"scale": op}, "triton", {}).backend("scale") is None
+    assert registry.choose({"scale": op}, "triton", {"scale": "auto"}).backend("scale").name == "reference"
+    with pytest.raises(BackendUnavailable, match="scale: backend 'triton' cannot serve: this op"):
+        registry.choose({"scale": op}, "reference", {"scale": "triton"})
 
 
 @pytest.mark.parametrize("op", [op for op in kernels.OPS.values()], ids=lambda op: op.name)

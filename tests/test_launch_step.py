@@ -113,7 +113,8 @@ def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch):
     """It may be they that a backward pass hands its weight gradients to."""
     told = []
     monkeypatch.setattr("launch.engine.compiled", lambda function, *of: told.append(of) or function)
-    toy_trainer(tmp_path, "train.compile=inductor", "kernels={default: reference, weight_gradients: triton}")
+    choice = "kernels={default: reference, weight_gradients: triton}"
+    toy_trainer(tmp_path, "train.compile=inductor", "train.precision=bfloat16", choice)
     ((mode, ops),) = told
     assert mode == "inductor" and ops.table()["weight_gradients"]["backend"] == "triton"
 

@@ -280,6 +280,16 @@ def test_what_cannot_be_compiled_is_refused(run_file):
         load(str(run_file("vavae")), ["train.compile=inductor"], kind="vavae")
 
 
+@pytest.mark.parametrize("override", ["train.compile=none", "train.compile=aot_eager", "train.precision=float32"])
+def test_an_op_that_would_take_part_in_nothing_is_refused(run_file, override):
+    asked = ["train.compile=inductor", "train.precision=bfloat16", "kernels={default: auto, linear_swiglu: triton}"]
+    load(str(run_file()), asked, kind="lightningdit")
+    with pytest.raises(ConfigError, match=r"kernels\.linear_swiglu is triton, but train\.compile is .*bfloat16"):
+        load(str(run_file()), [*asked, override], kind="lightningdit")
+    load(str(run_file()), [*asked[:2], "kernels={default: triton, linear_swiglu: reference}", override],
+         kind="lightningdit")  # fmt: skip
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")
 def test_a_checkpoint_continues_on_another_backend(tmp_path, run_file):
     """Reference, then Triton, then what "auto" means: the losses of a run on one backend, and each table recorded."""

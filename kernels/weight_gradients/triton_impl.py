@@ -25,7 +25,7 @@ class Tile:
         rows: of a program's tile, along O; a power of two, 64 for each four warps.
         columns, more_columns: along I, beside each other: two powers of two, since one would be 256 or 128.
         depth: tokens that one step adds.
-        stages: steps whose operands are under way at once; all of them fill the shared memory of a processor.
+        stages: steps whose operands are under way at once; they take most of a processor's shared memory.
         warps: of a program.
     """
 
