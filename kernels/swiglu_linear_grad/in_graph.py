@@ -22,7 +22,7 @@ def rewrite(graph: fx.Graph, backend: Backend) -> None:
         d_output, weight = product.args
         known = [value(node).flatten(0, -2) for node in (d_output, weight, gate_up)]
         vector = None if bias is None else value(bias)
-        if known[0].dtype in backend.dtypes and not backend.unsupported(*known, bias=vector):
+        if not backend.unsupported(*known, bias=vector):
             _replace(graph, slope, (d_output, weight, gate_up, bias), backend)
             for node in chain:
                 graph.erase_node(node)

@@ -31,7 +31,7 @@ def groups(graph: fx.Graph, backend: Backend) -> Iterator[list[fx.Node]]:
         if not is_weight_gradient(node) or min(value(node).shape) < NARROWEST:
             continue
         d_output, x = map(value, factors(node))
-        if d_output.dtype not in backend.dtypes or backend.unsupported([d_output], [x]):
+        if backend.unsupported([d_output], [x]):
             continue
         group = waiting.setdefault(len(x), [])
         group.append(node)
