@@ -53,13 +53,12 @@ class Variant:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def backends(self) -> dict[str, str]:
-        """By op, as a run file's `kernels` has it."""
-        return {"default": self.kernels, **dict.fromkeys(self.in_graph, "triton")}
+    def named(self) -> dict[str, str]:
+        """Backends of ops by name, where they are others than `kernels`."""
+        return dict.fromkeys(self.in_graph, "triton")
 
     def ops(self) -> Ops:
-        named = self.backends
-        return kernels.select(named.pop("default"), **named)
+        return kernels.select(self.kernels, **self.named)
 
 
 VARIANTS = {
@@ -212,7 +211,7 @@ class TrainerStep:
             f"train.global_batch_size={batch}", f"train.max_steps={steps}",
             f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
             f"train.use_checkpoint={str(variant.recompute).lower()}",
-            f"kernels={json.dumps(variant.backends)}",
+            f"kernels={json.dumps({'default': variant.kernels, **variant.named})}",
             "model.model_type=null", f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
         ]  # fmt: skip
