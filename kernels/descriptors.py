@@ -1,10 +1,17 @@
 """Tensors as Triton's descriptors take them, for kernels that use the tensor memory accelerator (sm_90)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import triton_launch
 from kernels.operators import dry
+from kernels.registry import Backend
 
+#: Float32 products would run without tensor cores.
+DTYPES = triton_launch.DTYPES - {torch.float32}
 #: Bytes that every row has to begin at a multiple of.
 ALIGNMENT = 16
 
@@ -24,3 +31,8 @@ def misaligned(itemsize: int, *widths: int) -> list[str]:
     """Why rows of so many numbers, one after the other, do not begin at aligned addresses; empty if they do."""
     odd = [width for width in widths if width * itemsize % ALIGNMENT]
     return [f"rows of {width} numbers do not begin at multiples of {ALIGNMENT} bytes" for width in odd[:1]]
+
+
+def backend(run: Callable[..., Any], unsupported: Callable[..., list[str]], torch_op: str, tile: Any) -> Backend:
+    """The backend `triton` of an op that has one operator and one tile; see `kernels.triton_launch.backend`."""
+    return triton_launch.backend(run, unsupported, (torch_op,), {"tile": tile}, DTYPES, minimum=(9, 0))

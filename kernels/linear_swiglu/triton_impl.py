@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.descriptors import described, misaligned, table
-from kernels.triton_launch import DTYPES as TRITON_DTYPES
-from kernels.triton_launch import backend, launch, operator, processors, refusals
+from kernels.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.triton_launch import launch, operator, processors, refusals
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Tile:
 
     Attributes:
         rows: of a tile; 64 for each four warps.
-        columns: of a tile, in each half.
+        columns: of each of a tile's two products.
         depth: of one step of the products.
         stages: steps whose operands are under way at once; with what is stored they fill a processor's shared memory.
         warps: of a program.
@@ -36,17 +35,16 @@ class Tile:
     flatten: bool = True
 
     def count(self, rows: int, hidden: int) -> int:
+        """Tiles whose two products are the same columns of both halves."""
         return triton.cdiv(rows, self.rows) * triton.cdiv(hidden, self.columns)
 
 
 #: Compiles for sm_90 without spills, as do stages=3 and flatten=False, for a GPU to judge.
 TILE = Tile()
-#: Float32 products would run without tensor cores.
-DTYPES = TRITON_DTYPES - {torch.float32}
 
 
 @triton.jit
-def _with_bias(values, bias, first, hidden, COLUMNS: tl.constexpr):
+def with_bias(values, bias, first, hidden, COLUMNS: tl.constexpr):
     column = first + tl.arange(0, COLUMNS)
     return values + tl.load(bias + column, column < hidden, other=0.0).to(tl.float32)[None, :]
 
@@ -73,8 +71,8 @@ def linear_swiglu_kernel(
         # As rounded, because the backward pass has nothing else.
         gate, up = narrow_gate.to(tl.float32), narrow_up.to(tl.float32)
         if BIASED:
-            gate = _with_bias(gate, bias, column, hidden, COLUMNS)
-            up = _with_bias(up, bias + hidden, column, hidden, COLUMNS)
+            gate = with_bias(gate, bias, column, hidden, COLUMNS)
+            up = with_bias(up, bias + hidden, column, hidden, COLUMNS)
         activated.store([row, column], (gate / (1 + tl.exp(-gate)) * up).to(activated.dtype))
 
 
@@ -110,11 +108,4 @@ def unsupported(x, weight, *, bias=None):
     return reasons + misaligned(x.element_size(), x.shape[-1], weight.shape[0] // 2)
 
 
-BACKEND = backend(
-    linear_swiglu,
-    unsupported,
-    torch_ops=("ldit::linear_swiglu",),
-    configs={"tile": TILE},
-    dtypes=DTYPES,
-    minimum=(9, 0),
-)
+BACKEND = backend(linear_swiglu, unsupported, torch_op="ldit::linear_swiglu", tile=TILE)

@@ -113,6 +113,13 @@ def swiglu_fwd_kernel(
 
 
 @triton.jit
+def swiglu_slope(upstream, gate, up):
+    """The gradients of both halves, float32, for that of the result."""
+    sigmoid = 1 / (1 + tl.exp(-gate))
+    return upstream * up * (sigmoid * (1 + gate * (1 - sigmoid))), upstream * (gate * sigmoid)
+
+
+@triton.jit
 def _gradients(
     grad, gate_up, d_gate_up, gate_bias, up_bias, first_row, first_column, row, column, rows, hidden,
     BIASED: tl.constexpr,
@@ -125,9 +132,7 @@ def _gradients(
     upstream = tl.load(place, inside, other=0.0).to(tl.float32)
     gate = _half(packed, inside, gate_bias, BIASED)
     up = _half(packed + hidden, inside, up_bias, BIASED)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    d_gate = upstream * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-    d_up = upstream * (gate * sigmoid)
+    d_gate, d_up = swiglu_slope(upstream, gate, up)
     d_packed = (d_gate_up + 2 * before + first_column + row * (2 * hidden))[:, None] + column[None, :]
     tl.store(d_packed, d_gate.to(d_gate_up.dtype.element_ty), inside)
     tl.store(d_packed + hidden, d_up.to(d_gate_up.dtype.element_ty), inside)
@@ -210,12 +215,18 @@ def swiglu_bwd(
     )  # fmt: skip
     if not summed:
         return d_gate_up, d_gate_up.new_empty(0)
-    d_bias = torch.empty(2 * hidden, dtype=bias.dtype, device=bias.device)
+    return d_gate_up, sum_of_parts(partial_sums, bias.dtype)
+
+
+def sum_of_parts(partial_sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of a bias, `[2H]`, from the float32 sums of the parts of the rows, `[parts, 2H]`."""
+    parts, width = partial_sums.shape
+    total = torch.empty(width, dtype=dtype, device=partial_sums.device)
     launch(
-        swiglu_sum_kernel, (triton.cdiv(2 * hidden, SUM_COLUMNS),), partial_sums, d_bias, parts, 2 * hidden,
+        swiglu_sum_kernel, (triton.cdiv(width, SUM_COLUMNS),), partial_sums, total, parts, width,
         ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return d_gate_up, d_bias
+    return total
 
 
 swiglu = differentiate(swiglu_fwd, swiglu_bwd)

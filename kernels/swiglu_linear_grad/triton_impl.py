@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.descriptors import described, misaligned, table
-from kernels.linear_swiglu.triton_impl import DTYPES, Tile
-from kernels.swiglu.triton_impl import SUM_COLUMNS, SUM_ROWS, swiglu_sum_kernel
-from kernels.triton_launch import backend, launch, operator, processors, refusals
+from kernels.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.linear_swiglu.triton_impl import Tile, with_bias
+from kernels.swiglu.triton_impl import sum_of_parts, swiglu_slope
+from kernels.triton_launch import launch, operator, processors, refusals
 
-#: Here `columns` are those of one product of two. Compiles for sm_90 without spills, as does stages=3, for a GPU to
+#: Its two products lie side by side. Compiles for sm_90 without spills, as does stages=3, for a GPU to
 #: judge.
 TILE = Tile()
 
@@ -26,16 +26,14 @@ def _store_gradients(
 ):  # fmt: skip
     """Both gradients of a block, and their sums over its rows."""
     gate, up = gate_in.load([row, column]).to(tl.float32), up_in.load([row, column]).to(tl.float32)
-    columns = column + tl.arange(0, COLUMNS)
     if BIASED:
-        gate += tl.load(bias + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias + hidden + columns, columns < hidden, other=0.0).to(tl.float32)[None, :]
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    d_gate = d_activated * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-    d_up = d_activated * (gate * sigmoid)
+        gate = with_bias(gate, bias, column, hidden, COLUMNS)
+        up = with_bias(up, bias + hidden, column, hidden, COLUMNS)
+    d_gate, d_up = swiglu_slope(d_activated, gate, up)
     gate_out.store([row, column], d_gate.to(gate_out.dtype))
     up_out.store([row, column], d_up.to(up_out.dtype))
     if BIASED:
+        columns = column + tl.arange(0, COLUMNS)
         sums = partial_sums + (row // ROWS).to(tl.int64) * (2 * hidden) + columns
         tl.store(sums, tl.sum(d_gate, axis=0), columns < hidden)
         tl.store(sums + hidden, tl.sum(d_up, axis=0), columns < hidden)
@@ -97,12 +95,7 @@ def swiglu_linear_grad_2d(
     )  # fmt: skip
     if bias is None:
         return d_gate_up, d_gate_up.new_empty(0)
-    d_bias = torch.empty(2 * hidden, dtype=bias.dtype, device=bias.device)
-    launch(
-        swiglu_sum_kernel, (triton.cdiv(2 * hidden, SUM_COLUMNS),), partial_sums, d_bias, down, 2 * hidden,
-        ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4,
-    )  # fmt: skip
-    return d_gate_up, d_bias
+    return d_gate_up, sum_of_parts(partial_sums, bias.dtype)
 
 
 def swiglu_linear_grad(d_output, weight, gate_up, *, bias=None):
@@ -115,11 +108,4 @@ def unsupported(d_output, weight, gate_up, *, bias=None):
     return reasons + misaligned(d_output.element_size(), d_output.shape[-1], weight.shape[1])
 
 
-BACKEND = backend(
-    swiglu_linear_grad,
-    unsupported,
-    torch_ops=("ldit::swiglu_linear_grad",),
-    configs={"tile": TILE},
-    dtypes=DTYPES,
-    minimum=(9, 0),
-)
+BACKEND = backend(swiglu_linear_grad, unsupported, torch_op="ldit::swiglu_linear_grad", tile=TILE)

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.descriptors import described, misaligned, table
-from kernels.triton_launch import DTYPES as TRITON_DTYPES
-from kernels.triton_launch import backend, launch, operator, processors, refusals
+from kernels.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.triton_launch import launch, operator, processors, refusals
 from kernels.weight_gradients import tokens as tokens_of
 
 
@@ -49,8 +48,6 @@ class Tile:
 TILE = Tile()
 #: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
 PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
-#: Float32 products would run without tensor cores.
-DTYPES = TRITON_DTYPES - {torch.float32}
 #: As many as the kernel has arguments for.
 MOST_LAYERS = 4
 #: Numbers for which the second kernel takes a program.
@@ -201,11 +198,4 @@ def unsupported(d_outputs, inputs):
     return reasons
 
 
-BACKEND = backend(
-    weight_gradients,
-    unsupported,
-    torch_ops=("ldit::weight_gradients",),
-    configs={"tile": TILE},
-    dtypes=DTYPES,
-    minimum=(9, 0),
-)
+BACKEND = backend(weight_gradients, unsupported, torch_op="ldit::weight_gradients", tile=TILE)
