@@ -1,4 +1,7 @@
-"""The one row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys."""
+"""The one row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys.
+
+Whoever starts and reads measurements needs no torch: it is imported where a device is asked.
+"""
 
 import json
 import os
@@ -10,8 +13,6 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 FORMAT = 1
 STATUSES = ("ok", "incorrect", "unavailable", "unsupported", "failed")
@@ -61,6 +62,8 @@ def now() -> str:
 @cache
 def machine(kind: str) -> Row:
     """What a run was measured on and with. A row from a CPU names no GPU."""
+    import torch
+
     gpu = {"gpu": None, "capability": None, "driver": None}
     if kind == "cuda":
         properties = torch.cuda.get_device_properties()
@@ -109,6 +112,8 @@ def clocks() -> dict[str, float]:
 
 def _nvidia_smi(*fields: str) -> list[str | None]:
     """Of the current device, by its UUID: CUDA and the driver need not count alike."""
+    import torch
+
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         query.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
