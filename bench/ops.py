@@ -22,7 +22,7 @@ import kernels
 from bench import roofline
 from bench.baselines import Adapter, Contender
 from bench.entrants.contenders import Compiler, contenders_for, inductor, ours
-from bench.measure import timing
+from bench.measure import program, timing
 from bench.measure.rows import Log, Row, clocks, version
 from bench.measure.timing import CudaDevice, Device, Timing
 from bench.measure.work import DIRECTIONS, Sets, Truth
@@ -45,9 +45,7 @@ class Job:
     @property
     def rank(self) -> int:
         """0 for the most telling."""
-        production = [case.id for case in self.op.cases if case.production]
-        telling = "XL" if "XL" in production else production[0]
-        return DTYPES[self.dtype] + (0 if self.case.id == telling else 2)
+        return DTYPES[self.dtype] + (0 if self.case.id == telling(self.op) else 2)
 
     @property
     def names(self) -> dict[str, str]:
@@ -55,6 +53,12 @@ class Job:
 
     def __str__(self) -> str:
         return " ".join(self.names.values())
+
+
+def telling(op: Op) -> str:
+    """The id of the production case that says most of an op: the headline model's, or else the first."""
+    production = [case.id for case in op.cases if case.production]
+    return "XL" if "XL" in production else production[0]
 
 
 def jobs(ops: Iterable[Op], cases: Iterable[str] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[Job]:
@@ -227,6 +231,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the most telling case of each op, in bfloat16")
     parser.add_argument("--after-quick", action="store_true", help="everything that --quick leaves out")
     parser.add_argument("--out", type=Path, help="append rows to this file")
+    program.add_ceilings(parser)
     options = parser.parse_args(argv)
     known = {case.id for op in kernels.OPS.values() for case in op.cases if case.production}
     for kind, given, allowed in (("op", options.op, kernels.OPS), ("case", options.case, known)):
@@ -269,9 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = CudaDevice()
     log = Log(device.kind, options.out)
-    ceilings, found = roofline.measure(device)
-    for row in found:
-        print(roofline.ceiling_text(log.write(row)), flush=True)
+    ceilings = program.ceilings_of("bench.ops", options, device, log)
     bench = Bench(device, log, ceilings, options.seconds, tuple(options.direction or DIRECTIONS[:2]),
                   lambda name: name not in options.without and (not options.only or name in options.only))
     return work_through(bench, plan(options), options.minutes)

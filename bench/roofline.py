@@ -1,6 +1,8 @@
 """What a device could do: data sheets beside ceilings measured in the same run, and the least an op has to do.
 
     python -m bench.roofline [--out FILE]    the table, every production case's bytes and FLOPs, and the ceilings here
+
+Other programs of the bench measure the ceilings too, or read them from such a FILE with `--ceilings FILE`.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 
 import kernels
-from bench.measure.rows import Log, Row
+from bench.measure.rows import Log, Row, machine, read
 from bench.measure.timing import CudaDevice, Device, Lap, Timing, interleave
 from kernels.cases import Cost
 from kernels.device import cuda_reasons
@@ -55,6 +57,8 @@ SHEETS: dict[str, Sheet] = {
 
 MATMUL = 8192
 COPIED = 2 << 30  # bytes; a copy reads and writes them
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,11 @@ class Ceilings:
 
 
 def measure(
-    device: Device, seconds: float = 0.5, size: int = MATMUL, copied: int = COPIED
+    device: Device, seconds: float = SECONDS, size: int = MATMUL, copied: int = COPIED
 ) -> tuple[Ceilings, list[Row]]:
     """The ceilings, from copies of `copied` bytes and products of `size` × `size`, and a row for each."""
     timings = {"copy": _copy(device, seconds, copied)}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in DTYPES:
         timings[str(dtype)] = _matmul(device, seconds, size, dtype)
     work = {"copy": 2 * copied} | dict.fromkeys([name for name in timings if name != "copy"], 2 * size**3)
     rates = {name: work[name] / timing.median for name, timing in timings.items()}
@@ -88,11 +92,47 @@ def measure(
     return Ceilings(rates["copy"], matmul), rows
 
 
+def read_ceilings(path: Path, kind: str) -> Ceilings:
+    """The ceilings that were measured before on the device here, of that kind, and written to a file of rows.
+
+    Raises:
+        ValueError: a line is no row, a ceiling is missing, or it is another GPU's; names the file.
+        OSError: there is no such file.
+    """
+    found = {row["ceiling"]: row for row in read(path, kind) if row["kind"] == "ceiling"}
+    names = {dtype: _named(str(dtype)) for dtype in DTYPES}
+    if missing := [name for name in ("copy", *names.values()) if name not in found]:
+        raise ValueError(f"{path} lacks ceilings: {', '.join(missing)}; python -m bench.roofline --out FILE writes all")
+    here, there = machine(kind)["gpu"], {row["gpu"] for row in found.values()}
+    if there != {here}:
+        raise ValueError(f"{path} has ceilings of {', '.join(sorted(map(str, there)))}; this GPU is {here}")
+    rates = {name: row["rate"] * 1e12 for name, row in found.items()}
+    return Ceilings(rates["copy"], {dtype: rates[name] for dtype, name in names.items()})
+
+
+def obtain(device: Device, log: Log, path: Path | None = None) -> Ceilings:
+    """Those of a file of rows, or else measured now, with a row for each.
+
+    Raises:
+        ValueError, OSError: as `read_ceilings`.
+    """
+    if path is not None:
+        return read_ceilings(path, device.kind)
+    ceilings, rows = measure(device)
+    for row in rows:
+        print(ceiling_text(log.write(row)), flush=True)
+    return ceilings
+
+
+def _named(name: str) -> str:
+    return name if name == "copy" else f"matmul {name.removeprefix('torch.')}"
+
+
 def _row(name: str, rate: float, timing: Timing, sheet: Sheet | None) -> Row:
     copy, half = name == "copy", name in ("torch.bfloat16", "torch.float16")
     stated = None if sheet is None else sheet.bandwidth if copy else sheet.bfloat16 if half else None
     return {
-        "kind": "ceiling", "ceiling": "copy" if copy else f"matmul {name.removeprefix('torch.')}",
+        "kind": "ceiling", "ceiling": _named(name),
         "rate": rate / 1e12, "unit": "TB/s" if copy else "TFLOP/s", "spread": timing.spread, "method": timing.method,
         "sheet": stated and stated / 1e12, "source": sheet.source if stated else None,
     }  # fmt: skip
@@ -139,6 +179,7 @@ def model_flops(name: str = "LightningDiT-XL/1") -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of samples of a ceiling (default {SECONDS:g})")
     parser.add_argument("--out", type=Path, help="append a row for each ceiling to this file")
     options = parser.parse_args(argv)
     for name, sheet in SHEETS.items():
@@ -156,9 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = CudaDevice()
     log = Log(device.kind, options.out)
-    for row in measure(device)[1]:
-        log.write(row)
-        print(ceiling_text(row))
+    for row in measure(device, options.seconds)[1]:
+        print(ceiling_text(log.write(row)), flush=True)
     return 0
 
 

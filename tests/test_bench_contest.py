@@ -357,3 +357,26 @@ def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
     assert rows and all(row["rests_on"]["cut_off"] == TIME_IS_UP for row in rows)
     monkeypatch.setattr(program, "cuda_reasons", lambda: ["no CUDA device"])
     assert program.run("bench.toy", options, Slow, [Job()]) == 2
+
+
+def test_a_program_reads_its_ceilings_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "cuda_reasons", list)
+    monkeypatch.setattr(program, "CudaDevice", Told)
+    monkeypatch.setattr(roofline, "measure", lambda device: pytest.fail("measured again"))
+    seen, path, out = [], tmp_path / "ceilings.jsonl", tmp_path / "rows.jsonl"
+    words = ["--ceilings", str(path), "--out", str(out)]
+    options = program.parser("bench.toy", "", 0.4).parse_args(words)
+
+    def make(device, log, ceilings, **settings):
+        seen.append(ceilings)
+        return Toy(device, log, ceilings, **settings)
+
+    with pytest.raises(SystemExit) as refused:
+        program.run("bench.toy", options, make, [Job()])
+    assert refused.value.code == program.USAGE and not seen
+    assert capsys.readouterr().err.startswith("bench.toy: --ceilings: ") and not out.read_text()
+    log = Log("cpu", path)
+    for name in ("copy", "matmul bfloat16", "matmul float16", "matmul float32"):
+        log.write({"kind": "ceiling", "ceiling": name, "rate": 2.0})
+    assert program.run("bench.toy", options, make, [Job()]) == 0
+    assert seen[0].bandwidth == 2e12 and {row["kind"] for row in read(out, "cpu")} == {"toy"}

@@ -254,6 +254,13 @@ def test_the_most_telling_comes_first():
     assert len(todo) == len(set(map(str, todo))) > 60 and all(job.case.production for job in todo)
 
 
+def test_the_telling_case_is_the_headline_models_or_else_the_first():
+    found = {name: ops.telling(op) for name, op in kernels.OPS.items()}
+    assert all(case_of(kernels.OPS[name], case).production for name, case in found.items())
+    want = {"swiglu": "XL", "vf_loss": "dinov2_large", "group_norm_silu": "f16_256", "adamw_ema_": "XL_eighth"}
+    assert {name: found[name] for name in want} == want
+
+
 def test_options_choose():
     quick, rest = (list(map(str, plan(parse([flag])))) for flag in ("--quick", "--after-quick"))
     assert len(quick) == len(kernels.OPS) and sorted(quick + rest) == sorted(map(str, plan(parse([]))))
@@ -313,6 +320,19 @@ def test_without_a_gpu_it_says_so(capsys):
         pytest.skip("there is one")
     assert ops.main(["--quick"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_ceilings_of_a_file_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    seen, path = [], tmp_path / "ceilings.jsonl"
+    monkeypatch.setattr(ops, "cuda_reasons", list)
+    monkeypatch.setattr(ops, "CudaDevice", HostDevice)
+    monkeypatch.setattr(ops, "work_through", lambda bench, todo, minutes: seen.append(bench.ceilings) or 0)
+    with pytest.raises(SystemExit) as refused:
+        ops.main(["--ceilings", str(path)])
+    assert refused.value.code == 64 and capsys.readouterr().err.startswith("bench.ops: --ceilings: ")
+    for name in ("copy", "matmul bfloat16", "matmul float16", "matmul float32"):
+        Log("cpu", path).write({"kind": "ceiling", "ceiling": name, "rate": 2.0})
+    assert ops.main(["--ceilings", str(path)]) == 0 and seen[0].bandwidth == 2e12
 
 
 # Rows

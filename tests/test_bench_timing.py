@@ -1,10 +1,13 @@
 """The clock with a scripted device: what counts, in which order, over how many buffers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench import roofline
 from bench.measure import timing
+from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice, Lap, Timing, interleave, lap_size
 
 
@@ -140,6 +143,52 @@ def test_ceilings_are_rates_of_what_was_moved_and_multiplied():
     )
     assert [row["ceiling"] for row in rows] == ["copy", "matmul bfloat16", "matmul float16", "matmul float32"]
     assert all(row["sheet"] is None for row in rows), "a CPU has no sheet here"
+
+
+def ceiling_rows(path, *names: str, **changes) -> Path:
+    log = Log("cpu", path)
+    for number, name in enumerate(names, 1):
+        log.write({"kind": "ceiling", "ceiling": name, "rate": float(number)} | changes)
+    return path
+
+
+CEILINGS = ("copy", "matmul bfloat16", "matmul float16", "matmul float32")
+
+
+def test_ceilings_of_a_file_are_what_was_measured(tmp_path):
+    measured, rows = roofline.measure(HostDevice(), seconds=0.01, size=16, copied=4096)
+    path, log = tmp_path / "ceilings.jsonl", Log("cpu", tmp_path / "ceilings.jsonl")
+    log.write({"kind": "other"})
+    for row in rows:
+        log.write(row)
+    found = roofline.read_ceilings(path, "cpu")
+    assert found.bandwidth == pytest.approx(measured.bandwidth) and found.matmul == pytest.approx(measured.matmul)
+
+
+def test_ceilings_of_a_file_are_refused_by_name(tmp_path):
+    some = ceiling_rows(tmp_path / "some.jsonl", *CEILINGS[:2])
+    with pytest.raises(ValueError, match=r"some.jsonl lacks ceilings: matmul float16, matmul float32; python -m bench"):
+        roofline.read_ceilings(some, "cpu")
+    with pytest.raises(ValueError, match=r"some.jsonl lacks ceilings: copy, .*"):
+        roofline.read_ceilings(some, "cuda")  # rows of a CPU say nothing of a GPU
+    other = ceiling_rows(tmp_path / "other.jsonl", *CEILINGS, gpu="NVIDIA H200")
+    with pytest.raises(ValueError, match=r"other.jsonl has ceilings of NVIDIA H200; this GPU is None"):
+        roofline.read_ceilings(other, "cpu")
+    (tmp_path / "no.jsonl").write_text("copy 3 TB/s\n")
+    with pytest.raises(ValueError, match=r"no.jsonl, line 1: not a row"):
+        roofline.read_ceilings(tmp_path / "no.jsonl", "cpu")
+
+
+def test_roofline_measures_as_long_as_it_is_told(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(roofline, "cuda_reasons", list)
+    monkeypatch.setattr(roofline, "CudaDevice", HostDevice)
+    monkeypatch.setattr(roofline, "op_costs", lambda: ())
+    row = {"kind": "ceiling", "ceiling": "copy", "rate": 3.0, "unit": "TB/s", "spread": 0.0, "sheet": None}
+    monkeypatch.setattr(roofline, "measure", lambda device, seconds: asked.append(seconds) or (None, [row]))
+    assert roofline.main(["--seconds", "0.25", "--out", str(tmp_path / "rows.jsonl")]) == 0 and asked == [0.25]
+    assert [row["rate"] for row in read(tmp_path / "rows.jsonl", "cpu")] == [3.0]
+    assert "copy                 3.00 TB/s" in capsys.readouterr().out
 
 
 def test_model_and_optimizer_costs():

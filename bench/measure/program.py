@@ -12,11 +12,13 @@ from bench import roofline
 from bench.measure.contest import Contest, work_through
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
-from bench.measure.timing import CudaDevice
+from bench.measure.timing import CudaDevice, Device
 from kernels.device import cuda_reasons
 
 #: Kinds of contenders compile the same functions, each for itself.
 RECOMPILE_LIMIT = 64
+#: Exit status of a program that was asked wrongly, where 2 says that there is no GPU.
+USAGE = 64
 
 
 def parser(module: str, description: str, seconds: float) -> argparse.ArgumentParser:
@@ -26,17 +28,34 @@ def parser(module: str, description: str, seconds: float) -> argparse.ArgumentPa
     made.add_argument("--seconds", type=float, default=seconds, help=f"of samples (default {seconds:g})")
     made.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with rows of what was measured")
     made.add_argument("--out", type=Path, help="append rows to this file")
+    add_ceilings(made)
     return made
 
 
+def add_ceilings(parser: argparse.ArgumentParser) -> None:
+    """The option that `ceilings_of` reads."""
+    parser.add_argument("--ceilings", type=Path, metavar="FILE",
+                        help="rows of bench.roofline on this GPU, to be read instead of measured again")  # fmt: skip
+
+
+def ceilings_of(module: str, options: argparse.Namespace, device: Device, log: Log) -> roofline.Ceilings:
+    """As the option says; a file that does not have them ends the program."""
+    try:
+        return roofline.obtain(device, log, options.ceilings)
+    except (ValueError, OSError) as error:
+        print(f"{module}: --ceilings: {error}", file=sys.stderr)
+        sys.exit(USAGE)
+
+
 def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], todo: list[Any]) -> int:
-    """Measure the ceilings, then the jobs; the exit status.
+    """Measure or read the ceilings, then measure the jobs; the exit status.
 
     Args:
         make: of device, log, ceilings, seconds and `until`, the contest.
 
     Returns:
-        1 if a contender is wrong or fails, 2 if there is no GPU, 128 and its number after a signal.
+        1 if a contender is wrong or fails, 2 if there is no GPU, 128 and its number after a signal. A wrong
+        `--ceilings` ends the program with `USAGE`.
     """
     if reasons := cuda_reasons():
         print(f"{module} needs a GPU: {'; '.join(reasons)}", file=sys.stderr)
@@ -47,9 +66,7 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], 
         with stoppable():
             device = CudaDevice()
             log = Log(device.kind, options.out)
-            ceilings, found = roofline.measure(device)
-            for row in found:
-                print(roofline.ceiling_text(log.write(row)), flush=True)
+            ceilings = ceilings_of(module, options, device, log)
             return work_through(make(device, log, ceilings, seconds=options.seconds, until=until), todo)
     except CutOff as cut:
         print(f"cut off by {cut}; whoever had been measured has a row", file=sys.stderr)
