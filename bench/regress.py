@@ -35,7 +35,9 @@ PATIENCE = 900
 def command(row: Row) -> list[str]:
     """The arguments of `python -m` that measure exactly this row."""
     if row["kind"] == "step":
-        return ["bench.step", "--model", row["model"], "--batch", str(row["batch"]), "--variant", row["variant"]]
+        variant, *asked = row["variant"].split("+")
+        return ["bench.step", "--model", row["model"], "--batch", str(row["batch"]), "--variant", variant,
+                *(word for choice in asked for word in ("--kernels", choice))]  # fmt: skip
     if row["kind"] == "sampling":
         return ["bench.sampling", "--model", row["model"], "--batch", str(row["batch"]), "--precision",
                 row["precision"], "--variant", row["contender"]]  # fmt: skip

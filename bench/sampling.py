@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-import kernels
+from bench.entrants import backends
 from bench.measure import program
 from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
@@ -56,9 +56,7 @@ class Variant:
         return {key: getattr(self, key) for key in ("engine", "kernels", "compile")}
 
     def ops(self) -> Ops:
-        if self.kernels != "cuda":
-            return kernels.select(self.kernels)
-        return kernels.select("auto", **{name: "cuda" for name, op in kernels.OPS.items() if "cuda" in op.backends})
+        return backends.select(self.kernels, {})
 
 
 VARIANTS = {

@@ -1,6 +1,6 @@
 """Time whole training steps on a GPU: loader, forward, backward, optimizer and moving average, on one GPU.
 
-    python -m bench.step [--model NAME] [--batch N] [--variant NAME] [--quick] [--minutes M] [--out FILE]
+    python -m bench.step [--model NAME] [--batch N] [--variant NAME] [--kernels [OP=]BACKEND] [--quick] [--out FILE]
 
 The headline row is the variant "trainer": the loop that `python -m launch train` runs, with DeepSpeed, on the run file
 of the 64 epochs. Its peers in the same run are the plain model, eager and under torch.compile. Ends with 1 if a variant
@@ -8,7 +8,7 @@ is wrong or fails, with 2 if there is no GPU. A run that is cut off leaves a row
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,12 +44,12 @@ class Job(Varied):
         return f"{self.model} batch {self.batch}"
 
 
-def jobs(models: list[str], batches: list[int], names: list[str]) -> Iterator[Job]:
-    """The largest model first, each at its own batches unless some are given."""
+def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequence[str] = ()) -> Iterator[Job]:
+    """The largest model first, each at its own batches unless some are given; `asked`: backends of other ops."""
     for model in models:
         config = named_config(model, input_size=16, in_channels=32, **PAPER)
         for batch in batches or BATCHES.get(model, (128,)):
-            yield Job(model, config, batch, tuple(VARIANTS[name] for name in names))
+            yield Job(model, config, batch, tuple(VARIANTS[name].on(asked) for name in names))
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", action="append", choices=MODEL_NAMES, help="repeatable; default: XL/1, L/1, B/1")
     parser.add_argument("--batch", action="append", type=int, default=[], help="images per step; repeatable")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
+    parser.add_argument("--kernels", action="append", default=[], metavar="[OP=]BACKEND",
+                        help="of one op, or of all that have it; repeatable; default: auto, or as the variant says")
     parser.add_argument("--quick", action="store_true", help=f"XL/1 at 128 alone, as {', '.join(QUICK)}")
     options = parser.parse_args(argv)
     models = options.model or (["LightningDiT-XL/1"] if options.quick else list(BATCHES))
     batches = options.batch or ([128] if options.quick else [])
-    todo = list(jobs(models, batches, options.variant or list(QUICK if options.quick else VARIANTS)))
+    names = options.variant or list(QUICK if options.quick else VARIANTS)
+    try:
+        todo = list(jobs(models, batches, names, options.kernels))
+    except ValueError as error:
+        parser.error(f"--kernels: {error}")
     return program.run("bench.step", options, Bench, todo)
 
 

@@ -250,7 +250,9 @@ def test_measuring_again_asks_for_exactly_the_row(tmp_path, capsys):
 def test_measuring_again_plans_one_row(monkeypatch):
     planned = []
     monkeypatch.setattr(program, "run", lambda module, options, make, todo: planned.extend(todo) or 0)
-    for made, bench in ((step(), bench_step), (sampling(), bench_sampling), (tokenizer(), bench_tokenizer)):
+    other = step(variant="bare+cuda+swiglu=triton", engine="bare")
+    for made, bench in ((step(), bench_step), (other, bench_step), (sampling(), bench_sampling),
+                        (tokenizer(), bench_tokenizer)):  # fmt: skip
         planned.clear()
         bench.main(regress.command(made)[1:])
         (job,) = planned

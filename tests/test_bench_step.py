@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import step as bench_step
+from bench.entrants import backends
 from bench.entrants.plain import PlainLightningDiT
 from bench.entrants.training import (
     BETAS,
@@ -27,7 +28,7 @@ from bench.measure.breakdown import Interval, breakdown, kind_of, longest
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.step import Bench, Job, jobs, text, wrong_losses
-from kernels import select
+from kernels import OPS, select
 from lightningdit.config import ModelConfig
 from tests.golden import close, close_grads
 
@@ -137,6 +138,53 @@ def test_another_loss_is_incorrect_and_not_timed():
 def test_jobs_of_a_run():
     assert [job.batch for job in jobs(["LightningDiT-XL/1"], [], ["bare"])] == [128, 64]
     assert [str(job) for job in jobs(["LightningDiT-XL/1"], [32], ["bare"])] == ["LightningDiT-XL/1 batch 32"]
+
+
+CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends)
+
+
+@pytest.mark.parametrize(("asked", "name", "kernels", "per_op", "ops"), [
+    (["cuda"], "bare+cuda", "cuda", {}, dict.fromkeys(CUDA, "cuda")),
+    (["swiglu=triton", "cuda"], "bare+cuda+swiglu=triton", "cuda", {"swiglu": "triton"},
+     dict.fromkeys(CUDA, "cuda") | {"swiglu": "triton"}),
+    (["swiglu=reference"], "bare+swiglu=reference", "auto", {"swiglu": "reference"}, {"swiglu": "reference"}),
+    ([], "bare", "auto", {}, {}),
+])  # fmt: skip
+def test_a_variant_on_other_backends(asked, name, kernels, per_op, ops):
+    """Its name says which, as a row is known by it; ops without a CUDA kernel and ops in graphs stay on "auto"."""
+    (job,) = jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-eager"], asked)
+    assert job.names == (name, "plain-eager"), "the peer has no such ops"
+    features = bench().named(job, name)["features"]
+    assert (features["kernels"], features["per_op"]) == (kernels, per_op)
+    table, auto = job.variants[0].ops().table(), select("auto").table()
+    assert {op: row["backend"] for op, row in table.items()} == {op: ops.get(op, auto[op]["backend"]) for op in OPS}
+    assert len(CUDA) >= 6 and "group_norm_silu" not in CUDA
+
+
+def test_ops_in_graphs_are_asked_for_by_name_only():
+    assert not any(OPS[name].in_graph for name in backends.per_op("triton", {}))
+    assert backends.per_op("triton", {"weight_gradients": "triton"})["weight_gradients"] == "triton"
+
+
+def test_backends_of_a_variant_are_added_to_its_own():
+    grouped = VARIANTS["bare-grouped"].on(["cuda"])
+    assert grouped.named == {"weight_gradients": "triton"} and grouped.kernels == "cuda"
+    assert VARIANTS["bare-reference"].on(["swiglu=cuda"]).features()["kernels"] == "reference"
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    (["swigl=cuda"], "no op is called 'swigl'; did you mean 'swiglu'?"),
+    (["cudda"], "no backend is called 'cudda'; did you mean 'cuda'?"),
+    (["emulated"], "no backend is called 'emulated'"),
+    (["swiglu="], "no backend is called ''"),
+    (["group_norm_silu=cuda"], "group_norm_silu has no cuda backend, only auto, reference, triton"),
+    (["cuda", "triton"], "both cuda and triton for all ops"),
+    (["swiglu=cuda", "swiglu=triton"], "both cuda and triton for swiglu"),
+])  # fmt: skip
+def test_backends_that_are_not_there_are_refused(asked, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_step.main([word for choice in asked for word in ("--kernels", choice)])
+    assert stopped.value.code == 2 and f"--kernels: {message}" in capsys.readouterr().err
 
 
 def test_the_one_that_others_are_judged_by_starts_first():

@@ -6,13 +6,14 @@ and times, and make one optimizer step with the moving average in each call.
 
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import kernels
+from bench.entrants import backends
 from bench.entrants.plain import PlainLightningDiT
 from kernels.compilation import compiled
 from kernels.registry import Ops
@@ -32,11 +33,12 @@ class Variant:
     Attributes:
         name: in rows.
         engine: "trainer" (DeepSpeed, loader and all), "bare" (neither) or "plain" (the peer).
-        kernels: as `kernels.select` takes it; of no meaning to the peer.
+        kernels: "auto", or the backend of all ops that have it (`bench.entrants.backends`); of no meaning to the peer.
         in_graph: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
         compile: a mode of `train.compile`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
+        per_op: (op, backend) of the ops that have another one than `kernels`.
     """
 
     name: str
@@ -46,19 +48,33 @@ class Variant:
     compile: str = "inductor"
     residual: str = "float32"
     recompute: bool | str = False
+    per_op: tuple[tuple[str, str], ...] = ()
 
     def features(self) -> dict:
         """What a row says of it."""
         names = ("engine", "kernels", "in_graph", "compile", "residual", "recompute")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"per_op": dict(self.per_op)}
+
+    def on(self, asked: Iterable[str]) -> "Variant":
+        """The same on other backends, BACKEND or OP=BACKEND each, which its name says after a "+"; the peer as it is.
+
+        Raises:
+            ValueError: as `backends.parse`.
+        """
+        backend, named = backends.parse(asked)
+        words = [*([backend] if backend else []), *(f"{op}={name}" for op, name in named.items())]
+        if self.engine == "plain" or not words:
+            return self
+        name = "+".join([self.name, *words])
+        return replace(self, name=name, kernels=backend or self.kernels, per_op=tuple(named.items()))
 
     @property
     def named(self) -> dict[str, str]:
         """Backends of ops by name, where they are others than `kernels`."""
-        return dict.fromkeys(self.in_graph, "triton")
+        return dict.fromkeys(self.in_graph, "triton") | dict(self.per_op)
 
     def ops(self) -> Ops:
-        return kernels.select(self.kernels, **self.named)
+        return backends.select(self.kernels, self.named)
 
 
 VARIANTS = {
@@ -211,7 +227,7 @@ class TrainerStep:
             f"train.global_batch_size={batch}", f"train.max_steps={steps}",
             f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
             f"train.use_checkpoint={str(variant.recompute).lower()}",
-            f"kernels={json.dumps({'default': variant.kernels, **variant.named})}",
+            f"kernels={json.dumps({'default': 'auto', **backends.per_op(variant.kernels, variant.named)})}",
             "model.model_type=null", f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
         ]  # fmt: skip
