@@ -8,7 +8,7 @@ from pathlib import Path
 
 import kernels
 from bench.gate import compare
-from bench.measure.rows import FORMAT, ROOT, Row, now, read
+from bench.measure.rows import FORMAT, NAMES, ROOT, Row, now, read
 
 RESULTS = ROOT / "bench" / "results"
 VERSIONS = ("gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
@@ -20,8 +20,11 @@ def path_for(gpu: str, folder: Path | None = None) -> Path:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a file that were measured on a GPU, and those of the loaders that feed it."""
-    yield from read(path)
+    """The rows of a file that were measured on a GPU, and those of the loaders that feed it.
+
+    How a child of `bench.triage` ended is no measurement.
+    """
+    yield from (row for row in read(path) if row["kind"] != "triage")
     yield from (row for row in read(path, "cpu") if row["kind"] == "data")
 
 
@@ -74,7 +77,7 @@ def replaced(fresh: list[Row]) -> Callable[[Row], bool]:
     covered = {other for name in names for other in compare.covering(name)}
 
     def gone(row: Row) -> bool:
-        if row["kind"] not in compare.NAMES:
+        if row["kind"] not in NAMES:
             return row["kind"] in kinds
         name = compare.key(row)
         return name in covered or not names.isdisjoint(compare.covering(name))

@@ -1,6 +1,5 @@
 """Which rows of a run are slower than those of a baseline: fractions of the limit, each measured in its own run."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -8,18 +7,8 @@ from statistics import median, median_low
 
 import kernels
 from bench.entrants.contenders import ours
-from bench.measure.rows import Row
+from bench.measure.rows import Key, Row, key
 
-#: Kind of row → what names one. Rows of other kinds are kept in a baseline and not compared.
-NAMES = {
-    "op": ("op", "case", "dtype", "direction", "contender"),
-    "step": ("model", "batch", "variant"),
-    "sampling": ("model", "batch", "precision", "contender"),
-    "tokenizer": ("part", "precision", "batch", "contender"),
-    "gemm": ("model", "batch", "layer", "direction", "contender"),
-    "ceiling": ("ceiling",),
-    "data": ("contender", "workers", "batch_size"),
-}
 #: Kind of row → the part of its fraction that may be lost. Products are a library's, loaders have no limit.
 TOLERANCE = {"op": 0.05, "step": 0.03, "sampling": 0.03, "tokenizer": 0.03}
 #: How often a suspect is measured again; the median of all its measurements counts.
@@ -27,7 +16,6 @@ RERUNS = 2
 WRONG = ("incorrect", "failed")
 FAILURES = ("broken", "fell", "missing")
 
-Key = tuple
 Again = Callable[[Row], list[Row]]
 
 
@@ -54,12 +42,6 @@ class Finding:
     @property
     def failure(self) -> bool:
         return self.verdict in FAILURES
-
-
-def key(row: Row) -> Key:
-    """What a row is compared by; rows of an unknown kind are named by everything in them."""
-    names = NAMES.get(row["kind"])
-    return (row["kind"], *(row[name] for name in names)) if names else (row["kind"], json.dumps(row, sort_keys=True))
 
 
 def mine(row: Row) -> bool:

@@ -18,6 +18,17 @@ FORMAT = 1
 STATUSES = ("ok", "incorrect", "unavailable", "unsupported", "failed")
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
+Key = tuple
+#: Kind of row → what names one. Rows of other kinds are kept in a baseline and not compared.
+NAMES = {
+    "op": ("op", "case", "dtype", "direction", "contender"),
+    "step": ("model", "batch", "variant"),
+    "sampling": ("model", "batch", "precision", "contender"),
+    "tokenizer": ("part", "precision", "batch", "contender"),
+    "gemm": ("model", "batch", "layer", "direction", "contender"),
+    "ceiling": ("ceiling",),
+    "data": ("contender", "workers", "batch_size"),
+}
 
 
 class Log:
@@ -53,6 +64,12 @@ def read(path: Path, device: str = "cuda") -> Iterator[Row]:
             raise ValueError(f"{path}, line {number}: row format {row['format']}, this version reads {FORMAT}")
         if row["device"] == device:
             yield row
+
+
+def key(row: Row) -> Key:
+    """What a row is compared by; rows of an unknown kind are named by everything in them."""
+    names = NAMES.get(row["kind"])
+    return (row["kind"], *(row[name] for name in names)) if names else (row["kind"], json.dumps(row, sort_keys=True))
 
 
 def now() -> str:
