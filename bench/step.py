@@ -16,6 +16,7 @@ from bench.entrants.training import STEPS, VARIANTS, Variant
 from bench.measure import program
 from bench.measure.breakdown import where_time_goes
 from bench.measure.contest import Contest, Varied
+from bench.measure.losses import JUDGES, wrong_losses
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Lap
@@ -26,9 +27,6 @@ PAPER = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 IMAGES = 64 * 1_281_167  # of 64 epochs of ImageNet
 BATCHES = {"LightningDiT-XL/1": (128, 64), "LightningDiT-L/1": (128, 256), "LightningDiT-B/1": (256, 512)}
 QUICK = ("trainer", "bare", "plain-compile", "plain-eager")
-JUDGES = ("plain-eager", "plain-compile")  # whose first loss the others' are compared with
-#: How far the loss of the first step may be from the plain model's in float32: bfloat16 keeps 8 bits.
-LOSS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,6 @@ class Bench(Contest):
 
     def text(self, row: Row) -> str:
         return text(row)
-
-
-def wrong_losses(losses: Mapping[str, float | None]) -> dict[str, str]:
-    """Variant → what is wrong with its first loss, next to the plain model's; the trainer draws noise of its own."""
-    plain = next((losses[name] for name in JUDGES if losses.get(name) is not None), None)
-    if plain is None:
-        return {}
-    return {
-        name: f"the first loss is {loss:.5f}, the plain model's {plain:.5f}"
-        for name, loss in losses.items()
-        if loss is not None and not abs(loss - plain) <= LOSS_TOLERANCE * abs(plain)
-    }
 
 
 def text(row: Row) -> str:

@@ -1,0 +1,19 @@
+"""When the first loss of a training step is wrong. Needs no torch: whoever starts steps judges them with it."""
+
+from collections.abc import Mapping
+
+JUDGES = ("plain-eager", "plain-compile")  # whose first loss the others' are compared with
+#: How far the loss of the first step may be from the plain model's in float32: bfloat16 keeps 8 bits.
+LOSS_TOLERANCE = 0.02
+
+
+def wrong_losses(losses: Mapping[str, float | None]) -> dict[str, str]:
+    """Variant → what is wrong with its first loss, next to the plain model's; the trainer draws noise of its own."""
+    plain = next((losses[name] for name in JUDGES if losses.get(name) is not None), None)
+    if plain is None:
+        return {}
+    return {
+        name: f"the first loss is {loss:.5f}, the plain model's {plain:.5f}"
+        for name, loss in losses.items()
+        if loss is not None and not abs(loss - plain) <= LOSS_TOLERANCE * abs(plain)
+    }
