@@ -1,34 +1,76 @@
-"""`torch.compile` in the modes that a run file names, with what the ops of a network add to the compiler."""
+"""`torch.compile` in the modes that a run file names, with what the ops of a network add to the compiler.
+
+"inductor" compiles a network whole: one graph forward and one backward, which CUDA graphs ("cudagraphs") can hold.
+"regional" compiles each kind of block once, whatever the depth: the first step comes earlier, and every block of a step
+costs two calls of a graph. "aot_eager" traces and compiles nothing; "none" does neither.
+"""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
+from kernels.operators import register_lowerings
 from kernels.registry import Ops
 
-MODES = ("none", "inductor", "cudagraphs", "aot_eager")
+MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
 
 
-def compiled(function: Callable, mode: str, ops: Ops | None = None) -> Callable:
+def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, deterministic: bool = True) -> None:
+    """Let `module.forward` run in a mode; a graph break is an error.
+
+    Not the call around it: hooks on the module, such as DeepSpeed's, cannot be traced. With "cudagraphs", forward and
+    backward are a graph each: weights are read where they lie, at the same addresses after each step, and the inputs
+    are copied in.
+
+    Args:
+        mode: one of `MODES`; "regional" needs a module with the attribute `regions`, the parts that are compiled each
+            for itself. Those of one class share what is compiled as long as their arguments look alike.
+        ops, deterministic: as `compiled` takes them.
+
+    Raises:
+        ValueError: an unknown mode, or "regional" for a module without regions.
+    """
+    if mode == "regional":
+        if not hasattr(module, "regions"):
+            raise ValueError(f"compile mode is 'regional', but {type(module).__name__} names no regions")
+        forwards: dict[type, Callable] = {}
+        for region in module.regions:
+            kind = type(region)
+            if kind not in forwards:
+                forwards[kind] = compiled(kind.forward, "inductor", ops, deterministic)
+            region.forward = MethodType(forwards[kind], region)
+    elif mode != "none":
+        module.forward = compiled(module.forward, mode, ops, deterministic)
+
+
+def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministic: bool = True) -> Callable:
     """The function as one graph for each shape; a graph break is an error.
 
     Args:
-        mode: "none" gives the function itself, "cudagraphs" is Inductor with CUDA graphs.
+        mode: one of `MODES` but "regional", which is for modules; "none" gives the function itself.
         ops: those that the function computes with; under Inductor, some take the place of nodes of the graph
             (`kernels.rewriting`).
+        deterministic: keep Inductor from choosing by timing what changes a result's last bits, such as how a sum is
+            cut in parts: a choice that another process, compiling the same, may make otherwise.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: another mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"compile mode is {mode!r}; allowed: {', '.join(MODES)}")
+    if mode not in MODES or mode == "regional":
+        allowed = ", ".join(known for known in MODES if known != "regional")
+        raise ValueError(f"compile mode is {mode!r}; allowed: {allowed}")
     if mode == "none":
         return function
-    options: dict[str, Any] = {"triton.cudagraphs": True} if mode == "cudagraphs" else {}
-    if ops is not None and mode != "aot_eager":
-        from kernels.rewriting import inductor_options
+    options: dict[str, Any] | None = None
+    if mode != "aot_eager":
+        register_lowerings()
+        options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs"}
+        if ops is not None:
+            from kernels.rewriting import inductor_options
 
-        options |= inductor_options(ops)
-    backend = "inductor" if mode == "cudagraphs" else mode
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options or None)
+            options |= inductor_options(ops)
+    backend = mode if mode == "aot_eager" else "inductor"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 
 import torch
+from torch._guards import TracingContext
 
 NAMESPACE = "ldit"
 
@@ -16,6 +17,9 @@ class _State(threading.local):
 
 
 _state = _State()
+#: Every operator registered here.
+_definitions: list[torch.library.CustomOpDef] = []
+_lowered = False
 
 
 def dry() -> bool:
@@ -39,6 +43,8 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable], tor
 
         @wraps(function)
         def without_launches(*args, **kwargs):
+            if not _lowered and TracingContext.try_get() is not None:
+                register_lowerings()
             before, _state.dry = _state.dry, True
             try:
                 return function(*args, **kwargs)
@@ -47,6 +53,33 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable], tor
 
         definition = torch.library.custom_op(f"{NAMESPACE}::{name}", on_its_device, mutates_args=tuple(mutates))
         definition.register_fake(without_launches)
+        _definitions.append(definition)
+        if _lowered:
+            _register_lowering(definition)
         return definition
 
     return register
+
+
+def register_lowerings() -> None:
+    """Tell Inductor how it calls every operator of this module, those registered later too.
+
+    Without, it would make such an entry where it first meets an operator in a graph, and before that write a message
+    with all the nodes that the operator's arguments come from, nested in each other: in the backward pass of a deep
+    network this takes a time that doubles with each block.
+    """
+    global _lowered
+    if not _lowered:
+        _lowered = True
+        for definition in _definitions:
+            _register_lowering(definition)
+
+
+def _register_lowering(definition: torch.library.CustomOpDef) -> None:
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint  # a second to import
+    from torch._library.utils import get_layout_constraint_tag
+
+    overload = definition._opoverload
+    if overload not in lowerings:
+        constraint = tag_to_layout_constraint(get_layout_constraint_tag(overload, with_default=True))
+        make_fallback(overload, layout_constraint=constraint, warn=False)

@@ -46,7 +46,9 @@ class TrainConfig(Section):
     `ckpt` names a checkpoint to go on from; otherwise, with `resume`, the newest of the output directory is taken.
     `weight_init` starts from weights alone. `global_batch_size` counts images per optimizer step over all processes.
     `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
-    "cudagraphs" is Inductor with CUDA graphs.
+    "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
+    of half a minute (`kernels.compilation`). `deterministic` keeps Inductor from choosing by timing what changes last
+    bits, so that another run on the same GPUs gives the same; what it costs in speed is not measured yet.
     """
 
     max_steps: Positive | None = None
@@ -64,7 +66,8 @@ class TrainConfig(Section):
     micro_batch_size: Positive | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
+    compile: Literal["auto", "none", "inductor", "regional", "cudagraphs", "aot_eager"] = "auto"
+    deterministic: bool = True
     keep_checkpoints: Positive | None = None
     valid_every: Positive | None = None
     valid_batches: Positive = 8
@@ -184,6 +187,9 @@ class LightningDiTRun(Section):
         if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
             raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
                              "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
+        if self.train.compile == "regional" and self.network().use_checkpoint == "pointwise":
+            raise ValueError("train.compile is regional, but use_checkpoint pointwise looks into each block for what to "
+                             "keep: use use_checkpoint true or false, or compile inductor")
         self._check_ops_in_graphs()
         return self
 

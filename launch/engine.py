@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels.compilation import compiled
+from kernels.compilation import compile_module
 from kernels.registry import Ops
 from launch.config import merge
 from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
@@ -122,17 +122,6 @@ def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:
     return "inductor" if uses_cuda() and stage < 3 else "none"
 
 
-def compile_network(module: nn.Module, mode: str, ops: Ops | None = None) -> None:
-    """Let `module.forward` run in a mode of `kernels.compilation.compiled`, with the ops it computes with.
-
-    Not the call around it: DeepSpeed's hooks on the module cannot be traced. With "cudagraphs", forward and backward
-    are a graph each. Weights are read where they lie, at the same addresses after each step; the inputs, some
-    megabytes, are copied in; nothing random is drawn inside.
-    """
-    if mode != "none":
-        module.forward = compiled(module.forward, mode, ops)
-
-
 def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int,
                      overrides: dict) -> dict:
     """DeepSpeed's own configuration of one engine.
@@ -182,12 +171,11 @@ class Engine:
         module: the network, float32, with the weights to start from already in it.
         make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
         config: as made by `deepspeed_config`.
-        compile: a mode of `compile_network`.
-        ops: those of the module, for the compiler.
+        compile, ops, deterministic: as `kernels.compilation.compile_module` takes them.
     """
 
     def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict, compile: str = "none",
-                 ops: Ops | None = None):  # fmt: skip
+                 ops: Ops | None = None, deterministic: bool = True):  # fmt: skip
         self.module = module
         self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._buffers = [name for name in module.state_dict() if name in dict(module.named_buffers())]
@@ -204,7 +192,7 @@ class Engine:
         if self._stage < 3:  # ZeRO 3 shards them, rounded
             for name, value in self._frozen.items():
                 module.get_parameter(name).data = value.to(device)
-        compile_network(module, compile, ops)
+        compile_module(module, compile, ops, deterministic)
         self._begin()
         for name, value in masters.items():
             self._write(name, "model", value)

@@ -316,7 +316,7 @@ class Trainer:
             )
 
         mode = compile_mode(train.compile, ds.zero_stage, self.split.accumulation)
-        return Engine(network, make_optimizer, config, mode, self._ops)
+        return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)
 
     def _to_device(self, batch: Tensors) -> Tensors:
         return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}

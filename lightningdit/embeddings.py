@@ -79,13 +79,45 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embedding(t, self.frequencies))
 
 
+class Lookup(torch.autograd.Function):
+    """Rows of a table [rows, D] by index [B] → [B, D], with a gradient that is the same each time.
+
+    On a GPU that of `F.embedding` may add up the rows of an index that repeats (the null label is in nearly every
+    batch) by atomics, in whatever order they arrive. Here it is a product of one-hot rows, [rows, B] by [B, D]: the
+    same sums, in the order of a matrix product; for XL and 128 images 0.3 of the step's 91,000 GFLOP.
+    """
+
+    @staticmethod
+    def forward(table: Tensor, index: Tensor) -> Tensor:
+        return F.embedding(index, table)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        table, index = inputs
+        ctx.save_for_backward(index)
+        ctx.rows = len(table)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (index,) = ctx.saved_tensors
+        one_hot = torch.arange(ctx.rows, device=index.device)[:, None] == index  # [rows, B]
+        return one_hot.to(gradient.dtype) @ gradient, None
+
+
+class LabelTable(nn.Embedding):
+    """A table of vectors [rows, D], read by `Lookup`."""
+
+    def forward(self, y: Tensor) -> Tensor:  # [B] → [B, D]
+        return Lookup.apply(self.weight, y)
+
+
 class LabelEmbedder(nn.Module):
     """Labels [B] → [B, D]; the last row is the null label's, where the model has one."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         rows = config.num_classes + (config.null_label is not None)
-        self.embedding_table = nn.Embedding(rows, config.hidden_size)
+        self.embedding_table = LabelTable(rows, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

@@ -243,6 +243,11 @@ class LightningDiT(KeepsFloat32):
                 module.folded = resident
         self.initialize()
 
+    @property
+    def regions(self) -> list[nn.Module]:
+        """What a compiler may take one by one instead of the whole; the rest are small vectors and two views."""
+        return [self.x_embedder, self.t_embedder, *self.blocks, self.final_layer]
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw the weights afresh from torch's default generator: the network starts as the zero function."""

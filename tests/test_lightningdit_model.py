@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
-from lightningdit.embeddings import position_embedding, rope_tables, timestep_embedding
+from lightningdit.embeddings import LabelTable, position_embedding, rope_tables, timestep_embedding
 from lightningdit.model import LightningDiT, ModulatedRMSNorm, SwiGLUMLP, unpatchify
 from tests.golden import G, J, close, close_grads
 
@@ -187,6 +187,37 @@ def test_norm(ops):
 def test_unpatchify():
     g = G("01_dit_modules")
     assert torch.equal(unpatchify(g["unpatchify/tokens_p2_c4"], 2), g["unpatchify/img_p2_c4"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_label_table_and_its_gradient(dtype):
+    """Those of `F.embedding`; in bfloat16 the sums are float32 rounded once."""
+    torch.manual_seed(0)
+    table = LabelTable(11, 8).to(dtype)
+    y = torch.tensor([10, 3, 10, 10, 0, 3, 10])  # the null label comes again and again
+    out, upstream = table(y), torch.randn(7, 8).to(dtype)
+    assert torch.equal(out, F.embedding(y, table.weight))
+    (got,) = torch.autograd.grad(out, table.weight, upstream)
+    exact = torch.zeros(11, 8, dtype=torch.float64).index_add_(0, y, upstream.double())
+    assert got.dtype == dtype and torch.allclose(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-12)
+    assert not got[[1, 2, 4, 5, 6, 7, 8, 9]].any()
+
+
+def test_the_label_gradient_is_a_product(ops):
+    """No scattered addition, whose order a GPU does not keep, in what the backward pass runs."""
+    model = random_model(ModelConfig(**VARIANTS["a"]), ops)
+    out = model(*inputs(model.config))
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func._schema.name)
+            return func(*args, **kwargs or {})
+
+    names = set()
+    with Seen():
+        out.square().mean().backward()
+    assert model.y_embedder.embedding_table.weight.grad.any()
+    assert not {name for name in names if "embedding" in name or "index_put" in name or "scatter" in name}
 
 
 def test_patches_are_a_strided_convolution(ops):
