@@ -1,0 +1,75 @@
+"""What has to be known of this tree on a GPU, in eight minutes, whatever crashes or hangs.
+
+    python -m bench.triage OUT [--minutes M] [--only PART[/TASK]] [--second] [--from ROWS] [--rehearse]
+
+`bash bench/gpu.sh OUT MINUTES` calls it for less than 20 minutes. OUT gets rows.jsonl, summary.txt (to be read first),
+log.txt and logs.tgz, and nothing else; what is there of an earlier run is kept where this one says nothing newer. Ends
+with 1 if something failed or was wrong, with 2 if there is no GPU, with 128 and its number after a signal.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from bench.triage import second
+from bench.triage.coordinator import Triage
+from bench.triage.parts import chosen, parts
+from bench.triage.processes import command
+from bench.triage.records import read_rows
+
+NO_DEVICE = 2
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.triage", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("out", type=Path, help="a folder, made if it is not there")
+    parser.add_argument("--minutes", type=float, default=8.0, help="in all (default 8)")
+    parser.add_argument("--only", action="append", default=[], metavar="PART[/TASK]",
+                        help=f"repeatable; parts: {', '.join(part.name for part in parts())}")  # fmt: skip
+    parser.add_argument("--second", action="store_true", help="what the rows of a first run ask for")
+    parser.add_argument("--from", dest="earlier", type=Path, metavar="ROWS",
+                        help="rows of an earlier run, to be read besides those in OUT")  # fmt: skip
+    parser.add_argument("--rehearse", action="store_true",
+                        help="on a CPU, with tiny sizes: that everything starts and ends; no figure means anything")
+    options = parser.parse_args(argv)
+    if options.minutes <= 0:
+        parser.error(f"--minutes is {options.minutes:g}; allowed: more than 0")
+    if options.second and options.only:
+        parser.error("either --second or --only")
+    if options.earlier and not options.earlier.is_file():
+        parser.error(f"--from {options.earlier}: there is no such file")
+    try:
+        options.parts = chosen(parts(), options.only)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    triage = Triage(options.out, options.minutes, read_rows(options.earlier) if options.earlier else (),
+                    command=rehearsed if options.rehearse else command)  # fmt: skip
+    heard: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        heard.append(number)
+        triage.stop(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+    well = triage.run(second.parts(triage.rows) if options.second else options.parts)
+    print((options.out / "summary.txt").read_text(encoding="utf-8"))
+    if heard:
+        return 128 + heard[0]
+    return NO_DEVICE if triage.no_device else int(not well)
+
+
+def rehearsed(module: str, arguments: list[str], limit: float) -> list[str]:
+    return command("bench.triage.rehearsal", [module, *arguments], limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""A child: whether one backend computes an op, by the rule of the tests.
+
+    python -m bench.triage.check OP BACKEND --result FILE [--samples N] [--device cpu]
+
+Forward, gradients, and the same bits twice, for the most telling production case in bfloat16 at a batch that leaves
+memory to others, and for two small cases. Each is printed before it begins, so that the log of a crash ends with it.
+"""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+import kernels
+from bench.measure.rows import machine
+from bench.ops import telling
+from bench.triage.verdicts import FOUND_WRONG, OK, SKIPPED, WRONG
+from bench.triage.writing import write
+from kernels.cases import Case
+from kernels.judge import tensors_of
+from kernels.registry import Backend, Op
+from tests import kernel_checks
+
+#: Samples of the telling case: five processes check at once.
+BATCH = 32
+#: Small cases that are taken where an op has them: masked edges, and memory with gaps.
+SMALL = ("odd", "strided")
+CHECKS = {
+    "forward": kernel_checks.check_forward,
+    "gradients": kernel_checks.check_gradients,
+    "same bits": kernel_checks.check_repeats,
+}
+
+
+def fewer_samples(case: Case, batch: int) -> Case:
+    """The case with the first samples of every tensor that has more of them."""
+
+    def make(draw) -> dict[str, Any]:
+        inputs = case.make(draw)
+        samples = next((t.shape[0] for t in tensors_of(inputs) if t.ndim > 2), 0)
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:batch] if tensor.ndim > 1 and tensor.shape[0] == samples else tensor
+
+        return tree_map_only(torch.Tensor, cut, inputs)
+
+    return replace(case, make=make)
+
+
+def cases(op: Op, backend: Backend, device: str, samples: int) -> Iterator[tuple[Case, torch.dtype]]:
+    """What is checked: the telling case with so many samples (not at 0), and two small ones that the backend serves."""
+    if samples:
+        yield fewer_samples(next(case for case in op.cases if case.id == telling(op)), samples), torch.bfloat16
+    found = [case for case in op.cases if not case.production]
+    found.sort(key=lambda case: (case.id not in SMALL, -len(op.cases) + op.cases.index(case)))
+    orders = (torch.float32, torch.float16), (torch.bfloat16 if device == "cuda" else torch.float16, torch.float32)
+    served: list[tuple[Case, torch.dtype]] = []
+    for case in found:
+        dtypes = [dtype for dtype in orders[len(served)] if dtype in op.dtypes & case.dtypes & backend.dtypes
+                  and not refused(backend, case, dtype, device)]  # fmt: skip
+        served += [(case, dtypes[0])] if dtypes else []
+        if len(served) == 2:
+            break
+    yield from served
+
+
+def refused(backend: Backend, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+    return backend.unsupported(**case.inputs(dtype, device)) if backend.unsupported is not None else []
+
+
+def faults(op: Op, backend: Backend, device: str, samples: int) -> tuple[list[str], int]:
+    """What is wrong, and how many cases were served at all."""
+    wrong, count = [], 0
+    for case, dtype in cases(op, backend, device, samples):
+        if case.production and (reasons := refused(backend, case, dtype, device)):
+            print(f"{case.id} {dtype}: not served: {'; '.join(reasons)}", flush=True)
+            continue
+        count += 1
+        for name, check in CHECKS.items():
+            if name == "gradients" and not op.differentiable:
+                continue
+            print(f"{case.id} {str(dtype).removeprefix('torch.')} {name} …", end=" ", flush=True)
+            try:
+                check(op, backend, case, dtype, device)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except AssertionError as error:
+                text = str(error) or traceback.format_exc()
+                wrong.append(f"{case.id} {str(dtype).removeprefix('torch.')} {name}: {text}")
+                print(f"wrong: {text}", flush=True)
+            else:
+                print("right", flush=True)
+    return wrong, count
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.triage.check", description=__doc__)
+    parser.add_argument("op", choices=kernels.OPS)
+    parser.add_argument("backend")
+    parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=BATCH, help=f"of the telling case (default {BATCH}); 0: not it")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args(argv)
+    op = kernels.OPS[options.op]
+    told: dict[str, Any] = dict(machine(options.device)) if options.device == "cpu" or torch.cuda.is_available() else {}
+    if reasons := op.reasons(options.backend):
+        write(options.result, told | {"verdict": SKIPPED, "reason": "; ".join(reasons)})
+        print("; ".join(reasons))
+        return 0
+    write(options.result, told)
+    wrong, count = faults(op, op.backend(options.backend), options.device, options.samples)
+    verdict, reason = (WRONG, "; ".join(wrong)) if wrong else (OK, "") if count else (SKIPPED, "no case is served here")
+    write(options.result, told | {"verdict": verdict, "reason": reason})
+    return FOUND_WRONG if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Run a module as `python -m` does, and say where it is when its time is nearly up.
+
+    python -m bench.triage.child SECONDS MODULE [ARGUMENT …]
+
+After so many seconds the tracebacks of all threads go to stderr, and the module runs on: a compiler that hangs in C++
+hears no signal, and is killed soon after.
+"""
+
+import faulthandler
+import runpy
+import sys
+
+
+def main() -> None:
+    seconds, module = float(sys.argv[1]), sys.argv[2]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(seconds)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main()

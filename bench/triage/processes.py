@@ -1,0 +1,96 @@
+"""A child process that cannot outlive its limit, nor can anything it starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure.rows import ROOT
+
+#: Seconds between SIGTERM and SIGKILL: a bench writes what it has measured, a compiler may not listen.
+GRACE = 10.0
+#: A child prints where it is this long before its limit, as far as the limit allows.
+NOTICE = 2.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended.
+
+    Attributes:
+        status: its exit status; minus the number of the signal that ended it.
+        seconds: from its start to its end.
+        why: "timeout" or "stopped" where it was told to end, else empty.
+    """
+
+    status: int
+    seconds: float
+    why: str = ""
+
+
+def command(module: str, arguments: Sequence[str], limit: float) -> list[str]:
+    """What runs a module under `bench.triage.child`, which says where it is before the limit."""
+    notice = max(limit - NOTICE, 0.8 * limit)
+    return [sys.executable, "-m", "bench.triage.child", f"{notice:.2f}", module, *arguments]
+
+
+class Child:
+    """A command in a session of its own; stdout and stderr go to a file.
+
+    `poll` has to be called now and then: it sends SIGTERM to the child at the limit, and SIGKILL to its whole group
+    `grace` seconds later, or as soon as the child itself has ended.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, limit: float, grace: float = GRACE,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+        self._limit, self._grace, self._clock = limit, grace, clock
+        self._why, self._kill_at = "", float("inf")
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._begun = clock()
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file,
+                                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+    def poll(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        now = self._clock()
+        if self._over():
+            self._kill()  # whatever it has left behind, which would keep memory of the device
+            return Ended(self._process.wait(), now - self._begun, self._why)
+        if not self._why and now - self._begun >= self._limit:
+            self._end("timeout")
+        if now >= self._kill_at:
+            self._kill()
+        return None
+
+    def stop(self) -> None:
+        """Have it end now, as at its limit."""
+        if not self._why:
+            self._end("stopped")
+
+    def kill(self) -> None:
+        """End it and all it has started at once."""
+        self._kill()
+        self._process.wait()
+
+    def _over(self) -> bool:
+        """Whether it has ended; as it is not waited for, its number still names its group."""
+        if self._process.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _end(self, why: str) -> None:
+        self._why, self._kill_at = why, self._clock() + self._grace
+        self._process.terminate()
+
+    def _kill(self) -> None:
+        if self._process.returncode is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):  # there is nobody left in it
+                return

@@ -1,0 +1,196 @@
+"""Which children a triage starts, what is left of them when ops have crashed, and what it advises to do next."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels
+from bench import gemms, ops, roofline, sampling, tokenizer
+from bench import step as bench_step
+from bench.triage import second, summary
+from bench.triage.parts import chosen, parts
+from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
+from bench.triage.tasks import sampling as sampling_task
+from kernels import registry
+from tests.test_bench_triage import FACTS, checked, op_row, row, step_row
+
+ROOT = Path(__file__).parents[1]
+
+
+def known(**verdicts: str) -> Known:
+    """op__backend → verdict."""
+    return Known([checked(*name.split("__"), verdict) for name, verdict in verdicts.items()])
+
+
+def options(task, name: str) -> list[str]:
+    words = task.arguments
+    return [words[place + 1] for place, word in enumerate(words) if word == name]
+
+
+def test_every_op_and_backend_is_checked():
+    found = {name: tuple(b for b in op.backends if b in FILES) for name, op in kernels.OPS.items()}
+    assert backends() == found and all(registry.FILES[name] + ".py" == file for name, file in FILES.items())
+    tasks = next(part for part in parts() if part.name == "ops").tasks
+    assert {(dict(task.about)["op"], dict(task.about)["backend"]) for task in tasks} == {
+        (op, name) for op, names in found.items() for name in names}  # fmt: skip
+    timed = [op for part in parts() if part.name == "fractions" for task in part.tasks
+             for child in task.adapted(known()) for op in child.arguments if op in kernels.OPS]  # fmt: skip
+    assert sorted(timed) == sorted(kernels.OPS)
+
+
+def test_the_order_and_the_budgets():
+    found = {part.name: part.budget for part in parts()}
+    assert found == {"machine": 12, "build": 60, "ceilings": 8, "ops": 55, "bare": 45, "plain-eager": 25, "gemms": 15,
+                     "trainer": 60, "plain-compile": 100, "fractions": 55, "variants": 90, "others": 35}  # fmt: skip
+    assert list(found)[:2] == ["machine", "build"] and list(found)[-1] == "others"
+    assert [part.name for part in parts() if part.at_once > 1] == ["ops"], "what is timed runs alone"
+
+
+def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_path):
+    """Up to the point where each of them asks for a GPU."""
+    for module in (bench_step, gemms, sampling, tokenizer):
+        monkeypatch.setattr(module.program, "cuda_reasons", lambda: ["none here"])
+    monkeypatch.setattr(ops, "cuda_reasons", lambda: ["none here"])
+    monkeypatch.setattr(roofline, "cuda_reasons", lambda: ["none here"])
+    mains = {f"bench.{module.__name__.split('.')[-1]}": module.main
+             for module in (bench_step, gemms, ops, roofline, sampling, tokenizer)}  # fmt: skip
+    ran = set()
+    broken = known(swiglu__triton="timeout", swiglu__cuda="wrong", group_norm_silu__triton="failed")
+    for part in (*parts(), *second.parts([])):
+        for task in part.tasks:
+            for child in (*task.adapted(known()), *task.adapted(broken)):
+                if child.module in mains:
+                    more = ["--ceilings", str(tmp_path / "c")] if child.ceilings else []
+                    more += ["--minutes", "1"] if child.minutes else []
+                    status = mains[child.module]([*child.arguments, *more, "--out", str(tmp_path / "rows.jsonl")])
+                    assert status == (0 if child.module == "bench.roofline" else 2)
+                    ran.add(child.module)
+    assert ran == set(mains)
+
+
+def test_a_crashed_op_runs_on_another_backend_in_steps():
+    bare, cuda = step("bare", 8), step("bare", 8, backend="cuda")
+    assert bare.adapted(known(swiglu__triton="ok", rope_attention__triton="wrong")) == [bare], "wrong is not crashed"
+    (child,) = bare.adapted(known(swiglu__triton="signal SIGSEGV"))
+    assert options(child, "--kernels") == ["swiglu=cuda"] and child.note == "swiglu on cuda: it crashed on triton"
+    assert options(child.smaller, "--kernels") == ["swiglu=cuda"] and options(child.smaller, "--batch") == ["64"]
+    assert child.smaller.note == "at batch 64: out of memory at 128; swiglu on cuda: it crashed on triton"
+    (child,) = bare.adapted(known(swiglu__triton="timeout", swiglu__cuda="failed"))
+    assert options(child, "--kernels") == ["swiglu=reference"]
+    (child,) = cuda.adapted(known(swiglu__triton="timeout", rope_attention__cuda="failed"))
+    assert options(child, "--kernels") == ["cuda", "rope_attention=triton"]
+    plain = step("plain-eager", 8)
+    assert plain.adapted(known(swiglu__triton="timeout")) == [plain]
+
+
+def test_a_crashed_op_of_a_graph_takes_its_variant_along():
+    grouped = step("bare-grouped", 8, in_graph=("weight_gradients",))
+    assert grouped.adapted(known(weight_gradients__triton="failed"))[0].skip == "weight_gradients crashed on triton"
+    assert not grouped.adapted(known(linear_swiglu__triton="failed"))[0].skip
+
+
+def test_only_what_is_not_wrong_is_timed():
+    task = fractions("step", ("swiglu", "rope_attention", "adamw_ema_"), 0.2)
+    (child,) = task.adapted(known())
+    assert child.arguments[:3] == ("swiglu", "rope_attention", "adamw_ema_")
+    assert options(child, "--only") == ["triton", "cuda", "eager"]
+    first, other = task.adapted(known(rope_attention__cuda="wrong"))
+    assert first.arguments[:2] == ("swiglu", "adamw_ema_") and options(first, "--only") == ["triton", "cuda", "eager"]
+    assert other.arguments[0] == "rope_attention" and options(other, "--only") == ["triton", "eager"]
+    assert other.name != first.name and "cuda" in other.note
+
+
+def test_sampling_and_encoding_do_without_what_crashed():
+    found = [options(child, "--variant") for verdicts in ({}, {"swiglu__triton": "failed"},
+             {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"}, {"adamw_ema___triton": "failed"})
+             for child in sampling_task(1.0).adapted(known(**verdicts))]  # fmt: skip
+    assert [variants[-1] for variants in found] == ["auto", "cuda", "reference", "auto"]
+    (child,) = encode(1.0).adapted(known(group_norm_silu__triton="failed"))
+    assert options(child, "--variant") == ["reference", "reference-channels-last"]
+    assert not options(encode(1.0).adapted(known())[0], "--variant")
+
+
+def test_chosen_parts():
+    found = chosen(parts(), ["gemms", "ops/rope"])
+    assert [part.name for part in found] == ["ceilings", "ops", "gemms"], "what reads ceilings has them measured"
+    assert {task.name for task in found[1].tasks} == {"rope_attention triton", "rope_attention cuda"}
+    assert found[1].budget == pytest.approx(55 / 4) and found[1].at_once == 5
+    assert [part.name for part in chosen(parts(), ["machine"])] == ["machine"]
+    refused = {"step": "no part is called 'step'; allowed: machine", "ops/x": "ops has no 'x'; allowed: rope"}
+    for wrong, said in refused.items():
+        with pytest.raises(ValueError, match=said):
+            chosen(parts(), [wrong])
+
+
+def test_what_three_minutes_are_for(monkeypatch):
+    monkeypatch.setattr(second, "tool", lambda name: f"/bin/{name}")
+    verdicts = {("swiglu", "triton"): "ok", ("swiglu", "cuda"): "wrong", ("vf_loss", "cuda"): "timeout"}
+    parts = {("swiglu", "triton"): 0.9, ("swiglu", "cuda"): 0.2, ("vf_loss", "triton"): 0.7}
+    rows = [checked(*which, verdict) for which, verdict in verdicts.items()]
+    rows += [op_row(*which, fraction) for which, fraction in parts.items()]
+    first, ncu, graphs = second.parts(rows)
+    assert [task.name for task in first.tasks] == ["memcheck vf_loss cuda", "racecheck vf_loss cuda"], "a crash first"
+    assert first.tasks[0].under[2:5] == ("/bin/compute-sanitizer", "--tool", "memcheck")
+    assert first.tasks[0].arguments[:2] == ("vf_loss", "cuda")
+    assert ncu.tasks[0].arguments == ("vf_loss", "triton", "forward"), "of the best backends, the worst"
+    assert ncu.tasks[0].under[:3] == ("/bin/ncu", "--clock-control", "none")
+    assert graphs.tasks[0].arguments[5] == "bare-cudagraphs"
+    assert [part.name for part in second.parts(rows[:1])] == ["graphs"]
+    assert second.parts([checked("swiglu", "cuda", "wrong")])[0].tasks[1].arguments[:2] == ("swiglu", "cuda")
+    monkeypatch.setattr(second, "tool", lambda name: None)
+    skips = [task.skip for part in second.parts(rows) for task in part.tasks]
+    assert skips == ["compute-sanitizer is not installed"] * 2 + ["ncu is not installed", ""]
+
+
+MACHINE = row("triage", part="machine", name="machine", verdict="ok", reason="", packages={"timm": None})
+
+
+def told(part: str, verdict: str, reason: str = "", name: str = "") -> dict:
+    return row("triage", part=part, name=name or part, verdict=verdict, reason=reason)
+
+
+HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager", "plain-compile")]
+
+
+@pytest.mark.parametrize(("rows", "advice"), [
+    ([MACHINE | {"verdict": "failed", "reason": "no device: none"}], "why there is no GPU"),
+    ([MACHINE | {"collectives": ["NCCL says no"]}, checked("swiglu", "cuda", "wrong")], "NCCL: .* NCCL says no"),
+    ([MACHINE, told("trainer", "failed"), checked("swiglu", "cuda", "wrong"), checked("vf_loss", "triton", "timeout")],
+     "vf_loss on triton: timeout.*--second"),
+    ([MACHINE, *HEADLINE[1:], told("trainer", "failed", "ModuleNotFoundError: x")], "trainer: failed.*--only trainer"),
+    ([MACHINE, *HEADLINE, told("bare", "out of memory"), told("variants", "timeout", "no end", "bare-folded")],
+     "bare: out of memory|variants/bare-folded: timeout"),
+    ([MACHINE, *HEADLINE, told("others", "skipped", "no time: 1 s are left"), told("gemms", "skipped", "no time: 0 s")],
+     "no time for: .* --only others --only gemms"),
+    ([MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)], "swiglu XL.*50.0%.*ncu"),
+    ([MACHINE, *HEADLINE], "everything measured is well"),
+])  # fmt: skip
+def test_the_next_thing_to_do(rows, advice):
+    assert re.search(advice, summary.next_step(rows)), summary.next_step(rows)
+
+
+def test_the_summary_shows_what_was_measured():
+    gemm = [row("gemm", contender="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
+            for layer, ms in (("qkv", 2.0), ("w3", 6.0))]  # fmt: skip
+    rows = [MACHINE, *HEADLINE, checked("swiglu", "triton", "ok"), checked("swiglu", "cuda", "skipped"), *gemm,
+            op_row("swiglu", "triton", 0.9), op_row("swiglu", "eager", 0.1), op_row("vf_loss", "cuda", 0.3),
+            row("tokenizer", part="encode", contender="auto", images_per_second=2100.0, fraction=0.4),
+            told("others", "skipped", "no time: 1 s are left", "sampling")]  # fmt: skip
+    text = summary.text(rows)
+    assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text
+    assert "swiglu                         triton right, cuda not checked" in text
+    assert "500.0 TFLOP/s mean of 2 products, torch; the slowest: w3 forward, 0.3" in text
+    limits = text[text.index("the worst first") :].splitlines()
+    assert "vf_loss XL forward cuda" in limits[1] and "swiglu XL forward triton" in limits[2] and not limits[3]
+    assert "encode     auto                          2100.00 images/s" in text
+    assert "others/sampling: no time: 1 s are left" in text and "trainer" in text
+
+
+def test_the_coordinator_imports_no_torch():
+    listed = "import sys, bench.triage.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "bench.triage.coordinator" in done.stdout.split()
+    assert not {"torch", "numpy", "triton", "kernels", "tests"} & set(done.stdout.split())
