@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within a time limit, the most telling first:
 #
-#     bash bench/gpu.sh OUT_DIR [MINUTES]        (25 minutes unless said otherwise)
+#     bash bench/gpu.sh OUT_DIR [MINUTES [OPTION …]]        (25 minutes unless said otherwise)
+#
+# Below 20 minutes this is python -m bench.triage, which takes the options; what follows is about longer runs.
 #
 # A build of csrc, the tests marked gpu, then python -m bench.step, the telling cases of bench.ops, bench.gemms,
-# bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Nine minutes
-# are meant to fill every table; below 40, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets a
-# log of each part, rows.jsonl and summary.txt; each part stops in time by itself, leaves whole rows, and the next one
-# runs whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no failure. Needs
-# torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and PyYAML,
-# training steps DeepSpeed, those of the tokenizer timm and lpips: what is not installed is a row that says so. PYTHON
-# names another interpreter, GIT_REVISION the revision of a tree without .git.
+# bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Below 40
+# minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets a log of each part, rows.jsonl and
+# summary.txt; each part stops in time by itself, leaves whole rows, and the next one runs whatever became of it. Ends
+# with 1 if a part failed; that no rows of this GPU are committed is no failure.
+#
+# Needs torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and
+# PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips: what is not installed is a row that says so.
+# PYTHON names another interpreter, GIT_REVISION the revision of a tree without .git.
 set -uo pipefail
 
-usage="usage: bash bench/gpu.sh OUT_DIR [MINUTES]"
+usage="usage: bash bench/gpu.sh OUT_DIR [MINUTES [OPTION …]]"
 out="${1:?$usage}"
 minutes="${2:-25}"
 [[ "$minutes" =~ ^[0-9]+$ && "$minutes" -gt 0 ]] || { echo "MINUTES is $minutes; a whole number. $usage" >&2; exit 2; }
@@ -28,6 +31,9 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"  # the ninja of setup.py lies beside it
 export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+((minutes < 20)) && exec "$PYTHON" -m bench.triage "$out" --minutes "$minutes" "${@:3}"
+(($# <= 2)) || { echo "$minutes minutes take no options: ${*:3}. $usage" >&2; exit 2; }
 
 end=$((SECONDS + 60 * minutes))
 failed=()
@@ -77,16 +83,10 @@ part tests "$limit" "$PYTHON" -m pytest -p bench.plugins.deadline -p bench.plugi
 quick=()
 ((minutes < 40)) && quick=(--quick)
 
-# bench NAME PERCENT MODULE ARGUMENTS …: a part of the bench that keeps to that share of the time left; below 20 s, in
-# which it would measure little more than the ceilings, it is left out.
+# bench NAME PERCENT MODULE ARGUMENTS …: a part of the bench that keeps to that share of the time left.
 bench() {
     local limit
     limit="$(share "$2")"
-    if ((limit < 20)); then
-        echo "time is up, not measured: $1" | tee "$out/$1.log"
-        printf '%-12s %-24s %4d s\n' "$1" "no time" 0 >> "$out/summary.txt"
-        return
-    fi
     part "$1" "$limit" "$PYTHON" -m "$3" --minutes "$(soft "$limit")" "${@:4}" --out "$out/rows.jsonl"
 }
 

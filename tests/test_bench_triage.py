@@ -193,11 +193,12 @@ def test_tasks_of_a_part_share_its_time_and_what_one_leaves_goes_to_the_next(tmp
     part = Part("others", 30, tuple(Task(name, "m") for name in "abc"))
     scripts = {"others-a": Script(seconds=5), "others-b": Script(seconds=1e9), "others-c": Script(seconds=1e9)}
     _, told, stage = run(tmp_path / "out", (part,), scripts)
-    assert stage.limits["others-a"] == pytest.approx(80 / 3)
-    assert stage.limits["others-b"] == pytest.approx(37.5, abs=0.2)
+    assert stage.limits["others-a"] == pytest.approx(60), "80 s but for the shares of the other two"
+    assert stage.limits["others-b"] == pytest.approx(65, abs=0.2)
     assert [line["verdict"] for line in told.values()] == ["ok", "timeout", "timeout"]
+    assert stage.limits["others-c"] == pytest.approx(10, abs=0.5), "a hang leaves the share of the next one"
     minutes = float(stage.started["others-a"][stage.started["others-a"].index("--minutes") + 1])
-    assert 60 * minutes == pytest.approx(80 / 3 * 0.85, abs=0.1), "to end by itself, before its limit"
+    assert 60 * minutes == pytest.approx(54, abs=0.1), "to end by itself, before its limit"
 
 
 def test_a_stop_ends_children_and_leaves_four_files(tmp_path):

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Protocol
 
@@ -130,8 +129,8 @@ class Triage:
         self.say(f"== {part.name}: at most {max(limit, 0):.0f} s")
         while waiting or running:
             while waiting and len(running) < part.at_once:
-                task, seconds = waiting[0], (end - self._clock()) / ceil(len(waiting) / part.at_once)
-                waiting.popleft()
+                seconds = part.limit(len(waiting), end - self._clock())
+                task = waiting.popleft()
                 if why := self._reason_to_skip(task, part, seconds):
                     self._conclude(part, task, SKIPPED, why)
                 else:
@@ -154,8 +153,8 @@ class Triage:
             return f"the run was stopped: {self._stopped}"
         if self._no_device:
             return self._no_device
-        if seconds < part.least():
-            return f"no time: {max(seconds, 0):.0f} s are left for it, it takes {2 * part.least():.0f} s"
+        if seconds < part.share / 2:  # not worth starting
+            return f"no time: {max(seconds, 0):.0f} s are left for it, it takes {part.share:.0f} s"
         return task.skip
 
     def _begin(self, part: Part, task: Task, limit: float) -> Running:

@@ -26,9 +26,22 @@ class Part:
     at_once: int = 1
     essential: bool = False
 
-    def least(self) -> float:
-        """Seconds below which a task is not worth starting: half of its share."""
-        return self.budget / ceil(len(self.tasks) / self.at_once) / 2 if self.tasks else 0.0
+    @property
+    def share(self) -> float:
+        """What of the budget is for one task."""
+        return self.budget / max(1, self._waves(len(self.tasks)))
+
+    def limit(self, waiting: int, left: float) -> float:
+        """Seconds for the next of so many tasks, where the part has so many left.
+
+        All but the shares of those that have to wait for it; an equal part where even those are not left.
+        """
+        waves = self._waves(waiting)
+        return max(left / waves, left - (waves - 1) * self.share)
+
+    def _waves(self, tasks: int) -> int:
+        """How often processes start, if all tasks take equally long."""
+        return ceil(tasks / self.at_once)
 
 
 def allowance(part: Part, later: Sequence[Part], left: float) -> float:
@@ -88,7 +101,7 @@ def chosen(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part, ...]:
     found = []
     for part in everything:
         tasks = tuple(task for task in part.tasks if task in wanted.get(part.name, ()))
-        budget = part.budget * ceil(len(tasks) / part.at_once) / ceil(len(part.tasks) / part.at_once)
+        budget = part.share * ceil(len(tasks) / part.at_once)
         if tasks:
             found.append(Part(part.name, budget, tasks, part.at_once, part.essential))
     return tuple(found)

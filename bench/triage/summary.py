@@ -101,7 +101,7 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
         memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
         cut = ", cut off" if (row.get("rests_on") or {}).get("cut_off") else ""
         note = f" ({row['note']})" if row.get("note") else ""
-        yield (f"{row['variant']:24} batch {row['batch']:3} {row['images_per_second']:7.1f} images/s{share}{memory}"
+        yield (f"{row['variant']:28} batch {row['batch']:3} {row['images_per_second']:7.1f} images/s{share}{memory}"
                f"{ratios}{cut}{note}")  # fmt: skip
 
 
