@@ -2,7 +2,7 @@
 
 import json
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,12 +25,13 @@ MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
 class Script:
     """What a child does: rows and a result when it starts, a log, and how it ends after so many seconds.
 
+    rows: some row unless they are given.
     deaf: it ends only when it is killed, ten seconds after it was told to.
     """
 
     status: int = 0
     seconds: float = 5.0
-    rows: list[dict] = field(default_factory=list)
+    rows: list[dict] | None = None
     result: dict | None = None
     log: str = ""
     deaf: bool = False
@@ -52,7 +53,9 @@ class Stage:
         script = self.scripts.get(label, Script())
         words = dict(pairwise(command))
         if "--out" in words:
-            Path(words["--out"]).write_text("".join(json.dumps(row) + "\n" for row in script.rows))
+            some = [row("data", contender=label, workers=0, batch_size=1)]
+            rows = some if script.rows is None else script.rows
+            Path(words["--out"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if "--result" in words and script.result is not None:
             Path(words["--result"]).write_text(json.dumps(script.result))
         with log.open("a") as file:
@@ -260,7 +263,7 @@ def test_ceilings_are_measured_once_and_read_by_the_others(tmp_path):
     copy = row("ceiling", ceiling="copy", rate=2.9)
     _, _, stage = run(tmp_path / "out", (CEILINGS, BARE), {"ceilings-ceilings": Script(rows=[copy])})
     assert stage.started["bare-bare"][stage.started["bare-bare"].index("--ceilings") + 1].endswith(".jsonl")
-    _, _, stage = run(tmp_path / "none", (CEILINGS, BARE), {"ceilings-ceilings": Script(1)})
+    _, _, stage = run(tmp_path / "none", (CEILINGS, BARE), {"ceilings-ceilings": Script(1, rows=[])})
     assert "--ceilings" not in stage.started["bare-bare"], "each measures its own"
 
 
@@ -296,4 +299,24 @@ def test_a_second_run_into_the_folder_keeps_what_it_does_not_replace(tmp_path):
     assert {label: line["verdict"] for label, line in told.items()} == dict.fromkeys(told, "ok") and len(told) == 2
     with tarfile.open(tmp_path / "out" / "logs.tgz") as logs:
         assert "logs/bare-bare.log" in logs.getnames()
+    assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_so(tmp_path):
+    part = Part("others", 30, (Task("none", "m"), Task("some", "m"), Task("told", "m", rows=False)))
+    some = Script(rows=[op_row("swiglu", "triton", 0.9)], log="time is up, not measured: vf_loss dinov2_large\n")
+    none = Script(rows=[], log="so it is\n")
+    _, told, _ = run(tmp_path / "out", (part,), {"others-none": none, "others-some": some})
+    assert told["others/none"]["verdict"] == "failed"
+    assert told["others/none"]["reason"] == "it has measured nothing: so it is"
+    assert told["others/some"]["verdict"] == told["others/told"]["verdict"] == "ok"
+    assert "others/some: time is up, not measured: vf_loss" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_what_a_killed_run_has_left_is_no_hindrance(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rows.partial").write_text("{")
+    (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 1, "ki')
+    (tmp_path / "out" / "logs.tgz").write_bytes(b"\x1f\x8b cut")
+    run(tmp_path / "out", (BARE,), {"bare-bare": Script(rows=[step_row("bare", 200.0)])})
     assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()

@@ -1,23 +1,28 @@
 """Which children a triage starts, what is left of them when ops have crashed, and what it advises to do next."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import kernels
 from bench import gemms, ops, roofline, sampling, tokenizer
 from bench import step as bench_step
-from bench.triage import second, summary
+from bench.triage import check, profile, second, summary
 from bench.triage.parts import chosen, parts
 from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
 from bench.triage.tasks import sampling as sampling_task
 from kernels import registry
+from kernels.judge import reference, tensors_of
 from tests.test_bench_triage import FACTS, checked, op_row, row, step_row
 
 ROOT = Path(__file__).parents[1]
+SWIGLU = kernels.OPS["swiglu"]
 
 
 def known(**verdicts: str) -> Known:
@@ -187,6 +192,70 @@ def test_the_summary_shows_what_was_measured():
     assert "vf_loss XL forward cuda" in limits[1] and "swiglu XL forward triton" in limits[2] and not limits[3]
     assert "encode     auto                          2100.00 images/s" in text
     assert "others/sampling: no time: 1 s are left" in text and "trainer" in text
+
+
+@pytest.mark.parametrize(("direction", "marked"), [("forward", ["forward"]), ("backward", ["backward"])])
+def test_a_profile_sees_one_call_after_the_others(direction, marked, monkeypatch):
+    seen, marks = [], []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            seen.append("forward")
+            return x.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            seen.append("backward")
+            return gradient
+
+    op = replace(kernels.OPS["swiglu"], check=lambda gate_up, *, bias=None: None)
+    backend = replace(op.backend("reference"), run=lambda gate_up, *, bias=None: Counted.apply(gate_up))
+    monkeypatch.setattr(type(op), "backend", lambda self, name: backend)
+    monkeypatch.setattr(profile, "telling", lambda op: "odd")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda: marks.append(len(seen)))
+    assert profile.main(["swiglu", "triton", direction, "--device", "cpu"]) == 0
+    first, last = marks
+    assert first >= profile.WARM_UP and seen[first:last] == marked and last == len(seen)
+
+
+@pytest.mark.parametrize("name", kernels.OPS)
+def test_a_check_takes_fewer_samples_of_everything(name):
+    """Shapes only: the numbers of samples agree, and nothing else is cut."""
+    op = kernels.OPS[name]
+    case = next(case for case in op.cases if case.id == ops.telling(op))
+    whole, less = (tensors_of(made.inputs(torch.bfloat16, "meta")) for made in (case, check.fewer_samples(case, 32)))
+    if name == "adamw_ema_":
+        assert [t.shape for t in whole] == [t.shape for t in less], "it has no samples"
+        return
+    changed = [(a.shape, b.shape) for a, b in zip(whole, less, strict=True) if a.shape != b.shape]
+    assert all(a[1:] == b[1:] and b[0] == 32 for a, b in changed) and bool(changed) == (whole[0].shape[0] > 32)
+    op.check(**check.fewer_samples(case, 32).inputs(torch.bfloat16, "meta"))
+
+
+def test_a_check_tells_what_is_wrong_and_goes_on(monkeypatch, capsys, tmp_path):
+    """With a backend whose results are other ones each time, and whose gradients are right."""
+    calls, right = iter(range(1000)), reference(SWIGLU)
+
+    def run(gate_up, *, bias=None):
+        return right(gate_up) + 0.1 * next(calls)
+
+    backends = {"reference": SWIGLU.backend("reference")}
+    backends["triton"] = replace(backends["reference"], run=run)
+    monkeypatch.setattr(type(SWIGLU), "backend", lambda self, name: backends[name])
+    monkeypatch.setattr(type(SWIGLU), "reasons", lambda self, name: [])
+    out = tmp_path / "result"
+    assert check.main(["swiglu", "triton", "--result", str(out), "--samples", "0", "--device", "cpu"]) == 3
+    result = json.loads(out.read_text())
+    assert result["verdict"] == "wrong" and result["device"] == "cpu"
+    said = ("strided float16 forward: result 0: error", "strided float16 same bits", "differs between two runs")
+    assert all(text in result["reason"] for text in said)
+    assert "odd float32 gradients … right" in capsys.readouterr().out
+    monkeypatch.setattr(type(SWIGLU), "reasons", lambda self, name: ["not built"])
+    assert check.main(["swiglu", "triton", "--result", str(out), "--device", "cpu"]) == 0
+    assert json.loads(out.read_text()) | {"verdict": "skipped", "reason": "not built"} == json.loads(out.read_text())
 
 
 def test_the_coordinator_imports_no_torch():

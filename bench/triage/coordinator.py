@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -81,9 +82,9 @@ class Triage:
         self._work = tempfile.TemporaryDirectory(prefix="triage-")
         self._logs = Path(self._work.name) / "logs"
         self._logs.mkdir()
-        if (out / "logs.tgz").exists():
-            with tarfile.open(out / "logs.tgz") as archive:
-                archive.extractall(self._work.name, filter="data")
+        # There may be none, or one that was cut off.
+        with suppress(FileNotFoundError, tarfile.TarError, EOFError), tarfile.open(out / "logs.tgz") as archive:
+            archive.extractall(self._work.name, filter="data")
 
     def stop(self, why: str) -> None:
         """Have everything end now; what is left is skipped for that reason."""
@@ -193,7 +194,7 @@ class Triage:
         self.records.learn(told)
         if reasons := told.get("no_device"):
             self._no_device = "; ".join(reasons)
-        word, why = verdict(ended, each.measured, lines[1:], told)
+        word, why = verdict(ended, each.measured if each.task.rows else None, lines[1:], told)
         known = {key: told[key] for key in ("packages", "extension", "collectives") if key in told}
         self._conclude(part, each.task, word, why, seconds=round(ended.seconds, 2), exit_status=ended.status,
                        limit=round(each.limit, 1), command=each.command, log=lines[1:][-TAIL:], **known)  # fmt: skip

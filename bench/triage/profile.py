@@ -22,10 +22,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("op", choices=kernels.OPS)
     parser.add_argument("backend")
     parser.add_argument("direction", choices=("forward", "backward"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
     op = kernels.OPS[options.op]
     case = next(case for case in op.cases if case.id == telling(op))
-    call = Call(op, Adapter(op.bind(op.backend(options.backend))), case.inputs(torch.bfloat16, "cuda"))
+    call = Call(op, Adapter(op.bind(op.backend(options.backend))), case.inputs(torch.bfloat16, options.device))
     upstream = {name: random_like(result) for name, result in call.results().items()}
     for number in range(WARM_UP + 1):
         marked = number == WARM_UP

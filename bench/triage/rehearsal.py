@@ -32,7 +32,8 @@ TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, de
                    use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
 TOKENIZER = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
                               resolution=16)  # fmt: skip
-BATCH, SECONDS = 4, 0.02
+BATCH = 4
+SECONDS = 0.02
 
 
 def small(module: str, arguments: list[str]) -> list[str]:

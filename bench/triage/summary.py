@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.measure.rows import Row
 from bench.triage.tasks import FILES, MODEL
-from bench.triage.verdicts import OK, SKIPPED, WRONG, bad
+from bench.triage.verdicts import CUT_SHORT, OK, SKIPPED, WRONG, bad
 
 #: A batch and variants whose absence leaves a table of the README empty.
 HEADLINE = ("trainer", "bare", "plain-eager", "plain-compile")
@@ -22,7 +22,8 @@ def text(rows: Sequence[Row]) -> str:
         ("Parts of the limit, the worst first", _fractions(rows)),
         ("Sampling and tokenizer", _others(rows)),
         ("Not as it should be", _failures(rows)),
-        ("Skipped", [f"{_label(row)}: {row['reason']}" for row in _told(rows) if row["verdict"] == SKIPPED]),
+        ("Skipped", [f"{_label(row)}: {row['reason']}" for row in _told(rows)
+                     if row["verdict"] == SKIPPED or (row["verdict"] == OK and CUT_SHORT.match(row["reason"]))]),
     )
     filled = [(head, list(lines)) for head, lines in sections]
     blocks = ["\n".join([*([f"== {head}"] if head else []), *lines]) for head, lines in filled if lines]
@@ -45,7 +46,7 @@ def next_step(rows: Sequence[Row]) -> str:
     for name in HEADLINE:
         failed = [row for label, row in told.items() if label.startswith(f"{name}/") and row["verdict"] != OK]
         if failed and (name not in measured or failed[-1]["verdict"] == WRONG):
-            return f"{name}: {failed[-1]['verdict']}, {failed[-1]['reason'][:200]}; mend it, then {again} --only {name}"
+            return f"{name}: {failed[-1]['verdict']}, {failed[-1]['reason'][:200]}; then {again} --only {name}"
     if failed := [row for row in told.values() if bad(row["verdict"])]:
         return f"{_label(failed[0])}: {failed[0]['verdict']}, {failed[0]['reason'][:200]}"
     if skipped := [row["part"] for row in told.values() if row["reason"].startswith("no time")]:

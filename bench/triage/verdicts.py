@@ -11,6 +11,8 @@ OK, WRONG, MEMORY, TIMEOUT, FAILED, SKIPPED = "ok", "wrong", "out of memory", "t
 #: Exit status of our own children that found wrong results.
 FOUND_WRONG = 3
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|cudaErrorMemoryAllocation")
+#: What a bench prints when it has ended by itself before it was through.
+CUT_SHORT = re.compile(r"(the )?time is up, not measured: ")
 #: What the last line of a traceback looks like.
 EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Unavailable)\b.*")
 
@@ -25,11 +27,11 @@ def crashed(verdict: str) -> bool:
     return bad(verdict) and verdict not in (WRONG, MEMORY)
 
 
-def verdict(ended: Ended, rows: Sequence[Row], log: Sequence[str], told: Row) -> tuple[str, str]:
+def verdict(ended: Ended, rows: Sequence[Row] | None, log: Sequence[str], told: Row) -> tuple[str, str]:
     """The word and the reason.
 
     Args:
-        rows: measured by the child.
+        rows: measured by the child; None of one that measures nothing.
         log: lines that it printed.
         told: what it said of itself: "verdict" and "reason", if anything.
     """
@@ -42,12 +44,13 @@ def verdict(ended: Ended, rows: Sequence[Row], log: Sequence[str], told: Row) ->
         return f"signal {name}", _last(log)
     if ended.status in (0, FOUND_WRONG) and told.get("verdict"):
         return told["verdict"], told.get("reason", "")
-    if found := _of_rows(rows):
+    if found := _of_rows(rows or ()):
         return found
     if ended.status:
-        reason = _last(log)
-        return (MEMORY if any(map(OUT_OF_MEMORY.search, log)) else FAILED), reason
-    return OK, ""
+        return (MEMORY if any(map(OUT_OF_MEMORY.search, log)) else FAILED), _last(log)
+    if rows is not None and not rows:
+        return FAILED, ": ".join(filter(None, ("it has measured nothing", _last(log))))
+    return OK, next((line for line in log if CUT_SHORT.match(line)), "")
 
 
 def _of_rows(rows: Sequence[Row]) -> tuple[str, str] | None:
