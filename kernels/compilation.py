@@ -67,7 +67,10 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
     options: dict[str, Any] | None = None
     if mode != "aot_eager":
         register_lowerings()
-        options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs"}
+        from kernels.checkpointing import SaveBlockOutputs
+
+        options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs",
+                   "joint_custom_pre_pass": SaveBlockOutputs()}  # fmt: skip
         if ops is not None:
             from kernels.rewriting import inductor_options
 

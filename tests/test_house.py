@@ -41,7 +41,8 @@ def imported(path: Path) -> set[str]:
 def named(argument: ast.expr, tree: ast.Module) -> str:
     """Top-level name in what an import by string is given: text, text that begins so, or a constant of the file."""
     if isinstance(argument, ast.Name):
-        constants = {t.id: node.value for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
+        assigned = [(t, node.value) for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+        constants = {t.id: value for t, value in assigned if isinstance(t, ast.Name)}
         argument = constants.get(argument.id, argument)
     if isinstance(argument, ast.JoinedStr):
         argument = argument.values[0]

@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 import kernels
 from tests.golden import G, J, close, close_grads
 from vavae.config import AutoencoderConfig
-from vavae.model import AutoencoderKL, Downsample, Posterior
+from vavae.model import AutoencoderKL, Downsample, Posterior, doubled
 
 OPS = kernels.select("reference")
 TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])
@@ -78,6 +78,17 @@ def test_channels_last_computes_the_same(golden):
     close("moments", moments, golden["out/moments"], atol=2e-5)
     close("decode", decoded, golden["out/decode_z"], atol=2e-5)
     assert decoded.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_doubling_is_interpolation_by_nearest_neighbours(layout):
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    got, want = doubled(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(got, want) and got.is_contiguous(memory_format=layout)
+    upstream = torch.randn_like(want)
+    gradients = [torch.autograd.grad(result, x, upstream)[0] for result in (got, want)]
+    close("gradient", *gradients, atol=1e-14)
+    assert gradients[0].is_contiguous(memory_format=layout)
 
 
 def test_downsample_pads_below_and_on_the_right_also_at_odd_sizes(golden):
