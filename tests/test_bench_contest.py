@@ -2,8 +2,6 @@
 
 import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -12,15 +10,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from bench import roofline
-from bench.measure import contest, program
-from bench.measure.contest import TIME_IS_UP, Contest, rests_on, work_through
+from bench.measure.contest import TIME_IS_UP, Contest, rests_on
 from bench.measure.cutoff import CutOff, Deadline, stoppable
-from bench.measure.progress import Ready, Timed
-from bench.measure.rows import Log, read
-from bench.measure.timing import HostDevice, Lap, Timing
+from bench.measure.progress import ENDED, Ready, Timed
+from bench.measure.rows import NAMES, Log, read
+from bench.measure.timing import Lap, Timing
 
 ROOT = Path(__file__).parents[1]
+NAMES["toy"] = ("contender",)
 
 
 @dataclass(frozen=True)
@@ -110,9 +107,37 @@ def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():
         "a": "ok", "b": "incorrect 2 is not 1", "c": "unavailable not installed: No module named 'x'"}  # fmt: skip
     assert "p50_ms" not in rows[1] and rows[-1]["times_faster_than"] == {}
     rows = toy(fails={"b": RuntimeError("out of memory")}).run(Job())
-    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["RuntimeError: out of memory"]
+    assert [row["reason"] for row in rows if row["status"] == "failed"] == ["OutOfMemoryError: out of memory"]
     rows = toy(shared=ImportError("x")).run(Job())
     assert [row["status"] for row in rows] == ["unavailable"] * 3
+
+
+def test_whoever_was_timed_has_a_row_at_once(tmp_path, monkeypatch):
+    """As good as it can be then: nothing of those who come later, and what it rests on if nothing replaces it."""
+    out, seen, true = tmp_path / "rows.jsonl", [], Toy.prepare
+
+    def prepare(self, job, name, shared):
+        seen.append(list(read(out, "cpu")))
+        return true(self, job, name, shared)
+
+    monkeypatch.setattr(Toy, "prepare", prepare)
+    rows = toy(out).run(Job())
+    assert [[row["contender"] for row in found] for found in seen] == [[], ["a"], ["a", "b"]]
+    early = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": ENDED}
+    assert all(row["rests_on"] == early and "seen" not in row for row in seen[2])
+    assert [list(row["times_faster_than"]) for row in seen[2]] == [[], ["a"]]
+    assert seen[2][1]["p50_ms"] == pytest.approx(60) and seen[2][1]["status"] == "ok"
+    assert list(read(out, "cpu")) == rows and [row["contender"] for row in rows] == ["a", "b", "c"]
+    assert len(out.read_text().splitlines()) == 6
+
+
+def test_who_turns_out_wrong_or_fails_later_takes_its_row_back(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    judged = {"a": "not what c says"}
+    monkeypatch.setattr(Toy, "wrong", lambda self, job, values, shared: judged if "c" in values else {})
+    rows = toy(out).run(Job())
+    assert {row["contender"]: row["status"] for row in rows} == {"a": "incorrect", "b": "ok", "c": "ok"}
+    assert list(read(out, "cpu")) == rows and "p50_ms" not in next(row for row in rows if row["contender"] == "a")
 
 
 def test_what_contenders_share_lives_until_their_rows_are_written(monkeypatch):
@@ -191,7 +216,7 @@ def test_when_the_time_is_up_whoever_was_timed_has_a_row(bursts, capsys):
     if bursts < 18:
         early = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": TIME_IS_UP}
         assert rests == [early] * started and (TIME_IS_UP in printed)
-        assert printed.count("ok; 1 burst just after it had started, cut off: the time is up") == started
+        assert printed.count("ok; 1 of 4 bursts, not by turns, cut off: the time is up") == started
     else:
         assert all(rest["bursts"] <= 4 and (rest["cut_off"] is None) == (rest == WHOLE) for rest in rests)
         assert (rests == [WHOLE] * 3) == (bursts >= 18 + 12 + 24 - 1)
@@ -224,13 +249,14 @@ def test_a_signal_leaves_the_rows_of_all_that_was_timed(number, when, timed, tmp
         assert number.name in rests_on(rows[0])
 
 
-@pytest.mark.parametrize("where", ["afterwards", "figures"])
-def test_a_signal_while_rows_are_written_loses_none(where, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("where", "call", "seen"), [("afterwards", 2, 1), ("figures", 3 + 2, 2)])
+def test_a_signal_while_rows_are_written_loses_none(where, call, seen, tmp_path, monkeypatch):
+    """Those with all that was timed; before, figures are asked for three times."""
     true, calls = getattr(Toy, where), []
 
     def told(self, *arguments):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == call:
             signal.raise_signal(signal.SIGTERM)
         return true(self, *arguments)
 
@@ -239,7 +265,7 @@ def test_a_signal_while_rows_are_written_loses_none(where, tmp_path, monkeypatch
         toy(tmp_path / "rows.jsonl").run(Job())
     rows = list(read(tmp_path / "rows.jsonl", "cpu"))
     assert [row["contender"] for row in rows] == ["a", "b", "c"] and all(row["rests_on"] == WHOLE for row in rows)
-    assert ["seen" in row for row in rows] == [True, False, False], "no time to look at the others"
+    assert ["seen" in row for row in rows] == [True] * seen + [False] * (3 - seen), "no time to look at the others"
 
 
 def test_what_comes_after_the_first_signal_is_ignored():
@@ -284,99 +310,3 @@ def test_a_whole_of_several_parts():
     parts = {"a": Timing(1, "", [1.0, 2.0, 3.0]), "b": Timing(1, "", [10.0, 10.0, 40.0])}
     timed = Timed("x", Ready({}, times={"a": 100}), parts)
     assert (timed.seconds(), timed.seconds(1.0)) == (210.0, 340.0)
-
-
-def test_jobs_end_in_time(capsys):
-    now = [0.0]
-    bench = toy(until=Deadline(90.0, lambda: now[0]))
-
-    class Recorded:
-        until = bench.until
-
-        def run(self, job):
-            now[0] += 50
-            return [{"status": "failed" if job == "second" else "ok"}]
-
-        def conclude(self, rows):
-            print(f"{len(rows)} in all")
-
-    assert work_through(Recorded(), ["first", "second", "third"]) == 0 and now == [50.0]
-    assert capsys.readouterr().out == "time is up, not measured: second, third\n1 in all\n"
-    now[0] = -100.0
-    assert work_through(Recorded(), ["first", "second", "third"]) == 1, "one failed"
-
-
-PROGRAM = """
-import sys
-from bench import roofline
-from bench.measure import program
-from bench.measure.timing import HostDevice
-from tests.test_bench_contest import Job, Slow
-program.cuda_reasons = list
-program.CudaDevice = HostDevice
-roofline.measure = lambda device: (None, [])
-options = program.parser("bench.toy", "", 0.2).parse_args(sys.argv[1:])
-sys.exit(program.run("bench.toy", options, Slow, [Job(), Job()]))
-"""
-
-
-@dataclass(frozen=True)
-class Slow(Toy):
-    """Really takes time, and says when it has started."""
-
-    def prepare(self, job, name, shared):
-        print("started", name, flush=True)
-        return Ready({part: Lap(lambda: time.sleep(0.02)) for part in ("", "more")}, 1)
-
-
-def test_a_program_that_is_told_to_stop(tmp_path):
-    """By `timeout`, which also says so in its exit status."""
-    out = tmp_path / "rows.jsonl"
-    program = [sys.executable, "-c", PROGRAM, "--seconds", "1e4", "--out", str(out)]
-    process = subprocess.Popen(["timeout", "--preserve-status", "1000", *program], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    assert any("started b" in line for line in process.stdout)
-    process.send_signal(signal.SIGTERM)  # which `timeout` hands on, as when the time is up
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, errors
-    rows = list(read(out, "cpu"))
-    assert [row["contender"] for row in rows] == ["a"] and rows[0]["rests_on"]["cut_off"] == "SIGTERM"
-    assert rows[0]["samples"] > 0 and "cut off by SIGTERM" in errors
-
-
-def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "cuda_reasons", list)
-    monkeypatch.setattr(program, "CudaDevice", HostDevice)
-    monkeypatch.setattr(roofline, "measure", lambda device: (None, []))
-    monkeypatch.setattr(contest, "EARLY", 0.05)
-    out = tmp_path / "rows.jsonl"
-    words = ["--minutes", "0.01", "--seconds", "2", "--out", str(out)]
-    options = program.parser("bench.toy", "", 0.2).parse_args(words)
-    assert program.run("bench.toy", options, Slow, [Job()]) == 0
-    rows = list(read(out, "cpu"))
-    assert rows and all(row["rests_on"]["cut_off"] == TIME_IS_UP for row in rows)
-    monkeypatch.setattr(program, "cuda_reasons", lambda: ["no CUDA device"])
-    assert program.run("bench.toy", options, Slow, [Job()]) == 2
-
-
-def test_a_program_reads_its_ceilings_from_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(program, "cuda_reasons", list)
-    monkeypatch.setattr(program, "CudaDevice", Told)
-    monkeypatch.setattr(roofline, "measure", lambda device: pytest.fail("measured again"))
-    seen, path, out = [], tmp_path / "ceilings.jsonl", tmp_path / "rows.jsonl"
-    words = ["--ceilings", str(path), "--out", str(out)]
-    options = program.parser("bench.toy", "", 0.4).parse_args(words)
-
-    def make(device, log, ceilings, **settings):
-        seen.append(ceilings)
-        return Toy(device, log, ceilings, **settings)
-
-    with pytest.raises(SystemExit) as refused:
-        program.run("bench.toy", options, make, [Job()])
-    assert refused.value.code == program.USAGE and not seen
-    assert capsys.readouterr().err.startswith("bench.toy: --ceilings: ") and not out.read_text()
-    log = Log("cpu", path)
-    for name in ("copy", "matmul bfloat16", "matmul float16", "matmul float32"):
-        log.write({"kind": "ceiling", "ceiling": name, "rate": 2.0})
-    assert program.run("bench.toy", options, make, [Job()]) == 0
-    assert seen[0].bandwidth == 2e12 and {row["kind"] for row in read(out, "cpu")} == {"toy"}

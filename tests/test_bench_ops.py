@@ -21,7 +21,7 @@ from kernels.judge import reference
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
 KEYS = {"format", "kind", "date", "device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton",
-        "revision", "op", "case", "dtype", "direction", "contender", "status", "reason"}  # fmt: skip
+        "revision", "run", "op", "case", "dtype", "direction", "contender", "status", "reason"}  # fmt: skip
 FIGURES = {"includes", "version", "clocks", "p20_us", "p50_us", "p80_us", "spread", "samples", "calls", "sets"}
 FIGURES |= {"footprint_mb", "method", "bytes", "flops", "limit_us", "bound", "fraction", "times_faster_than"}
 
@@ -338,11 +338,25 @@ def test_ceilings_of_a_file_are_those_of_the_run(tmp_path, monkeypatch, capsys):
 # Rows
 
 
+def test_of_one_run_the_last_row_of_a_name_counts(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    first, second = Log("cpu", out), Log("cpu", out)
+    for log, variant, rate in ((first, "a", 1), (first, "b", 2), (second, "a", 3), (first, "a", 4), (second, "a", 5)):
+        log.write({"kind": "step", "model": "XL", "batch": 1, "variant": variant, "rate": rate})
+    first.write({"kind": "step", "model": "XL", "batch": 2, "variant": "a", "rate": 6})
+    for rate in (7, 7):
+        first.write({"kind": "other", "rate": rate})
+    old = {"format": 1, "kind": "step", "device": "cpu"}  # of before there were runs: so many measurements
+    with out.open("a") as file:
+        file.writelines(json.dumps(old | {"rate": rate}) + "\n" for rate in (8, 9))
+    assert [row["rate"] for row in rows.read(out, "cpu")] == [2, 4, 5, 6, 7, 8, 9]
+
+
 def test_a_run_cut_off_leaves_whole_rows(tmp_path):
     out = tmp_path / "rows.jsonl"
     log = Log("cpu", out)
     for number in range(3):
-        log.write({"kind": "op", "number": number})
+        log.write({"kind": "other", "number": number})
         assert len(list(rows.read(out, "cpu"))) == number + 1
     assert [row["number"] for row in rows.read(out, "cpu")] == [0, 1, 2]
 

@@ -2,8 +2,8 @@
 
 `bench.step`, `bench.sampling`, `bench.tokenizer` and `bench.gemms` are such contests: each says how a contender is
 made, when it is wrong, and what its row states. A contender is timed for a moment as soon as it has started, later all
-of them by turns. When the time is up, or when a signal comes, everybody timed by then has a row that says what it
-rests on.
+of them by turns, or one after the other where memory cannot hold them together. Whoever has been timed has a row in the
+file from then on, which says what it rests on and is replaced when there is more: what ends the process loses nothing.
 """
 
 import gc
@@ -17,11 +17,12 @@ import torch
 from bench import roofline
 from bench.measure import timing
 from bench.measure.cutoff import NEVER, CutOff, Deadline
-from bench.measure.progress import Parts, PeakMemory, Progress, Ready, Timed
+from bench.measure.failures import status_of
+from bench.measure.progress import ENDED, PeakMemory, Progress, Ready, Timed
 from bench.measure.rows import Log, Row, clocks
-from bench.measure.timing import Device, Lap
+from bench.measure.timing import Device
 
-#: Most seconds of laps right after a contender has started: its row rests on them until all are timed by turns.
+#: Most seconds of laps right after a contender has started: its row rests on them until it has been timed for long.
 EARLY = 1.0
 TIME_IS_UP = "the time is up"
 
@@ -64,6 +65,9 @@ class Contest(ABC):
     until: Deadline = NEVER
 
     kind: ClassVar[str]
+    #: Whether all contenders are held and timed by turns; else the memory of each is given back before the next starts,
+    #: and what `prepare` gives as its value has to be small.
+    interleaved: ClassVar[bool] = True
 
     # What a bench says of itself.
 
@@ -92,7 +96,7 @@ class Contest(ABC):
         """The numbers of a row beside those that all rows have."""
 
     def afterwards(self, job: Any, ready: Ready) -> Row:
-        """What is looked at when everything has been timed; left out where the run is cut off by a signal."""
+        """What is looked at when all that is held has been timed; left out where the run is cut off by a signal."""
         return {}
 
     @abstractmethod
@@ -108,91 +112,136 @@ class Contest(ABC):
     def run(self, job: Any) -> list[Row]:
         """All rows of a job, written to the log; what cannot run is recorded with its reason.
 
+        A row is written when its contender has been timed for a moment, and again when there is more to say.
+
         Raises:
             CutOff: a signal came; the rows of whoever had been timed are written.
         """
-        rows, progress, cut = [], Progress(), None
+        progress, cut = Progress(), None
+        self._free()  # what was measured before
         try:
-            self._measure(job, progress, rows)
+            self._measure(job, progress)
         except CutOff as signal:
-            cut, progress.stopped = signal, str(signal)
-        while progress.unreported(job.names):
-            try:
-                self._report(job, progress, rows, look=cut is None)
-            except CutOff as signal:  # there is one at most
-                cut, progress.stopped = signal, progress.stopped or str(signal)
-        progress.ready.clear()
+            cut = signal
+        progress.stopped = str(cut) if cut else progress.stopped or TIME_IS_UP
+        try:
+            self._last_rows(job, progress, look=cut is None)
+        except CutOff as signal:  # there is one at most
+            cut = signal
+            self._last_rows(job, progress, look=False)
         if cut is not None:
             raise cut
-        self._tidy()  # not before: it forgets what was compiled
-        return rows
+        for name in list(progress.ready):
+            _give_back(progress.drop(name))
+        self._tidy()
+        return list(progress.rows.values())
 
-    def _measure(self, job: Any, progress: Progress, rows: list[Row]) -> None:
+    def _measure(self, job: Any, progress: Progress) -> None:
         try:
-            shared = progress.shared = self.set_up(job)
+            progress.shared = self.set_up(job)
         except Exception as error:
-            rows += [self._write(job, name, *_status(error)) for name in job.names]
+            for name in job.names:
+                self._say(self._write(job, progress, name, *status_of(error)))
             return
         left = list(self.order(job))
         while left and not self.until.passed():
-            self._enter(job, left.pop(0), shared, progress, rows)
+            self._enter(job, left.pop(0), progress)
+            if not self.interleaved:
+                self._time(job, progress)
+                self._let_go(job, progress)
         if left:
             progress.stopped = TIME_IS_UP
             print(f"{TIME_IS_UP}, not measured: {job} {', '.join(left)}", flush=True)
-        while progress.ready and not progress.turns and not self.until.passed():
-            self._take_turns(job, progress, rows)
+        self._time(job, progress)
 
-    def _enter(self, job: Any, name: str, shared: Any, progress: Progress, rows: list[Row]) -> None:
+    def _enter(self, job: Any, name: str, progress: Progress) -> None:
+        """Start a contender, and write its first row."""
+        failed = self._start(job, name, progress)
+        if failed is not None:
+            self._drop(job, progress, name, *failed)
+        elif name in progress.ready:
+            self._report(job, progress, name)
+
+    def _start(self, job: Any, name: str, progress: Progress) -> tuple[str, str] | None:
+        """Make, judge and time a contender for a moment; status and reason where that fails.
+
+        No error outlives this: its frames hold the memory that ran out.
+        """
         try:
             with PeakMemory(self.device.kind == "cuda") as peak:
-                ready = self.prepare(job, name, shared)
-        except Exception as error:
-            rows.append(self._write(job, name, *_status(error)))
-            return
-        ready.peak_gb = peak.gigabytes
-        progress.ready[name] = ready
-        try:
-            for other, why in self.wrong(job, {n: r.value for n, r in progress.ready.items()}, shared).items():
-                progress.drop(other)
-                rows.append(self._write(job, other, "incorrect", why))
+                ready = self.prepare(job, name, progress.shared)
+            ready.peak_gb = peak.gigabytes
+            progress.ready[name] = ready
+            for other, why in self.wrong(job, progress.values(), progress.shared).items():
+                self._drop(job, progress, other, "incorrect", why)
             if name in progress.ready:
-                progress.early[name] = self._glance(ready.laps)
+                seconds = min(EARLY, self.seconds / self.rounds)
+                progress.early[name] = timing.interleave(ready.laps, self.device, seconds, rounds=1)
         except Exception as error:
-            progress.drop(name)
-            cause = error.__cause__ if isinstance(error, timing.LapFailed) else error
-            rows.append(self._write(job, name, *_status(cause)))
+            return status_of(error)
+        return None
 
-    def _glance(self, laps: dict[str, Lap]) -> Parts:
-        return timing.interleave(laps, self.device, min(EARLY, self.seconds / self.rounds), rounds=1)
+    def _time(self, job: Any, progress: Progress) -> None:
+        """Time all that are held; where one of them fails, the others begin anew, without it."""
+        while progress.held() and not self.until.passed():
+            failed = self._all_bursts(progress)
+            if failed is None:
+                return
+            self._drop(job, progress, *failed)
 
-    def _take_turns(self, job: Any, progress: Progress, rows: list[Row]) -> None:
-        """Fill `progress.turns`; without anything in it where a lap has failed: the others begin anew, without it."""
-        laps = {(name, part): lap for name, ready in progress.ready.items() for part, lap in ready.laps.items()}
+    def _all_bursts(self, progress: Progress) -> tuple[str, str, str] | None:
+        """Fill `progress.late` until the time is up; name, status and reason of a contender that failed."""
+        laps = {(name, part): lap for name, ready in progress.held().items() for part, lap in ready.laps.items()}
         try:
-            for progress.turns in timing.bursts(laps, self.device, self.seconds, self.rounds):
+            for timings in timing.bursts(laps, self.device, self.seconds, self.rounds):
+                progress.late |= timings
                 if self.until.passed():
                     progress.stopped = TIME_IS_UP
                     break
         except timing.LapFailed as failure:
-            progress.turns = {}
-            progress.drop(failure.name[0])
-            rows.append(self._write(job, failure.name[0], *_status(failure.__cause__)))
+            return failure.name[0], *status_of(failure)
+        return None
 
-    def _report(self, job: Any, progress: Progress, rows: list[Row], look: bool) -> None:
-        """Write the rows of all that was timed; look: there is time for what is looked at afterwards."""
-        timed = progress.timed()
-        state = clocks() if self.device.kind == "cuda" and look else {}
-        for name in progress.unreported(job.names):
-            ready = timed[name].ready
-            told = self._figures(job, timed[name], timed) | {"rests_on": self._rests_on(timed[name].parts, progress)}
-            told |= {"peak_gb": ready.peak_gb, "clocks": state, **ready.about}
-            if look:
-                try:
-                    told |= self.afterwards(job, ready)
-                except Exception as error:
-                    told["afterwards"] = ": ".join(_status(error))
-            rows.append(self._write(job, name, "ok", "", **told))
-            progress.reported.add(name)
+    def _drop(self, job: Any, progress: Progress, name: str, status: str, why: str) -> None:
+        """Take a contender out that is wrong or has failed, and give back its memory."""
+        ready = progress.drop(name)
+        self._say(self._write(job, progress, name, status, why))
+        if ready is not None:
+            _give_back(ready)
+        self._free()
+
+    def _let_go(self, job: Any, progress: Progress) -> None:
+        """Write the rows of those that are held, and give back their memory."""
+        for name, ready in progress.held().items():
+            self._look(job, ready)
+            self._report(job, progress, name)
+            _give_back(ready)
+        self._tidy()
+
+    def _last_rows(self, job: Any, progress: Progress, look: bool) -> None:
+        """Write the last rows of all that was timed; look: there is time for what is looked at afterwards."""
+        for name, timed in sorted(progress.timed().items(), key=lambda item: job.names.index(item[0])):
+            if look and timed.ready.laps:
+                self._look(job, timed.ready)
+            self._report(job, progress, name, last=True)
+
+    def _look(self, job: Any, ready: Ready) -> None:
+        ready.about["clocks"] = clocks() if self.device.kind == "cuda" else {}
+        try:
+            ready.about |= self.afterwards(job, ready)
+        except Exception as error:
+            ready.about["afterwards"] = ": ".join(status_of(error))
+
+    def _report(self, job: Any, progress: Progress, name: str, last: bool = False) -> None:
+        """Write the row of a contender that was timed, unless it is written as it is."""
+        everybody = progress.timed()
+        mine = everybody[name]
+        told = self._figures(job, mine, everybody) | {"rests_on": self._rests_on(mine, progress)}
+        told |= {"peak_gb": mine.ready.peak_gb, "clocks": {}, **mine.ready.about}
+        if told != progress.told.get(name):
+            self._write(job, progress, name, "ok", "", **told)
+            progress.told[name] = told
+        self._say(progress.rows[name], last)
 
     def _figures(self, job: Any, mine: Timed, everybody: dict[str, Timed]) -> Row:
         low, middle, high = (mine.seconds(q / 100) for q in (20, 50, 80))
@@ -204,11 +253,10 @@ class Contest(ABC):
             **self.figures(job, mine),
         }  # fmt: skip
 
-    def _rests_on(self, parts: Parts, progress: Progress) -> Row:
-        bursts, by_turns = min(part.bursts for part in parts.values()), progress.by_turns(parts)
-        whole = by_turns and bursts == self.rounds
-        return {"bursts": bursts, "of": self.rounds, "by_turns": by_turns,
-                "cut_off": None if whole else progress.stopped or TIME_IS_UP}  # fmt: skip
+    def _rests_on(self, timed: Timed, progress: Progress) -> Row:
+        whole = not timed.early and timed.bursts == self.rounds
+        return {"bursts": timed.bursts, "of": self.rounds, "by_turns": self.interleaved and not timed.early,
+                "cut_off": None if whole else progress.stopped or ENDED}  # fmt: skip
 
     def limits(self, flops_per_second: float, dtype: torch.dtype = torch.bfloat16) -> Row:
         """`mfu` of the data sheet and `fraction` of the large matmul in this run; None on a CPU."""
@@ -220,16 +268,24 @@ class Contest(ABC):
                 "fraction": flops_per_second / self.ceilings.matmul[dtype]}  # fmt: skip
 
     def _tidy(self) -> None:
+        """Forget what was compiled, too: only when nobody is held who goes on."""
         torch._dynamo.reset()
+        self._free()
+
+    def _free(self) -> None:
         gc.collect()
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
 
-    def _write(self, job: Any, name: str, status: str, why: str, **figures: Any) -> Row:
+    def _write(self, job: Any, progress: Progress, name: str, status: str, why: str, **figures: Any) -> Row:
         row = {"kind": self.kind, **self.named(job, name), "status": status, "reason": why}
-        row = self.log.write(row | figures)
-        print("; ".join(filter(None, (self.text(row), rests_on(row)))), flush=True)
-        return row
+        progress.rows.pop(name, None)
+        progress.rows[name] = self.log.write(row | figures)
+        return progress.rows[name]
+
+    def _say(self, row: Row, last: bool = True) -> None:
+        text = self.text(row)
+        print("; ".join(filter(None, (text, rests_on(row)))) if last else f"so far: {text}", flush=True)
 
 
 def rests_on(row: Row) -> str:
@@ -237,25 +293,12 @@ def rests_on(row: Row) -> str:
     rests = row.get("rests_on") or {}
     if not rests.get("cut_off"):
         return ""
-    turns = f"{rests['bursts']} of {rests['of']} bursts" if rests["by_turns"] else "1 burst just after it had started"
-    return f"{turns}, cut off: {rests['cut_off']}"
+    turns = "" if rests["by_turns"] else ", not by turns"
+    return f"{rests['bursts']} of {rests['of']} bursts{turns}, cut off: {rests['cut_off']}"
 
 
-def _status(error: BaseException) -> tuple[str, str]:
-    if isinstance(error, ImportError):
-        return "unavailable", f"not installed: {error}"
-    return "failed", f"{type(error).__name__}: {error}"[:300]
-
-
-def work_through(contest: Contest, todo: list[Any]) -> int:
-    """Run jobs until the time is up, judged by the longest so far; the exit status: 1 if a contender of ours failed."""
-    clock, longest, rows = contest.until.clock, 0.0, []
-    for number, job in enumerate(todo):
-        begun = clock()
-        if contest.until.passed(longest):
-            print(f"time is up, not measured: {', '.join(map(str, todo[number:]))}")
-            break
-        rows += contest.run(job)
-        longest = max(longest, clock() - begun)
-    contest.conclude(rows)
-    return int(any(row["status"] in ("incorrect", "failed") for row in rows))
+def _give_back(ready: Ready) -> None:
+    try:
+        ready.release()
+    except Exception as error:  # on a device that is lost, say
+        print(f"its memory was not given back: {': '.join(status_of(error))}", flush=True)

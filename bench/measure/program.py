@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench import roofline
-from bench.measure.contest import Contest, work_through
+from bench.measure.contest import Contest
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice, Device
@@ -71,3 +71,17 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], 
     except CutOff as cut:
         print(f"cut off by {cut}; whoever had been measured has a row", file=sys.stderr)
         return 128 + cut.number
+
+
+def work_through(contest: Contest, todo: list[Any]) -> int:
+    """Run jobs until the time is up, judged by the longest so far; the exit status: 1 if a contender of ours failed."""
+    clock, longest, rows = contest.until.clock, 0.0, []
+    for number, job in enumerate(todo):
+        begun = clock()
+        if contest.until.passed(longest):
+            print(f"time is up, not measured: {', '.join(map(str, todo[number:]))}")
+            break
+        rows += contest.run(job)
+        longest = max(longest, clock() - begun)
+    contest.conclude(rows)
+    return int(any(row["status"] in ("incorrect", "failed") for row in rows))

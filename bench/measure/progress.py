@@ -1,6 +1,6 @@
 """How far a contest has come: contenders that have started, what was timed of them, the memory they took."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ from bench.measure.rows import Row
 from bench.measure.timing import Lap, Timing
 
 Parts = dict[str, Timing]
+#: What a row rests on that is in the file when the process ends without a word: nothing has replaced it.
+ENDED = "the process ended"
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Ready:
     Attributes:
         laps: part → what is timed; the one part of most contenders is called "".
         times: part → how often the whole that a row is about needs it; once where nothing is said.
+        close: gives back what does not go by itself when `laps` do.
         value: what contenders are judged by, such as a first loss; None where there is nothing to compare.
         about: further keys of its row.
         peak_gb: gigabytes of device memory that starting it took at most; None on a CPU.
@@ -28,16 +31,28 @@ class Ready:
     value: Any = None
     about: Row = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
+    close: Callable[[], object] = lambda: None
     peak_gb: float | None = None
+
+    def release(self) -> None:
+        """Let go of what is timed, and of its memory."""
+        self.laps.clear()
+        close, self.close = self.close, lambda: None
+        close()
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A contender and the times of its parts."""
+    """A contender and the times of its parts; `early`: just after it had started."""
 
     name: str
     ready: Ready
     parts: Parts
+    early: bool = False
+
+    @property
+    def bursts(self) -> int:
+        return min(part.bursts for part in self.parts.values())
 
     def seconds(self, q: float = 0.5) -> float:
         """Of the whole, at that quantile of its parts."""
@@ -46,44 +61,49 @@ class Timed:
 
 @dataclass
 class Progress:
-    """How far a job has come: who has started, and what was timed of whom.
+    """How far a job has come: who has started, what was timed of whom, and what has been written of it.
 
-    `shared` lives as long: contenders may read files that go with it.
+    Attributes:
+        shared: lives as long; contenders may read files that go with it.
+        ready: everybody who has started and was not found wrong, also those whose memory has been given back.
+        early: contender → times just after it had started.
+        late: (contender, part) → times of all bursts so far.
+        stopped: why nothing more is timed.
+        rows: contender → its row as last written.
+        told: contender → the figures in it.
     """
 
     shared: Any = None
     ready: dict[str, Ready] = field(default_factory=dict)
     early: dict[str, Parts] = field(default_factory=dict)
-    turns: dict[tuple[str, str], Timing] = field(default_factory=dict)
+    late: dict[tuple[str, str], Timing] = field(default_factory=dict)
     stopped: str = ""
-    reported: set[str] = field(default_factory=set)
+    rows: dict[str, Row] = field(default_factory=dict)
+    told: dict[str, Row] = field(default_factory=dict)
 
-    def drop(self, name: str) -> None:
-        for where in (self.ready, self.early):
-            where.pop(name, None)
-        self.turns = {key: timing for key, timing in self.turns.items() if key[0] != name}
+    def held(self) -> dict[str, Ready]:
+        """Those that can be timed."""
+        return {name: ready for name, ready in self.ready.items() if ready.laps}
+
+    def values(self) -> dict[str, Any]:
+        return {name: ready.value for name, ready in self.ready.items()}
+
+    def drop(self, name: str) -> Ready | None:
+        """Take a contender out."""
+        self.late = {key: timing for key, timing in self.late.items() if key[0] != name}
+        self.early.pop(name, None)
+        return self.ready.pop(name, None)
 
     def timed(self) -> dict[str, Timed]:
-        """Contender → its times by turns, or the early ones where there are none; without those that have neither."""
+        """Contender → its times of all bursts, or else the early ones; without those that have neither."""
         found = {}
         for name, ready in self.ready.items():
-            parts = {part: self.turns[name, part] for part in ready.laps if self._measured(name, part)}
-            if len(parts) == len(ready.laps):
+            parts = {part: timing for (whose, part), timing in self.late.items() if whose == name}
+            if parts and all(timing.samples for timing in parts.values()):
                 found[name] = Timed(name, ready, parts)
             elif name in self.early:
-                found[name] = Timed(name, ready, self.early[name])
+                found[name] = Timed(name, ready, self.early[name], early=True)
         return found
-
-    def unreported(self, names: Iterable[str]) -> list[str]:
-        """Those that were timed and have no row yet."""
-        timed = self.timed()
-        return [name for name in names if name in timed and name not in self.reported]
-
-    def by_turns(self, parts: Parts) -> bool:
-        return any(mine is measured for mine in parts.values() for measured in self.turns.values())
-
-    def _measured(self, name: str, part: str) -> bool:
-        return bool((name, part) in self.turns and self.turns[name, part].samples)
 
 
 class PeakMemory:

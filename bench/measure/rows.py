@@ -1,5 +1,7 @@
 """The one row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys.
 
+A run writes a row as soon as it has something to say, and writes it again when it knows better: of the rows of one run
+and one name the last one counts, and `read` gives no other. Rows of several runs are so many measurements.
 Whoever starts and reads measurements needs no torch: it is imported where a device is asked.
 """
 
@@ -7,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -36,7 +39,7 @@ class Log:
 
     def __init__(self, kind: str, path: Path | None = None):
         """kind: of device, as `bench.measure.timing.Device` says it."""
-        self._common = machine(kind)
+        self._common = machine(kind) | {"run": uuid.uuid4().hex[:12]}
         self._file = path.open("a", encoding="utf-8") if path else None
 
     def write(self, row: Row) -> Row:
@@ -49,21 +52,25 @@ class Log:
 
 
 def read(path: Path, device: str = "cuda") -> Iterator[Row]:
-    """The rows of a file that were measured on that kind of device.
+    """The rows of a file that were measured on that kind of device, without those that their run has replaced.
 
     Raises:
         ValueError: a line that is no row of this format; names file and line.
     """
+    found: dict[Any, Row] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
             known = row["format"] == FORMAT
+            name = (row["run"], key(row)) if row.get("run") else number
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a row ({error!r})") from error
         if not known:
             raise ValueError(f"{path}, line {number}: row format {row['format']}, this version reads {FORMAT}")
         if row["device"] == device:
-            yield row
+            found.pop(name, None)  # the place in the file, too, is that of the last one
+            found[name] = row
+    yield from found.values()
 
 
 def key(row: Row) -> Key:

@@ -1,0 +1,31 @@
+"""What a row says of an error: its status and its reason."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.measure.timing import LapFailed
+
+#: What a driver or a library says in the place of torch's own error when the memory of the device has run out.
+NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def status_of(error: BaseException) -> tuple[str, str]:
+    """The status and the reason of a row; where memory ran out the reason begins with "OutOfMemoryError"."""
+    if isinstance(error, LapFailed):
+        error = error.__cause__
+    if isinstance(error, ImportError):
+        return "unavailable", f"not installed: {error}"
+    name, cause = type(error).__name__, error
+    for found in _chain(error):
+        if isinstance(found, torch.OutOfMemoryError) or any(text in str(found) for text in NO_MEMORY):
+            name, cause = "OutOfMemoryError", found
+            break
+    return "failed", f"{name}: {cause}"[:300]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it came from: a compiler wraps what it meets."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
