@@ -4,11 +4,13 @@
 
 The headline row is the variant "trainer": the loop that `python -m launch train` runs, with DeepSpeed, on the run file
 of the 64 epochs. Its peers in the same run are the plain model, eager and under torch.compile. Ends with 1 if a variant
-is wrong or fails, with 2 if there is no GPU. A run that is cut off leaves a row of each variant that had started.
+is wrong or fails, with 2 if there is no GPU. Variants are timed one after the other, as memory does not hold several. A
+run that is cut off leaves a row of each variant that had started.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +33,7 @@ QUICK = ("trainer", "bare", "plain-compile", "plain-eager")
 
 @dataclass(frozen=True)
 class Job(Varied):
-    """One model and batch, to be trained in several ways by turns."""
+    """One model and batch, to be trained in several ways."""
 
     model: str
     config: ModelConfig
@@ -52,11 +54,16 @@ def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequenc
 
 @dataclass(frozen=True)
 class Bench(Contest):
-    """make: variant, config, batch and device → a step to call."""
+    """make: variant, config, batch and device → a step to call.
+
+    One variant is held at a time: the memory that the largest takes at batch 128 leaves an H100 none for another's
+    weights and optimizer.
+    """
 
     make: Callable = lambda variant, *arguments: STEPS[variant.engine](variant, *arguments)
 
     kind: ClassVar[str] = "step"
+    interleaved: ClassVar[bool] = False
 
     def named(self, job: Job, name: str) -> Row:
         return {"model": job.model, "batch": job.batch, "variant": name, "features": job.variant(name).features()}
@@ -66,12 +73,14 @@ class Bench(Contest):
         return sorted(job.names, key=lambda name: name != judge)
 
     def prepare(self, job: Job, name: str, shared: None) -> Ready:
-        step = self.make(job.variant(name), job.config, job.batch, self.device.kind)
-        first = step()
-        for _ in range(2):  # compiles, tunes, fills caches
-            step()
-        loss = None if first is None else float(first)
-        return Ready({"": Lap(step)}, loss, {"loss": loss})
+        with ExitStack() as failing:
+            step = self.make(job.variant(name), job.config, job.batch, self.device.kind)
+            failing.callback(getattr(step, "close", lambda: None))
+            first = step()
+            for _ in range(2):  # compiles, tunes, fills caches
+                step()
+            loss = None if first is None else float(first)
+            return Ready({"": Lap(step)}, loss, {"loss": loss}, close=failing.pop_all().close)
 
     def wrong(self, job: Job, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)

@@ -139,7 +139,8 @@ class Bench(Contest):
         run, value = shared.contender(job.variant(name))
         for _ in range(2):  # compiles, tunes, fills caches
             run()
-        return Ready({"": Lap(run)}, value, {"flops": shared.flops * job.batch, **shared.about})
+        about = {"flops": shared.flops * job.batch, **shared.about}
+        return Ready({"": Lap(run)}, value, about, close=getattr(run, "close", lambda: None))
 
     def wrong(self, job: Job, values: Mapping[str, Any], shared: Any) -> dict[str, str]:
         if job.part == "train":

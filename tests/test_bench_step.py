@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import step as bench_step
 from bench.entrants import backends
@@ -23,14 +25,18 @@ from bench.entrants.training import (
     PlainStep,
     Variant,
     make_network,
+    seeded,
 )
 from bench.measure.breakdown import Interval, breakdown, kind_of, longest
-from bench.measure.rows import Log
+from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
 from bench.step import Bench, Job, jobs, text, wrong_losses
 from kernels import OPS, select
 from lightningdit.config import ModelConfig
+from lightningdit.model import LightningDiT
 from tests.golden import close, close_grads
+from vavae.config import AutoencoderConfig
+from vavae.model import AutoencoderKL
 
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
@@ -41,8 +47,8 @@ PLAIN = Variant("plain-eager", "plain", compile="none")
 
 def test_the_plain_peer_is_our_network():
     """In float32: outputs and the gradients of every weight."""
-    ours = make_network(TINY, select("reference"))
-    plain = PlainLightningDiT(make_network(TINY, select("reference")), autocast=None)
+    ours = make_network(TINY, select("reference"), "cpu")
+    plain = PlainLightningDiT(make_network(TINY, select("reference"), "cpu"), autocast=None)
     x1, _, t, y = Inputs(TINY, 3, "cpu").sets[0]
     got, want = plain(x1, t, y), ours(x1, t, y)
     close("output", got, want.detach(), atol=1e-5)
@@ -55,7 +61,7 @@ def test_the_plain_peer_is_our_network():
 def test_the_plain_peer_refuses_what_it_is_not():
     config = TINY.model_copy(update={"use_qknorm": True})
     with pytest.raises(ValueError, match="no QK norm"):
-        PlainLightningDiT(make_network(config, select("reference")))
+        PlainLightningDiT(make_network(config, select("reference"), "cpu"))
 
 
 def test_both_engines_take_the_steps_of_torch_adamw():
@@ -87,6 +93,41 @@ def test_the_bare_engine_against_torch_adamw():
     assert flat.parameters[0].untyped_storage().data_ptr() == flat.copy.untyped_storage().data_ptr()
 
 
+def test_networks_are_made_on_their_device(monkeypatch):
+    """From the same seed, and nothing else is drawn from it: the device's generator goes on as it was."""
+    told = []
+
+    @contextmanager
+    def forked(devices):
+        told.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", forked)
+    monkeypatch.setattr(torch, "manual_seed", told.append)
+    with FakeTensorMode(), seeded("cuda"):
+        assert torch.empty(1).device.type == "cuda"
+    assert told == [[torch.device("cuda")], 0] and torch.empty(1).device.type == "cpu"
+    monkeypatch.undo()
+    before = torch.get_rng_state()
+    first, second = (make_network(TINY, select("reference"), "cpu").state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(value.any() for name, value in first.items() if "pos_embed" not in name and "freqs" not in name)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: LightningDiT(TINY, select("reference")),
+    lambda: LightningDiT(TINY.model_copy(update={"use_rmsnorm": False, "use_swiglu": False}), select("reference")),
+    lambda: AutoencoderKL(AutoencoderConfig(ch=32, ch_mult=(1, 1), attn_resolutions=(16,), resolution=16),
+                          select("reference")),
+])  # fmt: skip
+def test_models_can_be_made_on_a_device(make):
+    """On one that is only made up, whose tensors do not mix with a CPU's."""
+    with FakeTensorMode(), torch.device("cuda"):
+        model = make()
+    assert {p.device.type for p in model.parameters() if p.requires_grad} == {"cuda"}, "tables may be moved there"
+
+
 def bench(path=None, **settings) -> Bench:
     return Bench(HostDevice(), Log("cpu", path), None, seconds=0.01, rounds=2, **settings)
 
@@ -94,15 +135,16 @@ def bench(path=None, **settings) -> Bench:
 def test_rows_of_a_job(tmp_path, capsys):
     job = Job("tiny", TINY, 4, (BARE, PLAIN))
     rows = bench(tmp_path / "rows.jsonl").run(job)
-    written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    written = list(read(tmp_path / "rows.jsonl", "cpu"))
     assert [row["variant"] for row in written] == ["bare", "plain-eager"] and written[0]["device"] == "cpu"
+    assert written == json.loads(json.dumps(rows))
     first = rows[0]
     assert first["images_per_second"] == pytest.approx(4 / (first["p50_ms"] / 1e3))
     hours = 64 * 1_281_167 / (8 * first["images_per_second"]) / 3600
     assert first["extrapolated"]["hours"] == pytest.approx(hours)
     assert first["times_faster_than"]["plain-eager"] == pytest.approx(rows[1]["p50_ms"] / first["p50_ms"])
     assert first["mfu"] is None and first["peak_gb"] is None, "a CPU's rows claim no part of a GPU"
-    assert first["rests_on"] == {"bursts": 2, "of": 2, "by_turns": True, "cut_off": None}
+    assert first["rests_on"] == {"bursts": 2, "of": 2, "by_turns": False, "cut_off": None}
     assert first["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
     assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
 
@@ -116,9 +158,34 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on():
         return PlainStep(PLAIN, *arguments)
 
     variants = (VARIANTS["trainer"], VARIANTS["bare-eager"], PLAIN)
-    rows = bench(make=make).run(Job("tiny", TINY, 2, variants))
-    assert [row["status"] for row in rows] == ["unavailable", "failed", "ok"]
-    assert "deepspeed" in rows[0]["reason"] and "out of memory" in rows[1]["reason"]
+    rows = {row["variant"]: row for row in bench(make=make).run(Job("tiny", TINY, 2, variants))}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "trainer": "unavailable", "bare-eager": "failed", "plain-eager": "ok"}  # fmt: skip
+    assert "deepspeed" in rows["trainer"]["reason"]
+    assert rows["bare-eager"]["reason"] == "OutOfMemoryError: out of memory"
+
+
+def test_one_variant_is_held_at_a_time():
+    """A step that has something to close is closed when it has been timed, and when it fails."""
+    held, most = set(), []
+
+    class Step:
+        def __init__(self, variant, *arguments):
+            self.name, self.fails = variant.name, variant.name == "bare-eager"
+            held.add(self.name)
+            most.append(len(held))
+
+        def __call__(self):
+            if self.fails:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return torch.ones(())
+
+        def close(self):
+            held.remove(self.name)
+
+    variants = (VARIANTS["trainer"], VARIANTS["bare-eager"], PLAIN, VARIANTS["bare"])
+    rows = bench(make=Step).run(Job("tiny", TINY, 2, variants))
+    assert [row["status"] for row in rows].count("ok") == 3 and most == [1] * 4 and not held
 
 
 def test_another_loss_is_incorrect_and_not_timed():
@@ -132,7 +199,7 @@ def test_another_loss_is_incorrect_and_not_timed():
         return (lambda: step() * 1.1) if variant.name == "bare" else step
 
     rows = bench(make=make).run(Job("tiny", TINY, 2, (VARIANTS["bare"], PLAIN)))
-    assert [(row["variant"], row["status"]) for row in rows] == [("bare", "incorrect"), ("plain-eager", "ok")]
+    assert {row["variant"]: row["status"] for row in rows} == {"bare": "incorrect", "plain-eager": "ok"}
 
 
 def test_jobs_of_a_run():
@@ -234,6 +301,7 @@ TRAINER = """
 from bench.entrants.training import TrainerStep, Variant
 from tests.test_bench_step import TINY
 variant = Variant("trainer", "trainer", kernels="reference", compile="none", recompute="pointwise")
+import gc, weakref
 step = TrainerStep(variant, TINY, 8, "cpu", images=64, workers=0, steps=5)
 for _ in range(3):
     assert step() is None
@@ -241,6 +309,11 @@ trainer = step._trainer
 assert trainer.step == 3 and trainer.engines["model"].optimizer.read_counters()["applied"] == 3
 network = trainer.task.networks["model"]
 assert network.config.depth == TINY.depth and network.config.use_checkpoint == "pointwise"
+memory = [weakref.ref(next(network.parameters())), weakref.ref(trainer.engines["model"].optimizer)]
+step.close()
+del step, trainer, network
+gc.collect()
+assert not [ref for ref in memory if ref() is not None], "weights or optimizer live on"
 
 from bench.tokenizer import Variant
 from bench.entrants.tokenizer_training import Setting, TrainerStep
@@ -252,6 +325,7 @@ engines = step._trainer.engines
 assert {name: e.optimizer.read_counters()["applied"] for name, e in engines.items()} == {
     "autoencoder": 2, "discriminator": 2}
 assert {p.dtype for p in engines["autoencoder"].module.parameters()} == {__import__("torch").bfloat16}
+step.close()
 """
 
 

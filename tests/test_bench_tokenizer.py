@@ -1,6 +1,7 @@
 """The bench of the tokenizer, on a CPU with tiny networks: who is judged by what, and the arithmetic of its rows."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_flops_are_those_of_the_published_limits():
     assert large == 4 * small + attention
 
 
+def test_what_a_step_has_to_close_is_closed_with_it():
+    closed = []
+
+    class Step:
+        close = staticmethod(lambda: closed.append("step"))
+
+        def __call__(self):
+            return None
+
+    shared = SimpleNamespace(contender=lambda variant: (Step(), None), flops=1, about={})
+    ready = bench().prepare(Job("train", "bfloat16", 2, (BARE,)), "reference", shared)
+    assert not closed
+    ready.release()
+    assert closed == ["step"] and not ready.laps
+
+
 @pytest.mark.parametrize(("part", "precision"), [("encode", "float32"), ("decode", "bfloat16")])
 def test_rows_of_a_pass(part, precision, tmp_path, capsys, monkeypatch):
     seen = []
@@ -65,7 +82,7 @@ def test_rows_of_a_pass(part, precision, tmp_path, capsys, monkeypatch):
 
 
 def test_passes_are_those_of_extraction_and_sampling():
-    tokenizer = make_tokenizer(TINY, select("reference"))
+    tokenizer = make_tokenizer(TINY, select("reference"), "cpu")
     images, latents = (draw(PASSES[part].shape(TINY, 2, 16), "cpu") for part in ("encode", "decode"))
     assert images.shape == (2, 3, 16, 16) and latents.shape == (2, 4, 8, 8) and images.abs().max() == 1
     encode, decode = PASSES["encode"](tokenizer, images), PASSES["decode"](tokenizer, latents)

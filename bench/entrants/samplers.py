@@ -47,19 +47,18 @@ class Setting:
         self.shape = (config.in_channels, config.input_size, config.input_size)
         self.decode_flops = flops_per_image(tokenizer, config.input_size * tokenizer.downsample_ratio)["decode"]
         set_numerics()
-        network = make_network(config, kernels.select("reference"))
+        network = make_network(config, kernels.select("reference"), device)
         labels = network.y_embedder.embedding_table.weight  # of N(0, 0.02): labels, and so guidance, hardly matter
-        torch.nn.init.normal_(labels, generator=torch.Generator().manual_seed(0))
-        self._weights = network.to(device).state_dict()
+        torch.nn.init.normal_(labels, generator=torch.Generator(device).manual_seed(0))
+        self._weights = network.state_dict()
         narrow = getattr(torch, precision)
         self.eager = self.judged_plain(self.plain(None if narrow == torch.float32 else narrow))
         self.exact = self.judged_plain(self.plain(None).double(), torch.float64)
 
     def network(self, ops: Ops) -> LightningDiT:
         """A network with the shared weights, float32, not to be trained."""
-        with torch.random.fork_rng(devices=[]), torch.device(self.device):
-            network = LightningDiT(self.config, ops)
-        network.to(self.device).load_state_dict(self._weights)
+        network = make_network(self.config, ops, self.device)
+        network.load_state_dict(self._weights)
         return network.eval().requires_grad_(False)
 
     def plain(self, autocast: torch.dtype | None) -> PlainLightningDiT:
@@ -111,7 +110,7 @@ class OurSampler(Sampler):
 
     def __init__(self, variant: Variant, setting: Setting):
         ops, s = variant.ops(), setting.settings
-        tokenizer = make_tokenizer(setting.tokenizer, ops)
+        tokenizer = make_tokenizer(setting.tokenizer, ops, setting.device)
         statistics = LatentStatistics.neutral(setting.config.in_channels)
         generator = Generator(setting.network(ops), tokenizer, statistics, setting.transport, s)
         generator.to(setting.y.device)
@@ -139,7 +138,7 @@ class PlainSampler(Sampler):
         network = compiled(setting.plain(None if narrow == torch.float32 else narrow), variant.compile)
         self.samples = setting.judged_plain(network)
         statistics = LatentStatistics.neutral(setting.config.in_channels)
-        tokenizer = make_tokenizer(setting.tokenizer, variant.ops()).to(setting.y.device)
+        tokenizer = make_tokenizer(setting.tokenizer, variant.ops(), setting.device)
         generator = Generator(network, tokenizer, statistics, setting.transport, s)
         ends, z = torch.tensor([0.0, 1.0], device=setting.y.device), setting.noise()
         self.laps = {"noise": Lap(setting.noise), "guided": Lap(partial(setting.plain_samples, network, z, ends)),

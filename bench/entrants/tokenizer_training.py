@@ -16,7 +16,7 @@ from PIL import Image
 
 import kernels
 from bench.entrants.tokenizers import set_numerics
-from bench.entrants.training import FlatAdamW
+from bench.entrants.training import FlatAdamW, close_trainer
 from bench.tokenizer import Variant
 from kernels.compilation import compiled
 from launch.config import VavaeRun, load
@@ -78,6 +78,9 @@ class TrainerStep:
 
     def __call__(self) -> None:
         self._trainer.train_step(self._stream)
+
+    def close(self) -> None:
+        close_trainer(self._trainer)
 
 
 class BareStep:

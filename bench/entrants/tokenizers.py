@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from bench.entrants.training import seeded
 from bench.tokenizer import Variant
 from kernels.compilation import compiled
 from kernels.registry import Ops
@@ -24,11 +25,10 @@ def set_numerics() -> None:
     torch.backends.cudnn.deterministic = True
 
 
-def make_tokenizer(config: AutoencoderConfig, ops: Ops) -> AutoencoderKL:
-    """float32 on the CPU, not to be trained."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoencoderKL(config, ops).eval().requires_grad_(False)
+def make_tokenizer(config: AutoencoderConfig, ops: Ops, device: torch.device | str) -> AutoencoderKL:
+    """The same weights for everybody on a device, float32, not to be trained."""
+    with seeded(device):
+        return AutoencoderKL(config, ops).to(device).eval().requires_grad_(False)
 
 
 def draw(shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
@@ -101,16 +101,16 @@ class Truth:
         set_numerics()
         self._way, self._config, self._dtype = PASSES[part], config, dtype
         self._inputs = draw(self._way.shape(config, batch, size), device)
-        tokenizer, few = make_tokenizer(config, kernels.select("reference")).to(device), self._inputs[:JUDGED]
+        tokenizer, few = make_tokenizer(config, kernels.select("reference"), device), self._inputs[:JUDGED]
         self.exact = self._way.result(tokenizer.double(), few)
-        tokenizer = make_tokenizer(config, kernels.select("reference")).to(device, dtype)
+        tokenizer = make_tokenizer(config, kernels.select("reference"), device).to(dtype)
         self.eager = self._way.result(tokenizer, few)
         self.flops, self.about = flops_per_image(config, size)[part], {}
 
     def contender(self, variant: Variant) -> tuple[Encode | Decode, torch.Tensor]:
         """What is timed, and its first results."""
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels))
+        tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels), self._inputs.device)
         tokenizer.to(self._inputs.device, self._dtype, memory_format=layout)
         for half in (tokenizer.encoder, tokenizer.decoder):
             half.forward = compiled(half.forward, variant.compile)

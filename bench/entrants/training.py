@@ -6,9 +6,11 @@ and times, and make one optimizer step with the moving average in each call.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +23,9 @@ from lightningdit import latents
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
+
+if TYPE_CHECKING:
+    from launch.trainer import Trainer
 
 LR, BETAS, EPS, EMA_DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
 NORMALS = 8  # sets of latents and noise that steps go through by turns
@@ -119,11 +124,23 @@ class Inputs:
         return terms["loss"].mean() + terms["cos_loss"].mean()
 
 
-def make_network(config: ModelConfig, ops, residual: torch.dtype = torch.float32) -> LightningDiT:
-    """The same weights for everybody, float32 on the CPU."""
-    with torch.random.fork_rng(devices=[]):
+@contextmanager
+def seeded(device: torch.device | str) -> Iterator[None]:
+    """Tensors are made on the device within the context, random ones from seed 0; then its generator goes on as before.
+
+    A CPU takes 14 s to draw the weights of a published size.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(0)
-        network = LightningDiT(config, ops, residual)
+        yield
+
+
+def make_network(config: ModelConfig, ops: Ops, device: torch.device | str,
+                 residual: torch.dtype = torch.float32) -> LightningDiT:  # fmt: skip
+    """The same weights for everybody on a device, float32."""
+    with seeded(device):
+        network = LightningDiT(config, ops, residual).to(device)
         with torch.no_grad():
             for parameter in network.parameters():
                 if parameter.requires_grad and not parameter.any():
@@ -167,7 +184,7 @@ class BareStep:
     def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
         ops = variant.ops()
         config = config.model_copy(update={"use_checkpoint": variant.recompute})
-        network = make_network(config, ops, getattr(torch, variant.residual)).to(device)
+        network = make_network(config, ops, device, getattr(torch, variant.residual))
         self.inputs = Inputs(config, batch, device)
         self.optimizer = FlatAdamW(network, ops)
         self._network = compiled(network, variant.compile, ops)
@@ -183,7 +200,7 @@ class PlainStep:
     """The peer, with torch's fused AdamW where there is one (on CUDA) and a moving average over lists of tensors."""
 
     def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
-        network = make_network(config, kernels.select("reference")).to(device)
+        network = make_network(config, kernels.select("reference"), device)
         self.inputs = Inputs(config, batch, device)
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._average = [p.detach().clone() for p in self._parameters]
@@ -237,6 +254,15 @@ class TrainerStep:
 
     def __call__(self) -> None:
         self._trainer.train_step(self._stream)
+
+    def close(self) -> None:
+        close_trainer(self._trainer)
+
+
+def close_trainer(trainer: "Trainer") -> None:
+    """Have DeepSpeed take its hooks off the parameters: they keep weights and optimizer alive, whoever else is gone."""
+    for engine in trainer.engines.values():
+        engine._engine.destroy()
 
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
