@@ -141,7 +141,7 @@ WELL = Script(result={**FACTS, "verdict": "ok", "reason": "", "packages": {"lpip
 def test_each_ending_has_its_verdict(tmp_path):
     scripts = {
         "machine-machine": WELL,
-        "ops-swiglu-triton": Script(-11, log="XL bfloat16 gradients … Fatal Python error: Segmentation fault\n"),
+        "ops-swiglu-triton": Script(-11, log="a line\n" * 40 + "XL bfloat16 gradients … Segmentation fault\n"),
         "ops-swiglu-cuda": Script(3, result={"verdict": "wrong", "reason": "XL forward: error 3.0"}),
         "ops-vf_loss-triton": Script(seconds=1e9, deaf=True, log="XL bfloat16 forward …"),
         "ops-vf_loss-cuda": Script(1, log="Traceback …\nRuntimeError: CUDA error: illegal memory access\nmore\n"),
@@ -153,7 +153,8 @@ def test_each_ending_has_its_verdict(tmp_path):
         "machine/machine": "ok", "ops/swiglu triton": "signal SIGSEGV", "ops/swiglu cuda": "wrong",
         "ops/vf_loss triton": "timeout", "ops/vf_loss cuda": "failed", "bare/bare": "out of memory",
         "bare/bare at 64": "out of memory"}  # fmt: skip
-    assert told["ops/swiglu triton"]["log"] == ["XL bfloat16 gradients … Fatal Python error: Segmentation fault"]
+    lines = told["ops/swiglu triton"]["log"]
+    assert len(lines) == 20 and lines[-1] == "XL bfloat16 gradients … Segmentation fault"
     assert told["ops/swiglu cuda"]["reason"] == "XL forward: error 3.0"
     assert told["ops/vf_loss cuda"]["reason"] == "RuntimeError: CUDA error: illegal memory access"
     assert told["ops/vf_loss cuda"]["exit_status"] == 1 and told["ops/vf_loss cuda"]["seconds"] == pytest.approx(5, 0.1)
@@ -218,11 +219,15 @@ def test_a_stop_ends_children_and_leaves_four_files(tmp_path):
 
 
 def test_nothing_outlives_a_fault_of_the_coordinator(tmp_path):
+    stages = []
+
     def break_down(stage):
+        stages.append(stage)
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        run(tmp_path / "out", (MACHINE,), {"machine-machine": WELL}, on_sleep=break_down)
+        run(tmp_path / "out", (OPS,), on_sleep=break_down)
+    assert stages[0].most == 3 and stages[0].at_once == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.txt", "log.txt", "logs.tgz"}
 
 

@@ -107,10 +107,12 @@ def test_a_hung_module_says_where_it_hangs(tmp_path, monkeypatch):
 
 
 def test_a_module_runs_as_if_it_were_called_by_name(tmp_path):
-    (tmp_path / "says.py").write_text("import sys\nprint(__name__, sys.argv[1:])\nsys.exit(4)\n")
+    (tmp_path / "says.py").write_text(
+        "import sys\nprint(vars(sys.modules['__main__']) is globals(), sys.argv[1:])\nsys.exit(4)\n"
+    )
     done = subprocess.run(command("says", ["--a", "b c"], 20), cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
-    assert (done.returncode, done.stdout) == (4, "__main__ ['--a', 'b c']\n"), done.stderr
+    assert (done.returncode, done.stdout) == (4, "True ['--a', 'b c']\n"), done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,8 +18,6 @@ class Records:
 
     def __init__(self, path: Path):
         self._path = path
-        self._partial = path.with_suffix(".partial")
-        self._partial.unlink(missing_ok=True)  # of a run that was killed
         self.facts: Row = {}
         self._rows: dict[Key, Row] = {_name(row): row for row in read_rows(path)}
 
@@ -48,8 +46,9 @@ class Records:
             if "device" in row and row["device"] is None:
                 row.update(self._facts())
             lines.append(_line(row))
-        self._partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(self._partial, self._path)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        os.replace(partial, self._path)
 
     def of(self, kind: str) -> list[Row]:
         return [row for row in self._rows.values() if row["kind"] == kind]
