@@ -5,7 +5,11 @@
 costs two calls of a graph. "aot_eager" traces and compiles nothing; "none" does neither.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -16,6 +20,34 @@ from kernels.operators import register_lowerings
 from kernels.registry import Ops
 
 MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
+DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def cache_directory() -> Path:
+    """Where Inductor keeps what it has compiled for the next process: what `TORCHINDUCTOR_CACHE_DIR` says, else a
+    folder of the user's cache. Its own default lies among temporary files, which do not outlive a machine's restart.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    chosen = os.environ.get(DIRECTORY) or default_cache_dir()
+    if chosen == default_cache_dir():  # Inductor itself sets the variable to that where nobody has
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        ours = home / "lightningdit" / "inductor"
+        try:
+            ours.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written
+            return Path(chosen)
+        os.environ[DIRECTORY] = chosen = str(ours)
+    return Path(chosen)
+
+
+@cache
+def sources() -> str:
+    """A hash of this package. Kept graphs call its operators by name: they are of no use to another version of it."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, deterministic: bool = True) -> None:
@@ -66,6 +98,8 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
         return function
     options: dict[str, Any] | None = None
     if mode != "aot_eager":
+        cache_directory()
+        torch.compiler.config.cache_key_tag = sources()
         register_lowerings()
         from kernels.checkpointing import SaveBlockOutputs
 

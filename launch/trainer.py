@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from kernels.compilation import cache_directory
 from kernels.registry import Ops
 from launch import checkpoint
 from launch.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
@@ -316,6 +317,8 @@ class Trainer:
             )
 
         mode = compile_mode(train.compile, ds.zero_stage, self.split.accumulation)
+        if mode not in ("none", "aot_eager") and self.processes.is_main:
+            print(f"what is compiled is kept in {cache_directory()} for the next start")
         return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)
 
     def _to_device(self, batch: Tensors) -> Tensors:

@@ -1,15 +1,22 @@
 """What `kernels.compilation` adds to a compiler: an entry in Inductor's table for every operator, before any graph."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import kernels
+from kernels import compilation
 from kernels.compilation import compiled
 from kernels.operators import operator
+from lightningdit.config import ModelConfig
+from lightningdit.model import LightningDiT
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,3 +79,89 @@ print("torch._inductor.lowering" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stdout + done.stderr[-2000:]
+
+
+KEPT = """
+import json, torch
+import kernels, kernels.compilation
+from torch._dynamo.utils import counters
+
+kernels.compilation.sources = lambda: SOURCES
+function = kernels.compilation.compiled(kernels.select("triton").swiglu, "inductor")
+function(torch.ones(2, 16))
+print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}))
+"""
+
+
+def kept(sources: str, folder: Path) -> dict[str, int]:
+    """What a new process finds of an op that was compiled before, by a version with those sources."""
+    environment = {name: value for name, value in os.environ.items() if name != compilation.DIRECTORY}
+    environment |= {"XDG_CACHE_HOME": str(folder), "TRITON_INTERPRET": "1"}
+    code = KEPT.replace("SOURCES", repr(sources))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_next_process_finds_what_was_compiled_unless_the_kernels_changed(tmp_path):
+    assert kept("one", tmp_path) == {"hit": 0, "miss": 1, "bypass": 0}
+    assert (tmp_path / "lightningdit" / "inductor").is_dir()
+    assert kept("one", tmp_path) == {"hit": 1, "miss": 0, "bypass": 0}
+    assert kept("two", tmp_path) == {"hit": 0, "miss": 1, "bypass": 0}
+
+
+def test_whoever_names_a_cache_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.setenv(compilation.DIRECTORY, str(tmp_path))
+    assert compilation.cache_directory() == tmp_path
+    monkeypatch.delenv(compilation.DIRECTORY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    assert compilation.cache_directory() == Path(default_cache_dir()), "a home that cannot be written"
+
+
+class Two(torch.nn.Module):
+    """Three regions of two kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.regions = [torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)]
+
+    def forward(self, x):
+        for region in self.regions:
+            x = region(x)
+        return x
+
+
+def test_regions_of_one_kind_are_compiled_once():
+    torch._dynamo.reset()
+    module = Two()
+    x = torch.randn(4, 3, requires_grad=True)
+    want = module(x)
+    counters.clear()
+    compilation.compile_module(module, "regional")
+    assert torch.allclose(module(x), want, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_only_modules_with_regions_are_compiled_by_region():
+    with pytest.raises(ValueError, match="'regional', but Linear names no regions"):
+        compilation.compile_module(torch.nn.Linear(2, 2), "regional")
+    with pytest.raises(ValueError, match="compile mode is 'regional'; allowed: none, inductor, cudagraphs"):
+        compiled(print, "regional")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_network_by_regions_gives_the_gradients_of_the_whole(recompute):
+    config = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=32, num_heads=2, depth=3,
+                         use_swiglu=True, use_rope=True, use_rmsnorm=True, use_checkpoint=recompute)  # fmt: skip
+    ops, found = kernels.select("reference"), {}
+    x, t, y = torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 2])
+    for mode in ("none", "regional"):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network = LightningDiT(config, ops).train()
+        torch.nn.init.normal_(network.final_layer.linear.weight)
+        compilation.compile_module(network, mode, ops)
+        network(x, t, y).square().mean().backward()
+        found[mode] = [p.grad for p in network.parameters() if p.requires_grad]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found.values(), strict=True))
