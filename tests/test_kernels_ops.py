@@ -15,6 +15,9 @@ from tests import kernel_checks as checks
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = [(op, name) for op in kernels.OPS.values() for name in op.backends]
+#: Backends about which a GPU says nothing that a CPU does not: the others are judged by the one, the other computes on
+#: the CPU wherever its arguments are.
+NOT_FOR_GPUS = ("reference", "emulated")
 
 
 def lanes() -> Iterator:
@@ -26,14 +29,34 @@ def lanes() -> Iterator:
                     label = f"{op.name}-{name}-{case.id}-{str(dtype).removeprefix('torch.')}"
                     if not case.production:
                         yield pytest.param(op, name, case, dtype, "cpu", id=f"{label}-cpu")
-                    yield pytest.param(op, name, case, dtype, "cuda", id=f"{label}-cuda", marks=pytest.mark.gpu)
+                    if name not in NOT_FOR_GPUS:
+                        yield pytest.param(op, name, case, dtype, "cuda", id=f"{label}-cuda", marks=pytest.mark.gpu)
 
 
-def first_cases() -> Iterator:
-    """Op, backend name and device: for checks that one or a few cases settle."""
+def first_cases(also: tuple[str, ...] = ()) -> Iterator:
+    """Op, backend name and device: for checks that one or a few cases settle.
+
+    also: backends that the check says something about on a GPU all the same.
+    """
     for op, name in BACKENDS:
         yield pytest.param(op, name, "cpu", id=f"{op.name}-{name}-cpu")
-        yield pytest.param(op, name, "cuda", id=f"{op.name}-{name}-cuda", marks=pytest.mark.gpu)
+        if name not in NOT_FOR_GPUS or name in also:
+            yield pytest.param(op, name, "cuda", id=f"{op.name}-{name}-cuda", marks=pytest.mark.gpu)
+
+
+def test_a_gpu_is_asked_what_a_cpu_cannot_tell():
+    for found in (lanes(), first_cases()):
+        names = {device: {p.values[1] for p in params} for device, params in by_device(found).items()}
+        assert names["cpu"] >= {"reference", "triton", "emulated"} and names["cuda"] == {"triton", "cuda"}
+    assert "reference" in {p.values[1] for p in by_device(first_cases(also=("reference",)))["cuda"]}
+
+
+def by_device(found: Iterator) -> dict[str, list]:
+    parts = {"cpu": [], "cuda": []}
+    for param in found:
+        parts[param.values[-1]].append(param)
+        assert bool(param.marks) == (param.values[-1] == "cuda")
+    return parts
 
 
 def refusals(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
@@ -84,9 +107,10 @@ def test_partial_gradients(op, name, device):
         checks.check_partial_gradients(op, backend, case, dtype, device)
 
 
-@pytest.mark.parametrize(("op", "name", "device"), first_cases())
+@pytest.mark.parametrize(("op", "name", "device"), first_cases(also=("reference",)))
 def test_same_bits_in_every_run(op, name, device):
-    """On a CPU of some cases: there, threads and programs take turns."""
+    """On a CPU of some cases: there, threads and programs take turns. On a GPU of the reference too: a run on it, where
+    nothing else can serve, is to repeat as well."""
     for backend, case, dtype in small_cases(op, name, device)[:: 1 if device == "cuda" else 3]:
         checks.check_repeats(op, backend, case, dtype, device)
 

@@ -31,15 +31,15 @@ def ops_on(backend: str, device: str, dtype: torch.dtype) -> kernels.Ops:
     return kernels.select("reference", **having)
 
 
-lanes = pytest.mark.parametrize(
-    ("backend", "dtype", "device"),
-    [
+def lanes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Every backend with kernels, on a CPU and on a device."""
+    found = [
         pytest.param(backend, dtype, device, id=f"{backend}-{str(dtype).removeprefix('torch.')}-{device}", marks=marks)
         for backend in ("triton", "cuda")
         for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
-        for dtype in LIMITS
-    ],
-)
+        for dtype in dtypes
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "device"), found)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def ieee_convolutions(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@lanes
+@lanes(*LIMITS)
 @pytest.mark.parametrize("variant", ["a", "b", "d"])
 def test_lightningdit(variant, backend, dtype, device):
     """Variants: a with RMSNorm, SwiGLU and RoPE; b also with QK norm and without shift; d as DiT."""
@@ -66,10 +66,8 @@ def test_lightningdit(variant, backend, dtype, device):
     close_grads(variant, gradients, g.group("grad/"), relmax=gradient, zero_floor=1e-5 if dtype.itemsize > 2 else 1e-2)
 
 
-@lanes
+@lanes(torch.float32)  # the recorded weights are those of a network that trains in it
 def test_tokenizer(backend, dtype, device):
-    if dtype != torch.float32:
-        pytest.skip("the tokenizer's recorded weights are those of a network that trains in float32")
     ops, g = ops_on(backend, device, dtype), G("04_vae_tiny")
     model = AutoencoderKL(AutoencoderConfig(**J("04_vae_tiny")["tiny_config"]), ops)
     model.load_state_dict(g.group("param/"))
@@ -88,7 +86,7 @@ def test_tokenizer(backend, dtype, device):
     close_grads("tokenizer", gradients, g.group("grad/"), zero_floor=2e-2)
 
 
-@lanes
+@lanes(*LIMITS)
 @pytest.mark.parametrize("margins", [(0.0, 0.0), (0.25, 0.5)])
 def test_vf_loss(margins, backend, dtype, device):
     """Value and gradients of the weighted terms; in 16 bits the inputs alone move the gradient by 1e-2."""
