@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-#: Parts of test ids; tests with all of them come first.
-TELLING = ("-XL-", "bfloat16", "cuda")
+from bench.plugins.items import subject
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +31,15 @@ def pytest_configure_node(node) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not all(part in item.name for part in TELLING))
+    items.sort(key=lambda item: not telling(item))
+
+
+def telling(item: pytest.Item) -> bool:
+    """Whether it is about what `bench.ops --quick` measures: the most telling case of an op, in bfloat16."""
+    from bench.ops import DTYPES, Job  # not before the conftest of the tests, which says how Triton is to be imported
+
+    about = subject(item)
+    return about is not None and about.dtype in DTYPES and Job(*about).rank == 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,9 +9,6 @@ import sys
 
 import pytest
 
-#: Bytes that a process may keep from one test to the next: the others want memory too.
-KEPT = 4 << 30
-
 
 def lost() -> str:
     """Why the device takes no more work from this process; empty if it does, or was never asked."""
@@ -20,8 +17,6 @@ def lost() -> str:
         return ""
     try:
         torch.cuda.synchronize()
-        if torch.cuda.memory_reserved() > KEPT:
-            torch.cuda.empty_cache()
     except RuntimeError as error:
         return str(error).split("\n")[0]
     return ""
