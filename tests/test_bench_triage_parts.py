@@ -13,6 +13,7 @@ import torch
 import kernels
 from bench import gemms, ops, roofline, sampling, tokenizer
 from bench import step as bench_step
+from bench.entrants.contenders import ours
 from bench.triage import check, profile, second, summary
 from bench.triage.parts import chosen, parts
 from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
@@ -44,6 +45,7 @@ def test_every_op_and_backend_is_checked():
     timed = [op for part in parts() if part.name == "fractions" for task in part.tasks
              for child in task.adapted(known()) for op in child.arguments if op in kernels.OPS]  # fmt: skip
     assert sorted(timed) == sorted(kernels.OPS)
+    assert all(sorted(ours(op)) == sorted(found[name]) for name, op in kernels.OPS.items()), "bench.ops times the same"
 
 
 def test_the_order_and_the_budgets():

@@ -106,6 +106,38 @@ def test_a_hung_module_says_where_it_hangs(tmp_path, monkeypatch):
     assert ended(child).why == "timeout" and "waits_for_ever" in log.read_text()
 
 
+def test_a_child_that_nothing_ends_is_given_up(tmp_path, monkeypatch):
+    """As one that waits for a driver; here, SIGKILL does not reach it."""
+    child = Child([sys.executable, "-c", DEAF], tmp_path / "log", limit=1.0, grace=0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "killpg", lambda *arguments: None)
+        found = ended(child)
+    assert (found.status, found.why) == (-signal.SIGKILL, "timeout") and 1.6 <= found.seconds < 5
+    child.kill()
+
+
+def test_a_child_does_not_outlive_a_killed_coordinator(tmp_path):
+    (tmp_path / "deaf.py").write_text(DEAF)
+    program = """
+import sys, time
+from pathlib import Path
+from bench.triage.processes import Child, command
+child = Child(command("deaf", [], 60), Path(sys.argv[1]), 60)
+print(child._process.pid, flush=True)
+time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    words = [sys.executable, "-c", program, str(tmp_path / "log")]
+    running = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    pid = int(running.stdout.readline())
+    while "started" not in (tmp_path / "log").read_text():
+        time.sleep(0.02)
+    running.kill()
+    running.communicate()
+    assert gone(pid)
+    os.kill(word_after(tmp_path / "log", "started"), signal.SIGKILL)
+
+
 def test_a_module_runs_as_if_it_were_called_by_name(tmp_path):
     (tmp_path / "says.py").write_text(
         "import sys\nprint(vars(sys.modules['__main__']) is globals(), sys.argv[1:])\nsys.exit(4)\n"

@@ -27,7 +27,7 @@ def test_the_gate_takes_the_rows_of_a_triage(tmp_path, monkeypatch, capsys):
     assert regress.main([rows, "--update", "--reason", "the first"]) == 0
     (committed,) = (tmp_path / "results").iterdir()
     assert [row["kind"] for row in read(committed)] == ["baseline", "step"]
-    assert [row.get("fraction") for row in read(committed)] == [None, 0.5], "of a step that was written twice, the last row"
+    assert [row.get("fraction") for row in read(committed)] == [None, 0.5], "the last row of a step"
     capsys.readouterr()
     run(tmp_path / "second", (MACHINE, BARE), {"machine-machine": WELL, "bare-bare": slow})
     assert regress.main([str(tmp_path / "second" / "rows.jsonl")]) == 1

@@ -27,9 +27,8 @@ def contenders_for(op: Op, compiler: Compiler = inductor, emulated: bool = False
     emulated: let backends take part that run in an emulator, to test the bench.
     """
     for name in ours(op):
-        if name in op.backends:
-            yield Contender(name, partial(_backend, op, name, emulated), partial(_unsupported, op, name),
-                            package="triton" if name == "triton" else "torch")
+        yield Contender(name, partial(_backend, op, name, emulated), partial(_unsupported, op, name),
+                        package="triton" if name == "triton" else "torch")
     eager = Contender("eager", lambda: Adapter(reference(op)), includes="the reference, op by op")
     yield eager
     yield _compiled(eager, compiler, "compile")
@@ -40,8 +39,9 @@ def contenders_for(op: Op, compiler: Compiler = inductor, emulated: bool = False
 
 
 def ours(op: Op) -> list[str]:
-    """Our backends for devices, those that "auto" chooses from."""
-    return [name for name in op.order if name != "reference"]
+    """Our backends for devices, as "auto" prefers them; those too that it never takes, such as ops in graphs have."""
+    having = [name for name in op.backends if name not in ("reference", "emulated")]
+    return sorted(having, key=lambda name: op.order.index(name) if name in op.order else len(op.order))
 
 
 def _compiled(contender: Contender, compiler: Compiler, name: str) -> Contender:

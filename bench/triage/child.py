@@ -3,16 +3,21 @@
     python -m bench.triage.child SECONDS MODULE [ARGUMENT …]
 
 After so many seconds the tracebacks of all threads go to stderr, and the module runs on: a compiler that hangs in C++
-hears no signal, and is killed soon after.
+hears no signal, and is killed soon after. Whoever started it may be killed too: then it ends with it.
 """
 
+import ctypes
 import faulthandler
 import runpy
+import signal
 import sys
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def main() -> None:
     seconds, module = float(sys.argv[1]), sys.argv[2]
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable()
     faulthandler.dump_traceback_later(seconds)
     sys.argv = sys.argv[2:]

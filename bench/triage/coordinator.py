@@ -221,7 +221,6 @@ class Triage:
         archive = shutil.make_archive(str(Path(self._work.name) / "archive"), "gztar", self._work.name, "logs")
         shutil.copyfile(archive, self._out / "logs.tgz")
 
-
     def _correct(self, row: Row) -> None:
         """Whoever measured a step had nothing to judge it by, and said that it was well."""
         for told in self.records.of("triage"):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class Child:
     """A command in a session of its own; stdout and stderr go to a file.
 
     `poll` has to be called now and then: it sends SIGTERM to the child at the limit, and SIGKILL to its whole group
-    `grace` seconds later, or as soon as the child itself has ended.
+    `grace` seconds later, or as soon as the child itself has ended. A child that not even that ends, as it waits for a
+    driver that hangs, is given up after so many seconds more.
     """
 
     def __init__(self, command: Sequence[str], log: Path, limit: float, grace: float = GRACE,
@@ -66,6 +68,8 @@ class Child:
             self._end("timeout")
         if now >= self._kill_at:
             self._kill()
+        if now >= self._kill_at + self._grace:
+            return Ended(-signal.SIGKILL, now - self._begun, self._why)
         return None
 
     def stop(self) -> None:
@@ -76,7 +80,8 @@ class Child:
     def kill(self) -> None:
         """End it and all it has started at once."""
         self._kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(self._grace)
 
     def _over(self) -> bool:
         """Whether it has ended; as it is not waited for, its number still names its group."""

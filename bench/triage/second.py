@@ -11,7 +11,7 @@ from bench.triage.summary import slowest, worst_check
 from bench.triage.tasks import Task, check, own, step
 
 TOOLKIT = Path("/usr/local/cuda/bin")
-#: Of the telling case under a sanitizer, which makes kernels ten to a hundred times slower.
+#: Of the headline case under a sanitizer, which makes kernels ten to a hundred times slower.
 SAMPLES = 2
 
 

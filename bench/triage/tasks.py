@@ -116,7 +116,7 @@ def step(variant: str, seconds: float, backend: str = "auto", in_graph: tuple[st
 
 
 def fractions(name: str, ops: tuple[str, ...], seconds: float) -> Task:
-    """The telling case of each op in bfloat16, on the backends that were not wrong, beside the reference."""
+    """The headline case of each op in bfloat16, on the backends that were not wrong, beside the reference."""
 
     def adapt(task: Task, known: Known) -> list[Task]:
         groups: dict[tuple[str, ...], list[str]] = {}
