@@ -12,7 +12,7 @@ import sys
 import torch
 
 import kernels
-from tests import kernel_checks as checks
+from kernels import checks
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -15,8 +15,8 @@ import kernels
 from bench.plugins import memory
 from bench.plugins.items import Subject
 from bench.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved
+from kernels import checks as op_checks
 from kernels.cases import Case
-from tests import kernel_checks
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
@@ -43,18 +43,18 @@ PRODUCTION = [(op, case) for op in kernels.OPS.values() for case in op.cases if 
 @pytest.mark.parametrize(("op", "case"), PRODUCTION, ids=[f"{op.name}-{case.id}" for op, case in PRODUCTION])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_test_needs_covers_its_check(op, case, dtype, monkeypatch):
-    """The checks of `tests.kernel_checks`, on tensors without memory, with the reference for a backend."""
+    """The checks of `kernels.checks`, on tensors without memory, with the reference for a backend."""
 
     def judged(inputs, got, eager, exact):
         for name, result in got.items():
             (result.double() - exact[name]).abs().max()
 
-    monkeypatch.setattr(kernel_checks, "random_like", torch.empty_like)
-    monkeypatch.setattr(kernel_checks, "judge_all", judged)
-    monkeypatch.setattr(kernel_checks, "same_bits", lambda a, b: True)
+    monkeypatch.setattr(op_checks, "random_like", torch.empty_like)
+    monkeypatch.setattr(op_checks, "judge_all", judged)
+    monkeypatch.setattr(op_checks, "same_bits", lambda a, b: True)
     if dtype not in op.dtypes & case.dtypes:
         pytest.skip(f"no case in {dtype}")
-    checks = [kernel_checks.check_forward, *([kernel_checks.check_gradients] if op.differentiable else [])]
+    checks = [op_checks.check_forward, *([op_checks.check_gradients] if op.differentiable else [])]
     for check in checks:
         with Peak() as peak:
             check(op, op.backend("reference"), case, dtype, "meta")

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import kernels
-from kernels import cuda_launch, emulation
+from kernels import checks, cuda_launch, emulation
 from kernels.emulation import CSRC
-from tests import kernel_checks as checks
 from tests.emulated import ORDERS, SOURCES, Library
 
 pytestmark = pytest.mark.skipif(bool(emulation.reasons()), reason="; ".join(emulation.reasons()))

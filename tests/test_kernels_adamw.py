@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kernels
+from kernels.checks import same_bits
 from tests.golden import close
-from tests.kernel_checks import same_bits
 
 OP = kernels.OPS["adamw_ema_"]
 STATES = ("param", "exp_avg", "exp_avg_sq", "ema")

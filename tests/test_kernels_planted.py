@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import kernels
+from kernels import checks
 from kernels.registry import FILES, Backend, Op, choose
-from tests import kernel_checks as checks
 
 DTYPES = (torch.float32, torch.bfloat16)
 SWIGLU = kernels.OPS["swiglu"]

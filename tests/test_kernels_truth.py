@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 import kernels
+from kernels.checks import outputs, reference, widened
 from tests.golden import G, close
-from tests.kernel_checks import outputs, reference, widened
 
 OPS = kernels.select("reference")
 MODULES = G("01_dit_modules")

@@ -22,19 +22,19 @@ from bench.measure.rows import machine
 from bench.ops import telling
 from bench.triage.verdicts import FOUND_WRONG, OK, SKIPPED, WRONG
 from bench.triage.writing import write
+from kernels import checks
 from kernels.cases import Case
 from kernels.judge import tensors_of
 from kernels.registry import Backend, Op
-from tests import kernel_checks
 
 #: Samples of the telling case: five processes check at once.
 BATCH = 32
 #: Small cases that are taken where an op has them: masked edges, and memory with gaps.
 SMALL = ("odd", "strided")
 CHECKS = {
-    "forward": kernel_checks.check_forward,
-    "gradients": kernel_checks.check_gradients,
-    "same bits": kernel_checks.check_repeats,
+    "forward": checks.check_forward,
+    "gradients": checks.check_gradients,
+    "same bits": checks.check_repeats,
 }
 
 
