@@ -2,7 +2,7 @@
 
     python -m bench.triage.check OP BACKEND --result FILE [--samples N] [--device cpu]
 
-Forward, gradients, and the same bits twice, for the most telling production case in bfloat16 at a batch that leaves
+Forward, gradients, and the same bits twice, for the headline production case in bfloat16 at a batch that leaves
 memory to others, and for two small cases. Each is printed before it begins, so that the log of a crash ends with it.
 """
 
@@ -27,7 +27,7 @@ from kernels.cases import Case
 from kernels.judge import tensors_of
 from kernels.registry import Backend, Op
 
-#: Samples of the telling case: five processes check at once.
+#: Samples of the headline case: five processes check at once.
 BATCH = 32
 #: Small cases that are taken where an op has them: masked edges, and memory with gaps.
 SMALL = ("odd", "strided")
@@ -54,7 +54,7 @@ def fewer_samples(case: Case, batch: int) -> Case:
 
 
 def cases(op: Op, backend: Backend, device: str, samples: int) -> Iterator[tuple[Case, torch.dtype]]:
-    """What is checked: the telling case with so many samples (not at 0), and two small ones that the backend serves."""
+    """What is checked: the headline case with so many samples (not at 0), and two small ones that are served."""
     if samples:
         yield fewer_samples(next(case for case in op.cases if case.id == telling(op)), samples), torch.bfloat16
     found = [case for case in op.cases if not case.production]
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("op", choices=kernels.OPS)
     parser.add_argument("backend")
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=BATCH, help=f"of the telling case (default {BATCH}); 0: not it")
+    parser.add_argument("--samples", type=int, default=BATCH, help=f"of the headline case (default {BATCH}); 0: not it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
     op = kernels.OPS[options.op]

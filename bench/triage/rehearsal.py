@@ -71,9 +71,11 @@ def stand_in() -> None:
 
 
 def planned(options: Any) -> list[ops.Job]:
-    """A small case of each op that was asked for."""
+    """A small case of each op that was asked for, in 16 bits where the interpreter has them."""
     found = [ops.kernels.OPS[name] for name in options.op]
-    return [ops.Job(op, next(case for case in op.cases if not case.production), torch.float32) for op in found]
+    dtypes = [torch.float16 if torch.float16 in op.dtypes else torch.float32 for op in found]
+    cases = [next(case for case in op.cases if not case.production) for op in found]
+    return [ops.Job(*job) for job in zip(found, cases, dtypes, strict=True)]
 
 
 def fewer(jobs: Callable[..., Iterable], **sizes: Any) -> Callable[..., Iterator]:
