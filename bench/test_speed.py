@@ -3,7 +3,7 @@
     pytest bench/ --benchmark-json=now.json [-k "swiglu and XL and bfloat16"]
     pytest-benchmark compare before.json now.json
 
-A test is one contender of a group that is measured together, by turns. All of it is judged as `python -m bench.ops` and
+A test is one contender of a group that is measured together. All of it is judged as `python -m bench.ops` and
 `bench.step` judge: what is wrong is not timed.
 """
 
