@@ -7,9 +7,9 @@
 #
 # A build of csrc, the tests marked gpu, then python -m bench.step, the telling cases of bench.ops, bench.gemms,
 # bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Below 40
-# minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets a log of each part, rows.jsonl and
-# summary.txt; each part stops in time by itself, leaves whole rows, and the next one runs whatever became of it. Ends
-# with 1 if a part failed; that no rows of this GPU are committed is no failure.
+# minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets summary.txt, rows.jsonl, log.txt
+# and, in logs.tgz, what each part printed; each part stops in time by itself, leaves whole rows, and the next one runs
+# whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no failure.
 #
 # Needs torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and
 # PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips: what is not installed is a row that says so.
@@ -37,18 +37,24 @@ export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 end=$((SECONDS + 60 * minutes))
 failed=()
+work="$(mktemp -d)" || exit 2
+logs="$work/logs"
+mkdir "$logs"
 : > "$out/summary.txt"
+: > "$out/log.txt"
+trap 'tar -czf "$out/logs.tgz" -C "$work" logs; rm -r "$work"' EXIT
 
 # Seconds left, times a percentage.
 share() { echo $(((end - SECONDS) * $1 / 100)); }
 
 # part NAME SECONDS COMMAND …: its output goes to NAME.log; SECONDS is the limit for a part that does not stop by itself.
 part() {
-    local name="$1" limit="$2" begun="$SECONDS" status verdict
+    local name="$1" limit="$2" begun="$SECONDS" words status verdict
     shift 2
     ((limit > 0)) || limit=1
-    echo "== $name, at most $limit s: $*"
-    timeout --kill-after=15 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    words="$*"
+    echo "== $name, at most $limit s: ${words//$'\n'/ }" | tee -a "$out/log.txt"
+    timeout --kill-after=15 "$limit" "$@" 2>&1 | tee "$logs/$name.log"
     status="${PIPESTATUS[0]}"
     case "$name $status" in
         *" 0") verdict=ok ;;
@@ -57,7 +63,7 @@ part() {
         *) verdict="failed with status $status" ;;
     esac
     [[ "$verdict" == ok || "$verdict" == nothing* ]] || failed+=("$name")
-    printf '%-12s %-24s %4d s\n' "$name" "$verdict" "$((SECONDS - begun))" >> "$out/summary.txt"
+    printf '%-12s %-24s %4d s\n' "$name" "$verdict" "$((SECONDS - begun))" | tee -a "$out/log.txt" >> "$out/summary.txt"
 }
 
 # Minutes that a part is told to keep to, of its limit in seconds: the rest is for what it has begun.
@@ -77,8 +83,8 @@ limit="$(share 15)"
 # Most of the time compilers are at work, on one core each: several processes.
 workers=()
 "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8 --maxschedchunk 4 --max-worker-restart 60)
-part tests "$limit" "$PYTHON" -m pytest -p bench.plugins.deadline -p bench.plugins.lost_device -p no:cacheprovider "${workers[@]}" \
-    --minutes "$(soft "$limit")" -q -m gpu --continue-on-collection-errors "${files[@]}"
+part tests "$limit" "$PYTHON" -m pytest -p bench.plugins.deadline -p bench.plugins.lost_device -p bench.plugins.memory \
+    -p no:cacheprovider "${workers[@]}" --minutes "$(soft "$limit")" -q -m gpu --continue-on-collection-errors "${files[@]}"
 
 quick=()
 ((minutes < 40)) && quick=(--quick)
@@ -98,7 +104,7 @@ bench step 35 bench.step "${quick[@]}" --seconds "$((seconds < 45 ? seconds : 45
 # everybody else's rows with it.
 without=(--without deepspeed-fused-adam)
 for backend in cuda triton; do
-    grep -qE "crashed while running .*-$backend-|-$backend-.* lost the device" "$out/tests.log" \
+    grep -qE "crashed while running .*-$backend-|-$backend-.* lost the device" "$logs/tests.log" \
         && without+=(--without "$backend")
 done
 bench ops 25 bench.ops --quick --seconds 0.3 "${without[@]}"
@@ -110,21 +116,21 @@ bench more 85 bench.ops --after-quick --seconds 0.3 "${without[@]}"
 
 # Committed rows may be of more than this run had time for.
 partial=(--partial step --partial sampling --partial tokenizer)
-if (($(grep -cE '^(ops|more) +ok' "$out/summary.txt") < 2)) || grep -q '^time is up' "$out"/{ops,more}.log; then
+if (($(grep -cE '^(ops|more) +ok' "$out/summary.txt") < 2)) || grep -q '^time is up' "$logs"/{ops,more}.log; then
     partial+=(--partial op)
 fi
 limit="$(share 100)"
 part regress "$limit" "$PYTHON" -m bench.regress "$out/rows.jsonl" --minutes "$(soft "$limit")" "${partial[@]}"
 
 {
-    tail -n 1 "$out/tests.log"
-    grep -hoE "worker '.*' crashed while running .*|[^ ]+ lost the device: .*" "$out/tests.log" | sort -u
-    grep -h ' images/s' "$out"/{step,sampling,tokenizer}.log
-    grep -h ' mean over the step' "$out/gemms.log"
-    grep -h '^best against best' "$out/data.log"
-    grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$out"/{ops,more}.log
-    grep -hiE '^(the )?time is up' "$out"/*.log
-    cat "$out/regress.log"
+    tail -n 1 "$logs/tests.log"
+    grep -hoE "worker '.*' crashed while running .*|[^ ]+ lost the device: .*" "$logs/tests.log" | sort -u
+    grep -h ' images/s' "$logs"/{step,sampling,tokenizer}.log
+    grep -h ' mean over the step' "$logs/gemms.log"
+    grep -h '^best against best' "$logs/data.log"
+    grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$logs"/{ops,more}.log
+    grep -hiE '^(the )?time is up' "$logs"/*.log
+    cat "$logs/regress.log"
     ((${#failed[@]} == 0)) && echo "all parts ok" || echo "not ok: ${failed[*]}"
 } >> "$out/summary.txt"
 echo "== summary ($out/summary.txt)"
