@@ -174,6 +174,12 @@ HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager",
      "no time for: .* --only others --only gemms"),
     ([MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)], "swiglu XL.*50.0%.*ncu"),
     ([MACHINE, *HEADLINE], "everything measured is well"),
+    ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "failed", "", "memcheck swiglu cuda")],
+     "read what the sanitizer says of swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz"),
+    ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "skipped", "", "memcheck swiglu cuda")],
+     "swiglu on cuda: wrong.*--second"),
+    ([MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), told("ncu", "ok", "", "swiglu cuda forward")],
+     "read why swiglu XL forward cuda is at 50.0% .*: ncu/swiglu cuda forward"),
 ])  # fmt: skip
 def test_the_next_thing_to_do(rows, advice):
     assert re.search(advice, summary.next_step(rows)), summary.next_step(rows)

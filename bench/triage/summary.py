@@ -40,6 +40,8 @@ def next_step(rows: Sequence[Row]) -> str:
         if machine.get("collectives"):
             return f"NCCL: no training step runs without it: {'; '.join(machine['collectives'])}"
     if (row := worst_check(rows)) is not None:
+        if looked := _looked(told, "sanitizer/", f"{row['op']} {row['backend']}"):
+            return f"read what the sanitizer says of {row['op']} on {row['backend']}: {', '.join(looked)} in logs.tgz"
         return (f"{row['op']} on {row['backend']}: {row['verdict']}, {row['reason'][:200]}; {again} --second runs it "
                 "under compute-sanitizer (with these rows in OUT, or --from ROWS)")  # fmt: skip
     measured = {row["variant"].split("+")[0] for row in _ok(rows, "step")}
@@ -52,8 +54,16 @@ def next_step(rows: Sequence[Row]) -> str:
     if skipped := [row["part"] for row in told.values() if row["reason"].startswith("no time")]:
         return f"what there was no time for: {again}{''.join(f' --only {part}' for part in dict.fromkeys(skipped))}"
     if (row := slowest(rows)) is not None:
+        if looked := _looked(told, "ncu/", f"{row['op']} {row['contender']} {row['direction']}"):
+            return f"read why {_op(row)} is at {row['fraction']:.1%} of its limit: {looked[0]} in logs.tgz"
         return f"{_op(row)} is farthest from its limit, at {row['fraction']:.1%}: {again} --second runs it under ncu"
     return f"everything measured is well: {again} --second measures CUDA graphs"
+
+
+def _looked(told: dict[str, Row], part: str, about: str) -> list[str]:
+    """Children that have looked at something with a tool."""
+    return [label for label, row in told.items()
+            if label.startswith(part) and label.endswith(about) and row["verdict"] != SKIPPED]  # fmt: skip
 
 
 def worst_check(rows: Iterable[Row]) -> Row | None:
