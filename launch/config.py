@@ -188,8 +188,8 @@ class LightningDiTRun(Section):
             raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
                              "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
         if self.train.compile == "regional" and self.network().use_checkpoint == "pointwise":
-            raise ValueError("train.compile is regional, but use_checkpoint pointwise looks into each block for what to "
-                             "keep: use use_checkpoint true or false, or compile inductor")
+            raise ValueError("train.compile is regional, but use_checkpoint pointwise looks into each block for what "
+                             "to keep: use use_checkpoint true or false, or compile inductor")
         self._check_ops_in_graphs()
         return self
 
