@@ -6,7 +6,7 @@ What that came to is held to the figures below, and every mistake of `tests.fake
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,19 +87,19 @@ FIGURES = {
     "cuda": Figures(**WHOLE, **KEPT),
     "in-graph": Figures(**WHOLE, **KEPT | {"peak": 0.58}),
     "bfloat16-stream": Figures(**WHOLE | {"generated": 0.355}, saved=0.175, saved_per_block=1.363, peak=0.43,
-                               peak_per_block=1.363),  # fmt: skip
+                               peak_per_block=1.363),
     "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036),
     "pointwise": Figures(**WHOLE | {"kernels": {"poi": 16, "red": 7}, "launches": 23}, saved=0.53,
-                         saved_per_block=1.0747, peak=0.99, peak_per_block=1.0747),  # fmt: skip
+                         saved_per_block=1.0747, peak=0.99, peak_per_block=1.0747),
     "regional": Figures(kernels={"poi": 14, "red": 7}, launches=48, generated=0.493, saved=42.65, peak=42.98,
-                        graphs=(5, 5), cpu=20),  # fmt: skip
+                        graphs=(5, 5), cpu=20),
     "cudagraphs": Figures(**WHOLE, **KEPT, cudagraphs=2),
     # Twice the 45 to 55 s that it takes on a core: the machine may be busy.
     "plain": Figures({"per": 2, "poi": 37, "red": 26}, launches=1147, generated=186.3, saved=48.14, peak=48.4, cpu=110),
     "sampler": Figures({"poi": 10}, launches=15, generated=0.261, saved=0.005, peak=0.806, graphs=(1, 0)),
     "encoder": Figures({"per": 5, "poi": 35, "red": 15}, launches=168, generated=15.25, saved=7.04, peak=7.05),
     "decoder": Figures({"per": 4, "poi": 39, "red": 20}, launches=223, generated=21.45, saved=11.74, peak=12.28),
-}
+}  # fmt: skip
 
 _sources = TemporaryDirectory()
 
