@@ -113,12 +113,12 @@ torch.cuda.mem_get_info = lambda: (0, {total})
 torch.cuda.empty_cache = lambda: None
 OP = kernels.OPS["swiglu"]
 CASES = {{case.id: case for case in OP.cases}}
-kept = []
+kept, mark = [], pytest.mark
 
 class Memory:
     pass
 
-@pytest.mark.gpu
+@mark.gpu
 @pytest.mark.parametrize("op", [OP], ids=["swiglu"])
 @pytest.mark.parametrize("case", [CASES[name] for name in {cases}], ids={cases})
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
