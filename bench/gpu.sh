@@ -126,7 +126,7 @@ part regress "$limit" "$PYTHON" -m bench.regress "$out/rows.jsonl" --minutes "$(
 {
     tail -n 1 "$logs/tests.log"
     grep -hoE "worker '.*' crashed while running .*|[^ ]+ lost the device: .*" "$logs/tests.log" | sort -u
-    grep -h ' images/s' "$logs"/{step,sampling,tokenizer}.log
+    grep -h ' images/s' "$logs"/{step,sampling,tokenizer}.log | grep -v '^so far'
     grep -h ' mean over the step' "$logs/gemms.log"
     grep -h '^best against best' "$logs/data.log"
     grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$logs"/{ops,more}.log

@@ -9,10 +9,13 @@ run that is cut off leaves a row of each variant that had started.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
 
 from bench.entrants.training import STEPS, VARIANTS, Variant
 from bench.measure import program
@@ -73,14 +76,18 @@ class Bench(Contest):
         return sorted(job.names, key=lambda name: name != judge)
 
     def prepare(self, job: Job, name: str, shared: None) -> Ready:
+        begun = time.perf_counter()
         with ExitStack() as failing:
             step = self.make(job.variant(name), job.config, job.batch, self.device.kind)
             failing.callback(getattr(step, "close", lambda: None))
             first = step()
+            if self.device.kind == "cuda":
+                torch.cuda.synchronize()
+            about = {"seconds_to_first_step": time.perf_counter() - begun}
             for _ in range(2):  # compiles, tunes, fills caches
                 step()
-            loss = None if first is None else float(first)
-            return Ready({"": Lap(step)}, loss, {"loss": loss}, close=failing.pop_all().close)
+            about["loss"] = None if first is None else float(first)
+            return Ready({"": Lap(step)}, about["loss"], about, close=failing.pop_all().close)
 
     def wrong(self, job: Job, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)

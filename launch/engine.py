@@ -217,6 +217,10 @@ class Engine:
         if boundary and getattr(self._engine.optimizer, "overflow", False):
             self.optimizer.discard()  # ZeRO 3, and ZeRO 0 in bf16, skip on their own and never call the optimizer
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters: they keep weights and optimizer alive, whoever else is gone."""
+        self._engine.destroy()
+
     def full_state(self, *, keep: bool) -> State:
         """Unsharded float32 CPU tensors by parameter name: `model` (with buffers and frozen parameters) and states.
 

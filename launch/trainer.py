@@ -113,6 +113,11 @@ class Trainer:
                 log.close()
         return self._stop_signal
 
+    def close(self) -> None:
+        """Give the memory of networks and optimizers back; nothing can be trained afterwards."""
+        for engine in self.engines.values():
+            engine.close()
+
     def _loop(self, log: Log | None) -> None:
         train, last = self.plan.train, self.plan.last_step
         stream = self.stream()

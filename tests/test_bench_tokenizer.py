@@ -67,7 +67,7 @@ def test_what_a_step_has_to_close_is_closed_with_it():
 @pytest.mark.parametrize(("part", "precision"), [("encode", "float32"), ("decode", "bfloat16")])
 def test_rows_of_a_pass(part, precision, tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(tokenizers, "compiled", lambda function, mode: seen.append(mode) or function)
+    monkeypatch.setattr(tokenizers, "compiled", lambda function, mode, **options: seen.append(mode) or function)
     job = Job(part, precision, 3, (REFERENCE, LAST, GRAPH), TINY, 16)
     rows = bench(tmp_path / "rows.jsonl").run(job)
     assert list(read(tmp_path / "rows.jsonl", "cpu")) == json.loads(json.dumps(rows))
@@ -150,7 +150,7 @@ def test_a_step_trains_both_networks(setting):
 
 def test_rows_of_a_training_step(monkeypatch):
     seen = []
-    monkeypatch.setattr(tokenizer_training, "compiled", lambda function, mode: seen.append(mode) or function)
+    monkeypatch.setattr(tokenizer_training, "compiled", lambda function, mode, **options: seen.append(mode) or function)
     last = Variant("bare-channels-last", "bare", kernels="reference", compile="inductor", channels_last=True)
     rows = bench().run(Job("train", "bfloat16", 2, (last, BARE), overrides=(*OVERRIDES, "loss.perceptual=none")))
     assert {row["contender"]: row["status"] for row in rows} == {"bare-channels-last": "ok", "reference": "ok"}, rows

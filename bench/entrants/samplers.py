@@ -135,7 +135,8 @@ class PlainSampler(Sampler):
 
     def __init__(self, variant: Variant, setting: Setting):
         s, narrow = setting.settings, getattr(torch, setting.settings.precision)
-        network = compiled(setting.plain(None if narrow == torch.float32 else narrow), variant.compile)
+        plain = setting.plain(None if narrow == torch.float32 else narrow)
+        network = compiled(plain, variant.compile, deterministic=False)
         self.samples = setting.judged_plain(network)
         statistics = LatentStatistics.neutral(setting.config.in_channels)
         tokenizer = make_tokenizer(setting.tokenizer, variant.ops(), setting.device)

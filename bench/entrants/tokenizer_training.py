@@ -16,7 +16,7 @@ from PIL import Image
 
 import kernels
 from bench.entrants.tokenizers import set_numerics
-from bench.entrants.training import FlatAdamW, close_trainer
+from bench.entrants.training import FlatAdamW
 from bench.tokenizer import Variant
 from kernels.compilation import compiled
 from launch.config import VavaeRun, load
@@ -80,7 +80,7 @@ class TrainerStep:
         self._trainer.train_step(self._stream)
 
     def close(self) -> None:
-        close_trainer(self._trainer)
+        self._trainer.close()
 
 
 class BareStep:
@@ -96,7 +96,7 @@ class BareStep:
         self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}
         for module in self._networks["autoencoder"].modules():
             if isinstance(module, Level | Middle):
-                module.forward = compiled(module.forward, variant.compile)
+                module.forward = compiled(module.forward, variant.compile, deterministic=variant.ours)
         if variant.compile != "none":  # a term's gradient at one layer is asked for before the backward pass
             torch._functorch.config.donated_buffer = False
         first = torch.arange(self._size)

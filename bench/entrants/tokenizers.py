@@ -113,7 +113,7 @@ class Truth:
         tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels), self._inputs.device)
         tokenizer.to(self._inputs.device, self._dtype, memory_format=layout)
         for half in (tokenizer.encoder, tokenizer.decoder):
-            half.forward = compiled(half.forward, variant.compile)
+            half.forward = compiled(half.forward, variant.compile, deterministic=variant.ours)
         run = self._way(tokenizer, self._inputs.contiguous(memory_format=layout))
         return run, self._way.result(tokenizer, run.inputs)[:JUDGED]
 

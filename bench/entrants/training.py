@@ -10,22 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import kernels
 from bench.entrants import backends
 from bench.entrants.plain import PlainLightningDiT
-from kernels.compilation import compiled
+from kernels.compilation import compile_module
 from kernels.registry import Ops
 from lightningdit import latents
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
-
-if TYPE_CHECKING:
-    from launch.trainer import Trainer
 
 LR, BETAS, EPS, EMA_DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
 NORMALS = 8  # sets of latents and noise that steps go through by turns
@@ -44,6 +40,7 @@ class Variant:
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
         per_op: (op, backend) of the ops that have another one than `kernels`.
+        deterministic: `train.deterministic`; the peers are compiled as fast as the compiler can.
     """
 
     name: str
@@ -54,10 +51,11 @@ class Variant:
     residual: str = "float32"
     recompute: bool | str = False
     per_op: tuple[tuple[str, str], ...] = ()
+    deterministic: bool = True
 
     def features(self) -> dict:
         """What a row says of it."""
-        names = ("engine", "kernels", "in_graph", "compile", "residual", "recompute")
+        names = ("engine", "kernels", "in_graph", "compile", "residual", "recompute", "deterministic")
         return {name: getattr(self, name) for name in names} | {"per_op": dict(self.per_op)}
 
     def on(self, asked: Iterable[str]) -> "Variant":
@@ -93,10 +91,12 @@ VARIANTS = {
         Variant("bare-folded", "bare", in_graph=("linear_swiglu", "swiglu_linear_grad")),
         Variant("bare-reference", "bare", kernels="reference"),
         Variant("bare-cudagraphs", "bare", compile="cudagraphs"),
+        Variant("bare-regional", "bare", compile="regional"),
+        Variant("bare-by-timing", "bare", deterministic=False),
         Variant("bare-bfloat16-stream", "bare", residual="bfloat16"),
         Variant("bare-pointwise", "bare", recompute="pointwise"),
         Variant("plain-eager", "plain", compile="none"),
-        Variant("plain-compile", "plain"),
+        Variant("plain-compile", "plain", deterministic=False),
     )
 }
 
@@ -187,7 +187,8 @@ class BareStep:
         network = make_network(config, ops, device, getattr(torch, variant.residual))
         self.inputs = Inputs(config, batch, device)
         self.optimizer = FlatAdamW(network, ops)
-        self._network = compiled(network, variant.compile, ops)
+        compile_module(network, variant.compile, ops, variant.deterministic)
+        self._network = network
 
     def __call__(self) -> torch.Tensor:
         loss = self.inputs.loss(self._network)
@@ -208,7 +209,8 @@ class PlainStep:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused
         )
-        self._network = compiled(PlainLightningDiT(network), variant.compile)
+        self._network = PlainLightningDiT(network)
+        compile_module(self._network, variant.compile, deterministic=variant.deterministic)
         self.norm = torch.ones(())
 
     def __call__(self) -> torch.Tensor:
@@ -242,7 +244,8 @@ class TrainerStep:
             f"data.image_size={16 * config.input_size}", f"data.num_workers={workers}", "data.verify=false",
             f"train.output_dir={directory}", "train.exp_name=bench", "train.tensorboard=false",
             f"train.global_batch_size={batch}", f"train.max_steps={steps}",
-            f"train.compile={variant.compile}", f"train.residual_dtype={variant.residual}",
+            f"train.compile={variant.compile}", f"train.deterministic={str(variant.deterministic).lower()}",
+            f"train.residual_dtype={variant.residual}",
             f"train.use_checkpoint={str(variant.recompute).lower()}",
             f"kernels={json.dumps({'default': 'auto', **backends.per_op(variant.kernels, variant.named)})}",
             "model.model_type=null", f"model.in_chans={config.in_channels}",
@@ -256,13 +259,7 @@ class TrainerStep:
         self._trainer.train_step(self._stream)
 
     def close(self) -> None:
-        close_trainer(self._trainer)
-
-
-def close_trainer(trainer: "Trainer") -> None:
-    """Have DeepSpeed take its hooks off the parameters: they keep weights and optimizer alive, whoever else is gone."""
-    for engine in trainer.engines.values():
-        engine._engine.destroy()
+        self._trainer.close()
 
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
