@@ -146,6 +146,7 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert first["mfu"] is None and first["peak_gb"] is None, "a CPU's rows claim no part of a GPU"
     assert first["rests_on"] == {"bursts": 2, "of": 2, "by_turns": False, "cut_off": None}
     assert first["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
+    assert first["seconds_to_first_step"] > first["p20_ms"] / 1e3, "it has made the model too"
     assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 import kernels
 from kernels import compilation
 from kernels.compilation import compiled
+from kernels.device import cuda_reasons
 from kernels.operators import operator
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
@@ -74,6 +75,7 @@ def test_modes_without_inductor_do_not_import_it(mode):
     code = f"""
 import sys, torch
 from kernels.compilation import compiled
+from kernels.device import cuda_reasons
 compiled(torch.nn.Identity(), {mode!r})
 print("torch._inductor.lowering" in sys.modules)
 """
@@ -150,18 +152,42 @@ def test_only_modules_with_regions_are_compiled_by_region():
         compiled(print, "regional")
 
 
+SMALL = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=32, num_heads=2, depth=2,
+                    use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+
+
+def gradients(mode: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **changes) -> list[torch.Tensor]:
+    """Those of a small network, compiled anew; the null label comes three times."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    ops = kernels.select("auto" if device == "cuda" else "reference")
+    network = LightningDiT(SMALL.model_copy(update=changes), ops).train()
+    torch.nn.init.normal_(network.final_layer.linear.weight)
+    network = network.to(device, dtype)
+    x, t, y = torch.randn(4, 4, 4, 4), torch.rand(4), torch.tensor([1000, 2, 1000, 1000])
+    compilation.compile_module(network, mode, ops)
+    network(x.to(device), t.to(device), y.to(device)).square().mean().backward()
+    return [p.grad for p in network.parameters() if p.requires_grad]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_network_by_regions_gives_the_gradients_of_the_whole(recompute):
-    config = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=32, num_heads=2, depth=3,
-                         use_swiglu=True, use_rope=True, use_rmsnorm=True, use_checkpoint=recompute)  # fmt: skip
-    ops, found = kernels.select("reference"), {}
-    x, t, y = torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 2])
-    for mode in ("none", "regional"):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        network = LightningDiT(config, ops).train()
-        torch.nn.init.normal_(network.final_layer.linear.weight)
-        compilation.compile_module(network, mode, ops)
-        network(x, t, y).square().mean().backward()
-        found[mode] = [p.grad for p in network.parameters() if p.requires_grad]
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found.values(), strict=True))
+    whole, regional = (gradients(mode, use_checkpoint=recompute) for mode in ("none", "regional"))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(whole, regional, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["inductor", "regional"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_compiled_anew_gives_the_same_bits(device, mode):
+    if device == "cuda" and (reasons := cuda_reasons()):
+        pytest.skip("; ".join(reasons))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch._inductor.config.patch(force_disable_caches=True):
+        first, second = (gradients(mode, device, dtype) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", [True, "pointwise"])
+def test_checkpointing_in_a_compiled_graph_changes_no_gradient(kind):
+    plain, recomputed = gradients("none"), gradients("inductor", use_checkpoint=kind)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, recomputed, strict=True))
