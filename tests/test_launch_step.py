@@ -109,14 +109,17 @@ def toy_trainer(folder: Path, *overrides: str) -> Trainer:
     return make_trainer(run, "lightningdit", start_processes())
 
 
-def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch):
-    """It may be they that a backward pass hands its weight gradients to."""
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch, capsys, deterministic):
+    """It may be they that a backward pass hands its weight gradients to. And whether it may time what sums."""
     told = []
-    monkeypatch.setattr("launch.engine.compiled", lambda function, *of: told.append(of) or function)
+    monkeypatch.setattr("launch.engine.compile_module", lambda module, *how: told.append(how))
     choice = "kernels={default: reference, weight_gradients: triton}"
-    toy_trainer(tmp_path, "train.compile=inductor", "train.precision=bfloat16", choice)
-    ((mode, ops),) = told
-    assert mode == "inductor" and ops.table()["weight_gradients"]["backend"] == "triton"
+    toy_trainer(tmp_path, "train.compile=inductor", "train.precision=bfloat16", choice,
+                f"train.deterministic={str(deterministic).lower()}")  # fmt: skip
+    ((mode, ops, timed),) = told
+    assert mode == "inductor" and ops.table()["weight_gradients"]["backend"] == "triton" and timed == deterministic
+    assert "what is compiled is kept in " in capsys.readouterr().out
 
 
 def test_what_a_graph_would_read_stays_at_its_addresses(tmp_path, monkeypatch):

@@ -260,11 +260,12 @@ def test_warm_start_and_explicit_checkpoint(run_file, tmp_path):
     assert [row["step"] for row in rows(further)] == [4]
 
 
-def test_compiled_training_is_eager_training(tmp_path, run_file):
-    """One graph forward, one backward: the same losses to rounding, and a checkpoint that goes on uncompiled."""
+@pytest.mark.parametrize("mode", ["aot_eager", "regional"])
+def test_compiled_training_is_eager_training(tmp_path, run_file, mode):
+    """Graphs forward and backward: the same losses to rounding, and a checkpoint that goes on uncompiled."""
     command = ("train", "lightningdit", str(run_file()))
     assert launch(*command, "train.exp_name=eager") == [0]
-    assert launch(*command, "train.exp_name=own", "train.compile=aot_eager", "train.max_steps=4") == [0]
+    assert launch(*command, "train.exp_name=own", f"train.compile={mode}", "train.max_steps=4") == [0]
     assert launch(*command, "train.exp_name=own", "train.compile=none") == [0]
     for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "own"), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
@@ -276,6 +277,8 @@ def test_what_cannot_be_compiled_is_refused(run_file):
     with pytest.raises(ConfigError, match=r"compile is inductor, but deepspeed\.zero_stage 3"):
         load(path, ["train.compile=inductor", "deepspeed.zero_stage=3"], kind="lightningdit")
     assert load(path, ["deepspeed.zero_stage=3"], kind="lightningdit")[0].train.compile == "auto"
+    with pytest.raises(ConfigError, match=r"compile is regional, but use_checkpoint pointwise looks into each block"):
+        load(path, ["train.compile=regional", "train.use_checkpoint=pointwise"], kind="lightningdit")
     with pytest.raises(ConfigError, match=r"train\.compile"):
         load(str(run_file("vavae")), ["train.compile=inductor"], kind="vavae")
 

@@ -166,13 +166,14 @@ def lightningdit(variant: Variant, config: ModelConfig) -> Step:
 
 def sampler(variant: Variant, config: ModelConfig) -> Step:
     """A call of the network without gradients, as a step of the sampler makes it."""
+    ops = variant.select()
     with unset_fake_temporarily(), torch.device("meta"):
-        network = LightningDiT(config, variant.select()).eval().bfloat16()
+        network = LightningDiT(config, ops).eval().bfloat16()
     network = on_device(network.requires_grad_(False))
     x = torch.empty(variant.batch, config.in_channels, config.input_size, config.input_size, device="cuda")
     t = torch.empty(variant.batch, device="cuda")
     y = torch.empty(variant.batch, dtype=torch.int64, device="cuda")
-    call = compiled(network, variant.mode, variant.select())
+    call = compiled(network, variant.mode, ops)
     return Step(torch.no_grad()(lambda: call(x, t, y)))
 
 
