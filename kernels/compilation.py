@@ -20,7 +20,7 @@ from kernels.operators import register_lowerings
 from kernels.registry import Ops
 
 MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
-DIRECTORY = "TORCHINDUCTOR_CACHE_DIR"
+DIRECTORY, TAG = "TORCHINDUCTOR_CACHE_DIR", "TORCH_COMPILE_CACHE_KEY_TAG"
 
 
 def cache_directory() -> Path:
@@ -31,11 +31,11 @@ def cache_directory() -> Path:
 
     chosen = os.environ.get(DIRECTORY) or default_cache_dir()
     if chosen == default_cache_dir():  # Inductor itself sets the variable to that where nobody has
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        ours = home / "lightningdit" / "inductor"
         try:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            ours = home / "lightningdit" / "inductor"
             ours.mkdir(parents=True, exist_ok=True)
-        except OSError:  # a home that cannot be written
+        except (OSError, RuntimeError):  # a home that cannot be written, or none
             return Path(chosen)
         os.environ[DIRECTORY] = chosen = str(ours)
     return Path(chosen)
@@ -99,7 +99,7 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
     options: dict[str, Any] | None = None
     if mode != "aot_eager":
         cache_directory()
-        torch.compiler.config.cache_key_tag = sources()
+        torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + sources()
         register_lowerings()
         from kernels.checkpointing import SaveBlockOutputs
 

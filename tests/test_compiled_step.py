@@ -18,6 +18,8 @@ from tests import fake_gpu
 from tests.fake_gpu.mistakes import MISTAKES
 from tests.fake_gpu.step import VARIANTS
 
+pytestmark = pytest.mark.skipif(bool(fake_gpu.reasons()), reason="; ".join(fake_gpu.reasons()))
+
 DEPTH = 28
 #: Bytes of the smaller GPU that XL/1 is to be trained on, less what CUDA, NCCL and cuBLAS keep for themselves.
 MEMORY = 80e9 - 2e9

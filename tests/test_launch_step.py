@@ -18,7 +18,8 @@ from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from lightningdit.modulation import evenly_spaced
 from tests import toy
-from tests.host_reads import HostReads, moved_bytes
+from tests.host_reads import HostReads
+from tests.operator_costs import moved_bytes
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,6 +6,7 @@ numbers), Triton compiles for sm_90, and whatever would launch a kernel fails.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("runtime.c")
+COMPILER = os.environ.get("CC", "gcc")
 LIBRARY = ROOT / "build" / "fake_gpu" / "libcuda.so.1"
+
+
+def reasons() -> list[str]:
+    """Why the device cannot be made up here; empty if it can."""
+    if sys.platform != "linux":
+        return [f"the dynamic linker of {sys.platform} takes no LD_PRELOAD"]
+    return [] if shutil.which(COMPILER) else [f"no C compiler: {COMPILER} is not on the PATH (CC names another)"]
 
 
 def library() -> Path:
@@ -25,7 +34,7 @@ def library() -> Path:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=LIBRARY.parent) as folder:  # another process may build it too
             made = Path(folder) / LIBRARY.name
-            command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-O1", f"-Wl,-soname,{LIBRARY.name}",
+            command = [COMPILER, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{LIBRARY.name}",
                        *(f"-I{folder}" for folder in headers), "-o", made, SOURCE]  # fmt: skip
             subprocess.run(command, check=True)
             os.replace(made, LIBRARY)

@@ -28,8 +28,8 @@ from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from tests.fake_gpu.device import Compilations, compiling, on_device
 from tests.fake_gpu.mistakes import MISTAKES
-from tests.host_reads import READS, moved_bytes
 from tests.live_memory import LiveMemory
+from tests.operator_costs import READS, moved_bytes
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 
