@@ -101,7 +101,7 @@ def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "measure", lambda device: (None, []))
     monkeypatch.setattr(contest, "EARLY", 0.05)
     out = tmp_path / "rows.jsonl"
-    words = ["--minutes", "0.01", "--seconds", "2", "--out", str(out)]
+    words = ["--minutes", "0.08", "--seconds", "20", "--out", str(out)]
     options = program.parser("bench.toy", "", 0.2).parse_args(words)
     assert program.run("bench.toy", options, Slow, [Job()]) == 0
     rows = list(read(out, "cpu"))
