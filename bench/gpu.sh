@@ -21,9 +21,17 @@ out="${1:?$usage}"
 minutes="${2:-25}"
 [[ "$minutes" =~ ^[0-9]+$ && "$minutes" -gt 0 ]] || { echo "MINUTES is $minutes; a whole number. $usage" >&2; exit 2; }
 
+minutes="$((10#$minutes))"  # 08 is no octal number
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+here="$PWD"
 mkdir -p "$out" || exit 2
 out="$(cd "$out" && pwd)"
+options=("${@:3}")
+for ((i = 1; i < ${#options[@]}; i++)); do  # a path is meant from where the caller is
+    [[ "${options[i - 1]}" == --from && "${options[i]}" != /* ]] && options[i]="$here/${options[i]}"
+done
+[[ "${PYTHON:-/}" == */* && "${PYTHON:-/}" != /* ]] && PYTHON="$here/$PYTHON"
 cd "$root" || exit 2
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON=python3
@@ -32,7 +40,7 @@ fi
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"  # the ninja of setup.py lies beside it
 export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-((minutes < 20)) && exec "$PYTHON" -m bench.triage "$out" --minutes "$minutes" "${@:3}"
+((minutes < 20)) && exec "$PYTHON" -m bench.triage "$out" --minutes "$minutes" "${options[@]}"
 (($# <= 2)) || { echo "$minutes minutes take no options: ${*:3}. $usage" >&2; exit 2; }
 
 end=$((SECONDS + 60 * minutes))

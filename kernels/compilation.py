@@ -8,6 +8,7 @@ costs two calls of a graph. "aot_eager" traces and compiles nothing; "none" does
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import MethodType
@@ -23,22 +24,24 @@ MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
 DIRECTORY, TAG = "TORCHINDUCTOR_CACHE_DIR", "TORCH_COMPILE_CACHE_KEY_TAG"
 
 
-def cache_directory() -> Path:
+def cache_directory() -> Path | None:
     """Where Inductor keeps what it has compiled for the next process: what `TORCHINDUCTOR_CACHE_DIR` says, else a
-    folder of the user's cache. Its own default lies among temporary files, which do not outlive a machine's restart.
+    folder of the user's cache. Its own default lies among temporary files, which do not outlive a machine's restart;
+    it stays (and None comes back) where the user has no cache that can be written.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    chosen = os.environ.get(DIRECTORY) or default_cache_dir()
-    if chosen == default_cache_dir():  # Inductor itself sets the variable to that where nobody has
-        try:
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            ours = home / "lightningdit" / "inductor"
-            ours.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # a home that cannot be written, or none
-            return Path(chosen)
-        os.environ[DIRECTORY] = chosen = str(ours)
-    return Path(chosen)
+    chosen = os.environ.get(DIRECTORY)
+    with suppress(OSError, KeyError, RuntimeError):  # no home, nobody of that name, nothing to be written there
+        if chosen in (None, "", default_cache_dir()):  # Inductor sets the variable to that where nobody has
+            roots = (os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME") and str(Path.home() / ".cache"))
+            for root in filter(os.path.isabs, filter(None, roots)):
+                ours = Path(root) / "lightningdit" / "inductor"
+                ours.mkdir(parents=True, exist_ok=True)
+                if os.access(ours, os.W_OK | os.X_OK):
+                    os.environ[DIRECTORY] = chosen = str(ours)
+                    break
+    return Path(chosen) if chosen else None
 
 
 @cache

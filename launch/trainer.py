@@ -323,7 +323,7 @@ class Trainer:
 
         mode = compile_mode(train.compile, ds.zero_stage, self.split.accumulation)
         if mode not in ("none", "aot_eager") and self.processes.is_main:
-            print(f"what is compiled is kept in {cache_directory()} for the next start")
+            print(f"what is compiled is kept in {cache_directory() or 'a temporary folder'} for the next start")
         return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)
 
     def _to_device(self, batch: Tensors) -> Tensors:

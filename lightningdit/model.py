@@ -245,7 +245,10 @@ class LightningDiT(KeepsFloat32):
 
     @property
     def regions(self) -> list[nn.Module]:
-        """What a compiler may take one by one instead of the whole; the rest are small vectors and two views."""
+        """What a compiler may take one by one instead of the whole.
+
+        The rest runs operator by operator: the position table's addition, the label's vector, all modulations' product.
+        """
         return [self.x_embedder, self.t_embedder, *self.blocks, self.final_layer]
 
     @torch.no_grad()

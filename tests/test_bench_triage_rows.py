@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from bench import regress
 from bench.gate import baseline
 from bench.measure.rows import read
+from bench.triage import __main__ as program
 from bench.triage.records import Records
-from tests.test_bench_triage import BARE, MACHINE, WELL, Script, checked, op_row, row, run, step_row
+from tests.test_bench_triage import BARE, MACHINE, PLAIN, WELL, Script, checked, op_row, row, run, step_row
 
 
 def test_how_children_ended_is_nothing_to_compare(tmp_path):
@@ -43,3 +46,53 @@ def test_rows_of_one_name_are_one_row(tmp_path):
     again = Records(tmp_path / "rows.jsonl").of("op")
     assert [(row["direction"], row["fraction"]) for row in again] == [("forward", 0.2), ("backward", 0.2)]
     assert again == records.of("op") and records.facts["gpu"] == "NVIDIA H100 80GB HBM3"
+
+
+def test_what_is_skipped_takes_no_verdict_away(tmp_path):
+    """A second run into the same folder, without the GPU or the time of the first."""
+    records = Records(tmp_path / "rows.jsonl")
+    records.add(checked("swiglu", "triton", "timeout"))
+    records.add(checked("swiglu", "cuda", "skipped"))
+    again = Records(tmp_path / "rows.jsonl")
+    for backend in ("triton", "cuda"):
+        again.add(checked("swiglu", backend, "skipped"))
+    again.settle()
+    found = Records(tmp_path / "rows.jsonl").of("triage")
+    assert [row["verdict"] for row in found] == ["timeout", "skipped"]
+    again.add(checked("swiglu", "triton", "ok"))
+    assert [row["verdict"] for row in again.of("triage")] == ["ok", "skipped"]
+
+
+def test_a_rehearsal_is_not_written_over_rows_of_a_gpu(tmp_path, capsys):
+    Records(tmp_path / "rows.jsonl").add(op_row("swiglu", "triton", 0.5))
+    with pytest.raises(SystemExit):
+        program.parse([str(tmp_path), "--rehearse"])
+    assert "holds rows of a GPU" in capsys.readouterr().err
+    assert program.parse([str(tmp_path)]).out == tmp_path
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "rows.jsonl").mkdir()
+    for out in (tmp_path / "file", tmp_path):
+        with pytest.raises(SystemExit):
+            program.parse([str(out)])
+        assert f"OUT {out} is no folder to write to" in capsys.readouterr().err
+
+
+def test_a_program_without_a_device_stops_the_others(tmp_path):
+    """Where one part alone is asked for, nobody has looked for a device before."""
+    alone = Script(status=2, rows=[], log="bench.step needs a GPU: no CUDA device is visible\n")
+    _, told, stage = run(tmp_path, (BARE, PLAIN), {"bare-bare": alone})
+    assert stage.triage.no_device == "no CUDA device is visible"
+    assert told["plain-eager/plain-eager"]["verdict"] == "skipped"
+
+
+def test_who_reads_along_may_go(tmp_path, monkeypatch):
+    def closed(*text, **how):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    _, told, _ = run(tmp_path, (MACHINE, BARE), {"machine-machine": WELL})
+    assert set(told) == {"machine/machine", "bare/bare"}
+    assert "== bare" in (tmp_path / "log.txt").read_text()

@@ -5,6 +5,7 @@ What that came to is held to the figures below, and every mistake of `tests.fake
 """
 
 import json
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -39,6 +40,7 @@ class Figures:
         graphs: compiled, forward and backward.
         launches: of generated kernels in a step.
         generated: GB that generated kernels are given.
+        moved: GB that operators and generated kernels are given together; None where that is not held.
         saved: GB that the forward pass keeps for the backward pass.
         peak: GB at most, beside weights and optimizer states.
         cpu: seconds of one core until the first step is through.
@@ -54,6 +56,7 @@ class Figures:
     generated_per_block: float = 0.0
     saved_per_block: float = 0.0
     peak_per_block: float = 0.0
+    moved: float | None = None
     graphs: tuple[int, int] = (1, 1)
     cpu: float = 60.0
     cudagraphs: int = 0
@@ -71,6 +74,8 @@ class Figures:
         for name in ("generated", "saved", "peak"):
             most = getattr(self, name) + depth * getattr(self, f"{name}_per_block")
             hold(f"{name} GB", report[f"{name}_bytes"] / GB, most * SLACK)
+        if self.moved is not None and depth == DEPTH:
+            hold("moved GB", (report["generated_bytes"] + report["operator_bytes"]) / GB, self.moved * 1.002)
         hold("bytes of states and a step", report["state_bytes"] + report["peak_bytes"], MEMORY)
         for name, want in (("kernels", self.kernels), ("graphs", list(self.graphs)), ("cudagraphs", self.cudagraphs),
                            ("atomics", []), ("to_host", {}), ("no_cudagraph", [])):  # fmt: skip
@@ -85,32 +90,58 @@ WHOLE = {"kernels": {"poi": 15, "red": 7}, "launches": 22, "launches_per_block":
 KEPT = {"saved": 0.251, "saved_per_block": 1.5141, "peak": 0.51, "peak_per_block": 1.5141}
 
 FIGURES = {
-    "triton": Figures(**WHOLE, **KEPT),
+    "triton": Figures(**WHOLE, **KEPT, moved=279.3),
     "cuda": Figures(**WHOLE, **KEPT),
     "in-graph": Figures(**WHOLE, **KEPT | {"peak": 0.58}),
     "bfloat16-stream": Figures(**WHOLE | {"generated": 0.355}, saved=0.175, saved_per_block=1.363, peak=0.43,
                                peak_per_block=1.363),
-    "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036),
+    "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036,
+                         moved=364.5),
     "pointwise": Figures(**WHOLE | {"kernels": {"poi": 16, "red": 7}, "launches": 23}, saved=0.53,
                          saved_per_block=1.0747, peak=0.99, peak_per_block=1.0747),
     "regional": Figures(kernels={"poi": 14, "red": 7}, launches=48, generated=0.493, saved=42.65, peak=42.98,
-                        graphs=(5, 5), cpu=20),
+                        moved=279.7, graphs=(5, 5), cpu=20),
+    "regional-recompute": Figures(kernels={"poi": 14, "red": 7}, launches=76, generated=0.5, saved=6.65, peak=8.26,
+                                  moved=386.9, graphs=(5, 5), cpu=20),
     "cudagraphs": Figures(**WHOLE, **KEPT, cudagraphs=2),
     # Twice the 45 to 55 s that it takes on a core: the machine may be busy.
-    "plain": Figures({"per": 2, "poi": 37, "red": 26}, launches=1147, generated=186.3, saved=48.14, peak=48.4, cpu=110),
+    "plain": Figures({"per": 2, "poi": 37, "red": 26}, launches=1147, generated=186.3, saved=48.14, peak=48.4,
+                     moved=353.6, cpu=110),
     "sampler": Figures({"poi": 10}, launches=15, generated=0.261, saved=0.005, peak=0.806, graphs=(1, 0)),
     "encoder": Figures({"per": 5, "poi": 35, "red": 15}, launches=168, generated=15.25, saved=7.04, peak=7.05),
     "decoder": Figures({"per": 4, "poi": 39, "red": 20}, launches=223, generated=21.45, saved=11.74, peak=12.28),
 }  # fmt: skip
 
+#: Of the kernels that Inductor generates, those with a stack though nothing spills: the large arguments of a sine.
+STACK = {"triton_poi_fused_arange_cat_cos_exp_mul_sin_unsqueeze"}
+
 _sources = TemporaryDirectory()
 
 
+_pool = ThreadPoolExecutor(max_workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def end_of_children():
+    """Those that nobody has asked for yet are not begun."""
+    yield
+    _pool.shutdown(wait=False, cancel_futures=True)
+
+
 @cache
-def reports() -> dict[str, Future]:
-    """Variant → its report, two at a time; their generated kernels are left in `_sources`."""
-    pool = ThreadPoolExecutor(max_workers=2)
-    return {name: pool.submit(report, name, "--sources", _sources.name) for name in VARIANTS}
+def pending(name: str) -> Future:
+    """The report of a variant, to come; its generated kernels are left in `_sources`."""
+    return _pool.submit(report, name, "--sources", _sources.name)
+
+
+@pytest.fixture
+def ahead(request):
+    """Two at a time: the next variant of this run is compiled beside the one that is waited for."""
+    names = [item.callspec.params["name"] for item in request.session.items
+             if item.function is test_a_step_comes_to_what_it_did]  # fmt: skip
+    place = names.index(request.node.callspec.params["name"])
+    for name in names[place : place + 2]:
+        pending(name)
 
 
 def report(*arguments: str) -> dict:
@@ -124,14 +155,14 @@ def planted(mistake: str, variant: str = "triton", depth: int = 2) -> list[str]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_step_comes_to_what_it_did(name):
-    found = reports()[name].result()
+def test_a_step_comes_to_what_it_did(name, ahead):
+    found = pending(name).result()
     assert not FIGURES[name].faults(found), json.dumps(found)
 
 
 def test_ops_in_graphs_take_the_place_of_products():
     """Of a block's twelve, four weight gradients go into one launch, and one product into each of the other two."""
-    plain, replaced = (reports()[name].result()["operators"] for name in ("triton", "in-graph"))
+    plain, replaced = (pending(name).result()["operators"] for name in ("triton", "in-graph"))
     ops = [f"ldit::{name}" for name, op in kernels.OPS.items() if op.in_graph]
     assert [replaced[name] for name in ops] == [DEPTH] * 3 and not set(ops) & set(plain)
     assert plain["aten::mm"] - replaced["aten::mm"] == 6 * DEPTH
@@ -139,8 +170,8 @@ def test_ops_in_graphs_take_the_place_of_products():
 
 
 def test_what_regions_cost():
-    """Compiled in a third of the time; the bytes of a step grow by less than 1 %."""
-    whole, regional = (reports()[name].result() for name in ("triton", "regional"))
+    """Compiled in less than half the time; the bytes of a step grow by less than 1 %."""
+    whole, regional = (pending(name).result() for name in ("triton", "regional"))
     moved = [found["generated_bytes"] + found["operator_bytes"] for found in (whole, regional)]
     assert moved[1] <= 1.01 * moved[0]
     assert regional["cpu_seconds"] < whole["cpu_seconds"] / 2
@@ -148,7 +179,7 @@ def test_what_regions_cost():
 
 def test_what_checkpointing_saves():
     """Three quarters of the memory, for one more forward pass without the last product of most blocks."""
-    whole, recompute = (reports()[name].result() for name in ("triton", "recompute"))
+    whole, recompute = (pending(name).result() for name in ("triton", "recompute"))
     assert recompute["peak_bytes"] < 0.25 * whole["peak_bytes"]
     again = recompute["operators"]["aten::mm"] - whole["operators"]["aten::mm"]
     assert again == 3 * DEPTH + 1, "qkv, proj and w12 of each block, and the last block's w3"
@@ -156,12 +187,14 @@ def test_what_checkpointing_saves():
 
 def test_generated_kernels_compile_for_the_device():
     """Every one of every variant, without spilled registers and without atomics."""
-    for future in reports().values():
-        future.result()
+    for name in VARIANTS:
+        pending(name).result()
     assert len(list(Path(_sources.name).glob("*.py"))) > 100
     found = fake_gpu.run("tests.fake_gpu.kernels", _sources.name, timeout=2 * PATIENCE)
     assert len(found) == len(list(Path(_sources.name).glob("*.py")))
     assert not [row for row in found if row["atomic"]]
+    spilling = {re.sub(r"_\d+$", "", row["kernel"]) for row in found if row["stack"]}
+    assert spilling <= STACK, "spilled registers"
 
 
 # Each check, seen to fail.

@@ -115,10 +115,28 @@ def test_the_next_process_finds_what_was_compiled_unless_the_kernels_changed(tmp
 def test_whoever_names_a_cache_keeps_it(monkeypatch, tmp_path):
     monkeypatch.setenv(compilation.DIRECTORY, str(tmp_path))
     assert compilation.cache_directory() == tmp_path
-    monkeypatch.delenv(compilation.DIRECTORY)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("home", ["file", "read-only", "", "relative"])
+def test_a_home_that_cannot_be_used_leaves_inductor_its_own_folder(monkeypatch, tmp_path, home):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(compilation.DIRECTORY, default_cache_dir())
+    monkeypatch.setenv("HOME", "")
     (tmp_path / "file").write_text("no folder")
-    assert compilation.cache_directory() == Path(default_cache_dir()), "a home that cannot be written"
+    if home == "read-only":
+        monkeypatch.setattr(os, "access", lambda *asked: False)  # root may write anywhere
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home) if home in ("file", "read-only") else home)
+    assert compilation.cache_directory() == Path(default_cache_dir())
+    assert not (tmp_path / "relative").exists()
+
+
+def test_a_user_without_a_name_may_compile(monkeypatch):
+    def nobody():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setenv(compilation.DIRECTORY, "/named")
+    assert compilation.cache_directory() == Path("/named")
 
 
 class Two(torch.nn.Module):

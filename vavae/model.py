@@ -89,8 +89,10 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
     B, C, H, W = x.shape
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
-        return pixels.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
-    return x[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
+        grown = pixels.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        return grown.contiguous(memory_format=torch.channels_last)
+    # Of one pixel the reshaped tensor is a view still, of the same number four times.
+    return x[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W).contiguous()
 
 
 class Upsample(nn.Module):

@@ -10,6 +10,7 @@ with 1 if something failed or was wrong, with 2 if there is no GPU, with 128 and
 import argparse
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from bench.triage import second
@@ -34,12 +35,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true",
                         help="on a CPU, with tiny sizes: that everything starts and ends; no figure means anything")
     options = parser.parse_args(argv)
-    if options.minutes <= 0:
+    if not options.minutes > 0:  # nan too
         parser.error(f"--minutes is {options.minutes:g}; allowed: more than 0")
     if options.second and options.only:
         parser.error("either --second or --only")
     if options.earlier and not options.earlier.is_file():
         parser.error(f"--from {options.earlier}: there is no such file")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "log.txt").open("a", encoding="utf-8").close()
+        earlier = read_rows(options.out / "rows.jsonl")
+    except OSError as error:
+        parser.error(f"OUT {options.out} is no folder to write to: {error}")
+    if options.rehearse and any(row.get("gpu") for row in earlier):
+        parser.error(f"--rehearse: {options.out} holds rows of a GPU, which a CPU's would replace; name another folder")
     try:
         options.parts = chosen(parts(), options.only)
     except ValueError as error:
@@ -49,7 +58,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
     triage = Triage(options.out, options.minutes, read_rows(options.earlier) if options.earlier else (),
                     command=rehearsed if options.rehearse else command)  # fmt: skip
     heard: list[int] = []
@@ -61,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     well = triage.run(second.parts(triage.rows) if options.second else options.parts)
-    print((options.out / "summary.txt").read_text(encoding="utf-8"))
+    with suppress(OSError):  # whoever read this may be gone
+        print((options.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
     if heard:
         return 128 + heard[0]
     return NO_DEVICE if triage.no_device else int(not well)

@@ -17,7 +17,8 @@ PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 def main() -> None:
     seconds, module = float(sys.argv[1]), sys.argv[2]
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable()
     faulthandler.dump_traceback_later(seconds)
     sys.argv = sys.argv[2:]

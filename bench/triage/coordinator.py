@@ -26,6 +26,8 @@ LAST = 12.0
 #: A program that ends by itself is told to do so this long before its limit, or at this part of it.
 EARLIER, EARLIER_PART = 6.0, 0.85
 TAIL = 20
+#: Exit status of a program of the bench that finds no GPU.
+NEEDS_DEVICE = 2
 LONGEST = 1000
 PAUSE = 0.1
 
@@ -117,9 +119,10 @@ class Triage:
 
     def say(self, text: str) -> None:
         line = f"{self._clock() - self._begun:6.1f} s  {text}"
-        print(line, flush=True)
         with (self._out / "log.txt").open("a", encoding="utf-8") as log:
             log.write(line + "\n")
+        with suppress(OSError):  # a pipe that is closed, a terminal that is gone
+            print(line, flush=True)
 
     def _part(self, part: Part, limit: float) -> None:
         known = Known(self.rows)
@@ -192,7 +195,7 @@ class Triage:
         lines = each.log.read_text(encoding="utf-8", errors="replace").splitlines()
         told = _object(each.result)
         self.records.learn(told)
-        if reasons := told.get("no_device"):
+        if reasons := told.get("no_device") or lacking_device(ended, lines):
             self._no_device = "; ".join(reasons)
         word, why = verdict(ended, each.measured if each.task.rows else None, lines[1:], told)
         known = {key: told[key] for key in ("packages", "extension", "collectives") if key in told}
@@ -217,7 +220,7 @@ class Triage:
             if row["status"] == "incorrect":
                 self._correct(row)
         self.records.settle()
-        (self._out / "summary.txt").write_text(summary.text(self.records.rows), encoding="utf-8")
+        (self._out / "summary.txt").write_text(summary.text(self.records.rows, self.rows), encoding="utf-8")
         archive = shutil.make_archive(str(Path(self._work.name) / "archive"), "gztar", self._work.name, "logs")
         shutil.copyfile(archive, self._out / "logs.tgz")
 
@@ -228,6 +231,12 @@ class Triage:
                 self.records.add(told | {"verdict": WRONG, "reason": row["reason"]})
                 self._failures.append(row["child"])
                 self.say(f"{told['name']:34} {WRONG}: {row['reason']}")
+
+
+def lacking_device(ended: Ended, log: Sequence[str]) -> list[str]:
+    """Why a program of the bench says that there is no GPU for it; empty if it does not."""
+    found = [line.partition(" needs a GPU: ")[2] for line in log if " needs a GPU: " in line]
+    return found[:1] if ended.status == NEEDS_DEVICE else []
 
 
 def _object(path: Path) -> Row:

@@ -98,6 +98,8 @@ def chosen(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part, ...]:
         wanted.setdefault(name, set()).update(tasks)
     if any(task.ceilings for tasks in wanted.values() for task in tasks):
         wanted.setdefault("ceilings", set()).update(next(p for p in everything if p.name == "ceilings").tasks)
+    if "build" in wanted:  # which is decided by what the first child says of the extension
+        wanted.setdefault("machine", set()).update(next(p for p in everything if p.name == "machine").tasks)
     found = []
     for part in everything:
         tasks = tuple(task for task in part.tasks if task in wanted.get(part.name, ()))

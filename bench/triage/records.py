@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from bench.measure.rows import FORMAT, NAMES, Key, Row, key, now
+from bench.triage.verdicts import SKIPPED
 
 #: What all rows of a run say of the machine.
 FACTS = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
@@ -31,9 +32,15 @@ class Records:
             self.facts = {name: facts.get(name) for name in FACTS}
 
     def add(self, row: Row) -> Row:
-        """Keep and write a row at once, completed by what all rows of the run say."""
+        """Keep and write a row at once, completed by what all rows of the run say.
+
+        What was skipped says nothing: it does not take the place of a verdict that an earlier run came to.
+        """
         self.learn(row)
         full = {"format": FORMAT, "kind": row["kind"], "date": now(), **self._facts(), **row}
+        known = self._rows.get(_name(full), {})
+        if full.get("verdict") == SKIPPED and known.get("verdict", SKIPPED) != SKIPPED:
+            return full
         self._rows[_name(full)] = full
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(full))

@@ -11,11 +11,11 @@ HEADLINE = ("trainer", "bare", "plain-eager", "plain-compile")
 RIGHT = {OK: "right", SKIPPED: "not checked"}
 
 
-def text(rows: Sequence[Row]) -> str:
-    """summary.txt."""
+def text(rows: Sequence[Row], known: Sequence[Row] | None = None) -> str:
+    """summary.txt, of these rows; known: those that say what to do next, an earlier run's too."""
     sections = (
         ("", _machine(rows)),
-        ("Next", [next_step(rows)]),
+        ("Next", [next_step(rows if known is None else known)]),
         ("Ops: forward, gradients, the same bits twice", _checks(rows)),
         (f"Training steps of {MODEL}, each alone in a process", _steps(rows)),
         ("Matrix products of a step", _products(rows)),

@@ -40,8 +40,7 @@ def verdict(ended: Ended, rows: Sequence[Row] | None, log: Sequence[str], told: 
     if ended.why:
         return SKIPPED, f"the run was stopped when it had run for {ended.seconds:.1f} s"
     if ended.status < 0:
-        name = signal.Signals(-ended.status).name
-        return f"signal {name}", _last(log)
+        return f"signal {_signal(-ended.status)}", _last(log)
     if ended.status in (0, FOUND_WRONG) and told.get("verdict"):
         return told["verdict"], told.get("reason", "")
     if found := _of_rows(rows or ()):
@@ -72,6 +71,11 @@ def about(row: Row) -> str:
     if row["kind"] != "op":
         return ""
     return " ".join(str(row[key]) for key in ("op", "case", "direction", "contender") if row[key]) + ": "
+
+
+def _signal(number: int) -> str:
+    known = {one.value: one.name for one in signal.Signals}
+    return known.get(number, str(number))  # most real-time signals have no name
 
 
 def _last(log: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Compile a training step for the H100 that is not there, run what was compiled, and print what that came to.
 
-    python -m tests.fake_gpu.step VARIANT [--depth N] [--batch N] [--plant MISTAKE] [--sources DIR]
+    python -m tests.fake_gpu.step VARIANT [--depth N] [--plant MISTAKE] [--sources DIR]
 
 One JSON object. With --sources, the source of each generated kernel is written to DIR for `tests.fake_gpu.kernels`.
 """
@@ -76,6 +76,7 @@ VARIANTS = {
     "recompute": Variant(recompute=True),
     "pointwise": Variant(recompute="pointwise"),
     "regional": Variant(mode="regional"),
+    "regional-recompute": Variant(mode="regional", recompute=True),
     "cudagraphs": Variant(mode="cudagraphs"),
     "plain": Variant(ops="reference", network="plain"),
     "sampler": Variant(network="sampler"),
