@@ -9,7 +9,7 @@ running: steps, batches, precision, optimizer, DeepSpeed, kernels.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -17,27 +17,10 @@ from pydantic import Field, ValidationError, model_validator
 import kernels
 import lightningdit.config as dit
 import vavae.config as vae
+from launch.config_files import ConfigError, read_mapping
+from launch.deepspeed_options import DeepSpeedConfig
 from lightningdit.config import Float, Positive, Section
 from vavae.published import from_published
-
-DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
-
-
-# What this project sets in DeepSpeed's configuration, and from which of its own keys.
-OWN_DEEPSPEED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "optimizer": "the optimizer section",
-    "scheduler": "the optimizer section",
-}
-
-
-class ConfigError(ValueError):
-    """A config file or override that cannot be used; names the file, the key and what is allowed."""
 
 
 class TrainConfig(Section):
@@ -116,33 +99,6 @@ class OptimizerConfig(Section):
         done = (step - self.warmup_steps) / max(last_step - self.warmup_steps, 1)
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
-
-
-class DeepSpeedConfig(Section):
-    """ZeRO stage, and anything else of DeepSpeed's own configuration: a JSON file, then `overrides` on top.
-
-    `file` is a path, or the name of one of `launch/deepspeed/`.
-    """
-
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    file: str | None = None
-    overrides: dict[str, Any] = Field(default_factory=dict)
-
-    def merged_overrides(self) -> dict[str, Any]:
-        """What goes on top of the configuration this project makes.
-
-        Raises ConfigError where the file cannot be read or names another ZeRO stage.
-        """
-        shipped = DEEPSPEED_FILES / self.file if self.file else None
-        content = {} if shipped is None else _read(shipped if shipped.is_file() else self.file)
-        merged = merge(content, self.overrides)
-        stage = merged.get("zero_optimization", {}).get("stage", self.zero_stage)
-        if stage != self.zero_stage:
-            raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but deepspeed.file or overrides say {stage}")
-        for key, ours in OWN_DEEPSPEED_KEYS.items():
-            if key in merged:
-                raise ConfigError(f"deepspeed: {key} cannot be set there; it follows from {ours}")
-        return merged
 
 
 class TokenizerSection(Section):
@@ -284,7 +240,7 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
         ConfigError: the file is absent or no YAML mapping, a key is unknown (the nearest is named), a value has the
             wrong type or is not allowed, or values contradict each other.
     """
-    document, notes = _read(path), []
+    document, notes = read_mapping(path), []
     try:
         if kind == "vavae" and _is_published_tokenizer(document):
             document, notes = from_published(document)
@@ -295,25 +251,6 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
         raise ConfigError(f"{path}: {_explain(e)}") from None
     except ValueError as e:
         raise ConfigError(f"{path}: {e}") from None
-
-
-def _read(path: str | Path) -> dict:
-    try:
-        document = yaml.safe_load(Path(path).read_text())  # JSON is YAML
-    except OSError as e:
-        raise ConfigError(f"cannot read config {path}: {e.strerror}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not YAML: {e}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds {type(document).__name__}, not a mapping of sections")
-    return document
-
-
-def merge(base: Mapping, top: Mapping) -> dict:
-    """`base` with the values of `top` in it; mappings in both are merged key by key."""
-    both = {k: merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v
-            for k, v in top.items()}  # fmt: skip
-    return {**base, **both}
 
 
 def _is_published_tokenizer(document: Mapping) -> bool:

@@ -17,7 +17,6 @@ from torch import nn
 
 from kernels.compilation import compile_module
 from kernels.registry import Ops
-from launch.config import merge
 from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if not torch.cuda.is_available():
@@ -122,55 +121,13 @@ def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:
     return "inductor" if uses_cuda() and stage < 3 else "none"
 
 
-def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int,
-                     overrides: dict) -> dict:
-    """DeepSpeed's own configuration of one engine.
-
-    Norm, clipping and overflow checks are the optimizer's (they read nothing on the host), so DeepSpeed's are off.
-    So are, in bfloat16 under ZeRO 1 and 2, DeepSpeed's float32 master weights: the optimizer keeps them as a state, or
-    else DeepSpeed would cast every gradient to float32 and every weight back. (It wants "bf16_optimizer_states" said
-    then; ours stay float32.) `overrides` are merged before that.
-    """
-    config = {
-        "train_batch_size": micro_batch_size * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,
-        "steps_per_print": None,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every step
-    }
-    if stage in (1, 2):
-        # DeepSpeed's "reduce_scatter" is an all-reduce too, of a bucket it divides, cuts by owner and copies back.
-        config["zero_optimization"] |= {"compute_grad_norm": False, "reduce_scatter": False}
-    if stage == 3:
-        # One group, so that the optimizer sees every gradient of this process at once.
-        config["zero_optimization"]["sub_group_size"] = int(1e15)
-    config = merge(config, overrides)
-    if world_size == 1 and stage in (1, 2):
-        # There is nobody to talk to while the backward pass goes on, and before it talks it waits for the device.
-        config["zero_optimization"]["overlap_comm"] = False
-    if bf16 and stage in (1, 2) and not _wants_float32_gradients(config):
-        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    return config
-
-
-def _wants_float32_gradients(config: dict) -> bool:
-    """Whether DeepSpeed is to sum gradients in float32, or to keep optimizer states in another memory, as float32."""
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    summed = config.get("data_types", {}).get("grad_accum_dtype")
-    return summed == "fp32" or offload.get("device", "none") not in (None, "none")
-
-
 class Engine:
     """One network under DeepSpeed, with its AdamW and moving average.
 
     Args:
         module: the network, float32, with the weights to start from already in it.
         make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
-        config: as made by `deepspeed_config`.
+        config: as made by `launch.deepspeed_options.deepspeed_config`.
         compile, ops, deterministic: as `kernels.compilation.compile_module` takes them.
     """
 

@@ -14,8 +14,9 @@ from torch import nn
 from kernels.compilation import cache_directory
 from kernels.registry import Ops
 from launch import checkpoint
-from launch.config import DeepSpeedConfig, OptimizerConfig, TrainConfig
-from launch.engine import Engine, Processes, compile_mode, deepspeed_config
+from launch.config import OptimizerConfig, TrainConfig
+from launch.deepspeed_options import DeepSpeedConfig, deepspeed_config
+from launch.engine import Engine, Processes, compile_mode
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter

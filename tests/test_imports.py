@@ -19,7 +19,7 @@ COSTS = {
     "import kernels": ({"torch"}, 14),
     "import lightningdit.model": ({"torch"}, 20),
     "import vavae.model": ({"torch"}, 6),
-    "import launch.train": ({"torch"}, 36),
+    "import launch.train": ({"torch"}, 38),
     "import launch.engine": ({"torch", "deepspeed"}, 24),
     "import sys; from launch.__main__ import main; main(['--help'])": (set(), 2),
 }

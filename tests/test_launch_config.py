@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.config import ConfigError, OptimizerConfig, load, merge
+from launch.config import ConfigError, OptimizerConfig, load
+from launch.config_files import merge
 from tests.published import LIGHTNINGDIT_OPTIONAL, LIGHTNINGDIT_YAML, TOKENIZER_OPTIONAL, TOKENIZER_YAML
 
 CONFIGS = Path(__file__).parent.parent / "launch" / "configs"

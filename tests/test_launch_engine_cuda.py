@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import kernels
 from launch import engine
-from launch.config import DEEPSPEED_FILES
+from launch.deepspeed_options import DEEPSPEED_FILES, deepspeed_config
 from launch.optimizer import AdamWEma
 
 
@@ -53,8 +53,8 @@ def test_one_process_waits_for_no_device(stage, monkeypatch):
     monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
     monkeypatch.setattr(accelerator, "synchronize", lambda *device: waits.append(device))
     shipped = json.loads((DEEPSPEED_FILES / f"zero{stage}.json").read_text())
-    config = engine.deepspeed_config(stage=stage, bf16=True, micro_batch_size=2, accumulation=1, world_size=1,
-                                     overrides=shipped)  # fmt: skip
+    config = deepspeed_config(stage=stage, bf16=True, micro_batch_size=2, accumulation=1, world_size=1,
+                              overrides=shipped)  # fmt: skip
 
     def optimizer(parameters, partitioned: bool) -> AdamWEma:
         return AdamWEma(parameters, kernels.select("reference"), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,

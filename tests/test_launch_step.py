@@ -10,7 +10,8 @@ import torch
 
 import kernels
 from launch.config import load
-from launch.engine import Engine, compile_mode, deepspeed_config, start_processes
+from launch.deepspeed_options import deepspeed_config
+from launch.engine import Engine, compile_mode, start_processes
 from launch.optimizer import AdamWEma
 from launch.train import make_trainer
 from launch.trainer import Trainer
