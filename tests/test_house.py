@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("kernels", "lightningdit", "vavae", "launch")
+PACKAGES = ("common", "kernels", "lightningdit", "vavae", "launch")
 ALLOWED = {
+    "common": {"common"},
     "kernels": {"kernels"},
-    "lightningdit": {"lightningdit", "kernels"},
-    "vavae": {"vavae", "kernels"},
-    "launch": {"launch", "lightningdit", "vavae", "kernels"},
+    "lightningdit": {"lightningdit", "kernels", "common"},
+    "vavae": {"vavae", "kernels", "common"},
+    "launch": {"launch", "lightningdit", "vavae", "kernels", "common"},
 }
 # Package → the only place it may be imported in.
 HOME = {"triton": "kernels/", "deepspeed": "launch/engine.py", "timm": "vavae/foundation.py"}

@@ -12,7 +12,7 @@ HEAVY = (
     "torch", "torch._dynamo", "torchvision", "triton", "deepspeed", "timm", "lpips", "torchdiffeq", "sklearn", "scipy",
     "matplotlib", "PIL", "tensorboard", "torch_fidelity", "nvidia.dali",
 )  # fmt: skip
-HOUSE = ("kernels", "lightningdit", "vavae", "launch", "bench")
+HOUSE = ("common", "kernels", "lightningdit", "vavae", "launch", "bench")
 
 #: Statement → what of HEAVY it may bring, and the most modules of this project.
 COSTS = {

@@ -1,0 +1,173 @@
+"""Files and JSON: written whole or not at all, read only where they are what they should be. Needs no torch.
+
+Every file of this project that another run may read is written by `replacing`; a test looks for other writers.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
+_BLOCK = 1 << 24
+_KINDS = {
+    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+class FileError(ValueError):
+    """A file that cannot be read, or is not what it should be; the message names it."""
+
+
+class WriteError(OSError):
+    """A file that could not be written; the message names it and the reason. Nothing that was there is lost."""
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """A binary file to write that takes the name `path` when the block ends well: whole and on the disk, or not at all.
+
+    Until then it lies beside `path` under a temporary name. It has the permissions that the umask leaves.
+
+    Raises WriteError, naming `path`, where the system refuses (full disk, no such folder, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException as e:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(e, OSError) and e.filename in (None, str(temporary)):
+            raise write_error(path, e) from None
+        raise
+
+
+def write_error(path: Path | str, error: OSError) -> WriteError:
+    """What to raise where writing `path` failed with `error`."""
+    return WriteError(f"cannot write {path}: {error.strerror or error}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the names in a directory on the disk, where its file system can."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8; see `replacing`."""
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write JSON, indented; see `replacing`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def make_directory(path: Path | str) -> Path:
+    """Make a directory and those above it → its path; raises WriteError where that is not possible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise write_error(path, e) from None
+    return Path(path)
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading; raises FileError for whatever is no regular file, and never waits for one."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist") from None
+    except OSError as e:
+        raise FileError(f"cannot read {path}: {e.strerror}") from None
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(handle)
+        raise FileError(f"{path} is {_KINDS.get(kind, 'something else')}, not a file")
+    return open(handle, "rb")
+
+
+def refuse_stand_ins(path: Path | str, begin: bytes) -> None:
+    """Raise FileError where a file that begins with these bytes stands for another that was not downloaded."""
+    if begin.startswith(_LFS_POINTER):
+        raise FileError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` downloads it")
+    if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise FileError(f"{path} is a web page, not the file itself: the download went to a page about it")
+
+
+def read_json(path: Path | str) -> Any:
+    """The content of a JSON file; raises FileError where there is none, or what is there is no JSON in UTF-8."""
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > JSON_LIMIT:
+            raise FileError(f"{path} has {size:,} bytes; a JSON file of this project has at most {JSON_LIMIT:,}")
+        content = f.read()
+    refuse_stand_ins(path, content[:100])
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{path} is damaged: no JSON ({e})") from None
+
+
+class Record(BaseModel):
+    """A part of a JSON file of ours, checked when it is read. Keys it does not know are kept: later versions add."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
+
+
+SomeRecord = TypeVar("SomeRecord", bound=Record)
+
+
+def read_record(path: Path | str, record: type[SomeRecord]) -> SomeRecord:
+    """A JSON file as a record; raises FileError, naming the file and the key, where it is none."""
+    content = read_json(path)
+    try:
+        # From JSON, where a list may stand for a tuple; strict otherwise.
+        return record.model_validate_json(json.dumps(content))
+    except (ValidationError, ValueError) as e:
+        raise FileError(f"{path} is damaged: {_first_problem(e)}") from None
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    got = repr(problem["input"])
+    return f"{where or 'its content'}: {problem['msg']}, got {got if len(got) < 80 else got[:77] + '…'}"
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file's content, hexadecimal; raises FileError where it cannot be read."""
+    digest = hashlib.sha256()
+    with open_regular(path) as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict:
+    """{"bytes", "sha256"} of a file, for a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,0 +1,126 @@
+"""Files are replaced whole or not at all, and read only where they are what they should be."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.files import FileError, Record, WriteError
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, call):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"old": 1})
+
+    def fails(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, fails)
+    with pytest.raises(WriteError, match=r"a\.json: No space left"):
+        files.write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_error_of_the_writer_passes_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    with pytest.raises(FileNotFoundError, match="other"), files.replacing(path):
+        (tmp_path / "other").read_text()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_file_counts_once_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    """The order that survives a power cut: bytes, then name, then the directory that holds the name."""
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(files.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+    files.write_text(tmp_path / "a", "x")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_no_folder_to_write_in_is_said(tmp_path):
+    with pytest.raises(WriteError, match=r"cannot write .*/none/a: No such file"):
+        files.write_text(tmp_path / "none" / "a", "x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match="file/below"):
+        files.make_directory(tmp_path / "file" / "below")
+
+
+def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    for path, why in {"pipe": "a named pipe", "link": "a named pipe", ".": "a directory", "none": "does not exist",
+                      "dangling": "does not exist"}.items():  # fmt: skip
+        with pytest.raises(FileError, match=why):
+            files.open_regular(tmp_path / path)
+    with pytest.raises(FileError, match="/dev/zero is a device"):
+        files.open_regular("/dev/zero")
+
+
+@pytest.mark.parametrize("content, why", [
+    (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON"),
+    (b"1" * 10_000, "no JSON"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    (b"<!DOCTYPE html><p>", "web page"),
+])  # fmt: skip
+def test_what_is_no_json_is_named(tmp_path, content, why):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"a\.json.*{why}"):
+        files.read_json(path)
+
+
+def test_a_large_file_is_not_read_as_json(tmp_path):
+    path = tmp_path / "a.json"
+    with path.open("wb") as f:
+        f.truncate(files.JSON_LIMIT + 1)
+    with pytest.raises(FileError, match="at most"):
+        files.read_json(path)
+
+
+class Example(Record):
+    step: int
+    parts: dict[str, tuple[int, ...]]
+
+
+@pytest.mark.parametrize("content, where", [
+    ([], "content"), ({}, "step"), ({"step": "4", "parts": {}}, "step"), ({"step": 4.5, "parts": {}}, "step"),
+    ({"step": True, "parts": {}}, "step"), ({"step": 4, "parts": {"a": [1, "b"]}}, r"parts\.a\.1"),
+    ({"step": float("nan"), "parts": {}}, "step"),
+])  # fmt: skip
+def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
+    files.write_json(tmp_path / "a.json", content)
+    with pytest.raises(FileError, match=rf"a\.json is damaged: .*{where}"):
+        files.read_record(tmp_path / "a.json", Example)
+
+
+def test_a_record_keeps_what_it_does_not_know(tmp_path):
+    files.write_json(tmp_path / "a.json", {"step": 4, "parts": {"a": [1, 2]}, "later": [3]})
+    found = files.read_record(tmp_path / "a.json", Example)
+    assert (found.step, found.parts, found.later) == (4, {"a": (1, 2)}, [3])
+
+
+def test_a_file_is_described_by_size_and_hash(tmp_path):
+    path = Path(tmp_path / "a")
+    path.write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4's example
+    assert files.file_entry(path) == {"bytes": 3, "sha256": known}
