@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 import kernels
 import lightningdit.config as dit
 import vavae.config as vae
-from launch.config_files import ConfigError, read_mapping
+from launch.config_files import ConfigError, find_config, read_mapping
 from launch.deepspeed_options import DeepSpeedConfig
 from lightningdit.config import Float, Positive, Section
 from vavae.published import from_published
@@ -231,16 +231,17 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
     """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
 
     Values of overrides are YAML; keys are dotted (`train.max_steps=20`). A published LDM-style tokenizer file is
-    translated first, so overrides always use our keys.
+    translated first, so overrides always use our keys. A file of `launch/configs/` may be given by its name alone.
 
     Returns:
-        The run, and notes on what of a published file was converted or ignored.
+        The run, and notes: where a file given by its name is from, what of a published one was converted or ignored.
 
     Raises:
         ConfigError: the file is absent or no YAML mapping, a key is unknown (the nearest is named), a value has the
             wrong type or is not allowed, or values contradict each other.
     """
-    document, notes = read_mapping(path), []
+    found = find_config(path)
+    document, notes = read_mapping(found), [] if found == Path(path) else [f"not here, so the one in {found.parent}"]
     try:
         if kind == "vavae" and _is_published_tokenizer(document):
             document, notes = from_published(document)

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import yaml
 
+SHIPPED = Path(__file__).parent / "configs"
+
 
 class ConfigError(ValueError):
     """A config file or override that cannot be used; names the file, the key and what is allowed."""
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself; where there is none and `path` is a mere name, the file of that name among those shipped."""
+    shipped = SHIPPED / path
+    found = str(path) == shipped.name and shipped.is_file() and not Path(path).exists()
+    return shipped if found else Path(path)
 
 
 def read_mapping(path: str | Path) -> dict:
