@@ -1,12 +1,15 @@
 """From noise to latents: ODE and SDE solvers, the timestep shift, guidance that skips what it does not need.
 
-Time runs on the host, so no step waits for the device (dopri5 alone must look at its error). A sample depends on its
+Time runs on the host, so no step waits for the device (dopri5 alone must look at its error). Guidance begins with a
+jump of the prediction; dopri5 solves up to it and goes on from it, so that no step crosses it. A sample depends on its
 seed and index only: its numbers are drawn on the CPU, one generator per sample. Solvers work in the dtype of the
 noise they are given. Sources: SiT (arXiv 2401.08740) for the SDE, arXiv 2501.01423 for shift and interval.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +19,7 @@ from lightningdit.config import LAST_STEPS, ODE_METHODS, SDE_METHODS, SampleConf
 from lightningdit.flow import Transport, choose, standard_normal_logp
 from lightningdit.seeds import generator
 
+Predict = Callable[[torch.Tensor, float], torch.Tensor]  # the network's output for x at the host time t
 Observe = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there
 
 
@@ -54,10 +58,15 @@ class Guidance:
     interval_start: float = 0.0
     channels: int | None = None
 
+    @property
+    def start(self) -> float:
+        """The first guided time; infinite where none is."""
+        # Times are float32: a start of 0.11 has to mean the float32 next to it for t = 0.11 to count as reached.
+        return math.inf if self.scale == 1 else torch.tensor(self.interval_start, dtype=torch.float32).item()
+
     def on(self, t: float) -> bool:
         """Whether a call at time t is guided."""
-        # Times are float32: a start of 0.11 has to mean the float32 next to it for t = 0.11 to count as reached.
-        return self.scale != 1 and t >= torch.tensor(self.interval_start, dtype=torch.float32).item()
+        return t >= self.start
 
 
 class Denoiser:
@@ -73,10 +82,22 @@ class Denoiser:
         self.labels = {} if y is None else {"y": y}
         self.nfe = self.guided_nfe = 0
 
-    def __call__(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        """The prediction for x [B, C, ...] at the host time t, in x's dtype."""
+    def pieces(self, start: float, end: float) -> Iterator[tuple[float, float, Predict]]:
+        """(from, to, prediction) along the times from start to end, in either direction, cut where guidance begins.
+
+        The prediction of a piece is guided at all times or at none, at its ends and beyond them too: it never jumps.
+        """
+        jump = math.inf if self.guidance is None else self.guidance.start
+        inside = [jump] if min(start, end) < jump < max(start, end) else []
+        for t, after in pairwise([start, *inside, end]):
+            yield t, after, partial(self, guided=(t + after) / 2 >= jump)
+
+    def __call__(self, x: torch.Tensor, t: float, guided: bool | None = None) -> torch.Tensor:
+        """The prediction for x [B, C, ...] at the host time t, in x's dtype; guided: None for what holds at t."""
         self.nfe += 1
-        if self.guidance is None or not self.guidance.on(t):
+        if guided is None:
+            guided = self.guidance is not None and self.guidance.on(t)
+        if not guided:
             return self.model(x, x.new_full((len(x),), t), **self.labels).to(x.dtype)
         self.guided_nfe += 1
         both = torch.cat([self.y, torch.full_like(self.y, self.guidance.null_label)])
@@ -126,31 +147,54 @@ def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, s
     """Integrate the probability-flow ODE from noise z [B, ...] to data over a grid of `steps` points.
 
     predict(x, t) is the network's output at the host time t, such as a `Denoiser`. dopri5 chooses its own steps within
-    atol and rtol and may look past t = 1. Raises ValueError on an unknown method.
+    atol and rtol and may look past t = 1. Raises ValueError on an unknown method, and where dopri5 finds no step.
     """
     choose("ODE method", method, dict.fromkeys(ODE_METHODS))
     grid = time_grid(*transport.interval(transport.sample_eps), steps, shift)
 
-    def velocity(x, t):
+    def velocity(predict, x, t):
         return transport.velocity(predict(x, t), x, x.new_full((len(x),), t))
 
-    if method == "dopri5":
-        times = grid.to(z)
-        path = torchdiffeq.odeint(lambda t, x: velocity(x, float(t)), z, times, method=method, atol=atol, rtol=rtol)
-        return _show(path, observe)
     times, x = grid.tolist(), z
+    if method == "dopri5":
+        for i, x in enumerate(_dopri5(velocity, predict, z, times, atol, rtol), start=1):
+            if observe:
+                observe(i, x)
+        return x
     for i, (t, after) in enumerate(pairwise(times), start=1):
-        x = _runge_kutta_step(velocity, x, t, after - t, method)
+        x = _runge_kutta_step(partial(velocity, predict), x, t, after - t, method)
         if observe:
             observe(i, x)
     return x
 
 
-def _show(path: torch.Tensor, observe: Observe | None) -> torch.Tensor:
-    if observe:
-        for i, x in enumerate(path[1:], start=1):
-            observe(i, x)
-    return path[-1]
+def _dopri5(slope, predict, state, times: Sequence[float], atol: float, rtol: float) -> Iterator:
+    """The states at times[1:], in order, of d state / dt = slope(predict, state, t); a state is a tensor or a tuple.
+
+    The step control believes in a smooth slope, so each piece of a `Denoiser` is solved by itself.
+    """
+    first, last = times[0], times[-1]
+    pieces = predict.pieces(first, last) if isinstance(predict, Denoiser) else [(first, last, predict)]
+    for start, end, smooth in pieces:
+        points = [start, *(t for t in times if min(start, end) < t < max(start, end)), end]
+        states = _solve(partial(slope, smooth), state, points, atol, rtol)
+        state = states[-1]
+        yield from (x for t, x in zip(points[1:], states[1:], strict=True) if t in times)
+
+
+def _solve(slope, state, points: list[float], atol: float, rtol: float) -> list:
+    like = state[0] if isinstance(state, tuple) else state
+    at = torch.tensor(points, device=like.device, dtype=like.dtype)
+    try:
+        path = torchdiffeq.odeint(lambda t, x: slope(x, float(t)), state, at, method="dopri5", atol=atol, rtol=rtol)
+    except AssertionError as error:
+        if not str(error).startswith(("underflow in dt", "non-finite values in state")):
+            raise
+        raise ValueError(
+            f"dopri5 finds no step between t = {points[0]:g} and {points[-1]:g}: the network's output is "
+            f"not finite, or not smooth enough for atol {atol:g} and rtol {rtol:g}"
+        ) from None
+    return list(zip(*path, strict=True)) if isinstance(state, tuple) else list(path)
 
 
 def sample_sde(transport: Transport, predict, z, noise: Callable[[int], torch.Tensor], *, method="euler", steps=250,
@@ -254,19 +298,18 @@ def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch
     """(log p(x1) [B] in nats, the noise x1 [B, ...] comes from), by the ODE run from data to noise with dopri5.
 
     The divergence is Hutchinson's estimate with `probe`, independent signs ±1 shaped as x1: unbiased, and exact for a
-    diagonal Jacobian (arXiv 2011.13456, section D.2).
+    diagonal Jacobian (arXiv 2011.13456, section D.2). Raises ValueError where dopri5 finds no step.
     """
-    start, end = transport.interval(transport.sample_eps)
+    start, end = torch.tensor(transport.interval(transport.sample_eps)).tolist()  # times are float32
 
-    def backwards(t, state):
+    def slope(predict, state, t):
         x = state[0].detach().requires_grad_()
         with torch.enable_grad():
-            velocity = transport.velocity(predict(x, float(t)), x, x.new_full((len(x),), float(t)))
+            velocity = transport.velocity(predict(x, t), x, x.new_full((len(x),), t))
             (pulled,) = torch.autograd.grad((velocity * probe).sum(), x)
         return velocity.detach(), (pulled * probe).flatten(1).sum(1)
 
-    times = torch.tensor([end, start], device=x1.device, dtype=x1.dtype)
     state = (x1, x1.new_zeros(len(x1)))
-    x, divergence = torchdiffeq.odeint(backwards, state, times, method="dopri5", atol=atol, rtol=rtol)
+    ((noise, divergence),) = _dopri5(slope, predict, state, [end, start], atol, rtol)
     # Run from data to noise, the integral of the divergence comes out with the sign that adds to the prior's.
-    return standard_normal_logp(x[-1]) + divergence[-1], x[-1]
+    return standard_normal_logp(noise) + divergence, noise

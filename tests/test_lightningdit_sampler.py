@@ -7,6 +7,7 @@ import torch
 import torchdiffeq
 
 import kernels
+from lightningdit import sampler
 from lightningdit.config import DIFFUSION_FORMS, ModelConfig, SampleConfig, paper_sample
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -211,6 +212,91 @@ def test_order_of_convergence(method, order):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
 
+RATES = torch.tensor([2.0, 1.0])  # of growth under each of two labels
+
+
+def growing(x, t, y):
+    """Linear, so solved exactly: x grows at the rate of its label."""
+    return RATES.to(x)[y].view(-1, 1) * x
+
+
+def grown(z, guidance, t):
+    """The exact state at time t: each channel grows at its conditional rate, and at its guided one once guidance is on.
+
+    Guidance of 2 and 1 by w: 1 + w."""
+    channels = torch.arange(z.shape[1])
+    guided = channels < (z.shape[1] if guidance.channels is None else guidance.channels)
+    faster = torch.where(guided, 1 + guidance.scale, 2.0).to(z)
+    before = min(t, guidance.interval_start) if guidance.scale != 1 else t
+    return z * (2.0 * before + faster * (t - before)).exp()
+
+
+JUMPS = [Guidance(scale, 1, start, channels) for scale, start, channels in
+         [(10.0, 0.3, None), (4.0, 0.125, 2), (10.0, 0.11, 3), (4.0, 1e-7, None), (4.0, 3 / 7, None), (4.0, 0.999, 1),
+          (6.0, 0.0, None), (6.0, 1.0, None), (1.0, 0.3, None)]]  # fmt: skip
+
+
+def counted_growth(guidance):
+    """(the guided field of two samples, the list of the rows of each call of its model)."""
+    rows = []
+
+    def model(x, t, y):
+        rows.append(len(x))
+        return growing(x, t, y)
+
+    return Denoiser(model, torch.zeros(2, dtype=torch.long), guidance), rows
+
+
+def jump_id(guidance):
+    return f"{guidance.scale:g}-{guidance.interval_start:.3g}-{guidance.channels}"
+
+
+@pytest.mark.parametrize("guidance", JUMPS, ids=jump_id)
+def test_no_adaptive_step_crosses_the_start_of_guidance(guidance):
+    """At every point of the grid the error stays that of the tolerance, for few calls."""
+    z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    states, (predict, rows) = {}, counted_growth(guidance)
+    x = sample_ode(Transport(), predict, z, method="dopri5", steps=8, observe=states.__setitem__)
+    assert list(states) == list(range(1, 8)) and torch.equal(states[7], x)
+    for i, t in enumerate(time_grid(0, 1, 8).tolist()[1:], start=1):
+        want = grown(z, guidance, t)
+        assert (states[i] - want).abs().max() < 5e-3 * want.abs().max(), t
+    assert rows == sorted(rows), "guided before the start of guidance, or unguided after it"
+    assert (predict.nfe, predict.guided_nfe) == (len(rows), rows.count(4)) and predict.nfe <= 64
+
+
+@pytest.mark.parametrize("guidance", JUMPS, ids=jump_id)
+def test_likelihood_under_guidance(guidance):
+    """From data to noise the solve meets the same jump; a linear field's likelihood is exact."""
+    z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    data = grown(z, guidance, 1.0)
+    predict, rows = counted_growth(guidance)
+    logp, noise = log_likelihood(Transport(), predict, data, torch.ones_like(z), atol=1e-9, rtol=1e-7)
+    volume = grown(torch.ones_like(z), guidance, 1.0).log().sum(1)
+    close("noise", noise, z, atol=1e-6)
+    close("log density", logp, torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1) - volume, atol=1e-5)
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_steps_of_a_grid_may_cross_it():
+    """The published solvers of fixed steps look at the time of each call alone."""
+    guidance, z = Guidance(4.0, 1, 0.3), torch.ones(1, 2, dtype=torch.float64)
+    predict = Denoiser(growing, torch.zeros(1, dtype=torch.long), guidance)
+    x = sample_ode(Transport(), predict, z, method="euler", steps=3)
+    close("two steps", x, z * (1 + 0.5 * 2) * (1 + 0.5 * 5), atol=1e-12)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_dopri5_says_where_it_finds_no_step(broken):
+    def field(x, t):
+        return x * (broken if t > 0.25 else 1.0)
+
+    with pytest.raises(ValueError, match=r"no step between t = 0 and 1: the network's output is not finite"):
+        sample_ode(Transport(), field, torch.ones(2, 3), method="dopri5")
+    with pytest.raises(ValueError, match=r"no step between t = 1 and 0"):
+        log_likelihood(Transport(), field, torch.ones(2, 3), torch.ones(2, 3))
+
+
 SPREAD = 0.5  # of Gaussian data in one dimension, whose velocity and score are known
 
 
@@ -297,6 +383,73 @@ def test_noise_depends_on_seed_index_and_draw_alone():
     assert len({tuple(z.flatten().tolist()) for z in different}) == 4
     many = initial_noise(0, range(2000), (8,))
     assert abs(float(many.mean())) < 0.03 and float(many.std()) == pytest.approx(1, abs=0.03)
+
+
+WIDE = (4, 16, 16)  # 1,024 numbers: independent ones correlate by 0.03 at random
+
+
+def nothing(x, t, y):
+    return torch.zeros_like(x)
+
+
+def require_independent(streams: dict[str, torch.Tensor]) -> None:
+    """Each of unit spread, no two of them alike, nor alike but for signs."""
+    rows = torch.stack([row.flatten().double() for row in streams.values()])
+    assert ((rows.std(1) - 1).abs() < 0.12).all(), rows.std(1)
+    for of in (rows, rows.sign(), rows.abs()):
+        table = torch.corrcoef(of).nan_to_num(0.0)  # of a constant: the magnitude of signs
+        alike = (table - torch.diag(table.diagonal())).abs() > 0.15
+        names = list(streams)
+        assert not alike.any(), [(names[i], names[j]) for i, j in alike.nonzero().tolist() if i < j]
+
+
+def test_every_seed_index_and_draw_has_a_stream_of_its_own():
+    places = [(seed, index, draw) for seed in (0, 1, 2) for index in (0, 1, 2, 1000) for draw in (0, 1, 2, 3)]
+    require_independent({str(p): sample_noise(p[0], [p[1]], WIDE, draw=p[2])[0] for p in places})
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_every_step_of_the_sde_has_noise_of_its_own(method):
+    """Recovered from the states: under a network of nothing the drift is known."""
+    config = SampleConfig(mode="SDE", sampling_method=method, num_sampling_steps=6, cfg_scale=1.0, last_step=None,
+                          diffusion_form="constant", timestep_shift=0.0, seed=5)  # fmt: skip
+    transport, states = Transport(), {0: initial_noise(5, [0, 3], WIDE)}
+    sample(nothing, transport, config, torch.zeros(2), [0, 3], shape=WIDE, null_label=None, observe=states.__setitem__)
+    times = time_grid(*transport.interval(transport.sample_eps, sde=True, form="constant"), 6).tolist()
+
+    def drift(x, t):  # dx = score · dt + sqrt(2) dw, where the score is -x / (1 - t) at no velocity
+        return -x / (1 - t)
+
+    streams = {f"start of {i}": states[0][i] for i in (0, 1)}
+    for k in range(1, 6):
+        t, after, x = times[k - 1], times[k], states[k - 1]
+        dt = after - t
+        if method == "euler":
+            noise = states[k] - x - drift(x, t) * dt
+        else:  # x' + dt / 2 · (f(x', t) + f(x' + dt f(x', t), t')) is linear in x', the state after the noise
+            one = torch.ones(())
+            factor = 1 + dt / 2 * (drift(one, t) + drift(one + dt * drift(one, t), after))
+            noise = states[k] / factor - x
+        streams |= {f"step {k} of {i}": noise[i] / (2 * dt) ** 0.5 for i in (0, 1)}
+    require_independent(streams)
+
+
+def test_probes_of_the_likelihood_are_signs_of_their_own(monkeypatch):
+    """Independent of the noise that the sample starts from, and of other samples'; the same in any batch."""
+    seen = []
+
+    def probed(transport, predict, x, probe, **tolerances):
+        seen.append(probe)
+        return torch.zeros(len(x)), x
+
+    monkeypatch.setattr(sampler, "log_likelihood", probed)
+    config = SampleConfig(num_sampling_steps=2, cfg_scale=1.0, likelihood=True, seed=6)
+    for indices in ([0, 7], [7]):
+        sample(nothing, Transport(), config, torch.zeros(len(indices)), indices, shape=WIDE, null_label=None)
+    whole, alone = seen
+    assert (whole.abs() == 1).all() and torch.equal(whole[1], alone[0])
+    noise = initial_noise(6, [0, 7], WIDE)
+    require_independent({f"probe {i}": whole[i] for i in (0, 1)} | {f"start {i}": noise[i] for i in (0, 1)})
 
 
 @pytest.mark.parametrize("mode", ["ODE", "SDE"])
