@@ -4,11 +4,13 @@ import os
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 EXTENSION = "kernels._cuda"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
 
 def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
@@ -26,7 +28,8 @@ def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
 def extension_reasons() -> list[str]:
     """Why the kernels of `csrc` cannot run on a device here; empty if they can."""
     if find_spec(EXTENSION) is None:
-        return ["the CUDA extension is not built (python setup.py build_ext --inplace; see the doctor)"]
+        how = "python setup.py build_ext --inplace" if SOURCES.is_dir() else "this installation has none"
+        return [f"the CUDA extension is not built ({how}; see the doctor)"]
     try:
         extension()
     except ImportError as error:

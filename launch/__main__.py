@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 
+from launch import packages
+
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
     "extract": "encode an image folder into latents: extract CONFIG [key=value …]",
@@ -25,6 +27,9 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in PROGRAMS:
         print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
+        return 2
+    if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
+        print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
         return 2
     _speak()
     try:

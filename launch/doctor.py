@@ -5,6 +5,8 @@ where a required package is missing or is not the pinned version, else with 0.
 """
 
 import argparse
+import base64
+import hashlib
 import importlib.util
 import json
 import os
@@ -21,8 +23,10 @@ from pathlib import Path
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
+from launch.packages import ROOT, strangers
+
 DISTRIBUTION = "lightningdit"
-ROOT = Path(__file__).resolve().parent.parent
+NAMESAKE = "kernels"  # a public distribution whose package has the name of one of ours
 # Found at run time, never required: module → (distributions that bring it, what it would be used for).
 OPTIONAL = {
     "flash_attn": (("flash-attn",), "peer of rope_attention"),
@@ -31,6 +35,7 @@ OPTIONAL = {
     "liger_kernel": (("liger-kernel", "liger-kernel-nightly"), "peer of the norms and swiglu"),
     "quack": (("quack-kernels",), "peer of the norms"),
 }
+BUILT_FROM_SOURCE = "it is built where the source distribution or a checkout is installed with --no-build-isolation"
 CUDA_HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")  # what torch's own headers include
 
 
@@ -84,10 +89,35 @@ def package_rows() -> list[Row]:
             rows.append(Row(requirement.name, version, f"wrong version: needs {requirement.specifier}", ok=False))
         else:
             rows.append(Row(requirement.name, version, ok=True))
-    origin = getattr(importlib.util.find_spec("kernels"), "origin", None)
-    if origin is None or Path(origin).resolve().parent != ROOT / "kernels":  # a public package has the same name
-        rows.append(Row("kernels", str(origin), f"another package hides ours at {ROOT / 'kernels'}", ok=False))
     return rows
+
+
+def own_rows() -> list[Row]:
+    """This project's packages: that they are those that are imported, and as they were installed."""
+    rows = [Row(name, "another's", sentence, ok=False) for name, sentence in strangers().items()]
+    if altered := altered_files():
+        note = f"not as {DISTRIBUTION} installed them; install it again: {', '.join(altered)}"
+        rows.append(Row("files", f"{len(altered)} altered", note, ok=False))
+    if version := installed(NAMESAKE):
+        note = "has a package of the same name as ours: libraries that look for it get whichever comes first (README)"
+        rows.append(Row(f"the other {NAMESAKE}", version, note))
+    return rows or [Row("packages", "this project's", str(ROOT), ok=True)]
+
+
+def altered_files() -> list[str]:
+    """Of the installed distribution that this is part of, the files that are gone or not as they were installed."""
+    try:
+        files = metadata.distribution(DISTRIBUTION).files or []
+    except metadata.PackageNotFoundError:
+        return []
+    here = [(file, Path(file.locate())) for file in files if file.hash and file.hash.mode == "sha256"]
+    return [str(file) for file, path in here if path.is_relative_to(ROOT) and _sha256(path) != file.hash.value]
+
+
+def _sha256(path: Path) -> str:
+    """As a wheel's RECORD writes it; empty where there is no file."""
+    content = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
+    return base64.urlsafe_b64encode(content).decode().rstrip("=")
 
 
 def optional_rows() -> list[Row]:
@@ -136,8 +166,16 @@ def compiler_rows() -> list[Row]:
     folder, lacking = cuda_headers()
     rows.append(Row("cuda headers", str(folder or "not found"), f"lacks {', '.join(lacking)}" if lacking else ""))
     missing = [name for name, path in tools.items() if not path] + (["CUDA library headers"] if lacking else [])
+    return [*rows, extension_row(missing)]
+
+
+def extension_row(missing: list[str]) -> Row:
+    """Whether the CUDA extension can be built with what is here; without its sources, whether it is installed."""
+    if not (ROOT / "csrc").is_dir():
+        found = next((ROOT / "kernels").glob("_cuda*.so"), None)
+        return Row("cuda extension", "installed" if found else "not installed", str(found or BUILT_FROM_SOURCE))
     verdict = f"cannot be built: no {', '.join(missing)}" if missing else "can be built"
-    return [*rows, Row("cuda extension", verdict, "" if not missing else "the other backends serve instead, see ops")]
+    return Row("cuda extension", verdict, "" if not missing else "the other backends serve instead, see ops")
 
 
 def cuda_headers() -> tuple[Path | None, list[str]]:
@@ -187,6 +225,8 @@ def _version(program: str) -> str:
 
 def op_rows(backend: str = "auto") -> list[Row]:
     """The backend each op would use here, and the reason."""
+    if "kernels" in strangers():
+        return [Row("ops", "not loaded", "kernels is not this project's")]
     try:
         import kernels
 
@@ -199,6 +239,7 @@ def op_rows(backend: str = "auto") -> list[Row]:
 def examine() -> dict[str, list[Row]]:
     """All findings by section."""
     return {
+        "this project": own_rows(),
         "required packages": package_rows(),
         "devices": device_rows(),
         "compilers": compiler_rows(),

@@ -138,9 +138,11 @@ def test_a_build_a_rebuild_of_one_file_and_a_failure(tmp_path):
     assert failed.returncode and "no_such_name" in failed.stdout + failed.stderr
 
 
-def test_the_extension_that_is_not_built_is_a_reason(monkeypatch):
+def test_the_extension_that_is_not_built_is_a_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "find_spec", lambda name: None)
-    assert "the CUDA extension is not built" in device.extension_reasons()[0]
+    assert "the CUDA extension is not built (python setup.py build_ext --inplace" in device.extension_reasons()[0]
+    monkeypatch.setattr(device, "SOURCES", tmp_path / "csrc")  # as in an installed wheel
+    assert "the CUDA extension is not built (this installation has none" in device.extension_reasons()[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec(device.EXTENSION) is None, reason="the CUDA extension is not built")

@@ -21,7 +21,7 @@ COSTS = {
     "import vavae.model": ({"torch"}, 6),
     "import launch.train": ({"torch"}, 38),
     "import launch.engine": ({"torch", "deepspeed"}, 24),
-    "import sys; from launch.__main__ import main; main(['--help'])": (set(), 2),
+    "import sys; from launch.__main__ import main; main(['--help'])": (set(), 3),
 }
 
 LISTED = "import sys; print(*sys.modules, sep='\\n')"

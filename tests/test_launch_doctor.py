@@ -1,5 +1,7 @@
 """What the doctor finds, on machines made up for the purpose and on this one."""
 
+import base64
+import hashlib
 import json
 import subprocess
 import sys
@@ -62,10 +64,72 @@ def test_missing_and_wrong_packages_are_said_and_end_with_1(monkeypatch, capsys)
     assert out.rstrip().endswith("2 problems") and out.count("no-such-package") == 2
 
 
-def test_another_package_called_kernels_is_a_problem(monkeypatch, tmp_path):
-    assert "kernels" not in rows(doctor.package_rows())
+def test_packages_of_this_project_are_this_projects():
+    (row,) = [row for row in doctor.own_rows() if row.ok is not None]
+    assert row == doctor.Row("packages", "this project's", str(doctor.ROOT), ok=True)
+
+
+def test_another_package_called_kernels_is_a_problem_and_is_not_imported(monkeypatch, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels")
+    assert str(tmp_path / "kernels" / "__init__.py") in (row := rows(doctor.own_rows())["kernels"]).note
+    assert row.ok is False and [row.value for row in doctor.op_rows()] == ["not loaded"]
+
+
+def installation(folder, distribution, files):
+    """A distribution installed in `folder`: its files, with their hashes in a RECORD."""
+    info = folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+    record = []
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        record.append(f"{name},sha256={digest},{len(content)}")
+    (info / "RECORD").write_text("\n".join([*record, f"{info.name}/RECORD,,"]))
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A folder that this project is installed in, as `installation` does it."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "DISTRIBUTION", "ldit-installed")
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    assert rows(doctor.package_rows())["kernels"].ok is False
+    installation(tmp_path, "ldit-installed", {"kernels/__init__.py": b"ours", "launch/x.py": b"x", "vavae/y.py": b"y"})
+    return tmp_path
+
+
+def test_files_that_are_not_as_they_were_installed_are_a_problem(site, monkeypatch):
+    assert doctor.altered_files() == []
+    (site / "kernels/__init__.py").write_text("theirs")
+    (site / "vavae/y.py").unlink()
+    row = rows(doctor.own_rows())["files"]
+    assert row.ok is False and row.value == "2 altered"
+    assert "kernels/__init__.py" in row.note and "vavae/y.py" in row.note and "launch/x.py" not in row.note
+    monkeypatch.setattr(doctor, "ROOT", site / "checkout")  # that installation is not what runs
+    assert doctor.altered_files() == []
+
+
+def test_the_public_distribution_of_that_name_is_mentioned(site, monkeypatch):
+    assert f"the other {doctor.NAMESAKE}" not in rows(doctor.own_rows())
+    monkeypatch.setattr(doctor, "NAMESAKE", "ldit-namesake")
+    installation(site / "theirs", "ldit-namesake", {})
+    monkeypatch.syspath_prepend(site / "theirs")
+    row = rows(doctor.own_rows())["the other ldit-namesake"]
+    assert row.value == "1.2" and row.ok is None and "same name" in row.note
+
+
+def test_an_installation_without_sources_has_the_extension_or_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    row = doctor.extension_row([])
+    assert row.value == "not installed" and "setup.py" not in row.note and "--no-build-isolation" in row.note
+    extension = tmp_path / "kernels" / "_cuda.cpython-311-x86_64-linux-gnu.so"
+    extension.touch()
+    assert doctor.extension_row(["nvcc"]) == doctor.Row("cuda extension", "installed", str(extension))
 
 
 def test_optional_packages_are_found_without_being_imported(tmp_path, monkeypatch):
