@@ -10,10 +10,9 @@ the npz also holds `log_likelihood` [N], of the normalised latents under the mod
 """
 
 import argparse
-import json
-import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from launch.checkpoint import write_json
+from common.files import FileError, make_directory, read_json, replacing, write_json
 from launch.config import ConfigError, LightningDiTRun, load, select_ops
 from launch.pictures import sample_grid
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
@@ -31,7 +30,7 @@ from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import sample
+from lightningdit.sampler import NoStep, sample
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import fingerprint
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     run, _ = load(args.config, args.overrides, kind="lightningdit")
     settings, labels = run.sampling(), None
     if args.labels:
-        labels = [int(label) for label in args.labels.split(",")]
+        labels = _numbers(args.labels)
     if args.demo:
         settings, labels = settings.model_copy(update=DEMO_SETTINGS), DEMO_LABELS
     directory = Path(run.train.output_dir) / (run.train.exp_name or "")
@@ -62,13 +61,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--labels {text!r}: give whole numbers separated by commas, such as 1,2,3") from None
+
+
 def generate(
     run: LightningDiTRun, output: Path, settings: SampleConfig | None = None, labels: Sequence[int] | None = None
 ) -> Path:
     """Generate the images of a `sample` section (default: the run's) into `output` → the npz's path.
 
-    Raises ValueError where weights are missing or do not fit, a label is no class, or `output` holds images that other
-    settings or weights have made.
+    Raises ValueError where weights are missing or do not fit, a label is no class, `output` holds images that other
+    settings or weights have made, or a sample is not finite: then no part of its batch is kept.
     """
     from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
 
@@ -101,13 +107,18 @@ def generate(
 
 @dataclass
 class Generator:
-    """From labels and indices to images: network, sampler settings, statistics, tokenizer."""
+    """From labels and indices to images: network, sampler settings, statistics, tokenizer.
+
+    model_from, tokenizer_from: where their weights are from, for messages.
+    """
 
     model: LightningDiT
     tokenizer: AutoencoderKL
     statistics: LatentStatistics
     transport: Transport
     settings: SampleConfig
+    model_from: str = "the network"
+    tokenizer_from: str = "the tokenizer"
 
     def to(self, device: torch.device) -> None:
         """Move the networks, the sampled one in the precision asked for."""
@@ -117,19 +128,51 @@ class Generator:
     @torch.no_grad()
     def images(self, indices: Sequence[int], labels: Sequence[int]) -> dict:
         """{"images": uint8 [b, H, W, 3], "nfe", "guided_nfe"} of the samples with these indices, and where the settings
-        ask for it "log_likelihood": float32 [b]."""
+        ask for it "log_likelihood": float32 [b].
+
+        Raises ValueError, naming samples and weights, where one is not finite.
+        """
         config, device = self.model.config, self.model.pos_embed.device
         y = torch.tensor([labels[i] for i in indices], device=device)
         shape = (config.in_channels, config.input_size, config.input_size)
-        made = sample(self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label)
-        found = {"images": self.pixels(made.latents), "nfe": made.nfe, "guided_nfe": made.guided_nfe}
-        return found if made.log_likelihood is None else found | {"log_likelihood": made.log_likelihood.cpu().numpy()}
+        try:
+            made = sample(
+                self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label
+            )
+        except NoStep as error:
+            raise ValueError(f"samples {_some(indices)} of {self.model_from}: {error}") from None
+        self._require_finite("latents", made.latents, indices)
+        decoded = self._decoded(made.latents)
+        self._require_finite("decoded images", decoded, indices)
+        found = {"images": _pixels(decoded), "nfe": made.nfe, "guided_nfe": made.guided_nfe}
+        if made.log_likelihood is None:
+            return found
+        self._require_finite("log-likelihoods", made.log_likelihood, indices)
+        return found | {"log_likelihood": made.log_likelihood.cpu().numpy()}
 
     @torch.no_grad()
     def pixels(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 [b, H, W, 3] of normalised latents [b, C, h, w]."""
-        pixels = to_uint8(self.tokenizer.decode(self.statistics.denormalise(latents)))
-        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return _pixels(self._decoded(latents))
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.tokenizer.decode(self.statistics.denormalise(latents))
+
+    def _require_finite(self, what: str, values: torch.Tensor, indices: Sequence[int]) -> None:
+        """8 bits would show NaN as black, and nobody would know."""
+        finite = values.isfinite().reshape(len(values), -1).all(1)
+        wrong = [index for index, good in zip(indices, finite.tolist(), strict=True) if not good]
+        if wrong:
+            by = self.tokenizer_from if what == "decoded images" else f"{self.model_from} in {self.settings.precision}"
+            raise ValueError(f"the {what} of samples {_some(wrong)} are not finite; they come from {by}")
+
+
+def _some(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+
+
+def _pixels(decoded: torch.Tensor) -> np.ndarray:
+    return to_uint8(decoded).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] | None) -> list[int]:
@@ -149,8 +192,11 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
     if tokenizer.config.embed_dim != found.config.in_channels:
         have, want = tokenizer.config.embed_dim, found.config.in_channels
         raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
-    model = build_diffusion(found, ops, run.ckpt_path or run.train.output_dir)
-    generator = Generator(model, tokenizer, found.latents, Transport.from_config(run.transport), settings)
+    source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
+    model = build_diffusion(found, ops, source)
+    generator = Generator(
+        model, tokenizer, found.latents, Transport.from_config(run.transport), settings, source, run.vae.ckpt_path
+    )
     facts = {
         "num_samples": len(labels),
         "labels": labels if labels != _every_class(run, len(labels)) else "index modulo number of classes",
@@ -183,7 +229,7 @@ def _already_there(output: Path, facts: dict) -> bool:
     description = output / "samples.json"
     if not description.is_file() or not (output / "samples.npz").is_file():
         return False
-    _require_same(json.loads(description.read_text()), facts, output)
+    _require_same(description, facts)
     return True
 
 
@@ -191,41 +237,51 @@ def _claim(parts: Path, facts: dict, *, write: bool) -> None:
     """Make the directory of unfinished parts these images', or raise ConfigError (everywhere) where it is others'."""
     description = parts / "samples.json"
     if description.is_file():
-        _require_same(json.loads(description.read_text()), facts, parts)
+        _require_same(description, facts)
     elif write:
-        parts.mkdir(parents=True, exist_ok=True)
+        make_directory(parts)
         write_json(description, facts)
 
 
-def _require_same(theirs: dict, ours: dict, where: Path) -> None:
+def _require_same(description: Path, ours: dict) -> None:
+    theirs = read_json(description)
+    if not isinstance(theirs, dict):
+        raise FileError(f"{description} is damaged: it describes no images")
     different = [key for key in ours if theirs.get(key) != ours[key]]
     if different:
+        first = different[0]
         raise ConfigError(
-            f"{where} holds images of other {', '.join(different)} ({different[0]}: {theirs.get(different[0])} there, "
-            f"{ours[different[0]]} now); give another --output or remove it"
+            f"{description.parent} holds images of other {', '.join(different)} ({first}: {theirs.get(first)} there, "
+            f"{ours[first]} now); give another --output or remove it"
         )
 
 
 def _save_part(path: Path, **arrays) -> None:
-    temporary = path.with_name(f".{path.name}")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def _read_part(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as content:
+            return dict(content)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileError(f"{path} is damaged ({error}): remove it, and its images are made again") from None
 
 
 def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> None:
     """Join the parts: npz, picture, and last the description that makes them count."""
-    temporary = output / ".samples.npz"
     first, nfe, guided, likelihoods = [], [], [], []
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+    with replacing(output / "samples.npz") as npz, zipfile.ZipFile(npz, "w", allowZip64=True) as archive:
         # A ZipInfo of one's own has a fixed date: equal images are equal files.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             for part in parts:
-                with np.load(part) as content:
-                    images = content["images"]
-                    nfe.append(int(content["nfe"]))
-                    guided.append(int(content["guided_nfe"]))
-                    if "log_likelihood" in content:
-                        likelihoods.append(content["log_likelihood"])
+                content = _read_part(part)
+                images = content["images"]
+                nfe.append(int(content["nfe"]))
+                guided.append(int(content["guided_nfe"]))
+                if "log_likelihood" in content:
+                    likelihoods.append(content["log_likelihood"])
                 if not first:
                     shape = (len(labels), *images.shape[1:])
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -239,7 +295,6 @@ def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> 
         for name, array in more.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
                 np.lib.format.write_array(file, array)
-    os.replace(temporary, output / "samples.npz")
     _picture(np.concatenate(first), labels, output / "samples.png")
     mean = {"nfe": sum(nfe) / len(nfe), "guided_nfe": sum(guided) / len(guided)}
     if likelihoods:
@@ -253,7 +308,8 @@ def _picture(images: np.ndarray, labels: list[int], path: Path) -> None:
     if len(labels) == 8:
         _, height, width, _ = images.shape
         grid = images.reshape(2, 4, height, width, 3).swapaxes(1, 2).reshape(2 * height, 4 * width, 3)
-        Image.fromarray(grid).save(path)
+        with replacing(path) as file:
+            Image.fromarray(grid).save(file, format="png")
         return
     shown = torch.tensor(labels[: len(images)])
     rows = torch.isin(shown, shown.unique()[:10])

@@ -1,6 +1,7 @@
 """The sampling and export programs, on a tiny tokenizer and a tiny network."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,20 +10,26 @@ import yaml
 from PIL import Image
 
 import kernels
-from launch import checkpoint, sample
+from launch import checkpoint, engine, sample
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
-from launch.trained import build_tokenizer, diffusion_weights
+from launch.trained import build_tokenizer, diffusion_weights, from_checkpoint
+from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.weights import read_export, read_weights, save_published
+from lightningdit.sampler import sample as sample_latents
+from lightningdit.weights import read_export, read_weights, save_export, save_published
+from tests.children import launch
 from vavae.config import AutoencoderConfig
+from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer, write_export
 
 TOKENIZER = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, embed_dim=4, z_channels=4, attn_resolutions=[], resolution=8)
 STATISTICS = LatentStatistics(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +94,6 @@ def test_images_labels_and_facts(weights, tmp_path):
 
 def test_the_pixels_are_the_decoded_denormalised_samples(weights, tmp_path):
     """Done by hand for one image."""
-    from lightningdit.flow import Transport
-    from lightningdit.sampler import sample as sample_latents
-    from vavae.images import to_uint8
-
     run, ops = a_run(weights), kernels.select("reference")
     images, _ = images_of(sample.generate(run, tmp_path / "a"))
     network = LightningDiT(run.network(), ops)
@@ -132,6 +135,140 @@ def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
     assert npz.read_bytes() == whole.read_bytes()
     sample.generate(a_run(weights), tmp_path / "cut")
     assert len(calls) == 4  # nothing is made twice
+
+
+def no_npz(directory) -> bool:
+    return not any(path.suffix == ".npz" for path in directory.rglob("*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["run", "published.pt", "export", "tokenizer.safetensors"])
+def test_weights_that_are_not_finite_make_no_image(weights, tmp_path, kind, value):
+    content, ops = document(weights) | {"data": document(weights)["data"] | {"latent_norm": False}}, "reference"
+    spoilt = tmp_path / kind
+    if kind == "tokenizer.safetensors":
+        tokenizer = load_tokenizer(weights / kind, kernels.select(ops))
+        tokenizer.decoder.conv_out.bias[1] = value  # one colour of three
+        write_export(spoilt, tokenizer.state_dict(), tokenizer.config)
+        content["vae"]["ckpt_path"] = str(spoilt)
+    else:
+        state = read_weights(weights / "published.pt")
+        state["final_layer.linear.bias"][3] = value
+        if kind == "published.pt":
+            save_published(spoilt, state, state)
+        elif kind == "export":
+            found = from_checkpoint(checkpoint.newest(weights / "run" / "checkpoints"))
+            save_export(spoilt, replace(found, state=state))
+        else:
+            old = checkpoint.newest(weights / "run" / "checkpoints").state
+            checkpoint.save(spoilt / "checkpoints", old, {"model": {"model": state, "ema": state}})
+        content["ckpt_path"] = str(spoilt)
+    with pytest.raises(ValueError, match=f"{kind}.*not finite|not finite.*{kind}"):
+        sample.generate(LightningDiTRun.model_validate(content), tmp_path / "out")
+    assert no_npz(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["latents", "decoded images", "log-likelihoods"])
+def test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept(weights, tmp_path, monkeypatch, what):
+    """Finite weights may overflow too."""
+    run = a_run(weights, cfg_scale=1.0, likelihood=True)
+    real, decode = sample.sample, AutoencoderKL.decode
+
+    def spoilt(model, transport, settings, y, indices, **more):
+        made = real(model, transport, settings, y, indices, **more)
+        if 5 in indices and what != "decoded images":
+            part = made.latents if what == "latents" else made.log_likelihood
+            part[indices.index(5)] = float("nan")
+        return made
+
+    def spoilt_decode(self, z):
+        images = decode(self, z)
+        if what == "decoded images" and spoilt_decode.calls == 1:
+            images[1, 2, 0, 0] = float("inf")
+        spoilt_decode.calls += 1
+        return images
+
+    spoilt_decode.calls = 0
+    monkeypatch.setattr(sample, "sample", spoilt)
+    monkeypatch.setattr(AutoencoderKL, "decode", spoilt_decode)
+    source = "tokenizer.safetensors" if what == "decoded images" else "run in float32"
+    with pytest.raises(ValueError, match=f"the {what} of samples 5 are not finite; they come from .*{source}"):
+        sample.generate(run, tmp_path)
+    assert [path.name for path in (tmp_path / "parts").glob("*.npz")] == ["0000000.npz"]
+    monkeypatch.undo()
+    assert np.isfinite(np.load(sample.generate(run, tmp_path))["log_likelihood"]).all()
+
+
+def test_a_solver_that_finds_no_step_names_samples_and_weights(weights, tmp_path):
+    state = {key: value * 1e19 for key, value in read_weights(weights / "published.pt").items()}
+    save_published(tmp_path / "large.pt", state, state)
+    content = document(weights, sampling_method="dopri5")
+    content["data"]["latent_norm"] = False
+    run = LightningDiTRun.model_validate(content | {"ckpt_path": str(tmp_path / "large.pt")})
+    with pytest.raises(ValueError, match=r"samples 0, 1, 2, 3 of .*large.pt: dopri5 finds no step .*not finite"):
+        sample.generate(run, tmp_path / "out")
+    assert no_npz(tmp_path)
+
+
+class Rank(engine.Processes):
+    """One of several processes, run one after the other."""
+
+    def barrier(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_batch_is_made_by_one_process(weights, tmp_path, monkeypatch, world_size):
+    real, made = sample.Generator.images, []
+
+    def counted(self, indices, labels):
+        made.append((rank, list(indices)))
+        return real(self, indices, labels)
+
+    monkeypatch.setattr(sample.Generator, "images", counted)
+    (tmp_path / "parts").mkdir()
+    for rank in reversed(range(world_size)):  # the main process last: it joins the parts
+        monkeypatch.setattr(engine, "start_processes", lambda rank=rank, **_: Rank(rank, world_size, CPU))
+        sample.generate(a_run(weights), tmp_path)
+    assert sorted(indices for _, indices in made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert {rank for rank, _ in made} == set(range(world_size))
+
+
+def test_two_processes_make_the_file_that_one_makes(weights, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document(weights)))
+    for count in (1, 2):
+        log = tmp_path / f"{count}.log"
+        codes = launch("sample", str(config), "--output", str(tmp_path / str(count)), world_size=count, log=log)
+        assert codes == [0] * count, (tmp_path / f"{count}.log.0").read_text()
+    for name in ("samples.npz", "samples.json", "samples.png"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_network_runs_in_the_precision_that_is_stated(weights, tmp_path, monkeypatch, precision):
+    """Weights and arithmetic of the blocks, and an error against float64 of that many bits."""
+    run, dtypes, made = a_run(weights, precision=precision, fid_num=4), set(), []
+    real = sample.sample
+
+    def spied(model, *arguments, **more):
+        model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+        dtypes.update(parameter.dtype for parameter in model.blocks.parameters())
+        made.append(real(model, *arguments, **more))
+        return made[0]
+
+    monkeypatch.setattr(sample, "sample", spied)
+    sample.generate(run, tmp_path)
+    facts = json.loads((tmp_path / "samples.json").read_text())
+    assert facts["dtype"] == facts["settings"]["precision"] == precision
+    assert dtypes == {getattr(torch, precision)} and made[0].latents.dtype == torch.float32
+    network = LightningDiT(run.network(), kernels.select("reference"))
+    network.load_state_dict(read_weights(weights / "published.pt"))
+    y, shape = torch.tensor([0, 1, 2, 0]), (4, 4, 4)
+    exact = real(network.double(), Transport(), run.sampling(), y, range(4), shape=shape, null_label=3).latents
+    error = ((made[0].latents - exact).abs().max() / exact.abs().max()).item()
+    low, high = (0.0, 1e-5) if precision == "float32" else (2.0**-14, 2.0**-6)
+    assert low <= error < high, error
 
 
 def test_batch_size_and_number_change_no_image(weights, tmp_path):
