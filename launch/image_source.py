@@ -1,6 +1,6 @@
 """Where images to measure come from: a folder of files or an `.npz`. uint8 `[B, H, W, 3]`, a fixed order."""
 
-import os
+import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vavae.data import EXTENSIONS, open_image
+from vavae.image_files import EXTENSIONS, ImageListing, open_image
 from vavae.images import center_crop, published_eval_crop, to_uint8
+
+log = logging.getLogger(__name__)
 
 ARRAY = "arr_0"  # the images' name inside an npz, as the ADM evaluator expects it
 
@@ -65,6 +67,8 @@ class NpzImages:
 class FolderImages:
     """The image files below a folder, by sorted path. All of one size, unless they are cropped to `image_size`.
 
+    How many there are and what was left out is logged.
+
     `crop` is `center` (ADM's centre crop) or `published_eval` (that of the published tokenizer evaluation).
     """
 
@@ -73,10 +77,13 @@ class FolderImages:
             raise ValueError(f"crop {crop!r} is not known: center, published_eval")
         self.path, self.description = Path(path), str(path)
         self.image_size, self.crop = image_size, crop
-        walk = (os.path.join(folder, file) for folder, _, files in os.walk(self.path) for file in files)
-        self.files = sorted(Path(file) for file in walk if os.path.splitext(file)[1].lower() in EXTENSIONS)
+        listing = ImageListing(self.path)
+        self.files = sorted(self.path / file for file in listing.images())
+        listing.refuse_empty()
         if not self.files:
-            raise ValueError(f"no images below {self.path} (of {', '.join(sorted(EXTENSIONS))})")
+            raise ValueError(f"no images below {self.path} (of {', '.join(sorted(EXTENSIONS))})"
+                             f"{listing.describe_left_out()}")
+        log.info("%s: %s images%s", self.path, f"{len(self.files):,}", listing.describe_left_out())
 
     def __len__(self) -> int:
         return len(self.files)

@@ -2,11 +2,13 @@
 
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import _functional_tensor
 from torchvision.transforms import functional as TF
 
 from tests.golden import G, J, close
@@ -104,13 +106,44 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
     assert not torch.equal(everything(ImageFolder(folder, 16, seed=1))["image"], whole)
 
 
-def test_random_crops_are_cut_from_the_scaled_image_everywhere(tmp_path):
-    save(tmp_path / "a/wide.png", np.broadcast_to(np.arange(40, dtype=np.uint8)[None, :, None], (8, 40, 3)))
+@pytest.mark.parametrize("long_side", ["columns", "rows"])
+def test_random_crops_are_cut_from_the_scaled_image_everywhere(tmp_path, long_side):
+    ramp = np.arange(40, dtype=np.uint8)
+    pixels = np.broadcast_to(ramp[None, :, None] if long_side == "columns" else ramp[:, None, None],
+                             (8, 40, 3) if long_side == "columns" else (40, 8, 3))
+    save(tmp_path / "a/long.png", pixels)
     data = ImageFolder(tmp_path, 8, seed=0)
-    first = [to_uint8(everything(data, epoch)["image"])[0, 0, 0] for epoch in range(600)]
-    assert all(torch.equal(row, row[0] + torch.arange(8)) for row in first)  # never mirrored, never scaled again
-    counts = torch.bincount(torch.stack(first)[:, 0].long(), minlength=33)
-    assert len(counts) == 33 and counts.min() > 0  # 33 places, each expected 18 times
+    crops = torch.stack([to_uint8(everything(data, epoch)["image"])[0, 0] for epoch in range(1000)]).long()
+    along = crops if long_side == "columns" else crops.transpose(1, 2)
+    first = along[:, :1, :1]
+    assert torch.equal(along, (first + torch.arange(8)).expand_as(along))  # never mirrored, never scaled again
+    counts = torch.bincount(first.flatten(), minlength=33)
+    expected = 1000 / 33  # 0 to 32, the last included, each as often
+    assert len(counts) == 33 and counts.min() > 0 and ((counts - expected) ** 2 / expected).sum() < 62  # 0.1 %
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000), (3, 401)])
+@pytest.mark.parametrize("crop", ["random", "center", "published_eval"])
+def test_a_thin_image_takes_memory_by_its_crop_not_by_its_length(tmp_path, monkeypatch, crop, size):
+    made = []
+    resize, interpolate = Image.Image.resize, _functional_tensor.interpolate
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *args: made.append(to) or resize(image, to, *args))
+    monkeypatch.setattr(_functional_tensor, "interpolate",
+                        lambda x, size, **options: made.append(size) or interpolate(x, size, **options))
+    ramp = np.linspace(0, 255, max(size), dtype=np.uint8)
+    pixels = np.empty((size[1], size[0], 3), np.uint8)
+    pixels[:] = ramp[None, :, None] if size[0] > size[1] else ramp[:, None, None]
+    save(tmp_path / "a/thin.png", pixels)
+    image = everything(ImageFolder(tmp_path, 64, seed=0, crop=crop))["image"]
+    assert image.shape == (1, 3, 64, 64) and made and all(max(to) <= 32 * 64 for to in made)
+    assert abs(to_uint8(image).float().mean() - 127) < 15  # of the middle
+
+
+@pytest.mark.parametrize("size", [(96, 3), (3, 95)])
+def test_only_what_is_beyond_the_limit_is_cut(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(resize_short_side(image, 8)), np.asarray(TF.resize(image, 8)))
+    assert resize_short_side(image.resize((200, 3)), 8).size == (256, 8)
 
 
 def test_center_crop_of_the_folder_is_adms(folder):
@@ -158,9 +191,57 @@ def test_a_broken_image_is_skipped_and_counted_where_allowed(folder, caplog, cac
 
 def test_a_folder_of_broken_images_is_an_error_even_where_skipping(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/x.png").write_bytes(b"")
+    (tmp_path / "a/x.png").write_bytes(b"broken")
     with pytest.raises(UnreadableImage, match="none of the 1 images"):
         everything(ImageFolder(tmp_path, 16, seed=0, on_unreadable="skip"))
+
+
+def test_what_a_copy_left_empty_is_refused_at_the_start_or_left_out(folder):
+    for name in ("b/x.png", "a/2.bmp"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(UnreadableImage, match=r"2 image files are empty below .*: a/2\.bmp, b/x\.png"):
+        ImageFolder(folder, 16, seed=0)
+    assert ImageFolder(folder, 16, seed=0, on_unreadable="skip").paths == (
+        "a/10.png", "a/clear.webp", "a/grey.png", "b/deep/y.PNG")  # fmt: skip
+
+
+def said(folder, caplog, **options) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "vavae"):
+        ImageFolder(folder, 16, seed=0, **options)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO  # the main process says it, once
+    return record.getMessage()
+
+
+def test_what_was_found_and_left_out_is_said_in_one_line(folder, caplog):
+    save(folder / ".ipynb_checkpoints/x-checkpoint.png", np.zeros((16, 16, 3)))
+    (folder / "b/z.gif").write_bytes(b"GIF89a")
+    (folder / "LICENSE").write_text("free")
+    assert said(folder, caplog) == (
+        f"{folder}: 6 images in 2 classes (a, b); left out: 1 × .gif (b/z.gif), 1 × .txt (a/notes.txt), "
+        "1 × beside the class folders (LICENSE), 1 × hidden (.ipynb_checkpoints)")
+
+
+@pytest.mark.parametrize(("paths", "want"), [
+    (["train/a/1.png", "val/a/1.png"],
+     r"2 images in 2 classes \(train, val\); .*lie deeper \(train/a/1.png\): is data.data_path one level too high\?"),
+    (["train/a/1.png", "val/1.png"], r"2 images in 2 classes \(train, val\)$"),
+    ([f"{c}/1.png" for c in range(12)],
+     r"12 classes \(0, 1, 10, …\); classes are sorted as text, so label 2 is class '10'$"),
+    ([f"{c}/1.png" for c in range(10)], r"10 classes \(0, 1, 2, …\)$"),
+    (["000/1.png", "009/1.png", "010/1.png", "100/1.png"], r"4 classes \(000, 009, 010, …\)$"),
+    (["1/1.png", "2/1.png", "10x/1.png"], r"3 classes \(1, 10x, 2\)$"),
+])  # fmt: skip
+def test_folders_that_are_perhaps_not_what_was_meant_are_said(tmp_path, caplog, paths, want):
+    for path in paths:
+        save(tmp_path / path, np.zeros((16, 16, 3)))
+    assert re.search(want, said(tmp_path, caplog))
+
+
+def test_images_behind_links_are_read_and_said(folder, caplog):
+    (folder / "b/again.png").symlink_to(folder / "b/x.png")
+    assert said(folder, caplog).startswith(f"{folder}: 7 images in 2 classes (a, b), 1 of them links; left out")
 
 
 def test_wrong_folders_are_named(folder, tmp_path):
@@ -168,8 +249,9 @@ def test_wrong_folders_are_named(folder, tmp_path):
         ImageFolder(folder, 16, seed=0, num_classes=3)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         ImageFolder(tmp_path / "nowhere", 16, seed=0)
-    with pytest.raises(ValueError, match="has no sub-folders"):
+    with pytest.raises(ValueError, match=r"has no sub-folders.*left out: 1 × beside the class folders \(y\.PNG\)"):
         ImageFolder(folder / "b/deep", 16, seed=0)
     (folder / "c").mkdir()
-    with pytest.raises(ValueError, match="/c holds no images"):
+    (folder / "c/1.gif").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"/c holds no images .*1 × \.gif \(c/1\.gif\)"):
         ImageFolder(folder, 16, seed=0)

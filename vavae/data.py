@@ -11,19 +11,16 @@ from PIL import Image
 
 from vavae import seeds
 from vavae.config import DataConfig
+from vavae.image_files import EXTENSIONS, ImageListing, UnreadableImage, open_image, shortened
 from vavae.images import center_crop, published_eval_crop, resize_short_side, to_float
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
-
-
-class UnreadableImage(ValueError):
-    """An image file that cannot be decoded; the message names it."""
-
 
 class ImageFolder:
-    """The images below `root`, in the order of their sorted paths; classes are its sub-folders, sorted by name.
+    """The images below `root`, in the order of their sorted paths; classes are its sub-folders, sorted by name as text.
+
+    What was found, and what was left out (see `ImageListing`), is logged.
 
     Args:
         root: the folder.
@@ -46,11 +43,11 @@ class ImageFolder:
         self.root, self.image_size, self.seed = Path(root), image_size, seed
         self.crop, self.on_unreadable = crop, on_unreadable
         self.unreadable: dict[str, str] = {}
-        self.classes, self.paths, labels = _scan(self.root)
+        self.classes, self.paths, labels = _scan(self.root, on_unreadable)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         if num_classes is not None and len(self.classes) != num_classes:
             raise ValueError(f"data.num_classes is {num_classes}, but {root} has {len(self.classes)} class folders: "
-                             f"{', '.join(self.classes[:5])}{', …' if len(self.classes) > 5 else ''}")
+                             f"{shortened(self.classes, 5)}")
         self._cache: dict[int, torch.Tensor | np.ndarray] | None = {} if cache else None
         if cache:  # now, so that loader processes share one copy
             for index in range(len(self.paths)):
@@ -132,34 +129,39 @@ class ImageFolder:
         return to_float(pixels)
 
 
-def open_image(path: Path) -> Image.Image:
-    """A decoded RGB image. Raises UnreadableImage, which names the file."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"cannot read image {path}: {error}") from error
-
-
-def _scan(root: Path) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
+def _scan(root: Path, on_unreadable: str) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
     """Class names, image paths relative to the root and their labels."""
-    if not root.is_dir():
-        raise ValueError(f"data folder {root} does not exist")
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
+    listing = ImageListing(root)
+    classes = listing.classes()
     if not classes:
-        raise ValueError(f"data folder {root} has no sub-folders: each class needs a folder of its own")
+        raise ValueError(f"data folder {root} has no sub-folders: each class needs a folder of its own"
+                         f"{listing.describe_left_out()}")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(_images(root, name))
+        found = sorted(listing.images(name))
         if not found:
-            raise ValueError(f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})")
+            raise ValueError(f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})"
+                             f"{listing.describe_left_out()}")
         paths += found
         labels += [label] * len(found)
+    if on_unreadable == "error":
+        listing.refuse_empty()
+    log.info("%s: %s", root, _describe(listing, classes, paths))
     return classes, tuple(paths), labels
 
 
-def _images(root: Path, name: str):
-    for folder, _, files in os.walk(root / name):
-        for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(folder, file), root)
+def _describe(listing: ImageListing, classes: tuple[str, ...], paths: list[str]) -> str:
+    """What a run trains on, in a line: enough to see that it is not what was meant."""
+    text = f"{len(paths):,} images in {len(classes):,} classes ({shortened(classes, 3)})"
+    if listing.linked:
+        text += f", {listing.linked:,} of them links"
+    text += listing.describe_left_out()
+    if all(name.isdecimal() for name in classes):
+        pairs = enumerate(zip(classes, sorted(classes, key=int), strict=True))
+        moved = next((label for label, (name, by_number) in pairs if name != by_number), None)
+        if moved is not None:
+            text += f"; classes are sorted as text, so label {moved} is class {classes[moved]!r}"
+    if all(path.count(os.sep) > 1 for path in paths):
+        text += (f"; no class folder holds images itself, they lie deeper ({paths[0]}): is data.data_path one level "
+                 "too high?")
+    return text

@@ -27,11 +27,26 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return 20.0 * torch.log10(255.0 / mse.sqrt())
 
 
+MOST_STRETCHED = 32  # times as long as wide
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """The image, or its middle where it is longer than `MOST_STRETCHED` times its width: a row of 2,000 pixels, scaled
+    to 256 rows, would take a gigabyte."""
+    most = MOST_STRETCHED * min(image.size)
+    width, height = (min(side, most) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre crop of ADM (arXiv 2105.05233): halve while the short side is at least twice `size`, then scale it.
 
     Halving averages (BOX), scaling is BICUBIC; odd margins leave the larger part at the bottom and on the right.
     """
+    image = _bounded(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -41,7 +56,11 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale (bilinear) so that the short side is `size`; the long side is rounded down."""
+    """Scale (bilinear) so that the short side is `size`; the long side is rounded down.
+
+    Of an image more than `MOST_STRETCHED` times as long as wide only the middle is kept.
+    """
+    image = _bounded(image)
     short = min(image.size)
     if short == size:
         return image
@@ -50,5 +69,5 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 def published_eval_crop(image: Image.Image, size: int) -> torch.Tensor:
     """Float32 [3, size, size] in [−1, 1] as the published tokenizers were evaluated: scaled and cropped as floats."""
-    scaled = TF.resize(TF.to_tensor(image), size, antialias=True)
+    scaled = TF.resize(TF.to_tensor(_bounded(image)), size, antialias=True)
     return TF.center_crop(scaled, size).sub_(0.5).div_(0.5)

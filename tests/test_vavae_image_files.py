@@ -1,0 +1,255 @@
+"""Image files of every kind that people have: read rightly or refused by name, and nothing is run or waited for."""
+
+import io
+import os
+import socket
+import struct
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from common.files import FileError
+from vavae.image_files import FORMATS, ImageListing, UnreadableImage, open_image
+
+RAMP = np.tile(np.linspace(0, 1, 64), (3, 1))  # [3, 64], black to white
+COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def tiff(rows: bytes, width: int, height: int, *, bits: int, white_is_zero=False, sample_format=1, order="<") -> bytes:
+    """An uncompressed grey TIFF of one strip, by its specification."""
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, int(not white_is_zero)),
+            (273, 4, 200), (277, 3, 1), (278, 4, height), (279, 4, len(rows)), (339, 3, sample_format)]  # fmt: skip
+    entries = b""
+    for tag, kind, value in tags:
+        entries += struct.pack(f"{order}HHI", tag, kind, 1)
+        entries += struct.pack(f"{order}I", value) if kind == 4 else struct.pack(f"{order}HH", value, 0)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    content = head + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return content.ljust(200, b"\0") + rows
+
+
+def levels(white: int, dtype: str) -> bytes:
+    return np.rint(RAMP * white).astype(dtype).tobytes()
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """Two numbers in three bytes."""
+    first, second = values[..., 0::2], values[..., 1::2]
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+
+
+def netpbm(kind: str, white: int, pixels: bytes) -> bytes:
+    return f"{kind} 64 3 {white}\n".encode() + pixels
+
+
+GREY = {
+    "16-bit PNG": encoded(Image.fromarray(np.rint(RAMP * 65535).astype(np.uint16)), "PNG"),
+    "16-bit TIFF": tiff(levels(65535, "<u2"), 64, 3, bits=16),
+    "16-bit TIFF, big-endian": tiff(levels(65535, ">u2"), 64, 3, bits=16, order=">"),
+    "16-bit TIFF, white is zero": tiff(np.rint(65535 - RAMP * 65535).astype("<u2").tobytes(), 64, 3, bits=16,
+                                       white_is_zero=True),
+    "12-bit TIFF": tiff(twelve_bits(np.rint(RAMP * 4095).astype(np.uint16)), 64, 3, bits=12),
+    "8-bit TIFF, white is zero": tiff(np.rint(255 - RAMP * 255).astype(np.uint8).tobytes(), 64, 3, bits=8,
+                                      white_is_zero=True),
+    "16-bit PGM": netpbm("P5", 65535, levels(65535, ">u2")),
+    "10-bit PGM": netpbm("P5", 1023, levels(1023, ">u2")),
+    "10-bit PGM in text": netpbm("P2", 1023, " ".join(map(str, np.rint(RAMP * 1023).astype(int).flat)).encode()),
+    "8-bit BMP": encoded(Image.fromarray(np.rint(RAMP * 255).astype(np.uint8)), "BMP"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GREY)
+def test_grey_of_any_depth_is_scaled_by_its_range(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(GREY[name])
+    pixels = np.asarray(open_image(tmp_path / "a.png"))
+    assert pixels.shape == (3, 64, 3) and (pixels == pixels[..., :1]).all()
+    assert np.abs(pixels[..., 0] - RAMP * 255).max() <= 0.51  # the nearest level
+
+
+def test_sixteen_bits_round_to_the_nearest(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png"))[..., 0], np.rint(values / 257))
+
+
+FLAT = COLOURS[..., :3]
+CONVERTED = {
+    "RGBA": (Image.fromarray(COLOURS), "PNG", FLAT),
+    "LA": (Image.fromarray(COLOURS[..., :2].copy(), "LA"), "PNG", COLOURS[..., :1].repeat(3, -1)),
+    "CMYK without black": (Image.fromarray(COLOURS * np.array([1, 1, 1, 0], np.uint8), "CMYK"), "TIFF", 255 - FLAT),
+    "bilevel": (Image.fromarray(COLOURS[..., 0] > 127), "PNG", 255 * (COLOURS[..., :1] > 127).repeat(3, -1)),
+    "WebP with transparency": (Image.fromarray(COLOURS | np.array([0, 0, 0, 255], np.uint8)), "WEBP", FLAT),
+    "PPM": (Image.fromarray(FLAT), "PPM", FLAT),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_colours_are_kept_and_transparency_is_dropped(tmp_path, name):
+    image, kind, want = CONVERTED[name]
+    (tmp_path / "a.png").write_bytes(encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), want)
+
+
+def test_a_palette_is_looked_up_whatever_is_transparent(tmp_path):
+    numbers = np.arange(35, dtype=np.uint8).reshape(5, 7)
+    image = Image.fromarray(numbers, "P")
+    image.putpalette(COLOURS.reshape(-1, 4)[:, :3].tobytes())
+    image.save(tmp_path / "a.png", transparency=3)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png")), FLAT)
+
+
+WITHOUT_RANGE = {
+    "float TIFF": (tiff(levels(1, "<f4"), 64, 3, bits=32, sample_format=3), "real numbers"),
+    "PFM": (b"Pf 64 3 -1.0\n" + levels(1, "<f4"), "real numbers"),
+    "32-bit TIFF": (tiff(levels(2**32 - 1, "<u4"), 64, 3, bits=32), "with a sign or of 32 bits"),
+    "signed 32-bit TIFF": (tiff(levels(2**31 - 1, "<i4"), 64, 3, bits=32, sample_format=2), "with a sign or of 32"),
+    "signed 16-bit TIFF": (tiff(levels(32767, "<i2"), 64, 3, bits=16, sample_format=2), "with a sign or of 32 bits"),
+}
+OTHER_CONTENT = {
+    "GIF": (encoded(Image.fromarray(FLAT), "GIF"), r"begins with b'GIF8.*none of BMP, JPEG, PNG, PPM, TIFF, WEBP"),
+    "AVIF": (encoded(Image.fromarray(FLAT), "AVIF"), "none of BMP"),
+    "text": (b"not an image at all", "begins with b'not an image"),
+    "nothing": (b"", "a.png is empty"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer"),
+    "web page": (b"<!DOCTYPE html><html>Too many requests</html>", "is a web page"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_RANGE | OTHER_CONTENT)
+def test_what_cannot_be_shown_rightly_is_refused_by_name(tmp_path, name):
+    content, reason = (WITHOUT_RANGE | OTHER_CONTENT)[name]
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UnreadableImage, match=rf"(?s)a\.png.*{reason}|{reason}"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", sorted(set(FORMATS.values())))
+def test_content_decides_the_format_whatever_the_name(tmp_path, kind):
+    (tmp_path / "a.gif").write_bytes(encoded(Image.fromarray(FLAT), kind))
+    assert np.abs(np.asarray(open_image(tmp_path / "a.gif")).astype(int) - FLAT).mean() < 60
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_an_eps_under_another_name_starts_no_program(tmp_path, monkeypatch):
+    started = []
+
+    def ghostscript(*args, **options):
+        started.append(args)
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    (tmp_path / "a.png").write_bytes(EPS)
+    with pytest.raises(UnreadableImage, match=r"a\.png.*%!PS"):
+        open_image(tmp_path / "a.png")
+    assert not started
+    Image.open(tmp_path / "a.png").load()
+    assert started  # by Pillow when it is free to choose
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(path))
+
+
+SPECIAL = {
+    "named pipe": make_pipe, "socket": make_socket, "directory": os.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"), "dangling link": lambda path: path.symlink_to("nowhere"),
+    "circle of links": lambda path: path.symlink_to(path.name),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    SPECIAL[name]((tmp_path / "a.png").relative_to(tmp_path))
+    with pytest.raises(UnreadableImage, match=r"a\.png"):
+        open_image("a.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged TIFF
+@pytest.mark.parametrize("kind", sorted(set(FORMATS.values())))
+def test_damage_is_an_error_that_names_the_file_or_another_picture(tmp_path, kind):
+    rng, path = np.random.default_rng(1), tmp_path / "a.png"
+    whole = encoded(Image.fromarray(rng.integers(0, 256, (17, 23, 3), dtype=np.uint8)), kind)
+    refused = 0
+    for trial in range(150):
+        content = bytearray(whole)
+        if trial % 3:  # headers decide most
+            place = int(rng.integers(0, 8 * min(len(content), 300 if trial % 3 == 1 else len(content))))
+            content[place // 8] ^= 1 << place % 8
+        else:
+            content = content[: int(rng.integers(0, len(content)))]
+        path.write_bytes(content)
+        try:
+            assert open_image(path).mode == "RGB"
+        except UnreadableImage as error:
+            assert "a.png" in str(error)
+            refused += 1
+    assert refused > 40  # every truncation but few
+
+
+# Folders
+
+
+def touch(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_a_listing_finds_images_and_counts_all_else_by_kind(tmp_path):
+    for name in ("a/1.png", "a/deep/2.JPEG", "b/3.tiff", "a/.git/4.png", "a/._1.png", "__MACOSX/a/5.png", "a/Thumbs.db",
+                 "a/@eaDir/6.png", "a/notes.txt", "b/LICENSE", "beside.png"):  # fmt: skip
+        touch(tmp_path / name)
+    touch(tmp_path / "b/empty.png", b"")
+    touch(tmp_path.parent / f"{tmp_path.name}-elsewhere/7.png")
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    (tmp_path / "b/linked.png").symlink_to(elsewhere / "7.png")
+    (tmp_path / "c").symlink_to(elsewhere)
+    (tmp_path / "b/more").symlink_to(elsewhere)
+    (tmp_path / "b/gone.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "b/pipe.png")
+    (tmp_path / "b/none").mkdir()
+    listing = ImageListing(tmp_path)
+    assert listing.classes() == ("a", "b", "c")
+    assert sorted(listing.images("a")) == ["a/1.png", "a/deep/2.JPEG"]
+    assert sorted(listing.images("b")) == ["b/3.tiff", "b/linked.png"] and listing.linked == 1
+    assert listing.images("c") == ["c/7.png"]
+    assert {kind: sorted(paths) for kind, paths in listing.left_out.items()} == {
+        "hidden": ["__MACOSX", "a/._1.png", "a/.git", "a/@eaDir", "a/Thumbs.db"],
+        "beside the class folders": ["beside.png"], ".txt": ["a/notes.txt"], "without an extension": ["b/LICENSE"],
+        "empty file": ["b/empty.png"], "link to a folder": ["b/more"], "link to nothing": ["b/gone.png"],
+        "pipe, socket or device": ["b/pipe.png"], "empty folder": ["b/none"],
+    }  # fmt: skip
+    text = listing.describe_left_out()
+    assert text.startswith("; left out: 5 × hidden (__MACOSX, a/._1.png, …), 1 × .txt (a/notes.txt)")
+    assert text.endswith("1 of other kinds")
+    with pytest.raises(FileError, match=r"1 image file is empty below .*: b/empty\.png"):
+        listing.refuse_empty()
+
+
+def test_a_listing_of_images_alone_has_nothing_to_say(tmp_path):
+    touch(tmp_path / "a/1.png")
+    listing = ImageListing(tmp_path)
+    assert listing.images() == ["a/1.png"] and listing.describe_left_out() == ""
+    listing.refuse_empty()
+
+
+def test_folders_may_lie_deep(tmp_path):
+    path = tmp_path
+    for _ in range(150):
+        path = path / "deep"
+    touch(path / "1.png")
+    assert len(ImageListing(tmp_path).images()) == 1
