@@ -71,6 +71,30 @@ def test_a_capture_that_fails_leaves_the_allocator_as_it_was(lap, ends, method, 
     assert (run is lap) == (method != "graph") and (method != "graph" or run.kept == "results")
 
 
+def test_seconds_of_laps_are_the_milliseconds_between_events(monkeypatch):
+    """Laps of 2, 40 and 500 ms on a device whose clock runs on with each."""
+    clock, laps = [0.0], iter([0.002, 0.040, 0.500])
+
+    class Event:
+        """As torch's: `elapsed_time` in milliseconds."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def lap():
+        clock[0] += next(laps)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert CudaDevice.__new__(CudaDevice).seconds(lap, 3) == pytest.approx([0.002, 0.040, 0.500])
+
+
 def test_regions_are_no_kernels():
     """A profiler lays the name of a region over the kernels that ran in it."""
 

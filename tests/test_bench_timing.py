@@ -128,6 +128,24 @@ def test_data_sheets_name_their_sources():
         assert sheet.float8 is None or sheet.float8 == pytest.approx(2 * sheet.bfloat16, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "name, bfloat16, float8, bandwidth",
+    [  # TFLOP/s dense and GB/s, as the vendor's data sheets print them
+        ("NVIDIA A100-SXM4-80GB", 312, None, 2039),
+        ("NVIDIA H100 80GB HBM3", 989, 1979, 3350),
+        ("NVIDIA H800", 989, 1979, 3350),
+        ("NVIDIA H200", 989, 1979, 4800),
+        ("NVIDIA B200", 2250, 4500, 8000),
+    ],
+)
+def test_data_sheets_state_what_the_vendor_states(name, bfloat16, float8, bandwidth):
+    sheet = roofline.SHEETS[name]
+    assert (sheet.bfloat16, sheet.bandwidth) == (bfloat16 * 1e12, pytest.approx(bandwidth * 1e9))
+    assert sheet.float8 == (None if float8 is None else float8 * 1e12)
+    printed = sheet.source.replace(",", "")  # the sheet's own words carry the same bandwidth, but for a twin's
+    assert f"{bandwidth / 1000:g} TB/s" in printed or f"{bandwidth} GB/s" in printed or "the H100's" in printed
+
+
 def test_ceilings_are_rates_of_what_was_moved_and_multiplied():
     """With a lap of 1 ms: 2 × 4 KB copied, 2 · 16³ FLOPs."""
 

@@ -1,5 +1,6 @@
 """What the rule lets pass: sums as tensor cores make them, simulated; and what it does not."""
 
+import pytest
 import torch
 
 from kernels.judge import fault, narrow
@@ -42,6 +43,38 @@ def test_sums_that_tensor_cores_cut_off_pass_and_coarser_ones_do_not():
     assert not fault("mean", distances(pair, torch.Tensor.float).float(), exact.float(), exact), "rounded to nearest"
     in_float16 = distances(pair, torch.Tensor.half).float()
     assert fault("mean", in_float16, exact.float(), exact, narrow=True)
+
+
+WIDE = torch.linspace(-3, 3, 25, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("times, right", [(0, True), (1, True), (1.9, True), (2.2, False), (5, False), (19, False)])
+def test_twice_the_error_of_the_reference_is_the_limit(times, right, dtype):
+    """Where that error is large beside the roundings of the dtype; the largest difference counts, of either sign."""
+    error = 512 * torch.finfo(dtype).eps
+    eager, got = WIDE.clone(), WIDE.clone()
+    eager[3] += error
+    got[20] -= times * error
+    assert (fault("x", got.to(dtype), eager.to(dtype), WIDE) == "") is right
+
+
+@pytest.mark.parametrize(
+    "dtype, is_narrow, unit",
+    [(torch.float32, False, 2.0**-23), (torch.float32, True, 2.0**-19), (torch.bfloat16, True, 2.0**-7),
+     (torch.float16, True, 2.0**-10)],
+)  # fmt: skip
+def test_a_perfect_reference_leaves_four_roundings_of_the_largest_number(dtype, is_narrow, unit):
+    exact = torch.tensor([8.0, 1.0], dtype=torch.float64)
+    for units, right in ((3, True), (5, False)):
+        got = (exact + torch.tensor([-units * 8 * unit, 0.0])).to(dtype)
+        assert (fault("x", got, exact.to(dtype), exact, is_narrow) == "") is right, units
+
+
+def test_results_that_are_not_numbers_are_wrong():
+    exact = torch.ones(3, dtype=torch.float64)
+    for value in (float("nan"), float("inf")):
+        assert "error" in fault("x", torch.full((3,), value), exact.float(), exact)
 
 
 def test_what_is_narrow():

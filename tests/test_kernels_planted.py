@@ -15,6 +15,7 @@ import torch
 
 import kernels
 from kernels import checks
+from kernels.cases import Case
 from kernels.registry import FILES, Backend, Op, choose
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -233,6 +234,31 @@ def test_a_registered_backend_passes_every_check(planted):
         checks.check_limits(planted, backend, case)
     checks.check_registration(planted, backend, small[3], torch.float16)
     checks.check_compiled(planted, backend, small[3], torch.float32)
+
+
+@pytest.mark.parametrize("times, right", [(1.8, True), (5, False), (15, False)])
+def test_a_kernel_of_several_times_the_error_of_the_reference_is_found(tmp_path, monkeypatch, times, right):
+    """The reference loses digits to a large number in between, far more than the last ones."""
+    files = {
+        "__init__": '"""Planted."""',
+        "reference": """
+from kernels.registry import Backend
+def lossy(x): return (x + 1e4) - 1e4
+BACKEND = Backend("reference", lossy)
+""",
+    }
+    (tmp_path / "planted_lossy").mkdir()
+    for name, text in files.items():
+        (tmp_path / "planted_lossy" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    op = Op("lossy", lambda x: None, package="planted_lossy")
+    case = Case("any", lambda draw: {"x": draw.normal(1000)})
+    backend = Backend("planted", lambda x: x + times * (op.backend("reference").run(x) - x))
+    if right:
+        checks.check_forward(op, backend, case, torch.float32)
+    else:
+        with pytest.raises(AssertionError, match=r"error .*, limit .*, that of the reference"):
+            checks.check_forward(op, backend, case, torch.float32)
 
 
 # Operators that compute the right numbers and are registered, bounded or behaved wrongly.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.plan import GIB, Network, RunPlan, latents_bytes, state_bytes
+from launch.plan import Network, RunPlan, latents_bytes, state_bytes
 
 P = 1_000
 
@@ -26,7 +26,7 @@ def test_latents_on_disk():
 
 def test_lines_say_what_is_assumed_and_add_up():
     plan = RunPlan(
-        title="t", networks=(Network("model", 10 * P, 9 * P, 3e9, GIB),), frozen_parameters=0, num_images=1000,
+        title="t", networks=(Network("model", 10 * P, 9 * P, 3e9, 2.0**30),), frozen_parameters=0, num_images=1000,
         images_assumed=False, steps=50, global_batch_size=40, micro_batch_size=5, processes=2, stage=2, bf16=True,
     )
     text = "\n".join(plan.lines())
@@ -35,3 +35,16 @@ def test_lines_say_what_is_assumed_and_add_up():
     assert "0.12 TFLOP per step" in text
     assert "activations 5.0 GiB" in text and "latents" not in text
     assert [line for line in text.splitlines() if "← this run" in line] == ["    ZeRO 2:     5.0 GiB   ← this run"]
+
+
+def test_memory_is_said_in_units_of_1024_cubed():
+    """64 · 2³⁰ parameters in float32, 20 bytes each (weights, gradients, three states), and 5 images of 1 GiB."""
+    plan = RunPlan(
+        title="t", networks=(Network("model", 2**36, 2**36, 1e9, 2.0**30),), frozen_parameters=2**34,
+        num_images=1_000_000, images_assumed=True, steps=1, global_batch_size=5, micro_batch_size=5, processes=1,
+        stage=0, bf16=False, latents=(32, 16),
+    )
+    lines = plan.lines()
+    assert "  memory per GPU in float32 (estimated; activations 5.0 GiB of it):" in lines
+    assert f"    ZeRO 0: {64 * 20 + 5 + 16 * 4:7,.1f} GiB   ← this run" in lines
+    assert "  latents on disk: 65.5 GB (float32 32×16×16, two per image)" in lines  # disks are sold by powers of ten
