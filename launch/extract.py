@@ -9,6 +9,7 @@ extraction goes on where it stopped; under a launcher every process writes its o
 import argparse
 import hashlib
 import itertools
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from launch.trained import find_checkpoint
 from lightningdit.latents import LatentsWriter, finish
 from vavae import seeds
 from vavae.data import ImageFolder
+from vavae.image_files import shortened
 from vavae.images import psnr, to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
@@ -71,7 +73,7 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
     writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
     grid = run.data.image_size // tokenizer.config.downsample_ratio
     batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
-                       range(first + writer.position, last, batch_size), last)
+                       batch_bounds(first + writer.position, last, shard_size, batch_size))
     loader = DataLoader(batches, batch_size=None, num_workers=run.data.num_workers,
                         pin_memory=processes.device.type == "cuda")
     unreadable = 0
@@ -85,10 +87,12 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
     manifest = None
     if processes.is_main:
         facts = {"source": source, "sha256": identity["tokenizer"]}
-        manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images))
+        manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images),
+                          classes=images.classes)
     manifest = processes.share(manifest)
     if processes.is_main:
-        print(f"{manifest['count']:,} images as latents {manifest['shape']} in {output}")
+        print(f"{manifest['count']:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
+              f"latents {manifest['shape']} in {output}")
     return manifest
 
 
@@ -133,18 +137,28 @@ def encode(tokenizer: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) 
     return plain, mirrored
 
 
-class _Batches(Dataset):
-    """Batches from each of `starts` to the next (at the end to `last`), every image with noise of its own."""
+def batch_bounds(first: int, last: int, shard_size: int, batch_size: int) -> list[tuple[int, int]]:
+    """Start and end of each batch of images `first` to `last`; shards begin at `first`, and no batch spans two.
 
-    def __init__(self, images: ImageFolder, noise_shape: tuple[int, ...], seed: int, starts: range, last: int):
-        self.images, self.noise_shape, self.seed, self.starts, self.last = images, noise_shape, seed, starts, last
+    An image is then encoded with the same others wherever an extraction goes on: sums in another order of another batch
+    would give other bits.
+    """
+    return [(start, min(start + batch_size, shard + shard_size, last))
+            for shard in range(first, last, shard_size)
+            for start in range(shard, min(shard + shard_size, last), batch_size)]
+
+
+class _Batches(Dataset):
+    """The images of each of `bounds`, every one with noise of its own."""
+
+    def __init__(self, images: ImageFolder, noise_shape: tuple[int, ...], seed: int, bounds: list[tuple[int, int]]):
+        self.images, self.noise_shape, self.seed, self.bounds = images, noise_shape, seed, bounds
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.bounds)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        start = self.starts[number]
-        indices = torch.arange(start, min(start + self.starts.step, self.last))
+        indices = torch.arange(*self.bounds[number])
         noise = torch.stack([self._noise(index) for index in indices.tolist()])
         return self.images.batch(torch.zeros_like(indices), indices) | {"noise": noise}
 
@@ -156,5 +170,5 @@ def _names_hash(images: ImageFolder) -> str:
     """SHA-256 of the image paths in their order: which image an index means."""
     digest = hashlib.sha256()
     for path in itertools.chain(images.classes, images.paths):
-        digest.update(f"{path}\n".encode())
+        digest.update(os.fsencode(path) + b"\n")
     return digest.hexdigest()

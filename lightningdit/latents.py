@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,12 +220,14 @@ class LatentsWriter:
         self._next_shard, self._filled = self._next_shard + 1, 0
 
 
-def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None = None, expected: int | None = None):
+def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None = None, expected: int | None = None,
+           classes: Sequence[str] | None = None) -> dict:
     """Make a directory of closed writers a complete set: statistics file, then `manifest.json` → the manifest.
 
     The statistics are over all plain latents (not the mirrored ones), std unbiased, merged from float64 sums.
-    tokenizer: what made the latents (any JSON, such as name and hash). Raises LatentsError where shards of a rank are
-    missing, do not fit together, or do not add up to `expected`. Calling it again changes nothing.
+    tokenizer: what made the latents (any JSON, such as name and hash). classes: names, by label. Raises LatentsError
+    where shards of a rank are missing, do not fit together, or do not add up to `expected`. Calling it again changes
+    nothing.
     """
     directory = Path(directory)
     if (manifest := _manifest(directory)) is not None:
@@ -253,6 +256,8 @@ def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None
         "identity": records[0]["identity"], "statistics": statistics, "files": {STATISTICS_FILE: entry},
         "shards": [{key: r[key] for key in ("file", "rank", "count", "bytes", "sha256")} for r in records],
     }  # fmt: skip
+    if classes is not None:
+        manifest["classes"] = list(classes)
     _write_json(directory / MANIFEST_FILE, manifest)
     _tidy(directory, manifest)
     return manifest

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 import kernels
 from launch import extract as program
 from launch.config import VavaeRun
-from launch.extract import extract
+from launch.extract import batch_bounds, extract
 from lightningdit.data import LatentDataset
+from tests import children
 from vavae.config import AutoencoderConfig, LossConfig
 from vavae.data import ImageFolder
 from vavae.model import AutoencoderKL
@@ -87,7 +88,7 @@ def test_noise_depends_on_seed_and_index_alone(files, whole, tmp_path):
 def test_the_set_is_complete_and_loads(files, whole):
     output, latents = whole
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["count"] == COUNT and manifest["shape"] == [4, 8, 8]
+    assert manifest["count"] == COUNT and manifest["shape"] == [4, 8, 8] and manifest["classes"] == ["0", "1", "2"]
     assert manifest["tokenizer"]["sha256"] == fingerprint(load_tokenizer(files / "vae.safetensors", OPS))
     statistics = torch.load(output / "latents_stats.pt", weights_only=True)
     exact = latents["latents"].double()
@@ -113,11 +114,52 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_p
     monkeypatch.setattr(program, "encode", encode)
     latents = extracted(files, output)
     for key, value in whole[1].items():
-        torch.testing.assert_close(latents[key], value, atol=1e-5, rtol=0)
+        assert torch.equal(latents[key], value)
     monkeypatch.setattr(program, "encode", dies)  # a complete set needs no encoding
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     extracted(files, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize(("first", "last", "shard", "batch"), [
+    (0, 11, 4, 3), (5, 11, 4, 4), (3, 26, 10, 4), (0, 7, 4, 100), (2, 10, 4, 2), (0, 9, 9, 1), (4, 4, 5, 2),
+])  # fmt: skip
+def test_batches_are_the_same_wherever_an_extraction_goes_on(first, last, shard, batch, done):
+    whole = batch_bounds(first, last, shard, batch)
+    assert [i for start, stop in whole for i in range(start, stop)] == list(range(first, last))
+    assert all(0 < stop - start <= batch for start, stop in whole)
+    assert all((start - first) // shard == (stop - 1 - first) // shard for start, stop in whole)  # in one shard
+    resumed = min(first + done * shard, last)
+    assert batch_bounds(resumed, last, shard, batch) == [b for b in whole if b[0] >= resumed]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_that_is_stated_is_the_one_that_encodes(files, whole, tmp_path, monkeypatch, precision):
+    used, encode = set(), program.encode
+    monkeypatch.setattr(program, "encode", lambda model, *args: used.update(
+        parameter.dtype for parameter in model.parameters()) or encode(model, *args))
+    manifest = extract(run_of(files), tmp_path, batch_size=3, precision=precision, least_psnr=0.0, shard_size=SHARD)
+    assert used == {getattr(torch, precision)} and manifest["identity"]["precision"] == precision
+    stored = torch.cat([load_file(path)["latents"] for path in sorted(tmp_path.glob("*.safetensors"))])
+    error = (stored - whole[1]["latents"]).abs().max().item()
+    assert error == 0 if precision == "float32" else 1e-4 < error < 0.2
+
+
+def test_two_processes_write_a_half_each_and_together_the_same_set(files, whole, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_of(files).model_dump(mode="json")))
+    output = tmp_path / "set"
+    arguments = ["extract", str(config), "--output", str(output), "--least-psnr", "0", "--batch-size", "3"]
+    assert children.launch(*arguments, world_size=2, log=tmp_path / "log") == [0, 0]
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert [(s["rank"], s["count"]) for s in manifest["shards"]] == [(0, 5), (1, 6)]
+    assert manifest["count"] == COUNT and manifest["classes"] == ["0", "1", "2"]
+    shards = [load_file(path) for path in sorted(output.glob("*.safetensors"))]
+    for key, value in whole[1].items():
+        torch.testing.assert_close(torch.cat([shard[key] for shard in shards]), value, atol=1e-5, rtol=0)
+    first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    assert "11 images in 3 classes" in first and "11 images" not in second  # the main process alone says it
 
 
 def test_another_extraction_may_not_go_on_with_these_shards(files, whole):
@@ -162,7 +204,8 @@ def test_the_program_reads_a_config_and_reports(files, tmp_path, capsys):
     config.write_text(json.dumps(run_of(files).model_dump(mode="json")))
     status = program.main([str(config), "data.num_workers=0", "--output", str(tmp_path / "set"), "--least-psnr", "0"])
     assert status == 0
-    assert f"{COUNT} images as latents [4, 8, 8] in {tmp_path / 'set'}" in capsys.readouterr().out
+    want = f"{COUNT} images of 3 classes (0, 1, 2) as latents [4, 8, 8] in {tmp_path / 'set'}"
+    assert want in capsys.readouterr().out
     with pytest.raises(ValueError, match="--batch-size 0"):
         program.main([str(config), "--output", str(tmp_path / "set"), "--batch-size", "0"])
 
