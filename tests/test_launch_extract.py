@@ -103,7 +103,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_p
 
     def dies(*args):
         calls.append(1)
-        if len(calls) == 3:  # after 6 images: one shard of 4 is complete, two images are lost
+        if len(calls) == 4:  # after 7 images: one shard of 4 is complete, three images are lost
             raise KeyboardInterrupt
         return encode(*args)
 
@@ -111,13 +111,16 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_p
     with pytest.raises(KeyboardInterrupt):
         extracted(files, output)
     assert not (output / "manifest.json").exists() and len(list(output.glob("*.safetensors"))) == 1
-    monkeypatch.setattr(program, "encode", encode)
+    again = []
+    monkeypatch.setattr(program, "encode", lambda *args: again.append(len(args[1])) or encode(*args))
     latents = extracted(files, output)
+    assert again == [3, 1, 3]  # each shard from its beginning, and no batch of two shards
     for key, value in whole[1].items():
         assert torch.equal(latents[key], value)
-    monkeypatch.setattr(program, "encode", dies)  # a complete set needs no encoding
+    again.clear()
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     extracted(files, output)
+    assert not again  # a complete set needs no encoding
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
