@@ -30,7 +30,7 @@ from launch.engine import uses_cuda
 from vavae.weights import load_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
-OUTPUT = Path(__file__).parent.parent / "output" / "quickstart"
+OUTPUT = Path("output") / "quickstart"
 
 
 @dataclass(frozen=True)

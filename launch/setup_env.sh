@@ -55,7 +55,7 @@ _set_python() {
     extras="$(IFS=,; printf '%s' "$*")"
     if PYTHON="$(_python_of_active_environment)"; then
         _say "using the active environment ${VIRTUAL_ENV:-$CONDA_PREFIX} (torch $_pinned_torch)"
-        mapfile -t absent < <("$PYTHON" "$_root/launch/check_env.py" "$_root/pyproject.toml" "$@" | sed '/^$/d')
+        mapfile -t absent < <("$PYTHON" "$_root/launch/scripts/check_env.py" "$_root/pyproject.toml" "$@" | sed '/^$/d')
         [ "${#absent[@]}" -eq 0 ] && return
         _say "adding what it lacks: ${absent[*]}"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check "${absent[@]}"

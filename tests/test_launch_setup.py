@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.check_env import missing
+from launch.scripts.check_env import missing
 
 ROOT = Path(__file__).parent.parent
 IN_ENVIRONMENT = sys.prefix != sys.base_prefix
@@ -33,8 +33,8 @@ def test_an_environment_of_another_torch_is_left_alone(tmp_path):
     fake.parent.mkdir(parents=True)
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
-    (tmp_path / "launch").mkdir()
-    for name in ("launch/setup_env.sh", "launch/check_env.py", "pyproject.toml"):
+    (tmp_path / "launch" / "scripts").mkdir(parents=True)
+    for name in ("launch/setup_env.sh", "launch/scripts/check_env.py", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     ready = tmp_path / ".venv" / "bin" / "python"
     ready.parent.mkdir(parents=True)
