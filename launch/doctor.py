@@ -94,14 +94,15 @@ def package_rows() -> list[Row]:
 
 def own_rows() -> list[Row]:
     """This project's packages: that they are those that are imported, and as they were installed."""
-    rows = [Row(name, "another's", sentence, ok=False) for name, sentence in strangers().items()]
+    rows = [Row(name, "not ours", sentence, ok=False) for name, sentence in strangers().items()]
     if altered := altered_files():
         note = f"not as {DISTRIBUTION} installed them; install it again: {', '.join(altered)}"
         rows.append(Row("files", f"{len(altered)} altered", note, ok=False))
+    rows = rows or [Row("packages", "ours", str(ROOT), ok=True)]
     if version := installed(NAMESAKE):
         note = "has a package of the same name as ours: libraries that look for it get whichever comes first (README)"
         rows.append(Row(f"the other {NAMESAKE}", version, note))
-    return rows or [Row("packages", "this project's", str(ROOT), ok=True)]
+    return rows
 
 
 def altered_files() -> list[str]:

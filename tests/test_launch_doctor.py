@@ -66,7 +66,7 @@ def test_missing_and_wrong_packages_are_said_and_end_with_1(monkeypatch, capsys)
 
 def test_packages_of_this_project_are_this_projects():
     (row,) = [row for row in doctor.own_rows() if row.ok is not None]
-    assert row == doctor.Row("packages", "this project's", str(doctor.ROOT), ok=True)
+    assert row == doctor.Row("packages", "ours", str(doctor.ROOT), ok=True)
 
 
 def test_another_package_called_kernels_is_a_problem_and_is_not_imported(monkeypatch, tmp_path):

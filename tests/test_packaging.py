@@ -155,7 +155,7 @@ def test_the_doctor_of_an_installation_knows_that_it_is_one(installed, tmp_path)
     text = done(python, "-m", "launch", "doctor", "--json", cwd=tmp_path)
     findings = json.loads(text)
     (own,) = [row for row in findings["this project"] if row["ok"] is not None]
-    assert own == {"name": "packages", "value": "this project's", "note": str(site), "ok": True}
+    assert own == {"name": "packages", "value": "ours", "note": str(site), "ok": True}
     (extension,) = [row for row in findings["compilers"] if row["name"] == "cuda extension"]
     assert extension["value"] == "not installed" and "setup.py" not in text and "checkout is" in extension["note"]
 
