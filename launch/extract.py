@@ -91,8 +91,8 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
                           classes=images.classes)
     manifest = processes.share(manifest)
     if processes.is_main:
-        print(f"{manifest['count']:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
-              f"latents {manifest['shape']} in {output}")
+        print(f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
+              f"latents {list(manifest.shape)} in {output}")
     return manifest
 
 

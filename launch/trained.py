@@ -4,11 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
+from common.tensors import load_strict
 from launch.checkpoint import Checkpoint, newest
 from launch.config import ConfigError, LightningDiTRun
 from lightningdit.latents import LatentStatistics, read_statistics
 from lightningdit.model import LightningDiT
-from lightningdit.weights import Export, export_paths, load_into, read_export, read_weights
+from lightningdit.weights import Export, export_paths, read_export, read_weights
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer
@@ -59,7 +60,7 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
 def build_diffusion(export: Export, ops, source: str) -> LightningDiT:
     """The network of an export, loaded strictly, in evaluation mode."""
     model = LightningDiT(export.config, ops)
-    load_into(model, export.state, source)
+    load_strict(model, export.state, source)
     return model.eval().requires_grad_(False)
 
 

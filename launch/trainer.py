@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from common.tensors import load_strict
 from kernels.compilation import cache_directory
 from kernels.registry import Ops
 from launch import checkpoint
@@ -20,7 +21,6 @@ from launch.engine import Engine, Processes, compile_mode
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter
-from lightningdit.weights import load_into
 
 Tensors = dict[str, torch.Tensor]
 
@@ -296,7 +296,7 @@ class Trainer:
         self.step = state["step"]
         self.task.load_state_dict(state["task"])
         for name, network in self.task.networks.items():
-            load_into(network, start.tensors(name), start.path / name)
+            load_strict(network, start.tensors(name), start.path / name)
 
     def _load_states(self, start: checkpoint.Checkpoint) -> None:
         for name, engine in self.engines.items():

@@ -1,12 +1,13 @@
-"""Training data of a diffusion run: a latents directory, memory-mapped, as a pure function of (seed, epoch, index)."""
+"""Training data of a diffusion run: a latents directory as a pure function of (seed, epoch, index)."""
 
 import math
-import warnings
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.files import file_entry
 from lightningdit.config import DataConfig
 from lightningdit.latents import (
     MANIFEST_FILE,
@@ -14,12 +15,12 @@ from lightningdit.latents import (
     STATISTICS_FILE,
     LatentsError,
     LatentStatistics,
+    Manifest,
     Shard,
-    file_entry,
+    open_shard,
     read_manifest,
     read_statistics,
 )
-from lightningdit.mapping import map_side_by_side
 from lightningdit.seeds import mix
 
 VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
@@ -34,11 +35,11 @@ class LatentDataset:
     verify: also compare every checksum of the manifest (reads everything once); None does so below 4 GiB.
 
     `shape` is (C, H, W), `labels` [N] int64, `statistics` what undoes the normalisation, `manifest` the directory's or
-    None. Opened files are not pickled, so data-loader workers may be forked or spawned; `threaded` says that threads
-    are enough: a batch is a few calls that leave Python's lock to others.
+    None, `classes` the names of the labels or None. Opened files are not pickled, so data-loader workers may be forked
+    or spawned; `threaded` says that threads are enough: reading leaves Python's lock to others.
 
-    Raises LatentsError, naming the file, where a shard is missing, truncated or of another shape, a checksum differs,
-    the statistics are missing, or a label is out of range.
+    Raises LatentsError, naming the file, where a shard is missing, truncated (also later, while batches are read) or of
+    another shape, a checksum differs, the statistics are missing, or a label is out of range.
     """
 
     threaded = True
@@ -57,12 +58,16 @@ class LatentDataset:
         self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
             raise LatentsError(f"{self.path} is no directory; data_path holds latents shards, as extract writes them")
-        self.manifest = read_manifest(self.path)
+        self.manifest: Manifest | None = read_manifest(self.path)
+        self.classes = self.manifest and self.manifest.classes
         self._check_manifest(verify)
         self._shards = [Shard.read(p) for p in sorted(self.path.glob("*.safetensors"))]
         self.shape = self._common_shape()
         counts = [shard.count for shard in self._shards]
         self._ends = np.cumsum(counts)
+        if self.manifest and (self.manifest.count, self.manifest.shape) != (sum(counts), self.shape):
+            said, found = (self.manifest.count, self.manifest.shape), (sum(counts), self.shape)
+            raise LatentsError(f"{self.path / MANIFEST_FILE} says count and shape {said}, its shards hold {found}")
         self._firsts = self._ends - counts
         self._open()
         self._check_labels(num_classes)
@@ -92,7 +97,7 @@ class LatentDataset:
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_windows": None, "labels": None}
+        return self.__dict__ | {"_files": None, "labels": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
@@ -115,16 +120,22 @@ class LatentDataset:
             raise IndexError(f"indices run from {indices.min()} to {indices.max()}; the set has {len(self)} latents")
         flips = self.flips(np.asarray(epochs), indices) if flips is None else np.asarray(flips, dtype=bool)
         x = _empty((len(indices), math.prod(self.shape)), pin_memory)
-        torch.index_select(self._windows, 0, torch.from_numpy(self._places(indices, flips)), out=x)
+        self._read(x.numpy(), indices, flips)
         self._normalise(x.numpy())
-        y = torch.from_numpy(self.labels.numpy()[indices])
+        y = self.labels[torch.from_numpy(indices)]
         return {"x": x.view(-1, *self.shape), "y": y.pin_memory() if pin_memory else y}
 
-    def _places(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """Which rows of `_windows` the samples are, int64 [B]."""
+    def _read(self, x: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
+        """Fill x [B, C·H·W] with the samples as they are stored.
+
+        A read that comes short is an error to report; in a mapped file it would be a signal that ends the process.
+        """
         shards = np.searchsorted(self._ends, indices, side="right")
         within = indices - self._firsts[shards]
-        return self._begins[shards, flips.astype(np.int64)] + within * self._windows.shape[1]
+        offsets = self._begins[shards, flips.astype(np.int64)] + within * x.itemsize * x.shape[1]
+        for row, shard, offset in zip(x, shards.tolist(), offsets.tolist(), strict=True):
+            if os.preadv(self._files[shard].fileno(), (row,), offset) != row.nbytes:
+                raise LatentsError(f"{self._shards[shard].path} has been cut short since it was opened")
 
     def _normalise(self, x: np.ndarray) -> None:
         """In place, [B, C·H·W]."""
@@ -135,22 +146,13 @@ class LatentDataset:
             np.multiply(x, np.float32(self.statistics.multiplier), out=x)
 
     def _open(self) -> None:
-        """Map the shards, in this process, as one array.
+        """Open the shards, in this process.
 
-        Row i of `_windows` is what a latent would be that began at value i of the array: most are none, but a latent is
-        a row wherever its file has put it. `_begins` [shards, 2]: the rows of a shard's first latents, plain, mirrored.
+        `_begins` [shards, 2]: the bytes of each file where plain and mirrored latents begin.
         """
-        mapped, starts = map_side_by_side([shard.path for shard in self._shards])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            values = torch.from_numpy(mapped.view(np.float32))
-        row = math.prod(self.shape)
-        self._windows = values.as_strided((len(values) - row + 1, row), (1, 1))
-        begins, labels = [], []
-        for shard, start in zip(self._shards, starts, strict=True):
-            begins.append([(start + shard.places[name]) // 4 for name in ("latents", "latents_flip")])
-            labels.append(np.frombuffer(mapped, np.int64, shard.count, start + shard.places["labels"]))
-        self._begins, self.labels = np.array(begins), torch.from_numpy(np.concatenate(labels))
+        self._files = [open_shard(shard.path) for shard in self._shards]
+        self.labels = torch.cat([shard.labels() for shard in self._shards])
+        self._begins = np.array([[s.places[name] for name in ("latents", "latents_flip")] for s in self._shards])
 
     def _check_manifest(self, verify: bool | None) -> None:
         """Every listed file is there with its size (and checksum, if asked), and no shard is there unlisted."""
@@ -158,18 +160,18 @@ class LatentDataset:
             if verify:
                 raise LatentsError(f"{self.path} has no {MANIFEST_FILE}, so there are no checksums to verify")
             return
-        listed = self.manifest["files"] | {shard["file"]: shard for shard in self.manifest["shards"]}
+        listed = self.manifest.files | {shard.file: shard for shard in self.manifest.shards}
         if verify is None:
-            verify = sum(entry["bytes"] for entry in listed.values()) < VERIFY_BELOW
+            verify = sum(entry.bytes for entry in listed.values()) < VERIFY_BELOW
         for name, entry in listed.items():
             path = self.path / name
             if not path.exists():
                 raise LatentsError(f"{path} is missing though {MANIFEST_FILE} lists it")
-            if path.stat().st_size != entry["bytes"]:
-                found, want = path.stat().st_size, entry["bytes"]
+            if path.stat().st_size != entry.bytes:
+                found, want = path.stat().st_size, entry.bytes
                 raise LatentsError(f"{path} is truncated or damaged: {found:,} bytes, the manifest says {want:,}")
-            if verify and (found := file_entry(path)["sha256"]) != entry["sha256"]:
-                raise LatentsError(f"{path} is damaged: SHA-256 {found}, the manifest says {entry['sha256']}")
+            if verify and (found := file_entry(path)["sha256"]) != entry.sha256:
+                raise LatentsError(f"{path} is damaged: SHA-256 {found}, the manifest says {entry.sha256}")
         for path in self.path.glob("*.safetensors"):
             if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
                 raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from common.tensors import load_strict
 from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from lightningdit.seeds import generator, mix
-from lightningdit.weights import load_into, read_weights
+from lightningdit.weights import read_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,7 +52,7 @@ class LightningDiTTask:
 
     def load_weights(self, path: str) -> None:
         """Start from the EMA weights of an export or a published `.pt` instead; raises WeightsError on a misfit."""
-        load_into(self.networks["model"], read_weights(path), path)
+        load_strict(self.networks["model"], read_weights(path), path)
 
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""

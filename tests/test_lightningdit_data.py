@@ -1,10 +1,8 @@
-"""The dataset: what a sample depends on, how batches are gathered, and the maps behind them."""
+"""The dataset: what a sample depends on, and how batches are gathered."""
 
 import json
-import mmap
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightningdit.data import LatentDataset
-from lightningdit.latents import LatentStatistics
-from lightningdit.mapping import map_side_by_side
+from lightningdit.latents import LatentsError, LatentStatistics, StatisticsRecord
 from lightningdit.seeds import generator, mix
 from tests.golden import G, J, close
 from tests.golden.golden import ROOT
@@ -67,7 +64,8 @@ def test_statistics_and_the_way_back(expected):
         other = LatentDataset(PUBLISHED, latent_norm=norm, latent_multiplier=multiplier)
         there = other.batch(EPOCH_0, EVERY, [False] * 12)["x"]
         close("there and back", other.statistics.denormalise(there), raw, atol=1e-5)
-    again = LatentStatistics.from_json(json.loads(json.dumps(data.statistics.to_json())))
+    record = StatisticsRecord.model_validate_json(json.dumps(data.statistics.to_json()))
+    again = LatentStatistics.from_record(record, "here")
     assert torch.equal(again.mean, data.statistics.mean) and torch.equal(again.std, data.statistics.std)
 
 
@@ -127,7 +125,7 @@ class _Whole(torch.utils.data.Dataset):
         return self.data.batch(EPOCH_0, EVERY)
 
 
-def test_pickles_without_its_maps(tmp_path):
+def test_pickles_without_its_files(tmp_path):
     write_random_latents(tmp_path, counts=(999, 1001), shard_size=1500)
     data, epochs, indices = LatentDataset(tmp_path), torch.zeros(50), torch.arange(1475, 1525)
     pickled = pickle.dumps(data)
@@ -199,34 +197,17 @@ def test_index_outside_the_set():
             LatentDataset(PUBLISHED).batch(torch.zeros(1), torch.tensor([index]))
 
 
-# --- maps
+# --- files
 
 
-def test_maps_lie_side_by_side_and_go_with_the_array(tmp_path):
-    sizes = (1, mmap.PAGESIZE - 1, mmap.PAGESIZE, 3 * mmap.PAGESIZE + 5)
-    contents = [bytes([n]) * size for n, size in enumerate(sizes, 1)]
-    for n, content in enumerate(contents):
-        (tmp_path / f"{n}").write_bytes(content)
-    mapped, starts = map_side_by_side(sorted(tmp_path.iterdir()))
-    assert starts == [n * mmap.PAGESIZE for n in (0, 1, 2, 3)] and len(mapped) == 7 * mmap.PAGESIZE
-    for start, content in zip(starts, contents, strict=True):
-        assert mapped[start : start + len(content)].tobytes() == content
-    assert mapped[1:start].max() == 3 and not mapped[start + len(content) :].any() and not mapped.flags.writeable
-    view = mapped[-10:]
-    assert _maps_of(tmp_path) == 4
-    del mapped
-    assert _maps_of(tmp_path) == 4 and not view.any()
-    del view
-    assert _maps_of(tmp_path) == 0
-
-
-def _maps_of(directory):
-    return Path("/proc/self/maps").read_text().count(f"{directory}/")
-
-
-def test_a_file_that_cannot_be_mapped_is_named(tmp_path):
-    (tmp_path / "full").write_text("something")
-    (tmp_path / "empty").touch()
-    with pytest.raises(OSError, match="empty"):
-        map_side_by_side([tmp_path / "full", tmp_path / "empty"])
-    assert not _maps_of(tmp_path)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_shard_cut_short_while_it_is_read_is_named(tmp_path, threads):
+    """Read through a map of the file, this would be a SIGBUS that ends the process without a word."""
+    write_random_latents(tmp_path)
+    data = LatentDataset(tmp_path, verify=False)
+    cut = sorted(tmp_path.glob("*.safetensors"))[1]
+    with cut.open("r+b") as f:
+        f.truncate(300)
+    everything = torch.arange(len(data))
+    with ThreadPoolExecutor(threads) as pool, pytest.raises(LatentsError, match=f"{cut.name} has been cut short"):
+        list(pool.map(lambda _: data.batch(torch.zeros_like(everything), everything), range(threads)))

@@ -32,7 +32,7 @@ def test_written_set_reads_back(tmp_path):
     files = sorted(p.name for p in tmp_path.iterdir())
     shards = [f"latents_rank{rank:02d}_shard{shard:03d}.safetensors" for rank in (0, 1) for shard in (0, 1, 2)]
     assert files == [*shards, "latents_stats.pt", "manifest.json"]
-    assert data.manifest["count"] == n == 26 and data.manifest["tokenizer"]["name"] == "test"
+    assert data.manifest.count == n == 26 and data.manifest.tokenizer["name"] == "test"
 
 
 def test_written_shards_are_of_the_published_format(tmp_path):
@@ -225,7 +225,7 @@ def test_statistics_missing_or_unusable(latents):
     path = latents / "latents_stats.pt"
     torch.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.zeros(1, 4, 1, 1)}, path)
     (latents / "manifest.json").unlink()
-    with pytest.raises(LatentsError, match=r"latents_stats.pt holds .*not usable"):
+    with pytest.raises(LatentsError, match=r"latents_stats.pt has .*not usable"):
         LatentDataset(latents)
     torch.save({"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}, path)
     with pytest.raises(LatentsError, match=r"latents_stats.pt has 3 channels, the latents 4"):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.tensors import load_strict, read_tensors, write_tensors
 from vavae.config import FoundationConfig, nearest
-from vavae.weights import load_strict, read_tensors, write_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

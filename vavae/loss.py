@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torchvision.models import VGG16_Weights
 
+from common.tensors import load_strict, read_tensors
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
 from vavae.model import Posterior
-from vavae.weights import load_strict, read_tensors
 
 Logs = dict[str, torch.Tensor]
 GAN_LIMIT = 1e4

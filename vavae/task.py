@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.tensors import load_strict, read_tensors
 from vavae import seeds
 from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
 from vavae.data import ImageFolder
@@ -25,7 +26,7 @@ from vavae.loss import (
     vf_term,
 )
 from vavae.model import AutoencoderKL
-from vavae.weights import load_strict, log_dropped, read_tensors, split_tokenizer
+from vavae.weights import log_dropped, split_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 Criterion = Callable[[Forward], tuple[torch.Tensor, Logs]]

@@ -1,4 +1,4 @@
-"""Weights in files: read without running code, load strictly, write what others can read.
+"""Weights of a tokenizer: the parts of a file, strict loading, exports (`<name>.safetensors` with `<name>.json`).
 
 A published tokenizer holds, under `state_dict` or at the top, `encoder. decoder. quant_conv. post_quant_conv.`; a
 published training checkpoint adds `linear_proj.`, the frozen `foundation_model.` and the whole `loss.` (LPIPS,
@@ -6,10 +6,7 @@ discriminator, logvar).
 """
 
 import hashlib
-import json
 import logging
-import os
-import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common.files import Record, make_directory, read_record, write_json
+from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_tensors
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 
@@ -30,62 +27,6 @@ AUTOENCODER_PREFIXES = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.
 PROJECTION_PREFIX = "linear_proj."
 DISCRIMINATOR_PREFIX = "loss.discriminator."
 FROZEN_PREFIXES = ("foundation_model.", "loss.perceptual_loss.", "loss.logvar")
-Tensors = dict[str, torch.Tensor]
-
-
-class WeightsError(ValueError):
-    """A weights file cannot be read, or does not fit."""
-
-
-def read_tensors(path: str | Path) -> Tensors:
-    """The tensors of a `.safetensors` file, or of a `.pt`, `.pth` or `.ckpt` file with or without `state_dict` around.
-
-    Raises:
-        WeightsError: no such file, a broken one, or one that would need to run code to be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"weights file {path} is broken or holds more than tensors: {error}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"weights file {path} holds a {type(content).__name__}, not tensors by name")
-    return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
-    """Write a `.safetensors` file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata or {}))
-    os.replace(temporary, path)
-
-
-def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Load tensors that must be exactly the module's.
-
-    Raises:
-        WeightsError: naming `what` and the keys that are missing, unexpected, or of another shape.
-    """
-    wanted = module.state_dict()
-    missing = [key for key in wanted if key not in tensors]
-    unexpected = [key for key in tensors if key not in wanted]
-    shapes = [f"{key} {list(tensors[key].shape)} instead of {list(value.shape)}" for key, value in wanted.items()
-              if key in tensors and tensors[key].shape != value.shape]
-    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    faults = [f"{len(keys)} {kind}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}"
-              for kind, keys in kinds.items() if keys]
-    if faults:
-        raise WeightsError(f"weights {what} do not fit: {'; '.join(faults)}")
-    module.load_state_dict(tensors)
 
 
 @dataclass(frozen=True)
@@ -165,19 +106,20 @@ def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
 
 
 def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any):
-    """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights.
-
-    Each file is replaced whole, and neither before both could be written.
-    """
+    """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights."""
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
-    document = {"kind": "vavae", "config": config.model_dump(mode="json"), **facts}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.json.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    make_directory(path.parent)
     write_tensors(path, tensors)
-    os.replace(temporary, path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
+
+
+class ExportFacts(Record):
+    """The JSON beside an exported tokenizer's tensors."""
+
+    kind: str
+    config: dict[str, Any]
 
 
 def read_export_config(path: str | Path) -> AutoencoderConfig:
@@ -189,10 +131,13 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
     beside = Path(path).with_suffix(".json")
     if not beside.is_file():
         raise ValueError(f"{path} has no {beside.name} beside it: give the tokenizer's config")
-    document = json.loads(beside.read_text())
-    if document.get("kind") != "vavae":
-        raise ValueError(f"{beside}: kind is {document.get('kind')!r}, not 'vavae'")
-    return AutoencoderConfig(**document["config"])
+    facts = read_record(beside, ExportFacts)
+    if facts.kind != "vavae":
+        raise WeightsError(f"{beside} is of kind {facts.kind!r}, not 'vavae'")
+    try:
+        return AutoencoderConfig(**facts.config)
+    except ValueError as e:
+        raise WeightsError(f"{beside} has a config that is none: {e}") from None
 
 
 def fingerprint(model: nn.Module) -> str:

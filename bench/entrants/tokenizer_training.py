@@ -18,6 +18,7 @@ import kernels
 from bench.entrants.tokenizers import set_numerics
 from bench.entrants.training import FlatAdamW
 from bench.tokenizer import Variant
+from common.tensors import write_tensors
 from kernels.compilation import compiled
 from launch.config import VavaeRun, load
 from vavae.cost import training_cost
@@ -25,7 +26,6 @@ from vavae.foundation import FoundationModel
 from vavae.loss import lpips_network
 from vavae.model import Level, Middle
 from vavae.task import VavaeTask
-from vavae.weights import write_tensors
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
 IMAGES, FOREVER = 256, 1_000_000
