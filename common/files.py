@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
 _BLOCK = 1 << 24
@@ -135,6 +135,13 @@ class Record(BaseModel):
     """A part of a JSON file of ours, checked when it is read. Keys it does not know are kept: later versions add."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
+
+
+class FileRecord(Record):
+    """A file as a manifest lists it."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 SomeRecord = TypeVar("SomeRecord", bound=Record)

@@ -6,7 +6,6 @@ by name, at the top or under an entry such as `ema`, `model` or `state_dict`.
 
 import argparse
 import json
-import logging
 import pathlib
 import pickle
 import re
@@ -24,7 +23,6 @@ from torch import nn
 
 from common.files import FileError, open_regular, refuse_stand_ins, replacing
 
-log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 #: What other programs save beside tensors and that only holds values: command lines, paths, NumPy's numbers.
@@ -59,20 +57,22 @@ def read_tensors(path: Path | str, entries: Iterable[str] = ("state_dict", "mode
         WeightsError: no such file, a broken one, one with objects other than tensors and plain values (nothing of it is
             run), or without tensors under any of `entries`.
     """
-    path, entries = Path(path), tuple(entries)
-    content = _load(path)
+    return read_entry(path, entries)[1]
+
+
+def read_entry(path: Path | str, entries: Iterable[str]) -> tuple[str | None, Tensors]:
+    """As `read_tensors`, and which entry the tensors are of: None where the file holds them by name itself."""
+    path, entries, entry = Path(path), tuple(entries), None
+    found = content = _load(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds {type(content).__name__}, not tensors by name")
-    found = content
-    while entry := next((e for e in entries if isinstance(found.get(e), Mapping)), None):
-        found = found[entry]
-        if entry != entries[0]:
-            log.info("%s: its entry %r is taken", path, entry)
+    while inner := next((e for e in entries if isinstance(found.get(e), Mapping)), None):
+        entry, found = inner, found[inner]
     tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         wanted = ", ".join(map(repr, entries))
         raise WeightsError(f"{path} has no tensors by name, nor an entry {wanted}; it has {_some(map(repr, found))}")
-    return _unwrap(path, tensors)
+    return entry, _unwrap(path, tensors)
 
 
 def _load(path: Path) -> Any:
@@ -132,29 +132,25 @@ def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
     """Load tensors that must be exactly the module's, and finite; `source` says whose they are in messages.
 
     Raises:
-        WeightsError: naming `source` and the keys that are missing, unexpected, of another shape or kind (whole numbers
-            for real ones), or hold NaN or infinity.
+        WeightsError: naming `source` and the keys that are missing, unexpected, of another shape or dtype (whole or
+            complex numbers for real ones), or hold NaN or infinity.
     """
     own = module.state_dict()
     both = [key for key in own if key in tensors]
     shapes = [key for key in both if tensors[key].shape != own[key].shape]
     fits = [key for key in both if tensors[key].shape == own[key].shape]
-    kinds = [key for key in fits if _kind(tensors[key]) != _kind(own[key])]
+    kinds = [key for key in fits if own[key].is_floating_point() and not tensors[key].is_floating_point()]
     problems = {
         "missing": [key for key in own if key not in tensors],
         "unexpected": [key for key in tensors if key not in own],
         "of another shape": [f"{k} {list(tensors[k].shape)} where the model has {list(own[k].shape)}" for k in shapes],
         "of another dtype": [f"{k} {tensors[k].dtype} where the model has {own[k].dtype}" for k in kinds],
-        "not finite": [key for key in fits if key not in kinds and not torch.isfinite(tensors[key]).all()],
+        "not finite": [key for key in fits if not (tensors[key].is_meta or torch.isfinite(tensors[key]).all())],
     }
     if any(problems.values()):
         parts = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys]
-        raise WeightsError(f"{source} does not fit the model: {'; '.join(parts)}")
+        raise WeightsError(f"{source} does not fit: {'; '.join(parts)}")
     module.load_state_dict(tensors)
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return "real" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -169,16 +165,16 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     metadata: default {"format": "pt"}, which other libraries look for. Equal tensors give equal files.
     """
     with replacing(path) as f:
-        write_safetensors(f, tensors, {"format": "pt"} if metadata is None else metadata)
+        write_safetensors(f, tensors, metadata)
 
 
-def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors (any device) and metadata, in the given order, as a safetensors file.
+def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
+    """Write tensors (of any device) and metadata, in the given order, as a safetensors file; see `write_tensors`.
 
     The package's own writer shuffles metadata, makes files that only their owner can read, and does not say which file
     it could not write.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     ordered, end = sorted(tensors.items(), key=lambda item: -item[1].itemsize), 0  # keeps every tensor aligned
     for name, value in ordered:
         start, end = end, end + value.nbytes

@@ -9,45 +9,78 @@
 Tensors are whole, not sharded, so any number of processes under any ZeRO stage can go on from them.
 """
 
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import Field, StringConstraints, model_validator
+
+from common.files import (
+    FileError,
+    FileRecord,
+    Record,
+    WriteError,
+    file_entry,
+    make_directory,
+    read_record,
+    sha256,
+    sync_directory,
+    write_error,
+    write_json,
+)
+from common.tensors import WeightsError, read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 KEYS = ("model", "ema", "exp_avg", "exp_avg_sq")  # tensors kept per network
 
 _STEP = re.compile(r"step_(\d{7,})")
-_BLOCK = 1 << 24
+_FILE_NAME = r"^(state\.json|[A-Za-z0-9_]+\.[a-z_]+\.safetensors)$"
+Count = Annotated[int, Field(ge=0)]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint that is not whole, or not what was asked for."""
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+class Manifest(Record):
+    """`manifest.json`: what makes a checkpoint complete."""
+
+    format: Annotated[int, Field(ge=1, le=1)]
+    step: Count
+    files: dict[Annotated[str, StringConstraints(pattern=_FILE_NAME)], FileRecord]
 
 
-def write_json(path: Path, content) -> None:
-    """Write JSON so that readers see the old file or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+class State(Record):
+    """`state.json`: all that is not a tensor. `counters` are those of `AdamWEma` by network."""
+
+    kind: str
+    step: Count
+    global_batch_size: Annotated[int, Field(ge=1)]
+    seed: Count
+    num_samples: Annotated[int, Field(ge=1)]
+    counters: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(min_length=1)
+    task: dict[str, Any]
+    ops: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _agrees_with_counters(self) -> "State":
+        """One network has met every step; a discriminator begins later."""
+        met = [c.get("applied", -1.0) + c.get("skipped", -1.0) for c in self.counters.values()]
+        if max(met) != self.step or min(met) < 0:
+            raise ValueError(f"step {self.step} where the optimizers have counted {', '.join(f'{m:g}' for m in met)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -57,99 +90,154 @@ class Checkpoint:
     path: Path
 
     @cached_property
-    def manifest(self) -> dict:
-        try:
-            return json.loads((self.path / "manifest.json").read_text())
-        except OSError:
+    def manifest(self) -> Manifest:
+        path = self.path / "manifest.json"
+        if not os.path.lexists(path):
             raise CheckpointError(f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
-                                  "(weights alone go into train.weight_init)") from None
-        except ValueError as e:
-            raise CheckpointError(f"{self.path / 'manifest.json'} is damaged: {e}") from None
+                                  "(weights alone go into train.weight_init)")
+        found = _read(path, Manifest)
+        named = _STEP.fullmatch(self.path.name)
+        if named and int(named[1]) != found.step:
+            raise CheckpointError(f"{path} says step {found.step}, which is not that of its directory's name")
+        return found
 
     @cached_property
     def state(self) -> dict:
-        return json.loads(self._checked("state.json").read_text())
+        """What `save` was given, checked as `State`."""
+        path = self._checked("state.json")
+        state = _read(path, State)
+        if state.step != self.manifest.step:
+            raise CheckpointError(f"{path} says step {state.step}, manifest.json {self.manifest.step}")
+        return json.loads(path.read_text())
 
     @property
     def step(self) -> int:
-        return self.state["step"]
+        return self.manifest.step
 
     def tensors(self, network: str, key: str = "model") -> dict[str, torch.Tensor]:
         """`model`, `ema`, `exp_avg` or `exp_avg_sq` of one network, by published parameter name.
 
-        Raises CheckpointError where the file is missing, cut short or changed.
+        Raises CheckpointError where the file is missing, cut short, changed, or no file of tensors.
         """
-        return load_file(self._checked(f"{network}.{key}.safetensors"))
+        try:
+            return read_tensors(self._checked(f"{network}.{key}.safetensors"))
+        except WeightsError as e:
+            raise CheckpointError(str(e)) from None
 
     def weights(self, network: str, key: str) -> dict[str, torch.Tensor]:
         """The whole state dict with trained weights taken from `key` (`ema` or `model`)."""
         return self.tensors(network) | (self.tensors(network, key) if key != "model" else {})
 
+    def states(self, network: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Each of `KEYS` with its tensors, one at a time: together they are four times the model in host memory.
+
+        Raises CheckpointError where they are not those of trained parameters of these names and shapes.
+        """
+        for key in KEYS:
+            tensors = self.tensors(network, key)
+            wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+            if wrong:
+                path = self.path / f"{network}.{key}.safetensors"
+                raise CheckpointError(f"{path} lacks {len(wrong)} parameters that this run trains, such as {wrong[0]} "
+                                      f"{list(shapes[wrong[0]])}")
+            yield key, tensors
+
     def _checked(self, name: str) -> Path:
-        path, entry = self.path / name, self.manifest["files"].get(name)
+        path, entry = self.path / name, self.manifest.files.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(sorted(self.manifest['files']))}")
+            raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(sorted(self.manifest.files))}")
         if not path.exists():
             raise CheckpointError(f"{path} is missing though the manifest lists it")
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{path} has {size:,} bytes where the manifest says {entry['bytes']:,}: cut short?")
-        if (found := sha256(path)) != entry["sha256"]:
-            raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {entry['sha256']}: damaged")
+        if size != entry.bytes:
+            raise CheckpointError(f"{path} has {size:,} bytes where the manifest says {entry.bytes:,}: cut short?")
+        if (found := sha256(path)) != entry.sha256:
+            raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {entry.sha256}: damaged")
         return path
+
+
+def _read(path: Path, record: type[Record]) -> Any:
+    try:
+        return read_record(path, record)
+    except FileError as e:
+        raise CheckpointError(str(e)) from None
 
 
 def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, torch.Tensor]]]) -> Path:
     """Write the checkpoint of `state["step"]` below `directory` and return its path.
 
     `networks` holds network → key → name → tensor. A kill at any moment leaves the earlier checkpoints and at most a
-    temporary directory, which the next save removes. A checkpoint of the same step is replaced.
+    temporary directory, which `tidy` and the next save remove. A checkpoint of the same step is replaced.
+
+    Raises WriteError, naming the file, where the system refuses; the earlier checkpoints are then untouched.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".step_*"):
-        shutil.rmtree(leftover)
+    make_directory(directory)
     final = directory / f"step_{state['step']:07d}"
     temporary = directory / f".{final.name}.tmp"
-    temporary.mkdir()
-    for network, keys in networks.items():
-        for key, tensors in keys.items():
-            save_file(tensors, temporary / f"{network}.{key}.safetensors")
-    write_json(temporary / "state.json", state)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
-    write_json(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
-    if final.exists():
-        os.replace(final, directory / f".{final.name}.old")
-    os.replace(temporary, final)
-    _sync(directory)
+    try:
+        with _writing(final):
+            tidy(directory)
+            temporary.mkdir()
+            for network, keys in networks.items():
+                for key, tensors in keys.items():
+                    write_tensors(temporary / f"{network}.{key}.safetensors", tensors)
+            write_json(temporary / "state.json", state)
+            files = {p.name: file_entry(p) for p in sorted(temporary.iterdir())}
+            write_json(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
+            if final.exists():
+                os.replace(final, directory / f".{final.name}.old")
+            os.replace(temporary, final)
+            sync_directory(directory)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # what it takes up may be what is lacking
+        raise
     shutil.rmtree(directory / f".{final.name}.old", ignore_errors=True)
     return final
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name `path` where the system refuses something that has not been named yet."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as e:
+        raise write_error(path, e) from None
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a kill left of a save or of `prune`, and put back a checkpoint that was about to be replaced."""
+    for leftover in directory.glob(".step_*"):
+        final = directory / leftover.name.removeprefix(".").rpartition(".")[0]
+        if leftover.suffix == ".old" and not final.exists():
+            os.replace(leftover, final)
+        else:
+            shutil.rmtree(leftover)
+
+
 def newest(directory: Path) -> Checkpoint | None:
-    """The checkpoint of the highest step below `directory`, or None. Neither size nor time of a file matters."""
-    steps = {int(m[1]): p for p in _entries(directory) if (m := _STEP.fullmatch(p.name))}
-    return Checkpoint(steps[max(steps)]) if steps else None
+    """The checkpoint of the highest step below `directory`, or None. Neither size nor time of a file matters.
+
+    One without a manifest, such as a copy that was cut short, does not count, and this is logged.
+    """
+    for path in reversed(_by_step(directory)):
+        if os.path.lexists(path / "manifest.json"):
+            return Checkpoint(path)
+        log.warning("%s has no manifest.json: it is not complete and is left aside", path)
+    return None
 
 
 def prune(directory: Path, keep: int) -> None:
     """Remove all but the `keep` checkpoints of the highest steps."""
-    ordered = sorted((p for p in _entries(directory) if _STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
-    for path in ordered[:-keep]:
+    for path in _by_step(directory)[:-keep]:
         # Renamed first: half a removal must not look like a checkpoint.
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = path.with_name(f".{path.name}.removed")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
 
 
-def _entries(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _by_step(directory: Path) -> list[Path]:
+    """Directories of checkpoints, complete or not, in the order of their steps."""
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted((p for p in entries if _STEP.fullmatch(p.name)), key=lambda p: int(p.name.removeprefix("step_")))

@@ -254,6 +254,14 @@ def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Sec
         raise ConfigError(f"{path}: {e}") from None
 
 
+def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
+    """The run that a checkpoint holds; raises ConfigError, naming `source`, where it is none of `kind`."""
+    try:
+        return KINDS[kind].model_validate(content)
+    except ValidationError as e:
+        raise ConfigError(f"{source}: {_explain(e)}") from None
+
+
 def _is_published_tokenizer(document: Mapping) -> bool:
     model = document.get("model")
     return "lightning" in document or (isinstance(model, Mapping) and "params" in model)

@@ -5,13 +5,11 @@ NAME.pt in the published layout (`model` and `ema`; for a tokenizer `state_dict`
 """
 
 import argparse
-import os
 from pathlib import Path
 
-import torch
-
+from common.tensors import save_pickled
 from launch.checkpoint import Checkpoint
-from launch.config import VavaeRun
+from launch.config import stored_run
 from launch.trained import find_checkpoint, from_checkpoint
 from lightningdit.weights import save_export, save_published
 from vavae.weights import write_export
@@ -39,11 +37,9 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
         written = save_export(name, from_checkpoint(checkpoint, weights))
         save_published(published, checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
         return [*written, published]
-    run = VavaeRun.model_validate(checkpoint.state["config"])
+    run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
     tensors = checkpoint.weights("autoencoder", weights)
     path = name.with_name(f"{name.name}.safetensors")
     write_export(path, tensors, run.model, step=checkpoint.step, weights=weights, checkpoint=str(checkpoint.path))
-    temporary = published.with_name(f".{published.name}.tmp")
-    torch.save({"state_dict": tensors}, temporary)
-    os.replace(temporary, published)
+    save_pickled(published, {"state_dict": tensors})
     return [path, path.with_suffix(".json"), published]

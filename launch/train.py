@@ -104,7 +104,8 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
         residual_dtype=getattr(torch, run.train.residual_dtype), resident=run.deepspeed.zero_stage < 3,
     )
     if run.train.weight_init is not None:
-        task.load_weights(run.train.weight_init)
+        # As published: its training went on from `model`. The average is the better network to start from.
+        task.load_weights(run.train.weight_init, "model" if run.preset == "paper" else "ema")
     validation = None
     if run.data.valid_path is not None:
         validation = LatentDataset.from_config(run.data.model_copy(update={"data_path": run.data.valid_path}), seed)

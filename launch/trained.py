@@ -1,13 +1,16 @@
 """Trained networks, found and loaded for the programs that use them: a checkpoint, an export or a published file."""
 
+import json
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import nn
 
+from common.files import FileError, read_json
 from common.tensors import load_strict
-from launch.checkpoint import Checkpoint, newest
-from launch.config import ConfigError, LightningDiTRun
-from lightningdit.latents import LatentStatistics, read_statistics
+from launch.checkpoint import Checkpoint, CheckpointError, newest
+from launch.config import ConfigError, LightningDiTRun, stored_run
+from lightningdit.latents import LatentStatistics, StatisticsRecord, read_statistics
 from lightningdit.model import LightningDiT
 from lightningdit.weights import Export, export_paths, read_export, read_weights
 from vavae.config import AutoencoderConfig
@@ -16,13 +19,24 @@ from vavae.weights import load_tokenizer
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint `path` is, or the newest of the run whose directory it is; raises ConfigError on neither."""
-    if (path / "manifest.json").exists():
+    """The checkpoint `path` is, or the newest of the run whose directory it is; raises ValueError on neither."""
+    if not path.is_dir():
+        what = "is a file; a checkpoint is a directory" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {what}")
+    if (path / "manifest.json").exists() and not _is_latents(path):
         return Checkpoint(path)
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
         raise ConfigError(f"{path} is no checkpoint and has no complete one below it")
     return found
+
+
+def _is_latents(path: Path) -> bool:
+    """Whether the manifest there is that of a latents directory; a damaged one may be anything."""
+    try:
+        return "shards" in read_json(path / "manifest.json")
+    except (FileError, TypeError):
+        return False
 
 
 def diffusion_weights(run: LightningDiTRun) -> Export:
@@ -37,7 +51,8 @@ def diffusion_weights(run: LightningDiTRun) -> Export:
     elif export_paths(path)[1].is_file():
         found = read_export(path)
     else:
-        found = Export(run.network(), read_weights(path), None, "ema", _statistics_of_data(run), {})
+        tensors, weights = read_weights(path)
+        found = Export(run.network(), tensors, None, weights, _statistics_of_data(run), {})
     _check_same_network(found, run, path)
     return found
 
@@ -48,13 +63,21 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
     return Export(
-        config=LightningDiTRun.model_validate(state["config"]).network(),
+        config=stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit").network(),
         state=checkpoint.weights("model", weights),
         step=checkpoint.step,
         weights=weights,
-        latents=LatentStatistics.from_json(state["task"]["latents"]),
+        latents=_statistics_of(checkpoint),
         extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"]},
     )
+
+
+def _statistics_of(checkpoint: Checkpoint) -> LatentStatistics:
+    try:
+        record = StatisticsRecord.model_validate_json(json.dumps(checkpoint.state["task"].get("latents")))
+    except ValidationError:
+        raise CheckpointError(f"{checkpoint.path / 'state.json'} has no statistics of latents") from None
+    return LatentStatistics.from_record(record, checkpoint.path / "state.json")
 
 
 def build_diffusion(export: Export, ops, source: str) -> LightningDiT:

@@ -21,6 +21,7 @@ from launch.engine import Engine, Processes, compile_mode
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter
+from launch.trained import find_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,7 +89,7 @@ class Trainer:
         self._stop_signal: int | None = None
         self._draws: Tensors | None = None
         self.step = 0
-        start = self._agree(self._find_start())
+        start = self._agree_on_start()
         if start is not None:
             self._load_weights(start)
         task.to(processes.device)
@@ -271,21 +272,59 @@ class Trainer:
     def _num_workers(self) -> int:
         return self.plan.config["data"]["num_workers"]
 
-    def _find_start(self) -> checkpoint.Checkpoint | None:
-        if self.plan.train.ckpt is not None and checkpoint.newest(self._checkpoints) is None:
-            return checkpoint.Checkpoint(Path(self.plan.train.ckpt))
-        found = checkpoint.newest(self._checkpoints)
-        if found is not None and not self.plan.train.resume:
-            raise ValueError(f"{self._checkpoints} already holds step {found.step} and train.resume is false; "
-                             "give another train.exp_name or output_dir, or remove it")
-        return found
+    def _find_start(self) -> Path | None:
+        """The newest checkpoint of this run's directory, else the one that `train.ckpt` names, else None.
 
-    def _agree(self, found: checkpoint.Checkpoint | None) -> checkpoint.Checkpoint | None:
-        """The main process's finding, on every process; raises CheckpointError where one cannot see it."""
-        path = self.processes.share(found and found.path)
+        Raises ValueError where going on from there would lose what is there, or is not what the user asked for.
+        """
+        train, own = self.plan.train, checkpoint.newest(self._checkpoints)
+        named = None if train.ckpt is None else find_checkpoint(Path(train.ckpt)).path
+        if own is None:
+            self._refuse_foreign()
+            if named is not None:
+                print(f"starting from {named}, as train.ckpt says")
+            return named
+        if not train.resume:
+            raise ValueError(f"{self._checkpoints} already holds step {own.step} and train.resume is false; "
+                             "give another train.exp_name or output_dir, or remove it")
+        if named is not None and named.resolve() != own.path.resolve():
+            if named.resolve().parent == self._checkpoints.resolve():
+                raise ValueError(f"train.ckpt is {named}, but this run has gone on to {own.path.name}: to branch off, "
+                                 "give another train.exp_name; to go on, leave train.ckpt out")
+            print(f"train.ckpt {named} was this run's start; now its own newest checkpoint is")
+        if train.weight_init is not None:
+            print(f"train.weight_init {train.weight_init} was this run's start; now its newest checkpoint is")
+        return own.path
+
+    def _refuse_foreign(self) -> None:
+        """Do not start over among another program's checkpoints, such as those of the published code."""
+        files = self._checkpoints.iterdir() if self._checkpoints.is_dir() else ()
+        foreign = sorted(p.name for p in files if p.suffix in (".pt", ".pth", ".ckpt"))
+        if foreign:
+            raise ValueError(f"{self._checkpoints} holds {foreign[-1]}, of another program: name it in "
+                             "train.weight_init, which takes its weights, and give another train.exp_name")
+
+    def _agree_on_start(self) -> checkpoint.Checkpoint | None:
+        """What the main process finds, on every process; each raises what that raised, or where it cannot see it."""
+        path = fault = None
+        if self.processes.is_main:
+            try:
+                path = self._tidy_and_find()
+            except ValueError as e:
+                fault = str(e)
+        path, fault = self.processes.share((path, fault))
+        if fault is not None:
+            raise checkpoint.CheckpointError(fault)
         if self.processes.any(path is not None and not path.is_dir()):
             raise checkpoint.CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
         return path and checkpoint.Checkpoint(path)
+
+    def _tidy_and_find(self) -> Path | None:
+        if self._checkpoints.is_dir():
+            checkpoint.tidy(self._checkpoints)
+            if self.plan.train.keep_checkpoints:
+                checkpoint.prune(self._checkpoints, self.plan.train.keep_checkpoints)
+        return self._find_start()
 
     def _load_weights(self, start: checkpoint.Checkpoint) -> None:
         state = start.state
@@ -300,8 +339,10 @@ class Trainer:
 
     def _load_states(self, start: checkpoint.Checkpoint) -> None:
         for name, engine in self.engines.items():
-            for key in checkpoint.KEYS:  # one at a time: together they are four times the model in host memory
-                engine.load_states({key: start.tensors(name, key)})
+            trained = [(n, p) for n, p in self.task.networks[name].named_parameters() if p.requires_grad]
+            shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in trained}  # ZeRO 3 leaves none in the parameter
+            for key, tensors in start.states(name, shapes):
+                engine.load_states({key: tensors})
             engine.optimizer.set_counters(start.state["counters"][name])
         if self.processes.is_main:
             print(f"resuming from {start.path} after step {self.step}")

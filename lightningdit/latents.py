@@ -21,6 +21,7 @@ from pydantic import Field, StringConstraints, TypeAdapter
 
 from common.files import (
     FileError,
+    FileRecord,
     Record,
     file_entry,
     make_directory,
@@ -41,7 +42,6 @@ _DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LatentsError(FileError):
@@ -54,13 +54,6 @@ class StatisticsRecord(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     multiplier: float = 1.0
-
-
-class FileRecord(Record):
-    """A file as a manifest lists it."""
-
-    bytes: Count
-    sha256: Sha256
 
 
 class ShardRecord(FileRecord):

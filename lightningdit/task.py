@@ -1,5 +1,6 @@
 """What the training loop needs to train a LightningDiT: its network, its data, one step of flow matching."""
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,6 +13,7 @@ from lightningdit.model import LightningDiT
 from lightningdit.seeds import generator, mix
 from lightningdit.weights import read_weights
 
+log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 _INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for each purpose
@@ -50,9 +52,14 @@ class LightningDiTTask:
             torch.manual_seed(int(mix(seed, _INIT)) >> 1)
             self.networks = {"model": LightningDiT(model, ops, residual_dtype, resident)}
 
-    def load_weights(self, path: str) -> None:
-        """Start from the EMA weights of an export or a published `.pt` instead; raises WeightsError on a misfit."""
-        load_strict(self.networks["model"], read_weights(path), path)
+    def load_weights(self, path: str, which: str = "ema") -> None:
+        """Start from the weights of an export or a published `.pt` instead; raises WeightsError on a misfit.
+
+        Of a file that holds both, `which` ("ema" or "model") is taken; which it was is logged.
+        """
+        tensors, taken = read_weights(path, which)
+        load_strict(self.networks["model"], tensors, path)
+        log.info("starting from the %s weights of %s", taken, path)
 
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""

@@ -9,21 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.files import FileError, Record, make_directory, read_record, sha256, write_json
-from common.tensors import Tensors, WeightsError, as_float32, read_tensors, save_pickled, write_tensors
+from common.files import FileError, Record, make_directory, read_record, replacing, sha256, write_json
+from common.tensors import Tensors, WeightsError, as_float32, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
 from lightningdit.latents import LatentStatistics, StatisticsRecord
 
 KIND = "lightningdit"
 
 
-def read_weights(path: Path | str, which: str = "ema") -> Tensors:
-    """The tensors of a weights file by published key, on the CPU (see `common.tensors.read_tensors`).
+def read_weights(path: Path | str, which: str = "ema") -> tuple[Tensors, str]:
+    """The tensors of a weights file by published key, on the CPU, and which they are; see `common.tensors`.
 
-    Of a file with several entries `which` ("ema" or "model") is taken; where it has only another one, that one, and
-    this is logged.
+    Of a file with several entries `which` ("ema" or "model") is taken; where it has only another one, that one. What
+    they are is that entry, or "unnamed" where the file holds them by name itself.
     """
-    return read_tensors(path, (which, "state_dict", "model", "ema"))
+    entry, tensors = read_entry(path, (which, "state_dict", "model", "ema"))
+    return tensors, entry or "unnamed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +58,18 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
     """
     tensors_path, json_path = export_paths(path)
     make_directory(tensors_path.parent)
-    write_tensors(tensors_path, as_float32(export.state))
-    write_json(json_path, export.extra | {
-        "kind": KIND,
-        "config": export.config.model_dump(),
-        "step": export.step,
-        "weights": export.weights,
-        "latents": export.latents.to_json(),
-        "sha256": sha256(tensors_path),
-    })  # fmt: skip
+    with replacing(tensors_path) as f:
+        write_safetensors(f, as_float32(export.state))
+        f.flush()
+        # First, as it is the one that may still fail: then the old pair is left.
+        write_json(json_path, export.extra | {
+            "kind": KIND,
+            "config": export.config.model_dump(),
+            "step": export.step,
+            "weights": export.weights,
+            "latents": export.latents.to_json(),
+            "sha256": sha256(f.name),
+        })  # fmt: skip
     return tensors_path, json_path
 
 
@@ -85,7 +89,7 @@ def read_export(path: Path | str) -> Export:
         raise WeightsError(f"{tensors_path} is damaged: SHA-256 {found}, {json_path.name} says {facts.sha256}")
     return Export(
         config=_config(json_path, facts.config),
-        state=read_weights(tensors_path),
+        state=read_weights(tensors_path)[0],
         step=facts.step,
         weights=facts.weights,
         latents=LatentStatistics.from_record(facts.latents, json_path),

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kernels
+from common.tensors import write_tensors
 from launch import extract as program
 from launch.config import VavaeRun
 from launch.extract import batch_bounds, extract
@@ -19,7 +20,7 @@ from vavae.data import ImageFolder
 from vavae.model import AutoencoderKL
 from vavae.seeds import EXTRACTION_NOISE, generator
 from vavae.task import build_networks
-from vavae.weights import fingerprint, load_tokenizer, write_export, write_tensors
+from vavae.weights import fingerprint, load_tokenizer, write_export
 
 OPS = kernels.select("reference")
 TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (), "z_channels": 4, "embed_dim": 4}
@@ -178,7 +179,7 @@ def test_an_untrained_tokenizer_is_refused(files, tmp_path):
 
 def test_weights_of_another_tokenizer_are_refused(files, tmp_path):
     run = run_of(files, model={**MODEL.model_dump(), "z_channels": 8})
-    with pytest.raises(ValueError, match=r"vae\.safetensors as a tokenizer do not fit"):
+    with pytest.raises(ValueError, match=r"vae\.safetensors as a tokenizer does not fit"):
         extract(run, tmp_path / "set")
 
 

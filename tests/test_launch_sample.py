@@ -20,6 +20,7 @@ from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample as sample_latents
 from lightningdit.weights import read_export, read_weights, save_export, save_published
+from tests import toy
 from tests.children import launch
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
@@ -47,8 +48,8 @@ def weights(tmp_path_factory):
     state |= {k: torch.randn_like(state[k]) * 0.05 for k in trained}
     ema = {k: state[k] + 0.01 for k in trained}
     save_published(root / "published.pt", state, state | ema)
-    description = dict(
-        step=7, kind="lightningdit", config=run.model_dump(mode="json"), ops={}, versions={},
+    description = toy.checkpoint_state(
+        7, "lightningdit", config=run.model_dump(mode="json"),
         task={"latents": STATISTICS.to_json(), "num_images": 60},
     )  # fmt: skip
     checkpoint.save(root / "run" / "checkpoints", description, {"model": {"model": state, "ema": ema}})
@@ -97,7 +98,7 @@ def test_the_pixels_are_the_decoded_denormalised_samples(weights, tmp_path):
     run, ops = a_run(weights), kernels.select("reference")
     images, _ = images_of(sample.generate(run, tmp_path / "a"))
     network = LightningDiT(run.network(), ops)
-    network.load_state_dict(read_weights(weights / "published.pt"))
+    network.load_state_dict(read_weights(weights / "published.pt")[0])
     made = sample_latents(network, Transport(), run.sampling(), torch.tensor([2]), [5], shape=(4, 4, 4), null_label=3)
     z = made.latents * STATISTICS.std.view(1, -1, 1, 1) + STATISTICS.mean.view(1, -1, 1, 1)
     with torch.no_grad():
@@ -313,7 +314,7 @@ def test_wrong_weights_and_labels_are_named(weights, tmp_path):
     assert "does not exist" in error(vae=base["vae"] | {"ckpt_path": str(tmp_path / "x.pt"), "model_name": "a_f16d32"})
     assert "ends in none of f16d16" in error(vae=base["vae"] | {"ckpt_path": str(tmp_path / "x.pt")})
     assert "is no checkpoint" in error(ckpt_path=str(tmp_path))
-    assert "is no file" in error(ckpt_path=str(tmp_path / "x.pt"), data=base["data"] | {"latent_norm": False})
+    assert "x.pt does not exist" in error(ckpt_path=str(tmp_path / "x.pt"), data=base["data"] | {"latent_norm": False})
     assert "labels [3, -1]: classes are 0 to 2" in error(labels=[0, 3, -1])
 
 
@@ -344,10 +345,10 @@ def test_export_of_a_network(weights, tmp_path, capsys):
     assert export_main([str(weights / "run"), str(tmp_path / "digits"), "--weights", "model"]) == 0
     assert capsys.readouterr().out.count("lightningdit, step 7") == 3
     found = read_export(tmp_path / "digits")
-    state = read_weights(weights / "published.pt", "model")
+    state = read_weights(weights / "published.pt", "model")[0]
     assert found.weights == "model" and all(torch.equal(found.state[k], v) for k, v in state.items())
     for which in ("model", "ema"):
-        ours, theirs = (read_weights(p, which) for p in (tmp_path / "digits.pt", weights / "published.pt"))
+        ours, theirs = (read_weights(p, which)[0] for p in (tmp_path / "digits.pt", weights / "published.pt"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
@@ -355,8 +356,8 @@ def test_export_of_a_tokenizer(weights, tmp_path):
     tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
     state = tokenizer.state_dict()
     run = VavaeRun(preset="default", model=tokenizer.config, data={"data_path": "images", "image_size": 8})
-    description = dict(step=3, kind="vavae", config=run.model_dump(mode="json"), ops={}, task={}, versions={})
-    path = checkpoint.save(tmp_path, description, {"autoencoder": {"model": state, "ema": {}}})
+    description = toy.checkpoint_state(3, "vavae", "autoencoder", config=run.model_dump(mode="json"))
+    path = checkpoint.save(tmp_path, description, {"autoencoder": {"model": state, "ema": state}})
     written = export(checkpoint.Checkpoint(path), tmp_path / "tokenizer.v1")
     assert [p.name for p in written] == ["tokenizer.v1.safetensors", "tokenizer.v1.json", "tokenizer.v1.pt"]
     for file in (written[0], written[2]):

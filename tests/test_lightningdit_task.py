@@ -201,5 +201,5 @@ def test_starting_from_weights(latents, ops, tmp_path):
     t.load_weights(str(tmp_path / "w.pt"))
     assert all(torch.equal(source[k], v) for k, v in t.networks["model"].state_dict().items())
     smaller = task(latents, ops, MODEL.model_copy(update={"depth": 1}))
-    with pytest.raises(ValueError, match=r"w\.pt does not fit the model: 12 unexpected: blocks\.1"):
+    with pytest.raises(ValueError, match=r"w\.pt does not fit: 12 unexpected: blocks\.1"):
         smaller.load_weights(str(tmp_path / "w.pt"))

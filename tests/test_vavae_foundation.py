@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 
+from common.tensors import write_tensors
 from tests.golden import G, J, close, formula_weight
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
-from vavae.weights import write_tensors
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models import VGG16_Weights
 
 import kernels
+from common.tensors import WeightsError
 from tests.golden import G, J, close, close_grads, formula_weight
 from vavae.config import LossConfig
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen, hinge_loss, vanilla_loss
@@ -24,7 +25,6 @@ from vavae.loss import (
     vf_term,
 )
 from vavae.model import Posterior
-from vavae.weights import WeightsError
 
 OPS = kernels.select("reference")
 DTYPES = {torch.float32: ("", 1e-5), torch.float64: ("_f64", 1e-10)}
@@ -309,7 +309,7 @@ def test_lpips_heads_are_those_of_the_wheel(formula_lpips, tmp_path, monkeypatch
 
 def test_a_wrong_backbone_is_named(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
-    with pytest.raises(WeightsError, match=r"vgg.pth as VGG-16 do not fit: 25 missing: slice1.0.bias"):
+    with pytest.raises(WeightsError, match=r"vgg.pth as VGG-16 does not fit: 25 missing: slice1.0.bias"):
         Perceptual(str(tmp_path / "vgg.pth"))
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import kernels
+from common.tensors import WeightsError, write_tensors
 from tests.golden import G, J, close
 from tests.host_reads import HostReads
 from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig
@@ -16,7 +17,6 @@ from vavae.data import ImageFolder
 from vavae.foundation import FoundationModel
 from vavae.images import psnr, to_uint8
 from vavae.task import VavaeTask, build_networks
-from vavae.weights import WeightsError, write_tensors
 
 OPS = kernels.select("reference")
 TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])

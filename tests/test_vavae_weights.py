@@ -8,19 +8,11 @@ import pytest
 import torch
 
 import kernels
+from common.tensors import WeightsError, load_strict, read_tensors, write_tensors
 from tests.golden import G, J
 from vavae.config import AutoencoderConfig, LossConfig
 from vavae.task import build_networks
-from vavae.weights import (
-    WeightsError,
-    fingerprint,
-    load_strict,
-    load_tokenizer,
-    read_tensors,
-    split_tokenizer,
-    write_export,
-    write_tensors,
-)
+from vavae.weights import fingerprint, load_tokenizer, split_tokenizer, write_export
 
 OPS = kernels.select("reference")
 TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])
@@ -116,7 +108,7 @@ def test_differences_are_all_named(tensors, tmp_path):
     with pytest.raises(WeightsError) as error:
         load_tokenizer(tmp_path / "vae.safetensors", OPS, TINY)
     for part in ("vae.safetensors", "1 missing: quant_conv.bias", "1 unexpected: encoder.extra",
-                 "encoder.conv_in.bias [5] instead of [32]"):
+                 "encoder.conv_in.bias [5] where the model has [32]"):
         assert part in str(error.value)
 
 
@@ -142,7 +134,7 @@ def test_unreadable_files_are_named(tensors, tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-100])
     torch.save({"state_dict": tensors, "callback": logging.Formatter()}, tmp_path / "code.ckpt")
     torch.save([1, 2], tmp_path / "list.pt")
-    reasons = {"cut.safetensors": "broken", "cut.pt": "broken", "code.ckpt": "more than tensors", "list.pt": "list"}
+    reasons = {"cut.safetensors": "damaged", "cut.pt": "damaged", "code.ckpt": "logging.Formatter", "list.pt": "list"}
     for name, reason in reasons.items():
         with pytest.raises(WeightsError, match=f"{name}.*{reason}"):
             read_tensors(tmp_path / name)

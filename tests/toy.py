@@ -63,6 +63,14 @@ def write_random_latents(
     return torch.cat(everything)
 
 
+def checkpoint_state(step: int, kind: str, network: str = "model", **facts) -> dict:
+    """What a checkpoint of this step says of a run of 20 samples, 8 a step."""
+    counters = {network: {"applied": float(step), "skipped": 0.0, "skipped_in_a_row": 0.0}}
+    empty = {"task": {}, "ops": {}, "config": {}, "versions": {}}
+    return {"step": step, "kind": kind, "global_batch_size": 8, "seed": 0, "num_samples": 20, "counters": counters,
+            **empty, **facts}  # fmt: skip
+
+
 def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
     """`count` smooth colour images of 2 classes as PNG."""
     from PIL import Image  # here and below: tests for a GPU come without

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import Record, make_directory, read_record, write_json
-from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_tensors
+from common.files import Record, make_directory, read_record, replacing, write_json
+from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 
@@ -111,8 +111,11 @@ def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: 
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     make_directory(path.parent)
-    write_tensors(path, tensors)
-    write_json(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
+    with replacing(path) as f:
+        write_safetensors(f, tensors)
+        f.flush()
+        # First, as it is the one that may still fail: then the old pair is left.
+        write_json(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
 
 
 class ExportFacts(Record):
