@@ -153,7 +153,7 @@ def test_weights_that_are_not_finite_make_no_image(weights, tmp_path, kind, valu
         write_export(spoilt, tokenizer.state_dict(), tokenizer.config)
         content["vae"]["ckpt_path"] = str(spoilt)
     else:
-        state = read_weights(weights / "published.pt")
+        state, _ = read_weights(weights / "published.pt")
         state["final_layer.linear.bias"][3] = value
         if kind == "published.pt":
             save_published(spoilt, state, state)
@@ -201,7 +201,7 @@ def test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept(weights, tm
 
 
 def test_a_solver_that_finds_no_step_names_samples_and_weights(weights, tmp_path):
-    state = {key: value * 1e19 for key, value in read_weights(weights / "published.pt").items()}
+    state = {key: value * 1e19 for key, value in read_weights(weights / "published.pt")[0].items()}
     save_published(tmp_path / "large.pt", state, state)
     content = document(weights, sampling_method="dopri5")
     content["data"]["latent_norm"] = False
@@ -264,7 +264,7 @@ def test_the_network_runs_in_the_precision_that_is_stated(weights, tmp_path, mon
     assert facts["dtype"] == facts["settings"]["precision"] == precision
     assert dtypes == {getattr(torch, precision)} and made[0].latents.dtype == torch.float32
     network = LightningDiT(run.network(), kernels.select("reference"))
-    network.load_state_dict(read_weights(weights / "published.pt"))
+    network.load_state_dict(read_weights(weights / "published.pt")[0])
     y, shape = torch.tensor([0, 1, 2, 0]), (4, 4, 4)
     exact = real(network.double(), Transport(), run.sampling(), y, range(4), shape=shape, null_label=3).latents
     error = ((made[0].latents - exact).abs().max() / exact.abs().max()).item()
