@@ -144,7 +144,7 @@ def test_the_precision_that_is_stated_is_the_one_that_encodes(files, whole, tmp_
     monkeypatch.setattr(program, "encode", lambda model, *args: used.update(
         parameter.dtype for parameter in model.parameters()) or encode(model, *args))
     manifest = extract(run_of(files), tmp_path, batch_size=3, precision=precision, least_psnr=0.0, shard_size=SHARD)
-    assert used == {getattr(torch, precision)} and manifest["identity"]["precision"] == precision
+    assert used == {getattr(torch, precision)} and manifest.identity["precision"] == precision
     stored = torch.cat([load_file(path)["latents"] for path in sorted(tmp_path.glob("*.safetensors"))])
     error = (stored - whole[1]["latents"]).abs().max().item()
     assert error == 0 if precision == "float32" else 1e-4 < error < 0.2
