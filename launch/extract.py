@@ -10,13 +10,15 @@ import argparse
 import hashlib
 import itertools
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from launch.config import ConfigError, VavaeRun, load, select_ops
+from launch.read_ahead import read_in_processes
 from launch.trained import find_checkpoint
 from lightningdit.latents import LatentsWriter, finish
 from vavae import seeds
@@ -74,12 +76,13 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
     grid = run.data.image_size // tokenizer.config.downsample_ratio
     batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
                        batch_bounds(first + writer.position, last, shard_size, batch_size))
-    loader = DataLoader(batches, batch_size=None, num_workers=run.data.num_workers,
-                        pin_memory=processes.device.type == "cuda")
+    stream = read_in_processes(batches, range(len(batches)), num_workers=run.data.num_workers,
+                               pin_memory=processes.device.type == "cuda")
     unreadable = 0
-    for batch in tqdm(loader, desc="batches", disable=None if processes.is_main else True):
-        writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
-        unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
+    with closing(stream):
+        for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
+            writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
+            unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
     writer.close()
     if unreadable:
         print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")

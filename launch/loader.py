@@ -1,18 +1,15 @@
 """Which samples a step sees, and the loader that brings them: a function of the step alone, so resuming is exact."""
 
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
+from launch.read_ahead import read_in_processes, read_in_threads
 from lightningdit.seeds import generator
 
 Tensors = dict[str, torch.Tensor]
@@ -115,39 +112,16 @@ class _Keys(Sampler):
         return len(self._steps) * self._accumulation
 
 
-def _leave_signals_to_main(worker: int) -> None:
-    """A launcher signals every process below it: workers must outlive the step that ends in a checkpoint."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _ahead(load: Callable[[Key], Tensors], keys: Iterable[Key], threads: int) -> Iterator[Tensors]:
-    """What `load` gives for each key, in order, read ahead by so many threads, two keys each."""
-    keys = iter(keys)
-    # As torch's own pinning thread does, lest each of these start a team of threads for its part of a batch.
-    with ThreadPoolExecutor(threads, "loader", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        coming = deque(pool.submit(load, key) for key in islice(keys, 2 * threads))
-        try:
-            while coming:
-                loaded = coming.popleft().result()
-                coming.extend(pool.submit(load, key) for key in islice(keys, 1))
-                yield loaded
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def micro_batches(batches: Batches, order: SampleOrder, split: Split, rank: int, *, first_step: int, last_step: int,
-                  num_workers: int, pin_memory: bool) -> Iterator[Tensors]:
+                  num_workers: int, pin_memory: bool) -> Generator[Tensors]:
     """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`.
 
     The workers are threads where the batches are `threaded`, at least one; else processes, and nothing is read ahead
-    without any. With pin_memory the batches lie where a GPU can fetch them by itself.
+    without any. With pin_memory the batches lie where a GPU can fetch them by itself. Close the generator to end them.
     """
     keys = _Keys(first_step, last_step, split.accumulation)
     if getattr(batches, "threaded", False):
         load = _MicroBatches(batches, order, split, rank, pin_memory=pin_memory).__getitem__
-        return _ahead(load, keys, max(num_workers, 1))
-    return iter(DataLoader(
-        _MicroBatches(batches, order, split, rank), sampler=keys, batch_size=None, num_workers=num_workers,
-        pin_memory=pin_memory, worker_init_fn=_leave_signals_to_main if num_workers else None,
-    ))  # fmt: skip
+        return read_in_threads(load, keys, threads=max(num_workers, 1))
+    data = _MicroBatches(batches, order, split, rank)
+    return read_in_processes(data, keys, num_workers=num_workers, pin_memory=pin_memory)

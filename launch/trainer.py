@@ -2,7 +2,8 @@
 
 import platform
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -121,8 +122,11 @@ class Trainer:
             engine.close()
 
     def _loop(self, log: Log | None) -> None:
+        with closing(self.stream()) as stream:
+            self._train(stream, log)
+
+    def _train(self, stream: Iterator[Tensors], log: Log | None) -> None:
         train, last = self.plan.train, self.plan.last_step
-        stream = self.stream()
         self._clock.start(self.step)
         if self.step >= last and log is not None:
             print(f"already at step {self.step} of {last}: nothing to train")
@@ -148,8 +152,8 @@ class Trainer:
         every = self.plan.train.valid_every
         return self._validation is not None and every is not None and self.step % every == 0
 
-    def stream(self) -> Iterator[Tensors]:
-        """This process's micro-batches from the next step to the last, for `train_step`."""
+    def stream(self) -> Generator[Tensors]:
+        """This process's micro-batches from the next step to the last, for `train_step`; to be closed."""
         for engine in self.engines.values():
             engine.train()
         return micro_batches(

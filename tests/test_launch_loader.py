@@ -1,14 +1,23 @@
-"""A step's samples depend on the step alone."""
+"""A step's samples depend on the step alone; readers end however reading ends."""
 
+import errno
+import multiprocessing
+import os
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 
 import pytest
 import torch
 
+from launch import read_ahead
 from launch.loader import SampleOrder, Split, micro_batches
 from lightningdit.seeds import generator
+from tests.children import alive, all_ended
+from vavae.data import UnreadableImage
 
 
 class Numbers:
@@ -173,10 +182,125 @@ def test_readers_take_no_more_than_a_core_each_and_leave_the_others_to_the_step(
         torch.set_num_threads(before)
 
 
+class Broken(Numbers):
+    """Reads in processes; fails at the sample `broken`."""
+
+    def __init__(self, count: int, broken: int, error: Exception | None = None):
+        super().__init__(count)
+        self.broken, self.error = broken, error or IndexError(f"sample {broken} is broken")
+
+    def batch(self, epochs, indices):
+        if self.broken in indices.tolist():
+            raise self.error
+        return super().batch(epochs, indices)
+
+
+@pytest.mark.parametrize("kind", [Broken, Threaded])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_arrives_with_the_batch_it_belongs_to(num_workers):
+def test_an_error_arrives_with_the_batch_it_belongs_to(num_workers, kind):
     _, order = SampleOrder(10, 10, 1).slice(1, 0, 10)
-    batches = read(Threaded(10, broken=int(order[5])), num_workers)
+    batches = read(kind(10, broken=int(order[5])), num_workers)
     assert [next(batches)["index"].tolist() for _ in range(2)] == order[:4].view(2, 2).tolist()
     with pytest.raises(IndexError, match=f"sample {int(order[5])} is broken"):
         next(batches)
+    assert not multiprocessing.active_children()
+
+
+class Unpicklable(ValueError):
+    def __init__(self, file: str, line: int):
+        super().__init__(f"{file}, line {line}")
+
+
+@pytest.mark.parametrize(("error", "kind", "text"), [
+    (UnreadableImage("a/b.png is no image"), UnreadableImage, "a/b.png is no image"),
+    (OSError(errno.ENOSPC, "No space left on device", "x"), OSError, "[Errno 28] No space left on device: 'x'"),
+    (KeyError("image"), KeyError, "'image'"),
+], ids=["image", "disk", "key"])  # fmt: skip
+def test_a_process_hands_on_the_very_error(error, kind, text):
+    with pytest.raises(kind) as raised:
+        next(read(Broken(2, 0, error), 1))
+    assert type(raised.value) is kind and str(raised.value) == text
+    assert "in batch" in raised.value.__notes__[0], "and where it was raised, for whom a traceback is for"
+
+
+def test_an_error_that_cannot_travel_is_told():
+    with pytest.raises(RuntimeError, match=r"(?s)in batch.*Unpicklable: labels\.txt, line 3"):
+        next(read(Broken(2, 0, Unpicklable("labels.txt", 3)), 1))
+
+
+class Stuck(Numbers):
+    """Reads of a file that never ends, from the second batch on; says which process reads."""
+
+    def __init__(self, count: int = 100):
+        super().__init__(count)
+        self.reading = multiprocessing.get_context("fork").Semaphore(0)
+
+    def batch(self, epochs, indices):
+        if int(indices[0]) != int(SampleOrder(self.count, 2, 1).slice(1, 0, 1)[1]):
+            self.reading.release()
+            time.sleep(600)
+        return {"reader": torch.tensor(os.getpid())}
+
+
+def test_processes_that_are_reading_end_with_the_stream():
+    data = Stuck()
+    with pytest.raises(ZeroDivisionError), closing(read(data, 2)) as batches:
+        reader = int(next(batches)["reader"])
+        data.reading.acquire()
+        readers = [process.pid for process in multiprocessing.active_children()]
+        raise ZeroDivisionError
+    assert reader in readers and len(readers) == 2 and not any(map(alive, readers))
+
+
+@pytest.mark.parametrize(("number", "advice"), [(signal.SIGKILL, "memory runs out"), (signal.SIGBUS, "/dev/shm")])
+def test_the_death_of_a_process_is_told_where_its_batches_are_asked_for(number, advice):
+    batches = read(Numbers(100), 2)
+    next(batches)
+    victim = multiprocessing.active_children()[0].pid
+    os.kill(victim, number)
+    said = rf"loader process {victim} \(one of data\.num_workers 2\) was ended by {number.name}: .*{advice}"
+    with pytest.raises(ChildProcessError, match=said):
+        for _ in batches:
+            pass
+    assert not multiprocessing.active_children()
+
+
+def test_a_launchers_signals_leave_processes_reading():
+    """It sends them to every process below it, also to those that the last step still needs."""
+    with closing(read(Numbers(100), 2)) as batches:
+        next(batches)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGINT)
+        assert len(list(islice(batches, 20))) == 20
+
+
+def die_reading(data: Stuck, told) -> None:
+    batches = read(data, 1)
+    told.put(int(next(batches)["reader"]))
+    data.reading.acquire()
+    time.sleep(0.1)  # for the queue's thread
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_end_with_the_one_they_read_for():
+    """Even while they read: nothing else would tell them."""
+    context, data = multiprocessing.get_context("fork"), Stuck()
+    told = context.Queue()
+    parent = context.Process(target=die_reading, args=(data, told))
+    parent.start()
+    reader = told.get(timeout=60)
+    parent.join(timeout=60)
+    assert all_ended([reader], within=10) and parent.exitcode == -signal.SIGKILL
+
+
+def test_a_thread_that_does_not_end_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(read_ahead, "CLOSING", 0.1)
+    data, gate, first = Threaded(100), threading.Event(), SampleOrder(100, 2, 1).slice(1, 0, 2)[1]
+    plain = data.batch
+    data.batch = lambda e, i, **k: (torch.equal(i, first) or gate.wait()) and plain(e, i, **k)
+    batches = read(data, 2)
+    next(batches)
+    batches.close()
+    assert [t for t in threading.enumerate() if t.name.startswith("loader")], "it is still reading"
+    gate.set()

@@ -259,6 +259,7 @@ class TrainerStep:
         self._trainer.train_step(self._stream)
 
     def close(self) -> None:
+        self._stream.close()
         self._trainer.close()
 
 
