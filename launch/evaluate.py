@@ -13,13 +13,12 @@ where its `data.latent_flip` says so, else half of them are, as published.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 import yaml
 
-from launch.checkpoint import write_json
+from common.files import make_directory, read_json, write_json
 from launch.config import load, select_ops
 from launch.evaluation import (
     Reconstructions,
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> int:
     result = measure(args)
     print(as_text(result))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(args.output.parent)
         write_json(args.output, result)
         print(f"written to {args.output}")
     return 0
@@ -95,8 +94,16 @@ def _require_pair(args: argparse.Namespace) -> None:
         raise ValueError(f"evaluate needs one of --samples, --originals and --latents, got {len(asked)} of them")
     if args.originals and (args.reconstructions is None) == (args.tokenizer is None):
         raise ValueError("--originals needs either --reconstructions or --tokenizer")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    for name in ("batch_size", "image_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    _require_device(args.device)
+
+
+def _require_device(name: str) -> None:
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in devices and not (name == "cuda" and len(devices) > 1):
+        raise ValueError(f"--device {name!r} is not there: this machine has {', '.join(devices)}")
 
 
 def _samples(args: argparse.Namespace) -> dict:
@@ -166,7 +173,7 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
     if path is None and images is not None:
         path = images / "samples.json" if images.is_dir() else images.with_suffix(".json")
         path = path if path.is_file() else None
-    facts = {} if path is None else json.loads(path.read_text())
+    facts = {} if path is None else read_json(path)
     if not isinstance(facts, dict):
         raise ValueError(f"{path} holds {type(facts).__name__}, not a JSON object")
     for setting in args.set:

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from launch.checkpoint import sha256
 from launch.features import Extractor
-from launch.image_source import ImageSource, npz_names, open_images
+from launch.image_source import ImageSource, image_size, npz_names, open_images, read_npz
 from launch.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall, psnr, ssim
 from vavae import seeds
 from vavae.images import to_float_batch, to_uint8
@@ -83,8 +82,7 @@ def open_reference(path: str | Path, image_size: int | None = None, crop: str = 
             raise ValueError(f"{path} holds only one of {mean!r} and {covariance!r}")
     if "mu" not in names:
         raise ValueError(f"{path} holds no 'mu' and 'sigma'")
-    with np.load(path, allow_pickle=False) as file:
-        pairs = {n: torch.from_numpy(np.asarray(file[n], dtype=np.float64)) for n in statistics}
+    pairs = {name: torch.from_numpy(read_npz(path, name)) for name in statistics}
     spatial = (pairs["mu_s"], pairs["sigma_s"]) if "mu_s" in pairs else None
     images = open_images(path) if "arr_0" in names else None
     return Reference(str(path), images, (pairs["mu"], pairs["sigma"]), spatial, sha256(path))
@@ -113,8 +111,11 @@ def evaluate_samples(
         `skipped` (figure → reason), `notes`.
 
     Raises:
-        ValueError: too few samples, features of another width than the reference's, non-finite features.
+        ValueError: images of another size than the reference's, too few samples, features of another width than the
+            reference's, non-finite features.
     """
+    if reference.images is not None:
+        _require_one_size(samples, reference.images)
     got = measure(samples, extractor, batch_size)
     notes = _few(got, allow_few)
     real = measure(reference.images, extractor, batch_size) if _needs_images(reference) else None
@@ -141,6 +142,14 @@ def evaluate_samples(
     facts = {"samples": got.count, "samples_sha256": got.sha256}
     facts["reference"] = {"path": reference.description, **about}
     return _result(metrics, skipped, notes, facts, extractor, metadata)
+
+
+def _require_one_size(first: ImageSource, second: ImageSource) -> None:
+    """Networks scale whatever they are given, so figures of images of two sizes would be wrong without a word."""
+    sizes = [image_size(images) for images in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{first.description} holds images of {sizes[0]}, {second.description} of {sizes[1]}: they "
+                         "cannot be compared (--image-size crops those of folders to one size)")
 
 
 def _needs_images(reference: Reference) -> bool:
@@ -244,6 +253,7 @@ def evaluate_reconstructions(
     """
     if len(originals) != len(reconstructions):
         raise ValueError(f"{len(originals)} originals do not pair with {len(reconstructions)} reconstructions")
+    _require_one_size(originals, reconstructions)
     pairs = _Pairs(originals, reconstructions, lpips)
     skipped = dict(skipped or {})
     if extractor is None:

@@ -4,8 +4,6 @@ An extractor is a function from uint8 images `[B, H, W, 3]` to named features: `
 precision and recall) and, from Inception only, `spatial [B, D']` (sFID) and `logits [B, classes]` (inception score).
 """
 
-import json
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.error import URLError
@@ -13,6 +11,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from common.files import read_json
+from common.tensors import WeightsError, read_tensors
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 from vavae.images import to_float_batch
@@ -56,9 +56,9 @@ def _inception(weights: str | Path | None) -> nn.Module:
 
     if weights is not None:
         try:  # torch-fidelity would run whatever code the file holds
-            torch.load(weights, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
-            raise ValueError(f"--inception-weights {weights} cannot be read as weights: {e}") from None
+            read_tensors(weights, ())
+        except WeightsError as e:
+            raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
     path = None if weights is None else str(weights)
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], path)
@@ -81,9 +81,9 @@ class FoundationFeatures:
         """From a weights file with, beside it, a `.json` that holds its `config` and `grid` (tokens a side)."""
         beside = Path(path).with_suffix(".json")
         try:
-            facts = json.loads(beside.read_text())
+            facts = read_json(beside)
             config, grid = FoundationConfig(**facts["config"]), facts["grid"]
-        except (OSError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} needs {beside.name} beside it, with its config and grid: {e}") from None
         model = FoundationModel.from_config(config.model_copy(update={"weights": str(path)}), grid)
         return cls(model.to(device), f"foundation model {Path(path).name}")

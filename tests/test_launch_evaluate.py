@@ -1,7 +1,10 @@
 """The evaluation program and what it is made of, on images small enough to measure by hand."""
 
 import hashlib
+import io
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 import kernels
 from launch import evaluate, evaluation, features
 from launch.evaluation import Reconstructions, evaluate_reconstructions, evaluate_samples, measure, open_reference
-from launch.image_source import FolderImages, NpzImages, open_images
+from launch.image_source import FolderImages, NpzImages, npz_names, open_images
 from launch.metrics import FeatureStatistics, frechet_distance, precision_recall, psnr, ssim
 from vavae.config import AutoencoderConfig, FoundationConfig
 from vavae.foundation import FoundationModel
@@ -121,6 +124,122 @@ def test_sources_refuse(tmp_path):
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"neither a folder of images nor an \.npz"):
         open_images(tmp_path / "text.txt")
+
+
+def npz_of(path, header: bytes, body: bytes = b"", **info):
+    """An npz whose one array is given byte by byte."""
+    with zipfile.ZipFile(path, "w", **info) as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body)
+
+
+def header_of(dtype="|u1", shape="(2, 4, 4, 3)", order=False) -> bytes:
+    return f"{{'descr': '{dtype}', 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+
+
+@pytest.mark.parametrize(("header", "body", "message"), [
+    (header_of(shape="(0, 4, 4, 3)"), b"", "wanted is an image at least"),
+    (header_of(shape="(-1, 4, 4, 3)"), b"", "wanted is an image at least"),
+    (header_of(shape="(1, 5000, 5000, 3)"), b"", "at most 16,777,216 pixels"),
+    (header_of(shape="(9223372036854775807, 1, 1, 3)"), b"x", "ends after image 0"),
+    (header_of(order=True), bytes(96), "C order"),
+    (header_of(dtype="|O"), b"", "must be uint8"),
+    (header_of(), bytes(95), "ends after image 1 of 2"),
+    (b"{'descr': __import__('os')}", b"", "arr_0 is no array"),
+    (b"[" * 9000, b"", "arr_0 is no array"),
+    (b"{" + b" " * 20_000 + b"}", b"", "arr_0 is no array"),
+])  # fmt: skip
+def test_an_npz_that_says_what_it_does_not_hold_is_named(tmp_path, header, body, message):
+    npz_of(tmp_path / "a.npz", header, body)
+    with pytest.raises(ValueError, match=rf"(?s)a\.npz.*({message})"):
+        for _ in NpzImages(tmp_path / "a.npz").batches(1):
+            pass
+
+
+def test_damage_to_an_npz_is_an_error_that_names_it(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=images(3, 4).numpy(), mu=np.zeros(12), sigma=np.eye(12))
+    whole, rng, path = (tmp_path / "a.npz").read_bytes(), np.random.default_rng(0), tmp_path / "b.npz"
+    places = [*range(len(whole) - 400, len(whole)), *range(200)]  # directory and headers decide most
+    for _ in range(400):
+        content = bytearray(whole)
+        anywhere = int(rng.integers(len(whole)))
+        content[int(rng.choice(places)) if rng.random() < 0.9 else anywhere] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content if rng.random() < 0.9 else content[:anywhere])
+        try:
+            list(open_images(path).batches(3))
+            open_reference(path)
+        except ValueError as error:
+            assert "b.npz" in str(error)
+
+
+def test_statistics_larger_than_any_are_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("mu", (2**20,)), ("sigma", (2**20, 2**20))):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(8 * 2**20))
+    with pytest.raises(ValueError, match=r"a\.npz: sigma must be numbers of at most 1,073,741,824 bytes"):
+        open_reference(tmp_path / "a.npz")
+
+
+def test_statistics_in_columns_are_read_as_they_are(tmp_path):
+    mean, covariance = np.arange(3.0), np.arange(9.0).reshape(3, 3)
+    np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=np.asfortranarray(covariance))
+    got = open_reference(tmp_path / "a.npz").features
+    assert np.array_equal(got[0], mean) and np.array_equal(got[1], covariance) and got[0].dtype == torch.float64
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is a named pipe"):
+        open_images(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is a named pipe"):
+        npz_names(tmp_path / "a.npz")
+    save_folder(tmp_path / "folder", images(0, 2))
+    (tmp_path / "folder/empty.png").touch()
+    with pytest.raises(ValueError, match=r"1 image file is empty below .*folder: empty\.png"):
+        open_images(tmp_path / "folder")
+
+
+def test_a_folder_says_how_many_images_it_has_and_what_was_left_out(tmp_path, caplog):
+    folder = save_folder(tmp_path / "folder", images(0, 3))
+    (folder / "a.gif").write_bytes(b"GIF89a")
+    with caplog.at_level("INFO"):
+        open_images(folder)
+    assert caplog.messages == [f"{folder}: 3 images; left out: 1 × .gif (a.gif)"]
+
+
+SIZES = "holds images of 16×16, .* of 27×20: they cannot be compared"
+
+
+@pytest.mark.parametrize("kind", ["images", "statistics and images", "originals", "folders", "decoded"])
+def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
+    small, large = images(0, 30), images(1, 30, size=20, width=27)
+    if kind == "images":
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(MemoryImages(small), evaluation.Reference("r", MemoryImages(large)), means, metadata={})
+    elif kind == "statistics and images":
+        reference = evaluation.Reference("r", MemoryImages(large), statistics(small))
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(MemoryImages(small), reference, means, metadata={})
+    elif kind == "originals":
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_reconstructions(MemoryImages(small), MemoryImages(large), extractor=means, lpips=None, metadata={})
+    elif kind == "decoded":
+        decoded = Reconstructions(MemoryImages(images(1, 3, size=17)), tokenizer)
+        with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 3, 17, 17\]"):
+            evaluate_reconstructions(decoded.originals, decoded, extractor=None, lpips=None, metadata={})
+    else:
+        folders = [save_folder(tmp_path / name, pixels) for name, pixels in (("a", small), ("b", large))]
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(open_images(folders[0]), open_reference(folders[1]), means, metadata={})
+        both = [open_images(folders[0], 16), open_reference(folders[1], 16)]
+        assert evaluate_samples(*both, means, metadata={})["metrics"]["fid"] > 0
+
+
+def test_an_npz_is_not_cropped(tmp_path):
+    np.savez(tmp_path / "a.npz", images(0, 3, size=20, width=27).numpy())
+    with pytest.raises(ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders"):
+        open_images(tmp_path / "a.npz", 16)
 
 
 def test_samples_against_images():
@@ -312,6 +431,10 @@ def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypat
         (["--originals", "b"], "either --reconstructions or --tokenizer"),
         (["--samples", "a"], "no reference"),
         (["--samples", "a", "--reference", "b", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--samples", "a", "--reference", "b", "--image-size", "0"], "--image-size must be at least 1, got 0"),
+        (["--samples", "a", "--reference", "b", "--device", "cuda:99"], "--device 'cuda:99' is not there.*has cpu"),
+        (["--samples", "a", "--reference", "b", "--device", "gpu"], "--device 'gpu' is not there.*has cpu"),
+        (["--samples", "a", "--reference", "b", "--device", "mps"], "--device 'mps' is not there.*has cpu"),
         (
             ["--samples", "{here}", "--reference", "{here}", "--set", "x", "--foundation", "n"],
             "not of the form key=value",
