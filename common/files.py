@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
 _BLOCK = 1 << 24
+_SEAL = "checksum"
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
@@ -147,9 +148,24 @@ class FileRecord(Record):
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
+def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
+    """Write JSON with a checksum over itself, which `read_record` compares; see `replacing`."""
+    write_json(path, content | {_SEAL: _checksum(content)})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    text = json.dumps({key: value for key, value in content.items() if key != _SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_record(path: Path | str, record: type[SomeRecord]) -> SomeRecord:
-    """A JSON file as a record; raises FileError, naming the file and the key, where it is none."""
+    """A JSON file as a record; raises FileError, naming the file and the key, where it is none.
+
+    Where it was written by `write_sealed`, every value is as it was written.
+    """
     content = read_json(path)
+    if isinstance(content, dict) and _SEAL in content and content.pop(_SEAL) != _checksum(content):
+        raise FileError(f"{path} is damaged, or was edited: its checksum is another (take {_SEAL!r} out after editing)")
     try:
         # From JSON, where a list may stand for a tuple; strict otherwise.
         return record.model_validate_json(json.dumps(content))

@@ -36,6 +36,7 @@ from common.files import (
     sync_directory,
     write_error,
     write_json,
+    write_sealed,
 )
 from common.tensors import WeightsError, read_tensors, write_tensors
 
@@ -183,7 +184,7 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
                     write_tensors(temporary / f"{network}.{key}.safetensors", tensors)
             write_json(temporary / "state.json", state)
             files = {p.name: file_entry(p) for p in sorted(temporary.iterdir())}
-            write_json(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
+            write_sealed(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
             if final.exists():
                 os.replace(final, directory / f".{final.name}.old")
             os.replace(temporary, final)

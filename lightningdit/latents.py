@@ -29,6 +29,7 @@ from common.files import (
     read_record,
     refuse_stand_ins,
     write_json,
+    write_sealed,
     write_text,
 )
 from common.tensors import WeightsError, read_tensors, save_pickled, write_tensors
@@ -371,7 +372,7 @@ def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None
         )
     statistics = merge_moments(record.moments for record in records)
     write_statistics(directory, statistics)
-    write_json(directory / MANIFEST_FILE, {
+    write_sealed(directory / MANIFEST_FILE, {
         "format": 1, "count": count, "shape": records[0].shape, "tokenizer": tokenizer,
         "identity": records[0].identity, "classes": None if classes is None else list(classes),
         "statistics": statistics, "files": {STATISTICS_FILE: file_entry(directory / STATISTICS_FILE)},

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.files import FileError, Record, make_directory, read_record, replacing, sha256, write_json
+from common.files import FileError, Record, make_directory, read_record, replacing, sha256, write_sealed
 from common.tensors import Tensors, WeightsError, as_float32, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
 from lightningdit.latents import LatentStatistics, StatisticsRecord
@@ -62,7 +62,7 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
         write_safetensors(f, as_float32(export.state))
         f.flush()
         # First, as it is the one that may still fail: then the old pair is left.
-        write_json(json_path, export.extra | {
+        write_sealed(json_path, export.extra | {
             "kind": KIND,
             "config": export.config.model_dump(),
             "step": export.step,

@@ -113,6 +113,19 @@ def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
         files.read_record(tmp_path / "a.json", Example)
 
 
+def test_a_sealed_record_is_as_it_was_written(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_sealed(path, {"step": 4, "parts": {"a": [1, 2]}, "note": 0.1})
+    assert files.read_record(path, Example).note == 0.1
+    edited = json.loads(path.read_text()) | {"note": 0.2}
+    files.write_json(path, edited)
+    with pytest.raises(FileError, match=r"a\.json is damaged, or was edited"):
+        files.read_record(path, Example)
+    del edited["checksum"]
+    files.write_json(path, edited)
+    assert files.read_record(path, Example).note == 0.2
+
+
 def test_a_record_keeps_what_it_does_not_know(tmp_path):
     files.write_json(tmp_path / "a.json", {"step": 4, "parts": {"a": [1, 2]}, "later": [3]})
     found = files.read_record(tmp_path / "a.json", Example)

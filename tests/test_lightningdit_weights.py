@@ -147,7 +147,8 @@ def test_exports_that_are_refused(tmp_path, state):
     tensors.write_bytes(content)
     with pytest.raises(WeightsError, match=r"a.safetensors is damaged: SHA-256"):
         read_export(tmp_path / "a")
-    description.write_text(description.read_text().replace('"lightningdit"', '"vavae"'))
+    foreign = json.loads(description.read_text()) | {"kind": "vavae"}
+    description.write_text(json.dumps({key: value for key, value in foreign.items() if key != "checksum"}))
     with pytest.raises(WeightsError, match="of kind 'vavae', not 'lightningdit'"):
         read_export(tmp_path / "a")
     description.write_text("{")

@@ -39,7 +39,7 @@ def training_checkpoint(tensors) -> dict:
 
 def test_published_training_layout_is_sorted_without_rest():
     recorded = J("05_vae_real_training_keys")
-    parts = split_tokenizer({k: torch.empty(s, device="meta") for k, s in recorded["state_dict"].items()})
+    parts = split_tokenizer({k: torch.empty(s, device="meta") for k, s in recorded["state_dict"].items()}, "x")
     counts = recorded["counts"]
     assert len(parts.autoencoder) == sum(counts[k] for k in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.",
                                                              "linear_proj."))
@@ -121,8 +121,8 @@ def test_a_failed_load_changes_nothing(tensors):
 
 
 def test_keys_of_no_part_are_named(tensors):
-    with pytest.raises(WeightsError, match=r"1 keys belong to no part of a tokenizer: model\.encoder"):
-        split_tokenizer({**tensors, "model.encoder": torch.zeros(1)})
+    with pytest.raises(WeightsError, match=r"w\.pt is no tokenizer: 1 keys belong to no part of one: model\.encoder"):
+        split_tokenizer({**tensors, "model.encoder": torch.zeros(1)}, "w.pt")
 
 
 def test_unreadable_files_are_named(tensors, tmp_path):

@@ -113,7 +113,7 @@ class VavaeTask:
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
-        parts = split_tokenizer(read_tensors(path))
+        parts = split_tokenizer(read_tensors(path), path)
         load_strict(self.networks["autoencoder"], parts.autoencoder, f"{path} as a tokenizer in training")
         if parts.discriminator and "discriminator" in self.networks:
             load_strict(self.networks["discriminator"], parts.discriminator, f"{path} as a discriminator")

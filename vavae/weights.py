@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import Record, make_directory, read_record, replacing, write_json
+from common.files import Record, make_directory, read_record, replacing, write_sealed
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
@@ -44,11 +44,11 @@ class TokenizerWeights:
     dropped: dict[str, int]
 
 
-def split_tokenizer(tensors: Mapping[str, torch.Tensor]) -> TokenizerWeights:
+def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> TokenizerWeights:
     """Sort the tensors of a tokenizer file by what they belong to; those of frozen networks are dropped and counted.
 
     Raises:
-        WeightsError: a key that belongs to no known part.
+        WeightsError: naming `source`; a key that belongs to no known part.
     """
     autoencoder, discriminator, dropped, unknown = {}, {}, Counter(), []
     for key, value in tensors.items():
@@ -61,7 +61,8 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor]) -> TokenizerWeights:
         else:
             unknown.append(key)
     if unknown:
-        raise WeightsError(f"{len(unknown)} keys belong to no part of a tokenizer: {', '.join(unknown[:5])}")
+        raise WeightsError(f"{source} is no tokenizer: {len(unknown)} keys belong to no part of one: "
+                           f"{', '.join(unknown[:5])}")
     return TokenizerWeights(autoencoder, discriminator, dict(dropped))
 
 
@@ -89,7 +90,7 @@ def build_tokenizer(tensors: Mapping[str, torch.Tensor], config: AutoencoderConf
     Raises:
         WeightsError: not exactly this model's weights.
     """
-    parts = split_tokenizer(tensors)
+    parts = split_tokenizer(tensors, source)
     own = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
     model = AutoencoderKL(config, ops)
     load_strict(model, own, f"{source} as a tokenizer")
@@ -115,7 +116,7 @@ def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: 
         write_safetensors(f, tensors)
         f.flush()
         # First, as it is the one that may still fail: then the old pair is left.
-        write_json(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
+        write_sealed(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
 
 
 class ExportFacts(Record):
