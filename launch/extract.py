@@ -4,6 +4,8 @@ CONFIG is a tokenizer's run file: `ckpt_path` names the weights (without it, the
 and `data.data_path` the images. Every image, centre-cropped as in ADM, is encoded once as it is and once mirrored; what
 is stored is one posterior sample of each, whose noise depends on (train.global_seed, image index) alone. An interrupted
 extraction goes on where it stopped; under a launcher every process writes its own shards.
+
+`python -m launch extract --statistics DIR` makes the latents_stats.pt of latents that came without, as published.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from launch.config import ConfigError, VavaeRun, load, select_ops
 from launch.read_ahead import read_in_processes
 from launch.trained import find_checkpoint
-from lightningdit.latents import LatentsWriter, finish
+from lightningdit.latents import STATISTICS_FILE, LatentsWriter, finish, make_statistics
 from vavae import seeds
 from vavae.data import ImageFolder
 from vavae.image_files import shortened
@@ -37,14 +39,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="tokenizer run file")
+    parser.add_argument("config", nargs="?", help="tokenizer run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.data_path=/data/train")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the latents")
+    parser.add_argument("--output", type=Path, help="directory of the latents")
+    parser.add_argument("--statistics", type=Path, metavar="DIR", help="latents to make the statistics of")
     parser.add_argument("--batch-size", type=int, default=32, help="images per process and pass (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the tokenizer")
     parser.add_argument("--least-psnr", type=float, default=LEAST_PSNR, metavar="DB",
                         help=f"refuse a tokenizer that reconstructs worse than this (default: {LEAST_PSNR:g})")
     args = parser.parse_args(argv)
+    if args.statistics is not None:
+        if args.config or args.output:
+            raise ConfigError("extract --statistics takes no config and no --output: it writes where the latents are")
+        print(f"{make_statistics(args.statistics)['count']:,} values a channel: {args.statistics / STATISTICS_FILE}")
+        return 0
+    if args.config is None or args.output is None:
+        raise ConfigError("extract needs a config and --output, or --statistics")
     run, _ = load(args.config, args.overrides, kind="vavae")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: at least 1")

@@ -338,7 +338,7 @@ class LatentsWriter:
         # The published files' metadata.
         write_tensors(path, tensors, {"total_size": str(self._filled), "dtype": "torch.float32", "device": "cpu"})
         record = {"file": path.name, "rank": self.rank, "count": self._filled, "shape": list(latents.shape[1:])}
-        record |= {"moments": _moments(latents), "identity": self._identity} | file_entry(path)
+        record |= {"moments": _moments(latents).model_dump(), "identity": self._identity} | file_entry(path)
         write_json(path.with_suffix(".json"), record)
         self.position += self._filled
         self._next_shard, self._filled = self._next_shard + 1, 0
@@ -416,7 +416,15 @@ def _claim(directory: Path) -> None:
     write_text(marker, "These latents are being written, or their extraction was interrupted: run it again.\n")
 
 
-def _moments(x: torch.Tensor) -> dict:
+def _finite(shard: Shard) -> torch.Tensor:
+    """Its plain latents; raises LatentsError where one is not finite."""
+    latents = shard.latents()
+    if not torch.isfinite(latents).all():
+        raise LatentsError(f"{shard.path} has latents that are not finite")
+    return latents
+
+
+def _moments(x: torch.Tensor) -> Moments:
     """Count, mean and sum of squared deviations per channel of [N, C, H, W], in float64."""
     x = x.transpose(0, 1).flatten(1)
     means, deviations = [], []
@@ -424,7 +432,7 @@ def _moments(x: torch.Tensor) -> dict:
         channel = channel.double()
         means.append(float(channel.mean()))
         deviations.append(float((channel - channel.mean()).square().sum()))
-    return {"count": x.shape[1], "mean": means, "m2": deviations}
+    return Moments(count=x.shape[1], mean=tuple(means), m2=tuple(deviations))
 
 
 def merge_moments(parts: "Iterable[Moments]") -> dict:
@@ -445,12 +453,12 @@ def make_statistics(directory: Path) -> dict:
     path = directory / STATISTICS_FILE
     if os.path.lexists(path):
         raise LatentsError(f"{path} is already there")
+    if not directory.is_dir():
+        raise LatentsError(f"{directory} is no directory")
     read_manifest(directory)
     shards = [Shard.read(shard) for shard in sorted(directory.glob("*.safetensors"))]
     if not shards or len({shard.shape for shard in shards}) > 1:
         raise LatentsError(f"{directory} holds {len(shards)} shards; at least one is wanted, and all of one shape")
-    statistics = merge_moments(Moments(**_moments(shard.latents())) for shard in shards)
-    if not np.isfinite([*statistics["mean"], *statistics["std"]]).all():
-        raise LatentsError(f"{directory} has latents that are not finite")
+    statistics = merge_moments(_moments(_finite(shard)) for shard in shards)
     write_statistics(directory, statistics)
     return statistics

@@ -1,6 +1,7 @@
 """Extraction: what a latents directory holds, that it goes on after a kill, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from launch import extract as program
 from launch.config import VavaeRun
 from launch.extract import batch_bounds, extract
 from lightningdit.data import LatentDataset
+from lightningdit.latents import LatentsError
 from tests import children
 from vavae.config import AutoencoderConfig, LossConfig
 from vavae.data import ImageFolder
@@ -225,3 +227,26 @@ def test_round_trip_is_the_psnr_of_the_mode(files):
     eight_bits = [(127.5 * v + 128).clamp(0, 255).floor().double() for v in (x, y)]
     mse = (eight_bits[0] - eight_bits[1]).square().mean(dim=(1, 2, 3))
     assert found == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-9)
+
+
+def test_statistics_of_latents_that_came_without(files, whole, tmp_path, capsys):
+    """The same as the extraction's own; where they cannot be made, nothing is written."""
+    published = tmp_path / "published"
+    published.mkdir()
+    for path in whole[0].glob("*.safetensors"):
+        shutil.copy(path, published)
+    with pytest.raises(LatentsError, match=rf"latents_stats.pt is missing.*--statistics {published}"):
+        LatentDataset(published)
+    assert program.main(["--statistics", str(published)]) == 0
+    assert f"{COUNT * 64} values a channel" in capsys.readouterr().out
+    made, own = (torch.load(d / "latents_stats.pt", weights_only=True) for d in (published, whole[0]))
+    assert all(torch.equal(made[key], own[key]) for key in ("mean", "std"))
+    assert len(LatentDataset(published)) == COUNT
+    for argv, why in (
+        (["--statistics", str(published)], "is already there"),
+        (["--statistics", str(tmp_path / "none")], "no directory"),
+        (["--statistics", str(tmp_path), "--output", "x"], "takes no config and no --output"),
+        (["--output", "x"], "needs a config and --output"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            program.main(argv)
