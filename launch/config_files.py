@@ -1,5 +1,6 @@
 """A config file as a mapping, and mappings merged."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class ConfigError(ValueError):
 def find_config(path: str | Path) -> Path:
     """The file itself; where there is none and `path` is a mere name, the file of that name among those shipped."""
     shipped = SHIPPED / path
-    found = str(path) == shipped.name and shipped.is_file() and not Path(path).exists()
+    found = str(path) == shipped.name and shipped.is_file() and not os.path.lexists(path)
     return shipped if found else Path(path)
 
 

@@ -106,7 +106,7 @@ def own_rows() -> list[Row]:
 
 
 def altered_files() -> list[str]:
-    """Of the installed distribution that this is part of, the files that are gone or not as they were installed."""
+    """Of the installed distribution that this is part of, the files that are gone, unreadable or altered."""
     try:
         files = metadata.distribution(DISTRIBUTION).files or []
     except metadata.PackageNotFoundError:
@@ -116,9 +116,12 @@ def altered_files() -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    """As a wheel's RECORD writes it; empty where there is no file."""
-    content = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
-    return base64.urlsafe_b64encode(content).decode().rstrip("=")
+    """As a wheel's RECORD writes it; empty where there is no file that can be read."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return ""
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def optional_rows() -> list[Row]:

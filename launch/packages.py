@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "common", "lightningdit", "vavae")
 #: Package → a line of its `__init__.py` that no other package of that name has.
-MARKS = {"kernels": '__project__ = "lightningdit"'}
+MARKS = {"kernels": b'__project__ = "lightningdit"'}
 
 
 def strangers() -> dict[str, str]:
@@ -27,7 +27,11 @@ def _stranger(name: str, spec: ModuleSpec | None) -> str:
     found = Path(spec.origin).resolve()
     if found != ours:
         return f"`import {name}` gives {found}, which is not this project's {ours}; {_let_ours_come_first(name, found)}"
-    if MARKS.get(name, "") not in found.read_text():
+    try:
+        content = found.read_bytes()
+    except OSError as e:
+        return f"this project's {found} cannot be read: {e.strerror}"
+    if MARKS.get(name, b"") not in content:
         return f"{found} is not this project's: another package of that name has overwritten it; {_restore(name)}"
     return ""
 

@@ -71,6 +71,19 @@ def test_a_file_of_ours_that_was_removed_is_named(site, monkeypatch):
     assert str(site / "kernels" / "__init__.py") in sentence and "install this project again" in sentence
 
 
+def test_a_file_of_ours_that_cannot_be_read_is_named(site, monkeypatch):
+    """As an installation by another user with a strict umask leaves it."""
+    path, read = site / "kernels" / "__init__.py", Path.read_bytes
+
+    def refuse(self):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert packages.strangers() == {"kernels": f"this project's {path} cannot be read: Permission denied"}
+
+
 def test_in_a_checkout_the_file_is_to_be_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "ROOT", tmp_path)
     monkeypatch.delitem(sys.modules, "kernels")

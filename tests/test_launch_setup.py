@@ -56,6 +56,19 @@ def test_missing_packages_are_named(tmp_path):
     assert missing(tmp_path / "pyproject.toml", ["test"])[1:] == ["neither-this"]
 
 
+def test_the_public_package_of_the_same_name_is_mentioned(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["no-such-thing==1"]\n')
+    command = [sys.executable, ROOT / "launch/scripts/check_env.py", "pyproject.toml"]
+    info = tmp_path / "kernels-0.17.2.dist-info"
+    for version in ("", "0.17.2"):
+        env = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+        assert done.stdout == "no-such-thing==1\n"
+        assert (f"kernels {version} is installed here" in done.stderr) is bool(version)
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+
+
 @pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/setup_env.sh", "tests/run.sh", ".ci/run"])
 def test_scripts_are_sound_shell(script):
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0

@@ -39,6 +39,13 @@ def test_a_file_of_that_name_here_comes_first(tmp_path, monkeypatch):
     assert run.train.max_steps > load(SHIPPED / "digits.yaml", kind="lightningdit")[0].train.max_steps and not notes
 
 
+def test_a_link_that_leads_nowhere_is_no_reason_to_take_another_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("digits.yaml").symlink_to("moved.yaml")
+    with pytest.raises(ConfigError, match="cannot read config digits"):
+        load("digits.yaml", kind="lightningdit")
+
+
 @pytest.mark.parametrize("path", ["no_such.yaml", "./digits.yaml", "configs/digits.yaml", "/digits.yaml", ""])
 def test_a_path_is_looked_for_where_it_says(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

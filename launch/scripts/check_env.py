@@ -1,6 +1,7 @@
 """Print the requirements pinned in a pyproject.toml, with the named extras, that are not installed, one a line.
 
-Needs nothing but the standard library: it runs before anything is installed.
+A public package that has the name of one of this project's is mentioned on stderr. Needs nothing but the
+standard library: it runs before anything is installed.
 """
 
 import importlib.metadata
@@ -18,12 +19,21 @@ def missing(pyproject: Path, extras: list[str]) -> list[str]:
         wanted += project["optional-dependencies"][extra]
     absent = []
     for requirement in wanted:
-        try:
-            importlib.metadata.version(re.split(r"[=<>;\[ ]", requirement, maxsplit=1)[0])
-        except importlib.metadata.PackageNotFoundError:
+        if installed(re.split(r"[=<>;\[ ]", requirement, maxsplit=1)[0]) is None:
             absent.append(requirement)
     return absent
 
 
+def installed(distribution: str) -> str | None:
+    """The version that the running interpreter has."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 if __name__ == "__main__":
+    if version := installed("kernels"):
+        print(f"[setup] kernels {version} is installed here, a public package with the name of one of ours: libraries "
+              "that use it fail beside this project, see the README", file=sys.stderr)  # fmt: skip
     print("\n".join(missing(Path(sys.argv[1]), sys.argv[2:])))
