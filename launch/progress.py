@@ -1,15 +1,21 @@
 """What a run says of itself: JSON lines, TensorBoard, a progress bar. Values stay on the device until a row is due."""
 
+import itertools
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
+
+from common.files import WriteError, make_directory, replacing, write_error
 
 
 class Meter:
@@ -71,18 +77,80 @@ class Clock:
         }
 
 
+class GrowingFile:
+    """A file that is only added to; each addition is in it when `add` returns. `mode`: "a", or "x" for a new one.
+
+    Raises WriteError, naming the file, where the system refuses an addition or the file is gone from its place, as it
+    is where somebody removes the directory of a run.
+    """
+
+    def __init__(self, path: Path, mode: str):
+        self.path = path
+        try:
+            self._file = open(path, f"{mode}b", buffering=0)  # noqa: SIM115 — closed by close()
+        except OSError as e:
+            raise write_error(path, e) from None
+
+    def write(self, content: bytes) -> None:
+        try:
+            while content:  # a disk that is nearly full takes a part
+                content = content[self._file.write(content) :]
+            gone = os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            gone = True
+        except OSError as e:
+            raise write_error(self.path, e) from None
+        if gone:
+            raise WriteError(f"{self.path} is gone: something removed or replaced it while it was written to")
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Board:
+    """Scalars in TensorBoard's format, each written before `row` returns.
+
+    SummaryWriter hands them to a thread, whose errors nobody meets.
+    """
+
+    def __init__(self, directory: Path, first_step: int):
+        make_directory(directory)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        taken = (directory / f"{name}.{number}" for number in itertools.count())
+        self._records = RecordWriter(GrowingFile(next(path for path in taken if not path.exists()), "x"))
+        self._add(Event(file_version="brain.Event:2"))
+        # What an earlier start wrote from this step on does not count.
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def row(self, row: dict) -> None:
+        values = [(k, v) for k, v in row.items() if isinstance(v, int | float) and k != "step"]
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values]
+        self._add(Event(step=row["step"], summary=Summary(value=scalars)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._records.close()
+
+
 class Log:
     """Rows of a run in `metrics.jsonl` and TensorBoard, and a progress bar where a person is watching.
 
-    Rows after `step` are cut: they belong to steps that a run resuming from that checkpoint makes again.
+    Rows after `step` are cut: they belong to steps that a run resuming from that checkpoint makes again. Raises
+    WriteError, naming the file, where one of them cannot be written.
     """
 
     def __init__(self, directory: Path, step: int, last_step: int, *, tensorboard: bool = True):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         self.path = directory / "metrics.jsonl"
         cut_rows(self.path, step)
-        self._file = self.path.open("a", buffering=1)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1) if tensorboard else None
+        self._file = GrowingFile(self.path, "a")
+        self._board = Board(directory / "tensorboard", step + 1) if tensorboard else None
         self._bar = tqdm(total=last_step, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def step(self) -> None:
@@ -90,11 +158,9 @@ class Log:
 
     def row(self, row: dict) -> None:
         """Write one row; the numbers of it go to TensorBoard at `row["step"]`."""
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(f"{json.dumps(row)}\n".encode())
         if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            self._board.row(row)
         with self._bar.external_write_mode():
             print(describe(row), flush=True)
 
@@ -119,19 +185,19 @@ def cut_rows(path: Path, step: int) -> None:
     """Drop rows of later steps, and a last line that a kill has cut short, from a JSON-lines file."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if (row := _parse(line)) is not None and row["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if 0 <= _step_of(line) <= step]
     if len(kept) < len(lines):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
+        with replacing(path) as f:
+            f.writelines(kept)
 
 
-def _parse(line: str) -> dict | None:
+def _step_of(line: bytes) -> int:
+    """The step of a row; −1 where the line is cut short or none."""
     try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        return json.loads(line)["step"] if line.endswith(b"\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _short(value) -> str:

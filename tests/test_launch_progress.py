@@ -1,10 +1,14 @@
 """Means, rows and the cutting of rows that a resumed run writes again."""
 
 import json
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.files import WriteError
 from launch.progress import Log, Meter, cut_rows, describe
 
 
@@ -80,6 +84,39 @@ def test_cutting_nothing_leaves_the_file_alone(tmp_path):
     before = path.stat().st_mtime_ns
     cut_rows(path, 5)
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+@pytest.mark.parametrize("loss", ["removed", "replaced"])
+def test_a_log_that_is_gone_is_found_at_the_next_row(tmp_path, loss, tensorboard):
+    log = Log(tmp_path / "run", 0, 9, tensorboard=tensorboard)
+    log.row(row(2, loss=1.0))
+    shutil.rmtree(tmp_path / "run")
+    if loss == "replaced":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(WriteError, match=r"run/metrics\.jsonl is gone"):
+        log.row(row(4, loss=1.0))
+    log.close()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
+    log = Log(tmp_path, 0, 9)
+    file = log._file if name == "metrics.jsonl" else log._board._records._writer
+    file.close()
+    file._file = Path("/dev/full").open("wb", buffering=0)
+    with pytest.raises(WriteError, match=rf"cannot write .*{name}.*: No space left on device"):
+        log.row(row(2, loss=1.0))
+    log.close()
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 3', b"[]\n", b"7\n", b'{"loss": 1}\n', b"\xff\xfe\n", b'{"step": 3}'])
+def test_what_is_no_row_is_cut(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + damage)
+    cut_rows(path, 5)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_line_says_step_epoch_images_and_batch():
