@@ -61,6 +61,13 @@ class Processes:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every process's value (any picklable), by rank, on every process."""
+        box = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(box, value, group=self.host_group)
+        return box
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.any(False)
@@ -149,6 +156,7 @@ class Engine:
         if self._stage < 3:  # ZeRO 3 shards them, rounded
             for name, value in self._frozen.items():
                 module.get_parameter(name).data = value.to(device)
+        self._statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(module)]
         compile_module(module, compile, ops, deterministic)
         self._begin()
         for name, value in masters.items():
@@ -173,6 +181,15 @@ class Engine:
         self._engine.step()
         if boundary and getattr(self._engine.optimizer, "overflow", False):
             self.optimizer.discard()  # ZeRO 3, and ZeRO 0 in bf16, skip on their own and never call the optimizer
+
+    def settle(self, skipped: torch.Tensor) -> None:
+        """End a step of all networks: where it was skipped (a bool on the device), take back running statistics.
+
+        A skipped step's forward passes have moved them by then, to NaN for ever.
+        """
+        for buffer, kept in self._statistics:
+            buffer.copy_(torch.where(skipped, kept, buffer))
+            kept.copy_(buffer)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the parameters: they keep weights and optimizer alive, whoever else is gone."""
@@ -254,3 +271,9 @@ class Engine:
         flat = value.flatten()
         padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
         return padded[size * rank : size * (rank + 1)].to(p.device)
+
+
+def _running_statistics(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that forward passes in training mode change, such as BatchNorm's."""
+    holders = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
+    return [buffer for part in holders for buffer in part.buffers(recurse=False)]

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from kernels.registry import Ops
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
+COUNTERS = ("applied", "skipped", "skipped_in_a_row", "most_skipped_in_a_row")
 MASTER = "master"  # the state of a bfloat16 tensor that holds its float32 weights
 
 
 class NonFinite(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row, or all steps of a run, had a non-finite loss or gradient."""
 
 
 class AdamWEma(torch.optim.Optimizer):
@@ -45,12 +46,10 @@ class AdamWEma(torch.optim.Optimizer):
         self._lr = torch.tensor(lr, dtype=torch.float32, device=device)
         self._loss_fault = torch.zeros((), device=device)
         # Everything a log line or a checkpoint may want, kept on the device until somebody reads it.
-        self.counters = {
-            "applied": torch.zeros((), device=device),
-            "skipped": torch.zeros((), device=device),
-            "skipped_in_a_row": torch.zeros((), device=device),
-        }
+        self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.grad_norm = torch.zeros((), device=device)
+        # Of the last step, bool [2]: was it skipped (on every process), and was a loss of this process not finite?
+        self.verdict = torch.zeros(2, dtype=torch.bool, device=device)
 
     def begin(self, partitions: Iterable[torch.Tensor] = ()) -> None:
         """Create the states and start counting: calls of `step` before this one (DeepSpeed's set-up) change nothing.
@@ -65,13 +64,17 @@ class AdamWEma(torch.optim.Optimizer):
         self._lr.fill_(lr)
 
     def read_counters(self) -> dict[str, float]:
-        """Steps applied, skipped, and skipped in a row at last: one copy to the host."""
+        """Steps applied, skipped, skipped in a row at last, and at most since `forget_most_skipped`; one copy."""
         return dict(zip(self.counters, torch.stack(list(self.counters.values())).tolist(), strict=True))
 
     def set_counters(self, values: dict[str, float]) -> None:
-        """Set what `read_counters` gave."""
+        """Set what `read_counters` gave; older checkpoints lack the most in a row."""
         for name, counter in self.counters.items():
-            counter.fill_(values[name])
+            counter.fill_({"most_skipped_in_a_row": 0.0, **values}[name])
+
+    def forget_most_skipped(self) -> None:
+        """Look for the most steps skipped in a row from now on; a row of them that still goes on counts whole."""
+        self.counters["most_skipped_in_a_row"].zero_()
 
     def watch(self, loss: torch.Tensor) -> None:
         """Skip the coming step if this loss (a detached scalar) is not finite."""
@@ -79,9 +82,8 @@ class AdamWEma(torch.optim.Optimizer):
 
     def discard(self) -> None:
         """Count a step that the caller has skipped on its own."""
-        self._loss_fault.zero_()
         self.grad_norm = torch.full_like(self.grad_norm, torch.inf)
-        self._count(torch.ones_like(self.grad_norm))
+        self._count(torch.ones_like(self.grad_norm, dtype=torch.bool))
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -90,7 +92,8 @@ class AdamWEma(torch.optim.Optimizer):
         self._create_states()
         if not self._steady:
             return
-        self.grad_norm, skip = self._norm_and_skip()
+        self.grad_norm = self._global_norm()
+        skip = ~torch.isfinite(self.grad_norm)
         scale = torch.ones_like(self.grad_norm)
         if self._max_grad_norm > 0:
             scale = (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -111,8 +114,8 @@ class AdamWEma(torch.optim.Optimizer):
             bf16_param=None if copy is None else copy.data.view(-1),
         )
 
-    def _norm_and_skip(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Global gradient norm over all processes, and a flag set where it or a watched loss is not finite."""
+    def _global_norm(self) -> torch.Tensor:
+        """Gradient norm over all processes; infinite where a watched loss is not finite."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
         squares = torch.stack(norms).square().sum()
@@ -123,15 +126,17 @@ class AdamWEma(torch.optim.Optimizer):
                 # Every process holds the same gradients: one contributes them, the others only their bad losses.
                 total = torch.where(self._loss_fault > 0, total, torch.zeros_like(total))
             dist.all_reduce(total)
-        self._loss_fault.zero_()
-        norm = total.sqrt()
-        return norm, ~torch.isfinite(norm)
+        return total.sqrt()
 
     def _count(self, skip: torch.Tensor) -> None:
+        self.verdict = torch.stack([skip, self._loss_fault > 0])
+        self._loss_fault.zero_()
         skipped = skip.float()
         self.counters["applied"] += 1 - skipped
         self.counters["skipped"] += skipped
-        self.counters["skipped_in_a_row"].add_(1).mul_(skipped)
+        in_a_row, most = self.counters["skipped_in_a_row"], self.counters["most_skipped_in_a_row"]
+        in_a_row.add_(1).mul_(skipped)
+        torch.maximum(most, in_a_row, out=most)
 
     def _create_states(self, *partitions: torch.Tensor) -> None:
         for param in (*partitions, *(p for group in self.param_groups for p in group["params"])):

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from common.files import write_json
 from common.tensors import load_strict
 from kernels.compilation import cache_directory
 from kernels.registry import Ops
@@ -20,8 +21,9 @@ from launch.config import OptimizerConfig, TrainConfig
 from launch.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.engine import Engine, Processes, compile_mode
 from launch.loader import Batches, SampleOrder, Split, micro_batches
-from launch.optimizer import AdamWEma, NonFinite
+from launch.optimizer import COUNTERS, AdamWEma, NonFinite
 from launch.progress import Clock, Log, Meter
+from launch.skips import Skips
 from launch.trained import find_checkpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -97,12 +99,15 @@ class Trainer:
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
         if start is not None:
             self._load_states(start)
+        self._skips = Skips(self.engines, self.step, train.log_every, processes.device)
+        self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
+        self._start_counters = self._read_counters()
 
     def run(self) -> int | None:
         """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint → the signal, or None.
 
-        Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped; the weights are those before
-        them, and a report of the case lies in the run's directory.
+        Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of one
+        network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
         """
         plan, main = self.plan, self.processes.is_main
         log = Log(plan.directory, self.step, plan.last_step, tensorboard=plan.train.tensorboard) if main else None
@@ -128,8 +133,11 @@ class Trainer:
     def _train(self, stream: Iterator[Tensors], log: Log | None) -> None:
         train, last = self.plan.train, self.plan.last_step
         self._clock.start(self.step)
-        if self.step >= last and log is not None:
-            print(f"already at step {self.step} of {last}: nothing to train")
+        if self.step >= last:
+            if _only_skipped({}, self._start_counters):
+                raise NonFinite(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
+            if log is not None:
+                print(f"already at step {self.step} of {last}: nothing to train")
         while self.step < last:
             self.train_step(stream)
             if log is not None:
@@ -186,22 +194,42 @@ class Trainer:
         for name in stepped:
             prefix = "" if len(self.engines) == 1 else f"{name}/"
             self._meter.add({f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm})
+        verdicts = {name: self.engines[name].optimizer.verdict for name in stepped}
+        self._skips.note(self.step, verdicts)
+        skipped = torch.stack(list(verdicts.values()))[:, 0].any()
+        for engine in self.engines.values():
+            engine.settle(skipped)
 
     def _log(self, log: Log | None) -> None:
         means = self._meter.read()
-        counters = [engine.optimizer.read_counters() for engine in self.engines.values()]
+        counters = self._read_counters()
         row = {
             **self._where(),
             **means,
             "lr": self.plan.optimizer.lr_at(self.step, self.plan.last_step),
-            "skipped": int(sum(c["skipped"] for c in counters)),
+            "skipped": int(sum(c["skipped"] for c in counters.values())),
             **self._clock.read(self.step, self.plan.last_step, self.split.global_batch_size),
         }
         if log is not None:
             log.row(row)
-        in_a_row = max(c["skipped_in_a_row"] for c in counters)
-        if in_a_row >= self.plan.train.max_skipped_in_a_row:
-            self._give_up(row, int(in_a_row))
+        self._judge_skips(row, counters)
+
+    def _read_counters(self) -> dict[str, dict[str, float]]:
+        return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
+
+    def _judge_skips(self, row: dict, counters: dict[str, dict[str, float]]) -> None:
+        """Give up where too many steps in a row were skipped since the last row, or all there were to the end."""
+        self._skipped_steps += self._skips.read(self.step, self.processes)
+        for engine in self.engines.values():
+            engine.optimizer.forget_most_skipped()
+        most = int(max(c["most_skipped_in_a_row"] for c in counters.values()))
+        if most >= self.plan.train.max_skipped_in_a_row:
+            allowed = f"allowed: {self.plan.train.max_skipped_in_a_row - 1}"
+            self._give_up(row, most, f"{most} steps in a row up to step {self.step}", allowed)
+        if self.step == self.plan.last_step and _only_skipped(self._start_counters, counters):
+            self._give_up(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
+        going_on = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
+        self._skipped_steps = [each for each in self._skipped_steps if each["step"] > going_on[each["network"]]]
 
     def _where(self) -> dict:
         images = self.step * self.split.global_batch_size
@@ -213,16 +241,24 @@ class Trainer:
         return {"global_batch_size": self.split.global_batch_size, "seed": self.plan.train.global_seed,
                 "num_samples": len(self.task.batches)}
 
-    def _give_up(self, row: dict, in_a_row: int) -> None:
+    def _give_up(self, row: dict, in_a_row: int, which: str, why: str) -> None:
         """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
         report = self.plan.directory / f"nonfinite_step_{self.step:07d}.json"
-        epochs, indices = self.order.slice(self.step, 0, self.split.global_batch_size)
         if self.processes.is_main:
-            content = {"row": row, "skipped_in_a_row": in_a_row, "epochs": epochs.tolist(), "samples": indices.tolist()}
-            checkpoint.write_json(report, content)
+            steps = [each | self._samples(each["step"]) for each in self._skipped_steps]
+            write_json(report, {"row": row, "skipped_in_a_row": in_a_row, "steps": steps})
         self.save()
-        raise NonFinite(f"{in_a_row} steps in a row up to step {self.step} had a non-finite loss or gradient and were "
-                        f"skipped (allowed: {self.plan.train.max_skipped_in_a_row - 1}); see {report}")
+        raise NonFinite(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
+
+    def _samples(self, step: int) -> dict[str, list]:
+        """Epochs and indices of the samples of a step, one list for each process."""
+        found = {"epochs": [], "samples": []}
+        for rank in range(self.processes.world_size):
+            cuts = [self.split.bounds(micro, rank) for micro in range(self.split.accumulation)]
+            epochs, indices = zip(*(self.order.slice(step, *cut) for cut in cuts), strict=True)
+            found["epochs"].append(torch.cat(epochs).tolist())
+            found["samples"].append(torch.cat(indices).tolist())
+        return found
 
     @torch.no_grad()
     def _validate(self, log: Log | None) -> None:
@@ -249,7 +285,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
         networks = {name: engine.full_state(keep=self.processes.is_main) for name, engine in self.engines.items()}
-        counters = {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
+        counters = self._read_counters()
         if self.processes.is_main:
             state = {
                 "kind": self.plan.kind,
@@ -382,6 +418,14 @@ class Trainer:
     def _should_stop(self) -> bool:
         """Whether any process got a signal; asked of all of them, so that all stop after the same step."""
         return self.processes.any(self._stop_signal is not None)
+
+
+def _only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
+    """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
+    nothing = dict.fromkeys(COUNTERS, 0.0)
+    earlier = {name: before.get(name, nothing) for name in after}
+    return any(c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
+               for name, c in after.items())
 
 
 def config_changes(old: dict, new: dict, prefix: str = "") -> list[str]:

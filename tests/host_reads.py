@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch import loader, train
+from launch import loader, read_ahead, train
 from launch.trainer import Trainer
 from tests.operator_costs import READS, moved_bytes
 
-LOADER = Path(loader.__file__)
+LOADERS = {Path(module.__file__) for module in (loader, read_ahead)}
 BACKWARD = "engine.py:backward"  # where DeepSpeed starts the network's own backward pass
 
 
@@ -44,7 +44,7 @@ class HostReads(TorchDispatchMode):
 
     def note(self, what: str) -> None:
         frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
-        if any(Path(frame.filename) == LOADER for frame in frames):
+        if any(Path(frame.filename) in LOADERS for frame in frames):
             return  # its tensors never leave the host
         caller = next(frame for frame in reversed(frames) if Path(frame.filename) != Path(__file__))
         self.seen[f"{what} in {caller.filename}:{caller.name}"] += 1

@@ -31,29 +31,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         return y.to(x.dtype)
 
 
-class RunningStatistics:
-    """Keeps a module's buffers out of steps with a non-finite loss: such a step is skipped, but its forward passes have
-    moved them by then, to NaN for ever. Decided on the device.
-    """
-
-    def __init__(self, module: nn.Module):
-        self._module, self._step = module, None
-
-    def begin(self, step: int) -> None:
-        """Call before the first pass of each micro-batch of a step."""
-        if step != self._step:
-            self._step, self._fault = step, None
-            self._kept = [buffer.clone() for buffer in self._module.buffers()]
-
-    @torch.no_grad()
-    def end(self, loss: torch.Tensor) -> None:
-        """Call after the backward pass of each: from a non-finite loss on, the buffers are as the step found them."""
-        fault = ~torch.isfinite(loss)
-        self._fault = fault if self._fault is None else self._fault | fault
-        for kept, buffer in zip(self._kept, self._module.buffers(), strict=True):
-            buffer.copy_(torch.where(self._fault, kept, buffer))
-
-
 class NLayerDiscriminator(nn.Module):
     """Judges overlapping patches: images [B, in_channels, H, W] → logits [B, 1, about H/8, about W/8] (for 3 layers).
 

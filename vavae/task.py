@@ -12,7 +12,7 @@ from common.tensors import load_strict, read_tensors
 from vavae import seeds
 from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
 from vavae.data import ImageFolder
-from vavae.discriminator import NLayerDiscriminator, RunningStatistics, adopt_weight, frozen
+from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
 from vavae.images import psnr, to_uint8
 from vavae.loss import (
@@ -108,8 +108,6 @@ class VavaeTask:
         self.foundation = FoundationModel.from_config(foundation, self.grid) if loss.use_vf else None
         self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
-        judge = self.networks.get("discriminator")
-        self._running = None if judge is None else RunningStatistics(judge)
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
@@ -168,8 +166,6 @@ class VavaeTask:
         gan = adopt_weight(config.disc_factor * config.disc_weight, step - 1, config.disc_start) > 0
         # The module itself, not its engine: here the discriminator only passes gradients on.
         judge = self.networks["discriminator"] if gan else None
-        if gan:
-            self._running.begin(step)
         criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=judge)
         with frozen(judge) if gan else nullcontext():
             inputs = (images, draws["noise"], self._features(images), criterion)
@@ -179,7 +175,6 @@ class VavaeTask:
             real, fake = networks["discriminator"](images), networks["discriminator"](reconstruction)
             loss, more = discriminator_loss(config, real, fake)
             backward("discriminator", loss)
-            self._running.end(loss)
             logs |= more
         if "unreadable" in batch:
             logs["unreadable"] = batch["unreadable"].count_nonzero()

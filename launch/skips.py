@@ -1,0 +1,49 @@
+"""Which steps were skipped, and why: noted on the device in every step, read when a row is due."""
+
+from collections.abc import Iterable
+
+import torch
+
+from launch.engine import Processes
+
+
+class Skips:
+    """The verdicts of the last steps, for each network and this process.
+
+    Args:
+        networks: their names.
+        step: the step before the first that is noted.
+        capacity: how many steps are remembered until they are read.
+    """
+
+    def __init__(self, networks: Iterable[str], step: int, capacity: int, device: torch.device):
+        self._networks = tuple(networks)
+        self._verdicts = torch.zeros(capacity, len(self._networks), 2, dtype=torch.bool, device=device)
+        self._absent = torch.zeros(2, dtype=torch.bool, device=device)
+        self._read_to = step
+
+    def note(self, step: int, verdicts: dict[str, torch.Tensor]) -> None:
+        """Keep `AdamWEma.verdict` of each network that was trained in this step; nothing is copied to the host."""
+        rows = [verdicts.get(name, self._absent) for name in self._networks]
+        self._verdicts[step % len(self._verdicts)] = torch.stack(rows)
+
+    def read(self, step: int, processes: Processes) -> list[dict]:
+        """The skipped steps since the last reading up to `step`; every process must call it, and gets the same.
+
+        Each has `step`, `network`, `not_finite` ("loss" or "gradient") and `ranks`, whose loss it was. A gradient is
+        known as the sum over all processes only: then there are none.
+        """
+        first = max(self._read_to, step - len(self._verdicts)) + 1
+        self._read_to = step
+        verdicts = self._verdicts.tolist()
+        here = [(number, name, loss) for number in range(first, step + 1)
+                for name, (skipped, loss) in zip(self._networks, verdicts[number % len(verdicts)], strict=True)
+                if skipped]  # fmt: skip
+        if not here:
+            return []
+        found = []
+        for (number, name, _), *faults in zip(here, *processes.gather([loss for *_, loss in here]), strict=True):
+            ranks = [rank for rank, fault in enumerate(faults) if fault]
+            cause = "loss" if ranks else "gradient"
+            found.append({"step": number, "network": name, "not_finite": cause, "ranks": ranks})
+        return found
