@@ -1,16 +1,86 @@
-"""A config file as a mapping, and mappings merged."""
+"""A config file as a mapping, and mappings merged.
+
+YAML as PyYAML reads it, but for what would change a run without a word: a key may not stand twice in a mapping, numbers
+that programs read in different ways (010, 1:30) are refused, 1e-4 is a number, and dates and `=` are text. Without
+quotes, yes, no, on and off are true and false.
+"""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
+
+from common.files import FileError, open_regular, refuse_stand_ins
 
 SHIPPED = Path(__file__).parent / "configs"
+SIZE_LIMIT = 16 * 2**20  # bytes
+_TAG = "tag:yaml.org,2002:"
 
 
 class ConfigError(ValueError):
     """A config file or override that cannot be used; names the file, the key and what is allowed."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the differences that the module's docstring states."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused when it is constructed: such a key cannot be looked up
+            name = key.value if key.tag == _TAG + "merge" else self.construct_object(key)
+            line = key.start_mark.line + 1
+            if name in lines:
+                problem = f"{key.value} was already given in line {lines[name]}; keep one of the two"
+                raise ConstructorError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = line
+        return node
+
+    def refuse_number(self, node):
+        text = node.value
+        decimal = text[:1].strip("+0123456789") + (text.lstrip("+-0_") or "0")
+        base, instead = (60, "it as one number") if ":" in text else (8, decimal)
+        raise ConstructorError(problem=f"{text} is a number in base {base} to some programs and not to others; write "
+                               f'{instead}, or "{text}" in quotes for text', problem_mark=node.start_mark)  # fmt: skip
+
+
+def _resolve(tag: str, pattern: str) -> None:
+    _Loader.add_implicit_resolver(tag, re.compile(rf"[-+]?(?:{pattern})$"), list("-+.0123456789"))
+
+
+_OWN = {_TAG + kind for kind in ("timestamp", "value", "int", "float")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_resolve("!refused", r"0[0-9_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+_resolve(_TAG + "int", r"0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+")
+_resolve(_TAG + "float", r"(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+                         r"|\.(?:inf|Inf|INF|nan|NaN|NAN)")  # fmt: skip
+_Loader.add_constructor("!refused", _Loader.refuse_number)
+
+
+def parse(text: str, where: str) -> Any:
+    """The content of a YAML (or JSON) document; ConfigErrors name it as `where`, and the line where it has several."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        line = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        syntax = "" if isinstance(e, ConstructorError) else " is not YAML"
+        raise ConfigError(f"{where}{syntax}{line}: {e.problem or e.context}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply") from None
+    except ValueError as e:  # of a value with a tag, such as !!int x
+        raise ConfigError(f"{where}: {e}") from None
 
 
 def find_config(path: str | Path) -> Path:
@@ -22,15 +92,33 @@ def find_config(path: str | Path) -> Path:
 
 def read_mapping(path: str | Path) -> dict:
     """A YAML or JSON file's mapping; raises ConfigError where there is none."""
+    text = _read_text(path)
+    if Path(path).suffix == ".json":
+        text = text.replace("\t", " ")  # YAML lets no tab indent; JSON has them nowhere else
+    document = parse(text, str(path))
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} holds {'nothing' if document is None else type(document).__name__}, not a mapping "
+                          "of sections")
+    return document
+
+
+def _read_text(path: str | Path) -> str:
     try:
-        document = yaml.safe_load(Path(path).read_text())  # JSON is YAML
+        with open_regular(path) as f:
+            content = f.read(SIZE_LIMIT + 1)
+        refuse_stand_ins(path, content[:100])
+    except FileError as e:
+        raise ConfigError(f"cannot read config: {e}") from None
     except OSError as e:
         raise ConfigError(f"cannot read config {path}: {e.strerror}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not YAML: {e}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds {type(document).__name__}, not a mapping of sections")
-    return document
+    if len(content) > SIZE_LIMIT:
+        raise ConfigError(f"{path} has more than {SIZE_LIMIT:,} bytes: it is no config")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ConfigError(f"{path}, line {line}: byte 0x{content[e.start]:02x} is not UTF-8; save the file in that "
+                          "encoding") from None
 
 
 def merge(base: Mapping, top: Mapping) -> dict:
