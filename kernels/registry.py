@@ -240,8 +240,8 @@ def load_ops(*names: str) -> dict[str, Op]:
     return {name: import_module(f"kernels.{name}").OP for name in names}
 
 
-def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Ops:
-    """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`."""
+def check_names(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> None:
+    """Raise ValueError, giving the nearest known name, where an op or a backend is called what none is."""
     for name in per_op:
         if name not in ops:
             raise ValueError(f"no op is called {name!r}{nearest(name, ops)}")
@@ -249,6 +249,11 @@ def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Op
     for value in (backend, *per_op.values()):
         if value not in choices:
             raise ValueError(f"no backend is called {value!r}{nearest(str(value), choices)}")
+
+
+def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Ops:
+    """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`."""
+    check_names(ops, backend, per_op)
     for name, value in per_op.items():
         if ops[name].in_graph and value != "auto" and (reasons := ops[name].reasons(value)):
             raise BackendUnavailable(name, value, reasons)

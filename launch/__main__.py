@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_for_the_user(e):
             raise
-        print(f"error: {e}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {_message(e)}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 
@@ -47,6 +47,14 @@ def _speak() -> None:
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING
     for package in ("kernels", "lightningdit", "vavae", "launch"):
         logging.getLogger(package).setLevel(level)
+
+
+def _message(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    from common.sections import describe
+
+    return describe(error) if isinstance(error, ValidationError) else str(error)
 
 
 def _is_for_the_user(error: Exception) -> bool:

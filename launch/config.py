@@ -7,20 +7,41 @@ running: steps, batches, precision, optimizer, DeepSpeed, kernels.
 """
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 import kernels
 import lightningdit.config as dit
 import vavae.config as vae
-from launch.config_files import ConfigError, find_config, read_mapping
+from common.sections import (
+    AboveZero,
+    Count,
+    CountFrom0,
+    Few,
+    Float,
+    NonNegative,
+    PathText,
+    Probability,
+    Section,
+    Size,
+    describe,
+)
+from kernels.registry import check_names
+from launch.config_files import ConfigError, find_config, parse, read_mapping
 from launch.deepspeed_options import DeepSpeedConfig
-from lightningdit.config import Float, Positive, Section
 from vavae.published import from_published
+
+
+def _below_output_dir(name: str) -> str:
+    if not name or name.startswith(("/", "~")) or ".." in PurePath(name).parts:
+        raise ValueError(f"{name!r} is no name of a folder below output_dir")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_below_output_dir)]
 
 
 class TrainConfig(Section):
@@ -34,27 +55,27 @@ class TrainConfig(Section):
     bits, so that another run on the same GPUs gives the same; what it costs in speed is not measured yet.
     """
 
-    max_steps: Positive | None = None
-    global_batch_size: Positive = 1024
+    max_steps: Count | None = None
+    global_batch_size: Count = 1024
     global_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    output_dir: str = "output"
-    exp_name: str | None = None
-    ckpt: str | None = None
-    log_every: Positive = 100
-    ckpt_every: Positive = 20_000
-    weight_init: str | None = None
+    output_dir: PathText = "output"
+    exp_name: RunName | None = None
+    ckpt: PathText | None = None
+    log_every: Count = 100
+    ckpt_every: Count = 20_000
+    weight_init: PathText | None = None
     resume: bool = True
     use_checkpoint: dit.Recompute = False
-    max_epochs: Positive | None = None
-    micro_batch_size: Positive | None = None
+    max_epochs: Count | None = None
+    micro_batch_size: Size | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     compile: Literal["auto", "none", "inductor", "regional", "cudagraphs", "aot_eager"] = "auto"
     deterministic: bool = True
-    keep_checkpoints: Positive | None = None
-    valid_every: Positive | None = None
-    valid_batches: Positive = 8
-    max_skipped_in_a_row: Positive = 20
+    keep_checkpoints: Count | None = None
+    valid_every: Count | None = None
+    valid_batches: Count = 8
+    max_skipped_in_a_row: Count = 20
     tensorboard: bool = True
 
     @model_validator(mode="after")
@@ -82,14 +103,14 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the moving average. Published: `lr`, `beta2`, `max_grad_norm` (0: no clipping)."""
 
-    lr: Annotated[Float, Field(gt=0)] = 2e-4
-    beta1: dit.Probability = 0.9
-    beta2: dit.Probability = 0.95
-    eps: Annotated[Float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[Float, Field(ge=0)] = 0.0
-    ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr: AboveZero = 2e-4
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    eps: AboveZero = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_grad_norm: NonNegative = 0.0
+    ema_decay: Probability = 0.9999
+    warmup_steps: CountFrom0 = 0
     final_lr_fraction: Annotated[Float, Field(ge=0, le=1)] = 1.0
 
     def lr_at(self, step: int, last_step: int) -> float:
@@ -105,11 +126,19 @@ class TokenizerSection(Section):
     """The `vae` section of a LightningDiT file: which tokenizer the latents are from, and where its weights are."""
 
     model_name: str = "vavae_f16d32"
-    downsample_ratio: Positive = 16
-    ckpt_path: str | None = None
+    downsample_ratio: Few = 16
+    ckpt_path: PathText | None = None
 
 
-Kernels = str | dict[str, str]
+def _known_kernels(value: Any) -> Any:
+    by_op = {"default": value} if isinstance(value, str) else value
+    if not isinstance(by_op, dict) or not all(isinstance(item, str) for pair in by_op.items() for item in pair):
+        raise ValueError(f"a backend's name, or names by op, is wanted (got {value!r})")
+    check_names(kernels.OPS, by_op.get("default", "auto"), {op: b for op, b in by_op.items() if op != "default"})
+    return value
+
+
+Kernels = Annotated[str | dict[str, str], BeforeValidator(_known_kernels)]
 
 
 def select_ops(choice: Kernels) -> kernels.Ops:
@@ -124,7 +153,7 @@ class LightningDiTRun(Section):
     """A LightningDiT file. `ckpt_path` is what `sample` loads: a checkpoint, an export or a published .pt."""
 
     preset: Literal["paper", "default"] = "paper"
-    ckpt_path: str | None = None
+    ckpt_path: PathText | None = None
     data: dit.DataConfig
     vae: TokenizerSection = TokenizerSection()
     model: dit.ModelSection
@@ -140,6 +169,7 @@ class LightningDiTRun(Section):
         ratio = self.vae.downsample_ratio
         if self.data.image_size % ratio:
             raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of downsample_ratio {ratio}")
+        self._check_latents(self.data.image_size // ratio)
         if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
             raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
                              "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
@@ -149,13 +179,25 @@ class LightningDiTRun(Section):
         self._check_ops_in_graphs()
         return self
 
+    def _check_latents(self, size: int) -> None:
+        """Refuse latents of `size`² that the model's patches do not divide, and more guided channels than they have."""
+        made = f"data.image_size {self.data.image_size} makes latents of {size} × {size}"
+        ratio, patch = self.vae.downsample_ratio, self.model.patch
+        if size % patch:
+            raise ValueError(f"{made} (vae.downsample_ratio {ratio}), which patches of {patch} do not divide: use a "
+                             f"multiple of {ratio * patch}")
+        if (size // patch) ** 2 > dit.MAX_TOKENS:
+            raise ValueError(f"{made}, {(size // patch) ** 2:,} tokens; at most {dit.MAX_TOKENS:,} are allowed")
+        guided, channels = self.sample.cfg_channels, self.model.in_chans
+        if guided is not None and guided > channels:
+            raise ValueError(f"sample.cfg_channels is {guided}, but the latents have model.in_chans {channels}")
+
     def _check_ops_in_graphs(self) -> None:
         """Refuse to name an op that would take part in nothing."""
         named = {} if isinstance(self.kernels, str) else self.kernels
         compile, precision = self.train.compile, self.train.precision
         for name, backend in named.items():
-            op = kernels.OPS.get(name)
-            asked = op is not None and op.in_graph and backend not in ("auto", "reference")
+            asked = name != "default" and kernels.OPS[name].in_graph and backend not in ("auto", "reference")
             if asked and (compile in ("none", "aot_eager") or precision == "float32"):
                 raise ValueError(f"kernels.{name} is {backend}, but train.compile is {compile} and train.precision "
                                  f"{precision}: it takes part in graphs that Inductor compiles, in bfloat16")
@@ -177,28 +219,28 @@ class TokenizerTrainConfig(TrainConfig):
     always runs whole.
     """
 
-    global_batch_size: Positive = 256
+    global_batch_size: Count = 256
     compile: Literal["none"] = "none"
 
 
 class TokenizerOptimizerConfig(OptimizerConfig):
     """Adam(0.5, 0.9) at 1e-4 for both networks, not scaled by the batch; no moving average unless asked for."""
 
-    lr: Annotated[Float, Field(gt=0)] = 1e-4
-    beta1: dit.Probability = 0.5
-    beta2: dit.Probability = 0.9
-    ema_decay: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    lr: AboveZero = 1e-4
+    beta1: Probability = 0.5
+    beta2: Probability = 0.9
+    ema_decay: Probability = 0.0
 
 
 class VavaeRun(Section):
     """A tokenizer file of ours; a published LDM-style one is translated into it (see `vavae.config.from_published`)."""
 
     preset: Literal["paper", "default"]
-    ckpt_path: str | None = None
+    ckpt_path: PathText | None = None
     model: vae.AutoencoderConfig
     foundation: vae.FoundationConfig | None = None
     loss: vae.LossConfig = vae.LossConfig()
-    data: vae.DataConfig
+    data: vae.DataConfig = vae.DataConfig()
     train: TokenizerTrainConfig = TokenizerTrainConfig()
     optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     stages: tuple[vae.StageConfig, ...] = Field((), strict=False)  # none: one loss for the whole run
@@ -225,31 +267,35 @@ class VavaeRun(Section):
 
 
 KINDS = {"lightningdit": LightningDiTRun, "vavae": VavaeRun}
+NAMES = {"lightningdit": "LightningDiT", "vavae": "tokenizer"}
 
 
-def load(path: str | Path, overrides: list[str] = (), *, kind: str) -> tuple[Section, list[str]]:
+def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple[Section, list[str]]:
     """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
 
     Values of overrides are YAML; keys are dotted (`train.max_steps=20`). A published LDM-style tokenizer file is
-    translated first, so overrides always use our keys. A file of `launch/configs/` may be given by its name alone.
+    translated first, so overrides always use our keys, and may give what the file leaves open. What only training needs
+    may be missing: `launch.checks.check_run` asks for it. A file of `launch/configs/` may be given by its name alone.
 
     Returns:
         The run, and notes: where a file given by its name is from, what of a published one was converted or ignored.
 
     Raises:
-        ConfigError: the file is absent or no YAML mapping, a key is unknown (the nearest is named), a value has the
-            wrong type or is not allowed, or values contradict each other.
+        ConfigError: the file is absent, no YAML mapping, or the other model's; a key is unknown (the nearest is named)
+            or stands twice; a value has the wrong type or is not allowed, or values contradict each other.
     """
     found = find_config(path)
     document, notes = read_mapping(found), [] if found == Path(path) else [f"not here, so the one in {found.parent}"]
     try:
+        _refuse_other_kind(document, kind)
         if kind == "vavae" and _is_published_tokenizer(document):
-            document, notes = from_published(document)
+            document, converted = from_published(document)
+            notes += converted
         for override in overrides:
             _apply(document, override)
         return KINDS[kind].model_validate(document), notes
     except ValidationError as e:
-        raise ConfigError(f"{path}: {_explain(e)}") from None
+        raise ConfigError(f"{path}: {describe(e)}") from None
     except ValueError as e:
         raise ConfigError(f"{path}: {e}") from None
 
@@ -259,12 +305,37 @@ def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
     try:
         return KINDS[kind].model_validate(content)
     except ValidationError as e:
-        raise ConfigError(f"{source}: {_explain(e)}") from None
+        raise ConfigError(f"{source}: {describe(e)}") from None
 
 
 def _is_published_tokenizer(document: Mapping) -> bool:
     model = document.get("model")
     return "lightning" in document or (isinstance(model, Mapping) and "params" in model)
+
+
+def _refuse_other_kind(document: Mapping, kind: str) -> None:
+    """Raise ConfigError where a document has keys that only the other model's run files have, and none of its own."""
+    other = next(name for name in KINDS if name != kind)
+    theirs, ours = _keys_of(document, other), _keys_of(document, kind)
+    if theirs and not ours:
+        raise ConfigError(f"this is a {NAMES[other]} run file (it has {', '.join(theirs)}); one of a {NAMES[kind]} is "
+                          f"wanted, with keys such as {', '.join(_OWN_KEYS[kind][:3])}")
+
+
+# Keys that only one of the models has; of LDM-style files those that ours do not have.
+_OWN_KEYS = {
+    "lightningdit": ("transport", "sample", "vae", *(f"model.{key}" for key in dit.ModelSection.model_fields
+                                                      if key not in vae.AutoencoderConfig.model_fields)),
+    "vavae": ("loss", "foundation", "stages", "lightning", "model.params", "model.size",
+              *(f"model.{key}" for key in vae.AutoencoderConfig.model_fields
+                if key not in dit.ModelSection.model_fields)),
+}  # fmt: skip
+
+
+def _keys_of(document: Mapping, kind: str) -> list[str]:
+    model = document.get("model")
+    inner = model if isinstance(model, Mapping) else {}
+    return [key for key in _OWN_KEYS[kind] if key in document or (key.removeprefix("model.") in inner and "." in key)]
 
 
 def _apply(document: dict, override: str) -> None:
@@ -279,17 +350,4 @@ def _apply(document: dict, override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {section} holds {inner!r}, not a section")
         document = inner
-    try:
-        document[last] = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {e}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    problems = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        got = item["input"] if not isinstance(item["input"], dict | Section) else None
-        problems.append((f"{key}: " if key else "") + message + (f" (got {got!r})" if got is not None else ""))
-    return "; ".join(problems)
+    document[last] = parse(text, f"override {override!r}")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from common.sections import PathText, Section
 from launch.config_files import ConfigError, merge, read_mapping
-from lightningdit.config import Section
 
 DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
 
@@ -33,7 +33,7 @@ class DeepSpeedConfig(Section):
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    file: str | None = None
+    file: PathText | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     def merged_overrides(self) -> dict[str, Any]:
@@ -44,7 +44,10 @@ class DeepSpeedConfig(Section):
         shipped = DEEPSPEED_FILES / self.file if self.file else None
         content = {} if shipped is None else read_mapping(shipped if shipped.is_file() else self.file)
         merged = merge(content, self.overrides)
-        stage = merged.get("zero_optimization", {}).get("stage", self.zero_stage)
+        zero = merged.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ConfigError(f"deepspeed: zero_optimization is a section of keys, not {zero!r}")
+        stage = zero.get("stage", self.zero_stage)
         if stage != self.zero_stage:
             raise ConfigError(f"deepspeed.zero_stage is {self.zero_stage}, but deepspeed.file or overrides say {stage}")
         for key, ours in OWN_DEEPSPEED_KEYS.items():

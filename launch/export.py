@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from common.tensors import save_pickled
+from launch.arguments import local_path
 from launch.checkpoint import Checkpoint
 from launch.config import stored_run
 from launch.trained import find_checkpoint, from_checkpoint
@@ -20,8 +21,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("name", type=Path, help="path of the files to write, without a suffix")
+    parser.add_argument("checkpoint", type=local_path)
+    parser.add_argument("name", type=local_path, help="path of the files to write, without a suffix")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="for the safetensors (default: ema)")
     args = parser.parse_args(argv)
     checkpoint = find_checkpoint(args.checkpoint)

@@ -5,46 +5,38 @@ understands (`model`, `transport`, `sample`, `data`), under the published key na
 A wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
 """
 
-import difflib
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-# YAML 1.1 reads 1e-4 as a string: it wants the dot of 1.0e-4.
-_DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+from common.sections import (
+    AboveZero,
+    Classes,
+    Count,
+    Few,
+    FewFrom0,
+    Float,
+    NonNegative,
+    PathText,
+    Probability,
+    Section,
+    Size,
+    describe,
+    nearest,
+)
+
+MAX_TOKENS = 2**16
+MlpRatio = Annotated[Float, Field(gt=0, le=256)]
 
 
-def _read_float(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and _DOTLESS_EXPONENT.fullmatch(value) else value
+def _recompute(value: Any) -> Any:
+    if isinstance(value, bool) or value == "pointwise":
+        return value
+    raise ValueError(f"allowed are false, true and 'pointwise' (got {value!r})")
 
 
-Float = Annotated[float, BeforeValidator(_read_float), Field(allow_inf_nan=False)]
-Probability = Annotated[Float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
 #: What the backward pass computes again: nothing, whole blocks, or norms and activations between matrix products.
-Recompute = bool | Literal["pointwise"]
-
-
-def nearest(name: str, names) -> str:
-    """' (did you mean …?)' with the closest of `names`, or an empty string where none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-class Section(BaseModel):
-    """A frozen group of keys: nothing is coerced except whole numbers to floats, nothing unknown is let through."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, values: Any) -> Any:
-        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
-        if unknown:
-            hints = ", ".join(f"{key!r}{nearest(str(key), cls.model_fields)}" for key in unknown)
-            raise ValueError(f"{cls.__name__} has no key {hints}; its keys are {', '.join(cls.model_fields)}")
-        return values
+Recompute = Annotated[bool | Literal["pointwise"], BeforeValidator(_recompute)]
 
 
 class ModelConfig(Section):
@@ -54,15 +46,15 @@ class ModelConfig(Section):
     for the null label, which is `num_classes`.
     """
 
-    input_size: Positive = 32
-    patch_size: Positive = 2
-    in_channels: Positive = 4
-    hidden_size: Positive = 1152
-    depth: Positive = 28
-    num_heads: Positive = 16
-    mlp_ratio: Annotated[Float, Field(gt=0)] = 4.0
+    input_size: Size = 32
+    patch_size: Few = 2
+    in_channels: Size = 4
+    hidden_size: Size = 1152
+    depth: Few = 28
+    num_heads: Few = 16
+    mlp_ratio: MlpRatio = 4.0
     class_dropout_prob: Probability = 0.1
-    num_classes: Positive = 1000
+    num_classes: Classes = 1000
     learn_sigma: bool = False
     use_qknorm: bool = False
     use_swiglu: bool = False
@@ -75,6 +67,9 @@ class ModelConfig(Section):
     def _check(self):
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+        if self.num_tokens > MAX_TOKENS:
+            raise ValueError(f"input_size {self.input_size} and patch_size {self.patch_size} make {self.num_tokens:,} "
+                             f"tokens; at most {MAX_TOKENS:,} are allowed")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:
@@ -153,12 +148,12 @@ class ModelSection(Section):
     """The `model` section: a registered `model_type`, or the four sizes of a model of one's own."""
 
     model_type: str | None = None
-    hidden_size: Positive | None = None
-    depth: Positive | None = None
-    num_heads: Positive | None = None
-    patch_size: Positive | None = None
-    in_chans: Positive = 4
-    mlp_ratio: Float = 4.0
+    hidden_size: Size | None = None
+    depth: Few | None = None
+    num_heads: Few | None = None
+    patch_size: Few | None = None
+    in_chans: Size = 4
+    mlp_ratio: MlpRatio = 4.0
     class_dropout_prob: Probability = 0.1
     use_qknorm: bool = False
     use_swiglu: bool = False
@@ -177,11 +172,22 @@ class ModelSection(Section):
         self.resolve(input_size=16 * (self.patch_size or 1), num_classes=1)
         return self
 
+    @property
+    def patch(self) -> int:
+        """Side of a patch, in latent positions."""
+        return self.patch_size if self.model_type is None else int(self.model_type.partition("/")[2])
+
     def resolve(self, input_size: int, num_classes: int) -> ModelConfig:
-        """The `ModelConfig` of this section for latents of `input_size`² and `num_classes` labels."""
+        """The `ModelConfig` of this section for latents of `input_size`² and `num_classes` labels.
+
+        Raises ValueError where there is none.
+        """
         given = self.model_dump(exclude={"model_type", "in_chans"}, exclude_none=True)
         given |= dict(input_size=input_size, num_classes=num_classes, in_channels=self.in_chans)
-        return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
+        try:
+            return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
+        except ValidationError as e:
+            raise ValueError(describe(e)) from None
 
 
 class TransportConfig(Section):
@@ -198,7 +204,7 @@ class TransportConfig(Section):
     train_eps: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
     use_cosine_loss: bool = False
     use_lognorm: bool = False
-    lognorm_until_step: Positive | None = None
+    lognorm_until_step: Count | None = None
 
     @model_validator(mode="after")
     def _check(self):
@@ -228,21 +234,21 @@ class SampleConfig(Section):
 
     mode: Literal["ODE", "SDE"] = "ODE"
     sampling_method: str = "euler"
-    atol: Annotated[Float, Field(gt=0)] = 1e-6
-    rtol: Annotated[Float, Field(gt=0)] = 1e-3
+    atol: AboveZero = 1e-6
+    rtol: AboveZero = 1e-3
     reverse: Literal[False] = False
     likelihood: bool = False
-    num_sampling_steps: Annotated[int, Field(ge=2)] = 250
+    num_sampling_steps: Annotated[int, Field(ge=2, le=100_000)] = 250
     cfg_scale: Annotated[Float, Field(ge=1)] = 4.0
     cfg_interval_start: Annotated[Float, Field(ge=0, le=1)] = 0.11
-    timestep_shift: Annotated[Float, Field(ge=0)] = 0.3
-    per_proc_batch_size: Positive = 4
-    fid_num: Positive = 50_000
-    cfg_channels: Positive | None = None
+    timestep_shift: NonNegative = 0.3
+    per_proc_batch_size: Size = 4
+    fid_num: Annotated[int, Field(ge=1, le=10**8)] = 50_000
+    cfg_channels: Size | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     diffusion_form: str = "sigma"
-    diffusion_norm: Annotated[Float, Field(gt=0)] = 1.0
+    diffusion_norm: AboveZero = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[Float, Field(gt=0, lt=1)] = 0.04
 
@@ -276,14 +282,14 @@ class DataConfig(Section):
     takes seconds, below 4 GiB), and `num_images`, what a plan assumes where there is no data to count.
     """
 
-    data_path: str
-    valid_path: str | None = None
-    fid_reference_file: str | None = None
-    image_size: Positive = 256
-    num_classes: Positive = 1000
-    num_workers: Annotated[int, Field(ge=0)] = 8
+    data_path: PathText
+    valid_path: PathText | None = None
+    fid_reference_file: PathText | None = None
+    image_size: Size = 256
+    num_classes: Classes = 1000
+    num_workers: FewFrom0 = 8
     latent_norm: bool = True
-    latent_multiplier: Annotated[Float, Field(gt=0)] = 1.0
+    latent_multiplier: AboveZero = 1.0
     latent_flip: bool = True
     verify: bool | None = None
-    num_images: Positive = 1_281_167
+    num_images: Count = 1_281_167

@@ -10,7 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lightningdit.config import DIFFUSION_FORMS, TransportConfig, nearest
+from common.sections import nearest
+from lightningdit.config import DIFFUSION_FORMS, TransportConfig
 
 
 def choose(what: str, name, table):

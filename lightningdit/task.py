@@ -40,10 +40,7 @@ class LightningDiTTask:
     ):
         self.config, self._seed = model, seed
         self.batches = LatentDataset.from_config(data, seed)
-        latent = (model.in_channels, model.input_size, model.input_size)
-        if self.batches.shape != latent:
-            found = self.batches.shape
-            raise ValueError(f"{data.data_path} has latents of {found}; the model takes (C, H, W) = {latent}")
+        check_latents(self.batches, model)
         if data.num_classes != model.num_classes:
             raise ValueError(f"data.num_classes is {data.num_classes}, the model's num_classes {model.num_classes}")
         self.transport = Transport.from_config(transport)
@@ -133,3 +130,10 @@ class LightningDiTTask:
         if different:
             found = "; ".join(different)
             raise ValueError(f"the checkpoint was trained on other latents than {self.batches.path}: {found}")
+
+
+def check_latents(latents: LatentDataset, model: ModelConfig) -> None:
+    """Raise ValueError, naming the folder, where latents are not of the shape that the model takes."""
+    wanted = (model.in_channels, model.input_size, model.input_size)
+    if latents.shape != wanted:
+        raise ValueError(f"{latents.path} has latents of {latents.shape}; the model takes (C, H, W) = {wanted}")

@@ -1,7 +1,13 @@
-"""The published run files, key by key as their repository documents them (values: the 64-epoch file's).
+"""The published run files, key by key as their repository documents them.
 
-Keys that only some of them have are apart: `LIGHTNINGDIT_OPTIONAL`, `TOKENIZER_OPTIONAL`.
+`LIGHTNINGDIT_YAML` and `TOKENIZER_YAML` are one file of each model as text (values: the 64-epoch file's); keys that
+only some have are apart: `LIGHTNINGDIT_OPTIONAL`, `TOKENIZER_OPTIONAL`. `FILES` holds all nine by name.
 """
+
+import copy
+from typing import Any
+
+import yaml
 
 LIGHTNINGDIT_YAML = """\
 ckpt_path: /path/to/lightningdit-xl-imagenet256-64ep.pt
@@ -123,3 +129,57 @@ TOKENIZER_OPTIONAL = """\
 weight_init: /path/to/stage1.ckpt
 model: {params: {proj_fix: true}}
 """
+
+
+def _changed(text: str, **values: Any) -> dict:
+    """The document of `text` with values put at dotted keys (`__` for the dot); `...` takes the key away."""
+    document = yaml.safe_load(text)
+    for dotted, value in values.items():
+        *sections, key = dotted.split("__")
+        inner = document
+        for section in sections:
+            inner = inner[section]
+        if value is ...:
+            del inner[key]
+        else:
+            inner[key] = copy.deepcopy(value)
+    return document
+
+
+_NAMED = {"train__exp_name": "lightningdit_xl_vavae_f16d32", "sample__atol": 0.000001, "sample__rtol": 0.001}
+_LOSS = "model__params__lossconfig__params__"
+_NO_VF = {_LOSS + key: ... for key in ("vf_weight", "adaptive_vf", "distmat_margin", "cos_margin")}
+_NO_TRAINING = {"weight_init": ..., "data": ..., "lightning": ..., _LOSS + "disc_start": 1}
+
+#: Path in the published repository → document.
+FILES: dict[str, dict] = {
+    "configs/config_details.yaml": _changed(
+        LIGHTNINGDIT_YAML, **_NAMED, sample__cfg_scale=8.0, sample__cfg_interval_start=0.11
+    ),
+    "configs/lightningdit_xl_vavae_f16d32.yaml": _changed(
+        LIGHTNINGDIT_YAML, **_NAMED, sample__cfg_scale=10.0, sample__cfg_interval_start=0.11
+    ),
+    "configs/reproductions/lightningdit_xl_vavae_f16d32_64ep_cfg.yaml": _changed(
+        LIGHTNINGDIT_YAML, **_NAMED, sample__cfg_scale=10.0, sample__cfg_interval_start=0.10
+    ),
+    "configs/reproductions/lightningdit_xl_vavae_f16d32_800ep_cfg.yaml": _changed(
+        LIGHTNINGDIT_YAML, **_NAMED, sample__cfg_scale=6.7, sample__cfg_interval_start=0.125
+    ),
+    "tokenizer/configs/vavae_f16d32.yaml": _changed(
+        TOKENIZER_YAML, **_NO_TRAINING, **{_LOSS + "vf_loss_type": "combined_v3"}
+    ),
+    "tokenizer/configs/vavae_experimentals.yaml": _changed(TOKENIZER_YAML, **_NO_TRAINING, **_NO_VF),
+    "vavae/configs/f16d32_ldm.yaml": _changed(
+        TOKENIZER_YAML, weight_init=..., model__params__use_vf=..., model__params__reverse_proj=..., **_NO_VF
+    ),
+    "vavae/configs/f16d32_vfdinov2.yaml": _changed(TOKENIZER_YAML, weight_init=...),
+    "vavae/configs/f16d32_vfdinov2_long.yaml": _changed(
+        TOKENIZER_YAML, weight_init=..., lightning__trainer__max_epochs=None,
+        **{_LOSS + key: None for key in ("disc_start", "vf_weight", "distmat_margin", "cos_margin")},
+    ),
+}  # fmt: skip
+
+
+def kind_of(name: str) -> str:
+    """Which model the published file of that name is for."""
+    return "lightningdit" if name.startswith("configs/") else "vavae"

@@ -4,11 +4,21 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 from tests.published import TOKENIZER_YAML
-from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
+from vavae.config import (
+    AutoencoderConfig,
+    DataConfig,
+    FoundationConfig,
+    LossConfig,
+    StageConfig,
+    check_sections,
+    loss_at,
+)
+from vavae.discriminator import NLayerDiscriminator
 from vavae.published import disc_start_in_iterations, from_published
 
 ROOT = Path(__file__).parent.parent
@@ -62,12 +72,12 @@ def test_disc_start_counts_both_optimizers(start, iterations):
 
 
 @pytest.mark.parametrize("path, value, error", [
-    (["weight_intt"], 1, r"unknown key weight_intt: did you mean 'weight_init'"),
-    (["model", "params", "embed_dims"], 1, r"unknown key model\.params\.embed_dims: did you mean 'embed_dim'"),
-    (["model", "params", "ddconfig", "chmult"], 1, r"unknown key model\.params\.ddconfig\.chmult: .*'ch_mult'"),
-    (["model", "params", "lossconfig", "params", "vf_wieght"], 1, r"params\.vf_wieght: did you mean 'vf_weight'"),
-    (["data", "params", "train", "params", "data_roots"], 1, r"data_roots: did you mean 'data_root'"),
-    (["lightning", "trainer", "max_epoch"], 1, r"max_epoch: did you mean 'max_epochs'"),
+    (["weight_intt"], 1, r"unknown key weight_intt \(did you mean 'weight_init'"),
+    (["model", "params", "embed_dims"], 1, r"unknown key model\.params\.embed_dims \(did you mean 'embed_dim'"),
+    (["model", "params", "ddconfig", "chmult"], 1, r"unknown key model\.params\.ddconfig\.chmult .*'ch_mult'"),
+    (["model", "params", "lossconfig", "params", "vf_wieght"], 1, r"params\.vf_wieght \(did you mean 'vf_weight'"),
+    (["data", "params", "train", "params", "data_roots"], 1, r"data_roots \(did you mean 'data_root'"),
+    (["lightning", "trainer", "max_epoch"], 1, r"max_epoch \(did you mean 'max_epochs'"),
     (["model", "params", "use_vf"], "dinov3", r"use_vf: 'dinov3' is not one of dinov2, mae"),
     (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: expected a whole number"),
     (["data", "params", "batch_size"], 8.5, r"batch_size: expected a whole number, got 8.5"),
@@ -83,10 +93,97 @@ def test_faults_of_a_published_yaml_are_named(path, value, error):
     refuses(error, from_published, document)
 
 
-def test_missing_vf_weight_is_named():
+def training(document) -> None:
+    """Check the sections of a published document as training does."""
+    sections, _ = from_published(document)
+    model, loss, data = (cls(**sections[name]) for name, cls in SECTIONS.items())
+    foundation = FoundationConfig(**sections["foundation"]) if "foundation" in sections else None
+    check_sections(model, foundation, loss, data)
+
+
+SECTIONS = {"model": AutoencoderConfig, "loss": LossConfig, "data": DataConfig}
+
+
+@pytest.mark.parametrize("key, named", [("vf_weight", r"loss\.vf_weight"), ("disc_start", r"loss\.disc_start")])
+@pytest.mark.parametrize("absent", [True, False])
+def test_what_training_needs_of_the_published_loss_is_asked_for_by_both_names(key, named, absent):
     document = published()
-    del document["model"]["params"]["lossconfig"]["params"]["vf_weight"]
-    refuses("vf_weight is missing", from_published, document)
+    training(document)
+    given = document["model"]["params"]["lossconfig"]["params"]
+    given[key] = None
+    if absent:
+        del given[key]
+    assert LossConfig(**from_published(document)[0]["loss"])  # read for its weights, the file will do
+    refuses(rf"not set: {named} .*model\.params\.lossconfig\.params\.{key}", training, document)
+    if key == "vf_weight":
+        del document["model"]["params"]["use_vf"]
+    else:
+        given["disc_weight"] = 0.0
+    training(document)  # nobody asks
+
+
+@pytest.mark.parametrize("key, default", [("distmat_margin", 0.0), ("cos_margin", 0.0), ("adaptive_vf", False)])
+def test_a_null_of_the_published_loss_is_what_an_absent_key_is_and_said(key, default):
+    document = published()
+    document["model"]["params"]["lossconfig"]["params"][key] = None
+    sections, notes = from_published(document)
+    assert sections["loss"][key] == default
+    assert any(f"{key} is null: {default}" in note for note in notes)
+
+
+def test_keys_of_the_published_loss_that_nothing_reads_are_named_and_ignored():
+    document = published()
+    document["model"]["params"]["lossconfig"]["params"]["vf_loss_type"] = "combined_v3"
+    sections, notes = from_published(document)
+    assert sections["loss"] == from_published(published())[0]["loss"]
+    assert "ignored model.params.lossconfig.params.vf_loss_type: 'combined_v3'" in notes
+
+
+@pytest.mark.parametrize("layers", range(1, 6))
+def test_the_least_image_for_a_discriminator_is_the_least_that_it_can_judge(layers):
+    judge = NLayerDiscriminator(3, ndf=2, n_layers=layers)
+    least = 3 * 2**layers
+    judge(torch.zeros(2, 3, least, least))
+    with pytest.raises(RuntimeError):
+        judge(torch.zeros(2, 3, least - 1, least - 1))
+    loss = LossConfig(use_vf=False, perceptual="none", disc_n_layers=layers)
+    model = AutoencoderConfig(ch_mult=[1], attn_resolutions=[])
+    check_sections(model, None, loss, DataConfig(data_path="x", image_size=least))
+    refuses(f"image_size {least - 1} is too small .*disc_n_layers {layers}, which needs {least}", check_sections,
+            model, None, loss, DataConfig(data_path="x", image_size=least - 1))
+    check_sections(model, None, loss.model_copy(update={"disc_weight": 0.0}), DataConfig(data_path="x", image_size=1))
+
+
+def test_lpips_needs_an_image_that_can_be_halved_four_times():
+    loss, model = LossConfig(use_vf=False, disc_weight=0.0), AutoencoderConfig(ch_mult=[1], attn_resolutions=[])
+    check_sections(model, None, loss, DataConfig(data_path="x", image_size=16))
+    refuses("image_size 15 is too small for LPIPS", check_sections, model, None, loss,
+            DataConfig(data_path="x", image_size=15))
+
+
+@pytest.mark.parametrize("weights, missing", [((0.5, 0.1), False), ((0.5, None), True), ((), True)])
+def test_stages_may_give_the_weight_that_the_loss_leaves_open(weights, missing):
+    stages = [StageConfig(epochs=1, loss={"vf_weight": weight}) for weight in weights]
+    sections = (AutoencoderConfig(), FoundationConfig(), LossConfig(vf_weight=None), DataConfig(data_path="x"), stages)
+    if missing:
+        refuses(r"not set: loss\.vf_weight", check_sections, *sections)
+    else:
+        check_sections(*sections)
+
+
+@pytest.mark.parametrize("section, key, value", [
+    (["model", "params"], "use_vf", ["dinov2"]),
+    (["lightning", "trainer"], "precision", [32]),
+    (["lightning", "trainer"], "precision", {"a": 1}),
+])
+def test_values_of_another_kind_are_named_too(section, key, value):
+    document = published()
+    inner = document
+    for name in section:
+        inner = inner[name]
+    inner[key] = value
+    refuses(key, from_published, document)
+    refuses("unknown tokenizer size", AutoencoderConfig, size=value)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
@@ -96,12 +193,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 
 
 @pytest.mark.parametrize("make, error", [
-    (lambda: LossConfig(kl_wieght=1.0), "unknown key 'kl_wieght': did you mean 'kl_weight'"),
+    (lambda: LossConfig(kl_wieght=1.0), r"unknown key 'kl_wieght' \(did you mean 'kl_weight'"),
     (lambda: AutoencoderConfig(ch="128"), "valid integer"),
     (lambda: LossConfig(use_vf=1), "valid boolean"),
     (lambda: LossConfig(vf_weight=-1.0), "greater than or equal to 0"),
     (lambda: LossConfig(perceptual="vgg"), "'lpips' or 'none'"),
-    (lambda: AutoencoderConfig(size="f16d33"), "unknown tokenizer size 'f16d33'; did you mean 'f16d32'"),
+    (lambda: AutoencoderConfig(size="f16d33"), r"unknown tokenizer size 'f16d33' \(did you mean 'f16d32'"),
     (lambda: AutoencoderConfig(ch=48), "ch 48 × ch_mult 1 is not a multiple of the 32 norm groups"),
     (lambda: AutoencoderConfig(resolution=200), "resolution 200 is not a multiple of the down-sampling 16"),
     (lambda: AutoencoderConfig(attn_resolutions=[24]), r"no level works at 24; levels are at \[256, 128, 64, 32, 16\]"),

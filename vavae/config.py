@@ -4,55 +4,29 @@ Values are checked when they are made; nothing here touches a file or a device. 
 `vavae.published`.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
+
+from common.sections import (
+    Count,
+    CountFrom0,
+    Few,
+    FewFrom0,
+    Float,
+    NonNegative,
+    PathText,
+    Probability,
+    Section,
+    Size,
+    Sizes,
+    nearest,
+)
 
 GROUPS = 32  # of every GroupNorm in the autoencoder
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """How to end an error about an unknown key: the most similar known one, or all of them."""
-    known = sorted(known)
-    match = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads a float without a dot (1e-6) as text; take it as the number it spells."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _sequence(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(_sequence)]
-
-
-class Section(BaseModel):
-    """A frozen part of a run file. An unknown key is an error that names the nearest valid one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys_only(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}: {nearest(str(key), cls.model_fields)}")
-        return data
+MAX_WIDTH = 65_536
+LPIPS_LEAST_SIZE = 16
 
 
 class AutoencoderConfig(Section):
@@ -77,18 +51,18 @@ class AutoencoderConfig(Section):
         "sd-f8d4": {"embed_dim": 4, "z_channels": 4, "ch_mult": (1, 2, 4, 4), "attn_resolutions": ()},
     }
 
-    embed_dim: Count = 32
-    ch: Count = 128
-    ch_mult: Counts = Field((1, 1, 2, 2, 4), min_length=1)
-    num_res_blocks: Count = 2
-    attn_resolutions: Counts = (16,)
-    decoder_attn_resolutions: Counts | None = None
-    resolution: Count = 256
-    in_channels: Count = 3
-    out_ch: Count = 3
-    z_channels: Count = 32
+    embed_dim: Size = 32
+    ch: Size = 128
+    ch_mult: Sizes = Field((1, 1, 2, 2, 4), min_length=1, max_length=16)
+    num_res_blocks: Few = 2
+    attn_resolutions: Sizes = (16,)
+    decoder_attn_resolutions: Sizes | None = None
+    resolution: Size = 256
+    in_channels: Size = 3
+    out_ch: Size = 3
+    z_channels: Size = 32
     double_z: Literal[True] = True
-    dropout: Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)] = 0.0
+    dropout: Probability = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -98,8 +72,9 @@ class AutoencoderConfig(Section):
             return data
         fields = dict(data)
         size = fields.pop("size")
-        if size not in cls.SIZES:
-            raise ValueError(f"size: unknown tokenizer size {size!r}; {nearest(str(size), cls.SIZES)}")
+        if not isinstance(size, str) or size not in cls.SIZES:
+            raise ValueError(f"size: unknown tokenizer size {size!r}{nearest(str(size), cls.SIZES)}; "
+                             f"known: {', '.join(cls.SIZES)}")
         return {**cls.SIZES[size], **fields}
 
     @property
@@ -116,6 +91,8 @@ class AutoencoderConfig(Section):
         for multiple in self.ch_mult:
             if self.ch * multiple % GROUPS:
                 raise ValueError(f"ch {self.ch} × ch_mult {multiple} is not a multiple of the {GROUPS} norm groups")
+            if self.ch * multiple > MAX_WIDTH:
+                raise ValueError(f"ch {self.ch} × ch_mult {multiple} is more than {MAX_WIDTH:,} channels")
         ratio = self.downsample_ratio
         if self.resolution % ratio:
             raise ValueError(f"resolution {self.resolution} is not a multiple of the down-sampling {ratio}")
@@ -139,8 +116,8 @@ class FoundationConfig(Section):
     """
 
     model_name: str = "vit_large_patch14_dinov2.lvd142m"
-    weights: str | None = None
-    input_size: Count | None = None
+    weights: PathText | None = None
+    input_size: Size | None = None
     normalization: Literal["imagenet", "published"] = "imagenet"
     model_args: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -153,6 +130,7 @@ class LossConfig(Section):
             averaged too, and twice as large).
         logvar: constant log variance of the reconstruction likelihood.
         disc_start: the GAN terms begin after this many ITERATIONS of the run (batches, not optimizer steps).
+        disc_start, vf_weight: null where a file leaves them open; training refuses that.
         disc_weight, disc_factor: the GAN term is `disc_weight × adaptive weight × disc_factor`; 0 trains without one.
         perceptual_weights: local VGG-16 weights (torchvision layout) for LPIPS; null downloads torchvision's.
         reverse_proj: project latents to the features' width (true) or features to the latents' (false).
@@ -160,19 +138,19 @@ class LossConfig(Section):
     """
 
     reconstruction: Literal["sum", "mean"] = "sum"
-    logvar: Number = 0.0
+    logvar: Float = 0.0
     kl_weight: NonNegative = 1e-6
     perceptual: Literal["lpips", "none"] = "lpips"
     perceptual_weight: NonNegative = 1.0
-    perceptual_weights: str | None = None
-    disc_start: Annotated[int, Field(ge=0)] = 2501
+    perceptual_weights: PathText | None = None
+    disc_start: CountFrom0 | None = 2501
     disc_weight: NonNegative = 0.5
     disc_factor: NonNegative = 1.0
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
-    disc_ndf: Count = 64
-    disc_n_layers: Count = 3
+    disc_ndf: Size = 64
+    disc_n_layers: Few = 3
     use_vf: bool = True
-    vf_weight: NonNegative = 0.1
+    vf_weight: NonNegative | None = 0.1
     adaptive_vf: bool = True
     distmat_weight: NonNegative = 1.0
     cos_weight: NonNegative = 1.0
@@ -219,6 +197,7 @@ class DataConfig(Section):
     """A folder of images, one sub-folder a class.
 
     Fields:
+        data_path: null where a file is read for its weights alone.
         crop: `random` resizes the short side to `image_size` and crops anywhere; `center` is ADM's centre crop;
             `published_eval` is the crop under which the published tokenizers were evaluated.
         num_classes: what the number of sub-folders must be; null accepts any.
@@ -227,12 +206,59 @@ class DataConfig(Section):
         num_images: what a plan assumes where there is no data to count.
     """
 
-    data_path: str
-    valid_path: str | None = None
-    image_size: Count = 256
-    num_workers: Annotated[int, Field(ge=0)] = 8
+    data_path: PathText | None = None
+    valid_path: PathText | None = None
+    image_size: Size = 256
+    num_workers: FewFrom0 = 8
     num_classes: Count | None = None
     crop: Literal["random", "center", "published_eval"] = "random"
     on_unreadable: Literal["error", "skip"] = "error"
     cache: bool = False
     num_images: Count = 1_281_167
+
+    @property
+    def folder(self) -> str:
+        """`data_path`; raises ValueError where it is null."""
+        if self.data_path is None:
+            raise _not_set("data.data_path")
+        return self.data_path
+
+
+# Key of ours that a published file may leave open → its name there.
+_PUBLISHED = {
+    "data.data_path": "data.params.train.params.data_root",
+    "loss.vf_weight": "model.params.lossconfig.params.vf_weight",
+    "loss.disc_start": "model.params.lossconfig.params.disc_start, which counts the steps of both optimizers",
+}
+
+
+def _not_set(*keys: str) -> ValueError:
+    return ValueError("not set: " + "; ".join(f"{key} (in a published file {_PUBLISHED[key]})" for key in keys))
+
+
+def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig, data: DataConfig,
+                   stages: Iterable[StageConfig] = ()) -> None:
+    """Raise ValueError, naming the keys, where sections of a training run contradict each other or leave one open."""
+    weights = [loss_at(loss, [stage], 0).vf_weight for stage in stages] or [loss.vf_weight]
+    needed = {
+        "data.data_path": data.data_path is None,
+        "loss.vf_weight": loss.use_vf and None in weights,
+        "loss.disc_start": loss.use_gan and loss.disc_start is None,
+    }
+    if any(needed.values()):
+        raise _not_set(*(key for key, open in needed.items() if open))
+    if data.image_size % model.downsample_ratio:
+        raise ValueError(f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
+                         f"{model.downsample_ratio}")
+    if model.in_channels != 3 or model.out_ch != 3:
+        raise ValueError(f"model.in_channels {model.in_channels} and model.out_ch {model.out_ch}: images have 3")
+    if loss.use_vf and foundation is None:
+        raise ValueError("loss.use_vf is true, but the run has no foundation section: add one or set loss.use_vf false")
+    # Each strided convolution of the discriminator halves the image, rounding down; two more take off 1 each.
+    least = 3 * 2**loss.disc_n_layers
+    if loss.use_gan and data.image_size < least:
+        raise ValueError(f"data.image_size {data.image_size} is too small for a discriminator with loss.disc_n_layers "
+                         f"{loss.disc_n_layers}, which needs {least}: use fewer layers, or loss.disc_weight 0")
+    if loss.perceptual == "lpips" and data.image_size < LPIPS_LEAST_SIZE:
+        raise ValueError(f"data.image_size {data.image_size} is too small for LPIPS, which halves images "
+                         f"four times: at least {LPIPS_LEAST_SIZE}, or loss.perceptual none")

@@ -56,7 +56,7 @@ class ImageFolder:
     @classmethod
     def from_config(cls, config: DataConfig, seed: int) -> "ImageFolder":
         """The training images of a run."""
-        return cls(config.data_path, config.image_size, seed=seed, crop=config.crop, cache=config.cache,
+        return cls(config.folder, config.image_size, seed=seed, crop=config.crop, cache=config.cache,
                    on_unreadable=config.on_unreadable, num_classes=config.num_classes)
 
     def __len__(self) -> int:

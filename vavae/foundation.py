@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.sections import nearest
 from common.tensors import load_strict, read_tensors, write_tensors
-from vavae.config import FoundationConfig, nearest
+from vavae.config import FoundationConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -112,7 +113,7 @@ def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     known = timm.list_models(pretrained=True) if tag else timm.list_models()
     if name not in known:
-        raise ValueError(f"foundation.model_name: timm has no {name!r}; {nearest(name, known)}")
+        raise ValueError(f"foundation.model_name: timm has no {name!r}{nearest(name, known)}")
     if timm.model_entrypoint(architecture).__module__ not in VIT_MODULES:
         raise ValueError(f"foundation.model_name: {name!r} is no plain vision transformer of timm")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vavae.config import nearest
+from common.sections import nearest
 
 FOUNDATION_MODELS = {"dinov2": "vit_large_patch14_dinov2.lvd142m", "mae": "vit_large_patch16_224.mae"}
 PRECISIONS = {32: "float32", "32": "float32", "32-true": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
@@ -17,7 +17,7 @@ _LOSS = {
     "logvar_init": "logvar", "vf_weight": "vf_weight", "adaptive_vf": "adaptive_vf", "cos_margin": "cos_margin",
     "distmat_margin": "distmat_margin", "distmat_weight": "distmat_weight", "cos_weight": "cos_weight",
 }  # fmt: skip
-# What the published loss takes where a file says nothing.
+# What the published loss takes where a file says nothing, or null.
 _LOSS_DEFAULTS = {"distmat_margin": 0.0, "cos_margin": 0.0, "adaptive_vf": False, "disc_weight": 1.0, "kl_weight": 1.0}
 
 
@@ -46,8 +46,10 @@ class _Reader:
         return value
 
     def whole(self, section: Mapping[str, Any], key: str, where: str) -> int:
-        """A whole number; 1 where the key is absent."""
-        value = section.get(key, 1)
+        """A whole number; 1 where the key is absent or null."""
+        value = section.get(key)
+        if value is None:
+            return 1
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{where}{key}: expected a whole number, got {value!r}")
         return value
@@ -58,7 +60,8 @@ class _Reader:
             if key in ignored:
                 self.notes.append(f"ignored {where}{key}: {value!r}")
             elif key not in used:
-                raise ValueError(f"unknown key {where}{key}: {nearest(str(key), (*used, *ignored))}")
+                known = (*used, *ignored)
+                raise ValueError(f"unknown key {where}{key}{nearest(str(key), known)}; known: {', '.join(known)}")
 
 
 def from_published(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -69,7 +72,9 @@ def from_published(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
 
     Returns:
         The sections, as plain values for the configs to check, with only the keys the file decides; and notes on what
-        was ignored or converted. `foundation` is absent where the file uses no foundation model.
+        was ignored or converted. `foundation` is absent where the file uses no foundation model. `vf_weight` and
+        `disc_start` are None where the file leaves them open: the published loss has no value for them, and training
+        needs one.
 
     Raises:
         ValueError: an unknown key, named with the nearest known one.
@@ -88,12 +93,12 @@ def from_published(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
         "ckpt_path": document.get("ckpt_path"),
         "model": autoencoder,
         "foundation": _foundation(params),
-        "loss": _loss(read, params),
         "data": {**data, "image_size": autoencoder.get("resolution", 256)},
         "train": {**train, "weight_init": document.get("weight_init")},
         "optimizer": {"lr": model.get("base_learning_rate")},
     }
-    return {key: _decided(value) for key, value in sections.items() if value is not None}, read.notes
+    decided = {key: _decided(value) for key, value in sections.items() if value is not None}
+    return decided | {"loss": _loss(read, params)}, read.notes
 
 
 def _decided(value: Any) -> Any:
@@ -110,7 +115,7 @@ def _foundation(params: Mapping[str, Any]) -> dict[str, Any] | None:
     name = params.get("use_vf")
     if name is None:
         return None
-    if name not in FOUNDATION_MODELS:
+    if not isinstance(name, str) or name not in FOUNDATION_MODELS:
         raise ValueError(f"model.params.use_vf: {name!r} is not one of {', '.join(FOUNDATION_MODELS)}")
     return {"model_name": FOUNDATION_MODELS[name], "normalization": "published"}
 
@@ -119,15 +124,18 @@ def _loss(read: _Reader, params: Mapping[str, Any]) -> dict[str, Any]:
     lossconfig = read.section(params, "lossconfig", "model.params.")
     read.allow(lossconfig, "model.params.lossconfig.", ("params",), ("target",))
     given, where = read.section(lossconfig, "params", "model.params.lossconfig."), "model.params.lossconfig.params."
-    read.allow(given, where, ("disc_start", "pp_style", *_LOSS))
-    loss = {**_LOSS_DEFAULTS, **{_LOSS[key]: value for key, value in given.items() if key in _LOSS}}
+    read.allow(given, where, ("disc_start", "pp_style", *_LOSS), ("vf_loss_type",))
+    loss = _LOSS_DEFAULTS | {_LOSS[key]: value for key, value in given.items() if key in _LOSS and value is not None}
+    for key in _LOSS_DEFAULTS:
+        if key in given and given[key] is None:
+            read.notes.append(f"{where}{key} is null: {loss[key]}, as the published loss has it then")
     loss["reconstruction"] = "mean" if given.get("pp_style") else "sum"
     loss["use_vf"] = params.get("use_vf") is not None
-    loss["reverse_proj"] = bool(params.get("reverse_proj", False))
-    loss["proj_fix"] = bool(params.get("proj_fix", False))
-    if loss["use_vf"] and "vf_weight" not in given:
-        raise ValueError(f"{where}vf_weight is missing, though use_vf is {params['use_vf']!r}")
-    if "disc_start" in given:
+    for key in ("reverse_proj", "proj_fix"):
+        loss[key] = False if params.get(key) is None else params[key]
+    loss.setdefault("vf_weight", None)
+    loss["disc_start"] = None
+    if given.get("disc_start") is not None:
         start = read.whole(given, "disc_start", where)
         loss["disc_start"] = disc_start_in_iterations(start)
         read.notes.append(f"disc_start {start} counts steps of both optimizers: {loss['disc_start']} iterations")
@@ -138,27 +146,27 @@ def _data_and_train(read: _Reader, document: Mapping[str, Any]) -> tuple[dict[st
     data = read.section(document, "data", "")
     read.allow(data, "data.", ("params",), ("target",))
     params = read.section(data, "params", "data.")
-    read.allow(params, "data.params.", ("batch_size", "train", "validation"), ("wrap",))
-    roots = {}
+    read.allow(params, "data.params.", ("batch_size", "num_workers", "train", "validation"), ("wrap",))
+    ours = {"num_workers": params.get("num_workers")}
     for split, key in (("train", "data_path"), ("validation", "valid_path")):
         where = f"data.params.{split}."
         dataset = read.section(params, split, "data.params.")
         read.allow(dataset, where, ("params",), ("target",))
         given = read.section(dataset, "params", where)
         read.allow(given, f"{where}params.", ("data_root",))
-        roots[key] = given.get("data_root")
+        ours[key] = given.get("data_root")
     lightning = read.section(document, "lightning", "")
     read.allow(lightning, "lightning.", ("trainer",))
     trainer = read.section(lightning, "trainer", "lightning.")
     where = "lightning.trainer."
     read.allow(trainer, where, ("devices", "num_nodes", "max_epochs", "precision"), ("strategy", "accelerator"))
-    precision = trainer.get("precision", 32)
-    if precision not in PRECISIONS:
+    precision = 32 if trainer.get("precision") is None else trainer["precision"]
+    if not isinstance(precision, int | str) or precision not in PRECISIONS:
         raise ValueError(f"{where}precision: {precision!r} is not one of {', '.join(map(repr, PRECISIONS))}")
     train = {"max_epochs": trainer.get("max_epochs"), "precision": PRECISIONS[precision]}
-    if "batch_size" in params:
+    if params.get("batch_size") is not None:
         per_gpu = read.whole(params, "batch_size", "data.params.")
         devices, nodes = read.whole(trainer, "devices", where), read.whole(trainer, "num_nodes", where)
         total = train["global_batch_size"] = per_gpu * devices * nodes
         read.notes.append(f"global batch {per_gpu} per GPU × {devices} devices × {nodes} nodes = {total}")
-    return roots, train
+    return ours, train

@@ -10,7 +10,15 @@ from torch import nn
 
 from common.tensors import load_strict, read_tensors
 from vavae import seeds
-from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig, loss_at
+from vavae.config import (
+    AutoencoderConfig,
+    DataConfig,
+    FoundationConfig,
+    LossConfig,
+    StageConfig,
+    check_sections,
+    loss_at,
+)
 from vavae.data import ImageFolder
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
@@ -100,8 +108,9 @@ class VavaeTask:
 
     def __init__(self, *, model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
                  data: DataConfig, ops: Any, seed: int, global_batch_size: int, stages: Iterable[StageConfig] = ()):
-        check_sections(model, foundation, loss, data)
-        self.model, self.loss, self.stages, self.ops, self.seed = model, loss, tuple(stages), ops, seed
+        stages = tuple(stages)
+        check_sections(model, foundation, loss, data, stages)
+        self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
         self.global_batch_size = global_batch_size
         self.grid = data.image_size // model.downsample_ratio
         self.batches = ImageFolder.from_config(data, seed)
@@ -197,18 +206,6 @@ class VavaeTask:
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
         return self.foundation(images) if self.foundation is not None else None
-
-
-def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
-                   data: DataConfig) -> None:
-    """Raise ValueError, naming the keys, where sections of a run contradict each other."""
-    if data.image_size % model.downsample_ratio:
-        raise ValueError(f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
-                         f"{model.downsample_ratio}")
-    if model.in_channels != 3 or model.out_ch != 3:
-        raise ValueError(f"model.in_channels {model.in_channels} and model.out_ch {model.out_ch}: images have 3")
-    if loss.use_vf and foundation is None:
-        raise ValueError("loss.use_vf is true, but the run has no foundation section: add one or set loss.use_vf false")
 
 
 def build_networks(model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int,

@@ -1,0 +1,132 @@
+"""Sections of a run file: frozen groups of keys with strict types, and what is wrong with one in plain words.
+
+Whole numbers have upper limits far above what anybody trains, so that a typing mistake is an error and not an endless
+run. Needs no torch.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+# YAML 1.1 reads 1e-4 as text: it wants the dot of 1.0e-4.
+_DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class SectionError(ValueError):
+    """Values that make no section; names the keys, the values got and what is allowed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean …?)' with the closest of `known`, or an empty string where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def expand_home(path: str) -> str:
+    """`path` with `~` or `~user` at its start replaced by that home; raises ValueError where there is no such home."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path}: there is no home directory {path.split('/')[0]}; a folder of that name is ./{path}")
+    return expanded
+
+
+def _read_float(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _DOTLESS_EXPONENT.fullmatch(value) else value
+
+
+def _sequence(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Float = Annotated[float, BeforeValidator(_read_float), Field(allow_inf_nan=False)]
+NonNegative = Annotated[Float, Field(ge=0)]
+AboveZero = Annotated[Float, Field(gt=0)]
+Probability = Annotated[Float, Field(ge=0, lt=1)]
+#: Steps, images, epochs.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountFrom0 = Annotated[int, Field(ge=0, le=10**9)]
+#: Labels.
+Classes = Annotated[int, Field(ge=1, le=10**7)]
+#: Channels, widths, pixels along a side, images at once.
+Size = Annotated[int, Field(ge=1, le=65_536)]
+#: Blocks, heads, levels, processes.
+Few = Annotated[int, Field(ge=1, le=1_000)]
+FewFrom0 = Annotated[int, Field(ge=0, le=1_000)]
+Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sequence)]
+#: A file or directory, with `~` expanded.
+PathText = Annotated[str, AfterValidator(expand_home)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys: nothing is coerced except whole numbers to floats, nothing unknown is let through.
+
+    A wrong value raises pydantic's ValidationError, a ValueError; `describe` says it in plain words.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, values: Any) -> Any:
+        unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            hints = ", ".join(f"{key!r}{nearest(str(key), cls.model_fields)}" for key in unknown)
+            raise ValueError(f"unknown key {hints}; known: {', '.join(cls.model_fields)}")
+        return values
+
+    @classmethod
+    def read(cls, values: Any, where: str) -> Self:
+        """The section that `values` say; raises SectionError, which begins with `where`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as e:
+            raise SectionError(f"{where}: {describe(e)}") from None
+
+
+_WANTED = {
+    "int_type": "a whole number is wanted",
+    "float_type": "a number is wanted",
+    "finite_number": "a finite number is wanted",
+    "bool_type": "true or false is wanted",
+    "string_type": "text is wanted",
+    "tuple_type": "a list is wanted",
+    "dict_type": "a mapping of keys to values is wanted",
+    "model_type": "a section of keys is wanted",
+    "invalid-json-value": "a plain value is wanted",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "must have at least {min_length} entries",
+    "missing": "is missing",
+}
+
+
+def describe(error: ValidationError) -> str:
+    """Every problem of a validation as `key: what is wanted (got …)`."""
+    return "; ".join(_problem(item) for item in error.errors(include_url=False))
+
+
+def _problem(item: Any) -> str:
+    kind, got, path = item["type"], item["input"], list(item["loc"])
+    if kind == "value_error":
+        message = str(item["ctx"]["error"])
+    elif path[-1:] == ["[key]"]:
+        path, message = path[:-2], "the names in it are text"
+    else:
+        message = _WANTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
+    if kind == "string_type" and isinstance(got, bool | int | float):
+        message += ", in quotes where YAML reads something else"
+    key = ".".join(map(str, path))
+    shown = "" if kind in ("value_error", "missing") else f" (got {_short(got)})"
+    return (f"{key}: " if key else "") + message + shown
+
+
+def _short(value: Any, limit: int = 100) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
