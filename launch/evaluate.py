@@ -16,10 +16,11 @@ import argparse
 from pathlib import Path
 
 import torch
-import yaml
 
 from common.files import make_directory, read_json, write_json
-from launch.config import load, select_ops
+from launch.arguments import add_run_file, at_least_one, load_run, local_path
+from launch.config import select_ops
+from launch.config_files import parse
 from launch.evaluation import (
     Reconstructions,
     evaluate_reconstructions,
@@ -51,38 +52,40 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="LightningDiT file: its data section names what is not given here")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for CONFIG")
+    add_run_file(parser, "LightningDiT file: its data section names what is not given here",
+                 "data.fid_reference_file=/data/imagenet.npz", required=False)
     data = parser.add_argument_group("images")
-    data.add_argument("--samples", type=Path, help="generated images")
-    data.add_argument("--reference", type=Path, help="real images, or their statistics")
-    data.add_argument("--originals", type=Path, help="images that were, or are to be, encoded and decoded")
-    data.add_argument("--reconstructions", type=Path, help="the decoded images, in the same order")
-    data.add_argument("--tokenizer", type=Path, help="exported tokenizer to decode --originals with")
-    data.add_argument("--image-size", type=int, help="crop the images of folders to squares of this size")
+    data.add_argument("--samples", type=local_path, help="generated images")
+    data.add_argument("--reference", type=local_path, help="real images, or their statistics")
+    data.add_argument("--originals", type=local_path, help="images that were, or are to be, encoded and decoded")
+    data.add_argument("--reconstructions", type=local_path, help="the decoded images, in the same order")
+    data.add_argument("--tokenizer", type=local_path, help="exported tokenizer to decode --originals with")
+    data.add_argument("--image-size", type=at_least_one, help="crop the images of folders to squares of this size")
     data.add_argument("--crop", default="center", choices=["center", "published_eval"], help="how (default: ADM's)")
     data.add_argument(
         "--posterior", default="sample", choices=["sample", "mode"], help="what of the encoding to decode"
     )
     data.add_argument("--seed", type=int, default=0, help="of the posterior's samples, and of the choice of vectors")
     space = parser.add_argument_group("latents")
-    space.add_argument("--latents", type=Path, help="directory of latents, as extract writes them or published")
-    space.add_argument("--vectors", type=int, help="how many to draw (default: 10,000, or one of each image if fewer)")
-    space.add_argument("--repeats", type=int, default=1, help="draws to average over, a minute each (published: 10)")
+    space.add_argument("--latents", type=local_path, help="directory of latents, as extract writes them or published")
+    space.add_argument("--vectors", type=at_least_one,
+                       help="how many to draw (default: 10,000, or one of each image if fewer)")
+    space.add_argument("--repeats", type=at_least_one, default=1,
+                       help="draws to average over, a minute each (published: 10)")
     nets = parser.add_argument_group("networks")
-    nets.add_argument("--inception-weights", type=Path, help="torch-fidelity's file (default: download)")
-    nets.add_argument("--foundation", type=Path, help="compare by this foundation model instead of Inception")
-    nets.add_argument("--lpips-weights", type=Path, help="VGG-16 in torchvision's layout (default: download)")
+    nets.add_argument("--inception-weights", type=local_path, help="torch-fidelity's file (default: download)")
+    nets.add_argument("--foundation", type=local_path, help="compare by this foundation model instead of Inception")
+    nets.add_argument("--lpips-weights", type=local_path, help="VGG-16 in torchvision's layout (default: download)")
     nets.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     nets.add_argument("--batch-size", type=int, default=64)
     out = parser.add_argument_group("result")
-    out.add_argument("--metadata", type=Path, help="JSON on what made the images (default: the one beside them)")
+    out.add_argument("--metadata", type=local_path, help="JSON on what made the images (default: the one beside them)")
     out.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="add to the metadata, or change it"
     )
     out.add_argument("--allow-few", action="store_true", help="accept no more samples than there are features")
-    out.add_argument("--output", type=Path, help="where to write the result as JSON")
-    args = parser.parse_args(argv)
+    out.add_argument("--output", type=local_path, help="where to write the result as JSON")
+    args = parser.parse_intermixed_args(argv)
     _require_pair(args)
     return args
 
@@ -109,7 +112,7 @@ def _require_device(name: str) -> None:
 def _samples(args: argparse.Namespace) -> dict:
     reference = args.reference
     if reference is None and args.config is not None:
-        run, _ = load(args.config, args.overrides, kind="lightningdit")
+        run = load_run(args.config, args.overrides, "lightningdit")
         reference = run.data.fid_reference_file
     if reference is None:
         raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
@@ -131,8 +134,9 @@ def _reconstructions(args: argparse.Namespace) -> dict:
     else:
         decoded, made = open_images(args.reconstructions, args.image_size, args.crop), {}
     skipped = {}
-    extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped)
-    lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped)
+    extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped, args.inception_weights or args.foundation)
+    lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped,
+                            args.lpips_weights)
     if lpips is None:
         skipped["lpips"] += " (here: --lpips-weights)"
     metadata = made | _metadata(args, args.reconstructions)
@@ -145,18 +149,23 @@ def _reconstructions(args: argparse.Namespace) -> dict:
 def _latents(args: argparse.Namespace) -> dict:
     flip = True
     if args.config is not None:
-        run, _ = load(args.config, args.overrides, kind="lightningdit")
+        run = load_run(args.config, args.overrides, "lightningdit")
         flip = run.data.latent_flip
     latents = LatentDataset(args.latents, latent_flip=flip)
     result = evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed)
     return result | _metadata(args, None)
 
 
-def _unless_missing(build, figure: str, skipped: dict[str, str]):
-    """A network, or None with the reason where its weights cannot be had; the other figures do not need it."""
+def _unless_missing(build, figure: str, skipped: dict[str, str], named: Path | None):
+    """A network, or None with the reason where its weights cannot be had; the other figures do not need it.
+
+    Weights that were `named` are asked for: without them there is no result.
+    """
     try:
         return build()
     except (ValueError, RuntimeError) as e:
+        if named is not None:
+            raise
         skipped[figure] = str(e)
         return None
 
@@ -180,7 +189,7 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting!r} is not of the form key=value")
-        facts[key] = yaml.safe_load(value)
+        facts[key] = parse(value, f"--set {setting!r}")
     return facts
 
 

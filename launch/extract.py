@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from launch.config import ConfigError, VavaeRun, load, select_ops
+from launch.arguments import add_run_file, load_run, local_path
+from launch.config import ConfigError, VavaeRun, select_ops
 from launch.read_ahead import read_in_processes
 from launch.trained import find_checkpoint
 from lightningdit.latents import STATISTICS_FILE, LatentsWriter, finish, make_statistics
@@ -39,15 +40,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", help="tokenizer run file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.data_path=/data/train")
-    parser.add_argument("--output", type=Path, help="directory of the latents")
-    parser.add_argument("--statistics", type=Path, metavar="DIR", help="latents to make the statistics of")
+    add_run_file(parser, "tokenizer run file", "data.data_path=/data/train", required=False)
+    parser.add_argument("--output", type=local_path, help="directory of the latents")
+    parser.add_argument("--statistics", type=local_path, metavar="DIR", help="latents to make the statistics of")
     parser.add_argument("--batch-size", type=int, default=32, help="images per process and pass (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the tokenizer")
     parser.add_argument("--least-psnr", type=float, default=LEAST_PSNR, metavar="DB",
                         help=f"refuse a tokenizer that reconstructs worse than this (default: {LEAST_PSNR:g})")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.statistics is not None:
         if args.config or args.output:
             raise ConfigError("extract --statistics takes no config and no --output: it writes where the latents are")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.config is None or args.output is None:
         raise ConfigError("extract needs a config and --output, or --statistics")
-    run, _ = load(args.config, args.overrides, kind="vavae")
+    run = load_run(args.config, args.overrides, "vavae")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: at least 1")
     extract(run, args.output, batch_size=args.batch_size, precision=args.precision, least_psnr=args.least_psnr)

@@ -56,6 +56,7 @@ class RunPlan:
     stage: int
     bf16: bool
     latents: tuple[int, int] | None = None  # channels, size
+    absent: tuple[str, ...] = ()  # what the run needs and this machine has not
 
     def lines(self) -> list[str]:
         """The plan, line by line, for a person."""
@@ -81,6 +82,7 @@ class RunPlan:
             channels, size = self.latents
             disk = latents_bytes(self.num_images, channels, size)
             lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB (float32 {channels}×{size}×{size}, two per image)")
+        lines += [f"  not on this machine, so no run yet: {what}" for what in self.absent]
         return lines
 
     def _memory_lines(self) -> list[str]:

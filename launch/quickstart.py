@@ -22,6 +22,7 @@ import torch
 
 from launch import digits, evaluate, evaluation, extract, features, pictures, sample, train
 from launch import export as exporting
+from launch.arguments import local_path
 from launch.checkpoint import newest, write_json
 from launch.config import select_ops
 from launch.digits_foundation import train_foundation
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> int:
         prog="python -m launch quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help=f"directory (default: {OUTPUT}, or …-seedN)")
+    parser.add_argument("--output", type=local_path, help=f"directory (default: {OUTPUT}, or …-seedN)")
     parser.add_argument("--until", choices=list(STAGES), default="evaluate", help="last stage to run")
     args = parser.parse_args(argv)
     root = args.output or (OUTPUT if args.seed == 0 else OUTPUT.with_name(f"quickstart-seed{args.seed}"))

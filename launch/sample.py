@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import FileError, make_directory, read_json, replacing, write_json
-from launch.config import ConfigError, LightningDiTRun, load, select_ops
+from launch.arguments import add_run_file, load_run, local_path
+from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
 from lightningdit.config import SampleConfig
@@ -44,13 +45,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="LightningDiT file; its ckpt_path and vae.ckpt_path name the weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as sample.cfg_scale=4")
-    parser.add_argument("--output", type=Path, help="directory (default: samples/ in the run's directory)")
+    add_run_file(parser, "LightningDiT file; its ckpt_path and vae.ckpt_path name the weights", "sample.cfg_scale=4")
+    parser.add_argument("--output", type=local_path, help="directory (default: samples/ in the run's directory)")
     parser.add_argument("--labels", help="class labels, separated by commas: one image each")
     parser.add_argument("--demo", action="store_true", help="the published demo's eight images")
-    args = parser.parse_args(argv)
-    run, _ = load(args.config, args.overrides, kind="lightningdit")
+    args = parser.parse_intermixed_args(argv)
+    run = load_run(args.config, args.overrides, "lightningdit")
     settings, labels = run.sampling(), None
     if args.labels:
         labels = _numbers(args.labels)

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import kernels
 import lightningdit.cost as dit_cost
-from launch.config import ConfigError, LightningDiTRun, VavaeRun, load, select_ops
+from launch.arguments import add_run_file, at_least_one, load_run
+from launch.checks import check_run
+from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.loader import Split
 from launch.plan import Network, RunPlan
 from lightningdit.data import LatentDataset
 from lightningdit.model import LightningDiT
-from lightningdit.task import LightningDiTTask
+from lightningdit.task import LightningDiTTask, check_latents
 
 if TYPE_CHECKING:
     from launch.engine import Processes
@@ -30,15 +33,12 @@ def main(argv: list[str]) -> int:
     """Train, or with --dry-run say what training would take; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launch train", description=__doc__)
     parser.add_argument("kind", choices=["vavae", "lightningdit"])
-    parser.add_argument("config", help="YAML file, ours or a published one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=20")
+    add_run_file(parser, "YAML file, ours or a published one", "train.max_steps=20")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--gpus", type=int, help="processes the plan is for (default: as launched, else GPUs here)")
-    args = parser.parse_args(argv)
-    run, notes = load(args.config, args.overrides, kind=args.kind)
-    if int(os.environ.get("RANK", 0)) == 0:
-        for note in notes:
-            print(f"{args.config}: {note}")
+    parser.add_argument("--gpus", type=at_least_one,
+                        help="processes the plan is for (default: as launched, else GPUs here)")
+    args = parser.parse_intermixed_args(argv)
+    run = load_run(args.config, args.overrides, args.kind)
     if args.dry_run:
         print("\n".join(plan(run, args.kind, args.gpus or _processes_here()).lines()))
         return 0
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
 
 def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     """Train as `run` says → the run's directory, and the signal that ended it early or None."""
-    from launch.engine import start_processes  # imports DeepSpeed: seconds that a dry run need not wait
+    check_run(run)
+    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake or a dry run need not wait
 
     trainer = make_trainer(run, kind, start_processes())
     return trainer.plan.directory, trainer.run()
@@ -80,8 +81,7 @@ def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
 
 
 def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
-    from vavae.data import ImageFolder  # imports torchvision, and the task timm and lpips: seconds of their own
-    from vavae.task import VavaeTask
+    from vavae.task import VavaeTask  # imports timm and lpips: seconds of their own
 
     task = VavaeTask(
         model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
@@ -89,12 +89,7 @@ def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
-    validation = None
-    if run.data.valid_path is not None:
-        validation = ImageFolder.from_config(
-            run.data.model_copy(update={"data_path": run.data.valid_path, "crop": "center"}), run.train.global_seed
-        )
-    return task, validation
+    return task, None if run.data.valid_path is None else _open(run, run.data.valid_path)
 
 
 def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
@@ -106,40 +101,68 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
     if run.train.weight_init is not None:
         # As published: its training went on from `model`. The average is the better network to start from.
         task.load_weights(run.train.weight_init, "model" if run.preset == "paper" else "ema")
-    validation = None
-    if run.data.valid_path is not None:
-        validation = LatentDataset.from_config(run.data.model_copy(update={"data_path": run.data.valid_path}), seed)
-    return task, validation
+    return task, None if run.data.valid_path is None else _open(run, run.data.valid_path)
+
+
+def _open(run: Run, folder: str) -> "LatentDataset | ImageFolder":
+    """The data in a folder as validation takes it, fit for the run's model; raises ValueError where it is not."""
+    seed = run.train.global_seed
+    if isinstance(run, VavaeRun):
+        from vavae.data import ImageFolder  # imports torchvision: seconds of its own
+
+        return ImageFolder.from_config(run.data.model_copy(update={"data_path": folder, "crop": "center"}), seed)
+    latents = LatentDataset.from_config(run.data.model_copy(update={"data_path": folder}), seed)
+    check_latents(latents, run.network())
+    return latents
 
 
 def plan(run: Run, kind: str, processes: int) -> RunPlan:
-    """The figures of a run on so many processes, without making any of it."""
-    train = run.train
-    num_images, assumed = _count_images(run, kind)
+    """The figures of a run on so many processes, without making any of it.
+
+    Raises ValueError for what the run itself would refuse, but that its data or a backend is missing: the plan may be
+    for another machine, and says so.
+    """
+    check_run(run)
+    train, absent = run.train, _backends_missing(run)
+    num_images, assumed = run.data.num_images, True
+    for key in ("data_path", "valid_path"):
+        folder = getattr(run.data, key)
+        if folder is None:
+            continue
+        if not Path(folder).exists():
+            absent.append(f"data.{key} {folder}")
+            continue
+        found = len(_open(_uncached(run), folder))
+        if key == "data_path":
+            num_images, assumed = found, False
     networks, frozen, latents = _vavae_costs(run) if kind == "vavae" else _lightningdit_costs(run)
     if train.global_batch_size % processes:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
     steps = train.steps(num_images)
-    Split(train.global_batch_size, processes, train.micro_batch_size or train.global_batch_size // processes)
+    micro_batch_size = train.micro_batch_size or train.global_batch_size // processes
+    Split(train.global_batch_size, processes, micro_batch_size)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
               f"preset {run.preset}, {train.precision}",
         networks=networks, frozen_parameters=frozen, num_images=num_images, images_assumed=assumed, steps=steps,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size or train.global_batch_size // processes,
-        processes=processes, stage=run.deepspeed.zero_stage, bf16=train.precision == "bfloat16", latents=latents,
+        global_batch_size=train.global_batch_size, micro_batch_size=micro_batch_size, processes=processes,
+        stage=run.deepspeed.zero_stage, bf16=train.precision == "bfloat16", latents=latents, absent=tuple(absent),
     )
 
 
-def _count_images(run: Run, kind: str) -> tuple[int, bool]:
-    """Images of the run's data, and whether that is only assumed because there are none to count."""
-    if not Path(run.data.data_path).is_dir():
-        return run.data.num_images, True
-    if kind == "vavae":
-        from vavae.data import ImageFolder
+def _uncached(run: Run) -> Run:
+    """The run with its images left on the disk."""
+    if isinstance(run, LightningDiTRun):
+        return run
+    return run.model_copy(update={"data": run.data.model_copy(update={"cache": False})})
 
-        return len(ImageFolder.from_config(run.data, 0)), False
-    return len(LatentDataset.from_config(run.data, 0)), False
+
+def _backends_missing(run: Run) -> list[str]:
+    """Backends that the run names for single ops and that cannot serve on this machine, with the reasons."""
+    named = {} if isinstance(run.kernels, str) else run.kernels
+    rows = [(op, backend) for op, backend in named.items() if op != "default" and backend != "auto"]
+    reasons = {f"kernels.{op} {backend}": kernels.OPS[op].reasons(backend) for op, backend in rows}
+    return [f"{choice} ({'; '.join(why)})" for choice, why in reasons.items() if why]
 
 
 def _lightningdit_costs(run: LightningDiTRun):
@@ -172,5 +195,5 @@ def _vavae_costs(run: VavaeRun):
 
 
 def _processes_here() -> int:
-    return int(os.environ.get("WORLD_SIZE", 0)) or max(torch.cuda.device_count(), 1)
+    return int(os.environ.get("WORLD_SIZE") or 0) or max(torch.cuda.device_count(), 1)
 

@@ -1,0 +1,40 @@
+"""What the programs' command lines have in common: a run file with `key=value`, and paths with `~`."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from common.sections import expand_home
+from launch.config import LightningDiTRun, VavaeRun, load
+
+
+def local_path(text: str) -> Path:
+    """A path option's value, with `~` expanded (`--output=~/x` reaches a program as it is)."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def at_least_one(text: str) -> int:
+    """A count option's value."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, required: bool = True) -> None:
+    """The positional arguments CONFIG and `key=value …`."""
+    parser.add_argument("config", nargs=None if required else "?", type=local_path, help=help)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
+
+
+def load_run(config: Path, overrides: Iterable[str], kind: str) -> LightningDiTRun | VavaeRun:
+    """The run that a command line names; the main process says what of a published file was converted or ignored."""
+    run, notes = load(config, overrides, kind=kind)
+    if int(os.environ.get("RANK") or 0) == 0:
+        for note in notes:
+            print(f"{config}: {note}")
+    return run

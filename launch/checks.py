@@ -1,0 +1,50 @@
+"""What training asks before it builds anything, and a dry run before it plans: the same questions, the same answers."""
+
+import os
+from pathlib import Path
+
+from common.files import FileError, open_regular
+from launch.config import ConfigError, LightningDiTRun, VavaeRun
+from vavae.config import check_sections
+
+
+def check_run(run: LightningDiTRun | VavaeRun) -> None:
+    """Raise ValueError, naming the key, for what would end training at its start or once its turn comes.
+
+    Opens no data, whose absence a plan may bear, and loads no weights, whose presence is enough here.
+    """
+    if isinstance(run, VavaeRun):
+        check_sections(run.model, run.features(), run.loss, run.data, run.stages)
+    run.train.validating(run.data.valid_path)
+    run.train.steps(1)
+    run.deepspeed.merged_overrides()
+    for key, path in _weights(run).items():
+        check_file(key, path)
+    check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
+
+
+def _weights(run: LightningDiTRun | VavaeRun) -> dict[str, str]:
+    """The weights files that training reads, by the key that names each."""
+    named = {"train.weight_init": run.train.weight_init}
+    if isinstance(run, VavaeRun):
+        named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None
+        named["loss.perceptual_weights"] = run.loss.perceptual_weights if run.loss.perceptual == "lpips" else None
+    return {key: path for key, path in named.items() if path is not None}
+
+
+def check_file(key: str, path: Path | str) -> None:
+    """Raise ConfigError, naming `key`, unless `path` is a file that can be read."""
+    try:
+        open_regular(path).close()
+    except FileError as e:
+        raise ConfigError(f"{key}: {e}") from None
+
+
+def check_directory(key: str, path: Path) -> None:
+    """Raise ConfigError, naming `key`, unless `path` is a directory that can be written in, or can be made."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not existing.is_dir():
+        raise ConfigError(f"{key}: {existing} is no directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        made = "" if existing == path else f", so {path} cannot be made"
+        raise ConfigError(f"{key}: no permission to write in {existing}{made}")

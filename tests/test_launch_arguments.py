@@ -1,0 +1,105 @@
+"""Command lines: `key=value` anywhere, `~` in paths, notes of published files; no program does it otherwise."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import evaluate, extract, sample, train
+from launch.__main__ import main
+from launch.arguments import local_path
+from tests import toy
+from tests.published import FILES
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for package in ("common", "launch", "lightningdit", "vavae", "bench")
+                 for path in (ROOT / package).rglob("*.py"))  # fmt: skip
+
+
+@pytest.fixture
+def run_files(tmp_path) -> dict[str, str]:
+    data = {"data_path": str(tmp_path / "data")}
+    contents = {"lightningdit": toy.LIGHTNINGDIT, "vavae": toy.VAVAE}
+    return {kind: str(toy.write_run(tmp_path / f"{kind}.yaml", content, data=data))
+            for kind, content in contents.items()}  # fmt: skip
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    """What the programs were asked to do, in place of doing it."""
+    calls: list = []
+    monkeypatch.setattr(train, "run_training", lambda run, kind: calls.append(run) or (None, None))
+    monkeypatch.setattr(sample, "generate", lambda run, *args: calls.append(run))
+    monkeypatch.setattr(extract, "extract", lambda run, *args, **kwargs: calls.append(run))
+    monkeypatch.setattr(evaluate, "_latents", lambda args: calls.append(
+        evaluate.load_run(args.config, args.overrides, "lightningdit")) or {"metrics": {}, "skipped": {}, "notes": []})
+    return calls
+
+
+PROGRAMS = {
+    "train": ("lightningdit", ["--gpus", "2"]),
+    "sample": ("lightningdit", ["--demo"]),
+    "extract": ("vavae", ["--output", "latents"]),
+    "evaluate": ("lightningdit", ["--latents", "latents"]),
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_overrides_may_stand_anywhere_behind_the_run_file(run_files, asked, program, place):
+    kind, options = PROGRAMS[program]
+    first, last = "train.log_every=7", "train.ckpt_every=9"
+    words = {
+        0: [run_files[kind], first, last, *options],
+        1: [run_files[kind], first, *options, last],
+        2: [*options, run_files[kind], first, last],
+    }[place]
+    assert main([program, *(["lightningdit"] if program == "train" else []), *words]) == 0
+    (run,) = asked
+    assert (run.train.log_every, run.train.ckpt_every) == (7, 9)
+
+
+def test_paths_on_the_command_line_know_the_home_directory(monkeypatch, tmp_path, run_files, asked):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_path("~/x") == tmp_path / "x"
+    assert main(["sample", "~/lightningdit.yaml", "--output=~/x", "train.output_dir=~/runs", "ckpt_path=~/w.pt"]) == 0
+    assert (asked[0].train.output_dir, asked[0].ckpt_path) == (str(tmp_path / "runs"), str(tmp_path / "w.pt"))
+
+
+def test_a_home_directory_of_nobody_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "~nobody-of-that-name/run.yaml"])
+    assert "no home directory ~nobody-of-that-name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("program", "option"), [
+    ("train", "--gpus"), ("evaluate", "--image-size"), ("evaluate", "--vectors"), ("evaluate", "--repeats"),
+])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_counts_are_at_least_one(run_files, asked, capsys, program, option, value):
+    words = ["train", "lightningdit"] if program == "train" else ["evaluate", "--latents", "latents"]
+    with pytest.raises(SystemExit):
+        main([*words, run_files["lightningdit"], f"{option}={value}"])
+    assert option in (text := capsys.readouterr().err) and value in text and not asked
+
+
+@pytest.mark.parametrize(("rank", "says"), [("0", True), ("", True), (None, True), ("1", False)])
+def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, monkeypatch, asked, capsys, rank, says):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    path = tmp_path / "vavae_f16d32.yaml"
+    path.write_text(yaml.safe_dump(FILES["tokenizer/configs/vavae_f16d32.yaml"]))
+    assert extract.main([str(path), "--output", "x"]) == 0
+    assert ("ignored model.params.lossconfig.params.vf_loss_type" in capsys.readouterr().out) is says
+
+
+@pytest.mark.parametrize(("pattern", "only"), [
+    (r"type=Path\b", {"bench"}),  # the benches take no run files, and a shell expands their paths
+    (r"\byaml\.(safe_)?load", {"launch/config_files.py"}),
+    (r"\bmodel_validate\(", {"common/sections.py", "launch/config.py"}),
+])
+def test_nothing_reads_its_input_in_a_way_of_its_own(pattern, only):
+    found = {str(path.relative_to(ROOT)) for path in SOURCES if re.search(pattern, path.read_text())}
+    assert {name for name in found if name not in only and name.split("/")[0] not in only} == set()
