@@ -17,14 +17,6 @@ def local_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
-def at_least_one(text: str) -> int:
-    """A count option's value."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, required: bool = True) -> None:
     """The positional arguments CONFIG and `key=value …`."""
     parser.add_argument("config", nargs=None if required else "?", type=local_path, help=help)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common.files import make_directory, read_json, write_json
-from launch.arguments import add_run_file, at_least_one, load_run, local_path
+from launch.arguments import add_run_file, load_run, local_path
 from launch.config import select_ops
 from launch.config_files import parse
 from launch.evaluation import (
@@ -60,7 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_argument("--originals", type=local_path, help="images that were, or are to be, encoded and decoded")
     data.add_argument("--reconstructions", type=local_path, help="the decoded images, in the same order")
     data.add_argument("--tokenizer", type=local_path, help="exported tokenizer to decode --originals with")
-    data.add_argument("--image-size", type=at_least_one, help="crop the images of folders to squares of this size")
+    data.add_argument("--image-size", type=int, help="crop the images of folders to squares of this size")
     data.add_argument("--crop", default="center", choices=["center", "published_eval"], help="how (default: ADM's)")
     data.add_argument(
         "--posterior", default="sample", choices=["sample", "mode"], help="what of the encoding to decode"
@@ -68,10 +68,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_argument("--seed", type=int, default=0, help="of the posterior's samples, and of the choice of vectors")
     space = parser.add_argument_group("latents")
     space.add_argument("--latents", type=local_path, help="directory of latents, as extract writes them or published")
-    space.add_argument("--vectors", type=at_least_one,
-                       help="how many to draw (default: 10,000, or one of each image if fewer)")
-    space.add_argument("--repeats", type=at_least_one, default=1,
-                       help="draws to average over, a minute each (published: 10)")
+    space.add_argument("--vectors", type=int, help="how many to draw (default: 10,000, or one of each image if fewer)")
+    space.add_argument("--repeats", type=int, default=1, help="draws to average over, a minute each (published: 10)")
     nets = parser.add_argument_group("networks")
     nets.add_argument("--inception-weights", type=local_path, help="torch-fidelity's file (default: download)")
     nets.add_argument("--foundation", type=local_path, help="compare by this foundation model instead of Inception")

@@ -10,7 +10,7 @@ import torch
 
 import kernels
 import lightningdit.cost as dit_cost
-from launch.arguments import add_run_file, at_least_one, load_run
+from launch.arguments import add_run_file, load_run
 from launch.checks import check_run
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.loader import Split
@@ -35,10 +35,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("kind", choices=["vavae", "lightningdit"])
     add_run_file(parser, "YAML file, ours or a published one", "train.max_steps=20")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--gpus", type=at_least_one,
-                        help="processes the plan is for (default: as launched, else GPUs here)")
+    parser.add_argument("--gpus", type=int, help="processes the plan is for (default: as launched, else GPUs here)")
     args = parser.parse_intermixed_args(argv)
     run = load_run(args.config, args.overrides, args.kind)
+    if args.gpus is not None and args.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
     if args.dry_run:
         print("\n".join(plan(run, args.kind, args.gpus or _processes_here()).lines()))
         return 0
