@@ -105,7 +105,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
     log = Log(tmp_path, 0, 9)
     file = log._file if name == "metrics.jsonl" else log._board._records._writer
     file.close()
-    file._file = Path("/dev/full").open("wb", buffering=0)
+    file._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
     with pytest.raises(WriteError, match=rf"cannot write .*{name}.*: No space left on device"):
         log.row(row(2, loss=1.0))
     log.close()

@@ -46,8 +46,8 @@ def extract(inputs: Path, out: Path) -> list[str]:
     config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in toy.VAVAE["model"].items()})
     write_export(inputs / "vae.safetensors", AutoencoderKL(config, OPS).state_dict(), config)
     run = toy.write_run(inputs / "vae.yaml", toy.VAVAE, data={"data_path": str(inputs / "images")})
-    return ["extract", str(run), "--output", str(out / "set"), "--least-psnr", "0", "--batch-size", "4",
-            f"ckpt_path={inputs / 'vae.safetensors'}"]  # fmt: skip
+    return ["extract", str(run), f"ckpt_path={inputs / 'vae.safetensors'}", "--output", str(out / "set"),
+            "--least-psnr", "0", "--batch-size", "4"]  # fmt: skip
 
 
 def sample(inputs: Path, out: Path) -> list[str]:
@@ -61,8 +61,8 @@ def sample(inputs: Path, out: Path) -> list[str]:
     write_export(inputs / "vae.safetensors", AutoencoderKL(config, OPS).state_dict(), config)
     network = LightningDiT(load(run, kind="lightningdit")[0].network(), OPS).state_dict()
     save_published(inputs / "dit.pt", network, network)
-    return ["sample", str(run), "--output", str(out / "samples"), f"ckpt_path={inputs / 'dit.pt'}",
-            f"vae.ckpt_path={inputs / 'vae.safetensors'}"]  # fmt: skip
+    return ["sample", str(run), f"ckpt_path={inputs / 'dit.pt'}", f"vae.ckpt_path={inputs / 'vae.safetensors'}",
+            "--output", str(out / "samples")]  # fmt: skip
 
 
 #: What a program is given first, with room, so that there is something to lose.
