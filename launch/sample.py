@@ -85,6 +85,7 @@ def generate(
     npz, parts = output / "samples.npz", output / "parts"
     if _already_there(output, facts):
         if processes.is_main:
+            shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before it
             print(f"{npz} is already there")
         return npz
     _claim(parts, facts, write=processes.is_main)
