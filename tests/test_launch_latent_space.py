@@ -1,12 +1,15 @@
 """How evenly latents fill their space: which vectors are drawn, and the program that measures them."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.manifold import TSNE
 
-from launch import evaluate
+from launch import evaluate, latent_space
 from launch.latent_space import evaluate_latents, latent_vectors
 from launch.metrics import latent_uniformity
 from lightningdit.data import LatentDataset
@@ -15,6 +18,7 @@ from tests import toy
 from tests.golden import G
 from tests.golden.golden import ROOT
 
+FIGURES = ("density_cv", "gini", "normalized_entropy")
 SHAPE = (3, 4, 5)  # channels, height, width of the numbered latents
 
 
@@ -63,16 +67,39 @@ def test_vectors_are_normalised():
     assert vectors.shape == (12, 4) and (vectors[:, None] == columns).all(2).any(1).all()
 
 
-def test_figures_are_means_over_the_draws(numbered):
-    latents = LatentDataset(numbered)
-    got = evaluate_latents(latents, vectors=60, repeats=2, seed=5)
-    alone = [evaluate_latents(latents, vectors=60, repeats=1, seed=seed)["metrics"] for seed in (5, 6)]
-    assert alone[0] != alone[1] and got["metrics"] != alone[0]
-    assert set(got["metrics"]) == set(got["spread"]) == {"density_cv", "gini", "normalized_entropy"}
-    assert got["spread"]["gini"] > 0
-    # Two numbers' mean and deviation give them back: one of them is the first draw's.
-    mean, half = (got[key]["density_cv"] / (1 if key == "metrics" else 2**0.5) for key in ("metrics", "spread"))
-    assert min(abs(mean + sign * half - alone[0]["density_cv"]) for sign in (1, -1)) < 1e-9
+@pytest.fixture
+def drawn(monkeypatch) -> list[np.ndarray]:
+    """The vectors that figures are taken of, draw by draw."""
+    found = []
+
+    def recorded(vectors):
+        found.append(vectors.numpy())
+        return latent_uniformity(vectors)
+
+    monkeypatch.setattr(latent_space, "latent_uniformity", recorded)
+    return found
+
+
+def evenness(vectors: np.ndarray) -> list[float]:
+    """The published figures of vectors [N, C], by scikit-learn, SciPy and their definitions."""
+    plane = TSNE(n_components=2, perplexity=30, random_state=42).fit_transform(vectors).T.astype(np.float64)
+    density = stats.gaussian_kde(plane)(plane)
+    share = density / density.sum()
+    gini = np.abs(density[:, None] - density).mean() / (2 * density.mean())
+    return [density.std() / density.mean(), gini, -(share * np.log(share + 1e-10)).sum() / np.log(len(density))]
+
+
+def figures(report: dict, key: str = "metrics") -> list[float]:
+    assert set(report[key]) == set(FIGURES)
+    return [report[key][name] for name in FIGURES]
+
+
+def test_figures_are_means_over_the_draws(numbered, drawn):
+    got = evaluate_latents(LatentDataset(numbered), vectors=60, repeats=2, seed=5)
+    alone = np.array([evenness(vectors) for vectors in drawn])
+    assert alone.shape == (2, 3) and (np.abs(alone[0] - alone[1]) > 1e-6).all()
+    assert figures(got) == pytest.approx(alone.mean(0), rel=1e-6)
+    assert figures(got, "spread") == pytest.approx(alone.std(0, ddof=1), rel=1e-4)
     assert (got["vectors"], got["images"], got["shape"], got["repeats"]) == (60, 600, list(SHAPE), 2)
     assert got["tokenizer"] == {"name": "numbers"} and "not comparable" in got["notes"][0]
 
@@ -88,16 +115,34 @@ def test_every_image_is_used_where_there_are_fewer_than_asked_by_default(numbere
         evaluate_latents(latents, repeats=0)
 
 
-def test_program_on_latents(tmp_path, capsys):
-    directory = toy.write_latents(tmp_path / "latents", count=40)
+@pytest.fixture
+def narrow(tmp_path) -> tuple:
+    """(a directory of 40 latents of one position, their vectors and the mirrored ones', normalised by hand)."""
+    vectors = np.random.default_rng(3).normal(2.0, 5.0, (2, 40, 4)).astype(np.float32)
+    plain, mirrored = (torch.from_numpy(part)[:, :, None, None] for part in vectors)
+    writer = LatentsWriter(tmp_path / "latents", shard_size=16)
+    writer.add(plain, mirrored, torch.arange(40) % 3)
+    writer.close()
+    finish(tmp_path / "latents")
+    return tmp_path / "latents", (vectors - vectors[0].mean(0)) / vectors[0].std(0, ddof=1)
+
+
+def rows(vectors: np.ndarray) -> set:
+    return {tuple(row) for row in vectors.round(4).tolist()}
+
+
+def test_program_on_latents(tmp_path, narrow, drawn, capsys):
+    directory, (plain, mirrored) = narrow
     config = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": "x", "latent_flip": False})
     asked = ["--latents", str(directory), "--vectors", "36", "--seed", "2", "--output", str(tmp_path / "r.json")]
     assert evaluate.main([str(config), *asked]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    want = evaluate_latents(LatentDataset(directory, latent_flip=False), vectors=36, seed=2)
-    assert report == want and report["mirrored"] is False
-    assert f"normalized_entropy {want['metrics']['normalized_entropy']:.4f}" in capsys.readouterr().out
+    assert figures(report) == pytest.approx(evenness(drawn[0]), rel=1e-6)
+    assert len(drawn[0]) == report["vectors"] == 36 and rows(drawn[0]) < rows(plain) and report["mirrored"] is False
+    assert report["vectors_sha256"] == hashlib.sha256(drawn[0].tobytes()).hexdigest()
+    assert f"normalized_entropy {evenness(drawn[0])[2]:.4f}" in capsys.readouterr().out
     assert evaluate.main([*asked, "--set", "tokenizer=ours"]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["mirrored"] is True and report["tokenizer"] == "ours" and report["metrics"] != want["metrics"]
-    assert np.isfinite(list(report["metrics"].values())).all()
+    assert report["mirrored"] is True and report["tokenizer"] == "ours"
+    assert figures(report) == pytest.approx(evenness(drawn[1]), rel=1e-6)
+    assert rows(drawn[1]) < rows(plain) | rows(mirrored) and 9 < len(rows(drawn[1]) & rows(mirrored)) < 27
