@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.files import make_directory, replacing
+
 INK, PAPER, MUTED = (32, 33, 36), (255, 255, 255), (120, 124, 130)
 SERIES = (
     "#2563a8",
@@ -90,8 +92,9 @@ def _table(rows: Sequence[Tensor], captions: Sequence[str], path: str | Path, gr
 
 
 def _save(canvas: Image.Image, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path, optimize=True)
+    make_directory(Path(path).parent)
+    with replacing(path) as file:
+        canvas.save(file, format="png", optimize=True)
 
 
 def read_metrics(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -137,8 +140,9 @@ def loss_curves(
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_median(steps, values), color=color, linewidth=1.8, label=name)
         _style(axes, title, curves, log_steps)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    make_directory(Path(path).parent)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
 def running_median(steps: np.ndarray, values: np.ndarray, factor: float = 1.25) -> np.ndarray:

@@ -27,18 +27,28 @@ class Moment:
     signal: int = signal.SIGKILL
 
 
-def launch(*argv: str, world_size: int = 1, at: Moment | None = None, log: Path | None = None) -> list[int]:
-    """Run a program on `world_size` processes; returns their exit codes (−9: killed by SIGKILL)."""
+def launch(
+    *argv: str, world_size: int = 1, at: Moment | None = None, log: Path | None = None, limit: float = 240
+) -> list[int]:
+    """Run a program on `world_size` processes; returns their exit codes (−9: killed by SIGKILL, and not by us).
+
+    Raises TimeoutError where one of them still runs after `limit` seconds: it is killed, and its test has to fail.
+    """
     port = free_port()
     children = [
         _context.Process(target=_child, args=(argv, rank, world_size, port, at, log)) for rank in range(world_size)
     ]
     for child in children:
         child.start()
+    end = time.monotonic() + limit
     for child in children:
-        child.join(timeout=240)
-        if child.exitcode is None:
-            child.kill()
+        child.join(timeout=max(0.0, end - time.monotonic()))
+    late = [rank for rank, child in enumerate(children) if child.exitcode is None]
+    for rank in late:
+        children[rank].kill()
+        children[rank].join()
+    if late:
+        raise TimeoutError(f"{' '.join(argv)}: after {limit:g} s still running: ranks {late}")
     return [child.exitcode for child in children]
 
 

@@ -1,11 +1,17 @@
 """Without a CUDA device Triton's kernels run in its interpreter; that has to be said before Triton is imported.
 
-And the order of the files.
+And the order of the files, and the seeds of what tests draw.
 """
 
 import os
+import random
+import zlib
+from collections import Counter
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
+import torch
 
 from kernels.device import cuda_reasons, triton_interpreted, triton_reasons
 
@@ -13,7 +19,7 @@ if cuda_reasons():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: Files that take longest, by the time they take. They come first: with a process for each core, one of them at the end
-#: would leave the other cores without work.
+#: would leave the other cores without work. A run of all tests says at its end which are missing here.
 LONGEST = (
     "test_compiled_step.py", "test_kernels_ops.py", "test_launch_train.py", "test_csrc_emulation.py",
     "test_kernels_ahead_of_time.py", "test_csrc_mutations.py", "test_step_guards.py", "test_models_on_kernels.py",
@@ -35,3 +41,41 @@ def hopper(request) -> str:
 def pytest_collection_modifyitems(items):
     place = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
+def left_out(seconds: Mapping[str, float]) -> list[str]:
+    """Of the files and the seconds they took, those outside LONGEST that take more than 2 % of all the time."""
+    return sorted(name for name, took in seconds.items() if name not in LONGEST and took > 0.02 * sum(seconds.values()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[report.nodeid.partition("::")[0].rpartition("/")[2]] += report.duration
+    if len(seconds) > 2 * len(LONGEST) and (missing := left_out(seconds)):
+        some = ", ".join(f"{name} ({seconds[name]:.0f} s)" for name in missing)
+        terminalreporter.write_line(f"LONGEST in tests/conftest.py is stale, it lacks: {some}")
+
+
+def seed(name: str) -> None:
+    """Let the global generators start at a place of this name."""
+    start = zlib.crc32(name.encode())
+    random.seed(start)
+    np.random.seed(start)
+    torch.manual_seed(start)
+
+
+# A tolerance that holds for some draws and not for others is no test: equal tests draw equal numbers, in any order, and
+# whichever other tests run.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed(item.nodeid)

@@ -122,9 +122,3 @@ def test_the_packages_under_test_are_these():
     """`kernels` is also the name of a public distribution."""
     for package in PACKAGES:
         assert Path(__import__(package).__file__).parent == ROOT / package
-
-
-def test_the_files_that_come_first_are_there():
-    from tests.conftest import LONGEST
-
-    assert not [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]

@@ -13,6 +13,7 @@ import torch
 
 import kernels
 from kernels import BackendUnavailable, device, registry
+from kernels.judge import outputs
 from kernels.registry import Backend, Op
 
 FOLDER = Path(__file__).parents[1] / "kernels"
@@ -254,9 +255,19 @@ def test_a_model_with_its_ops_is_one_graph_and_follows_its_bundle():
 
 
 def test_compiled_ops_do_not_share_a_limit_on_recompilations():
+    """More graphs in all than torch makes of one function, and all of them compute what the ops do."""
     torch._dynamo.reset()
-    ops = kernels.select("reference")
+    ops, graphs = kernels.select("reference"), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     for name, op in kernels.OPS.items():
-        compiled = torch.compile(getattr(ops, name), fullgraph=True, backend="eager")
+        function = getattr(ops, name)
+        compiled = torch.compile(function, fullgraph=True, backend=counting)
         for case in [case for case in op.cases if not case.production][1:3]:
-            compiled(**case.inputs(torch.float32))
+            inputs = case.inputs(torch.float32)
+            got, want = outputs(op, compiled, inputs), outputs(op, function, inputs)
+            assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want), name
+    assert len(graphs) > torch._dynamo.config.recompile_limit

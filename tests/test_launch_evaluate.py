@@ -64,6 +64,12 @@ def quarters(pixels: torch.Tensor) -> np.ndarray:
     return np.concatenate(parts, 1) / 10
 
 
+def moments(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and covariance of the features of `means`."""
+    x = quarters(pixels)
+    return torch.from_numpy(x.mean(0)), torch.from_numpy(np.cov(x.T))
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of features [N, D] and [M, D]."""
     one, other = np.cov(a.T), np.cov(b.T)
@@ -258,7 +264,7 @@ def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
         with pytest.raises(ValueError, match=SIZES):
             evaluate_samples(MemoryImages(small), evaluation.Reference("r", MemoryImages(large)), means, metadata={})
     elif kind == "statistics and images":
-        reference = evaluation.Reference("r", MemoryImages(large), statistics(small))
+        reference = evaluation.Reference("r", MemoryImages(large), moments(small))
         with pytest.raises(ValueError, match=SIZES):
             evaluate_samples(MemoryImages(small), reference, means, metadata={})
     elif kind == "originals":
@@ -298,7 +304,7 @@ def test_samples_against_images():
 
 def test_samples_against_statistics(tmp_path):
     real, fake = images(6), images(7, 30)
-    mean, covariance = quarters(real).mean(0), np.cov(quarters(real).T)
+    mean, covariance = (part.numpy() for part in moments(real))
     np.savez(tmp_path / "stats.npz", mu=mean, sigma=covariance)
     reference = open_reference(tmp_path / "stats.npz")
     got = evaluate_samples(MemoryImages(fake), reference, means, metadata={"solver": "heun", "seed": 3})
