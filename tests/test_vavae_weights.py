@@ -11,6 +11,8 @@ import kernels
 from common.tensors import WeightsError, load_strict, read_tensors, write_tensors
 from tests.golden import G, J
 from vavae.config import AutoencoderConfig, LossConfig
+from vavae.model import AutoencoderKL
+from vavae.sizes import infer_config
 from vavae.task import build_networks
 from vavae.weights import fingerprint, load_tokenizer, split_tokenizer, write_export
 
@@ -140,10 +142,70 @@ def test_unreadable_files_are_named(tensors, tmp_path):
             read_tensors(tmp_path / name)
 
 
-def test_a_file_without_config_asks_for_it(tensors, tmp_path):
+# Sizes read off the tensors
+
+CONFIGS = {name: {"size": name} for name in AutoencoderConfig.SIZES} | {
+    "uneven": {"ch": 32, "ch_mult": (1, 3, 2), "num_res_blocks": 3, "embed_dim": 5, "z_channels": 7,
+               "attn_resolutions": (256, 64), "decoder_attn_resolutions": (128,), "in_channels": 1, "out_ch": 4},
+    "without attention": {"ch": 64, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_are_read_off_the_tensors(name):
+    config = AutoencoderConfig(**CONFIGS[name])
+    with torch.device("meta"):
+        state = AutoencoderKL(config, OPS).state_dict()
+    assert infer_config(state, "vae.pt") == config
+
+
+@pytest.mark.parametrize(("recorded", "size"), [("vavae_f16d32", "f16d32"), ("marvae_f16d16", "mar-f16d16")])
+def test_sizes_of_published_tensors_are_the_documented(recorded, size):
+    shapes = J("04_vae_real_f16d32")[recorded]["state_dict"]
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert infer_config(tensors, "vae.pt") == AutoencoderConfig(size=size)
+
+
+def test_a_published_file_alone_becomes_the_same_tokenizer(tensors, tmp_path):
+    torch.save({"state_dict": training_checkpoint(tensors)}, tmp_path / "vae.pt")
+    told, read = load_tokenizer(tmp_path / "vae.pt", OPS, TINY), load_tokenizer(tmp_path / "vae.pt", OPS)
+    images = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(told.encode(images).mean, read.encode(images).mean)
+    assert torch.equal(told(images)[0], read(images)[0])
+
+
+OTHERS = {
+    "diffusers": (["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.norm1.weight", "quant_conv.weight"],
+                  r"vae\.pt is an AutoencoderKL of diffusers"),
+    "diffusers decoder": (["decoder.up_blocks.3.resnets.0.conv1.bias"], r"vae\.pt is an AutoencoderKL of diffusers"),
+    "classifier": (["conv1.weight"], r"vae\.pt is no tokenizer of this layout: it has no encoder\.conv_in\.weight"),
+    "encoder alone": (["encoder.conv_in.weight"], r"vae\.pt (is no tokenizer|has the sizes of no tokenizer)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_tensors_of_something_else_are_named(tmp_path, name):
+    keys, message = OTHERS[name]
+    torch.save({key: torch.zeros(32, 3, 3, 3) for key in keys}, tmp_path / "vae.pt")
+    with pytest.raises(WeightsError, match=message):
+        load_tokenizer(tmp_path / "vae.pt", OPS)
+    if name.startswith("diffusers"):
+        with pytest.raises(WeightsError, match=message):
+            load_tokenizer(tmp_path / "vae.pt", OPS, TINY)
+
+
+@pytest.mark.parametrize(("key", "shape"), [
+    ("encoder.conv_in.weight", (31, 3, 3, 3)), ("encoder.conv_in.weight", (32,)), ("post_quant_conv.weight", (4,)),
+    ("encoder.down.0.block.0.conv1.weight", (33, 32, 3, 3)), ("decoder.conv_out.weight", ()),
+    ("encoder.conv_in.weight", (0, 3, 3, 3)),
+])  # fmt: skip
+def test_sizes_that_no_tokenizer_has_are_named(tensors, key, shape):
+    with pytest.raises(WeightsError, match=r"vae\.pt has the sizes of no tokenizer"):
+        infer_config({**tensors, key: torch.zeros(shape)}, "vae.pt")
+
+
+def test_the_json_beside_a_file_must_be_a_tokenizers(tensors, tmp_path):
     write_tensors(tmp_path / "vae.safetensors", tensors)
-    with pytest.raises(ValueError, match=r"no vae\.json beside it"):
-        load_tokenizer(tmp_path / "vae.safetensors", OPS)
     (tmp_path / "vae.json").write_text('{"kind": "lightningdit", "config": {}}')
     with pytest.raises(ValueError, match="'lightningdit', not 'vavae'"):
         load_tokenizer(tmp_path / "vae.safetensors", OPS)

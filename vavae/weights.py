@@ -20,6 +20,7 @@ from common.files import Record, make_directory, read_record, replacing, write_s
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
+from vavae.sizes import infer_config, refuse_other_layouts
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
     """Sort the tensors of a tokenizer file by what they belong to; those of frozen networks are dropped and counted.
 
     Raises:
-        WeightsError: naming `source`; a key that belongs to no known part.
+        WeightsError: naming `source`; a key that belongs to no known part, or the keys of another library.
     """
+    refuse_other_layouts(tensors, source)
     autoencoder, discriminator, dropped, unknown = {}, {}, Counter(), []
     for key, value in tensors.items():
         if key.startswith((*AUTOENCODER_PREFIXES, PROJECTION_PREFIX)):
@@ -72,15 +74,15 @@ def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None 
     Args:
         path: weights file; an export has its `.json` beside it.
         ops: bundle for the model.
-        config: sizes; may be left out for an export.
+        config: sizes; without it those of the JSON beside the file, else those that the tensors' shapes tell.
 
     Raises:
         WeightsError: unreadable, or not exactly this model's weights.
-        ValueError: no config given and none beside the file.
     """
-    if config is None:
+    if config is None and Path(path).with_suffix(".json").is_file():
         config = read_export_config(path)
-    return build_tokenizer(read_tensors(path), config, ops, path)
+    tensors = read_tensors(path)
+    return build_tokenizer(tensors, config or infer_config(tensors, path), ops, path)
 
 
 def build_tokenizer(tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any,
@@ -130,11 +132,9 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
     """The model config in the `.json` beside an exported weights file.
 
     Raises:
-        ValueError: there is none, or it is not a tokenizer's.
+        FileError: there is none, or it is not a tokenizer's.
     """
     beside = Path(path).with_suffix(".json")
-    if not beside.is_file():
-        raise ValueError(f"{path} has no {beside.name} beside it: give the tokenizer's config")
     facts = read_record(beside, ExportFacts)
     if facts.kind != "vavae":
         raise WeightsError(f"{beside} is of kind {facts.kind!r}, not 'vavae'")
