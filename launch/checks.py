@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.files import FileError, open_regular
 from launch.config import ConfigError, LightningDiTRun, VavaeRun
+from launch.trained import find_checkpoint
 from vavae.config import check_sections
 
 
@@ -20,6 +21,8 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
     run.deepspeed.merged_overrides()
     for key, path in _weights(run).items():
         check_file(key, path)
+    if run.train.ckpt is not None:
+        _check_checkpoint("train.ckpt", Path(run.train.ckpt))
     check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
 
 
@@ -30,6 +33,13 @@ def _weights(run: LightningDiTRun | VavaeRun) -> dict[str, str]:
         named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None
         named["loss.perceptual_weights"] = run.loss.perceptual_weights if run.loss.perceptual == "lpips" else None
     return {key: path for key, path in named.items() if path is not None}
+
+
+def _check_checkpoint(key: str, path: Path) -> None:
+    try:
+        find_checkpoint(path)
+    except ValueError as e:
+        raise ConfigError(f"{key}: {e}") from None
 
 
 def check_file(key: str, path: Path | str) -> None:

@@ -474,6 +474,22 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
         assert metrics == {name: pytest.approx(value, rel=1e-3) for name, value in want.items()}
 
 
+@pytest.mark.parametrize("option", ["--inception-weights", "--foundation", "--lpips-weights"])
+@pytest.mark.parametrize("content", [None, b"damaged"])
+def test_weights_that_were_named_are_not_left_out(tmp_path, monkeypatch, option, content):
+    for name in ("originals", "decoded"):
+        save_folder(tmp_path / name, images(19, 4))
+    weights = tmp_path / "named.safetensors"
+    if content is not None:
+        weights.write_bytes(content)
+    if option == "--lpips-weights":
+        monkeypatch.setattr(evaluate, "_extractor", lambda args: means)
+    folders = ["--originals", str(tmp_path / "originals"), "--reconstructions", str(tmp_path / "decoded")]
+    with pytest.raises(ValueError, match="named"):
+        evaluate.main([*folders, "--device", "cpu", option, str(weights), "--output", str(tmp_path / "r.json")])
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypatch):
     np.savez(tmp_path / "samples.npz", images(17, 30).numpy())
     np.savez(tmp_path / "real.npz", images(18, 30).numpy())
