@@ -9,8 +9,6 @@ The held-out split is fixed: 50 digits of each class, evenly spaced in the order
 writer), leaving 1,297 for training. No run's seed has any say in it.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from common.files import read_json, sha256, write_json
 
 CLASSES = 10
 HELD_OUT_PER_CLASS = 50
@@ -103,7 +103,7 @@ def write(directory: str | Path) -> Folders:
     expected = _recorded_checksums(manifest)
     found = [p for folder in (folders.train, folders.heldout) for p in folder.rglob("*") if p.is_file()]
     present = {p.relative_to(directory).as_posix(): p for p in found}
-    if expected and present.keys() == expected.keys() and all(_sha256(p) == expected[k] for k, p in present.items()):
+    if expected and present.keys() == expected.keys() and all(sha256(p) == expected[k] for k, p in present.items()):
         return folders
 
     names = {f"{split}/{name}": image for split, part in source().items() for name, image in _named(part)}
@@ -117,10 +117,7 @@ def write(directory: str | Path) -> Folders:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(path)
-    checksums = {name: _sha256(directory / name) for name in names}
-    partial = manifest.with_suffix(".partial")
-    partial.write_text(json.dumps({"recipe": _RECIPE, "sha256": checksums}, indent=1) + "\n")
-    partial.replace(manifest)
+    write_json(manifest, {"recipe": _RECIPE, "sha256": {name: sha256(directory / name) for name in names}})
     return folders
 
 
@@ -142,11 +139,7 @@ def _named(digits: Digits):
 def _recorded_checksums(manifest: Path) -> dict[str, str]:
     """File name → SHA-256 of a manifest of this recipe; empty where there is none, or an unreadable or older one."""
     try:
-        content = json.loads(manifest.read_text())
+        content = read_json(manifest)
         return content["sha256"] if content["recipe"] == _RECIPE else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
