@@ -18,12 +18,25 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
         check_sections(run.model, run.features(), run.loss, run.data, run.stages)
     run.train.validating(run.data.valid_path)
     run.train.steps(1)
-    run.deepspeed.merged_overrides()
+    _check_profiling(run, run.deepspeed.merged_overrides(run.train.precision))
     for key, path in _weights(run).items():
         check_file(key, path)
     if run.train.ckpt is not None:
         _check_checkpoint("train.ckpt", Path(run.train.ckpt))
     check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
+
+
+def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
+    """Refuse DeepSpeed's profiler and clock for networks that they cannot follow."""
+    asked = {"flops_profiler": options.get("flops_profiler", {}).get("enabled"),
+             "wall_clock_breakdown": options.get("wall_clock_breakdown")}  # fmt: skip
+    if asked["flops_profiler"] and run.train.compile not in ("auto", "none"):
+        raise ConfigError(f"deepspeed: flops_profiler looks into modules, and train.compile {run.train.compile} leaves "
+                          "none to look into: leave it out, or compile none")
+    if isinstance(run, VavaeRun) and run.loss.use_gan:
+        for key in filter(asked.get, asked):
+            raise ConfigError(f"deepspeed: {key} times one forward pass for each backward pass, and the discriminator "
+                              "has two: leave it out, or set loss.disc_weight 0")
 
 
 def _weights(run: LightningDiTRun | VavaeRun) -> dict[str, str]:

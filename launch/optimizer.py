@@ -11,10 +11,12 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+from kernels import select
 from kernels.registry import Ops
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 COUNTERS = ("applied", "skipped", "skipped_in_a_row", "most_skipped_in_a_row")
+_REFERENCE = select("reference")
 MASTER = "master"  # the state of a bfloat16 tensor that holds its float32 weights
 
 
@@ -24,6 +26,9 @@ class NonFinite(RuntimeError):
 
 class AdamWEma(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and EMA through `ops.adamw_ema_`; a non-finite step is skipped.
+
+    Where DeepSpeed keeps partitions in the host's memory and the parameters are on a GPU, the op's definition updates
+    them there, whatever backend was chosen, and norm, clip factor and skip flag are copied to the host.
 
     Args:
         params: parameters to optimize; DeepSpeed may replace them by flat partitions, float32 or bfloat16.
@@ -37,7 +42,7 @@ class AdamWEma(torch.optim.Optimizer):
     def __init__(self, params: Iterable[torch.nn.Parameter], ops: Ops, *, lr: float, betas: tuple[float, float],
                  eps: float, weight_decay: float, ema_decay: float, max_grad_norm: float, partitioned: bool):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        device = self.param_groups[0]["params"][0].device
+        device = self._device = self.param_groups[0]["params"][0].device
         self._ops = ops
         self._ema_decay = ema_decay
         self._max_grad_norm = max_grad_norm
@@ -106,10 +111,12 @@ class AdamWEma(torch.optim.Optimizer):
     def _update(self, param: torch.Tensor, group: dict, scale: torch.Tensor, skip: torch.Tensor) -> None:
         state = self.state[param]
         weights, copy = (state[MASTER], param) if MASTER in state else (param, None)
-        self._ops.adamw_ema_(
+        ops = self._ops if weights.device == self._device else _REFERENCE
+        step, lr, scale, skip = (x.to(weights.device) for x in (self.counters["applied"], self._lr, scale, skip))
+        ops.adamw_ema_(
             weights.data.view(-1), param.grad.contiguous().view(-1),
             *(state[key].view(-1) for key in STATE_KEYS),
-            step=self.counters["applied"], lr=self._lr, betas=group["betas"], eps=group["eps"],
+            step=step, lr=lr, betas=group["betas"], eps=group["eps"],
             weight_decay=group["weight_decay"], ema_decay=self._ema_decay, grad_scale=scale, skip=skip,
             bf16_param=None if copy is None else copy.data.view(-1),
         )
@@ -118,7 +125,7 @@ class AdamWEma(torch.optim.Optimizer):
         """Gradient norm over all processes; infinite where a watched loss is not finite."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
-        squares = torch.stack(norms).square().sum()
+        squares = torch.stack(norms).square().sum().to(self._device)
         # A bad loss counts as an infinite norm, so that one all-reduce tells every process of both.
         total = torch.where(self._loss_fault > 0, torch.full_like(squares, torch.inf), squares)
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -394,7 +394,7 @@ class Trainer:
         config = deepspeed_config(
             stage=ds.zero_stage, bf16=train.precision == "bfloat16", micro_batch_size=self.split.micro_batch_size,
             accumulation=self.split.accumulation, world_size=self.processes.world_size,
-            overrides=ds.merged_overrides(),
+            overrides=ds.merged_overrides(train.precision),
         )
 
         def make_optimizer(params, partitioned: bool) -> AdamWEma:
@@ -403,7 +403,9 @@ class Trainer:
                 ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned,
             )
 
-        mode = compile_mode(train.compile, ds.zero_stage, self.split.accumulation)
+        profiled = config.get("flops_profiler", {}).get("enabled")  # it looks into modules
+        asked = "none" if profiled and train.compile == "auto" else train.compile
+        mode = compile_mode(asked, ds.zero_stage, self.split.accumulation)
         if mode not in ("none", "aot_eager") and self.processes.is_main:
             print(f"what is compiled is kept in {cache_directory() or 'a temporary folder'} for the next start")
         return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)

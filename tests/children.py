@@ -1,4 +1,4 @@
-"""Runs `python -m launch …` in child processes that start in milliseconds, and kills them at chosen moments.
+"""Runs `python -m launch …`, or a function, in child processes that start in milliseconds, and kills them at moments.
 
 Children fork from a server that has imported the programs but started nothing (no process group, no thread).
 """
@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,17 @@ def launch(
 
     Raises TimeoutError where one of them still runs after `limit` seconds: it is killed, and its test has to fail.
     """
+    return _run(" ".join(argv), limit, world_size, _child, argv, at, log)
+
+
+def call(function: Callable, *args, world_size: int, limit: float = 240) -> list[int]:
+    """Call a module's function in processes that can form a group; returns exit codes, raises as `launch` does."""
+    return _run(function.__name__, limit, world_size, _call, function, args)
+
+
+def _run(what: str, limit: float, world_size: int, target: Callable, *args) -> list[int]:
     port = free_port()
-    children = [
-        _context.Process(target=_child, args=(argv, rank, world_size, port, at, log)) for rank in range(world_size)
-    ]
+    children = [_context.Process(target=target, args=(rank, world_size, port, *args)) for rank in range(world_size)]
     for child in children:
         child.start()
     end = time.monotonic() + limit
@@ -48,21 +55,30 @@ def launch(
         children[rank].kill()
         children[rank].join()
     if late:
-        raise TimeoutError(f"{' '.join(argv)}: after {limit:g} s still running: ranks {late}")
+        raise TimeoutError(f"{what}: after {limit:g} s still running: ranks {late}")
     return [child.exitcode for child in children]
 
 
-def _child(argv, rank: int, world_size: int, port: int, at: Moment | None, log: Path | None) -> None:
+def _join(rank: int, world_size: int, port: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def _call(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+    _join(rank, world_size, port)
+    function(*args)
+
+
+def _child(rank: int, world_size: int, port: int, argv, at: Moment | None, log: Path | None) -> None:
     if log is not None:
         handle = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-    if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    _join(rank, world_size, port)
     if at is not None:
         _strike(at)
     from launch.__main__ import main

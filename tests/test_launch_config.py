@@ -110,7 +110,7 @@ def test_every_shipped_config_loads_and_sets_a_preset(name):
     text = (CONFIGS / name).read_text()
     run, _ = load(CONFIGS / name, kind="vavae" if "vavae" in name else "lightningdit")
     assert "\npreset: " in text and run.train.exp_name is not None
-    assert run.deepspeed.merged_overrides().keys() <= {"zero_optimization"}  # its file is there and agrees
+    assert run.deepspeed.merged_overrides("bfloat16").keys() <= {"zero_optimization"}  # its file is there and agrees
 
 
 def refusal(path, *overrides, kind="lightningdit") -> str:
@@ -177,10 +177,10 @@ def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):
     path.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}}')
     run, _ = load(published, [f"deepspeed.file={path}"], kind="lightningdit")
     with pytest.raises(ConfigError, match=r"zero_stage is 1, but deepspeed\.file or overrides say 2"):
-        run.deepspeed.merged_overrides()
+        run.deepspeed.merged_overrides("bfloat16")
     run, _ = load(published, [f"deepspeed.file={path}", "deepspeed.zero_stage=2",
                               "deepspeed.overrides={zero_optimization: {overlap_comm: false}}"], kind="lightningdit")
-    assert run.deepspeed.merged_overrides() == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+    assert run.deepspeed.merged_overrides("bfloat16") == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
 
 
 def test_the_preset_decides_what_the_foundation_model_is_fed(published_tokenizer):
@@ -196,7 +196,7 @@ def test_the_preset_decides_what_the_foundation_model_is_fed(published_tokenizer
 def test_what_follows_from_our_keys_is_not_overridden(published, key):
     run, _ = load(published, [f"deepspeed.overrides={{{key}: 1}}"], kind="lightningdit")
     with pytest.raises(ConfigError, match=f"{key} cannot be set there"):
-        run.deepspeed.merged_overrides()
+        run.deepspeed.merged_overrides("bfloat16")
 
 
 def test_validation_needs_data_and_defaults_to_checkpoints(published):
