@@ -3,9 +3,12 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+from typing import NoReturn
 
-from launch import packages
+from launch import launcher, packages
+from launch.lifetime import leave
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
@@ -31,20 +34,42 @@ def main(argv: list[str]) -> int:
     if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
         print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
         return 2
-    _speak()
     try:
+        _speak()
         return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
+    except BrokenPipeError:  # whoever read what this program says has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_for_the_user(e):
             raise
-        print(f"error: {_message(e)}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
+        if not (getattr(e, "said_by_main", False) and launcher.rank()):
+            print(f"error: {_message(e)}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def run(argv: list[str]) -> NoReturn:
+    """Run one program as this process, which ends with it: in order, whatever happens, and with its launcher."""
+    try:
+        launcher.follow()
+        status = main(argv)
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    # After a failure there is nothing to leave together: peers wait for this process in another place.
+    together = (status == 0 or status > 128) and "launch.engine" in sys.modules
+    leave(status, sys.modules["launch.engine"].stop_processes if together else None)
 
 
 def _speak() -> None:
     """Let the main process's packages say what they chose and left out; the others only warn."""
     logging.basicConfig(format="%(message)s")
-    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING
+    level = logging.INFO if launcher.rank() == 0 else logging.WARNING
     for package in ("kernels", "lightningdit", "vavae", "launch"):
         logging.getLogger(package).setLevel(level)
 
@@ -54,7 +79,13 @@ def _message(error: Exception) -> str:
 
     from common.sections import describe
 
+    if _lost_peer(error):
+        return f"another process of this run has ended or does not answer; it has said why ({_first_line(error)})"
     return describe(error) if isinstance(error, ValidationError) else str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -62,11 +93,16 @@ def _is_for_the_user(error: Exception) -> bool:
     from kernels import BackendUnavailable
     from launch.optimizer import NonFinite
 
-    return not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | NonFinite)
+    ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | NonFinite)
+    return ours or _lost_peer(error)
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Whether a process of the run has ended while this one talked to it, as gloo and NCCL say it."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+             "Timed out waiting", "ncclRemoteError")
+    return isinstance(error, RuntimeError) and "RANK" in os.environ and any(sign in str(error) for sign in signs)
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    if "launch.engine" in sys.modules:
-        sys.modules["launch.engine"].stop_processes()
-    sys.exit(status)
+    run(sys.argv[1:])

@@ -1,11 +1,11 @@
 """What the programs' command lines have in common: a run file with `key=value`, and paths with `~`."""
 
 import argparse
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from common.sections import expand_home
+from launch import launcher
 from launch.config import LightningDiTRun, VavaeRun, load
 
 
@@ -26,7 +26,7 @@ def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, re
 def load_run(config: Path, overrides: Iterable[str], kind: str) -> LightningDiTRun | VavaeRun:
     """The run that a command line names; the main process says what of a published file was converted or ignored."""
     run, notes = load(config, overrides, kind=kind)
-    if int(os.environ.get("RANK") or 0) == 0:
+    if launcher.rank() == 0:
         for note in notes:
             print(f"{config}: {note}")
     return run

@@ -8,7 +8,6 @@ the ZeRO stage or the precision it was written under.
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -17,7 +16,9 @@ from torch import nn
 
 from kernels.compilation import compile_module
 from kernels.registry import Ops
+from launch import launcher
 from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
+from launch.processes import Processes, meet, own_gpu
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators and warns
@@ -31,48 +32,6 @@ ZERO_SUPPORTED_OPTIMIZERS.append(AdamWEma)  # it works element by element, on an
 State = dict[str, dict[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Processes:
-    """This process among its peers."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    # Host-side agreement must not wait for the GPU, so it has a group of its own.
-    host_group: dist.ProcessGroup | None = None
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(votes)
-
-    def share(self, value):
-        """The main process's value (any picklable), on every process."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
-
-    def gather(self, value) -> list:
-        """Every process's value (any picklable), by rank, on every process."""
-        box = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(box, value, group=self.host_group)
-        return box
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        self.any(False)
-
-
 def uses_cuda() -> bool:
     """Whether to train on GPUs: where there are any, unless DS_ACCELERATOR=cpu says otherwise."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
@@ -82,19 +41,23 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
     """Join the process group the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK …), or be a group of one.
 
     The device is the GPU of LOCAL_RANK where there is one, else the CPU. Calling it again joins nothing twice.
+
+    Raises LaunchError where the environment makes no sense, or the processes do not meet.
     """
+    place = launcher.place()
     deepspeed_logger.setLevel(logging.WARNING)
     # float32 products are IEEE, and a run repeats bit for bit; cuDNN's defaults promise neither.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     cuda = uses_cuda()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", own_gpu(place)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+        if place is not None:
+            store = meet(place)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

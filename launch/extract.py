@@ -22,6 +22,7 @@ from tqdm import tqdm
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
 from launch.read_ahead import read_in_processes
+from launch.run_lock import owning
 from launch.trained import find_checkpoint
 from lightningdit.latents import STATISTICS_FILE, LatentsWriter, finish, make_statistics
 from vavae import seeds
@@ -67,46 +68,47 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
     """Write the latents of a run's images into `output` → the manifest.
 
     Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
-    `least_psnr` (dB), or `output` holds the latents of another extraction.
+    `least_psnr` (dB), or `output` holds the latents of another extraction or is in use by one.
     """
     from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
 
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
     images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)
     processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
-    identity = {
-        "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
-        "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
-    }  # fmt: skip
-    tokenizer.to(processes.device)
-    check_round_trip(tokenizer, images, least_psnr, source)
-    tokenizer.to(getattr(torch, precision))
-    first, last = (len(images) * r // processes.world_size for r in (processes.rank, processes.rank + 1))
-    writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
-    grid = run.data.image_size // tokenizer.config.downsample_ratio
-    batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
-                       batch_bounds(first + writer.position, last, shard_size, batch_size))
-    stream = read_in_processes(batches, range(len(batches)), num_workers=run.data.num_workers,
-                               pin_memory=processes.device.type == "cuda")
-    unreadable = 0
-    with closing(stream):
-        for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
-            writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
-            unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
-    writer.close()
-    if unreadable:
-        print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")
-    processes.barrier()
-    manifest = None
-    if processes.is_main:
-        facts = {"source": source, "sha256": identity["tokenizer"]}
-        manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images),
-                          classes=images.classes)
-    manifest = processes.share(manifest)
-    if processes.is_main:
-        print(f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
-              f"latents {list(manifest.shape)} in {output}")
-    return manifest
+    with owning(output, processes):
+        identity = {
+            "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
+            "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
+        }  # fmt: skip
+        tokenizer.to(processes.device)
+        check_round_trip(tokenizer, images, least_psnr, source)
+        tokenizer.to(getattr(torch, precision))
+        first, last = (len(images) * r // processes.world_size for r in (processes.rank, processes.rank + 1))
+        writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
+        grid = run.data.image_size // tokenizer.config.downsample_ratio
+        batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
+                           batch_bounds(first + writer.position, last, shard_size, batch_size))
+        stream = read_in_processes(batches, range(len(batches)), num_workers=run.data.num_workers,
+                                   pin_memory=processes.device.type == "cuda")
+        unreadable = 0
+        with closing(stream):
+            for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
+                writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
+                unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
+        writer.close()
+        if unreadable:
+            print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")
+        processes.barrier()
+        manifest = None
+        if processes.is_main:
+            facts = {"source": source, "sha256": identity["tokenizer"]}
+            manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images),
+                              classes=images.classes)
+        manifest = processes.share(manifest)
+        if processes.is_main:
+            print(f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
+                  f"latents {list(manifest.shape)} in {output}")
+        return manifest
 
 
 def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:

@@ -26,6 +26,7 @@ from common.files import FileError, make_directory, read_json, replacing, write_
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
+from launch.run_lock import owning
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
@@ -88,22 +89,23 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before it
             print(f"{npz} is already there")
         return npz
-    _claim(parts, facts, write=processes.is_main)
-    processes.barrier()
-    generator.to(processes.device)
-    size = settings.per_proc_batch_size
-    starts = range(0, len(labels), size)
-    own = starts[processes.rank :: processes.world_size]
-    for start in tqdm(own, desc="batches", disable=None if processes.is_main else True):
-        path = parts / f"{start:07d}.npz"
-        if not path.exists():
-            _save_part(path, **generator.images(range(start, min(start + size, len(labels))), labels))
-    processes.barrier()
-    if processes.is_main:
-        _gather(output, [parts / f"{start:07d}.npz" for start in starts], labels, facts)
-        print(f"{len(labels):,} images in {npz}")
-    processes.barrier()
-    return npz
+    with owning(output, processes):
+        _claim(parts, facts, write=processes.is_main)
+        processes.barrier()
+        generator.to(processes.device)
+        size = settings.per_proc_batch_size
+        starts = range(0, len(labels), size)
+        own = starts[processes.rank :: processes.world_size]
+        for start in tqdm(own, desc="batches", disable=None if processes.is_main else True):
+            path = parts / f"{start:07d}.npz"
+            if not path.exists():
+                _save_part(path, **generator.images(range(start, min(start + size, len(labels))), labels))
+        processes.barrier()
+        if processes.is_main:
+            _gather(output, [parts / f"{start:07d}.npz" for start in starts], labels, facts)
+            print(f"{len(labels):,} images in {npz}")
+        processes.barrier()
+        return npz
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """`python -m launch train vavae|lightningdit CONFIG [key=value …] [--dry-run] [--gpus N]`."""
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,17 +9,19 @@ import torch
 
 import kernels
 import lightningdit.cost as dit_cost
+from launch import launcher
 from launch.arguments import add_run_file, load_run
 from launch.checks import check_run
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.loader import Split
 from launch.plan import Network, RunPlan
+from launch.run_lock import owning
 from lightningdit.data import LatentDataset
 from lightningdit.model import LightningDiT
 from lightningdit.task import LightningDiTTask, check_latents
 
 if TYPE_CHECKING:
-    from launch.engine import Processes
+    from launch.processes import Processes
     from launch.trainer import Trainer
     from vavae.data import ImageFolder
     from vavae.task import VavaeTask
@@ -52,24 +53,33 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     check_run(run)
     from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake or a dry run need not wait
 
-    trainer = make_trainer(run, kind, start_processes())
-    return trainer.plan.directory, trainer.run()
+    processes = start_processes()
+    run = named(run, kind, processes)
+    with owning(Path(run.train.output_dir) / run.train.exp_name, processes):
+        trainer = make_trainer(run, kind, processes)
+        return trainer.plan.directory, trainer.run()
+
+
+def named(run: Run, kind: str, processes: "Processes") -> Run:
+    """The run with a name: one without `train.exp_name` gets it from the main process's time and the model."""
+    if run.train.exp_name is not None:
+        return run
+    model = (getattr(run.model, "model_type", None) or kind).replace("/", "-")
+    name = processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
+    if processes.is_main:
+        print(f"no train.exp_name: this is a new run; to resume it, say train.exp_name={name}")
+    return run.model_copy(update={"train": run.train.model_copy(update={"exp_name": name})})
 
 
 def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
     """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
     from launch.trainer import Plan, Trainer
 
+    run = named(run, kind, processes)
     train = run.train.validating(run.data.valid_path)
     ops = select_ops(run.kernels)
     task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
-    name = train.exp_name
-    if name is None:  # made from the main process's time and the model
-        model = (getattr(run.model, "model_type", None) or kind).replace("/", "-")
-        name = processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
-        if processes.is_main:
-            print(f"no train.exp_name: this is a new run; to resume it, say train.exp_name={name}")
-    directory = Path(train.output_dir) / name
+    directory = Path(train.output_dir) / train.exp_name
     plan = Plan(
         kind=kind, directory=directory, last_step=train.steps(len(task.batches)), train=train,
         optimizer=run.optimizer, deepspeed=run.deepspeed, config=run.model_dump(mode="json"),
@@ -196,5 +206,6 @@ def _vavae_costs(run: VavaeRun):
 
 
 def _processes_here() -> int:
-    return int(os.environ.get("WORLD_SIZE") or 0) or max(torch.cuda.device_count(), 1)
+    place = launcher.place()
+    return place.world_size if place else max(torch.cuda.device_count(), 1)
 

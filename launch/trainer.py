@@ -1,12 +1,12 @@
 """The one loop, for every task: steps, accumulation, logging, validation, checkpoints, signals. It knows no model."""
 
 import platform
-import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from signal import Signals
 from typing import Protocol
 
 import torch
@@ -19,9 +19,11 @@ from kernels.registry import Ops
 from launch import checkpoint
 from launch.config import OptimizerConfig, TrainConfig
 from launch.deepspeed_options import DeepSpeedConfig, deepspeed_config
-from launch.engine import Engine, Processes, compile_mode
+from launch.engine import Engine, compile_mode
+from launch.lifetime import StopRequest
 from launch.loader import Batches, SampleOrder, Split, micro_batches
 from launch.optimizer import COUNTERS, AdamWEma, NonFinite
+from launch.processes import Processes
 from launch.progress import Clock, Log, Meter
 from launch.skips import Skips
 from launch.trained import find_checkpoint
@@ -89,7 +91,6 @@ class Trainer:
         self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
         self._validation = validation
         self._meter, self._clock = Meter(), Clock()
-        self._stop_signal: int | None = None
         self._draws: Tensors | None = None
         self.step = 0
         start = self._agree_on_start()
@@ -111,26 +112,19 @@ class Trainer:
         """
         plan, main = self.plan, self.processes.is_main
         log = Log(plan.directory, self.step, plan.last_step, tensorboard=plan.train.tensorboard) if main else None
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._loop(log)
+            with StopRequest() as stop, closing(self.stream()) as stream:
+                return self._loop(stream, log, stop)
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             if log is not None:
                 log.close()
-        return self._stop_signal
 
     def close(self) -> None:
         """Give the memory of networks and optimizers back; nothing can be trained afterwards."""
         for engine in self.engines.values():
             engine.close()
 
-    def _loop(self, log: Log | None) -> None:
-        with closing(self.stream()) as stream:
-            self._train(stream, log)
-
-    def _train(self, stream: Iterator[Tensors], log: Log | None) -> None:
+    def _loop(self, stream: Iterator[Tensors], log: Log | None, stop: StopRequest) -> int | None:
         train, last = self.plan.train, self.plan.last_step
         self._clock.start(self.step)
         if self.step >= last:
@@ -142,8 +136,9 @@ class Trainer:
             self.train_step(stream)
             if log is not None:
                 log.step()
-            stopping = self._should_stop()
-            save = stopping or self.step == last or self.step % train.ckpt_every == 0
+            # A signal to any process, asked of all of them, so that all stop after the same step.
+            stopped_by = self.processes.largest(stop.number or 0) if self.step < last else 0
+            save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if save or self.step % train.log_every == 0:
                 self._log(log)
             if self._validates_now():
@@ -152,9 +147,11 @@ class Trainer:
                 self.save()
             if save or self._validates_now():
                 self._clock.start(self.step)  # the next rate is that of training alone
-            if stopping:
-                print(f"stopped by signal {self._stop_signal} after step {self.step}; the same command goes on from it")
-                break
+            if stopped_by:
+                if log is not None:
+                    print(f"stopped by {Signals(stopped_by).name} after step {self.step}; the same command goes on")
+                return stopped_by
+        return None
 
     def _validates_now(self) -> bool:
         every = self.plan.train.valid_every
@@ -346,15 +343,14 @@ class Trainer:
 
     def _agree_on_start(self) -> checkpoint.Checkpoint | None:
         """What the main process finds, on every process; each raises what that raised, or where it cannot see it."""
-        path = fault = None
+        path = error = None
         if self.processes.is_main:
             try:
                 path = self._tidy_and_find()
-            except ValueError as e:
-                fault = str(e)
-        path, fault = self.processes.share((path, fault))
-        if fault is not None:
-            raise checkpoint.CheckpointError(fault)
+            except (ValueError, OSError) as e:
+                error = e
+        self.processes.raise_together(error)
+        path = self.processes.share(path)
         if self.processes.any(path is not None and not path.is_dir()):
             raise checkpoint.CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
         return path and checkpoint.Checkpoint(path)
@@ -412,14 +408,6 @@ class Trainer:
 
     def _to_device(self, batch: Tensors) -> Tensors:
         return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
-
-    def _on_signal(self, number: int, frame) -> None:
-        self._stop_signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    def _should_stop(self) -> bool:
-        """Whether any process got a signal; asked of all of them, so that all stop after the same step."""
-        return self.processes.any(self._stop_signal is not None)
 
 
 def _only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:

@@ -81,9 +81,9 @@ def _child(rank: int, world_size: int, port: int, argv, at: Moment | None, log: 
     _join(rank, world_size, port)
     if at is not None:
         _strike(at)
-    from launch.__main__ import main
+    from launch.__main__ import run
 
-    sys.exit(main(list(argv)))
+    run(list(argv))
 
 
 def _strike(at: Moment) -> None:

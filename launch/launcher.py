@@ -1,0 +1,115 @@
+"""The launcher that started this process: what it says in the environment, and that this process ends with it."""
+
+import os
+import select
+import signal
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.lifetime import follow_parent
+
+_KNOWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun and by DeepSpeed's launcher
+_SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh"}
+_FIRST_PROCESSES = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit"}  # they adopt orphans
+
+
+class LaunchError(ValueError):
+    """The environment does not say how the processes of a run meet, or they do not meet."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place in a run, and where the run's processes meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def place() -> Place | None:
+    """What a launcher says, or None without one; raises LaunchError, naming the variable, for what makes no sense."""
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    world_size = _number("WORLD_SIZE", 1, None)
+    rank = _number("RANK", 0, world_size - 1)
+    local_rank = _number("LOCAL_RANK", 0, world_size - 1) if "LOCAL_RANK" in os.environ else 0
+    address = os.environ.get("MASTER_ADDR", "").strip()
+    if not address:
+        raise LaunchError(f"RANK is {rank} of WORLD_SIZE {world_size}, but MASTER_ADDR does not say where they meet: a "
+                          "launcher (deepspeed, torchrun) sets it to the name of the machine of rank 0")
+    return Place(rank, world_size, local_rank, address, _number("MASTER_PORT", 1, 65535))
+
+
+def rank() -> int:
+    """This process's rank, 0 where there is no launcher."""
+    return _number("RANK", 0, None) if "RANK" in os.environ else 0
+
+
+def _number(name: str, least: int, most: int | None) -> int:
+    text, allowed = os.environ.get(name), f"from {least} to {most}" if most is not None else f"of at least {least}"
+    with suppress(TypeError, ValueError):
+        if (value := int(text)) >= least and (most is None or value <= most):
+            return value
+    found = f"{name} is {text!r}" if text is not None else f"{name} is not set"
+    raise LaunchError(f"{found}: a launcher (deepspeed, torchrun) sets it to a whole number {allowed}; without one, "
+                      "RANK and WORLD_SIZE are not set")
+
+
+def follow() -> None:
+    """Have this process told by SIGTERM when the launcher that started it has ended; without one it follows nobody.
+
+    DeepSpeed's runner is followed, too: its launcher, which is our parent, does not notice that it has gone.
+    """
+    parent = os.getppid()
+    if "RANK" not in os.environ or _is_to_outlive(parent):
+        return
+    follow_parent(signal.SIGTERM, parent)
+    if _name(parent) in _FIRST_PROCESSES and any(name in os.environ for name in _KNOWN):
+        signal.raise_signal(signal.SIGTERM)  # it had gone before we looked
+    if "deepspeed.launcher.launch" in _command(parent):
+        runner = _parent(parent)
+        if "deepspeed" in _command(runner):
+            _when_ended(runner, signal.SIGTERM)
+
+
+def _is_to_outlive(parent: int) -> bool:
+    """Whether a shell started this process by nohup."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and _name(parent) in _SHELLS
+
+
+def _when_ended(pid: int, number: int) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+    except (AttributeError, OSError):  # no Linux of the last years, or it has just ended
+        return
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+
+    def wait() -> None:
+        poll.poll()
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, name="follow the runner", daemon=True).start()
+
+
+def _name(pid: int) -> str:
+    return _of_process(pid, "comm").strip()
+
+
+def _command(pid: int) -> str:
+    return _of_process(pid, "cmdline").replace("\0", " ")
+
+
+def _parent(pid: int) -> int:
+    fields = _of_process(pid, "stat").rpartition(")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def _of_process(pid: int, file: str) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+    return ""

@@ -1,0 +1,92 @@
+"""The processes of a run: how they meet and agree."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from launch.launcher import LaunchError, Place
+
+MEETING = timedelta(minutes=10)  # that the first process waits for the last
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    # Host-side agreement must not wait for the GPU, so it has a group of its own.
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values."""
+        if self.world_size == 1:
+            return value
+        votes = torch.tensor(value)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(votes)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(self.largest(int(flag)))
+
+    def share(self, value):
+        """The main process's value (any picklable), on every process."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every process's value (any picklable), by rank, on every process."""
+        box = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(box, value, group=self.host_group)
+        return box
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the main process's error, where it met one, on every process; it is the main one that says it."""
+        error = self.share(error)
+        if error is not None:
+            error.said_by_main = True
+            raise error
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)
+
+
+def own_gpu(place: Place | None) -> int:
+    """The GPU of this process; raises LaunchError where there is none for it."""
+    index, count = place.local_rank if place else 0, torch.cuda.device_count()
+    if index >= count:
+        raise LaunchError(f"LOCAL_RANK is {index}, but this process sees {count} GPUs (CUDA_VISIBLE_DEVICES "
+                          f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one process per GPU")
+    return index
+
+
+def meet(place: Place) -> dist.Store:
+    """The store at which the run's processes have met; raises LaunchError where they do not."""
+    where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+    try:
+        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=MEETING))
+    except (dist.DistError, RuntimeError, ValueError) as e:
+        text = str(e).splitlines()[0]
+        if "EADDRINUSE" in text:
+            reason = ("the port is in use, by another run or one that is just ending; give another MASTER_PORT "
+                      "(an option of launchers: --master_port)")
+        elif place.rank == 0 and "waiting for clients" in text:
+            reason = f"not all of WORLD_SIZE {place.world_size} processes have come within {MEETING}: {text}"
+        else:
+            reason = f"no meeting with the process of rank 0 within {MEETING} ({text})"
+        raise LaunchError(f"{where}: {reason}") from None
+    return store

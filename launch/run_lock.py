@@ -1,0 +1,172 @@
+"""A directory that a program writes into has one owner at a time: `.lock` in it says who, and is locked while he lives.
+
+The lock is the system's (`lockf`), so that it ends with its process, however that ends. Where a file system has no
+locks, host and process in the file decide.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from common.files import Record, make_directory, write_error
+from launch.processes import Processes
+
+NAME = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_held: set[Path] = set()  # by this process, which its own lock would not keep out
+
+
+class InUse(ValueError):
+    """A directory that another process writes into."""
+
+
+class Owner(Record):
+    """The process that holds a directory. started: when, to be told from a later process of the same number."""
+
+    host: str
+    pid: int
+    since: str
+    started: str | None
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(host=socket.gethostname(), pid=os.getpid(), since=now, started=_started(os.getpid()))
+
+    def has_ended(self) -> bool:
+        """Whether that is certain: on another host it is not."""
+        return self.host == socket.gethostname() and _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextmanager
+def owning(directory: Path, processes: Processes) -> Iterator[None]:
+    """Hold `directory` (made where there is none) for a run of these processes; the main one holds it for all.
+
+    Raises InUse on every process where another run holds it, and WriteError where nothing can be written. A lock whose
+    owner was killed is taken over, and that is said.
+    """
+    lock = error = None
+    if processes.is_main:
+        try:
+            lock = _Lock.take(directory)
+        except (InUse, OSError) as e:
+            error = e
+    processes.raise_together(error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@dataclass(frozen=True)
+class _Lock:
+    """made: whether there was no such directory before; then it goes again if nothing came into it."""
+
+    directory: Path
+    handle: int
+    made: bool
+
+    @classmethod
+    def take(cls, directory: Path) -> "_Lock":
+        made = not directory.exists()
+        directory = make_directory(directory).resolve()
+        path = directory / NAME
+        if directory in _held:
+            raise InUse(_refusal(path, Owner.this_process()))
+        try:
+            handle, former = _open(path)
+            os.truncate(handle, 0)
+            os.pwrite(handle, Owner.this_process().model_dump_json().encode(), 0)
+        except OSError as e:
+            raise write_error(path, e) from None
+        if former is not None:
+            print(f"{directory} was left by {former}, which did not end in order: taken over")
+        _held.add(directory)
+        return cls(directory, handle, made)
+
+    def release(self) -> None:
+        _held.discard(self.directory)
+        path = self.directory / NAME
+        with suppress(OSError):  # whoever removed the directory removed the lock
+            if os.path.samestat(path.stat(), os.fstat(self.handle)):
+                path.unlink()
+            if self.made and not any(self.directory.iterdir()):
+                self.directory.rmdir()
+        os.close(self.handle)
+
+
+def _open(path: Path) -> tuple[int, Owner | None]:
+    """The lock's file, locked, and who has left it; raises InUse."""
+    while True:
+        new, handle = _create(path)
+        try:
+            _lock(path, handle, new)
+            if os.path.samestat(path.stat(), os.fstat(handle)):
+                return handle, None if new else _read(handle)
+        except FileNotFoundError:  # its owner, ending, removed it between these lines: as if it had never been
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _create(path: Path) -> tuple[bool, int]:
+    """Whether the file is new, and a handle of it."""
+    while True:
+        with suppress(FileExistsError):
+            return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(FileNotFoundError):
+            return False, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _lock(path: Path, handle: int, new: bool) -> None:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        owner = _read(handle)
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            raise InUse(_refusal(path, owner)) from None
+        if e.errno not in _NO_LOCKS:
+            raise
+        if not new and not (owner and owner.has_ended()):
+            raise InUse(f"{_refusal(path, owner)} (its file system has no locks: if that has ended, remove {path})"
+                        ) from None
+
+
+def _read(handle: int) -> Owner | None:
+    """Who the file names; None where it is empty or damaged, as a kill may leave it."""
+    try:
+        return Owner.model_validate(json.loads(os.pread(handle, 1 << 12, 0)))
+    except (ValueError, ValidationError):
+        return None
+
+
+def _refusal(path: Path, owner: Owner | None) -> str:
+    text = f"{path.parent} is in use by {owner or 'another process'}"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if tasks != "1" and "RANK" not in os.environ:
+        text += (f"; SLURM started {tasks} tasks, and each is a run of its own: start one (--ntasks=1) of a launcher, "
+                 "such as torchrun, per node")
+    return text
+
+
+def _started(pid: int) -> str | None:
+    """What tells a process from others that have its number: this boot, and the clock tick it began at."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+    return None
