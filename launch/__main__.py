@@ -70,7 +70,7 @@ def _speak() -> None:
     """Let the main process's packages say what they chose and left out; the others only warn."""
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if launcher.rank() == 0 else logging.WARNING
-    for package in ("kernels", "lightningdit", "vavae", "launch"):
+    for package in ("common", "kernels", "lightningdit", "vavae", "launch"):
         logging.getLogger(package).setLevel(level)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from launch.engine import Processes
+from launch.processes import Processes
 
 
 class Skips:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 import kernels
-from launch import checkpoint, engine, sample
+from launch import checkpoint, engine, processes, sample
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
@@ -211,7 +211,7 @@ def test_a_solver_that_finds_no_step_names_samples_and_weights(weights, tmp_path
     assert no_npz(tmp_path)
 
 
-class Rank(engine.Processes):
+class Rank(processes.Processes):
     """One of several processes, run one after the other."""
 
     def barrier(self) -> None:

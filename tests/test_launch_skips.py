@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from launch import checkpoint
 from launch.config import load
-from launch.engine import Processes, start_processes
+from launch.engine import start_processes
 from launch.loader import SampleOrder
 from launch.optimizer import NonFinite
+from launch.processes import Processes
 from launch.skips import Skips
 from launch.train import make_trainer, run_training
 from lightningdit.task import LightningDiTTask
