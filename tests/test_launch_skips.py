@@ -22,17 +22,11 @@ from tests.children import launch
 from tests.host_reads import HostReads
 from vavae.task import VavaeTask
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 TASKS = {"lightningdit": LightningDiTTask, "vavae": VavaeTask}
 #: What makes a loss, or its gradient alone, not finite.
 FAULTS = {"loss": lambda loss: loss * torch.inf, "gradient": lambda loss: loss + (loss * 0).sqrt()}
-
-
-@pytest.fixture(autouse=True)
-def own_linear():
-    """ZeRO 3 puts its own linear function into torch for the rest of the process: not for other tests."""
-    real = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = real
 
 
 @pytest.fixture(scope="module")

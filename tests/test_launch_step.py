@@ -22,6 +22,8 @@ from tests import toy
 from tests.host_reads import HostReads
 from tests.operator_costs import moved_bytes
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -77,6 +79,17 @@ def test_master_weights_of_the_optimizer_are_those_that_deepspeed_would_keep():
     assert any(not torch.equal(t, t.bfloat16().float()) for t in weights.values())
     for network in (own, deepspeeds):
         assert all(torch.equal(p, weights[name].to(p.dtype)) for name, p in network.module.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_master_weights_and_average_start_from_unrounded_weights(stage):
+    """In bfloat16 too, in which DeepSpeed rounds them before the optimizer sees them."""
+    torch.manual_seed(0)
+    weights = {name: p for name, p in LightningDiT(NETWORK, OPS).named_parameters() if p.requires_grad}
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in weights.values())
+    state = engine(stage, True).full_state(keep=True)
+    for name, want in weights.items():
+        assert torch.equal(state["model"][name], want) and torch.equal(state["ema"][name], want), name
 
 
 def test_master_weights_are_written_and_read_unrounded():

@@ -19,17 +19,11 @@ from tests import toy
 from tests.children import Moment, free_port, launch
 from vavae.model import Decoder, Encoder
 
+pytestmark = pytest.mark.usefixtures("own_linear")
+
 TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
 MID_STEP = Moment("launch.engine:Engine", "step", 5)  # after the backward of step 5, before its update
 MID_SAVE = Moment("launch.checkpoint", "write_tensors", 3)
-
-
-@pytest.fixture(autouse=True)
-def own_linear():
-    """ZeRO 3 puts its own linear function into torch for the rest of the process: not for other tests."""
-    real = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = real
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +89,45 @@ def test_sigterm_ends_after_a_checkpoint(tmp_path, run_file):
 
 
 def test_the_number_of_processes_and_micro_batches_does_not_change_the_run(tmp_path, run_file):
+    """Losses and the norm of the gradients, whether processes hold parts of them (ZeRO 1) or all (0)."""
     path = str(run_file())
-    runs = {"one": (1, 8), "two": (2, 4), "cut": (2, 2)}
-    for name, (world_size, micro) in runs.items():
-        command = ("train", "lightningdit", path, f"train.exp_name={name}", f"train.micro_batch_size={micro}")
-        assert launch(*command, world_size=world_size) == [0] * world_size
+    runs = {"one": (1, 8, 1), "two": (2, 4, 0), "cut": (2, 2, 1)}
+    for name, (world_size, micro, stage) in runs.items():
+        changes = (f"train.exp_name={name}", f"train.micro_batch_size={micro}", f"deepspeed.zero_stage={stage}")
+        assert launch("train", "lightningdit", path, *changes, world_size=world_size) == [0] * world_size
     for name in ("two", "cut"):
         for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / name), strict=True):
             assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
             assert other["mse"] == pytest.approx(one["mse"], abs=1e-4)
+            assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_micro_batches_of_one_size_make_one_run_with_a_gan(tmp_path, run_file):
+    """BatchNorm and the adaptive weights are a micro-batch's: its size matters, who takes it does not."""
+    path = str(run_file("vavae", train={"micro_batch_size": 2, "max_steps": 4, "ckpt_every": 4}))
+    for name, world_size in (("one", 1), ("two", 2)):
+        assert launch("train", "vavae", path, f"train.exp_name={name}", world_size=world_size) == [0] * world_size
+    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert "d_loss" in one
+
+
+def test_the_optimizer_is_given_the_rate_that_the_log_says(run_file):
+    """Told from the weights alone: without decay, w − lr · m̂ / (√v̂ + eps) is what they become. With warm-up."""
+    optimizer = {"warmup_steps": 3, "final_lr_fraction": 0.1, "max_grad_norm": 0.0}
+    directory = train_here(run_file(train={"ckpt_every": 1}, optimizer=optimizer))
+    logged = {row["step"]: row["lr"] for row in rows(directory)}
+    assert logged[1] == pytest.approx(0.01 / 3) and logged[6] == pytest.approx(0.001)
+    found = {step: checkpoint.Checkpoint(directory / f"checkpoints/step_{step:07d}") for step in logged}
+    for step in range(2, 7):
+        before, after = found[step - 1].tensors("model"), found[step].tensors("model")
+        means, squares = found[step].tensors("model", "exp_avg"), found[step].tensors("model", "exp_avg_sq")
+        moves, updates = [], []
+        for name, mean in means.items():
+            updates.append((mean / (1 - 0.9**step) / ((squares[name] / (1 - 0.95**step)).sqrt() + 1e-8)).flatten())
+            moves.append((before[name] - after[name]).flatten())
+        move, update = torch.cat(moves).double(), torch.cat(updates).double()
+        assert float(move @ update / update.square().sum()) == pytest.approx(logged[step], rel=1e-3)
 
 
 @pytest.mark.parametrize(("stage", "precision", "world_size"), [
