@@ -1,0 +1,76 @@
+"""Mistakes in the benches."""
+
+from tests.mutations import Mistake
+
+MISTAKES = {
+    "milliseconds_of_events_for_seconds": Mistake(
+        "bench/measure/timing.py", "start.elapsed_time(end) / 1000 for", "start.elapsed_time(end) for",
+        "test_bench_device.py::test_seconds_of_laps_are_the_milliseconds_between_events",
+    ),
+    "a_lap_for_a_call": Mistake(
+        "bench/measure/timing.py", "sample / laps[name].calls for sample in samples", "sample for sample in samples",
+        "test_bench_timing.py::test_a_sample_is_a_lap_over_its_calls",
+    ),
+    "first_lap_of_a_burst_counts": Mistake(
+        "bench/measure/timing.py", "device.seconds(laps[name].run, counts[name] + 1)[1:]",
+        "device.seconds(laps[name].run, counts[name] + 1)",
+        "test_bench_timing.py::test_warm_up_and_the_first_lap_of_a_burst_do_not_count",
+    ),
+    "buffers_that_stay_in_the_l2": Mistake(
+        "bench/measure/timing.py", "max(FOOTPRINT, TIMES_L2 * l2_bytes) / moved", "FOOTPRINT / moved",
+        "test_bench_timing.py::test_buffers_exceed_the_l2_and_laps_a_millisecond",
+    ),
+    "nothing_put_back": Mistake(
+        "bench/measure/timing.py", "                _restore(laps[name])\n", "",
+        "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_burst",
+    ),
+    "bandwidth_of_an_h200": Mistake(
+        "bench/roofline.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
+        "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
+    ),
+    "rate_with_sparsity": Mistake(
+        "bench/roofline.py", "989e12, 1979e12, 4.8e12,", "1979e12, 3958e12, 4.8e12,",
+        "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
+    ),
+    "copy_counted_once": Mistake(
+        "bench/roofline.py", '{"copy": 2 * copied}', '{"copy": copied}',
+        "test_bench_timing.py::test_ceilings_are_rates_of_what_was_moved_and_multiplied",
+    ),
+    "limit_of_what_does_not_bind": Mistake(
+        "bench/roofline.py", 'if memory >= compute else', 'if memory < compute else',
+        "test_bench_timing.py::test_limits_and_what_binds",
+    ),
+    "fraction_upside_down": Mistake(
+        "bench/measure/contest.py", "flops_per_second / self.ceilings.matmul[dtype]}",
+        "self.ceilings.matmul[dtype] / flops_per_second}", "test_bench_contest.py::test_a_whole_job",
+    ),
+    "hours_of_one_gpu": Mistake(
+        "bench/step.py", "hours = IMAGES / (8 * rate) / 3600", "hours = IMAGES / rate / 3600",
+        "test_bench_step.py::test_rows_of_a_job",
+    ),
+    "unguided_calls_count_twice": Mistake(
+        "bench/sampling.py", "(2 * guided + unguided) *", "2 * (guided + unguided) *",
+        "test_bench_sampling.py::test_rows_of_a_job",
+    ),
+    "times_faster_upside_down": Mistake(
+        "bench/measure/contest.py", "{name: seconds / middle for", "{name: middle / seconds for",
+        "test_bench_contest.py::test_a_whole_job",
+    ),
+    "losses_of_speed_let_through": Mistake(
+        "bench/gate/compare.py", '"op": 0.05,', '"op": 0.5,',
+        "test_bench_regress.py::test_six_percent_of_one_op_fails_and_two_percent_does_not",
+    ),
+    "idle_time_of_kernels_that_overlap": Mistake(
+        "bench/measure/breakdown.py", "reached = max(reached, interval.end)", "reached = interval.end",
+        "test_bench_step.py::test_breakdown_by_hand",
+    ),
+    "wrong_results_timed": Mistake(
+        "bench/measure/work.py", '        if direction != "forward":\n            found',
+        '        if direction == "everything":\n            found',
+        "test_bench_baselines.py::test_a_wrong_peer_is_found",
+    ),
+    "rows_of_an_earlier_moment_count": Mistake(
+        "bench/measure/rows.py", "            found[name] = row\n", "            found.setdefault(name, row)\n",
+        "test_bench_ops.py::test_of_one_run_the_last_row_of_a_name_counts",
+    ),
+}  # fmt: skip

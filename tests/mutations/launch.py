@@ -1,0 +1,304 @@
+"""Mistakes in the programs."""
+
+from tests.mutations import Mistake
+
+ONE_EXTRACTION = "test_launch_extract.py::test_two_processes_write_a_half_each_and_together_the_same_set"
+SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
+WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
+EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
+TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
+CLOCK = "test_launch_progress.py::test_a_line_says_step_epoch_images_and_batch"
+SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
+
+MISTAKES = {
+    # More than one process.
+    "extraction_with_rank_0_everywhere": Mistake(
+        "launch/extract.py", "for r in (processes.rank, processes.rank + 1))", "for r in (0, 1))", ONE_EXTRACTION,
+    ),
+    "extraction_writes_as_rank_0_everywhere": Mistake(
+        "launch/extract.py", "LatentsWriter(output, rank=processes.rank,", "LatentsWriter(output, rank=0,",
+        ONE_EXTRACTION,
+    ),
+    "extraction_of_everything_by_every_process": Mistake(
+        "launch/extract.py", "for r in (processes.rank, processes.rank + 1))", "for r in (0, processes.world_size))",
+        ONE_EXTRACTION,
+    ),
+    "sampling_of_all_later_batches": Mistake(
+        "launch/sample.py", "starts[processes.rank :: processes.world_size]", "starts[processes.rank :]",
+        SHARED_BATCHES,
+    ),
+    "sampling_of_the_first_process_s_batches": Mistake(
+        "launch/sample.py", "starts[processes.rank :: processes.world_size]", "starts[:: processes.world_size]",
+        SHARED_BATCHES,
+    ),
+    "norm_added_up_over_processes_under_zero_0": Mistake(
+        "launch/engine.py", "partitioned=self._stage > 0)", "partitioned=True)",
+        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+    ),
+    "norm_of_one_partition_alone": Mistake(
+        "launch/optimizer.py", "            dist.all_reduce(total)\n", "",
+        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+    ),
+    "vote_to_stop_asks_for_all": Mistake(
+        "launch/engine.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
+        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+    ),
+    "stop_without_agreement": Mistake(
+        "launch/trainer.py", "return self.processes.any(self._stop_signal is not None)",
+        "return self._stop_signal is not None", "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+    ),
+    "meter_of_one_process": Mistake(
+        "launch/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
+        "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
+    ),
+    # Resume.
+    "train_ckpt_taken_again": Mistake(
+        "launch/trainer.py", "        return own.path\n", "        return named or own.path\n",
+        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+    ),
+    "weight_init_ignored": Mistake(
+        "launch/train.py", '        task.load_weights(run.train.weight_init, "model"', '        ("model"',
+        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+    ),
+    "weight_init_of_a_tokenizer_ignored": Mistake(
+        "launch/train.py", "        task.load_weights(run.train.weight_init)\n", "        pass\n",
+        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+    ),
+    "moments_not_taken_back": Mistake(
+        "launch/engine.py", "                self._write(name, key, values[name])", '''\
+                self._write(name, key, values[name] * (key != "exp_avg_sq"))''',
+        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+    ),
+    "counters_not_taken_back": Mistake(
+        "launch/trainer.py", '            engine.optimizer.set_counters(start.state["counters"][name])\n', "",
+        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+    ),
+    "resumed_a_step_late": Mistake(
+        "launch/trainer.py", "first_step=self.step + 1,", "first_step=self.step + 2,",
+        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+    ),
+    "newest_by_name_as_text": Mistake(
+        "launch/checkpoint.py", 'key=lambda p: int(p.name.removeprefix("step_")))', "key=lambda p: p.stat().st_mtime)",
+        "test_launch_checkpoint.py::test_newest_goes_by_step_not_by_time_or_size",
+    ),
+    "prune_keeps_the_oldest": Mistake(
+        "launch/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[keep:]",
+        "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
+    ),
+    "prune_keeps_one_more": Mistake(
+        "launch/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[: -keep - 1]",
+        "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
+    ),
+    "checkpoint_hash_not_compared": Mistake(
+        "launch/checkpoint.py", "if (found := sha256(path)) != entry.sha256:", "if not (found := sha256(path)):",
+        "test_launch_checkpoint.py::test_a_flipped_bit_is_named",
+    ),
+    "checkpoint_step_not_compared_with_its_name": Mistake(
+        "launch/checkpoint.py", "if named and int(named[1]) != found.step:", "if not named:",
+        "test_launch_checkpoint.py::test_without_a_manifest_it_is_no_checkpoint",
+    ),
+    "average_exported_as_weights": Mistake(
+        "launch/export.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
+        'checkpoint.weights("model", "ema"), checkpoint.weights("model", "ema")',
+        "test_launch_sample.py::test_export_of_a_network",
+    ),
+    # Validation.
+    "validation_draws_the_same_for_every_batch": Mistake(
+        "launch/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
+        "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    "validation_of_the_same_images": Mistake(
+        "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
+        "first = self.processes.rank * size", "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    "validation_of_the_first_process_s_images": Mistake(
+        "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
+        "first = number * size", "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    "validation_in_training_mode": Mistake(
+        "launch/trainer.py", "engine.train(False)", "engine.train()",
+        "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    "evaluation_mode_afterwards": Mistake(
+        "launch/trainer.py", "            engine.train()\n        means = meter.read()", '''\
+            engine.train(False)
+        means = meter.read()''', "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    # Clock and schedule.
+    "seconds_of_all_steps": Mistake(
+        "launch/progress.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
+        CLOCK,
+    ),
+    "eta_from_the_start": Mistake(
+        "launch/progress.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
+    ),
+    "milliseconds_for_seconds": Mistake(
+        "launch/progress.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
+        CLOCK,
+    ),
+    "images_of_one_process_per_second": Mistake(
+        "launch/progress.py", '"images_per_second": global_batch_size / per_step,',
+        '"images_per_second": 1 / per_step,',
+        CLOCK,
+    ),
+    "saving_counted_into_the_rate": Mistake(
+        "launch/trainer.py", '''\
+            if save or self._validates_now():
+                self._clock''', '''\
+            if self._validates_now():
+                self._clock''', "test_launch_train.py::test_validation_and_its_rows",
+    ),
+    "learning_rate_of_the_step_before": Mistake(
+        "launch/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
+        "engine.optimizer.set_lr(optimizer.lr_at(self.step - 1, self.plan.last_step))",
+        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+    ),
+    "warm_up_from_zero": Mistake(
+        "launch/config.py", "return self.lr * step / self.warmup_steps",
+        "return self.lr * (step - 1) / self.warmup_steps",
+        SCHEDULE,
+    ),
+    "cosine_without_a_floor": Mistake(
+        "launch/config.py", "(self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)", "cosine", SCHEDULE,
+    ),
+    "epochs_rounded_down": Mistake(
+        "launch/config.py", "return -(-self.max_epochs * num_images // self.global_batch_size)",
+        "return self.max_epochs * num_images // self.global_batch_size", SCHEDULE,
+    ),
+    # Precision.
+    "average_started_from_rounded_weights": Mistake(
+        "launch/engine.py", '            self._write(name, "ema", value)\n', "",
+        "test_launch_step.py::test_master_weights_are_written_and_read_unrounded",
+    ),
+    "sampling_in_another_precision": Mistake(
+        "launch/sample.py", "self.model.to(device, getattr(torch, self.settings.precision))", "self.model.to(device)",
+        "test_launch_sample.py::test_the_network_runs_in_the_precision_that_is_stated",
+    ),
+    "extraction_in_another_precision": Mistake(
+        "launch/extract.py", "tokenizer.to(getattr(torch, precision))", "tokenizer.to(torch.float32)",
+        "test_launch_extract.py::test_the_precision_that_is_stated_is_the_one_that_encodes",
+    ),
+    # Files.
+    "sample_parts_written_in_place": Mistake(
+        "launch/sample.py", '''\
+    with replacing(path) as file:
+        np.savez''', '''\
+    with open(path, "wb") as file:
+        np.savez''', WRITERS,
+    ),
+    # Extraction and sampling.
+    "mirrored_along_the_rows": Mistake(
+        "launch/extract.py", "images.flip(-1)", "images.flip(-2)",
+        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
+    ),
+    "one_noise_for_both": Mistake(
+        "launch/extract.py", "torch.cat(noise.unbind(1))", "torch.cat([noise[:, 0], noise[:, 0]])",
+        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
+    ),
+    "extraction_noise_of_the_class": Mistake(
+        "launch/extract.py", "seeds.EXTRACTION_NOISE, index)", "seeds.EXTRACTION_NOISE, 0)",
+        "test_launch_extract.py::test_noise_depends_on_seed_and_index_alone",
+    ),
+    "latents_decoded_as_they_are": Mistake(
+        "launch/sample.py", "self.tokenizer.decode(self.statistics.denormalise(latents))",
+        "self.tokenizer.decode(latents)", "test_launch_sample.py::test_the_pixels_are_the_decoded_denormalised_samples",
+    ),
+    "samples_not_looked_at": Mistake(
+        "launch/sample.py", "        if wrong:\n            by = ", "        if not indices:\n            by = ",
+        "test_launch_sample.py::test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept",
+    ),
+    # Loader.
+    "order_the_same_in_every_epoch": Mistake(
+        "launch/loader.py", "generator=generator(self.seed, epoch)", "generator=generator(self.seed, 0)", EPOCHS,
+    ),
+    "rest_of_an_epoch_dropped": Mistake(
+        "launch/loader.py", "np.divmod(np.arange(first + start, first + stop), self.num_samples)",
+        "np.divmod(np.arange(first + start, first + stop), self.num_samples - self.num_samples % 2)", EPOCHS,
+    ),
+    "split_by_rank_first": Mistake(
+        "launch/loader.py", "start = (micro * self.world_size + rank) * self.micro_batch_size",
+        "start = (micro + rank) * self.micro_batch_size", TIGHT_SPLIT,
+    ),
+    "split_that_overlaps": Mistake(
+        "launch/loader.py", "return start, start + self.micro_batch_size",
+        "return start, start + self.micro_batch_size + 1", TIGHT_SPLIT,
+    ),
+    # Optimizer.
+    "clipping_never": Mistake(
+        "launch/optimizer.py", ".clamp(max=1.0)", ".clamp(min=1.0)",
+        "test_kernels_launch_adamw.py::test_the_optimizer_trains_as_with_the_reference",
+    ),
+    "skipped_steps_counted_as_applied": Mistake(
+        "launch/optimizer.py", 'self.counters["applied"] += 1 - skipped', 'self.counters["applied"] += 1',
+        "test_launch_skips.py::test_a_skipped_step_touches_nothing",
+    ),
+    "loss_not_watched": Mistake(
+        "launch/optimizer.py", "self._loss_fault += (~torch.isfinite(loss)).float()", "self._loss_fault += 0",
+        "test_launch_skips.py::test_a_skipped_step_touches_nothing",
+    ),
+    "skipped_in_a_row_never_ends": Mistake(
+        "launch/optimizer.py", "in_a_row.add_(1).mul_(skipped)", "in_a_row.add_(skipped)",
+        "test_launch_skips.py::test_fewer_skipped_steps_in_a_row_than_that_do_not_stop_it",
+    ),
+    "statistics_of_skipped_steps_kept": Mistake(
+        "launch/engine.py", "buffer.copy_(torch.where(skipped, kept, buffer))", "buffer.copy_(buffer)",
+        "test_launch_skips.py::test_a_skipped_step_leaves_running_statistics_alone",
+    ),
+    # Configs and plans.
+    "overrides_at_the_top_alone": Mistake(
+        "launch/config.py", "    document[last] = parse(", "    document[key] = parse(",
+        "test_launch_config.py::test_overrides_reach_deep_values_and_null_sections",
+    ),
+    "keys_may_stand_twice": Mistake(
+        "launch/config_files.py", "            if name in lines:\n", "            if None in lines:\n",
+        "test_launch_config_files.py::test_what_cannot_be_read_is_said_in_a_line_with_its_file",
+    ),
+    "merge_replaces_sections": Mistake(
+        "launch/config_files.py",
+        "merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v",
+        "v", "test_launch_config.py::test_merge_goes_down",
+    ),
+    "gib_of_ten_to_the_nine": Mistake(
+        "launch/plan.py", "GIB = 2**30", "GIB = 10**9",
+        "test_launch_plan.py::test_memory_is_said_in_units_of_1024_cubed",
+    ),
+    "plan_without_master_weights": Mistake(
+        "launch/plan.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
+        "test_launch_plan.py::test_float32_keeps_a_master_copy_only_where_it_is_sharded",
+    ),
+    "other_packages_taken_for_ours": Mistake(
+        "launch/packages.py", 'if MARKS.get(name, b"") not in content:', "if not content:",
+        "test_launch_packages.py::test_a_file_of_ours_that_was_overwritten_is_named",
+    ),
+    # Evaluation.
+    "fid_with_half_of_the_cross_term": Mistake(
+        "launch/metrics.py", "sigma2.trace() - 2 * cross", "sigma2.trace() - cross",
+        "test_launch_metrics.py::test_frechet_distance_of_commuting_gaussians",
+    ),
+    "biased_covariance": Mistake(
+        "launch/metrics.py", "self._scatter / (self.count - 1)", "self._scatter / self.count",
+        "test_launch_metrics.py::test_statistics_do_not_depend_on_batches_and_keep_their_digits_far_from_zero",
+    ),
+    "nearest_neighbour_is_oneself": Mistake(
+        "launch/metrics.py", "kthvalue(k + 1, dim=1)", "kthvalue(k, dim=1)",
+        "test_launch_metrics.py::test_precision_recall_against_loops",
+    ),
+    "precision_and_recall_exchanged": Mistake(
+        "launch/metrics.py", "return _coverage(real.double(), fake.double(), k, block), _coverage(fake.double(), real",
+        "return _coverage(fake.double(), real.double(), k, block), _coverage(fake.double(), real",
+        "test_launch_metrics.py::test_precision_recall_against_loops",
+    ),
+    "inception_score_without_its_logarithm": Mistake(
+        "launch/metrics.py", "log_p.logsumexp(0) - math.log(len(part))", "log_p.mean(0)",
+        "test_launch_metrics.py::test_inception_score",
+    ),
+    "ssim_of_one_channel": Mistake(
+        "launch/metrics.py", "(0.01 * 255) ** 2, (0.03 * 255) ** 2", "0.01**2, 0.03**2",
+        "test_launch_metrics.py::test_ssim_against_the_formula_written_out",
+    ),
+    "rfid_of_the_originals": Mistake(
+        "launch/evaluation.py", "measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)",
+        "measure(originals, extractor, batch_size), measure(originals, extractor, batch_size)",
+        "test_launch_evaluate.py::test_reconstructions",
+    ),
+}  # fmt: skip

@@ -1,0 +1,225 @@
+"""Mistakes in the diffusion model: flow, sampler, network, latents."""
+
+from tests.mutations import Mistake
+
+PATHS = "test_lightningdit_flow.py::test_paths"
+CONVERSIONS = "test_lightningdit_flow.py::test_conversions"
+LOSSES = "test_lightningdit_flow.py::test_losses"
+RECORDED_MODEL = "test_lightningdit_model.py::test_output_and_gradients"
+LIKELIHOOD = "test_lightningdit_sampler.py::test_log_likelihood_of_gaussian_data"
+
+MISTAKES = {
+    # Flow.
+    "noise_and_data_exchanged": Mistake(
+        "lightningdit/flow.py", "return alpha * x1 + sigma * x0,", "return alpha * x0 + sigma * x1,", PATHS,
+    ),
+    "velocity_away_from_the_data": Mistake(
+        "lightningdit/flow.py", "d_alpha * x1 + d_sigma * x0", "d_alpha * x1 - d_sigma * x0", PATHS,
+    ),
+    "gvp_derivative": Mistake(
+        "lightningdit/flow.py", "return angle.cos(), -math.pi / 2 * angle.sin()", "return angle.cos(), -angle.sin()",
+        "test_lightningdit_flow.py::test_derivatives_are_derivatives",
+    ),
+    "score_with_another_sign": Mistake(
+        "lightningdit/flow.py", "self.noise_from_velocity(velocity, x, t) / -self.path",
+        "self.noise_from_velocity(velocity, x, t) / self.path", CONVERSIONS,
+    ),
+    "interval_starts_at_zero": Mistake(
+        "lightningdit/flow.py", "return (eps if starts_late else 0.0), end", "return 0.0, end",
+        "test_lightningdit_flow.py::test_training_interval",
+    ),
+    "interval_ends_at_one": Mistake(
+        "lightningdit/flow.py", "end = 1 - (last_step_size if sde and last_step_size else eps)", "end = 1 - eps",
+        "test_lightningdit_sampler.py::test_sde",
+    ),
+    "timesteps_uniform": Mistake(
+        "lightningdit/flow.py", "(logit_normal(u) if lognorm else u)", "u",
+        "test_lightningdit_flow.py::test_timesteps_are_the_published_function_of_normal_draws",
+    ),
+    "cosine_over_the_batch": Mistake(
+        "lightningdit/flow.py", "F.cosine_similarity(pred, velocity, dim=1)",
+        "F.cosine_similarity(pred, velocity, dim=2)",
+        LOSSES,
+    ),
+    "loss_weight_not_squared": Mistake(
+        "lightningdit/flow.py", '(diffusion / sigma) ** 2 if', '(diffusion / sigma) if', LOSSES,
+    ),
+    # Sampler.
+    "shift_the_other_way": Mistake(
+        "lightningdit/sampler.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)",
+        "test_lightningdit_sampler.py::test_time_grids",
+    ),
+    "guidance_begins_after_its_start": Mistake(
+        "lightningdit/sampler.py", "return t >= self.start", "return t > self.start",
+        "test_lightningdit_sampler.py::test_interval_start_itself_is_guided",
+    ),
+    "guidance_below_its_start": Mistake(
+        "lightningdit/sampler.py", "return t >= self.start", "return t <= self.start",
+        "test_lightningdit_sampler.py::test_unconditional_half_is_skipped_below_the_interval",
+    ),
+    "guidance_from_the_condition": Mistake(
+        "lightningdit/sampler.py", "        return uncond + scale * (cond - uncond)\n",
+        "        return cond + scale * (cond - uncond)\n", "test_lightningdit_sampler.py::test_guided_channels",
+    ),
+    "other_channels_unconditional": Mistake(
+        "lightningdit/sampler.py", "torch.cat([guided, cond[:, channels:]], dim=1)",
+        "torch.cat([guided, uncond[:, channels:]], dim=1)", "test_lightningdit_sampler.py::test_guided_channels",
+    ),
+    "dopri5_across_the_start_of_guidance": Mistake(
+        "lightningdit/sampler.py", "inside = [jump] if min(start, end) < jump < max(start, end) else []", "inside = []",
+        "test_lightningdit_sampler.py::test_no_adaptive_step_crosses_the_start_of_guidance",
+    ),
+    "weights_of_heun": Mistake(
+        "lightningdit/sampler.py", '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 2, 1 / 2))',
+        '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 4, 3 / 4))',
+        "test_lightningdit_sampler.py::test_order_of_convergence",
+    ),
+    "sde_noise_the_same_at_every_step": Mistake(
+        "lightningdit/sampler.py", "draw=k, device=y.device)", "draw=1, device=y.device)",
+        "test_lightningdit_sampler.py::test_every_step_of_the_sde_has_noise_of_its_own",
+    ),
+    "sde_noise_too_small": Mistake(
+        "lightningdit/sampler.py", "(2 * g * dt).sqrt() * noise", "(g * dt).sqrt() * noise",
+        "test_lightningdit_sampler.py::test_sde",
+    ),
+    "sde_drift_without_the_score": Mistake(
+        "lightningdit/sampler.py", " + g * transport.score(output, x, times)", "",
+        "test_lightningdit_sampler.py::test_sde",
+    ),
+    "likelihood_probed_by_the_starting_noise": Mistake(
+        "lightningdit/sampler.py", "draw=1, device=y.device) < 0", "draw=0, device=y.device) < 0",
+        "test_lightningdit_sampler.py::test_probes_of_the_likelihood_are_signs_of_their_own",
+    ),
+    "likelihood_without_the_divergence": Mistake(
+        "lightningdit/sampler.py", "standard_normal_logp(noise) + divergence",
+        "standard_normal_logp(noise) - divergence",
+        LIKELIHOOD,
+    ),
+    "noise_of_the_place_in_the_batch": Mistake(
+        "lightningdit/sampler.py", "generator=generator(seed, int(index), draw)) for index in indices]",
+        "generator=generator(seed, row, draw)) for row, _ in enumerate(indices)]",
+        "test_lightningdit_sampler.py::test_batching_does_not_change_samples",
+    ),
+    # Network.
+    "modulation_in_another_order": Mistake(
+        "lightningdit/model.py", "shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation",
+        "scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = modulation", RECORDED_MODEL,
+    ),
+    "gates_exchanged": Mistake(
+        "lightningdit/model.py", "self.mlp.last.pending_bias, gate_mlp)", "self.mlp.last.pending_bias, gate_attn)",
+        RECORDED_MODEL,
+    ),
+    "final_scale_and_shift_exchanged": Mistake(
+        "lightningdit/model.py", "shift, scale = self.adaLN_modulation(c)", "scale, shift = self.adaLN_modulation(c)",
+        RECORDED_MODEL,
+    ),
+    "eps_of_the_norms": Mistake(
+        "lightningdit/model.py", "EPS = 1e-6  #", "EPS = 1e-3  #", RECORDED_MODEL,
+    ),
+    "channels_before_patches": Mistake(
+        "lightningdit/model.py", "x.reshape(B, grid, grid, P, P, C).permute(0, 5, 1, 3, 2, 4)",
+        "x.reshape(B, grid, grid, P, P, C).permute(0, 5, 1, 4, 2, 3)", "test_lightningdit_model.py::test_unpatchify",
+    ),
+    "final_layer_not_zero": Mistake(
+        "lightningdit/model.py", "for linear in (*zeroed, self.final_layer.linear):", "for linear in zeroed:",
+        "test_lightningdit_model.py::test_starts_as_zero",
+    ),
+    "halves_of_rope_exchanged": Mistake(
+        "lightningdit/embeddings.py", "torch.cat([rows, columns], dim=-1)", "torch.cat([columns, rows], dim=-1)",
+        "test_lightningdit_model.py::test_rope_tables",
+    ),
+    "sines_before_cosines": Mistake(
+        "lightningdit/embeddings.py", "torch.cat([angles.cos(), angles.sin()], dim=1)",
+        "torch.cat([angles.sin(), angles.cos()], dim=1)", "test_lightningdit_model.py::test_timestep_embedding",
+    ),
+    "tables_rounded": Mistake(
+        "lightningdit/embeddings.py", "            if after.dtype.itemsize < 4:\n",
+        "            if after.dtype.itemsize < 2:\n",
+        "test_lightningdit_model.py::test_tables_stay_float32",
+    ),
+    "null_label_is_a_class": Mistake(
+        "lightningdit/task.py", 'y.masked_fill(draws["drop"], self.config.null_label)',
+        'y.masked_fill(draws["drop"], 0)',
+        "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
+    ),
+    "labels_dropped_in_validation": Mistake(
+        "lightningdit/task.py", 'return self._losses(networks["model"], batch["x"], batch["y"], draws)',
+        'return self._losses(networks["model"], batch["x"], batch["y"].masked_fill(draws["drop"], 0), draws)',
+        "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
+    ),
+    "cosine_term_not_minimised": Mistake(
+        "lightningdit/task.py", '{"loss": mse + cosine,', '{"loss": mse,',
+        "test_lightningdit_task.py::test_step_minimises_both_terms_and_logs_them_apart",
+    ),
+    "draws_of_every_step_the_same": Mistake(
+        "lightningdit/task.py", "generator(self._seed, step, salt, device=device)",
+        "generator(self._seed, 1, salt, device=device)",
+        "test_lightningdit_task.py::test_draws_are_of_seed_and_step_alone",
+    ),
+    "noise_and_times_of_one_stream": Mistake(
+        "lightningdit/task.py", "_INIT, _NOISE, _TIMES, _DROPS = range(1, 5)",
+        "_INIT, _NOISE, _TIMES, _DROPS = 1, 2, 2, 2",
+        "test_lightningdit_task.py::test_draws_have_their_distributions",
+    ),
+    "logit_normal_a_step_short": Mistake(
+        "lightningdit/task.py", "step <= self._lognorm_until)", "step < self._lognorm_until)",
+        "test_lightningdit_task.py::test_logit_normal_ends_after_its_step",
+    ),
+    # Latents.
+    "normalised_by_the_variance": Mistake(
+        "lightningdit/data.py", "np.divide(x, self._std, out=x)", "np.divide(x, self._std**2, out=x)",
+        "test_lightningdit_data.py::test_published_items_in_order",
+    ),
+    "multiplier_divides": Mistake(
+        "lightningdit/data.py", "np.multiply(x, np.float32(self.statistics.multiplier), out=x)",
+        "np.divide(x, np.float32(self.statistics.multiplier), out=x)",
+        "test_lightningdit_data.py::test_other_multipliers",
+    ),
+    "mean_added_before_the_deviation": Mistake(
+        "lightningdit/latents.py", "return z * std / self.multiplier + mean",
+        "return (z + mean) * std / self.multiplier",
+        "test_lightningdit_data.py::test_statistics_and_the_way_back",
+    ),
+    "flips_the_same_in_every_epoch": Mistake(
+        "lightningdit/data.py", "mix(self.seed, epochs, indices)", "mix(self.seed, indices)",
+        "test_lightningdit_data.py::test_flips_are_a_fair_hash_of_seed_epoch_and_index",
+    ),
+    "shard_of_the_next_latent": Mistake(
+        "lightningdit/data.py", 'np.searchsorted(self._ends, indices, side="right")',
+        'np.searchsorted(self._ends, indices, side="left")',
+        "test_lightningdit_data.py::test_gathering_from_many_shards",
+    ),
+    "checksums_not_compared": Mistake(
+        "lightningdit/data.py", 'if verify and (found := file_entry(path)["sha256"]) != entry.sha256:',
+        "if not listed:",
+        "test_lightningdit_latents.py::test_flipped_bit",
+    ),
+    "statistics_of_the_last_shard": Mistake(
+        "lightningdit/latents.py", "merge_moments(record.moments for record in records)",
+        "merge_moments(record.moments for record in records[-1:])",
+        "test_lightningdit_latents.py::test_statistics_are_of_the_whole_set",
+    ),
+    "latents_that_are_not_finite_stored": Mistake(
+        "lightningdit/latents.py", "torch.isfinite(latents).all() & torch.isfinite(", "torch.isfinite(",
+        "test_lightningdit_latents.py::test_writer_refuses",
+    ),
+    "record_of_a_shard_written_in_place": Mistake(
+        "lightningdit/latents.py", 'write_json(path.with_suffix(".json"), record)',
+        'path.with_suffix(".json").write_text(json.dumps(record))',
+        "test_common_writers.py::test_nothing_else_writes_files",
+    ),
+    "shards_not_synchronised": Mistake(
+        "common/tensors.py", "    with replacing(path) as f:\n        write_safetensors(f, tensors, metadata)",
+        '    with open(path, "wb") as f:\n        write_safetensors(f, tensors, metadata)',
+        "test_common_writers.py::test_nothing_else_writes_files",
+    ),
+    "export_written_in_place": Mistake(
+        "lightningdit/weights.py", "    with replacing(tensors_path) as f:\n",
+        '    with open(tensors_path, "wb") as f:\n',
+        "test_common_writers.py::test_nothing_else_writes_files",
+    ),
+    "flops_without_attention": Mistake(
+        "lightningdit/cost.py", "feed_forward + 2 * N * D", "feed_forward",
+        "test_lightningdit_config.py::test_flops_are_those_torch_counts",
+    ),
+}  # fmt: skip
