@@ -113,7 +113,7 @@ def test_what_a_test_draws_is_of_its_name_alone(drawn, request):
 def test_a_child_that_hangs_fails_its_test(monkeypatch):
     """It is killed, which must not look like the SIGKILL that a test sends."""
     monkeypatch.setattr(children, "_context", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(children, "_child", lambda argv, rank, *_: rank == 1 and signal.pause())
+    monkeypatch.setattr(children, "_child", lambda rank, *_: rank == 1 and signal.pause())
     with pytest.raises(TimeoutError, match=r"train x: after 0\.5 s still running: ranks \[(0, )?1(, 2)?\]"):
         children.launch("train", "x", world_size=3, limit=0.5)
 

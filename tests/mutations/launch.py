@@ -40,12 +40,12 @@ MISTAKES = {
         "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
     ),
     "vote_to_stop_asks_for_all": Mistake(
-        "launch/engine.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
+        "launch/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "stop_without_agreement": Mistake(
-        "launch/trainer.py", "return self.processes.any(self._stop_signal is not None)",
-        "return self._stop_signal is not None", "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+        "launch/trainer.py", "self.processes.largest(stop.number or 0)", "(stop.number or 0)",
+        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "meter_of_one_process": Mistake(
         "launch/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
