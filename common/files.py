@@ -15,6 +15,8 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from common.sections import describe_problem
+
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
 _BLOCK = 1 << 24
 _SEAL = "checksum"
@@ -177,9 +179,7 @@ def _first_problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"]))
-    got = repr(problem["input"])
-    return f"{where or 'its content'}: {problem['msg']}, got {got if len(got) < 80 else got[:77] + '…'}"
+    return ("" if problem["loc"] else "its content: ") + describe_problem(problem)
 
 
 def sha256(path: Path | str) -> str:

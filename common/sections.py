@@ -109,10 +109,11 @@ _WANTED = {
 
 def describe(error: ValidationError) -> str:
     """Every problem of a validation as `key: what is wanted (got …)`."""
-    return "; ".join(_problem(item) for item in error.errors(include_url=False))
+    return "; ".join(describe_problem(item) for item in error.errors(include_url=False))
 
 
-def _problem(item: Any) -> str:
+def describe_problem(item: Any) -> str:
+    """One of `ValidationError.errors()`, in the same way."""
     kind, got, path = item["type"], item["input"], list(item["loc"])
     if kind == "value_error":
         message = str(item["ctx"]["error"])

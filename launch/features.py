@@ -82,7 +82,7 @@ class FoundationFeatures:
         beside = Path(path).with_suffix(".json")
         try:
             facts = read_json(beside)
-            config, grid = FoundationConfig(**facts["config"]), facts["grid"]
+            config, grid = FoundationConfig.read(facts["config"], "config"), facts["grid"]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} needs {beside.name} beside it, with its config and grid: {e}") from None
         model = FoundationModel.from_config(config.model_copy(update={"weights": str(path)}), grid)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from common.files import FileError, Record, make_directory, read_record, replacing, sha256, write_sealed
+from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, as_float32, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
 from lightningdit.latents import LatentStatistics, StatisticsRecord
@@ -99,9 +100,9 @@ def read_export(path: Path | str) -> Export:
 
 def _config(source: Path, content: dict) -> ModelConfig:
     try:
-        return ModelConfig(**content)
-    except ValueError as e:
-        raise WeightsError(f"{source} has a config that is none: {e}") from None
+        return ModelConfig.read(content, f"{source} has a config that is none")
+    except SectionError as e:
+        raise WeightsError(str(e)) from None
 
 
 def export_paths(path: Path | str) -> tuple[Path, Path]:

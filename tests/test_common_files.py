@@ -137,3 +137,12 @@ def test_a_file_is_described_by_size_and_hash(tmp_path):
     path.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4's example
     assert files.file_entry(path) == {"bytes": 3, "sha256": known}
+
+
+def test_faults_of_a_record_are_said_in_plain_words(tmp_path):
+    for content, words in (([], "its content: "), ({"step": "4", "parts": {}}, "step: a whole number is wanted"),
+                           ({"step": 4}, "parts: is missing")):  # fmt: skip
+        files.write_json(tmp_path / "a.json", content)
+        with pytest.raises(FileError, match=f"a.json is damaged: {words}") as e:
+            files.read_record(tmp_path / "a.json", Example)
+        assert "Input should" not in str(e.value) and "Example" not in str(e.value)

@@ -73,6 +73,16 @@ def test_a_home_directory_of_nobody_is_an_error(capsys):
     assert "no home directory ~nobody-of-that-name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("setting", "words"), [
+    ("a={b: 1, b: 2}", "b was already given"), ("a=010", "base 8"), ("a=[1", "not YAML"), ("a", "form key=value"),
+])
+def test_facts_are_read_as_run_files_are(setting, words):
+    given = evaluate._parse(["--samples", "x", "--set", setting])
+    with pytest.raises(ValueError, match=words) as e:
+        evaluate._metadata(given, None)
+    assert f"--set {setting!r}" in str(e.value)
+
+
 @pytest.mark.parametrize("gpus", ["0", "-1"])
 def test_a_plan_is_for_one_process_or_more(run_files, capsys, gpus):
     assert main(["train", "lightningdit", run_files["lightningdit"], "--dry-run", f"--gpus={gpus}"]) == 2
@@ -93,7 +103,8 @@ def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, mo
 @pytest.mark.parametrize(("pattern", "only"), [
     (r"type=Path\b", {"bench"}),  # the benches take no run files, and a shell expands their paths
     (r"\byaml\.(safe_)?load", {"launch/config_files.py"}),
-    (r"\bmodel_validate\(", {"common/sections.py", "launch/config.py"}),
+    (r"\bmodel_validate\(|(Config|Section)\(\*\*",
+     {"common/sections.py", "launch/config.py", "lightningdit/config.py"}),
 ])
 def test_nothing_reads_its_input_in_a_way_of_its_own(pattern, only):
     found = {str(path.relative_to(ROOT)) for path in SOURCES if re.search(pattern, path.read_text())}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from common.files import Record, make_directory, read_record, replacing, write_sealed
+from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
@@ -139,9 +140,9 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
     if facts.kind != "vavae":
         raise WeightsError(f"{beside} is of kind {facts.kind!r}, not 'vavae'")
     try:
-        return AutoencoderConfig(**facts.config)
-    except ValueError as e:
-        raise WeightsError(f"{beside} has a config that is none: {e}") from None
+        return AutoencoderConfig.read(facts.config, f"{beside} has a config that is none")
+    except SectionError as e:
+        raise WeightsError(str(e)) from None
 
 
 def fingerprint(model: nn.Module) -> str:
