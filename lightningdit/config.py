@@ -7,7 +7,7 @@ A wrong value raises pydantic's `ValidationError`, a ValueError that names the k
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from common.sections import (
     AboveZero,
@@ -21,7 +21,6 @@ from common.sections import (
     Probability,
     Section,
     Size,
-    describe,
     nearest,
 )
 
@@ -184,10 +183,7 @@ class ModelSection(Section):
         """
         given = self.model_dump(exclude={"model_type", "in_chans"}, exclude_none=True)
         given |= dict(input_size=input_size, num_classes=num_classes, in_channels=self.in_chans)
-        try:
-            return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
-        except ValidationError as e:
-            raise ValueError(describe(e)) from None
+        return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
 
 
 class TransportConfig(Section):

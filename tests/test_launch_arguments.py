@@ -11,6 +11,7 @@ from launch.__main__ import main
 from launch.arguments import local_path
 from tests import toy
 from tests.published import FILES
+from vavae.config import StageConfig
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("common", "launch", "lightningdit", "vavae", "bench")
@@ -81,6 +82,12 @@ def test_facts_are_read_as_run_files_are(setting, words):
     with pytest.raises(ValueError, match=words) as e:
         evaluate._metadata(given, None)
     assert f"--set {setting!r}" in str(e.value)
+
+
+def test_no_section_speaks_to_the_user_in_the_words_of_its_library(run_files, monkeypatch, capsys):
+    monkeypatch.setattr(train, "run_training", lambda run, kind: StageConfig(epochs="two"))
+    assert main(["train", "vavae", run_files["vavae"]]) == 2
+    assert capsys.readouterr().err.startswith("error: epochs: a whole number is wanted (got 'two')\n")
 
 
 @pytest.mark.parametrize("gpus", ["0", "-1"])

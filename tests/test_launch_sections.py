@@ -106,6 +106,8 @@ def test_a_wrong_value_is_said_in_plain_words_with_its_key(section):
     ({"train": {"exp_name": "../x"}}, "train.exp_name: '../x' is no name of a folder below output_dir"),
     ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: a finite number is wanted (got inf)"),
     ({"model": {"model_type": None}}, "model: give model_type (one of "),
+    ({"model": {"hidden_size": 10, "depth": 1, "num_heads": 3, "patch_size": 1}},
+     "model: hidden_size 10 is not a multiple of num_heads 3"),
     ({"kernels": {"swigl": "cuda"}}, "kernels: no op is called 'swigl'; did you mean 'swiglu'?"),
     ({"deepspeed": {"overrides": 5}}, "deepspeed.overrides: a mapping of keys to values is wanted (got 5)"),
     ({"deepspeed": {"overrides": {1: 2}}},
