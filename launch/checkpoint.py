@@ -61,6 +61,26 @@ class Manifest(Record):
     files: dict[Annotated[str, StringConstraints(pattern=_FILE_NAME)], FileRecord]
 
 
+class MeterState(Record):
+    """What one process had added to its `Meter` (`launch.progress`)."""
+
+    sums: dict[str, tuple[float, Annotated[float, Field(ge=0)]]]
+    counts: tuple[str, ...]
+
+
+class RowState(Record):
+    """What belongs to a row of the log that was not yet due. `meters`: by rank, all with the same names."""
+
+    meters: tuple[MeterState, ...] = Field(min_length=1)
+    skipped_steps: tuple[dict[str, Any], ...]
+
+    @model_validator(mode="after")
+    def _same_names(self) -> "RowState":
+        if any(meter.sums.keys() != self.meters[0].sums.keys() for meter in self.meters):
+            raise ValueError("the processes' meters have other names")
+        return self
+
+
 class State(Record):
     """`state.json`: all that is not a tensor. `counters` are those of `AdamWEma` by network."""
 
@@ -74,6 +94,7 @@ class State(Record):
     ops: dict[str, Any]
     config: dict[str, Any]
     versions: dict[str, str]
+    since_last_row: "RowState | None" = None
 
     @model_validator(mode="after")
     def _agrees_with_counters(self) -> "State":

@@ -1,5 +1,6 @@
 """The launcher that started this process: what it says in the environment, and that this process ends with it."""
 
+import logging
 import os
 import select
 import signal
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from launch.lifetime import follow_parent
 
+log = logging.getLogger(__name__)
+GRACE = 30.0  # seconds that DeepSpeed's launcher and torchrun give a process to end
+_warned = False
 _KNOWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun and by DeepSpeed's launcher
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh"}
 _FIRST_PROCESSES = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit"}  # they adopt orphans
@@ -74,6 +78,15 @@ def follow() -> None:
         runner = _parent(parent)
         if "deepspeed" in _command(runner):
             _when_ended(runner, signal.SIGTERM)
+
+
+def warn_of_grace(seconds: float) -> None:
+    """Say, once, where a checkpoint takes longer than launchers wait between a signal and a kill."""
+    global _warned
+    if seconds > GRACE and not _warned and "RANK" in os.environ:
+        _warned = True
+        log.warning("a checkpoint took %.0f s, but launchers kill a process %.0f s after they signal it: one begun at "
+                    "a signal would be lost; signal the processes, not the launcher", seconds, GRACE)
 
 
 def _is_to_outlive(parent: int) -> bool:

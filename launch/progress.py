@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,21 +55,36 @@ class Meter:
         self._sums = {}
         return row
 
+    def state_dict(self) -> dict:
+        """What was added in this process since the last reading, exact, for a checkpoint."""
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        return {"sums": dict(zip(self._sums, sums, strict=True)), "counts": sorted(self._counts)}
+
+    def load_state_dicts(self, states: Sequence[dict], rank: int, world_size: int, device: torch.device) -> None:
+        """Take back what the processes of a run had added; of another number of them, the first process takes all."""
+        names = states[0]["sums"]
+        self._counts = set(states[0]["counts"])
+        whole = [[state["sums"][name] for name in names] for state in states]
+        parts = torch.tensor(whole, dtype=torch.float64, device=device).view(len(states), len(names), 2)
+        if len(states) != world_size:
+            parts = torch.cat([parts.sum(0, keepdim=True), parts.new_zeros(world_size - 1, *parts.shape[1:])])
+        self._sums = dict(zip(names, parts[rank], strict=True))
+
 
 class Clock:
-    """Images per second since the last reading, and the time left."""
+    """Images per second since the last reading, and the time left. `now` gives seconds."""
 
-    def __init__(self):
-        self._time = time.perf_counter()
-        self._step: int | None = None
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._time, self._step = now(), 0
 
     def start(self, step: int) -> None:
-        self._time, self._step = time.perf_counter(), step
+        """Begin to measure after `step`: what came before, such as saving, does not count."""
+        self._time, self._step = self._now(), step
 
     def read(self, step: int, last_step: int, global_batch_size: int) -> dict[str, float]:
         """Rates over the steps since `start` or the last reading."""
-        now = time.perf_counter()
-        per_step = (now - self._time) / max(step - self._step, 1)
+        per_step = (self._now() - self._time) / max(step - self._step, 1)
         self.start(step)
         return {
             "images_per_second": global_batch_size / per_step,

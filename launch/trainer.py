@@ -1,6 +1,7 @@
 """The one loop, for every task: steps, accumulation, logging, validation, checkpoints, signals. It knows no model."""
 
 import platform
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from common.files import write_json
 from common.tensors import load_strict
 from kernels.compilation import cache_directory
 from kernels.registry import Ops
-from launch import checkpoint
+from launch import checkpoint, launcher
 from launch.config import OptimizerConfig, TrainConfig
 from launch.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.engine import Engine, compile_mode
@@ -98,10 +99,10 @@ class Trainer:
             self._load_weights(start)
         task.to(processes.device)
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
+        self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
         if start is not None:
             self._load_states(start)
         self._skips = Skips(self.engines, self.step, train.log_every, processes.device)
-        self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
         self._start_counters = self._read_counters()
 
     def run(self) -> int | None:
@@ -139,7 +140,7 @@ class Trainer:
             # A signal to any process, asked of all of them, so that all stop after the same step.
             stopped_by = self.processes.largest(stop.number or 0) if self.step < last else 0
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
-            if save or self.step % train.log_every == 0:
+            if self.step % train.log_every == 0 or self.step == last:
                 self._log(log)
             if self._validates_now():
                 self._validate(log)
@@ -281,8 +282,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
+        begin = time.perf_counter()
         networks = {name: engine.full_state(keep=self.processes.is_main) for name, engine in self.engines.items()}
-        counters = self._read_counters()
+        counters, meters = self._read_counters(), self.processes.gather(self._meter.state_dict())
+        self._skipped_steps += self._skips.read(self.step, self.processes)
         if self.processes.is_main:
             state = {
                 "kind": self.plan.kind,
@@ -295,10 +298,12 @@ class Trainer:
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "deepspeed": version("deepspeed")},
                 "world_size": self.processes.world_size,
+                "since_last_row": {"meters": meters, "skipped_steps": self._skipped_steps},
             }
             checkpoint.save(self._checkpoints, state, networks)
             if self.plan.train.keep_checkpoints:
                 checkpoint.prune(self._checkpoints, self.plan.train.keep_checkpoints)
+            launcher.warn_of_grace(time.perf_counter() - begin)
         self.processes.barrier()
 
     @property
@@ -380,10 +385,19 @@ class Trainer:
             for key, tensors in start.states(name, shapes):
                 engine.load_states({key: tensors})
             engine.optimizer.set_counters(start.state["counters"][name])
+        self._resume_row(start)
         if self.processes.is_main:
             print(f"resuming from {start.path} after step {self.step}")
             for change in config_changes(start.state["config"], self.plan.config):
                 print(f"resuming with a changed config: {change}")
+
+    def _resume_row(self, start: checkpoint.Checkpoint) -> None:
+        """Take back what belongs to the row that was not yet due; checkpoints of before this was kept have none."""
+        kept = start.state.get("since_last_row")
+        if kept is not None:
+            processes = self.processes
+            self._meter.load_state_dicts(kept["meters"], processes.rank, processes.world_size, processes.device)
+            self._skipped_steps = list(kept["skipped_steps"])
 
     def _make_engine(self, network: nn.Module) -> Engine:
         o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
