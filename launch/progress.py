@@ -26,17 +26,21 @@ class Meter:
     """
 
     def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}  # name → [sum of finite values, how many]
+        self._sums: dict[str, torch.Tensor] = {}  # name → [weighted sum of finite values, sum of their weights]
         self._counts: set[str] = set()  # names of integers
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Add one micro-batch's scalars; nothing is copied to the host."""
+    def add(self, values: dict[str, torch.Tensor], weight: float = 1.0) -> None:
+        """Add one micro-batch's scalars; nothing is copied to the host.
+
+        weight: of the micro-batch in a mean, such as its part of a step; integers have none.
+        """
         for name, value in values.items():
             if not value.is_floating_point():
                 self._counts.add(name)
+            counted = 1.0 if name in self._counts else weight
             value = value.detach().double()
             finite = torch.isfinite(value)
-            entry = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.double()])
+            entry = counted * torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.double()])
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def read(self) -> dict[str, float | None]:
@@ -84,8 +88,9 @@ class Clock:
 
     def read(self, step: int, last_step: int, global_batch_size: int) -> dict[str, float]:
         """Rates over the steps since `start` or the last reading."""
-        per_step = (self._now() - self._time) / max(step - self._step, 1)
-        self.start(step)
+        now = self._now()
+        per_step = (now - self._time) / max(step - self._step, 1)
+        self._time, self._step = now, step
         return {
             "images_per_second": global_batch_size / per_step,
             "seconds_per_step": per_step,

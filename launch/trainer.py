@@ -186,12 +186,14 @@ class Trainer:
                 stepped.append(name)
 
             here = {name: value[start:stop] for name, value in draws.items()}
-            self._meter.add(self.task.train_step(self.engines, batch, here, self.step, backward))
+            logs = self.task.train_step(self.engines, batch, here, self.step, backward)
+            self._meter.add(logs, self.split.micro_batch_size / self.split.global_batch_size)
             for name in stepped:
                 self.engines[name].step()
         for name in stepped:
             prefix = "" if len(self.engines) == 1 else f"{name}/"
-            self._meter.add({f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm})
+            norm = {f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm}
+            self._meter.add(norm, 1 / self.processes.world_size)
         verdicts = {name: self.engines[name].optimizer.verdict for name in stepped}
         self._skips.note(self.step, verdicts)
         skipped = torch.stack(list(verdicts.values()))[:, 0].any()

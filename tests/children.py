@@ -19,12 +19,16 @@ _context.set_forkserver_preload(["launch.train", "launch.trainer", "launch.engin
 
 @dataclass(frozen=True)
 class Moment:
-    """The `call`-th call (from 1) of `owner.name`, such as Moment("launch.checkpoint", "save_file", 2)."""
+    """The `call`-th call (from 1) of `owner.name`, such as Moment("launch.checkpoint", "write_json", 2).
+
+    rank: where it strikes; None: on every process.
+    """
 
     module: str
     name: str
     call: int
     signal: int = signal.SIGKILL
+    rank: int | None = None
 
 
 def launch(
@@ -79,7 +83,7 @@ def _child(rank: int, world_size: int, port: int, argv, at: Moment | None, log: 
         os.dup2(handle, 1)
         os.dup2(handle, 2)
     _join(rank, world_size, port)
-    if at is not None:
+    if at is not None and at.rank in (None, rank):
         _strike(at)
     from launch.__main__ import run
 

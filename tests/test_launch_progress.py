@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import WriteError
-from launch.progress import Log, Meter, cut_rows, describe
+from launch.progress import Clock, Log, Meter, cut_rows, describe
 
 
 def rows(path):
@@ -123,3 +123,40 @@ def test_a_line_says_step_epoch_images_and_batch():
     text = describe(row(3, loss=0.12345, skipped=0))
     assert "step       3/9  epoch 0.75  images 24  (batch 8)" in text and "loss 0.1235" in text
     assert "skipped" not in text and "skipped 2" in describe(row(3, skipped=2))
+
+
+def scripted(*times: float):
+    """A clock that shows these seconds, one after the other."""
+    return iter(times).__next__
+
+
+def test_every_figure_of_the_clock(tmp_path):
+    clock = Clock(scripted(0.0, 100.0, 106.0, 108.0))
+    clock.start(10)  # at 100 s
+    assert clock.read(13, 43, 512) == {"seconds_per_step": 2.0, "images_per_second": 256.0, "eta_seconds": 60.0}
+    assert clock.read(17, 43, 512) == {"seconds_per_step": 0.5, "images_per_second": 1024.0, "eta_seconds": 13.0}
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(59.4, "0m59s"), (60, "1m00s"), (3599.4, "59m59s"), (7380, "2h03m")])
+def test_the_time_left_is_said_in_hours_and_minutes(seconds, said):
+    assert describe(row(3) | {"eta_seconds": seconds}).endswith(f"eta {said}")
+
+
+def test_a_meter_goes_on_from_what_it_had(tmp_path):
+    """Through JSON, and whoever goes on: a mean is of steps, whatever parts they came in."""
+    parts = [Meter(), Meter()]
+    for meter, value in zip(parts, (1.0, 3.0), strict=True):  # a step in two parts
+        meter.add({"loss": torch.tensor(value), "unreadable": torch.tensor(1)}, 0.5)
+    states = json.loads(json.dumps([meter.state_dict() for meter in parts]))
+    for world_size in (1, 2, 3):
+        found = [Meter() for _ in range(world_size)]
+        for rank, meter in enumerate(found):
+            meter.load_state_dicts(states, rank, world_size, torch.device("cpu"))
+        sums = [meter.state_dict()["sums"] for meter in found]
+        assert [sum(s["loss"][i] for s in sums) for i in (0, 1)] == [2.0, 1.0]
+        assert sum(s["unreadable"][0] for s in sums) == 2
+        assert world_size != 2 or [meter.state_dict() for meter in found] == states
+    alone = Meter()
+    alone.load_state_dicts(states, 0, 1, torch.device("cpu"))
+    alone.add({"loss": torch.tensor(5.0), "unreadable": torch.tensor(0)}, 1.0)  # the next step, whole
+    assert alone.read() == {"loss": 3.5, "unreadable": 2}

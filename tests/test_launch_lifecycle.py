@@ -1,0 +1,209 @@
+"""How a run ends: by a signal to one of its processes, with its launcher, and in order."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import checkpoint, launcher, lifetime
+from launch.launcher import LaunchError, Place, place
+from launch.lifetime import StopRequest
+from tests import toy
+from tests.children import Moment, alive, launch
+
+_fork = multiprocessing.get_context("fork")
+TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def run_file(tmp_path) -> str:
+    toy.write_latents(tmp_path / "latents")
+    train = {"output_dir": str(tmp_path), "log_every": 4, "ckpt_every": 100}
+    return str(toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")},
+                             train=train))  # fmt: skip
+
+
+def rows(directory: Path) -> list[dict]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return condition()
+
+
+# --- a signal
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, run_file):
+    """Between two rows: the rows are then those of a run that was never stopped."""
+    number = signal.SIGTERM
+    command = ("train", "lightningdit", run_file)
+    assert launch(*command, "train.exp_name=whole", world_size=2) == [0, 0]
+    moment = Moment("launch.engine:Engine", "step", 2, number, rank=1)
+    log = tmp_path / "log"
+    statuses = launch(*command, "train.exp_name=stopped", world_size=2, at=moment, log=log)
+    assert statuses == [128 + number] * 2
+    assert checkpoint.newest(tmp_path / "stopped/checkpoints").step == 2
+    assert not rows(tmp_path / "stopped")  # none is due before step 4
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
+    assert f"stopped by {number.name} after step 2" in said[0] and "stopped by" not in said[1]
+    assert launch(*command, "train.exp_name=stopped", world_size=2) == [0, 0]
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    assert [row["step"] for row in rows(tmp_path / "whole")] == [4, 6]
+
+
+def test_a_row_that_was_not_due_goes_on_on_another_number_of_processes(tmp_path, run_file):
+    command = ("train", "lightningdit", run_file)
+    assert launch(*command, "train.exp_name=whole") == [0]
+    moment = Moment("launch.engine:Engine", "step", 3, signal.SIGTERM, rank=0)
+    assert launch(*command, "train.exp_name=stopped", world_size=2, at=moment) == [128 + signal.SIGTERM] * 2
+    assert launch(*command, "train.exp_name=stopped") == [0]
+    for one, other in zip(rows(tmp_path / "stopped"), rows(tmp_path / "whole"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("numbers", "at", "ends"), [
+    ((signal.SIGTERM, signal.SIGTERM), 9.0, False), ((signal.SIGTERM, signal.SIGTERM), 11.0, True),
+    ((signal.SIGINT, signal.SIGINT), 1.0, False), ((signal.SIGINT, signal.SIGINT), 3.0, True),
+    ((signal.SIGINT, signal.SIGTERM), 9.0, False),
+])  # fmt: skip
+def test_a_second_signal_ends_at_once_unless_it_is_a_copy(numbers, at, ends):
+    def child():
+        now = [0.0]
+        with StopRequest(lambda: now[0]) as stop:
+            signal.raise_signal(numbers[0])
+            assert stop.number == numbers[0]
+            now[0] = at
+            signal.raise_signal(numbers[1])
+            assert stop.number == numbers[0]
+        os._exit(7)
+
+    process = _fork.Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == (-numbers[1] if ends else 7)
+
+
+# --- the launcher
+
+
+@pytest.mark.parametrize(("variables", "said"), [
+    ({"RANK": ""}, "WORLD_SIZE is not set"),
+    ({"RANK": "", "WORLD_SIZE": "2"}, r"RANK is '': .* from 0 to 1"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is '2': .* from 0 to 1"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two': .* of at least 1"),
+    ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
+    ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, r"LOCAL_RANK is '-1'"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR does not say where they meet"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, r"MASTER_PORT is 'http'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, r"MASTER_PORT is '70000': .* 65535"),
+])  # fmt: skip
+def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, said):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=said):
+        place()
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, None), ({"WORLD_SIZE": "1"}, None),
+    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"},
+     Place(1, 2, 0, "node-0", 29500)),
+])  # fmt: skip
+def test_the_place_that_a_launcher_gives(monkeypatch, variables, expected):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert place() == expected
+
+
+def _launch_below(argv: list[str], port: int) -> None:
+    """A launcher: starts the program as its child, and only waits."""
+    if os.fork() == 0:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}  # fmt: skip
+        from launch.__main__ import run
+
+        run(argv)
+    os.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, number):
+    from tests.children import _context as forkserver
+    from tests.children import free_port
+
+    argv = ["train", "lightningdit", run_file, "train.max_steps=1000000", "train.log_every=1"]
+    parent = forkserver.Process(target=_launch_below, args=(argv, free_port()))
+    parent.start()
+    lock = tmp_path / "run" / ".lock"
+    assert wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and rows(tmp_path / "run"))
+    child = json.loads(lock.read_text())["pid"]
+    assert child != parent.pid and alive(child)
+    os.kill(parent.pid, number)
+    parent.join(60)
+    assert wait_until(lambda: not alive(child)), "the run goes on without its launcher"
+    assert checkpoint.newest(tmp_path / "run/checkpoints").state["step"] > 0 and not lock.exists()
+
+
+def test_a_checkpoint_slower_than_a_launchers_patience_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(launcher, "_warned", False)
+    monkeypatch.setenv("RANK", "0")
+    for seconds in (29.0, 41.0, 55.0):
+        launcher.warn_of_grace(seconds)
+    (message,) = caplog.messages
+    assert "took 41 s" in message and "30 s after" in message
+
+
+# --- the order of leaving
+
+
+def _leave(tmp: Path, what: str) -> None:
+    handle = os.open(tmp / "said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    lifetime.LEAVING = 1.0
+    import atexit
+
+    atexit._clear()
+    atexit.register(print, "registered")
+
+    def first():
+        print("first")
+        if what == "hangs":
+            time.sleep(600)
+        if what == "fails":
+            raise RuntimeError("fault of a library")
+
+    if what == "thread":
+        threading.Thread(target=time.sleep, args=(600,)).start()
+    lifetime.leave(0 if what != "status" else 5, first)
+
+
+@pytest.mark.parametrize(("what", "status", "said"), [
+    ("nothing", 0, "first\nregistered\n"), ("status", 5, "first\nregistered\n"), ("thread", 0, "first\nregistered\n"),
+    ("hangs", 1, ""), ("fails", 1, "first\nregistered\n"),
+])  # fmt: skip
+def test_a_process_leaves_in_order_and_within_seconds(tmp_path, what, status, said):
+    process = _fork.Process(target=_leave, args=(tmp_path, what))
+    process.start()
+    process.join(60)
+    assert process.exitcode == status
+    text = (tmp_path / "said").read_text()
+    assert said in text and ("fault of a library" in text) == (what == "fails")
