@@ -22,14 +22,17 @@ class Refusing:
 @pytest.mark.parametrize("launched", [False, True])
 def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     """DeepSpeed finds out which of its ops could be compiled, with compilers, when its list of them is looked at."""
-    asked, names = {}, ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    for name, value in zip(names, "021", strict=True):
+    asked = {}
+    said = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "there", "MASTER_PORT": "29500"}
+    for name, value in said.items():
         monkeypatch.setenv(name, value)
         if not launched:
             monkeypatch.delenv(name)
     monkeypatch.setattr(engine, "uses_cuda", lambda: True)
     monkeypatch.setattr(engine.deepspeed, "ops", Refusing())
     monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(engine, "meet", lambda place: asked.update(met=place))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: asked.update(backend=backend))
@@ -41,7 +44,7 @@ def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     found = engine.start_processes()
     assert found.device == asked["device"] == torch.device("cuda", int(launched))
     assert asked["backend"] == asked["dist_backend"] == "nccl" and asked["dist_init_required"] is False
-    assert found.host_group == ("gloo" if launched else None)
+    assert found.host_group == ("gloo" if launched else None) and ("met" in asked) == launched
     assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
 
 
