@@ -192,9 +192,9 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
 
 
 def as_text(result: dict) -> str:
-    """The figures first, then what they are figures of, a line each."""
+    """The figures first, then what they are figures of, a line each (but a thousand names of classes)."""
     figures = [f"{name:<15} {value:.4f}" for name, value in result["metrics"].items()]
     skipped = [f"{name:<15} not measured: {reason}" for name, reason in result["skipped"].items()]
-    facts = [f"{k:<15} {v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes")]
+    facts = [f"{k:<15} {v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes", "classes")]
     notes = [f"note: {note}" for note in result["notes"]]
     return "\n".join([*figures, *skipped, "", *facts, *notes])

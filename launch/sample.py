@@ -2,9 +2,10 @@
 
 `sample.fid_num` images, label of image i being i modulo the number of classes (or those of --labels, one image each),
 in DIR/samples.npz: `arr_0` uint8 [N, H, W, 3] as the ADM evaluator takes it, `arr_1` the labels; what made them in
-DIR/samples.json, a picture of the first ones in DIR/samples.png. Image i depends on `sample.seed` and i alone: an
-interrupted run goes on with the images it lacks, and the number of processes changes nothing. With `sample.likelihood`
-the npz also holds `log_likelihood` [N], of the normalised latents under the model in nats.
+DIR/samples.json, with the names of the classes where the model knows them, a picture of the first ones in
+DIR/samples.png. Image i depends on `sample.seed` and i alone: an interrupted run goes on with the images it lacks, and
+the number of processes changes nothing. With `sample.likelihood` the npz also holds `log_likelihood` [N], of the
+normalised latents under the model in nats.
 
 --demo: the eight images of the published demo (scale 9, neither interval nor shift).
 """
@@ -213,6 +214,8 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
         "latents": found.latents.to_json(),
         "settings": settings.model_dump(),
     }
+    if "classes" in found.extra:
+        facts["classes"] = found.extra["classes"]
     return generator, facts
 
 
@@ -250,7 +253,8 @@ def _require_same(description: Path, ours: dict) -> None:
     theirs = read_json(description)
     if not isinstance(theirs, dict):
         raise FileError(f"{description} is damaged: it describes no images")
-    different = [key for key in ours if theirs.get(key) != ours[key]]
+    # The names of classes change no image, and samples begun before they were kept go on.
+    different = [key for key in ours if theirs.get(key) != ours[key] and key != "classes"]
     if different:
         first = different[0]
         raise ConfigError(

@@ -18,7 +18,7 @@ from launch.plan import Network, RunPlan
 from launch.run_lock import owning
 from lightningdit.data import LatentDataset
 from lightningdit.model import LightningDiT
-from lightningdit.task import LightningDiTTask, check_latents
+from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
 if TYPE_CHECKING:
     from launch.processes import Processes
@@ -112,7 +112,11 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
     if run.train.weight_init is not None:
         # As published: its training went on from `model`. The average is the better network to start from.
         task.load_weights(run.train.weight_init, "model" if run.preset == "paper" else "ema")
-    return task, None if run.data.valid_path is None else _open(run, run.data.valid_path)
+    if run.data.valid_path is None:
+        return task, None
+    validation = _open(run, run.data.valid_path)
+    check_classes(task.batches, validation)
+    return task, validation
 
 
 def _open(run: Run, folder: str) -> "LatentDataset | ImageFolder":
@@ -135,7 +139,7 @@ def plan(run: Run, kind: str, processes: int) -> RunPlan:
     """
     check_run(run)
     train, absent = run.train, _backends_missing(run)
-    num_images, assumed = run.data.num_images, True
+    num_images, assumed, opened = run.data.num_images, True, []
     for key in ("data_path", "valid_path"):
         folder = getattr(run.data, key)
         if folder is None:
@@ -143,9 +147,11 @@ def plan(run: Run, kind: str, processes: int) -> RunPlan:
         if not Path(folder).exists():
             absent.append(f"data.{key} {folder}")
             continue
-        found = len(_open(_uncached(run), folder))
+        opened.append(_open(_uncached(run), folder))
         if key == "data_path":
-            num_images, assumed = found, False
+            num_images, assumed = len(opened[0]), False
+    if kind == "lightningdit" and len(opened) == 2:
+        check_classes(*opened)
     networks, frozen, latents = _vavae_costs(run) if kind == "vavae" else _lightningdit_costs(run)
     if train.global_batch_size % processes:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")

@@ -62,13 +62,15 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     state = checkpoint.state
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
+    names = {"classes": state["task"]["classes"]} if "classes" in state["task"] else {}
     return Export(
         config=stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit").network(),
         state=checkpoint.weights("model", weights),
         step=checkpoint.step,
         weights=weights,
         latents=_statistics_of(checkpoint),
-        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"]},
+        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"],
+               **names},
     )
 
 

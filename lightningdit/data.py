@@ -1,5 +1,6 @@
 """Training data of a diffusion run: a latents directory as a pure function of (seed, epoch, index)."""
 
+import logging
 import math
 import os
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightningdit.latents import (
 )
 from lightningdit.seeds import mix
 
+log = logging.getLogger(__name__)
 VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
 
 
@@ -82,8 +84,8 @@ class LatentDataset:
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int) -> "LatentDataset":
-        """The training set of a `data` section."""
-        return cls(
+        """The training set of a `data` section; what it is of is logged."""
+        latents = cls(
             config.data_path,
             latent_norm=config.latent_norm,
             latent_multiplier=config.latent_multiplier,
@@ -92,6 +94,10 @@ class LatentDataset:
             seed=seed,
             verify=config.verify,
         )
+        classes = latents.classes or ()
+        names = f" of {len(classes):,} classes ({', '.join(classes[:3])}{', …' * (len(classes) > 3)})" * bool(classes)
+        log.info("%s: %s latents%s", latents.path, f"{len(latents):,}", names)
+        return latents
 
     def __len__(self) -> int:
         return int(self._ends[-1])

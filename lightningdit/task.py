@@ -120,12 +120,17 @@ class LightningDiTTask:
         return {"loss": mse + cosine, "mse": mse, "cos_loss": cosine}
 
     def state_dict(self) -> dict:
-        """How the latents were normalised and how many there are: a checkpoint is of no use without."""
-        return {"latents": self.batches.statistics.to_json(), "num_images": len(self.batches)}
+        """How the latents were normalised, how many there are and, where known, the names of their classes: a
+        checkpoint is of no use without."""
+        state = {"latents": self.batches.statistics.to_json(), "num_images": len(self.batches)}
+        return state if self.batches.classes is None else state | {"classes": list(self.batches.classes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError where the checkpoint's latents are not this run's."""
+        """Raises ValueError where the checkpoint's latents are not this run's. Names of classes that only one of them
+        has, such as latents or checkpoints from before names were kept, are no difference."""
         own = self.state_dict()
+        if "classes" not in state:
+            own.pop("classes", None)
         different = [f"{key}: {state.get(key)} there, {own[key]} here" for key in own if state.get(key) != own[key]]
         if different:
             found = "; ".join(different)
@@ -137,3 +142,13 @@ def check_latents(latents: LatentDataset, model: ModelConfig) -> None:
     wanted = (model.in_channels, model.input_size, model.input_size)
     if latents.shape != wanted:
         raise ValueError(f"{latents.path} has latents of {latents.shape}; the model takes (C, H, W) = {wanted}")
+
+
+def check_classes(training: LatentDataset, validation: LatentDataset) -> None:
+    """Raise ValueError, naming both folders, where a label is another class in one than in the other."""
+    theirs, ours = validation.classes, training.classes
+    if theirs is not None and ours is not None and theirs != ours:
+        label = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        what = f"{len(ours)} and {len(theirs)} classes" if label is None else f"{ours[label]!r} and {theirs[label]!r}"
+        where = "" if label is None else f" for label {label}"
+        raise ValueError(f"{training.path} and {validation.path} are of other classes: {what}{where}")

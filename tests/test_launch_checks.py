@@ -97,6 +97,15 @@ def test_latents_of_another_shape_are_refused_by_both(tmp_path, run_file, capsys
         assert re.search(r"others has latents of \(3, 4, 4\); the model takes .* \(4, 4, 4\)", capsys.readouterr().err)
 
 
+def test_validation_latents_of_other_classes_are_refused_by_both(tmp_path, run_file, capsys):
+    toy.write_latents(tmp_path / "latents", classes=("a", "b", "c"))
+    toy.write_latents(tmp_path / "others", classes=("b", "c", "d"))
+    arguments = ["train", "lightningdit", str(run_file("lightningdit")), f"data.valid_path={tmp_path / 'others'}"]
+    for more in ([], ["--dry-run"]):
+        assert main([*arguments, *more]) == 2
+        assert "others are of other classes: 'a' and 'b' for label 0" in capsys.readouterr().err
+
+
 def test_a_plan_says_what_this_machine_lacks(tmp_path, run_file, capsys):
     arguments = ["train", "lightningdit", str(run_file("lightningdit")), "--dry-run", "kernels={swiglu: cuda}"]
     assert main([*arguments, "data.valid_path=/absent/latents"]) == 0

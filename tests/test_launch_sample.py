@@ -14,7 +14,7 @@ from launch import checkpoint, engine, processes, sample
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
-from launch.trained import build_tokenizer, diffusion_weights, from_checkpoint
+from launch.trained import build_tokenizer, diffusion_weights, find_checkpoint, from_checkpoint
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
@@ -50,7 +50,7 @@ def weights(tmp_path_factory):
     save_published(root / "published.pt", state, state | ema)
     description = toy.checkpoint_state(
         7, "lightningdit", config=run.model_dump(mode="json"),
-        task={"latents": STATISTICS.to_json(), "num_images": 60},
+        task={"latents": STATISTICS.to_json(), "num_images": 60, "classes": ["cat", "dog", "été"]},
     )  # fmt: skip
     checkpoint.save(root / "run" / "checkpoints", description, {"model": {"model": state, "ema": ema}})
     return root
@@ -91,6 +91,23 @@ def test_images_labels_and_facts(weights, tmp_path):
     assert all(len(value) == 64 for value in facts["hashes"].values())
     assert Image.open(tmp_path / "a" / "samples.png").size[0] > 8
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["samples.json", "samples.npz", "samples.png"]
+
+
+def test_names_of_classes_come_with_samples_and_exports_but_do_not_make_them_others(weights, tmp_path, capsys):
+    export(find_checkpoint(weights / "run"), tmp_path / "net")
+    run = a_run(weights).model_copy(update={"ckpt_path": str(tmp_path / "net.safetensors")})
+    sample.generate(run, tmp_path / "a")
+    description = tmp_path / "a" / "samples.json"
+    facts = json.loads(description.read_text())
+    assert facts["classes"] == json.loads((tmp_path / "net.json").read_text())["classes"] == ["cat", "dog", "été"]
+    del facts["classes"]  # as samples from before names were kept
+    description.write_text(json.dumps(facts))
+    sample.generate(run, tmp_path / "a")
+    assert "is already there" in capsys.readouterr().out
+    unnamed = document(weights) | {"ckpt_path": str(weights / "published.pt")}
+    unnamed["data"] |= {"latent_norm": False}
+    npz = sample.generate(LightningDiTRun.model_validate(unnamed), tmp_path / "b")
+    assert "classes" not in json.loads(npz.with_name("samples.json").read_text())
 
 
 def test_the_pixels_are_the_decoded_denormalised_samples(weights, tmp_path):

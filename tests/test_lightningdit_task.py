@@ -1,16 +1,20 @@
 """The training task: what each step draws, what it minimises, and that it learns."""
 
+import json
+
 import pytest
 import torch
 from scipy import stats
 
 import kernels
 from lightningdit.config import DataConfig, ModelConfig, SampleConfig, TransportConfig
+from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentsWriter, finish
 from lightningdit.sampler import sample
-from lightningdit.task import LightningDiTTask
+from lightningdit.task import LightningDiTTask, check_classes
 from lightningdit.weights import save_published
+from tests import toy
 
 MODEL = ModelConfig(
     input_size=4, patch_size=1, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=3,
@@ -186,6 +190,48 @@ def test_state_names_other_latents(latents, ops, tmp_path):
         t.load_state_dict(wrong)
     with pytest.raises(ValueError, match="num_images: None there, 60 here"):
         t.load_state_dict({"latents": state["latents"]})
+
+
+NAMED = {"none": None, "abc": ("a", "b", "c"), "abd": ("a", "b", "d")}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """The same latents under several names of their classes, or none."""
+    root = tmp_path_factory.mktemp("named")
+    return {key: toy.write_latents(root / key, classes=classes) for key, classes in NAMED.items()}
+
+
+@pytest.mark.parametrize(("there", "here", "same"), [
+    ("abc", "abc", True), ("abc", "abd", False), ("none", "none", True),
+    ("none", "abc", True), ("abc", "none", True),  # names that only one of them has are no difference
+])  # fmt: skip
+def test_names_of_classes_are_kept_and_compared_where_both_are_known(named, ops, there, here, same):
+    state = json.loads(json.dumps(task(named[there], ops).state_dict()))  # as a checkpoint holds it
+    assert state.get("classes") == (None if there == "none" else list(NAMED[there]))
+    if same:
+        task(named[here], ops).load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match=r"other latents than .*classes: \['a', 'b', 'c'\] there"):
+            task(named[here], ops).load_state_dict(state)
+
+
+def test_validation_must_have_the_same_classes(named, tmp_path):
+    a, b, none = (LatentDataset(named[key]) for key in ("abc", "abd", "none"))
+    for pair in ((a, a), (a, none), (none, b)):
+        check_classes(*pair)
+    with pytest.raises(ValueError, match=r"abc and .*abd are of other classes: 'c' and 'd' for label 2"):
+        check_classes(a, b)
+    fewer = LatentDataset(toy.write_latents(tmp_path / "fewer", classes=("a", "b")))
+    with pytest.raises(ValueError, match=r"are of other classes: 3 and 2 classes"):
+        check_classes(a, fewer)
+
+
+@pytest.mark.parametrize(("key", "want"), [("none", "20 latents"), ("abc", "20 latents of 3 classes (a, b, c)")])
+def test_what_is_trained_on_is_said(named, caplog, key, want):
+    with caplog.at_level("INFO", "lightningdit"):
+        LatentDataset.from_config(DataConfig(data_path=str(named[key]), num_classes=3), seed=0)
+    assert caplog.messages == [f"{named[key]}: {want}"]
 
 
 def test_data_must_fit_the_model(latents, ops):

@@ -1,5 +1,6 @@
 """Small real inputs for tests of the programs: latents, images, run files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,14 @@ VAVAE = {
 }
 
 
-def write_latents(directory: Path, count: int = 20) -> Path:
+def write_latents(directory: Path, count: int = 20, classes: Sequence[str] | None = None) -> Path:
     """`count` latents [4, 4, 4] of 3 classes in two shards, with statistics and manifest."""
     generator = torch.Generator().manual_seed(0)
     writer = latents.LatentsWriter(directory, shard_size=12)
     plain = 3 * torch.randn(count, 4, 4, 4, generator=generator) + 1
     writer.add(plain, plain.flip(-1), torch.arange(count) % 3)
     writer.close()
-    latents.finish(directory)
+    latents.finish(directory, classes=classes)
     return directory
 
 

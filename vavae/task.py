@@ -22,6 +22,7 @@ from vavae.config import (
 from vavae.data import ImageFolder
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
+from vavae.image_files import shortened
 from vavae.images import psnr, to_uint8
 from vavae.loss import (
     Forward,
@@ -137,10 +138,11 @@ class VavaeTask:
         return {"classes": list(self.batches.classes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError where the checkpoint was trained on other classes."""
-        if state["classes"] != list(self.batches.classes):
-            raise ValueError(f"the checkpoint was trained on other classes ({state['classes'][:5]} …) than "
-                             f"{self.batches.root} has ({list(self.batches.classes[:5])} …)")
+        """Raises ValueError where the checkpoint was trained on other classes, as far as it names them."""
+        theirs, ours = state.get("classes"), list(self.batches.classes)
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"the checkpoint was trained on {len(theirs):,} other classes ({shortened(theirs, 5)}) "
+                             f"than the {len(ours):,} of {self.batches.root} ({shortened(ours, 5)})")
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
         """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32.
