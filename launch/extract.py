@@ -84,7 +84,11 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
         check_round_trip(tokenizer, images, least_psnr, source)
         tokenizer.to(getattr(torch, precision))
         first, last = (len(images) * r // processes.world_size for r in (processes.rank, processes.rank + 1))
+        if not processes.is_main:
+            processes.barrier()  # the main process marks the directory as begun, alone
         writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
+        if processes.is_main:
+            processes.barrier()
         grid = run.data.image_size // tokenizer.config.downsample_ratio
         batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
                            batch_bounds(first + writer.position, last, shard_size, batch_size))
