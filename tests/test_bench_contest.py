@@ -4,17 +4,19 @@ import multiprocessing
 import signal
 import time
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from bench.measure.contest import TIME_IS_UP, Contest, rests_on
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.progress import ENDED, Ready, Timed
 from bench.measure.rows import NAMES, Log, read
 from bench.measure.timing import Lap, Timing
+from bench.roofline import Ceilings
 
 ROOT = Path(__file__).parents[1]
 NAMES["toy"] = ("contender",)
@@ -99,6 +101,14 @@ def test_a_whole_job(tmp_path):
     assert first["per_second"] == pytest.approx(1 / 0.03)
     assert first["rests_on"] == WHOLE and (first["about"], first["seen"], first["peak_gb"]) == ("a", True, None)
     assert rests_on(first) == "" and first["samples"] == 4 * 5, "parts have equal time: the slower one's samples count"
+
+
+def test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    contest = replace(toy(), ceilings=Ceilings(4e12, {torch.bfloat16: 8e14, torch.float32: 5e13}))
+    assert contest.limits(4e14) == {"mfu": pytest.approx(4e14 / 989e12), "fraction": 0.5}
+    assert contest.limits(1e13, torch.float32) == {"mfu": None, "fraction": 0.2}
+    assert toy().limits(4e14) == {"mfu": None, "fraction": None}, "on a CPU"
 
 
 def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():

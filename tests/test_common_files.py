@@ -132,7 +132,9 @@ def test_a_record_keeps_what_it_does_not_know(tmp_path):
     assert (found.step, found.parts, found.later) == (4, {"a": (1, 2)}, [3])
 
 
-def test_a_file_is_described_by_size_and_hash(tmp_path):
+@pytest.mark.parametrize("block", [files._BLOCK, 2])
+def test_a_file_is_described_by_size_and_hash(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(files, "_BLOCK", block)
     path = Path(tmp_path / "a")
     path.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-4's example

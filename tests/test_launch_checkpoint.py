@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from common.files import file_entry, read_json, write_json
 from launch import checkpoint
 from launch.checkpoint import Checkpoint, CheckpointError
 from tests import toy
@@ -97,6 +98,32 @@ def test_without_a_manifest_it_is_no_checkpoint(tmp_path):
     (path / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         _ = Checkpoint(path).state
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"step": 4}, r"step 4 where the optimizers have counted 3"),
+    ({"step": -3}, r"step: .*, got -3"),
+    ({"counters": {"model": {"applied": 1.0, "skipped": 1.0}}}, r"step 3 where the optimizers have counted 2"),
+    ({"counters": {"model": {"applied": 3.0}}}, r"counted 2"),
+])  # fmt: skip
+def test_a_step_that_its_counters_contradict_is_refused(tmp_path, change, says):
+    path = checkpoint.save(tmp_path, state_at(3), networks())
+    written = tmp_path / "state.json"
+    write_json(written, state_at(3) | change)
+    written.replace(path / "state.json")
+    manifest = read_json(path / "manifest.json")
+    del manifest["checksum"]
+    manifest["files"]["state.json"] = file_entry(path / "state.json")
+    write_json(path / "manifest.json", manifest)
+    with pytest.raises(CheckpointError, match=rf"state\.json is damaged: .*{says}"):
+        _ = Checkpoint(path).state
+
+
+def test_a_step_under_the_name_of_another_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, state_at(3), networks()).rename(tmp_path / "step_0000004")
+    with pytest.raises(CheckpointError, match=r"step_0000004/manifest\.json says step 3, which is not that of its"):
+        _ = Checkpoint(path).state
+    assert Checkpoint(path.rename(tmp_path / "kept")).state["step"] == 3, "a copy by another name is one"
 
 
 def test_prune_keeps_the_highest_steps(tmp_path):

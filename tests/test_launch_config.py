@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.config import ConfigError, OptimizerConfig, load
+from launch.config import ConfigError, OptimizerConfig, TrainConfig, load
 from launch.config_files import merge
 from tests.published import LIGHTNINGDIT_OPTIONAL, LIGHTNINGDIT_YAML, TOKENIZER_OPTIONAL, TOKENIZER_YAML
 
@@ -211,6 +211,11 @@ def test_validation_needs_data_and_defaults_to_checkpoints(published):
 
 def test_merge_goes_down():
     assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": 6}) == {"a": {"b": 5, "c": 2}, "d": 3, "e": 6}
+
+
+@pytest.mark.parametrize(("epochs", "images", "batch", "steps"), [(1, 8, 8, 1), (1, 9, 8, 2), (3, 10, 8, 4)])
+def test_the_last_step_of_so_many_epochs_ends_them(epochs, images, batch, steps):
+    assert TrainConfig(max_epochs=epochs, global_batch_size=batch).steps(images) == steps
 
 
 def test_learning_rate_schedule():

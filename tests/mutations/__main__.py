@@ -87,7 +87,7 @@ def judge(chosen: Mapping[str, Mistake | KernelMistake], jobs: int, root: Path =
             if outcome.found is None:
                 say(name, outcome)
             else:
-                limits[name] = 60 + 10 * outcome.seconds
+                limits[name] = 30 + 10 * outcome.seconds
         free: queue.Queue[Path] = queue.Queue()
         for tree in trees:
             free.put(tree)

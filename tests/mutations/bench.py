@@ -42,7 +42,8 @@ MISTAKES = {
     ),
     "fraction_upside_down": Mistake(
         "bench/measure/contest.py", "flops_per_second / self.ceilings.matmul[dtype]}",
-        "self.ceilings.matmul[dtype] / flops_per_second}", "test_bench_contest.py::test_a_whole_job",
+        "self.ceilings.matmul[dtype] / flops_per_second}",
+        "test_bench_contest.py::test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run",
     ),
     "hours_of_one_gpu": Mistake(
         "bench/step.py", "hours = IMAGES / (8 * rate) / 3600", "hours = IMAGES / rate / 3600",

@@ -33,11 +33,11 @@ MISTAKES = {
     ),
     "norm_added_up_over_processes_under_zero_0": Mistake(
         "launch/engine.py", "partitioned=self._stage > 0)", "partitioned=True)",
-        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+        "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     "norm_of_one_partition_alone": Mistake(
         "launch/optimizer.py", "            dist.all_reduce(total)\n", "",
-        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+        "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     "vote_to_stop_asks_for_all": Mistake(
         "launch/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "checkpoint_step_not_compared_with_its_name": Mistake(
         "launch/checkpoint.py", "if named and int(named[1]) != found.step:", "if not named:",
-        "test_launch_checkpoint.py::test_without_a_manifest_it_is_no_checkpoint",
+        "test_launch_checkpoint.py::test_a_step_under_the_name_of_another_is_refused",
     ),
     "average_exported_as_weights": Mistake(
         "launch/export.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
@@ -151,7 +151,7 @@ MISTAKES = {
     "learning_rate_of_the_step_before": Mistake(
         "launch/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
         "engine.optimizer.set_lr(optimizer.lr_at(self.step - 1, self.plan.last_step))",
-        "test_launch_deepspeed_options.py::test_an_option_changes_no_number_on_two_processes",
+        "test_launch_train.py::test_the_optimizer_is_given_the_rate_that_the_log_says",
     ),
     "warm_up_from_zero": Mistake(
         "launch/config.py", "return self.lr * step / self.warmup_steps",
@@ -163,12 +163,13 @@ MISTAKES = {
     ),
     "epochs_rounded_down": Mistake(
         "launch/config.py", "return -(-self.max_epochs * num_images // self.global_batch_size)",
-        "return self.max_epochs * num_images // self.global_batch_size", SCHEDULE,
+        "return self.max_epochs * num_images // self.global_batch_size",
+        "test_launch_config.py::test_the_last_step_of_so_many_epochs_ends_them",
     ),
     # Precision.
     "average_started_from_rounded_weights": Mistake(
         "launch/engine.py", '            self._write(name, "ema", value)\n', "",
-        "test_launch_step.py::test_master_weights_are_written_and_read_unrounded",
+        "test_launch_step.py::test_master_weights_and_average_start_from_unrounded_weights",
     ),
     "sampling_in_another_precision": Mistake(
         "launch/sample.py", "self.model.to(device, getattr(torch, self.settings.precision))", "self.model.to(device)",
@@ -226,7 +227,7 @@ MISTAKES = {
     # Optimizer.
     "clipping_never": Mistake(
         "launch/optimizer.py", ".clamp(max=1.0)", ".clamp(min=1.0)",
-        "test_kernels_launch_adamw.py::test_the_optimizer_trains_as_with_the_reference",
+        "test_launch_optimizer.py::test_steps_are_those_of_torch_with_clipped_gradients_and_an_average",
     ),
     "skipped_steps_counted_as_applied": Mistake(
         "launch/optimizer.py", 'self.counters["applied"] += 1 - skipped', 'self.counters["applied"] += 1',

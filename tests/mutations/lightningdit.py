@@ -2,7 +2,6 @@
 
 from tests.mutations import Mistake
 
-PATHS = "test_lightningdit_flow.py::test_paths"
 CONVERSIONS = "test_lightningdit_flow.py::test_conversions"
 LOSSES = "test_lightningdit_flow.py::test_losses"
 RECORDED_MODEL = "test_lightningdit_model.py::test_output_and_gradients"
@@ -11,10 +10,10 @@ LIKELIHOOD = "test_lightningdit_sampler.py::test_log_likelihood_of_gaussian_data
 MISTAKES = {
     # Flow.
     "noise_and_data_exchanged": Mistake(
-        "lightningdit/flow.py", "return alpha * x1 + sigma * x0,", "return alpha * x0 + sigma * x1,", PATHS,
+        "lightningdit/flow.py", "return alpha * x1 + sigma * x0,", "return alpha * x0 + sigma * x1,", LOSSES,
     ),
     "velocity_away_from_the_data": Mistake(
-        "lightningdit/flow.py", "d_alpha * x1 + d_sigma * x0", "d_alpha * x1 - d_sigma * x0", PATHS,
+        "lightningdit/flow.py", "d_alpha * x1 + d_sigma * x0", "d_alpha * x1 - d_sigma * x0", LOSSES,
     ),
     "gvp_derivative": Mistake(
         "lightningdit/flow.py", "return angle.cos(), -math.pi / 2 * angle.sin()", "return angle.cos(), -angle.sin()",
@@ -34,7 +33,7 @@ MISTAKES = {
     ),
     "timesteps_uniform": Mistake(
         "lightningdit/flow.py", "(logit_normal(u) if lognorm else u)", "u",
-        "test_lightningdit_flow.py::test_timesteps_are_the_published_function_of_normal_draws",
+        "test_lightningdit_flow.py::test_logit_normal_distribution",
     ),
     "cosine_over_the_batch": Mistake(
         "lightningdit/flow.py", "F.cosine_similarity(pred, velocity, dim=1)",
