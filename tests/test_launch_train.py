@@ -235,12 +235,39 @@ def test_validation_and_its_rows(run_file, data):
     assert [row["step"] for row in validated] == [2, 4]
 
 
-def test_warm_start_and_explicit_checkpoint(run_file, tmp_path):
-    path = run_file(train={"max_steps": 3})
+def test_a_run_begins_from_another_runs_checkpoint_once(run_file, tmp_path, capsys):
+    """Started again, by the same command too, it goes on from its own newest."""
+    path = run_file(train={"max_steps": 3, "ckpt_every": 2})
     train_here(path)
-    source = tmp_path / "run/checkpoints/step_0000003"
-    further = train_here(path, "train.max_steps=4", f"train.ckpt={source}", "train.exp_name=further")
-    assert [row["step"] for row in rows(further)] == [4]
+    source, own = (tmp_path / name / "checkpoints" for name in ("run", "further"))
+    command = (path, f"train.ckpt={source}/step_0000002", "train.exp_name=further")
+    for steps, start in ((4, source / "step_0000002"), (6, own / "step_0000004"), (7, own / "step_0000006")):
+        capsys.readouterr()
+        further = train_here(*command, f"train.max_steps={steps}")
+        said = capsys.readouterr().out
+        assert f"resuming from {start} after step {start.name[-1]}\n" in said
+        assert ("was this run's start" in said) == (start.parent == own)
+    assert [row["step"] for row in rows(further)] == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("kind", "preset", "taken"), [
+    ("lightningdit", "default", "ema"), ("lightningdit", "paper", "model"), ("vavae", "default", "ema"),
+])  # fmt: skip
+def test_a_run_begins_from_the_weights_that_it_names(run_file, tmp_path, kind, preset, taken):
+    """Told from a step whose rate is next to nothing: the weights after it are those of the file."""
+    path = run_file(kind, train={"max_steps": 3})
+    train_here(path, kind=kind)
+    trained = checkpoint.newest(tmp_path / "run/checkpoints")
+    *_, published = export(trained, tmp_path / "exported")
+    begun = train_here(path, f"train.weight_init={published}", "train.exp_name=begun", "train.max_steps=1",
+                       "optimizer.lr=1e-12", f"preset={preset}", kind=kind)  # fmt: skip
+    network = {"lightningdit": "model", "vavae": "autoencoder"}[kind]
+    want, other = (trained.weights(network, key) for key in (taken, {"ema": "model", "model": "ema"}[taken]))
+    found = checkpoint.newest(begun / "checkpoints").weights(network, "model")
+    apart = [float((found[name] - want[name]).abs().max()) for name in want]
+    assert found.keys() == want.keys() and max(apart) < 1e-9
+    if kind == "lightningdit":  # the tokenizer's average is that of no steps: its weights
+        assert max(float((found[name] - other[name]).abs().max()) for name in want) > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["aot_eager", "regional"])

@@ -7,7 +7,10 @@ SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
 WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
 EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
 TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
-CLOCK = "test_launch_progress.py::test_a_line_says_step_epoch_images_and_batch"
+CLOCK = "test_launch_progress.py::test_every_figure_of_the_clock"
+MODES = "test_launch_validation.py::test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode"
+ONE_SIGNAL = "test_launch_lifecycle.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
+VALIDATED = "test_launch_validation.py::test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch"
 SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
 
 MISTAKES = {
@@ -41,11 +44,11 @@ MISTAKES = {
     ),
     "vote_to_stop_asks_for_all": Mistake(
         "launch/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
-        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+        ONE_SIGNAL,
     ),
     "stop_without_agreement": Mistake(
         "launch/trainer.py", "self.processes.largest(stop.number or 0)", "(stop.number or 0)",
-        "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
+        ONE_SIGNAL,
     ),
     "meter_of_one_process": Mistake(
         "launch/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
@@ -54,15 +57,19 @@ MISTAKES = {
     # Resume.
     "train_ckpt_taken_again": Mistake(
         "launch/trainer.py", "        return own.path\n", "        return named or own.path\n",
-        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+        "test_launch_train.py::test_a_run_begins_from_another_runs_checkpoint_once",
     ),
     "weight_init_ignored": Mistake(
         "launch/train.py", '        task.load_weights(run.train.weight_init, "model"', '        ("model"',
-        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+        "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[lightningdit-default-ema]",
     ),
     "weight_init_of_a_tokenizer_ignored": Mistake(
         "launch/train.py", "        task.load_weights(run.train.weight_init)\n", "        pass\n",
-        "test_launch_train.py::test_warm_start_and_explicit_checkpoint",
+        "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[vavae-default-ema]",
+    ),
+    "weight_init_of_the_average_in_the_paper_s_preset": Mistake(
+        "launch/train.py", '"model" if run.preset == "paper" else "ema")', '"ema")',
+        "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[lightningdit-paper-model]",
     ),
     "moments_not_taken_back": Mistake(
         "launch/engine.py", "                self._write(name, key, values[name])", '''\
@@ -105,24 +112,24 @@ MISTAKES = {
     # Validation.
     "validation_draws_the_same_for_every_batch": Mistake(
         "launch/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
-        "test_launch_train.py::test_validation_and_its_rows",
+        VALIDATED,
     ),
     "validation_of_the_same_images": Mistake(
         "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
-        "first = self.processes.rank * size", "test_launch_train.py::test_validation_and_its_rows",
+        "first = self.processes.rank * size", VALIDATED,
     ),
     "validation_of_the_first_process_s_images": Mistake(
         "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
-        "first = number * size", "test_launch_train.py::test_validation_and_its_rows",
+        "first = number * size", "test_launch_validation.py::test_two_processes_validate_what_one_does",
     ),
     "validation_in_training_mode": Mistake(
         "launch/trainer.py", "engine.train(False)", "engine.train()",
-        "test_launch_train.py::test_validation_and_its_rows",
+        MODES,
     ),
     "evaluation_mode_afterwards": Mistake(
         "launch/trainer.py", "            engine.train()\n        means = meter.read()", '''\
             engine.train(False)
-        means = meter.read()''', "test_launch_train.py::test_validation_and_its_rows",
+        means = meter.read()''', MODES,
     ),
     # Clock and schedule.
     "seconds_of_all_steps": Mistake(
@@ -146,7 +153,7 @@ MISTAKES = {
             if save or self._validates_now():
                 self._clock''', '''\
             if self._validates_now():
-                self._clock''', "test_launch_train.py::test_validation_and_its_rows",
+                self._clock''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
     ),
     "learning_rate_of_the_step_before": Mistake(
         "launch/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
