@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import nn
 
 from common.files import FileError, read_json
 from common.tensors import load_strict
@@ -13,7 +12,6 @@ from launch.config import ConfigError, LightningDiTRun, stored_run
 from lightningdit.latents import LatentStatistics, StatisticsRecord, read_statistics
 from lightningdit.model import LightningDiT
 from lightningdit.weights import Export, export_paths, read_export, read_weights
-from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer
 
@@ -39,19 +37,20 @@ def _is_latents(path: Path) -> bool:
         return False
 
 
-def diffusion_weights(run: LightningDiTRun) -> Export:
+def diffusion_weights(run: LightningDiTRun, which: str = "ema") -> Export:
     """The weights `ckpt_path` names (without it: the newest checkpoint of the run), with their latents' statistics.
 
-    EMA weights are taken. A published `.pt` does not say how its latents were normalised, so the statistics are then
-    those of `data.data_path`. Raises ValueError where nothing is found or the network is not the config's.
+    Of a checkpoint or file with both, `which` ("ema" or "model") is taken. A published `.pt` does not say how its
+    latents were normalised, so the statistics are then those of `data.data_path`. Raises ValueError where nothing is
+    found or the network is not the config's.
     """
     path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
     if path.is_dir():
-        found = from_checkpoint(find_checkpoint(path))
+        found = from_checkpoint(find_checkpoint(path), which)
     elif export_paths(path)[1].is_file():
         found = read_export(path)
     else:
-        tensors, weights = read_weights(path)
+        tensors, weights = read_weights(path, which)
         found = Export(run.network(), tensors, None, weights, _statistics_of_data(run), {})
     _check_same_network(found, run, path)
     return found
@@ -90,22 +89,10 @@ def build_diffusion(export: Export, ops, source: str) -> LightningDiT:
 
 
 def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
-    """The tokenizer of the `vae` section; its sizes come from the JSON beside its weights, else from `model_name`."""
-    path, name = run.vae.ckpt_path, run.vae.model_name
-    if path is None:
+    """The tokenizer of the `vae` section, in evaluation mode; see `vavae.weights.load_tokenizer` for its sizes."""
+    if run.vae.ckpt_path is None:
         raise ConfigError("vae.ckpt_path is not set: the tokenizer's weights are needed to decode samples")
-    config = None
-    if not Path(path).with_suffix(".json").is_file():
-        sizes = [size for size in AutoencoderConfig.SIZES if name.endswith(size)]
-        if not sizes:
-            known = ", ".join(AutoencoderConfig.SIZES)
-            raise ConfigError(f"{path} has no .json beside it and vae.model_name {name!r} ends in none of {known}")
-        config = AutoencoderConfig(size=max(sizes, key=len))
-    return _frozen(load_tokenizer(path, ops, config))
-
-
-def _frozen(module: nn.Module):
-    return module.eval().requires_grad_(False)
+    return load_tokenizer(run.vae.ckpt_path, ops)
 
 
 def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:

@@ -5,7 +5,7 @@ All files hold the published key layout. Reading, strict loading and writing are
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -30,8 +30,8 @@ def read_weights(path: Path | str, which: str = "ema") -> tuple[Tensors, str]:
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """What an export holds. step: None where unknown. weights: "ema" or "model". latents: how to undo the latents'
-    normalisation. extra: whatever else its JSON says."""
+    """What an export holds. step: None where unknown. weights: the entry they are of, such as "ema", or "unnamed".
+    latents: how to undo the latents' normalisation. extra: whatever else its JSON says."""
 
     config: ModelConfig
     state: Tensors
@@ -47,7 +47,7 @@ class ExportFacts(Record):
     kind: str
     config: dict[str, Any]
     step: Annotated[int, Field(ge=0)] | None
-    weights: Literal["ema", "model"]
+    weights: str
     latents: StatisticsRecord
     sha256: str
 

@@ -328,8 +328,7 @@ def test_wrong_weights_and_labels_are_named(weights, tmp_path):
 
     assert "is another network than the config's: depth 2 (config: 3)" in error(model=base["model"] | {"depth": 3})
     assert "vae.ckpt_path is not set" in error(vae=base["vae"] | {"ckpt_path": None})
-    assert "does not exist" in error(vae=base["vae"] | {"ckpt_path": str(tmp_path / "x.pt"), "model_name": "a_f16d32"})
-    assert "ends in none of f16d16" in error(vae=base["vae"] | {"ckpt_path": str(tmp_path / "x.pt")})
+    assert "does not exist" in error(vae=base["vae"] | {"ckpt_path": str(tmp_path / "x.pt")})
     assert "is no checkpoint" in error(ckpt_path=str(tmp_path))
     assert "x.pt does not exist" in error(ckpt_path=str(tmp_path / "x.pt"), data=base["data"] | {"latent_norm": False})
     assert "labels [3, -1]: classes are 0 to 2" in error(labels=[0, 3, -1])
@@ -367,6 +366,50 @@ def test_export_of_a_network(weights, tmp_path, capsys):
     for which in ("model", "ema"):
         ours, theirs = (read_weights(p, which)[0] for p in (tmp_path / "digits.pt", weights / "published.pt"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("which", ["ema", "model"])
+def test_export_of_a_published_network(weights, tmp_path, capsys, which):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document(weights) | {"data": document(weights)["data"] | {"latent_norm": False}}))
+    source = weights / "published.pt"
+    argv = [str(source), str(tmp_path / "x"), "--weights", which, "--config", str(config), "data.latent_multiplier=0.5"]
+    assert export_main(argv) == 0
+    assert capsys.readouterr().out.count(f"from {source}") == 2
+    found = read_export(tmp_path / "x")
+    state, _ = read_weights(source, which)
+    assert found.weights == which and found.step is None and found.latents.multiplier == 0.5
+    assert found.state.keys() == state.keys() and all(torch.equal(found.state[k], v) for k, v in state.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml", "x.json", "x.safetensors"]
+
+
+@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
+def test_export_of_a_published_tokenizer(weights, tmp_path, entry):
+    """Its sizes are those its tensors have."""
+    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
+    state = tokenizer.state_dict()
+    torch.save(state if entry is None else {entry: state, "epoch": 3}, tmp_path / "t.pt")
+    assert export_main([str(tmp_path / "t.pt"), str(tmp_path / "x")]) == 0
+    facts = json.loads((tmp_path / "x.json").read_text())
+    assert facts["weights"] == (entry or "unnamed") and facts["step"] is None
+    again = load_tokenizer(tmp_path / "x.safetensors", kernels.select("reference"))
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_what_cannot_be_exported_is_said(weights, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document(weights) | {"model": document(weights)["model"] | {"depth": 3}}))
+    for argv, why in (
+        ([weights / "published.pt"], "give --config"),
+        ([tmp_path / "other.pt"], r"other\.pt .*no tokenizer"),
+        ([weights / "run", "--config", config], "holds its own run"),
+        ([tmp_path / "none"], "does not exist"),
+        ([weights / "published.pt", "--config", config, "data.latent_norm=false"], "missing: blocks"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            export_main([str(argv[0]), str(tmp_path / "x"), *map(str, argv[1:])])
+    assert not list(tmp_path.glob("x.*"))
 
 
 def test_export_of_a_tokenizer(weights, tmp_path):
