@@ -53,7 +53,9 @@ CountFrom0 = Annotated[int, Field(ge=0, le=10**9)]
 Classes = Annotated[int, Field(ge=1, le=10**7)]
 #: Channels, widths, pixels along a side, images at once.
 Size = Annotated[int, Field(ge=1, le=65_536)]
-#: Blocks, heads, levels, processes.
+#: Convolutions that halve an image, and blocks between two of them.
+Levels = Annotated[int, Field(ge=1, le=16)]
+#: Blocks, heads, processes.
 Few = Annotated[int, Field(ge=1, le=1_000)]
 FewFrom0 = Annotated[int, Field(ge=0, le=1_000)]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sequence)]
@@ -102,7 +104,9 @@ _WANTED = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
     "missing": "is missing",
 }
 

@@ -186,8 +186,10 @@ class LightningDiTRun(Section):
         if size % patch:
             raise ValueError(f"{made} (vae.downsample_ratio {ratio}), which patches of {patch} do not divide: use a "
                              f"multiple of {ratio * patch}")
-        if (size // patch) ** 2 > dit.MAX_TOKENS:
-            raise ValueError(f"{made}, {(size // patch) ** 2:,} tokens; at most {dit.MAX_TOKENS:,} are allowed")
+        try:
+            self.network()
+        except ValidationError as e:
+            raise ValueError(f"{made}: {describe(e)}") from None
         guided, channels = self.sample.cfg_channels, self.model.in_chans
         if guided is not None and guided > channels:
             raise ValueError(f"sample.cfg_channels is {guided}, but the latents have model.in_chans {channels}")

@@ -24,7 +24,7 @@ from common.sections import (
     nearest,
 )
 
-MAX_TOKENS = 2**16
+MAX_POSITIONS = 2**27  # numbers in the table of positions: 65,536 tokens of the widest named model, and some
 MlpRatio = Annotated[Float, Field(gt=0, le=256)]
 
 
@@ -66,9 +66,9 @@ class ModelConfig(Section):
     def _check(self):
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.num_tokens > MAX_TOKENS:
-            raise ValueError(f"input_size {self.input_size} and patch_size {self.patch_size} make {self.num_tokens:,} "
-                             f"tokens; at most {MAX_TOKENS:,} are allowed")
+        if self.num_tokens * self.hidden_size > MAX_POSITIONS:
+            raise ValueError(f"{self.num_tokens:,} tokens of hidden_size {self.hidden_size} make a table of positions "
+                             f"of more than {MAX_POSITIONS:,} numbers")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:

@@ -15,9 +15,10 @@ from launch.config import LightningDiTRun, VavaeRun
 TEXT = {"exp_name", "model_name", "model_type", "sampling_method", "diffusion_form", "kernels", "overrides",
         "model_args"}  # fmt: skip
 #: What only pydantic says, and what only the code calls itself.
-FOREIGN = re.compile(r"Input should|[Vv]alid (dict|str|bool|int|num|tuple)|validation error|pydantic|Config\b|"
-                     r"Section\b|Run\b|\bdict\[|literal\[|\[key\]|instance of")  # fmt: skip
-WRONG = [None, True, 3, -1, 1.5, float("nan"), "a\ntext", [1], ["x"], {"a": 1}, {1: 2}, {"a": None}, 10**19, [[]], "~"]
+FOREIGN = re.compile(r"(Input|Tuple|List) should|[Vv]alid (dict|str|bool|int|num|tuple)|validation error|pydantic|"
+                     r"Config\b|Section\b|Run\b|\bdict\[|literal\[|\[key\]|instance of")  # fmt: skip
+WRONG = [None, True, 3, -1, 1.5, float("nan"), "a\ntext", [1], ["x"], {"a": 1}, {1: 2}, {"a": None}, 10**19, [[]], "~",
+         [], [1] * 99]  # fmt: skip
 
 
 def sections() -> list[type[Section]]:

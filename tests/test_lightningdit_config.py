@@ -71,6 +71,7 @@ def test_every_size_at_both_patches():
         (ModelConfig, {"mlp_ratio": "4"}, "mlp_ratio"),
         (ModelConfig, {"mlp_ratio": float("nan")}, "mlp_ratio"),
         (ModelConfig, {"input_size": 15}, "input_size 15 is not a multiple of patch_size 2"),
+        (ModelConfig, {"input_size": 1024, "patch_size": 1}, "1,048,576 tokens of hidden_size 1152"),
         (ModelConfig, {"num_heads": 7}, "hidden_size 1152 is not a multiple of num_heads 7"),
         (ModelConfig, {"hidden_size": 30, "num_heads": 5, "use_rope": True}, "multiple of 4"),
         (ModelConfig, {"hidden_size": 36, "num_heads": 6, "use_rope": True}, "= 6 is not a multiple of 4"),

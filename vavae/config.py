@@ -12,9 +12,9 @@ from pydantic import Field, JsonValue, model_validator
 from common.sections import (
     Count,
     CountFrom0,
-    Few,
     FewFrom0,
     Float,
+    Levels,
     NonNegative,
     PathText,
     Probability,
@@ -53,8 +53,8 @@ class AutoencoderConfig(Section):
 
     embed_dim: Size = 32
     ch: Size = 128
-    ch_mult: Sizes = Field((1, 1, 2, 2, 4), min_length=1, max_length=16)
-    num_res_blocks: Few = 2
+    ch_mult: Sizes = Field((1, 1, 2, 2, 4), min_length=1, max_length=12)
+    num_res_blocks: Levels = 2
     attn_resolutions: Sizes = (16,)
     decoder_attn_resolutions: Sizes | None = None
     resolution: Size = 256
@@ -148,7 +148,7 @@ class LossConfig(Section):
     disc_factor: NonNegative = 1.0
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     disc_ndf: Size = 64
-    disc_n_layers: Few = 3
+    disc_n_layers: Levels = 3
     use_vf: bool = True
     vf_weight: NonNegative | None = 0.1
     adaptive_vf: bool = True
