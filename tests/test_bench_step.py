@@ -273,11 +273,12 @@ def test_breakdown_by_hand():
     intervals = [
         Interval("nvjet_tst_128x256_64x4", 0.000, 0.010),
         Interval("rope_attention_fwd_kernel", 0.012, 0.016),
-        Interval("gated_residual_fwd_kernel", 0.015, 0.018),  # beside the one before: no gap, and both count
+        Interval("Memcpy DtoD", 0.013, 0.014),  # within it
+        Interval("gated_residual_fwd_kernel", 0.015, 0.018),  # beside the first: no gap, and both count
         Interval("adamw_ema_kernel", 0.020, 0.024),
     ]
     found = breakdown(reversed(intervals), steps=2)
-    want = {"gemm": 5.0, "attention": 2.0, "memory": 1.5, "optimizer": 2.0, "communication": 0.0, "idle": 2.0}
+    want = {"gemm": 5.0, "attention": 2.0, "memory": 2.0, "optimizer": 2.0, "communication": 0.0, "idle": 2.0}
     assert found == pytest.approx(want)
     assert [row["kind"] for row in longest(intervals, 2, count=2)] == ["gemm", "attention"]
     assert breakdown([], 1)["idle"] == 0.0

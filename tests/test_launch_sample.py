@@ -234,6 +234,9 @@ class Rank(processes.Processes):
     def barrier(self) -> None:
         pass
 
+    def share(self, value):
+        return value
+
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_batch_is_made_by_one_process(weights, tmp_path, monkeypatch, world_size):

@@ -144,9 +144,9 @@ def test_writer_refuses(tmp_path):
     writer.add(x[:1], x[:1], torch.arange(1))
     with pytest.raises(ValueError, match="after latents of shape"):
         writer.add(x[:, :2], x[:, :2], torch.arange(3))
-    x[1] = float("nan")
-    with pytest.raises(LatentsError, match=r"shard000.*not finite"):
-        writer.add(x, x, torch.arange(3))
+    for plain, mirrored in ((torch.nan, 0.0), (0.0, torch.inf)):
+        with pytest.raises(LatentsError, match=r"shard000.*not finite"):
+            LatentsWriter(tmp_path, shard_size=3, identity={"seed": 0}).add(x + plain, x + mirrored, torch.arange(3))
     with pytest.raises(LatentsError, match="no complete shard"):
         finish(tmp_path)
     write_random_latents(tmp_path / "a", identity={"seed": 0})

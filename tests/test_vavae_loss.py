@@ -205,6 +205,17 @@ def test_generator_loss_matches_the_recorded(golden, case):
     assert not any(value.requires_grad for value in logs.values())
 
 
+def test_balancing_weights_have_the_published_limits():
+    """Where a term hardly depends on the layer at which it is balanced: 1e4 for the GAN's, 1e8 for the VF's."""
+    layer = torch.ones(1, requires_grad=True)
+    images, latents, features = torch.zeros(2, 3, 16, 16), torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    step = Forward(images, images + 1e3 * layer, Posterior(latents, latents), latents + 1e-9 * layer, features, layer,
+                   layer)  # fmt: skip
+    config = LossConfig(disc_weight=0.5, vf_weight=0.1)
+    _, logs = generator_loss(config, OPS, step, None, lambda images: 1e-12 * images)
+    assert logs["d_weight"].item() == pytest.approx(0.5e4) and logs["vf_weight"].item() == pytest.approx(0.1e8)
+
+
 @pytest.mark.parametrize("case", [case for case, (_, gan) in COMPOSITES.items() if gan])
 def test_discriminator_loss_matches_the_recorded(golden, case):
     config, judge, _, _, reconstruction, _, _ = composite(golden, COMPOSITES[case][0], gan=False)

@@ -68,10 +68,10 @@ MISTAKES = {
     "wrong_results_timed": Mistake(
         "bench/measure/work.py", '        if direction != "forward":\n            found',
         '        if direction == "everything":\n            found',
-        "test_bench_baselines.py::test_a_wrong_peer_is_found",
+        "test_bench_ops.py::test_incorrect_failing_and_missing_contenders_are_recorded_and_the_rest_is_timed",
     ),
     "rows_of_an_earlier_moment_count": Mistake(
-        "bench/measure/rows.py", "            found[name] = row\n", "            found.setdefault(name, row)\n",
+        "bench/measure/rows.py", "name = (row[\"run\"], key(row)) if row.get(\"run\") else number", "name = number",
         "test_bench_ops.py::test_of_one_run_the_last_row_of_a_name_counts",
     ),
 }  # fmt: skip

@@ -46,7 +46,7 @@ MISTAKES = {
         "vavae/images.py", "left, top = (image.width - size) // 2, (image.height - size) // 2",
         "left, top = (image.width - size + 1) // 2, (image.height - size + 1) // 2", CROPS,
     ),
-    "psnr_of_the_whole_batch": Mistake(
+    "psnr_halved": Mistake(
         "vavae/images.py", "20.0 * torch.log10(255.0 / mse.sqrt())", "10.0 * torch.log10(255.0 / mse.sqrt())",
         "test_vavae_data.py::test_psnr_matches_the_recorded",
     ),
@@ -71,7 +71,7 @@ MISTAKES = {
     "kl_not_weighed": Mistake(
         "vavae/loss.py", "total = nll + config.kl_weight * kl", "total = nll + kl", GENERATOR,
     ),
-    "kl_factor_of_the_mean": Mistake(
+    "kl_of_the_mean_not_doubled": Mistake(
         "vavae/loss.py", "return 2.0 * posterior.kl().mean()", "return posterior.kl().mean()",
         "test_vavae_loss.py::test_generator_loss_matches_the_recorded",
     ),
@@ -89,9 +89,10 @@ MISTAKES = {
         "vavae/loss.py", "(norms[0] / (norms[1] + 1e-4))", "(norms[1] / (norms[0] + 1e-4))",
         "test_vavae_loss.py::test_adaptive_weights_match_the_recorded",
     ),
-    "balanced_at_the_other_end": Mistake(
+    "vf_bounded_as_the_gan_is": Mistake(
         "vavae/loss.py", "adaptive_weight(nll, vf, step.encoder_layer, VF_LIMIT)",
-        "adaptive_weight(nll, vf, step.encoder_layer, GAN_LIMIT)", GENERATOR,
+        "adaptive_weight(nll, vf, step.encoder_layer, GAN_LIMIT)",
+        "test_vavae_loss.py::test_balancing_weights_have_the_published_limits",
     ),
     "generator_rewarded_for_being_found": Mistake(
         "vavae/loss.py", "gan = -_wide(discriminator", "gan = _wide(discriminator", GENERATOR,
@@ -134,7 +135,7 @@ MISTAKES = {
         "vavae/model.py", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))",
         "test_vavae_model.py::test_downsample_pads_below_and_on_the_right_also_at_odd_sizes",
     ),
-    "decoder_levels_backwards": Mistake(
+    "shortcut_without_its_convolution": Mistake(
         "vavae/model.py", "        return self.nin_shortcut(x) + h\n", "        return x + h\n",
         "test_vavae_model.py::test_encoder_and_posterior_match_the_recorded",
     ),
