@@ -27,6 +27,7 @@ from launch.evaluation import (
     evaluate_samples,
     open_reference,
     perceptual_distance,
+    require_one_size,
 )
 from launch.features import Extractor, FoundationFeatures, InceptionFeatures
 from launch.image_source import open_images
@@ -116,6 +117,8 @@ def _samples(args: argparse.Namespace) -> dict:
         raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
     samples = open_images(args.samples, args.image_size, args.crop)
     known = open_reference(reference, args.image_size, args.crop)
+    if known.images is not None:
+        require_one_size(samples, known.images)  # before networks are loaded, which may be a download
     metadata = _metadata(args, args.samples)
     return evaluate_samples(
         samples, known, _extractor(args), metadata=metadata, batch_size=args.batch_size, allow_few=args.allow_few
@@ -131,6 +134,7 @@ def _reconstructions(args: argparse.Namespace) -> dict:
         made = {"dtype": "float32", "posterior": args.posterior, "seed": args.seed, "hashes": hashes}
     else:
         decoded, made = open_images(args.reconstructions, args.image_size, args.crop), {}
+    require_one_size(originals, decoded)
     skipped = {}
     extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped, args.inception_weights or args.foundation)
     lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped,

@@ -115,7 +115,7 @@ def evaluate_samples(
             reference's, non-finite features.
     """
     if reference.images is not None:
-        _require_one_size(samples, reference.images)
+        require_one_size(samples, reference.images)
     got = measure(samples, extractor, batch_size)
     notes = _few(got, allow_few)
     real = measure(reference.images, extractor, batch_size) if _needs_images(reference) else None
@@ -144,8 +144,9 @@ def evaluate_samples(
     return _result(metrics, skipped, notes, facts, extractor, metadata)
 
 
-def _require_one_size(first: ImageSource, second: ImageSource) -> None:
-    """Networks scale whatever they are given, so figures of images of two sizes would be wrong without a word."""
+def require_one_size(first: ImageSource, second: ImageSource) -> None:
+    """Raise ValueError where two sources hold images of different sizes: networks scale whatever they are given, and
+    the figures would be wrong without a word."""
     sizes = [image_size(images) for images in (first, second)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{first.description} holds images of {sizes[0]}, {second.description} of {sizes[1]}: they "
@@ -253,7 +254,7 @@ def evaluate_reconstructions(
     """
     if len(originals) != len(reconstructions):
         raise ValueError(f"{len(originals)} originals do not pair with {len(reconstructions)} reconstructions")
-    _require_one_size(originals, reconstructions)
+    require_one_size(originals, reconstructions)
     pairs = _Pairs(originals, reconstructions, lpips)
     skipped = dict(skipped or {})
     if extractor is None:

@@ -282,6 +282,17 @@ def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
         assert evaluate_samples(*both, means, metadata={})["metrics"]["fid"] > 0
 
 
+@pytest.mark.parametrize("names", [("samples", "reference"), ("originals", "reconstructions")])
+def test_the_program_asks_for_one_size_before_it_loads_networks(tmp_path, monkeypatch, names):
+    for network in ("_extractor", "perceptual_distance"):
+        monkeypatch.setattr(evaluate, network, None)
+    for name, size in zip(names, (16, 32), strict=True):
+        np.savez(tmp_path / f"{name}.npz", images(0, 3, size=size).numpy())
+    arguments = [text for name in names for text in (f"--{name}", str(tmp_path / f"{name}.npz"))]
+    with pytest.raises(ValueError, match=r"16×16, .* of 32×32: they cannot be compared"):
+        evaluate.main(arguments)
+
+
 def test_an_npz_is_not_cropped(tmp_path):
     np.savez(tmp_path / "a.npz", images(0, 3, size=20, width=27).numpy())
     with pytest.raises(ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders"):

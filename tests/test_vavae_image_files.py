@@ -247,6 +247,21 @@ def test_a_listing_of_images_alone_has_nothing_to_say(tmp_path):
     listing.refuse_empty()
 
 
+@pytest.mark.parametrize("name", [b"cl\xff", b"two\nlines", b"\x1b[2J"])
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path, name):
+    os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+    with pytest.raises(ValueError, match=r"has a class folder called '.*\\.*': rename it"):
+        ImageListing(tmp_path).classes()
+
+
+def test_names_in_other_scripts_are_classes_and_files_may_be_called_anything(tmp_path):
+    for name in ("猫", "été", "two words", "no\u00a0break"):
+        touch(tmp_path / name / "1.png")
+    touch(tmp_path / os.fsdecode(b"two words/\xff.png"))
+    listing = ImageListing(tmp_path)
+    assert listing.classes() == ("no\u00a0break", "two words", "été", "猫") and len(listing.images("two words")) == 2
+
+
 def test_folders_may_lie_deep(tmp_path):
     path = tmp_path
     for _ in range(150):

@@ -1,6 +1,7 @@
 """Image files: which files of a folder are images, and their pixels as 8-bit RGB."""
 
 import os
+import re
 import stat
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +22,7 @@ _KNOWN = tuple(sorted(set(FORMATS.values())))
 _OF_SYSTEMS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini",
                          "system volume information"})  # fmt: skip
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_NO_TEXT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are no UTF-8
 _FOLDER_LINK, _EMPTY = "link to a folder", "empty file"
 _NAMED, _KINDS_NAMED = 2, 8  # paths of a kind, and kinds, in a message
 
@@ -99,10 +101,15 @@ class ImageListing:
             raise ValueError(f"data folder {root} {'is no folder' if self.root.exists() else 'does not exist'}")
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the folders directly inside, sorted as text; what lies beside them is left out."""
+        """Names of the folders directly inside, sorted as text; what lies beside them is left out.
+
+        Raises ValueError where a name is no text: it could not be kept with a checkpoint.
+        """
         names = []
         for entry in self._entries(""):
             if _kind(entry) in ("folder", _FOLDER_LINK):
+                if _NO_TEXT.search(entry.name):
+                    raise ValueError(f"{self.root} has a class folder called {entry.name!r}: rename it (UTF-8 is read)")
                 names.append(entry.name)
             else:
                 self.left_out["beside the class folders"].append(entry.name)
