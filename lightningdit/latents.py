@@ -2,7 +2,8 @@
 
 A directory of safetensors shards `latents_rank{RR}_shard{SSS}.safetensors`, each with `latents` and `latents_flip`
 (the mirrored images') [N, C, H, W] float32 and `labels` [N] int64; `latents_stats.pt` with `mean` and `std`
-[1, C, 1, 1]; and, in ours, `manifest.json` with counts, checksums, where the latents come from, and the statistics.
+[1, C, 1, 1]; and, in ours, `manifest.json` with counts, checksums, names of the classes, where the latents come from,
+and the statistics.
 Sample i of a set is row i of its shards in the order of their names. The published latents are of this format.
 """
 

@@ -103,7 +103,7 @@ class ImageFolder:
         except UnreadableImage as error:
             if self.on_unreadable == "error":
                 raise
-            log.warning("skipping %s", error)
+            log.warning("skipping: %s", error)
             self.unreadable[path] = str(error)
             return None
         if self._cache is not None:
