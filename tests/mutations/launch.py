@@ -203,9 +203,9 @@ MISTAKES = {
         "launch/extract.py", "torch.cat(noise.unbind(1))", "torch.cat([noise[:, 0], noise[:, 0]])",
         "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
     ),
-    "extraction_noise_of_the_class": Mistake(
+    "extraction_noise_the_same_for_every_image": Mistake(
         "launch/extract.py", "seeds.EXTRACTION_NOISE, index)", "seeds.EXTRACTION_NOISE, 0)",
-        "test_launch_extract.py::test_noise_depends_on_seed_and_index_alone",
+        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
     ),
     "latents_decoded_as_they_are": Mistake(
         "launch/sample.py", "self.tokenizer.decode(self.statistics.denormalise(latents))",
@@ -220,8 +220,9 @@ MISTAKES = {
         "launch/loader.py", "generator=generator(self.seed, epoch)", "generator=generator(self.seed, 0)", EPOCHS,
     ),
     "rest_of_an_epoch_dropped": Mistake(
-        "launch/loader.py", "np.divmod(np.arange(first + start, first + stop), self.num_samples)",
-        "np.divmod(np.arange(first + start, first + stop), self.num_samples - self.num_samples % 2)", EPOCHS,
+        "launch/loader.py", "first + stop), self.num_samples)",
+        "first + stop), self.num_samples - self.num_samples % self.global_batch_size)",
+        EPOCHS,
     ),
     "split_by_rank_first": Mistake(
         "launch/loader.py", "start = (micro * self.world_size + rank) * self.micro_batch_size",
@@ -242,7 +243,7 @@ MISTAKES = {
     ),
     "loss_not_watched": Mistake(
         "launch/optimizer.py", "self._loss_fault += (~torch.isfinite(loss)).float()", "self._loss_fault += 0",
-        "test_launch_skips.py::test_a_skipped_step_touches_nothing",
+        "test_launch_skips.py::test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are",
     ),
     "skipped_in_a_row_never_ends": Mistake(
         "launch/optimizer.py", "in_a_row.add_(1).mul_(skipped)", "in_a_row.add_(skipped)",
