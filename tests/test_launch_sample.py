@@ -251,9 +251,9 @@ def test_each_batch_is_made_by_one_process(weights, tmp_path, monkeypatch, world
     parts.mkdir()
     elsewhere.mkdir()
     for rank in reversed(range(world_size)):  # the main process last: it joins the parts, the others see nobody's
-        hidden, shown = (elsewhere, parts) if rank == 0 else (parts, elsewhere)
-        for part in hidden.glob("*.npz"):
-            part.rename(shown / part.name)
+        source, target = (elsewhere, parts) if rank == 0 else (parts, elsewhere)
+        for part in source.glob("*.npz"):
+            part.rename(target / part.name)
         monkeypatch.setattr(engine, "start_processes", lambda rank=rank, **_: Rank(rank, world_size, CPU))
         sample.generate(a_run(weights), tmp_path)
     assert sorted(indices for _, indices in made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

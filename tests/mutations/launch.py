@@ -109,6 +109,27 @@ MISTAKES = {
         'checkpoint.weights("model", "ema"), checkpoint.weights("model", "ema")',
         "test_launch_sample.py::test_export_of_a_network",
     ),
+    "row_that_was_not_due_forgotten": Mistake(
+        "launch/trainer.py", "        if kept is not None:\n            processes", """\
+        if kept is None:
+            processes""", ONE_SIGNAL,
+    ),
+    "lock_not_taken": Mistake(
+        "launch/run_lock.py", "        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "        pass\n",
+        "test_launch_run_lock.py::test_a_second_owner_is_refused_and_told_of_the_first",
+    ),
+    "lock_left_behind": Mistake(
+        "launch/run_lock.py", "                path.unlink()\n", "                pass\n",
+        "test_launch_run_lock.py::test_a_directory_made_for_nothing_goes_again",
+    ),
+    "copies_of_a_signal_end_at_once": Mistake(
+        "launch/lifetime.py", "elif self._clock() - self._since > _COPIES[number]:", "else:",
+        "test_launch_lifecycle.py::test_a_second_signal_ends_at_once_unless_it_is_a_copy",
+    ),
+    "success_where_leaving_fails": Mistake(
+        "launch/lifetime.py", "            status = status or 1\n", "            pass\n",
+        "test_launch_lifecycle.py::test_a_process_leaves_in_order_and_within_seconds",
+    ),
     # Validation.
     "validation_draws_the_same_for_every_batch": Mistake(
         "launch/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
@@ -261,6 +282,15 @@ MISTAKES = {
     "keys_may_stand_twice": Mistake(
         "launch/config_files.py", "            if name in lines:\n", "            if None in lines:\n",
         "test_launch_config_files.py::test_what_cannot_be_read_is_said_in_a_line_with_its_file",
+    ),
+    "groups_of_zero_3_count_as_steps": Mistake(
+        "launch/deepspeed_options.py", '        config["zero_optimization"]["sub_group_size"] = int(1e15)\n', """\
+        config["zero_optimization"]["sub_group_size"] = 100
+""", "test_launch_deepspeed_options.py::test_an_option_changes_no_number[offloaded_weights]",
+    ),
+    "key_of_deepspeed_that_has_no_reason": Mistake(
+        "launch/deepspeed_options.py", '        "compute_grad_norm": "it follows from what else is set",\n', "",
+        "test_launch_deepspeed_options.py::test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason",
     ),
     "merge_replaces_sections": Mistake(
         "launch/config_files.py",
