@@ -80,7 +80,8 @@ def _message(error: Exception) -> str:
     from common.sections import describe
 
     if _lost_peer(error):
-        return f"another process of this run has ended or does not answer; it has said why ({_first_line(error)})"
+        return (f"another process of this run has ended or does not answer; what it or the launcher says tells why "
+                f"({_first_line(error)})")
     return describe(error) if isinstance(error, ValidationError) else str(error)
 
 

@@ -116,12 +116,19 @@ class GrowingFile:
         try:
             while content:  # a disk that is nearly full takes a part
                 content = content[self._file.write(content) :]
-            gone = os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino
-        except FileNotFoundError:
-            gone = True
         except OSError as e:
             raise write_error(self.path, e) from None
-        if gone:
+        self.check()
+
+    def check(self) -> None:
+        """Raise WriteError where the file is no longer in its place."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        except OSError as e:
+            raise write_error(self.path, e) from None
+        if not there:
             raise WriteError(f"{self.path} is gone: something removed or replaced it while it was written to")
 
     def flush(self) -> None:
@@ -184,6 +191,10 @@ class Log:
             self._board.row(row)
         with self._bar.external_write_mode():
             print(describe(row), flush=True)
+
+    def check(self) -> None:
+        """Raise WriteError where the run's directory is no longer in its place: a checkpoint would make another."""
+        self._file.check()
 
     def close(self) -> None:
         self._file.close()

@@ -38,7 +38,8 @@ def read_in_processes(dataset: Dataset, keys: Iterable, *, num_workers: int, pin
         return
     items = iter(DataLoader(
         _Reports(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=partial(_begin_worker, parent=os.getpid()),
+        # Whatever this process was begun by: they share its memory, and have it as their parent.
+        multiprocessing_context="fork", worker_init_fn=partial(_begin_worker, parent=os.getpid()),
     ))  # fmt: skip
     # Else torch raises its error wherever the main thread is when a worker dies, such as amid a collective.
     _remove_worker_pids(id(items))

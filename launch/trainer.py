@@ -145,6 +145,8 @@ class Trainer:
             if self._validates_now():
                 self._validate(log)
             if save:
+                if log is not None:
+                    log.check()
                 self.save()
             if save or self._validates_now():
                 self._clock.start(self.step)  # the next rate is that of training alone

@@ -14,6 +14,8 @@ from common.tensors import write_tensors
 from launch import extract as program
 from launch.config import VavaeRun
 from launch.extract import batch_bounds, extract
+from launch.processes import Processes
+from launch.run_lock import InUse, owning
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError
 from tests import children
@@ -166,6 +168,13 @@ def test_two_processes_write_a_half_each_and_together_the_same_set(files, whole,
         torch.testing.assert_close(torch.cat([shard[key] for shard in shards]), value, atol=1e-5, rtol=0)
     first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert "11 images in 3 classes" in first and "11 images" not in second  # the main process alone says it
+
+
+def test_a_directory_that_is_in_use_is_refused(files, tmp_path):
+    with owning(tmp_path, Processes(0, 1, torch.device("cpu"))):
+        with pytest.raises(InUse, match=f"{tmp_path} is in use by process"):
+            extracted(files, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_another_extraction_may_not_go_on_with_these_shards(files, whole):

@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from common.files import WriteError
 from launch import checkpoint, launcher, lifetime
+from launch.config import load
+from launch.engine import start_processes
 from launch.launcher import LaunchError, Place, place
 from launch.lifetime import StopRequest
+from launch.train import make_trainer
 from tests import toy
 from tests.children import Moment, alive, launch
 
@@ -93,6 +97,49 @@ def test_a_second_signal_ends_at_once_unless_it_is_a_copy(numbers, at, ends):
     process.start()
     process.join(60)
     assert process.exitcode == (-numbers[1] if ends else 7)
+
+
+# --- an error
+
+
+def test_what_a_loader_process_cannot_read_ends_the_run_with_a_sentence(tmp_path):
+    broken = toy.write_images(tmp_path / "images") / "class0/broken.png"
+    broken.write_bytes(b"\x89PNG cut short")
+    data = {"data_path": str(tmp_path / "images"), "num_workers": 2}
+    path = toy.write_run(tmp_path / "run.yaml", toy.VAVAE, data=data, train={"output_dir": str(tmp_path)})
+    assert launch("train", "vavae", str(path), log=tmp_path / "log", limit=120) == [2]
+    said = (tmp_path / "log.0").read_text()
+    assert f"error: cannot read image {broken}" in said and "Traceback" not in said
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tmp_path, run_file):
+    moment = Moment("launch.engine:Engine", "step", 2, signal.SIGKILL, rank=1)
+    statuses = launch("train", "lightningdit", run_file, world_size=2, at=moment, log=tmp_path / "log", limit=120)
+    assert statuses == [2, -signal.SIGKILL]
+    said = (tmp_path / "log.0").read_text()
+    assert "error: another process of this run has ended" in said and "Traceback" not in said
+
+
+# --- its directory
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_run_whose_directory_vanishes_ends_before_it_makes_another(tmp_path, run_file, monkeypatch, tensorboard):
+    """At the next checkpoint, where no row comes before."""
+    settings = ["train.ckpt_every=3", f"train.tensorboard={tensorboard}", "train.log_every=100", "train.max_steps=9"]
+    run = make_trainer(load(run_file, settings, kind="lightningdit")[0], "lightningdit", start_processes())
+    step = run.train_step
+
+    def and_vanish(stream):
+        step(stream)
+        if run.step == 5:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(run, "train_step", and_vanish)
+    with pytest.raises(WriteError, match=r"run/metrics\.jsonl is gone"):
+        run.run()
+    assert run.step == 6 and not (tmp_path / "run").exists()
+    assert checkpoint.newest(tmp_path / "elsewhere/checkpoints").step == 3
 
 
 # --- the launcher

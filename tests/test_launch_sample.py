@@ -14,6 +14,7 @@ from launch import checkpoint, engine, processes, sample
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
+from launch.run_lock import InUse, owning
 from launch.trained import build_tokenizer, diffusion_weights, find_checkpoint, from_checkpoint
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
@@ -91,6 +92,16 @@ def test_images_labels_and_facts(weights, tmp_path):
     assert all(len(value) == 64 for value in facts["hashes"].values())
     assert Image.open(tmp_path / "a" / "samples.png").size[0] > 8
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["samples.json", "samples.npz", "samples.png"]
+
+
+def test_a_directory_that_is_in_use_is_refused_until_its_images_are_there(weights, tmp_path):
+    with owning(tmp_path / "a", processes.Processes(0, 1, CPU)):
+        with pytest.raises(InUse, match=rf"{tmp_path}/a is in use by process"):
+            sample.generate(a_run(weights), tmp_path / "a")
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
+    npz = sample.generate(a_run(weights), tmp_path / "a")
+    with owning(tmp_path / "a", processes.Processes(0, 1, CPU)):
+        assert sample.generate(a_run(weights), tmp_path / "a") == npz
 
 
 def test_names_of_classes_come_with_samples_and_exports_but_do_not_make_them_others(weights, tmp_path, capsys):
