@@ -208,6 +208,43 @@ def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, 
     assert checkpoint.newest(tmp_path / "run/checkpoints").state["step"] > 0 and not lock.exists()
 
 
+@pytest.mark.parametrize(("variables", "nohup", "parent", "follows"), [
+    ({"RANK": "0"}, False, "python", True), ({"RANK": "0"}, True, "python", True), ({"RANK": "0"}, False, "bash", True),
+    ({"RANK": "0"}, True, "bash", False), ({}, False, "python", False),
+])  # fmt: skip
+def test_who_follows_the_process_that_started_it(monkeypatch, variables, nohup, parent, follows):
+    """A launcher's ranks, also below nohup; not what a person starts, nor what a shell started to outlive it."""
+    followed = []
+    monkeypatch.setattr(launcher, "follow_parent", lambda number, pid: followed.append((number, pid)))
+    monkeypatch.setattr(launcher, "_name", lambda pid: parent)
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        launcher.follow()
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert followed == ([(signal.SIGTERM, os.getppid())] if follows else [])
+
+
+def _watch(pid: int, ready) -> None:
+    launcher._when_ended(pid, signal.SIGTERM)
+    ready.set()
+    time.sleep(600)
+
+
+def test_the_end_of_the_runner_is_a_signal():
+    runner, ready = _fork.Process(target=time.sleep, args=(600,)), _fork.Event()
+    runner.start()
+    watching = _fork.Process(target=_watch, args=(runner.pid, ready))
+    watching.start()
+    assert ready.wait(60) and watching.is_alive()
+    runner.kill()
+    watching.join(60)
+    assert watching.exitcode == -signal.SIGTERM
+
+
 def test_a_checkpoint_slower_than_a_launchers_patience_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(launcher, "_warned", False)
     monkeypatch.setenv("RANK", "0")
