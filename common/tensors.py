@@ -39,6 +39,7 @@ _DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _NAMED = 5  # keys in a message
+_DEEPEST = 4  # entries inside one another; a file may hold itself
 
 
 class WeightsError(FileError):
@@ -66,9 +67,12 @@ def read_entry(path: Path | str, entries: Iterable[str]) -> tuple[str | None, Te
     found = content = _load(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds {type(content).__name__}, not tensors by name")
-    while inner := next((e for e in entries if isinstance(found.get(e), Mapping)), None):
+    for _ in range(_DEEPEST):
+        inner = next((e for e in entries if isinstance(found.get(e), Mapping)), None)
+        if inner is None:
+            break
         entry, found = inner, found[inner]
-    tensors = {key: value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         wanted = ", ".join(map(repr, entries))
         raise WeightsError(f"{path} has no tensors by name, nor an entry {wanted}; it has {_some(map(repr, found))}")

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 KEYS = ("model", "ema", "exp_avg", "exp_avg_sq")  # tensors kept per network
 
 _STEP = re.compile(r"step_(\d{7,})")
+_LEFTOVER = re.compile(r"\.(step_\d{7,})\.(tmp|old|removed)")  # of `save` and `prune`; other names are a user's
 _FILE_NAME = r"^(state\.json|[A-Za-z0-9_]+\.[a-z_]+\.safetensors)$"
 Count = Annotated[int, Field(ge=0)]
 
@@ -147,8 +148,19 @@ class Checkpoint:
             raise CheckpointError(str(e)) from None
 
     def weights(self, network: str, key: str) -> dict[str, torch.Tensor]:
-        """The whole state dict with trained weights taken from `key` (`ema` or `model`)."""
-        return self.tensors(network) | (self.tensors(network, key) if key != "model" else {})
+        """The whole state dict with trained weights taken from `key` (`ema` or `model`).
+
+        Raises CheckpointError where one is not finite.
+        """
+        whole = self.tensors(network) | (self.tensors(network, key) if key != "model" else {})
+        self._require_finite(network, key, whole)
+        return whole
+
+    def _require_finite(self, network: str, key: str, tensors: dict[str, torch.Tensor]) -> None:
+        wrong = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        if wrong:
+            path = self.path / f"{network}.{key}.safetensors"
+            raise CheckpointError(f"{path} has values that are not finite, such as in {wrong[0]}")
 
     def states(self, network: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Each of `KEYS` with its tensors, one at a time: together they are four times the model in host memory.
@@ -162,6 +174,9 @@ class Checkpoint:
                 path = self.path / f"{network}.{key}.safetensors"
                 raise CheckpointError(f"{path} lacks {len(wrong)} parameters that this run trains, such as {wrong[0]} "
                                       f"{list(shapes[wrong[0]])}")
+            self._require_finite(network, key, tensors)
+            if key == "exp_avg_sq" and any((value < 0).any() for value in tensors.values()):
+                raise CheckpointError(f"{self.path / f'{network}.{key}.safetensors'} has negative averages of squares")
             yield key, tensors
 
     def _checked(self, name: str) -> Path:
@@ -230,12 +245,24 @@ def _writing(path: Path) -> Iterator[None]:
 
 def tidy(directory: Path) -> None:
     """Remove what a kill left of a save or of `prune`, and put back a checkpoint that was about to be replaced."""
-    for leftover in directory.glob(".step_*"):
-        final = directory / leftover.name.removeprefix(".").rpartition(".")[0]
-        if leftover.suffix == ".old" and not final.exists():
+    for leftover in directory.iterdir():
+        named = _LEFTOVER.fullmatch(leftover.name)
+        if named is None:
+            continue
+        final = directory / named[1]
+        if named[2] == "old" and not os.path.lexists(final):
             os.replace(leftover, final)
         else:
-            shutil.rmtree(leftover)
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory, or the link to one; raises WriteError where the system refuses."""
+    with _writing(path):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def newest(directory: Path) -> Checkpoint | None:
@@ -255,8 +282,9 @@ def prune(directory: Path, keep: int) -> None:
     for path in _by_step(directory)[:-keep]:
         # Renamed first: half a removal must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.removed")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        with _writing(path):
+            os.replace(path, doomed)
+        _remove(doomed)
 
 
 def _by_step(directory: Path) -> list[Path]:

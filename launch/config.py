@@ -106,7 +106,7 @@ class OptimizerConfig(Section):
     lr: AboveZero = 2e-4
     beta1: Probability = 0.9
     beta2: Probability = 0.95
-    eps: AboveZero = 1e-8
+    eps: Annotated[Float, Field(ge=1e-30)] = 1e-8  # in float32 a smaller one vanishes beside a small gradient's root
     weight_decay: NonNegative = 0.0
     max_grad_norm: NonNegative = 0.0
     ema_decay: Probability = 0.9999

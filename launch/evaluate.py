@@ -187,6 +187,10 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
     facts = {} if path is None else read_json(path)
     if not isinstance(facts, dict):
         raise ValueError(f"{path} holds {type(facts).__name__}, not a JSON object")
+    if "metrics" in facts:
+        if args.metadata is not None:
+            raise ValueError(f"{path} is a result of evaluate; --metadata takes what made the images")
+        facts = {}  # written beside them by --output
     for setting in args.set:
         key, equals, value = setting.partition("=")
         if not equals:

@@ -178,9 +178,10 @@ def _result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
         notes = [*notes, f"not stated by whoever made the images: {', '.join(missing)}"]
     stated = {key: metadata.get(key, "not stated") for key in STATED}
     name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
-    rest = {key: value for key, value in metadata.items() if key not in STATED and key not in facts}
     used = {} if extractor is None else {"features": name}
-    return {"metrics": metrics, **facts, **used, **stated, **rest, "skipped": skipped, "notes": notes}
+    measured = {"metrics": metrics, **facts, **used, "skipped": skipped, "notes": notes}
+    # What was measured stands, whatever the metadata say.
+    return measured | {key: value for key, value in (metadata | stated).items() if key not in measured}
 
 
 class Reconstructions:

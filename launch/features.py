@@ -4,7 +4,9 @@ An extractor is a function from uint8 images `[B, H, W, 3]` to named features: `
 precision and recall) and, from Inception only, `spatial [B, D']` (sFID) and `logits [B, classes]` (inception score).
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
-from common.tensors import WeightsError, read_tensors
+from common.tensors import WeightsError, read_tensors, save_pickled
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 from vavae.images import to_float_batch
@@ -54,14 +56,22 @@ class InceptionFeatures:
 def _inception(weights: str | Path | None) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if weights is not None:
-        try:  # torch-fidelity would run whatever code the file holds
-            read_tensors(weights, ())
-        except WeightsError as e:
-            raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
-    path = None if weights is None else str(weights)
+    with ExitStack() as stack:
+        path = None
+        if weights is not None:
+            # torch-fidelity would run whatever code a file holds: it is given one that holds the tensors alone.
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            path = str(Path(folder) / "inception.pth")
+            try:
+                save_pickled(path, read_tensors(weights, ()))
+            except WeightsError as e:
+                raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
+        return _build_inception(FeatureExtractorInceptionV3, weights, path)
+
+
+def _build_inception(network: type[nn.Module], weights: str | Path | None, path: str | None) -> nn.Module:
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], path)
+        return network("inception-v3-compat", ["2048", "logits_unbiased"], path)
     except URLError as e:
         advice = "name torch-fidelity's file with --inception-weights, or local features with --foundation"
         raise ValueError(f"the Inception weights could not be downloaded ({e.reason}); {advice}") from None

@@ -21,6 +21,7 @@ from common.files import Record, make_directory, write_error
 from launch.processes import Processes
 
 NAME = ".lock"
+_PLAIN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link to another's file, never waiting
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _held: set[Path] = set()  # by this process, which its own lock would not keep out
 
@@ -128,9 +129,9 @@ def _create(path: Path) -> tuple[bool, int]:
     """Whether the file is new, and a handle of it."""
     while True:
         with suppress(FileExistsError):
-            return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _PLAIN, 0o666)
         with suppress(FileNotFoundError):
-            return False, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return False, os.open(path, os.O_RDWR | _PLAIN)
 
 
 def _lock(path: Path, handle: int, new: bool) -> None:

@@ -136,6 +136,19 @@ def test_refused(tmp_path, kind):
     assert "w.pt" in str(error.value) and "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_file_that_holds_itself_is_refused(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"w\.pt has no tensors by name"):
+        read_tensors(tmp_path / "w.pt")
+
+
+def test_keys_that_are_no_names_are_left_out(tmp_path):
+    torch.save({"model": {1: torch.zeros(1)} | STATE}, tmp_path / "w.pt")
+    assert same(read_tensors(tmp_path / "w.pt"))
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_code_of_a_file_is_run(tmp_path, legacy):
     for number, content in enumerate(({"model": STATE, "x": Payload(tmp_path / "trace")}, Payload(tmp_path / "trace"))):

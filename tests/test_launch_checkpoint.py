@@ -102,7 +102,7 @@ def test_without_a_manifest_it_is_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"step": 4}, r"step 4 where the optimizers have counted 3"),
-    ({"step": -3}, r"step: .*, got -3"),
+    ({"step": -3}, r"step: .*got -3"),
     ({"counters": {"model": {"applied": 1.0, "skipped": 1.0}}}, r"step 3 where the optimizers have counted 2"),
     ({"counters": {"model": {"applied": 3.0}}}, r"counted 2"),
 ])  # fmt: skip
@@ -131,3 +131,41 @@ def test_prune_keeps_the_highest_steps(tmp_path):
         checkpoint.save(tmp_path, state_at(step), networks())
     checkpoint.prune(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000010", "step_0000020"]
+
+
+def test_what_a_kill_left_is_tidied_and_a_users_files_are_not(tmp_path):
+    """A checkpoint about to be replaced is put back; a name that is not of a save's own is somebody's."""
+    path = checkpoint.save(tmp_path, state_at(2), networks())
+    os.replace(path, tmp_path / ".step_0000002.old")
+    (tmp_path / ".step_0000004.tmp").mkdir()
+    (tmp_path / ".step_0000005.removed").touch()
+    for name in (".step_0000002.bak", ".step_notes"):
+        (tmp_path / name).mkdir()
+    checkpoint.tidy(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".step_0000002.bak", ".step_notes", "step_0000002"]
+    assert checkpoint.newest(tmp_path).state == state_at(2)
+
+
+def test_a_checkpoint_moved_to_another_disk_is_pruned_by_its_link(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "run", state_at(step), networks())
+    os.replace(tmp_path / "run/step_0000001", tmp_path / "elsewhere")
+    (tmp_path / "run/step_0000001").symlink_to(tmp_path / "elsewhere")
+    checkpoint.prune(tmp_path / "run", 1)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step_0000002"]
+    assert (tmp_path / "elsewhere/manifest.json").exists()
+
+
+@pytest.mark.parametrize(("key", "value", "what"), [
+    ("model", float("nan"), "not finite"), ("ema", float("inf"), "not finite"), ("exp_avg", float("nan"), "not finite"),
+    ("exp_avg_sq", float("inf"), "not finite"), ("exp_avg_sq", -1.0, "negative"),
+])  # fmt: skip
+def test_values_that_no_training_leaves_are_named(tmp_path, key, value, what):
+    tensors = networks()
+    tensors["model"][key]["a.bias"][1] = value
+    found = Checkpoint(checkpoint.save(tmp_path, state_at(3), tensors))
+    with pytest.raises(CheckpointError, match=rf"model\.{key}\.safetensors has .*{what}"):
+        list(found.states("model", {"a.weight": torch.Size([3, 2]), "a.bias": torch.Size([3])}))
+    if key in ("model", "ema"):
+        with pytest.raises(CheckpointError, match=rf"model\.{key}\.safetensors has .*{what}"):
+            found.weights("model", key)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from scipy import linalg, ndimage
 
 import kernels
+from common.tensors import write_tensors
 from launch import evaluate, evaluation, features
 from launch.evaluation import Reconstructions, evaluate_reconstructions, evaluate_samples, open_reference
 from launch.image_source import FolderImages, NpzImages, npz_names, open_images
@@ -501,6 +502,24 @@ def test_weights_that_were_named_are_not_left_out(tmp_path, monkeypatch, option,
     assert not (tmp_path / "r.json").exists()
 
 
+def test_an_earlier_result_beside_the_images_changes_no_figure(tmp_path, foundation):
+    """`--output` beside the images puts it where their metadata are looked for."""
+    for name, seed in (("a", 21), ("b", 22)):
+        np.savez(tmp_path / f"{name}.npz", images(seed, 30).numpy())
+
+    def measured(samples, reference, *more):
+        given = ["--samples", f"{tmp_path}/{samples}.npz", "--reference", f"{tmp_path}/{reference}.npz",
+                 "--foundation", str(foundation), "--output", str(tmp_path / "a.json")]  # fmt: skip
+        assert evaluate.main([*given, *more]) == 0
+        return json.loads((tmp_path / "a.json").read_text())
+
+    assert measured("a", "b")["metrics"]["fid"] > 1e-3
+    again = measured("a", "a", "--set", "samples=7", "--set", "note=x")
+    assert abs(again["metrics"]["fid"]) < 1e-4 and (again["samples"], again["note"]) == (30, "x")
+    with pytest.raises(ValueError, match=r"a\.json is a result of evaluate"):
+        measured("a", "a", "--metadata", str(tmp_path / "a.json"))
+
+
 def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypatch):
     np.savez(tmp_path / "samples.npz", images(17, 30).numpy())
     np.savez(tmp_path / "real.npz", images(18, 30).numpy())
@@ -582,6 +601,15 @@ def test_inception_features(inception_weights):
     assert set(result["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert abs(result["metrics"]["fid"]) < 1e-3 and result["metrics"]["precision"] == 1.0
     assert result["features"] == "inception-v3 (torch-fidelity)"
+
+
+def test_inception_weights_are_handed_on_as_tensors_alone(tmp_path, inception_weights, monkeypatch):
+    """torch-fidelity runs what a pickle says; it never meets the user's file, whatever that is also."""
+    write_tensors(tmp_path / "w.safetensors", torch.load(inception_weights, weights_only=True))
+    met, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: met.append(str(path)) or load(path, **how))
+    features.InceptionFeatures(tmp_path / "w.safetensors")
+    assert met and not [path for path in met if path.startswith(str(tmp_path))]
 
 
 def test_inception_weights_of_another_network_are_refused(tmp_path, inception_weights, monkeypatch):

@@ -100,6 +100,15 @@ def test_what_a_kill_has_left_of_a_lock_keeps_nobody_out(tmp_path, content):
     take(tmp_path)
 
 
+def test_a_lock_is_no_way_to_another_file(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / NAME).symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=rf"cannot write {tmp_path}/run/\.lock"):
+        take(tmp_path / "run")
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
 def test_a_directory_made_for_nothing_goes_again(tmp_path):
     take(tmp_path / "a")
     (tmp_path / "b").mkdir()
