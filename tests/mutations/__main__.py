@@ -3,7 +3,7 @@
 Plants each mistake of the table in a copy of the tree, runs the tests that ought to find it there, and says whether one
 of them failed; a test that hangs or a process that is killed by a signal counts, too. Before that all those tests have
 to pass without a mistake. At the end the rate; exit status 1 where it is below 95 %, or a mistake could not be judged.
-Takes some minutes on two cores, so it is no part of the tests; `test_mutations.py` only keeps the table alive.
+Takes seven minutes on two cores, so it is no part of the tests; `test_mutations.py` only keeps the table alive.
 """
 
 import argparse
