@@ -31,6 +31,10 @@ class FileError(ValueError):
     """A file that cannot be read, or is not what it should be; the message names it."""
 
 
+class DownloadError(RuntimeError):
+    """Something that is downloaded where no file is named could not be; the message says which key names a file."""
+
+
 class WriteError(OSError):
     """A file that could not be written; the message names it and the reason. Nothing that was there is lost."""
 

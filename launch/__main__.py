@@ -91,10 +91,11 @@ def _first_line(error: Exception) -> str:
 
 def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says it all; other RuntimeErrors are faults, and their traceback is wanted."""
+    from common.files import DownloadError
     from kernels import BackendUnavailable
     from launch.optimizer import NonFinite
 
-    ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | NonFinite)
+    ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | DownloadError | NonFinite)
     return ours or _lost_peer(error)
 
 

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from common.files import DownloadError
 from common.tensors import write_tensors
 from tests.golden import G, J, close, formula_weight
 from vavae.config import FoundationConfig
@@ -68,10 +69,30 @@ def test_a_trained_classifier_comes_back_as_foundation_model(tmp_path, images, s
     close("features", model(x), tokens.transpose(1, 2).reshape(1, 24, 8, 8), atol=1e-6)
 
 
+def small_with(**arguments) -> FoundationConfig:
+    return FoundationConfig(model_name="vit_tiny_patch16_224", model_args=SMALL | arguments)
+
+
+@pytest.mark.parametrize("arguments, error", [
+    ({"depht": 3}, "unknown key 'depht'.*did you mean 'depth'"), ({"depth": -1}, "depth: must be at least 1"),
+    ({"patch_size": 0}, "patch_size: must be at least 1"), ({"num_heads": 0}, "num_heads: must be at least 1"),
+    ({"mlp_ratio": -1.0}, "mlp_ratio: must be above 0"), ({"reg_tokens": -1}, "reg_tokens: must be at least 0"),
+    ({"global_pool": "nope"}, "global_pool: must be"), ({"embed_dim": "96"}, "embed_dim: a whole number"),
+    # Files, and classes of timm by name.
+    *(({key: value}, f"unknown key '{key}'") for key, value in {
+        "checkpoint_path": "x.pt", "pretrained_cfg": {"file": "x"}, "pretrained_cfg_overlay": {"file": "x"},
+        "cache_dir": "x", "act_layer": "gelu", "norm_layer": "x", "pretrained": True, "scriptable": True}.items()),
+])
+def test_arguments_that_say_no_network_are_refused(arguments, error):
+    with pytest.raises(ValueError, match=f"timm's vision transformer: .*{error}"):
+        small_with(**arguments)
+
+
 @pytest.mark.parametrize("config, error", [
     (FoundationConfig(model_name="vit_large_patch14_dinov2.lvd142"), "did you mean 'vit_large_patch14_dinov2.lvd142m'"),
     (FoundationConfig(model_name="resnet18"), "'resnet18' is no plain vision transformer"),
-    (FoundationConfig(model_name="vit_tiny_patch16_224", model_args={"depht": 3}), "model_args .*'depht'"),
+    (small_with(embed_dim=191), "model_args .* do not fit vit_tiny_patch16_224"),
+    (small_with(class_token=False), "model_args .* do not fit vit_tiny_patch16_224"),
     (small(input_size=64), r"input_size 64 gives vit_tiny_patch16_224 \(patch 4\) 16 tokens a side, .* have 8: use 32"),
     (small(input_size=34), r"8.5 tokens a side"),
 ])
@@ -92,5 +113,5 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match=r"could not download .*dinov2.*no route to host.*foundation\.weights"):
+    with pytest.raises(DownloadError, match=r"could not download .*dinov2.*no route to host.*foundation\.weights"):
         FoundationModel.from_config(FoundationConfig(), 16)

@@ -7,11 +7,13 @@ Values are checked when they are made; nothing here touches a file or a device. 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from common.sections import (
+    AboveZero,
     Count,
     CountFrom0,
+    Few,
     FewFrom0,
     Float,
     Levels,
@@ -103,6 +105,30 @@ class AutoencoderConfig(Section):
         return self
 
 
+class ModelArgs(Section):
+    """Arguments of timm's vision transformer that say what network it is; none that names a file or code."""
+
+    img_size: Size | None = None
+    patch_size: Size | None = None
+    embed_dim: Size | None = None
+    depth: Few | None = None
+    num_heads: Few | None = None
+    mlp_ratio: AboveZero | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    proj_bias: bool | None = None
+    init_values: NonNegative | None = None
+    class_token: bool | None = None
+    reg_tokens: FewFrom0 | None = None
+    no_embed_class: bool | None = None
+    pre_norm: bool | None = None
+    final_norm: bool | None = None
+    fc_norm: bool | None = None
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map"] | None = None
+    dynamic_img_size: Literal[True] | None = None
+    dynamic_img_pad: bool | None = None
+
+
 class FoundationConfig(Section):
     """The frozen vision transformer whose features the latents are aligned to.
 
@@ -112,7 +138,7 @@ class FoundationConfig(Section):
         input_size: images are resized to this many pixels; null takes what gives one token per latent position.
         normalization: `imagenet` converts [−1, 1] to ImageNet's mean and standard deviation, as the published vision
             models were trained; `published` feeds [−1, 1] as it is, as the published tokenizers were trained.
-        model_args: further arguments of the timm model, such as img_size, patch_size, embed_dim, depth, num_heads.
+        model_args: further arguments of the timm model, those of `ModelArgs`.
     """
 
     model_name: str = "vit_large_patch14_dinov2.lvd142m"
@@ -120,6 +146,12 @@ class FoundationConfig(Section):
     input_size: Size | None = None
     normalization: Literal["imagenet", "published"] = "imagenet"
     model_args: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("model_args")
+    @classmethod
+    def _architecture_only(cls, values: dict) -> dict:
+        ModelArgs.read(values, "timm's vision transformer")
+        return values
 
 
 class LossConfig(Section):

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.files import DownloadError
 from common.sections import nearest
 from common.tensors import load_strict, read_tensors, write_tensors
 from vavae.config import FoundationConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: What timm and its layers raise for sizes that do not go together; a download raises others.
+OF_ARGUMENTS = (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, LookupError)
 VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
@@ -52,7 +55,7 @@ class FoundationModel(nn.Module):
 
         Raises:
             ValueError: unknown model, weights of another shape, or a token grid that is not the latent grid.
-            RuntimeError: timm's weights could not be downloaded.
+            DownloadError: timm's weights could not be downloaded.
         """
         local = pretrained and config.weights is not None
         # Weights that are about to be overwritten are not worth initialising; the caller's random numbers stay as is.
@@ -99,12 +102,11 @@ def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn
     arguments: dict[str, Any] = {"dynamic_img_size": True, **config.model_args}
     try:
         vit = timm.create_model(config.model_name, pretrained=download, num_classes=num_classes, **arguments)
-    except TypeError as error:
-        raise ValueError(f"foundation.model_args {arguments} do not fit {config.model_name}: {error}") from error
     except Exception as error:
-        if not download:
-            raise
-        raise RuntimeError(f"could not download the weights of {config.model_name} ({error}); "
+        if not download or isinstance(error, OF_ARGUMENTS):
+            reason = str(error) or "they contradict each other"
+            raise ValueError(f"foundation.model_args {arguments} do not fit {config.model_name}: {reason}") from error
+        raise DownloadError(f"could not download the weights of {config.model_name} ({error}); "
                            "name a local copy in foundation.weights") from error
     return vit
 

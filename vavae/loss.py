@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torchvision.models import VGG16_Weights
 
+from common.files import DownloadError
 from common.tensors import load_strict, read_tensors
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
@@ -35,7 +36,7 @@ class Perceptual(nn.Module):
     The linear heads are those inside the `lpips` wheel (version 0.1).
 
     Raises:
-        RuntimeError: the backbone could not be downloaded.
+        DownloadError: the backbone could not be downloaded.
         ValueError: the local file does not fit.
     """
 
@@ -70,7 +71,7 @@ def _download_vgg() -> dict[str, torch.Tensor]:
     try:
         return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
-        raise RuntimeError(f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
+        raise DownloadError(f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
                            "loss.perceptual_weights, or set loss.perceptual to none") from error
 
 
