@@ -29,7 +29,7 @@ from bench.measure.rows import Log, Row, version
 from bench.measure.timing import Device, HostDevice, Lap, Timing, interleave
 from launch.loader import SampleOrder, Split, micro_batches
 from lightningdit.data import LatentDataset
-from lightningdit.latents import LatentsWriter, finish
+from lightningdit.latents_writer import LatentsWriter, finish
 
 SHAPE = (32, 16, 16)
 FOREVER = 10**9

@@ -108,6 +108,7 @@ _WANTED = {
     "too_short": "must have at least {min_length} entries",
     "too_long": "must have at most {max_length} entries",
     "missing": "is missing",
+    "string_pattern_mismatch": "must be of the form {pattern}",
 }
 
 
@@ -124,7 +125,7 @@ def describe_problem(item: Any) -> str:
     elif path[-1:] == ["[key]"]:
         path, message = path[:-2], "the names in it are text"
     else:
-        message = _WANTED.get(kind, item["msg"]).format(**item.get("ctx", {}))
+        message = _WANTED[kind].format(**item.get("ctx", {})) if kind in _WANTED else item["msg"]
     if kind == "string_type" and isinstance(got, bool | int | float):
         message += ", in quotes where YAML reads something else"
     key = ".".join(map(str, path))

@@ -10,7 +10,6 @@ extraction goes on where it stopped; under a launcher every process writes its o
 
 import argparse
 import hashlib
-import itertools
 import os
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +23,8 @@ from launch.config import ConfigError, VavaeRun, select_ops
 from launch.read_ahead import read_in_processes
 from launch.run_lock import owning
 from launch.trained import find_checkpoint
-from lightningdit.latents import STATISTICS_FILE, LatentsWriter, finish, make_statistics
+from lightningdit.latents import STATISTICS_FILE
+from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
 from vavae import seeds
 from vavae.data import ImageFolder
 from vavae.image_files import shortened
@@ -186,8 +186,8 @@ class _Batches(Dataset):
 
 
 def _names_hash(images: ImageFolder) -> str:
-    """SHA-256 of the image paths in their order: which image an index means."""
-    digest = hashlib.sha256()
-    for path in itertools.chain(images.classes, images.paths):
-        digest.update(os.fsencode(path) + b"\n")
+    """SHA-256 of the image paths in their order with the files' sizes: which image an index means."""
+    digest = hashlib.sha256("\n".join(images.classes).encode(errors="surrogateescape"))
+    for path in images.paths:
+        digest.update(os.fsencode(path) + f" {(images.root / path).stat().st_size}\n".encode())
     return digest.hexdigest()

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.files import file_entry
 from lightningdit.config import DataConfig
 from lightningdit.latents import (
     MANIFEST_FILE,
-    SHARD_NAME,
     STATISTICS_FILE,
     LatentsError,
     LatentStatistics,
@@ -25,7 +23,6 @@ from lightningdit.latents import (
 from lightningdit.seeds import mix
 
 log = logging.getLogger(__name__)
-VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
 
 
 class LatentDataset:
@@ -161,26 +158,11 @@ class LatentDataset:
         self._begins = np.array([[s.places[name] for name in ("latents", "latents_flip")] for s in self._shards])
 
     def _check_manifest(self, verify: bool | None) -> None:
-        """Every listed file is there with its size (and checksum, if asked), and no shard is there unlisted."""
         if self.manifest is None:
             if verify:
                 raise LatentsError(f"{self.path} has no {MANIFEST_FILE}, so there are no checksums to verify")
             return
-        listed = self.manifest.files | {shard.file: shard for shard in self.manifest.shards}
-        if verify is None:
-            verify = sum(entry.bytes for entry in listed.values()) < VERIFY_BELOW
-        for name, entry in listed.items():
-            path = self.path / name
-            if not path.exists():
-                raise LatentsError(f"{path} is missing though {MANIFEST_FILE} lists it")
-            if path.stat().st_size != entry.bytes:
-                found, want = path.stat().st_size, entry.bytes
-                raise LatentsError(f"{path} is truncated or damaged: {found:,} bytes, the manifest says {want:,}")
-            if verify and (found := file_entry(path)["sha256"]) != entry.sha256:
-                raise LatentsError(f"{path} is damaged: SHA-256 {found}, the manifest says {entry.sha256}")
-        for path in self.path.glob("*.safetensors"):
-            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
-                raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")
+        self.manifest.check(self.path, checksums=verify)
 
     def _common_shape(self) -> tuple[int, int, int]:
         if not self._shards:

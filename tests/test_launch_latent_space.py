@@ -13,7 +13,7 @@ from launch import evaluate, latent_space
 from launch.latent_space import evaluate_latents, latent_vectors
 from launch.metrics import latent_uniformity
 from lightningdit.data import LatentDataset
-from lightningdit.latents import LatentsWriter, finish
+from lightningdit.latents_writer import LatentsWriter, finish
 from tests import toy
 from tests.golden import G
 from tests.golden.golden import ROOT

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightningdit import data
+from lightningdit import latents as latents_format
 from lightningdit.data import LatentDataset
-from lightningdit.latents import LatentsError, LatentsWriter, finish, read_manifest
+from lightningdit.latents import LatentsError, read_manifest
+from lightningdit.latents_writer import LatentsWriter, finish
 from tests.golden import G, J, close
 from tests.golden.golden import ROOT
 from tests.toy import write_random_latents
@@ -92,6 +93,63 @@ def test_extraction_goes_on_after_a_kill(tmp_path):
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in broken.iterdir()}
     assert LatentsWriter(broken, shard_size=5, identity={"images": 13}).position == 13
     assert finish(broken) == read_manifest(broken)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "none"])
+def test_a_damaged_shard_of_an_unfinished_extraction_is_written_again(tmp_path, caplog, damage):
+    x, y = torch.randn(6, 4, 3, 2, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+    for directory in (tmp_path / "whole", tmp_path / "hurt"):
+        writer = LatentsWriter(directory, shard_size=3)
+        writer.add(x, x, y)
+    shard = tmp_path / "hurt" / SHARD
+    content = shard.read_bytes()
+    hurt = {"cut": content[:-8], "empty": b"", "bit": content[:-3] + b"\1" + content[-2:], "none": content}[damage]
+    shard.write_bytes(hurt)
+    writer = LatentsWriter(tmp_path / "hurt", shard_size=3)
+    assert writer.position == (6 if damage == "none" else 3)
+    assert (SHARD in caplog.text) == (damage != "none")
+    writer.add(x[writer.position :], x[writer.position :], y[writer.position :])
+    for directory in (tmp_path / "whole", tmp_path / "hurt"):
+        finish(directory, expected=6)
+    whole, mended = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in ("whole", "hurt"))
+    assert mended == whole
+
+
+@pytest.mark.parametrize("change, why", [
+    ({"count": 2}, "moments of"), ({"shape": [4, 1, 1]}, "moments of"), ({"shape": [3, 3, 2]}, "moments of"),
+    ({"moments": {"count": 18, "mean": [0.0], "m2": [0.0]}}, "moments of"),
+    ({"moments": {"count": 18, "mean": [0.0] * 4, "m2": [-1.0] * 4}}, "must be at least 0"),
+    ({"file": "../x.safetensors"}, "file"), ({"sha256": "0"}, "sha256"),
+])  # fmt: skip
+def test_a_record_that_cannot_be_is_named(tmp_path, change, why):
+    x = torch.ones(3, 4, 3, 2)
+    LatentsWriter(tmp_path, shard_size=3).add(x, x, torch.arange(3))
+    path = tmp_path / "latents_rank00_shard000.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(LatentsError, match=rf"shard000\.json is damaged: .*{why}"):
+        LatentsWriter(tmp_path, shard_size=3)
+
+
+@pytest.mark.parametrize("lost", [SHARD, "latents_stats.pt"])
+def test_an_extraction_that_has_ended_is_looked_at_again(latents, lost):
+    (latents / lost).unlink()
+    for again in (lambda: LatentsWriter(latents, shard_size=5), lambda: finish(latents)):
+        with pytest.raises(LatentsError, match=f"{lost} is missing though manifest.json lists it"):
+            again()
+
+
+@pytest.mark.parametrize("change", [
+    {"shards": 2}, {"count": 7}, {"files": {}}, {"classes": ["a", "a"]}, {"shape": [4, 3]},
+])  # fmt: skip
+def test_a_manifest_that_does_not_add_up_is_damaged(latents, change):
+    path = latents / "manifest.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
+    if "shards" in change:
+        change = {"shards": content["shards"] * 2}
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(LatentsError, match=r"manifest\.json is damaged"):
+        LatentDataset(latents)
 
 
 @pytest.mark.parametrize("killed", ["before a record", "between shards", "before the manifest", "after it"])
@@ -206,7 +264,7 @@ def test_flipped_bit(latents, monkeypatch):
     for verify in (True, None):  # None: a small set is always verified
         with pytest.raises(LatentsError, match=f"{SHARD} is damaged: SHA-256"):
             LatentDataset(latents, verify=verify)
-    monkeypatch.setattr(data, "VERIFY_BELOW", 1)
+    monkeypatch.setattr(latents_format, "VERIFY_BELOW", 1)
     LatentDataset(latents)
 
 

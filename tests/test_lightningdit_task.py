@@ -10,7 +10,7 @@ import kernels
 from lightningdit.config import DataConfig, ModelConfig, SampleConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
-from lightningdit.latents import LatentsWriter, finish
+from lightningdit.latents_writer import LatentsWriter, finish
 from lightningdit.sampler import sample
 from lightningdit.task import LightningDiTTask, check_classes
 from lightningdit.weights import save_published

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lightningdit import latents
+from lightningdit import latents_writer
 
 LIGHTNINGDIT = {
     "preset": "default",
@@ -38,11 +38,11 @@ VAVAE = {
 def write_latents(directory: Path, count: int = 20, classes: Sequence[str] | None = None) -> Path:
     """`count` latents [4, 4, 4] of 3 classes in two shards, with statistics and manifest."""
     generator = torch.Generator().manual_seed(0)
-    writer = latents.LatentsWriter(directory, shard_size=12)
+    writer = latents_writer.LatentsWriter(directory, shard_size=12)
     plain = 3 * torch.randn(count, 4, 4, 4, generator=generator) + 1
     writer.add(plain, plain.flip(-1), torch.arange(count) % 3)
     writer.close()
-    latents.finish(directory, classes=classes)
+    latents_writer.finish(directory, classes=classes)
     return directory
 
 
@@ -53,14 +53,14 @@ def write_random_latents(
     generator = torch.Generator().manual_seed(0)
     everything = []
     for rank in range(ranks):
-        writer = latents.LatentsWriter(directory, rank=rank, shard_size=shard_size, identity=identity)
+        writer = latents_writer.LatentsWriter(directory, rank=rank, shard_size=shard_size, identity=identity)
         for count in counts:
             x = torch.randn(count, *shape, generator=generator) * 3 + 2
             writer.add(x, x + 100, torch.arange(count) % 4)
             everything.append(x)
         writer.close()
     tokenizer = {"name": "test", "sha256": "00"}
-    latents.finish(directory, world_size=ranks, tokenizer=tokenizer, expected=ranks * sum(counts))
+    latents_writer.finish(directory, world_size=ranks, tokenizer=tokenizer, expected=ranks * sum(counts))
     return torch.cat(everything)
 
 

@@ -18,7 +18,7 @@ from bench.entrants import backends
 from bench.entrants.plain import PlainLightningDiT
 from kernels.compilation import compile_module
 from kernels.registry import Ops
-from lightningdit import latents
+from lightningdit import latents_writer
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -270,11 +270,11 @@ STEPS = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}
 def write_latents(directory: Path, config: ModelConfig, count: int) -> None:
     """Random latents in the project's format."""
     generator = torch.Generator().manual_seed(0)
-    writer = latents.LatentsWriter(directory)
+    writer = latents_writer.LatentsWriter(directory)
     for first in range(0, count, 1024):
         size = min(1024, count - first)
         shape = (size, config.in_channels, config.input_size, config.input_size)
         plain = torch.randn(shape, generator=generator)
         writer.add(plain, plain.flip(-1), torch.randint(config.num_classes, (size,), generator=generator))
     writer.close()
-    latents.finish(directory)
+    latents_writer.finish(directory)

@@ -189,21 +189,21 @@ MISTAKES = {
         "test_lightningdit_data.py::test_gathering_from_many_shards",
     ),
     "checksums_not_compared": Mistake(
-        "lightningdit/data.py", 'if verify and (found := file_entry(path)["sha256"]) != entry.sha256:',
-        "if not listed:",
+        "lightningdit/latents.py", "if checksum and (found := sha256(path)) != entry.sha256:",
+        "if checksum and not (found := sha256(path)):",
         "test_lightningdit_latents.py::test_flipped_bit",
     ),
     "statistics_of_the_last_shard": Mistake(
-        "lightningdit/latents.py", "merge_moments(record.moments for record in records)",
+        "lightningdit/latents_writer.py", "merge_moments(record.moments for record in records)",
         "merge_moments(record.moments for record in records[-1:])",
         "test_lightningdit_latents.py::test_statistics_are_of_the_whole_set",
     ),
     "latents_that_are_not_finite_stored": Mistake(
-        "lightningdit/latents.py", "torch.isfinite(latents).all() & torch.isfinite(", "torch.isfinite(",
+        "lightningdit/latents_writer.py", "torch.isfinite(latents).all() & torch.isfinite(", "torch.isfinite(",
         "test_lightningdit_latents.py::test_writer_refuses",
     ),
     "record_of_a_shard_written_in_place": Mistake(
-        "lightningdit/latents.py", 'write_json(path.with_suffix(".json"), record)',
+        "lightningdit/latents_writer.py", 'write_sealed(path.with_suffix(".json"), record)',
         'path.with_suffix(".json").write_text(json.dumps(record))',
         "test_common_writers.py::test_nothing_else_writes_files",
     ),
