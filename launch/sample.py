@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import FileError, make_directory, read_json, replacing, write_json
+from common.files import FileError, file_entry, make_directory, open_regular, read_json, replacing, write_json
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
@@ -98,12 +99,13 @@ def generate(
         starts = range(0, len(labels), size)
         own = starts[processes.rank :: processes.world_size]
         for start in tqdm(own, desc="batches", disable=None if processes.is_main else True):
-            path = parts / f"{start:07d}.npz"
+            path = part_path(output, start)
             if not path.exists():
-                _save_part(path, **generator.images(range(start, min(start + size, len(labels))), labels))
+                made = generator.images(range(start, min(start + size, len(labels))), labels)
+                _save_part(path, first=start, **made)
         processes.barrier()
         if processes.is_main:
-            _gather(output, [parts / f"{start:07d}.npz" for start in starts], labels, facts)
+            _gather(output, starts, labels, facts)
             print(f"{len(labels):,} images in {npz}")
         processes.barrier()
         return npz
@@ -231,11 +233,14 @@ def _guidance(settings: SampleConfig) -> str:
 
 
 def _already_there(output: Path, facts: dict) -> bool:
-    """Whether `output` holds these very images; raises ConfigError where it holds others."""
-    description = output / "samples.json"
-    if not description.is_file() or not (output / "samples.npz").is_file():
+    """Whether `output` holds these very images; raises ValueError where it holds others, or they are damaged."""
+    description, npz = output / "samples.json", output / "samples.npz"
+    if not description.is_file() or not npz.is_file():
         return False
     _require_same(description, facts)
+    # Samples of before their file was described have no such entry.
+    if (said := read_json(description).get("npz")) not in (None, file_entry(npz)):
+        raise FileError(f"{npz} is damaged: {description.name} says {said} of it; remove it, and it is made again")
     return True
 
 
@@ -268,23 +273,40 @@ def _save_part(path: Path, **arrays) -> None:
         np.savez(file, **arrays)
 
 
-def _read_part(path: Path) -> dict[str, np.ndarray]:
+def _read_part(path: Path, start: int, count: int) -> dict[str, np.ndarray]:
+    """The part with images `start` to `start + count`; raises FileError for anything else."""
+    advice = "remove it, and its images are made again"
     try:
-        with np.load(path) as content:
-            return dict(content)
+        with open_regular(path) as file, np.load(file) as content:
+            part = dict(content)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileError(f"{path} is damaged ({error}): remove it, and its images are made again") from None
+        raise FileError(f"{path} is damaged ({error}): {advice}") from None
+    images, numbers = part.get("images"), [part.get(name) for name in ("nfe", "guided_nfe")]
+    whole = all(number is not None and number.shape == () for number in numbers)
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or not whole:
+        raise FileError(f"{path} does not hold {count} images: {advice}")
+    if int(part.get("first", start)) != start:  # parts of before it was kept have none
+        raise FileError(f"{path} holds the images from {int(part['first'])} on: {advice}")
+    return part
 
 
-def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> None:
-    """Join the parts: npz, picture, and last the description that makes them count."""
+def part_path(output: Path, start: int) -> Path:
+    """The file of the images from `start` on, until all are there."""
+    return output / "parts" / f"{start:07d}.npz"
+
+
+def _gather(output: Path, parts: Sequence[int], labels: list[int], facts: dict) -> None:
+    """Join the parts that begin at these images: npz, picture, and last the description that makes them count."""
     first, nfe, guided, likelihoods = [], [], [], []
     with replacing(output / "samples.npz") as npz, zipfile.ZipFile(npz, "w", allowZip64=True) as archive:
         # A ZipInfo of one's own has a fixed date: equal images are equal files.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-            for part in parts:
-                content = _read_part(part)
+            for start, stop in pairwise([*parts, len(labels)]):
+                content = _read_part(part_path(output, start), start, stop - start)
                 images = content["images"]
+                if first and images.shape[1:] != first[0].shape[1:]:
+                    raise FileError(f"{part_path(output, start)} holds images of another size: remove it, and they are "
+                                    "made again")
                 nfe.append(int(content["nfe"]))
                 guided.append(int(content["guided_nfe"]))
                 if "log_likelihood" in content:
@@ -306,7 +328,7 @@ def _gather(output: Path, parts: list[Path], labels: list[int], facts: dict) -> 
     mean = {"nfe": sum(nfe) / len(nfe), "guided_nfe": sum(guided) / len(guided)}
     if likelihoods:
         mean["log_likelihood"] = float(more["log_likelihood"].mean())
-    write_json(output / "samples.json", facts | mean)
+    write_json(output / "samples.json", facts | mean | {"npz": file_entry(output / "samples.npz")})
     shutil.rmtree(output / "parts")
 
 

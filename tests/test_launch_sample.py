@@ -1,6 +1,8 @@
 """The sampling and export programs, on a tiny tokenizer and a tiny network."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ import yaml
 from PIL import Image
 
 import kernels
+from common.files import FileError
 from launch import checkpoint, engine, processes, sample
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
@@ -164,6 +167,62 @@ def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
     assert npz.read_bytes() == whole.read_bytes()
     sample.generate(a_run(weights), tmp_path / "cut")
     assert len(calls) == 4  # nothing is made twice
+
+
+@pytest.fixture(scope="module")
+def unfinished(weights, tmp_path_factory):
+    """A sampling whose parts 0, 4 and 8 were made, and not joined."""
+    output = tmp_path_factory.mktemp("unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "_gather", lambda *args: None)
+        sample.generate(a_run(weights), output)
+    return output
+
+
+def rewritten(path, **changes) -> None:
+    with np.load(path) as content:
+        arrays = dict(content) | changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+
+
+DAMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "is damaged"),
+    "text": (lambda path: path.write_text("hello"), "is damaged"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-300]), "is damaged"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "named pipe"),
+    "fewer images": (lambda path: rewritten(path, images=np.zeros((3, 16, 16, 3), np.uint8)), "does not hold 4 images"),
+    "no images": (lambda path: rewritten(path, images=None), "does not hold 4 images"),
+    "floats": (lambda path: rewritten(path, images=np.zeros((4, 16, 16, 3))), "does not hold 4 images"),
+    "many counts": (lambda path: rewritten(path, nfe=np.zeros(3)), "does not hold 4 images"),
+    "another size": (lambda path: rewritten(path, images=np.zeros((4, 6, 6, 3), np.uint8)), "another size"),
+    "another part": (lambda path: path.write_bytes(path.with_name("0000000.npz").read_bytes()), "the images from 0 on"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_part_is_named_and_made_again(weights, unfinished, tmp_path, kind):
+    damage, why = DAMAGES[kind]
+    output = tmp_path / "samples"
+    shutil.copytree(unfinished, output)
+    part = output / "parts" / "0000004.npz"
+    damage(part)
+    with pytest.raises(FileError, match=rf"0000004\.npz .*{why}"):
+        sample.generate(a_run(weights), output)
+    assert not (output / "samples.npz").exists()
+    part.unlink()
+    whole = sample.generate(a_run(weights), tmp_path / "whole")
+    assert sample.generate(a_run(weights), output).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello"])
+def test_finished_samples_that_are_damaged_are_not_there(weights, tmp_path, content):
+    npz = sample.generate(a_run(weights, fid_num=4), tmp_path)
+    whole = npz.read_bytes()
+    npz.write_bytes(content)
+    with pytest.raises(FileError, match=r"samples\.npz is damaged"):
+        sample.generate(a_run(weights, fid_num=4), tmp_path)
+    npz.unlink()
+    assert sample.generate(a_run(weights, fid_num=4), tmp_path).read_bytes() == whole
 
 
 def no_npz(directory) -> bool:
