@@ -42,7 +42,7 @@ def test_a_file_of_that_name_here_comes_first(tmp_path, monkeypatch):
 def test_a_link_that_leads_nowhere_is_no_reason_to_take_another_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits.yaml").symlink_to("moved.yaml")
-    with pytest.raises(ConfigError, match="cannot read config digits"):
+    with pytest.raises(ConfigError, match="cannot read config: digits"):
         load("digits.yaml", kind="lightningdit")
 
 
