@@ -237,9 +237,8 @@ def _already_there(output: Path, facts: dict) -> bool:
     description, npz = output / "samples.json", output / "samples.npz"
     if not description.is_file() or not npz.is_file():
         return False
-    _require_same(description, facts)
     # Samples of before their file was described have no such entry.
-    if (said := read_json(description).get("npz")) not in (None, file_entry(npz)):
+    if (said := _require_same(description, facts).get("npz")) not in (None, file_entry(npz)):
         raise FileError(f"{npz} is damaged: {description.name} says {said} of it; remove it, and it is made again")
     return True
 
@@ -254,7 +253,8 @@ def _claim(parts: Path, facts: dict, *, write: bool) -> None:
         write_json(description, facts)
 
 
-def _require_same(description: Path, ours: dict) -> None:
+def _require_same(description: Path, ours: dict) -> dict:
+    """What the description says; raises ValueError where it is of other images."""
     theirs = read_json(description)
     if not isinstance(theirs, dict):
         raise FileError(f"{description} is damaged: it describes no images")
@@ -266,6 +266,7 @@ def _require_same(description: Path, ours: dict) -> None:
             f"{description.parent} holds images of other {', '.join(different)} ({first}: {theirs.get(first)} there, "
             f"{ours[first]} now); give another --output or remove it"
         )
+    return theirs
 
 
 def _save_part(path: Path, **arrays) -> None:

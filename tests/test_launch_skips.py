@@ -31,10 +31,7 @@ FAULTS = {"loss": lambda loss: loss * torch.inf, "gradient": lambda loss: loss +
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    toy.write_latents(directory / "latents")
-    toy.write_images(directory / "images")
-    return directory
+    return toy.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -28,10 +28,7 @@ MID_SAVE = Moment("launch.checkpoint", "write_tensors", 3)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    toy.write_latents(directory / "latents")
-    toy.write_images(directory / "images")
-    return directory
+    return toy.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

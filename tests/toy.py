@@ -85,6 +85,13 @@ def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
     return directory
 
 
+def write_data(directory: Path) -> Path:
+    """`latents` and `images` to train either model on."""
+    write_latents(directory / "latents")
+    write_images(directory / "images")
+    return directory
+
+
 def write_run(path: Path, content: dict, **sections: dict) -> Path:
     """A run file: `content` with keys of `sections` put into its sections."""
     import yaml
