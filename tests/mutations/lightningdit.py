@@ -5,7 +5,7 @@ from tests.mutations import Mistake
 CONVERSIONS = "test_lightningdit_flow.py::test_conversions"
 LOSSES = "test_lightningdit_flow.py::test_losses"
 RECORDED_MODEL = "test_lightningdit_model.py::test_output_and_gradients"
-LIKELIHOOD = "test_lightningdit_sampler.py::test_log_likelihood_of_gaussian_data"
+LIKELIHOOD = "test_lightningdit_solvers.py::test_log_likelihood_of_gaussian_data"
 
 MISTAKES = {
     # Flow.
@@ -66,12 +66,12 @@ MISTAKES = {
     ),
     "dopri5_across_the_start_of_guidance": Mistake(
         "lightningdit/sampler.py", "inside = [jump] if min(start, end) < jump < max(start, end) else []", "inside = []",
-        "test_lightningdit_sampler.py::test_no_adaptive_step_crosses_the_start_of_guidance",
+        "test_lightningdit_solvers.py::test_no_adaptive_step_crosses_the_start_of_guidance",
     ),
     "weights_of_heun": Mistake(
         "lightningdit/sampler.py", '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 2, 1 / 2))',
         '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 4, 3 / 4))',
-        "test_lightningdit_sampler.py::test_order_of_convergence",
+        "test_lightningdit_solvers.py::test_order_of_convergence",
     ),
     "sde_noise_the_same_at_every_step": Mistake(
         "lightningdit/sampler.py", "draw=k, device=y.device)", "draw=1, device=y.device)",
