@@ -1,4 +1,4 @@
-"""The sampling and export programs, on a tiny tokenizer and a tiny network."""
+"""The sampling program, on a tiny tokenizer and a tiny network."""
 
 import json
 import os
@@ -14,68 +14,27 @@ from PIL import Image
 import kernels
 from common.files import FileError
 from launch import checkpoint, engine, processes, sample
-from launch.config import LightningDiTRun, VavaeRun
+from launch.config import LightningDiTRun
 from launch.export import export
-from launch.export import main as export_main
 from launch.run_lock import InUse, owning
-from launch.trained import build_tokenizer, diffusion_weights, find_checkpoint, from_checkpoint
+from launch.trained import find_checkpoint, from_checkpoint
 from lightningdit.flow import Transport
-from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample as sample_latents
-from lightningdit.weights import read_export, read_weights, save_export, save_published
-from tests import toy
+from lightningdit.weights import read_weights, save_export, save_published
 from tests.children import launch
+from tests.tiny_weights import STATISTICS, TOKENIZER, a_run, document, write_weights
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer, write_export
-
-TOKENIZER = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, embed_dim=4, z_channels=4, attn_resolutions=[], resolution=8)
-STATISTICS = LatentStatistics(torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Files of a tokenizer, and of a network with weights that are not zero: a checkpoint and a published .pt."""
-    root = tmp_path_factory.mktemp("weights")
-    ops = kernels.select("reference")
-    torch.manual_seed(0)
-    tokenizer = AutoencoderKL(AutoencoderConfig(**yaml.safe_load(yaml.safe_dump(TOKENIZER))), ops)
-    write_export(root / "tokenizer.safetensors", tokenizer.state_dict(), tokenizer.config)
-    run = LightningDiTRun.model_validate(document(root))
-    network = LightningDiT(run.network(), ops)
-    state = {k: v.detach() for k, v in network.state_dict().items()}
-    trained = {k for k, p in network.named_parameters() if p.requires_grad}
-    state |= {k: torch.randn_like(state[k]) * 0.05 for k in trained}
-    ema = {k: state[k] + 0.01 for k in trained}
-    save_published(root / "published.pt", state, state | ema)
-    description = toy.checkpoint_state(
-        7, "lightningdit", config=run.model_dump(mode="json"),
-        task={"latents": STATISTICS.to_json(), "num_images": 60, "classes": ["cat", "dog", "été"]},
-    )  # fmt: skip
-    checkpoint.save(root / "run" / "checkpoints", description, {"model": {"model": state, "ema": ema}})
-    return root
-
-
-def document(root, **sample_keys) -> dict:
-    settings = dict(num_sampling_steps=4, fid_num=10, per_proc_batch_size=4, cfg_scale=2.0) | sample_keys
-    return {
-        "preset": "default",
-        "ckpt_path": str(root / "run"),
-        "data": {"data_path": str(root / "latents"), "image_size": 8, "num_classes": 3},
-        "vae": {"model_name": "tiny", "downsample_ratio": 2, "ckpt_path": str(root / "tokenizer.safetensors")},
-        "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 1, "in_chans": 4, "use_rope": True,
-                  "use_rmsnorm": True, "use_swiglu": True},
-        "sample": settings,
-        "kernels": "reference",
-    }  # fmt: skip
-
-
-def a_run(root, **sample_keys) -> LightningDiTRun:
-    return LightningDiTRun.model_validate(document(root, **sample_keys))
+    return write_weights(tmp_path_factory.mktemp("weights"))
 
 
 def images_of(npz):
@@ -379,23 +338,6 @@ def test_images_of_other_settings_are_not_mixed(weights, tmp_path):
         sample.generate(a_run(weights, cfg_scale=3.0), tmp_path)
 
 
-def test_every_kind_of_weights_file(weights, tmp_path):
-    from_run = diffusion_weights(a_run(weights))
-    export(checkpoint.newest(weights / "run" / "checkpoints"), tmp_path / "out" / "digits")
-    base = document(weights)
-    for path in (tmp_path / "out" / "digits", weights / "run" / "checkpoints" / "step_0000007"):
-        found = diffusion_weights(LightningDiTRun.model_validate(base | {"ckpt_path": str(path)}))
-        assert all(torch.equal(found.state[k], v) for k, v in from_run.state.items())
-        assert found.latents.to_json() == STATISTICS.to_json() and found.step == 7
-    published = base | {"ckpt_path": str(weights / "published.pt")}
-    with pytest.raises(ValueError, match=r"latents_stats.pt is missing"):
-        diffusion_weights(LightningDiTRun.model_validate(published))
-    published["data"] = base["data"] | {"latent_norm": False, "latent_multiplier": 0.5}
-    found = diffusion_weights(LightningDiTRun.model_validate(published))
-    assert all(torch.equal(found.state[k], v) for k, v in from_run.state.items())
-    assert found.latents.multiplier == 0.5 and found.step is None
-
-
 def test_wrong_weights_and_labels_are_named(weights, tmp_path):
     base = document(weights)
 
@@ -433,76 +375,3 @@ def test_command_line_and_demo(weights, tmp_path, monkeypatch):
     arguments = [str(config), "sample.num_sampling_steps=2", "--labels", "2,2", "--output", str(tmp_path / "two")]
     assert sample.main(arguments) == 0
     assert images_of(tmp_path / "two" / "samples.npz")[1].tolist() == [2, 2]
-
-
-def test_export_of_a_network(weights, tmp_path, capsys):
-    assert export_main([str(weights / "run"), str(tmp_path / "digits"), "--weights", "model"]) == 0
-    assert capsys.readouterr().out.count("lightningdit, step 7") == 3
-    found = read_export(tmp_path / "digits")
-    state = read_weights(weights / "published.pt", "model")[0]
-    assert found.weights == "model" and all(torch.equal(found.state[k], v) for k, v in state.items())
-    for which in ("model", "ema"):
-        ours, theirs = (read_weights(p, which)[0] for p in (tmp_path / "digits.pt", weights / "published.pt"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
-@pytest.mark.parametrize("which", ["ema", "model"])
-def test_export_of_a_published_network(weights, tmp_path, capsys, which):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(document(weights) | {"data": document(weights)["data"] | {"latent_norm": False}}))
-    source = weights / "published.pt"
-    argv = [str(source), str(tmp_path / "x"), "--weights", which, "--config", str(config), "data.latent_multiplier=0.5"]
-    assert export_main(argv) == 0
-    assert capsys.readouterr().out.count(f"from {source}") == 2
-    found = read_export(tmp_path / "x")
-    state, _ = read_weights(source, which)
-    assert found.weights == which and found.step is None and found.latents.multiplier == 0.5
-    assert found.state.keys() == state.keys() and all(torch.equal(found.state[k], v) for k, v in state.items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml", "x.json", "x.safetensors"]
-
-
-@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
-def test_export_of_a_published_tokenizer(weights, tmp_path, entry):
-    """Its sizes are those its tensors have."""
-    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
-    state = tokenizer.state_dict()
-    torch.save(state if entry is None else {entry: state, "epoch": 3}, tmp_path / "t.pt")
-    assert export_main([str(tmp_path / "t.pt"), str(tmp_path / "x")]) == 0
-    facts = json.loads((tmp_path / "x.json").read_text())
-    assert facts["weights"] == (entry or "unnamed") and facts["step"] is None
-    again = load_tokenizer(tmp_path / "x.safetensors", kernels.select("reference"))
-    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
-
-
-def test_what_cannot_be_exported_is_said(weights, tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(document(weights) | {"model": document(weights)["model"] | {"depth": 3}}))
-    for argv, why in (
-        ([weights / "published.pt"], "give --config"),
-        ([tmp_path / "other.pt"], r"other\.pt .*no tokenizer"),
-        ([weights / "run", "--config", config], "holds its own run"),
-        ([tmp_path / "none"], "does not exist"),
-        ([weights / "published.pt", "--config", config, "data.latent_norm=false"], "missing: blocks"),
-    ):
-        with pytest.raises(ValueError, match=why):
-            export_main([str(argv[0]), str(tmp_path / "x"), *map(str, argv[1:])])
-    assert not list(tmp_path.glob("x.*"))
-
-
-def test_export_of_a_tokenizer(weights, tmp_path):
-    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
-    state = tokenizer.state_dict()
-    run = VavaeRun(preset="default", model=tokenizer.config, data={"data_path": "images", "image_size": 8})
-    description = toy.checkpoint_state(3, "vavae", "autoencoder", config=run.model_dump(mode="json"))
-    path = checkpoint.save(tmp_path, description, {"autoencoder": {"model": state, "ema": state}})
-    written = export(checkpoint.Checkpoint(path), tmp_path / "tokenizer.v1")
-    assert [p.name for p in written] == ["tokenizer.v1.safetensors", "tokenizer.v1.json", "tokenizer.v1.pt"]
-    for file in (written[0], written[2]):
-        back = load_tokenizer(file, kernels.select("reference"), tokenizer.config).state_dict()
-        assert all(torch.equal(back[k], v) for k, v in state.items())
-    run = document(weights)
-    run["vae"]["ckpt_path"] = str(written[0])
-    assert build_tokenizer(LightningDiTRun.model_validate(run), kernels.select("reference")).config == tokenizer.config
-    with pytest.raises(ValueError, match="of kind 'vavae', not 'lightningdit'"):
-        diffusion_weights(LightningDiTRun.model_validate(document(weights) | {"ckpt_path": str(path)}))

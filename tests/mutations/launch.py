@@ -107,7 +107,7 @@ MISTAKES = {
     "average_exported_as_weights": Mistake(
         "launch/export.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
         'checkpoint.weights("model", "ema"), checkpoint.weights("model", "ema")',
-        "test_launch_sample.py::test_export_of_a_network",
+        "test_launch_export.py::test_export_of_a_network",
     ),
     "row_that_was_not_due_forgotten": Mistake(
         "launch/trainer.py", "        if kept is not None:\n            processes", """\

@@ -1,0 +1,113 @@
+"""The export program, and the weights files that programs read, on a tiny tokenizer and a tiny network."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+import kernels
+from launch import checkpoint
+from launch.config import LightningDiTRun, VavaeRun
+from launch.export import export
+from launch.export import main as export_main
+from launch.trained import build_tokenizer, diffusion_weights
+from lightningdit.weights import read_export, read_weights
+from tests import toy
+from tests.tiny_weights import STATISTICS, a_run, document, write_weights
+from vavae.weights import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+def test_every_kind_of_weights_file(weights, tmp_path):
+    from_run = diffusion_weights(a_run(weights))
+    export(checkpoint.newest(weights / "run" / "checkpoints"), tmp_path / "out" / "digits")
+    base = document(weights)
+    for path in (tmp_path / "out" / "digits", weights / "run" / "checkpoints" / "step_0000007"):
+        found = diffusion_weights(LightningDiTRun.model_validate(base | {"ckpt_path": str(path)}))
+        assert all(torch.equal(found.state[k], v) for k, v in from_run.state.items())
+        assert found.latents.to_json() == STATISTICS.to_json() and found.step == 7
+    published = base | {"ckpt_path": str(weights / "published.pt")}
+    with pytest.raises(ValueError, match=r"latents_stats.pt is missing"):
+        diffusion_weights(LightningDiTRun.model_validate(published))
+    published["data"] = base["data"] | {"latent_norm": False, "latent_multiplier": 0.5}
+    found = diffusion_weights(LightningDiTRun.model_validate(published))
+    assert all(torch.equal(found.state[k], v) for k, v in from_run.state.items())
+    assert found.latents.multiplier == 0.5 and found.step is None
+
+
+def test_export_of_a_network(weights, tmp_path, capsys):
+    assert export_main([str(weights / "run"), str(tmp_path / "digits"), "--weights", "model"]) == 0
+    assert capsys.readouterr().out.count("lightningdit, step 7") == 3
+    found = read_export(tmp_path / "digits")
+    state = read_weights(weights / "published.pt", "model")[0]
+    assert found.weights == "model" and all(torch.equal(found.state[k], v) for k, v in state.items())
+    for which in ("model", "ema"):
+        ours, theirs = (read_weights(p, which)[0] for p in (tmp_path / "digits.pt", weights / "published.pt"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("which", ["ema", "model"])
+def test_export_of_a_published_network(weights, tmp_path, capsys, which):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document(weights) | {"data": document(weights)["data"] | {"latent_norm": False}}))
+    source = weights / "published.pt"
+    argv = [str(source), str(tmp_path / "x"), "--weights", which, "--config", str(config), "data.latent_multiplier=0.5"]
+    assert export_main(argv) == 0
+    assert capsys.readouterr().out.count(f"from {source}") == 2
+    found = read_export(tmp_path / "x")
+    state, _ = read_weights(source, which)
+    assert found.weights == which and found.step is None and found.latents.multiplier == 0.5
+    assert found.state.keys() == state.keys() and all(torch.equal(found.state[k], v) for k, v in state.items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml", "x.json", "x.safetensors"]
+
+
+@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
+def test_export_of_a_published_tokenizer(weights, tmp_path, entry):
+    """Its sizes are those its tensors have."""
+    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
+    state = tokenizer.state_dict()
+    torch.save(state if entry is None else {entry: state, "epoch": 3}, tmp_path / "t.pt")
+    assert export_main([str(tmp_path / "t.pt"), str(tmp_path / "x")]) == 0
+    facts = json.loads((tmp_path / "x.json").read_text())
+    assert facts["weights"] == (entry or "unnamed") and facts["step"] is None
+    again = load_tokenizer(tmp_path / "x.safetensors", kernels.select("reference"))
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+
+
+def test_what_cannot_be_exported_is_said(weights, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(document(weights) | {"model": document(weights)["model"] | {"depth": 3}}))
+    for argv, why in (
+        ([weights / "published.pt"], "give --config"),
+        ([tmp_path / "other.pt"], r"other\.pt .*no tokenizer"),
+        ([weights / "run", "--config", config], "holds its own run"),
+        ([tmp_path / "none"], "does not exist"),
+        ([weights / "published.pt", "--config", config, "data.latent_norm=false"], "missing: blocks"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            export_main([str(argv[0]), str(tmp_path / "x"), *map(str, argv[1:])])
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_export_of_a_tokenizer(weights, tmp_path):
+    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
+    state = tokenizer.state_dict()
+    run = VavaeRun(preset="default", model=tokenizer.config, data={"data_path": "images", "image_size": 8})
+    description = toy.checkpoint_state(3, "vavae", "autoencoder", config=run.model_dump(mode="json"))
+    path = checkpoint.save(tmp_path, description, {"autoencoder": {"model": state, "ema": state}})
+    written = export(checkpoint.Checkpoint(path), tmp_path / "tokenizer.v1")
+    assert [p.name for p in written] == ["tokenizer.v1.safetensors", "tokenizer.v1.json", "tokenizer.v1.pt"]
+    for file in (written[0], written[2]):
+        back = load_tokenizer(file, kernels.select("reference"), tokenizer.config).state_dict()
+        assert all(torch.equal(back[k], v) for k, v in state.items())
+    run = document(weights)
+    run["vae"]["ckpt_path"] = str(written[0])
+    assert build_tokenizer(LightningDiTRun.model_validate(run), kernels.select("reference")).config == tokenizer.config
+    with pytest.raises(ValueError, match="of kind 'vavae', not 'lightningdit'"):
+        diffusion_weights(LightningDiTRun.model_validate(document(weights) | {"ckpt_path": str(path)}))
