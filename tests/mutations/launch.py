@@ -338,6 +338,6 @@ MISTAKES = {
     "rfid_of_the_originals": Mistake(
         "launch/evaluation.py", "measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)",
         "measure(originals, extractor, batch_size), measure(originals, extractor, batch_size)",
-        "test_launch_evaluate.py::test_reconstructions",
+        "test_launch_evaluation.py::test_reconstructions",
     ),
 }  # fmt: skip

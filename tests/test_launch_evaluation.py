@@ -1,0 +1,165 @@
+"""Figures of samples and of reconstructions against NumPy's and SciPy's, and what they are computed from."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from launch import evaluation
+from launch.evaluation import Reconstructions, evaluate_reconstructions, evaluate_samples, open_reference
+from launch.image_source import open_images
+from tests.measured import (
+    FACTS,
+    MemoryImages,
+    distance,
+    images,
+    likeness,
+    means,
+    moments,
+    peak_ratio,
+    quarters,
+    save_folder,
+    share_inside,
+    small_tokenizer,
+)
+from vavae.images import to_float_batch
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+SIZES = "holds images of 16×16, .* of 27×20: they cannot be compared"
+
+
+@pytest.mark.parametrize("kind", ["images", "statistics and images", "originals", "folders", "decoded"])
+def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
+    small, large = images(0, 30), images(1, 30, size=20, width=27)
+    if kind == "images":
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(MemoryImages(small), evaluation.Reference("r", MemoryImages(large)), means, metadata={})
+    elif kind == "statistics and images":
+        reference = evaluation.Reference("r", MemoryImages(large), moments(small))
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(MemoryImages(small), reference, means, metadata={})
+    elif kind == "originals":
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_reconstructions(MemoryImages(small), MemoryImages(large), extractor=means, lpips=None, metadata={})
+    elif kind == "decoded":
+        decoded = Reconstructions(MemoryImages(images(1, 3, size=17)), tokenizer)
+        with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 3, 17, 17\]"):
+            evaluate_reconstructions(decoded.originals, decoded, extractor=None, lpips=None, metadata={})
+    else:
+        folders = [save_folder(tmp_path / name, pixels) for name, pixels in (("a", small), ("b", large))]
+        with pytest.raises(ValueError, match=SIZES):
+            evaluate_samples(open_images(folders[0]), open_reference(folders[1]), means, metadata={})
+        both = [open_images(folders[0], 16), open_reference(folders[1], 16)]
+        assert evaluate_samples(*both, means, metadata={})["metrics"]["fid"] > 0
+
+
+def test_samples_against_images():
+    real = images(4)
+    fake = (real[:30].float() * 0.7 + 38 + images(5, 30, high=4).float()).to(torch.uint8)  # less varied
+    got = evaluate_samples(MemoryImages(fake), evaluation.Reference("real", MemoryImages(real)), means, metadata=FACTS,
+                           batch_size=7)  # fmt: skip
+    assert got["metrics"]["fid"] == pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)
+    precision, recall = (share_inside(*map(quarters, pair)) for pair in ((real, fake), (fake, real)))
+    assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall) and precision > recall
+    assert got["samples"] == 30 and got["samples_sha256"] == hashlib.sha256(fake.numpy().tobytes()).hexdigest()
+    assert {key: got[key] for key in FACTS} == FACTS and got["notes"] == []
+    assert set(got["skipped"]) == {"sfid", "inception_score"}
+    assert json.loads(json.dumps(got)) == got
+
+
+def test_samples_against_statistics(tmp_path):
+    real, fake = images(6), images(7, 30)
+    mean, covariance = (part.numpy() for part in moments(real))
+    np.savez(tmp_path / "stats.npz", mu=mean, sigma=covariance)
+    reference = open_reference(tmp_path / "stats.npz")
+    got = evaluate_samples(MemoryImages(fake), reference, means, metadata={"solver": "heun", "seed": 3})
+    assert got["metrics"] == {"fid": pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)}
+    assert "statistics alone" in got["skipped"]["precision, recall"]
+    assert got["nfe"] == "not stated" and got["seed"] == 3 and got["solver"] == "heun"
+    assert got["notes"] == ["not stated by whoever made the images: nfe, dtype, guidance, hashes"]
+    assert got["reference"]["sha256"] == hashlib.sha256((tmp_path / "stats.npz").read_bytes()).hexdigest()
+
+    # Statistics win over the images beside them, which still serve precision and recall.
+    np.savez(tmp_path / "both.npz", arr_0=images(8).numpy(), mu=mean, sigma=covariance)
+    both = evaluate_samples(MemoryImages(fake), open_reference(tmp_path / "both.npz"), means, metadata=FACTS)
+    assert both["metrics"]["fid"] == got["metrics"]["fid"] and "precision" in both["metrics"]
+
+
+def test_references_refuse(tmp_path):
+    for name, arrays, message in (
+        ("half", {"mu": np.zeros(12)}, "only one of 'mu' and 'sigma'"),
+        ("spatial", {"mu_s": np.zeros(12), "sigma_s": np.eye(12)}, "holds no 'mu' and 'sigma'"),
+        ("other", {"x": np.zeros(12)}, "holds no images"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            open_reference(tmp_path / f"{name}.npz")
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="mu2 has shape"):
+        evaluate_samples(MemoryImages(images(0)), open_reference(tmp_path / "wide.npz"), means, metadata=FACTS)
+
+
+def test_too_few_samples_are_refused_unless_allowed():
+    few, real = MemoryImages(images(9, 12)), evaluation.Reference("real", MemoryImages(images(10)))
+    with pytest.raises(ValueError, match=r"12 samples for 12 features.*--allow-few"):
+        evaluate_samples(few, real, means, metadata=FACTS)
+    assert "covariance is singular" in evaluate_samples(few, real, means, metadata=FACTS, allow_few=True)["notes"][0]
+    with pytest.raises(ValueError, match="12 reference images for 12 features"):
+        evaluate_samples(real.images, evaluation.Reference("few", few), means, metadata=FACTS)
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate_samples(real.images, real, lambda x: {"features": means(x)["features"] / 0}, metadata=FACTS)
+
+
+def test_reconstructions():
+    original = images(11, 30)
+    decoded = (original.int() + images(12, 30, high=9).int()).clamp(0, 255).to(torch.uint8)
+    got = evaluate_reconstructions(
+        MemoryImages(original), MemoryImages(decoded), extractor=means, metadata=FACTS, batch_size=8,
+        lpips=lambda a, b: (a.double() - b.double()).abs().mean((1, 2, 3)),
+    )  # fmt: skip
+    want = {
+        "rfid": distance(quarters(decoded), quarters(original)),
+        "psnr": peak_ratio(original.numpy(), decoded.numpy()),
+        "ssim": likeness(original.numpy(), decoded.numpy()),
+        "lpips": np.abs(original.numpy().astype(np.float64) - decoded.numpy()).mean(),
+    }
+    assert got["metrics"] == {name: pytest.approx(value, rel=1e-6) for name, value in want.items()}
+    assert got["images"] == 30 and got["skipped"] == {}
+    without = evaluate_reconstructions(
+        MemoryImages(original),
+        MemoryImages(decoded),
+        extractor=None,
+        lpips=None,
+        metadata=FACTS,
+        skipped={"rfid": "no net"},
+    )
+    assert set(without["metrics"]) == {"psnr", "ssim"} and without["metrics"]["psnr"] == got["metrics"]["psnr"]
+    assert without["skipped"]["rfid"] == "no net" and "lpips" in without["skipped"]
+    with pytest.raises(ValueError, match="30 originals do not pair with 29"):
+        evaluate_reconstructions(
+            MemoryImages(original), MemoryImages(decoded[1:]), extractor=None, lpips=None, metadata=FACTS
+        )
+
+
+def test_decoded_images_depend_on_the_seed_and_their_place_only(tokenizer):
+    originals = MemoryImages(images(13, 5))
+    by_three = torch.cat(list(Reconstructions(originals, tokenizer, seed=1).batches(3)))
+    by_two = torch.cat(list(Reconstructions(originals, tokenizer, seed=1).batches(2)))
+    assert by_three.dtype == torch.uint8 and by_three.shape == (5, 16, 16, 3)
+    assert (by_three.int() - by_two.int()).abs().max() <= 1
+    other = torch.cat(list(Reconstructions(originals, tokenizer, seed=2).batches(5)))
+    mode = torch.cat(list(Reconstructions(originals, tokenizer, posterior="mode").batches(5)))
+    assert (by_three.int() - other.int()).abs().max() > 3 and (by_three.int() - mode.int()).abs().max() > 3
+    with torch.no_grad():
+        x = to_float_batch(originals.images)
+        want = (127.5 * tokenizer.decode(tokenizer.encode(x).mode()) + 128).clamp(0, 255).permute(0, 2, 3, 1)
+    assert (mode.float() - want.floor()).abs().max() <= 1
+    with pytest.raises(ValueError, match="posterior 'mean' is not known"):
+        Reconstructions(originals, tokenizer, posterior="mean")

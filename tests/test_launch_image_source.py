@@ -1,0 +1,166 @@
+"""Images to measure, from folders and npz files: the same in the same order, and what is none of them refused."""
+
+import io
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launch.evaluation import open_reference
+from launch.image_source import FolderImages, NpzImages, npz_names, open_images
+from tests.measured import images, save_folder
+from vavae.images import center_crop
+
+
+def test_folders_and_npz_files_give_the_same_images(tmp_path):
+    pixels = images(0, 7)
+    np.savez(tmp_path / "plain.npz", pixels.numpy())
+    np.savez_compressed(tmp_path / "small.npz", arr_0=pixels.numpy(), mu=np.zeros(3))
+    sources = [
+        open_images(save_folder(tmp_path / "folder", pixels)),
+        open_images(tmp_path / "plain.npz"),
+        open_images(tmp_path / "small.npz"),
+    ]
+    (tmp_path / "sampled").mkdir()
+    np.savez(tmp_path / "sampled" / "samples.npz", pixels.numpy())
+    save_folder(tmp_path / "sampled", pixels[:1])  # the picture that `sample` draws is none of the samples
+    sources.append(open_images(tmp_path / "sampled"))
+    for source in sources:
+        assert len(source) == 7
+        for _ in range(2):  # as often as needed
+            batches = list(source.batches(3))
+            assert [len(b) for b in batches] == [3, 3, 1]
+            assert torch.equal(torch.cat(batches), pixels)
+
+
+def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
+    pixels = images(1, 4, size=20, width=27)
+    save_folder(tmp_path / "b", pixels[2:])
+    save_folder(tmp_path / "a" / "deep", pixels[:2])
+    (tmp_path / "a" / "notes.json").write_text("{}")
+    assert torch.equal(next(FolderImages(tmp_path).batches(9)), pixels)
+    cropped = next(FolderImages(tmp_path, 16).batches(9))
+    want = np.array(center_crop(Image.fromarray(pixels[3].numpy()), 16))
+    assert np.array_equal(cropped[3].numpy(), want)
+    assert next(FolderImages(tmp_path, 16, "published_eval").batches(9)).shape == (4, 16, 16, 3)
+
+
+def test_sources_refuse(tmp_path):
+    pixels = images(2, 3)
+    save_folder(tmp_path / "mixed", pixels)
+    Image.fromarray(images(2, 1, size=18)[0].numpy()).save(tmp_path / "mixed" / "zzz.png")
+    with pytest.raises(ValueError, match=r"zzz.png is 18×18, earlier ones are 16×16"):
+        list(open_images(tmp_path / "mixed").batches(2))
+    (tmp_path / "mixed" / "zzz.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read image .*zzz.png"):
+        list(open_images(tmp_path / "mixed").batches(9))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images below"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="does not exist"):
+        open_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="crop 'middle' is not known"):
+        FolderImages(tmp_path / "mixed", 16, "middle")
+    np.savez(tmp_path / "floats.npz", pixels.float().numpy())
+    with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\].* it is float32"):
+        NpzImages(tmp_path / "floats.npz")
+    np.savez(tmp_path / "other.npz", images=pixels.numpy())
+    with pytest.raises(ValueError, match="no array 'arr_0', only images"):
+        open_images(tmp_path / "other.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match="is not an npz"):
+        open_images(tmp_path / "text.npz")
+    (tmp_path / "text.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"neither a folder of images nor an \.npz"):
+        open_images(tmp_path / "text.txt")
+
+
+def npz_of(path, header: bytes, body: bytes = b"", **info):
+    """An npz whose one array is given byte by byte."""
+    with zipfile.ZipFile(path, "w", **info) as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body)
+
+
+def header_of(dtype="|u1", shape="(2, 4, 4, 3)", order=False) -> bytes:
+    return f"{{'descr': '{dtype}', 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+
+
+@pytest.mark.parametrize(("header", "body", "message"), [
+    (header_of(shape="(0, 4, 4, 3)"), b"", "wanted is an image at least"),
+    (header_of(shape="(-1, 4, 4, 3)"), b"", "wanted is an image at least"),
+    (header_of(shape="(1, 5000, 5000, 3)"), b"", "at most 16,777,216 pixels"),
+    (header_of(shape="(9223372036854775807, 1, 1, 3)"), b"x", "ends after image 0"),
+    (header_of(order=True), bytes(96), "C order"),
+    (header_of(dtype="|O"), b"", "must be uint8"),
+    (header_of(), bytes(95), "ends after image 1 of 2"),
+    (b"{'descr': __import__('os')}", b"", "arr_0 is no array"),
+    (b"[" * 9000, b"", "arr_0 is no array"),
+    (b"{" + b" " * 20_000 + b"}", b"", "arr_0 is no array"),
+])  # fmt: skip
+def test_an_npz_that_says_what_it_does_not_hold_is_named(tmp_path, header, body, message):
+    npz_of(tmp_path / "a.npz", header, body)
+    with pytest.raises(ValueError, match=rf"(?s)a\.npz.*({message})"):
+        for _ in NpzImages(tmp_path / "a.npz").batches(1):
+            pass
+
+
+def test_damage_to_an_npz_is_an_error_that_names_it(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=images(3, 4).numpy(), mu=np.zeros(12), sigma=np.eye(12))
+    whole, rng, path = (tmp_path / "a.npz").read_bytes(), np.random.default_rng(0), tmp_path / "b.npz"
+    places = [*range(len(whole) - 400, len(whole)), *range(200)]  # directory and headers decide most
+    for _ in range(400):
+        content = bytearray(whole)
+        anywhere = int(rng.integers(len(whole)))
+        content[int(rng.choice(places)) if rng.random() < 0.9 else anywhere] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content if rng.random() < 0.9 else content[:anywhere])
+        try:
+            list(open_images(path).batches(3))
+            open_reference(path)
+        except ValueError as error:
+            assert "b.npz" in str(error)
+
+
+def test_statistics_larger_than_any_are_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("mu", (2**20,)), ("sigma", (2**20, 2**20))):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue() + bytes(8 * 2**20))
+    with pytest.raises(ValueError, match=r"a\.npz: sigma must be numbers of at most 1,073,741,824 bytes"):
+        open_reference(tmp_path / "a.npz")
+
+
+def test_statistics_in_columns_are_read_as_they_are(tmp_path):
+    mean, covariance = np.arange(3.0), np.arange(9.0).reshape(3, 3)
+    np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=np.asfortranarray(covariance))
+    got = open_reference(tmp_path / "a.npz").features
+    assert np.array_equal(got[0], mean) and np.array_equal(got[1], covariance) and got[0].dtype == torch.float64
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is a named pipe"):
+        open_images(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is a named pipe"):
+        npz_names(tmp_path / "a.npz")
+    save_folder(tmp_path / "folder", images(0, 2))
+    (tmp_path / "folder/empty.png").touch()
+    with pytest.raises(ValueError, match=r"1 image file is empty below .*folder: empty\.png"):
+        open_images(tmp_path / "folder")
+
+
+def test_a_folder_says_how_many_images_it_has_and_what_was_left_out(tmp_path, caplog):
+    folder = save_folder(tmp_path / "folder", images(0, 3))
+    (folder / "a.gif").write_bytes(b"GIF89a")
+    with caplog.at_level("INFO"):
+        open_images(folder)
+    assert caplog.messages == [f"{folder}: 3 images; left out: 1 × .gif (a.gif)"]
+
+
+def test_an_npz_is_not_cropped(tmp_path):
+    np.savez(tmp_path / "a.npz", images(0, 3, size=20, width=27).numpy())
+    with pytest.raises(ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders"):
+        open_images(tmp_path / "a.npz", 16)
