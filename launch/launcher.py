@@ -66,7 +66,8 @@ def _number(name: str, least: int, most: int | None) -> int:
 def follow() -> None:
     """Have this process told by SIGTERM when the launcher that started it has ended; without one it follows nobody.
 
-    DeepSpeed's runner is followed, too: its launcher, which is our parent, does not notice that it has gone.
+    DeepSpeed's runner is followed, too: its launcher, which is our parent, does not notice that it has gone. Nor does
+    the runner take a launcher that was killed for a failure (it ends with 0), so it is signalled.
     """
     parent = os.getppid()
     if "RANK" not in os.environ or _is_to_outlive(parent):
@@ -77,7 +78,8 @@ def follow() -> None:
     if "deepspeed.launcher.launch" in _command(parent):
         runner = _parent(parent)
         if "deepspeed" in _command(runner):
-            _when_ended(runner, signal.SIGTERM)
+            _when_ended(runner, os.getpid())
+            _when_ended(parent, runner)
 
 
 def warn_of_grace(seconds: float) -> None:
@@ -94,19 +96,21 @@ def _is_to_outlive(parent: int) -> bool:
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and _name(parent) in _SHELLS
 
 
-def _when_ended(pid: int, number: int) -> None:
+def _when_ended(pid: int, other: int) -> None:
+    """Have the process `other` told by SIGTERM when the process `pid` has ended."""
     try:
-        handle = os.pidfd_open(pid)
-    except (AttributeError, OSError):  # no Linux of the last years, or it has just ended
+        watched, told = os.pidfd_open(pid), os.pidfd_open(other)
+    except (AttributeError, OSError):  # no Linux of the last years, or one of them has just ended
         return
     poll = select.poll()
-    poll.register(handle, select.POLLIN)
+    poll.register(watched, select.POLLIN)
 
     def wait() -> None:
         poll.poll()
-        os.kill(os.getpid(), number)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(told, signal.SIGTERM)
 
-    threading.Thread(target=wait, name="follow the runner", daemon=True).start()
+    threading.Thread(target=wait, name=f"follow process {pid}", daemon=True).start()
 
 
 def _name(pid: int) -> str:

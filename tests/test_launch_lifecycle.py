@@ -228,21 +228,42 @@ def test_who_follows_the_process_that_started_it(monkeypatch, variables, nohup, 
     assert followed == ([(signal.SIGTERM, os.getppid())] if follows else [])
 
 
-def _watch(pid: int, ready) -> None:
-    launcher._when_ended(pid, signal.SIGTERM)
+def _watch(pid: int, other: int | None, ready) -> None:
+    launcher._when_ended(pid, os.getpid() if other is None else other)
     ready.set()
     time.sleep(600)
 
 
-def test_the_end_of_the_runner_is_a_signal():
-    runner, ready = _fork.Process(target=time.sleep, args=(600,)), _fork.Event()
+@pytest.mark.parametrize("ended", ["runner", "launcher"])
+def test_the_end_of_the_runner_stops_us_and_that_of_the_launcher_stops_the_runner(ended):
+    """The runner would end with 0 where its launcher was killed."""
+    runner, parent = (_fork.Process(target=time.sleep, args=(600,)) for _ in range(2))
     runner.start()
-    watching = _fork.Process(target=_watch, args=(runner.pid, ready))
-    watching.start()
-    assert ready.wait(60) and watching.is_alive()
-    runner.kill()
-    watching.join(60)
-    assert watching.exitcode == -signal.SIGTERM
+    parent.start()
+    watched, other = (runner.pid, None) if ended == "runner" else (parent.pid, runner.pid)
+    ready = _fork.Event()
+    us = _fork.Process(target=_watch, args=(watched, other, ready))
+    us.start()
+    assert ready.wait(60) and us.is_alive()
+    os.kill(watched, signal.SIGKILL)
+    told = us if ended == "runner" else runner
+    told.join(60)
+    assert told.exitcode == -signal.SIGTERM
+    for process in (us, runner, parent):
+        process.kill()
+        process.join()
+
+
+def test_deepspeeds_processes_watch_each_other(monkeypatch):
+    commands = {os.getppid(): "python -m deepspeed.launcher.launch", 7: "python deepspeed --module launch"}
+    watched = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(launcher, "follow_parent", lambda number, pid: None)
+    monkeypatch.setattr(launcher, "_command", commands.get)
+    monkeypatch.setattr(launcher, "_parent", {os.getppid(): 7}.get)
+    monkeypatch.setattr(launcher, "_when_ended", lambda pid, other: watched.append((pid, other)))
+    launcher.follow()
+    assert watched == [(7, os.getpid()), (os.getppid(), 7)]
 
 
 def test_a_checkpoint_slower_than_a_launchers_patience_is_said_once(monkeypatch, caplog):
