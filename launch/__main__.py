@@ -1,5 +1,6 @@
 """`python -m launch <program> …`, and the same under a launcher: `deepspeed --module launch <program> …`."""
 
+import errno
 import importlib
 import logging
 import os
@@ -24,19 +25,8 @@ PROGRAMS = {
 def main(argv: list[str]) -> int:
     """Run one program; returns the exit status. A user's mistake is one line, not a traceback."""
     argv = [a for a in argv if not a.startswith("--local_rank")]  # launchers add it; LOCAL_RANK says the same
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m launch PROGRAM …\n")
-        print("\n".join(f"  {name:<11}{text}" for name, text in PROGRAMS.items()))
-        return 0 if argv else 2
-    if argv[0] not in PROGRAMS:
-        print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
-        return 2
-    if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
-        print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
-        return 2
     try:
-        _speak()
-        return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
+        return _program(argv)
     except BrokenPipeError:  # whoever read what this program says has enough of it, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
@@ -48,9 +38,25 @@ def main(argv: list[str]) -> int:
         return 2
 
 
+def _program(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m launch PROGRAM …\n")
+        print("\n".join(f"  {name:<11}{text}" for name, text in PROGRAMS.items()))
+        return 0 if argv else 2
+    if argv[0] not in PROGRAMS:
+        print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
+        return 2
+    if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
+        print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
+        return 2
+    _speak()
+    return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
+
+
 def run(argv: list[str]) -> NoReturn:
     """Run one program as this process, which ends with it: in order, whatever happens, and with its launcher."""
     try:
+        _open_streams()
         launcher.follow()
         status = main(argv)
     except SystemExit as e:
@@ -64,6 +70,17 @@ def run(argv: list[str]) -> NoReturn:
     # After a failure there is nothing to leave together: peers wait for this process in another place.
     together = (status == 0 or status > 128) and "launch.engine" in sys.modules
     leave(status, sys.modules["launch.engine"].stop_processes if together else None)
+
+
+def _open_streams() -> None:
+    """Give closed standard streams to /dev/null: a file of ours would take their places, and take what is printed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free, so this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _speak() -> None:
@@ -82,7 +99,11 @@ def _message(error: Exception) -> str:
     if _lost_peer(error):
         return (f"another process of this run has ended or does not answer; what it or the launcher says tells why "
                 f"({_first_line(error)})")
-    return describe(error) if isinstance(error, ValidationError) else str(error)
+    if isinstance(error, ValidationError):
+        return describe(error)
+    if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write to standard output: {error.strerror}"  # every file that is written has its name there
+    return str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from tests import toy
 from tests.children import Moment, alive, launch
 
 _fork = multiprocessing.get_context("fork")
+ROOT = Path(__file__).parents[1]
 TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -118,6 +120,34 @@ def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tmp_path, run_
     assert statuses == [2, -signal.SIGKILL]
     said = (tmp_path / "log.0").read_text()
     assert "error: another process of this run has ended" in said and "Traceback" not in said
+
+
+# --- its standard streams
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train"]])
+def test_a_full_disk_below_standard_output_is_named(run_file, command):
+    argv = [*command, *(["lightningdit", run_file] if command == ["train"] else [])]
+    with open("/dev/full", "w") as full:
+        child = subprocess.run([sys.executable, "-m", "launch", *argv], stdout=full, stderr=subprocess.PIPE, text=True,
+                               timeout=240, cwd=ROOT)  # fmt: skip
+    assert child.returncode == 2 and "Traceback" not in child.stderr
+    assert "error: cannot write to standard output: No space left on device" in child.stderr
+
+
+@pytest.mark.parametrize("closed", [[1], [0, 1, 2]])
+def test_a_run_without_standard_streams_is_the_same_run(tmp_path, run_file, closed):
+    def child():
+        for descriptor in closed:
+            os.close(descriptor)
+        os.execve(sys.executable, [sys.executable, "-m", "launch", "train", "lightningdit", run_file],
+                  os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+
+    process = _fork.Process(target=child)
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
+    assert rows(tmp_path / "run")[-1]["step"] == 6 and checkpoint.newest(tmp_path / "run/checkpoints").step == 6
 
 
 # --- its directory
