@@ -15,6 +15,7 @@ from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from common.contents import as_text
 from common.sections import describe_problem
 
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
@@ -120,8 +121,8 @@ def refuse_stand_ins(path: Path | str, begin: bytes) -> None:
     """Raise FileError where a file that begins with these bytes stands for another that was not downloaded."""
     if begin.startswith(_LFS_POINTER):
         raise FileError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` downloads it")
-    if begin.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise FileError(f"{path} is a web page, not the file itself: the download went to a page about it")
+    if (as_text(begin) or "").lstrip().startswith("<"):
+        raise FileError(f"{path} is a web page or XML, not the file itself: the download went to a page about it")
 
 
 def read_json(path: Path | str) -> Any:
@@ -177,6 +178,16 @@ def read_record(path: Path | str, record: type[SomeRecord]) -> SomeRecord:
         return record.model_validate_json(json.dumps(content))
     except (ValidationError, ValueError) as e:
         raise FileError(f"{path} is damaged: {_first_problem(e)}") from None
+
+
+class _Kind(Record):
+    kind: str
+
+
+def require_kind(path: Path | str, kind: str) -> None:
+    """Raise FileError where the JSON beside weights is not of this kind: "lightningdit", "vavae" or "foundation"."""
+    if (found := read_record(path, _Kind).kind) != kind:
+        raise FileError(f"{path} is of kind {found!r}, not {kind!r}: the weights beside it are another model's")
 
 
 def _first_problem(error: Exception) -> str:

@@ -1,16 +1,18 @@
 """Tensors in files: read without running code, loaded strictly, written so that others can read them.
 
-Both models read the same kinds of file: `.safetensors`, or what `torch.save` wrote (`.pt`, `.pth`, `.ckpt`) of tensors
-by name, at the top or under an entry such as `ema`, `model` or `state_dict`.
+Both models read the same kinds of file, told by their content and not by their name: safetensors, or what `torch.save`
+wrote of tensors by name, at the top or under an entry such as `ema`, `model` or `state_dict`.
 """
 
 import argparse
+import datetime
 import json
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,23 +23,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from common.contents import LEGACY_TORCH, describe_content, is_safetensors
 from common.files import FileError, open_regular, refuse_stand_ins, replacing
 
 Tensors = dict[str, torch.Tensor]
 
-#: What other programs save beside tensors and that only holds values: command lines, paths, NumPy's numbers.
+
+def _fresh_dict(factory: Any = None) -> dict:
+    """In place of a defaultdict, which torch makes and does not fill."""
+    return {}
+
+
+#: What other programs save beside tensors and that only holds values: command lines, paths, dates, NumPy's numbers.
 _HARMLESS = [
-    argparse.Namespace, OrderedDict, defaultdict, set, pathlib.PosixPath, pathlib.PurePosixPath,
+    argparse.Namespace, OrderedDict, (_fresh_dict, "collections.defaultdict"),
+    *(set, frozenset, list, dict, tuple, int, float, bool, str, complex),
+    pathlib.PosixPath, pathlib.PurePosixPath, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone,
     (pathlib.PosixPath, "pathlib._local.PosixPath"), np.dtype, np.ndarray,
     np._core.multiarray._reconstruct, (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np._core.multiarray.scalar,
-    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDUSMm"},
 ]  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel wrapping and of torch.compile
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+#: Several numbers in one, or none: torch can do nothing with them.
+_PACKED = {torch.float4_e2m1fn_x2, torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
+_MARKS = {"LightningDiT": "x_embedder.proj.weight", "tokenizer": "encoder.conv_in.weight"}
 _NAMED = 5  # keys in a message
 _DEEPEST = 4  # entries inside one another; a file may hold itself
 
@@ -86,25 +100,45 @@ def _load(path: Path) -> Any:
         refuse_stand_ins(path, begin)
     except FileError as e:
         raise WeightsError(str(e)) from None
+    archive = zipfile.is_zipfile(path)
+    by_torch = archive or LEGACY_TORCH in begin
+    if is_safetensors(begin) or (path.suffix == ".safetensors" and not by_torch):
+        return _load_safetensors(path, begin)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        archive = zipfile.is_zipfile(path)
         if archive:
             _check_archive(path)
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
     except WeightsError:
         raise
-    except pickle.UnpicklingError as e:
-        if found := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise WeightsError(f"{path} holds an object of {found[1]}; only tensors and plain values are read, so that "
-                               "no code of a file is run") from None
-        raise WeightsError(f"{path} is damaged, or no file that torch.save wrote") from e
-    except SafetensorError as e:
-        raise WeightsError(f"{path} is damaged or truncated: {e}") from None
     except Exception as e:  # torch raises many kinds on a damaged file
-        raise WeightsError(f"{path} is damaged, or no file that torch.save wrote") from e
+        neither = "is damaged, or neither a safetensors file nor one that torch.save wrote"
+        raise WeightsError(f"{path} {_why_unread(e, by_torch) or describe_content(begin) or neither}") from e
+
+
+def _load_safetensors(path: Path, begin: bytes) -> Tensors:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        other = None if is_safetensors(begin) else describe_content(begin)
+        raise WeightsError(f"{path} {other or f'is damaged or truncated: {e}'}") from None
+
+
+def _why_unread(error: Exception, by_torch: bool) -> str | None:
+    """What torch's refusal means, without its advice to switch safety off; None where it says no more than that."""
+    if not by_torch:
+        return None
+    if not isinstance(error, pickle.UnpicklingError):
+        return "is damaged"
+    text = str(error)
+    if found := re.search(r"(?:GLOBAL |got <class '|function <class '|function <function )([\w.]+)", text):
+        return (f"holds an object of {found[1]}; only tensors and plain values are read, so that no code of a file is "
+                "run")
+    if "DTensors" in text or "NJTs" in text:
+        return "holds tensors that are spread over devices, or nested; only plain dense tensors are read"
+    if "Unsupported operand" in text:
+        return "is pickled by a protocol that is not read: torch.save(…, pickle_protocol=2) writes one that is"
+    return "is damaged, or holds other than tensors and plain values"
 
 
 def _check_archive(path: Path) -> None:
@@ -114,7 +148,10 @@ def _check_archive(path: Path) -> None:
     unpacked, size = sum(info.file_size for info in infos), path.stat().st_size
     if unpacked > size:
         raise WeightsError(f"{path} has {size:,} bytes and unpacks to {unpacked:,}: torch.save writes no such file")
-    if any(info.filename.endswith("/constants.pkl") for info in infos):
+    names = {info.filename.rpartition("/")[2] for info in infos}
+    if "data.pkl" not in names:
+        raise WeightsError(f"{path} is a ZIP archive that torch.save did not write; it holds {_some(sorted(names))}")
+    if "constants.pkl" in names:
         raise WeightsError(f"{path} is a TorchScript archive, a program; only files of tensors are read")
 
 
@@ -126,8 +163,10 @@ def _unwrap(path: Path, tensors: Tensors) -> Tensors:
             key = key.partition(".")[2]
         if key in unwrapped:
             raise WeightsError(f"{path} has {key} twice, once as {name}")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise WeightsError(f"{path}: {name} is {value.layout} on {value.device}; only plain dense tensors are read")
+        odd = value.layout != torch.strided or value.is_quantized or value.dtype in _PACKED
+        if odd or value.device.type != "cpu":
+            raise WeightsError(f"{path}: {name} is {value.layout} of {value.dtype} on {value.device}; only plain dense "
+                               "tensors are read")
         unwrapped[key] = value
     return unwrapped
 
@@ -149,12 +188,23 @@ def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: 
         "unexpected": [key for key in tensors if key not in own],
         "of another shape": [f"{k} {list(tensors[k].shape)} where the model has {list(own[k].shape)}" for k in shapes],
         "of another dtype": [f"{k} {tensors[k].dtype} where the model has {own[k].dtype}" for k in kinds],
-        "not finite": [key for key in fits if not (tensors[key].is_meta or torch.isfinite(tensors[key]).all())],
+        "not finite": [key for key in fits if not (tensors[key].is_meta or _is_finite(tensors[key]))],
     }
     if any(problems.values()):
         parts = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys]
         raise WeightsError(f"{source} does not fit: {'; '.join(parts)}")
     module.load_state_dict(tensors)
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """torch's isfinite knows no float of 8 bits."""
+    return bool(torch.isfinite(value.float() if value.is_floating_point() and value.itemsize == 1 else value).all())
+
+
+def model_of(keys: Iterable[str]) -> str | None:
+    """Which of the two models has parameters of these names, without wrappers: "LightningDiT", "tokenizer" or None."""
+    keys = set(keys)
+    return next((model for model, key in _MARKS.items() if key in keys), None)
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.tensors import read_entry, save_pickled
+from common.tensors import model_of, read_entry, save_pickled
 from launch.arguments import load_run, local_path
 from launch.checkpoint import Checkpoint
 from launch.config import ConfigError, select_ops, stored_run
@@ -54,7 +54,7 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
     Raises ValueError where the file cannot be read, is neither model's, or does not fit.
     """
     taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
-    if "x_embedder.proj.weight" in tensors:
+    if model_of(tensors) == "LightningDiT":
         if config is None:
             raise ConfigError(f"{source} is a LightningDiT, and its file tells neither the network nor the latents: "
                               "give --config, the run file it was trained with")

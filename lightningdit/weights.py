@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from common.files import FileError, Record, make_directory, read_record, replacing, sha256, write_sealed
+from common.files import FileError, Record, make_directory, read_record, replacing, require_kind, sha256, write_sealed
 from common.sections import SectionError
-from common.tensors import Tensors, WeightsError, as_float32, read_entry, save_pickled, write_safetensors
+from common.tensors import Tensors, WeightsError, as_float32, model_of, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
 from lightningdit.latents import LatentStatistics, StatisticsRecord
 
@@ -25,6 +25,8 @@ def read_weights(path: Path | str, which: str = "ema") -> tuple[Tensors, str]:
     they are is that entry, or "unnamed" where the file holds them by name itself.
     """
     entry, tensors = read_entry(path, (which, "state_dict", "model", "ema"))
+    if model_of(tensors) == "tokenizer":
+        raise WeightsError(f"{path} holds a tokenizer's weights; a LightningDiT's are wanted")
     return tensors, entry or "unnamed"
 
 
@@ -81,11 +83,10 @@ def read_export(path: Path | str) -> Export:
         if not part.is_file():
             raise WeightsError(f"{part} is missing; an export is {tensors_path.name} with {json_path.name}")
     try:
+        require_kind(json_path, KIND)
         facts = read_record(json_path, ExportFacts)
     except FileError as e:
         raise WeightsError(str(e)) from None
-    if facts.kind != KIND:
-        raise WeightsError(f"{json_path} is of kind {facts.kind!r}, not {KIND!r}")
     if (found := sha256(tensors_path)) != facts.sha256:
         raise WeightsError(f"{tensors_path} is damaged: SHA-256 {found}, {json_path.name} says {facts.sha256}")
     return Export(

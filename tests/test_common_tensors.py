@@ -1,12 +1,17 @@
 """Weights files of every kind people have: what is read, what is refused and how, and what is written."""
 
 import argparse
+import collections
+import datetime
 import fractions
+import gzip
+import json
 import logging
 import os
 import pickle
 import stat
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +26,14 @@ STATE = {"a.weight": torch.arange(6.0).view(3, 2), "a.bias": torch.tensor([1.0, 
 BESIDE = {
     "a command line": {"args": argparse.Namespace(lr=1e-4, path=Path("/data"))},
     "numpy scalars": {"best": np.float64(1.5), "step": np.int64(3), "flag": np.bool_(True)},
-    "a numpy array": {"curve": np.arange(4.0)},
+    "numpy texts and dates": {"name": np.str_("a"), "raw": np.bytes_(b"a"), "day": np.datetime64("2026-01-31"),
+                              "took": np.timedelta64(3, "s"), "names": np.array(["a", "bc"])},
+    "numpy arrays": {"curve": np.arange(4.0), "waves": np.array([1j]), "small": np.array([1], np.complex64)},
+    "dates": {"at": datetime.datetime.now(datetime.UTC), "day": datetime.date(2026, 1, 31),
+              "took": datetime.timedelta(seconds=3)},
+    "dictionaries": {"counts": collections.defaultdict(int, {"a": 1}), "lists": collections.defaultdict(list, a=[1]),
+                     "empty": collections.defaultdict(float), "letters": collections.Counter("aab"),
+                     "kinds": [int, str], "names": frozenset({"a"})},
     "an optimizer": {"opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]}},
     "plain values": {"epoch": 3, "names": ["a"], "shape": (1, 2), "seen": {1, 2}, "size": torch.Size([2])},
     "a tensor": {"steps": torch.tensor(7)},
@@ -77,6 +89,13 @@ def test_safetensors(tmp_path, prefix):
     assert same(read_tensors(tmp_path / "w.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.bin", "w"])
+@pytest.mark.parametrize("save", [torch.save, partial(torch.save, _use_new_zipfile_serialization=False), save_file])
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path, name, save):
+    save(STATE, tmp_path / name)
+    assert same(read_tensors(tmp_path / name))
+
+
 # --- what is refused: in one sentence that names the file, and without torch's advice to switch safety off
 
 
@@ -87,6 +106,11 @@ def _fifo(path):
 def _cut(path):
     torch.save(STATE, path)
     path.write_bytes(path.read_bytes()[:-200])
+
+
+def _cut_legacy(path):
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-20])
 
 
 def _compressed(path):
@@ -109,31 +133,51 @@ REFUSED = {
     "folder": (Path.mkdir, "a directory"),
     "LFS pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS"),
     "web page": (lambda p: p.write_text("\n<!DOCTYPE html><html></html>"), "web page"),
-    "text": (lambda p: p.write_text("hello"), "damaged, or no file that torch.save wrote"),
-    "empty": (lambda p: p.write_bytes(b""), "damaged"),
+    "web page with a mark": (lambda p: p.write_text("<!DOCTYPE html><html></html>", "utf-8-sig"), "web page"),
+    "web page of 16 bits": (lambda p: p.write_text("<html></html>", "utf-16"), "web page"),
+    "web page without its head": (lambda p: p.write_text("<!-- cached --><body>"), "web page"),
+    "XML page": (lambda p: p.write_text('<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'), "or XML"),
+    "text": (lambda p: p.write_text("Entry not found"), "is text, no file of tensors: it begins with 'Entry not f"),
+    "long text": (lambda p: p.write_text("é" * 500), "is text"),
+    "JSON": (lambda p: p.write_text('{"error": "gone"}'), "is text, .*gone"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "noise": (lambda p: p.write_bytes(np.random.default_rng(0).bytes(300)), "is damaged"),
+    "compressed by gzip": (lambda p: p.write_bytes(gzip.compress(bytes(9))), "gzip: unpack it"),
+    "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
+    "npz": (lambda p: np.savez(p.open("wb"), a=np.zeros(3)), r"that torch.save did not write; it holds a\.npy"),
     "cut short": (_cut, "damaged"),
     "compressed": (_compressed, "unpacks to 10,000,000"),
     "other archive": (_zip, "damaged"),
     "program": (_script, "TorchScript"),
-    "plain pickle": (lambda p: p.write_bytes(pickle.dumps(STATE)), "damaged|holds"),
+    "plain pickle": (lambda p: p.write_bytes(pickle.dumps(STATE)), "a pickle that torch.save did not write"),
+    "old plain pickle": (lambda p: p.write_bytes(pickle.dumps(STATE, 2)), "a pickle that torch.save did not write"),
+    "later protocol": (lambda p: torch.save(STATE, p, pickle_protocol=4), "by a protocol that is not read"),
+    "legacy, cut short": (_cut_legacy, "is damaged"),
     "list": (lambda p: torch.save([1, 2], p), "holds list, not tensors by name"),
     "nothing": (lambda p: torch.save({}, p), "it has nothing"),
     "no tensors": (lambda p: torch.save({"opt": {"lr": 1}}, p), "it has 'opt'"),
     "object": (lambda p: torch.save({"m": STATE, "x": fractions.Fraction(1)}, p), "an object of fractions.Fraction"),
     "formatter": (lambda p: torch.save({"m": STATE, "x": logging.Formatter()}, p), "an object of logging.Formatter"),
+    "numpy objects": (lambda p: torch.save({"m": STATE, "x": np.array([{}])}, p), "an object of numpy.dtypes.ObjectD"),
+    "class": (lambda p: torch.save({"m": STATE, "x": fractions.Fraction}, p), "an object of fractions.Fraction"),
     "twice": (lambda p: torch.save({"a": torch.ones(1), "module.a": torch.ones(1)}, p), "has a twice"),
     "sparse": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "a is torch.sparse_coo"),
+    "packed": (lambda p: torch.save({"a": torch.zeros(2, dtype=torch.bits2x4)}, p), "a is .*torch.bits2x4"),
+    "packed floats": (lambda p: torch.save({"a": torch.empty(2, dtype=torch.float4_e2m1fn_x2)}, p), "a is .*float4"),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript")
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_refused(tmp_path, kind):
+def test_refused(tmp_path, kind, name, recwarn):
     make, why = REFUSED[kind]
-    make(tmp_path / "w.pt")
+    make(tmp_path / name)
+    recwarn.clear()
     with pytest.raises(WeightsError, match=why) as error:
-        read_tensors(tmp_path / "w.pt")
-    assert "w.pt" in str(error.value) and "weights_only" not in str(error.value) and "\n" not in str(error.value)
+        read_tensors(tmp_path / name)
+    assert name in str(error.value) and "weights_only" not in str(error.value) and "\n" not in str(error.value)
+    assert not recwarn.list
 
 
 def test_a_file_that_holds_itself_is_refused(tmp_path):
@@ -195,11 +239,27 @@ def test_what_does_not_fit_is_named_and_changes_nothing(change, what):
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_another_real_dtype_is_converted(dtype):
+SMALL = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+         "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, *SMALL.values()])
+def test_another_real_dtype_is_converted(tmp_path, dtype):
     module = layer()
-    load_strict(module, module.state_dict() | {"weight": torch.tensor([0.5, 2.0], dtype=dtype)}, "x")
+    torch.save({"w": torch.tensor([0.5, 2.0]).to(dtype)}, tmp_path / "w.pt")
+    load_strict(module, module.state_dict() | {"weight": read_tensors(tmp_path / "w.pt")["w"]}, "x")
     assert module.weight.tolist() == [0.5, 2.0] and module.weight.dtype == torch.float32
+    spoilt = torch.tensor([0.5, float("nan")]).to(dtype)
+    with pytest.raises(WeightsError, match="1 not finite: weight"):
+        load_strict(module, module.state_dict() | {"weight": spoilt}, "x")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_floats_of_8_bits_of_a_safetensors_file_are_read(tmp_path, name):
+    bits = torch.tensor([0.5, 2.0]).to(SMALL[name]).view(torch.uint8).numpy().tobytes()
+    header = json.dumps({"a": {"dtype": name, "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bits)
+    assert read_tensors(tmp_path / "w.safetensors")["a"].float().tolist() == [0.5, 2.0]
 
 
 # --- what is written

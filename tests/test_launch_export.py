@@ -1,6 +1,7 @@
 """The export program, and the weights files that programs read, on a tiny tokenizer and a tiny network."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from launch import checkpoint
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
-from launch.trained import build_tokenizer, diffusion_weights
+from launch.trained import build_tokenizer, diffusion_weights, find_checkpoint
 from lightningdit.weights import read_export, read_weights
 from tests import toy
 from tests.tiny_weights import STATISTICS, a_run, document, write_weights
-from vavae.weights import load_tokenizer
+from vavae.weights import load_tokenizer, write_export
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,27 @@ def test_every_kind_of_weights_file(weights, tmp_path):
     found = diffusion_weights(LightningDiTRun.model_validate(published))
     assert all(torch.equal(found.state[k], v) for k, v in from_run.state.items())
     assert found.latents.multiplier == 0.5 and found.step is None
+
+
+@pytest.mark.parametrize("name", ["x", "x.safetensors", "alone.safetensors", "x.pt"])
+@pytest.mark.parametrize("theirs", ["lightningdit", "vavae"])
+def test_weights_of_the_other_model_are_named_as_such(weights, tmp_path, theirs, name):
+    """Exports with their description and without, and published files, where either model's are wanted."""
+    if theirs == "lightningdit":
+        export(find_checkpoint(weights / "run"), tmp_path / "x")
+    else:
+        tokenizer = load_tokenizer(weights / "tokenizer.safetensors", kernels.select("reference"))
+        write_export(tmp_path / "x", tokenizer.state_dict(), tokenizer.config)
+        torch.save({"state_dict": tokenizer.state_dict()}, tmp_path / "x.pt")
+    shutil.copy(tmp_path / "x.safetensors", tmp_path / "alone.safetensors")
+    if theirs == "lightningdit":
+        with pytest.raises(ValueError, match=r"'lightningdit', not 'vavae'|holds a LightningDiT's weights") as e:
+            load_tokenizer(tmp_path / ("x.safetensors" if name == "x" else name), kernels.select("reference"))
+    else:
+        run = document(weights) | {"ckpt_path": str(tmp_path / name)}
+        with pytest.raises(ValueError, match=r"'vavae', not 'lightningdit'|holds a tokenizer's weights") as e:
+            diffusion_weights(LightningDiTRun.model_validate(run))
+    assert str(tmp_path / name.partition(".")[0]) in str(e.value)
 
 
 def test_export_of_a_network(weights, tmp_path, capsys):

@@ -1,12 +1,12 @@
 """The sizes of a tokenizer, read off the shapes of its tensors: published weights say nothing else about them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from common.tensors import WeightsError
+from common.tensors import WeightsError, model_of
 from vavae.config import AutoencoderConfig
 
 _DIFFUSERS = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.\d+\.")
@@ -30,8 +30,11 @@ def infer_config(tensors: Mapping[str, torch.Tensor], source: str | Path) -> Aut
         raise WeightsError(f"{source} has the sizes of no tokenizer: {error}") from None
 
 
-def refuse_other_layouts(keys: Iterable[str], source: str | Path) -> None:
-    """Raise WeightsError where keys are those of another library's autoencoder, with other names for the same parts."""
+def refuse_other_layouts(keys: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Raise WeightsError where keys are those of a LightningDiT, or of another library's autoencoder, with other names
+    for the same parts."""
+    if model_of(keys) == "LightningDiT":
+        raise WeightsError(f"{source} holds a LightningDiT's weights; a tokenizer's are wanted")
     if any(map(_DIFFUSERS.match, keys)):
         raise WeightsError(f"{source} is an AutoencoderKL of diffusers (keys such as encoder.down_blocks.0…); read are "
                            "weights in the layout of latent diffusion (encoder.down.0…), as VA-VAE publishes them")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import Record, make_directory, read_record, replacing, write_sealed
+from common.files import Record, make_directory, read_record, replacing, require_kind, write_sealed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
@@ -136,9 +136,8 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
         FileError: there is none, or it is not a tokenizer's.
     """
     beside = Path(path).with_suffix(".json")
+    require_kind(beside, "vavae")
     facts = read_record(beside, ExportFacts)
-    if facts.kind != "vavae":
-        raise WeightsError(f"{beside} is of kind {facts.kind!r}, not 'vavae'")
     try:
         return AutoencoderConfig.read(facts.config, f"{beside} has a config that is none")
     except SectionError as e:

@@ -30,7 +30,7 @@ MISTAKES = {
         "test_common_files.py::test_a_record_is_checked_and_the_key_named",
     ),
     "weights_that_are_not_finite_taken": Mistake(
-        "common/tensors.py", "if not (tensors[key].is_meta or torch.isfinite(tensors[key]).all())]",
+        "common/tensors.py", "if not (tensors[key].is_meta or _is_finite(tensors[key]))]",
         "if key not in own]",
         MISFITS,
     ),
