@@ -117,6 +117,21 @@ def open_regular(path: Path | str) -> BinaryIO:
     return open(handle, "rb")
 
 
+def is_there(path: Path | str) -> bool:
+    """Whether there is such a name, be it a link to nothing.
+
+    Raises FileError where the system does not tell (no permission, a stale handle, a failing disk): whoever then took
+    a file for absent would begin anew.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as e:
+        raise FileError(f"cannot look for {path}: {getattr(e, 'strerror', None) or e}") from None
+    return True
+
+
 def refuse_stand_ins(path: Path | str, begin: bytes) -> None:
     """Raise FileError where a file that begins with these bytes stands for another that was not downloaded."""
     if begin.startswith(_LFS_POINTER):

@@ -30,6 +30,7 @@ from common.files import (
     Record,
     WriteError,
     file_entry,
+    is_there,
     make_directory,
     read_record,
     sha256,
@@ -115,7 +116,7 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> Manifest:
         path = self.path / "manifest.json"
-        if not os.path.lexists(path):
+        if not is_there(path):
             raise CheckpointError(f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
                                   "(weights alone go into train.weight_init)")
         found = _read(path, Manifest)
@@ -183,7 +184,7 @@ class Checkpoint:
         path, entry = self.path / name, self.manifest.files.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(sorted(self.manifest.files))}")
-        if not path.exists():
+        if not is_there(path):
             raise CheckpointError(f"{path} is missing though the manifest lists it")
         size = path.stat().st_size
         if size != entry.bytes:
@@ -221,7 +222,7 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
             write_json(temporary / "state.json", state)
             files = {p.name: file_entry(p) for p in sorted(temporary.iterdir())}
             write_sealed(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
-            if final.exists():
+            if is_there(final):
                 os.replace(final, directory / f".{final.name}.old")
             os.replace(temporary, final)
             sync_directory(directory)
@@ -250,7 +251,7 @@ def tidy(directory: Path) -> None:
         if named is None:
             continue
         final = directory / named[1]
-        if named[2] == "old" and not os.path.lexists(final):
+        if named[2] == "old" and not is_there(final):
             os.replace(leftover, final)
         else:
             _remove(leftover)
@@ -271,7 +272,7 @@ def newest(directory: Path) -> Checkpoint | None:
     One without a manifest, such as a copy that was cut short, does not count, and this is logged.
     """
     for path in reversed(_by_step(directory)):
-        if os.path.lexists(path / "manifest.json"):
+        if is_there(path / "manifest.json"):
             return Checkpoint(path)
         log.warning("%s has no manifest.json: it is not complete and is left aside", path)
     return None
@@ -289,5 +290,5 @@ def prune(directory: Path, keep: int) -> None:
 
 def _by_step(directory: Path) -> list[Path]:
     """Directories of checkpoints, complete or not, in the order of their steps."""
-    entries = directory.iterdir() if directory.is_dir() else ()
+    entries = directory.iterdir() if is_there(directory) else ()
     return sorted((p for p in entries if _STEP.fullmatch(p.name)), key=lambda p: int(p.name.removeprefix("step_")))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.files import FileError, read_json
+from common.files import FileError, is_there, read_json
 from common.tensors import load_strict
 from launch.checkpoint import Checkpoint, CheckpointError, newest
 from launch.config import ConfigError, LightningDiTRun, stored_run
@@ -21,7 +21,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         what = "is a file; a checkpoint is a directory" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {what}")
-    if (path / "manifest.json").exists() and not _is_latents(path):
+    if is_there(path / "manifest.json") and not _is_latents(path):
         return Checkpoint(path)
     found = newest(path / "checkpoints") or newest(path)
     if found is None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from common.files import write_json
+from common.files import is_there, write_json
 from common.tensors import load_strict
 from kernels.compilation import cache_directory
 from kernels.registry import Ops
@@ -344,7 +344,7 @@ class Trainer:
 
     def _refuse_foreign(self) -> None:
         """Do not start over among another program's checkpoints, such as those of the published code."""
-        files = self._checkpoints.iterdir() if self._checkpoints.is_dir() else ()
+        files = self._checkpoints.iterdir() if is_there(self._checkpoints) else ()
         foreign = sorted(p.name for p in files if p.suffix in (".pt", ".pth", ".ckpt"))
         if foreign:
             raise ValueError(f"{self._checkpoints} holds {foreign[-1]}, of another program: name it in "

@@ -23,6 +23,7 @@ from common.files import (
     FileError,
     FileRecord,
     Record,
+    is_there,
     open_regular,
     read_record,
     refuse_stand_ins,
@@ -94,7 +95,7 @@ class Manifest(Record):
         if checksums is None:
             checksums = sum(entry.bytes for entry in listed.values()) < VERIFY_BELOW
         for name, entry in listed.items():
-            if not (directory / name).exists():
+            if not is_there(directory / name):
                 raise LatentsError(f"{directory / name} is missing though {MANIFEST_FILE} lists it")
             if damage := damage_of(directory / name, entry, checksum=checksums):
                 raise LatentsError(damage)
@@ -243,14 +244,14 @@ def read_manifest(directory: Path) -> Manifest | None:
     Raises LatentsError where it is damaged, or its extraction has not come to an end.
     """
     manifest = manifest_in(directory)
-    if manifest is None and (directory / UNFINISHED_FILE).exists():
+    if manifest is None and is_there(directory / UNFINISHED_FILE):
         raise LatentsError(f"{directory} is unfinished: run the extraction again to complete it")
     return manifest
 
 
 def manifest_in(directory: Path) -> Manifest | None:
     path = directory / MANIFEST_FILE
-    return read_latents_record(path, Manifest) if os.path.lexists(path) else None
+    return read_latents_record(path, Manifest) if is_there(path) else None
 
 
 def read_latents_record(path: Path, record: type[Record]) -> Any:
@@ -263,7 +264,7 @@ def read_latents_record(path: Path, record: type[Record]) -> Any:
 def read_statistics(directory: Path, multiplier: float = 1.0) -> LatentStatistics:
     """The set's statistics; raises LatentsError where the file is missing, unreadable or of no use."""
     path = directory / STATISTICS_FILE
-    if not os.path.lexists(path):
+    if not is_there(path):
         raise LatentsError(f"{path} is missing: latent_norm: true needs the statistics of the latents. Make it with "
                            f"`python -m launch extract --statistics {directory}`")
     try:

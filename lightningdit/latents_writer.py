@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from common.files import Record, file_entry, make_directory, write_sealed, write_text
+from common.files import Record, file_entry, is_there, make_directory, write_sealed, write_text
 from common.tensors import save_pickled, write_tensors
 from lightningdit.latents import (
     MANIFEST_FILE,
@@ -212,7 +211,7 @@ def _tidy(directory: Path, manifest: Manifest) -> None:
 
 def _records(directory: Path) -> "list[FinishedShard]":
     """What is known of the complete shards of an extraction that goes on, in the order of their names."""
-    paths = [p for p in sorted(directory.glob("latents_rank*_shard*.safetensors")) if p.with_suffix(".json").exists()]
+    paths = [p for p in sorted(directory.glob("latents_rank*_shard*.safetensors")) if is_there(p.with_suffix(".json"))]
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
         if record.file != path.name:
@@ -223,7 +222,7 @@ def _records(directory: Path) -> "list[FinishedShard]":
 def _claim(directory: Path) -> None:
     """Mark a directory as one that an extraction is writing, unless that has ended."""
     marker = directory / UNFINISHED_FILE
-    if marker.exists() or (directory / MANIFEST_FILE).exists():
+    if is_there(marker) or is_there(directory / MANIFEST_FILE):
         return
     if shards := sorted(directory.glob("*.safetensors")):
         raise LatentsError(f"{shards[0]} is of no extraction that could go on here: give an empty directory")
@@ -265,7 +264,7 @@ def make_statistics(directory: Path) -> dict:
     Raises LatentsError where there is no set, it is unfinished, its latents are not finite, or it has statistics.
     """
     path = directory / STATISTICS_FILE
-    if os.path.lexists(path):
+    if is_there(path):
         raise LatentsError(f"{path} is already there")
     if not directory.is_dir():
         raise LatentsError(f"{directory} is no directory")

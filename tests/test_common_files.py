@@ -148,3 +148,23 @@ def test_faults_of_a_record_are_said_in_plain_words(tmp_path):
         with pytest.raises(FileError, match=f"a.json is damaged: {words}") as e:
             files.read_record(tmp_path / "a.json", Example)
         assert "Input should" not in str(e.value) and "Example" not in str(e.value)
+
+
+# --- whether a file is there
+
+
+def test_a_name_is_there_whatever_it_leads_to(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    names = ("file", "dangling", "", "absent", "file/below")
+    assert [files.is_there(tmp_path / name) for name in names] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ELOOP])
+def test_what_cannot_be_looked_for_is_not_absent(monkeypatch, number):
+    def fails(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "lstat", fails)
+    with pytest.raises(FileError, match=f"cannot look for /data/manifest.json: {os.strerror(number)}"):
+        files.is_there("/data/manifest.json")

@@ -1,11 +1,12 @@
 """Checkpoints are whole or refused; the newest is the one of the highest step."""
 
+import errno
 import os
 
 import pytest
 import torch
 
-from common.files import file_entry, read_json, write_json
+from common.files import FileError, file_entry, read_json, write_json
 from launch import checkpoint
 from launch.checkpoint import Checkpoint, CheckpointError
 from tests import toy
@@ -33,6 +34,23 @@ def test_newest_goes_by_step_not_by_time_or_size(tmp_path):
     checkpoint.save(tmp_path, state_at(9), networks())
     os.utime(tmp_path / "step_0000100", (1, 1))
     assert checkpoint.newest(tmp_path).step == 100
+
+
+@pytest.mark.parametrize("hidden", ["step_0000100/manifest.json", "."])
+def test_a_checkpoint_that_the_system_does_not_show_is_not_passed_over(tmp_path, monkeypatch, hidden):
+    """A stale handle of a network file system: going on from an older step, or from none, would lose this one."""
+    checkpoint.save(tmp_path, state_at(9), networks())
+    checkpoint.save(tmp_path, state_at(100), networks())
+    real = os.lstat
+
+    def fails(path, **options):
+        if os.fspath(path) == str(tmp_path / hidden):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "lstat", fails)
+    with pytest.raises(FileError, match=f"cannot look for {tmp_path / hidden}: Stale"):
+        checkpoint.newest(tmp_path)
 
 
 def test_no_checkpoint_is_none(tmp_path):
