@@ -102,6 +102,23 @@ def make_directory(path: Path | str) -> Path:
     return Path(path)
 
 
+def require_writable(path: Path | str) -> None:
+    """Before long work whose result is this file: make its directory, and raise WriteError where it cannot be written.
+    """
+    path = Path(path)
+    make_directory(path.parent)
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    except OSError as e:
+        raise write_error(path, e) from None
+    if kind != stat.S_IFREG:
+        raise WriteError(f"cannot write {path}: it is {_KINDS.get(kind, 'something else')}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise WriteError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
 def open_regular(path: Path | str) -> BinaryIO:
     """Open a file for reading; raises FileError for whatever is no regular file, and never waits for one."""
     try:

@@ -1,7 +1,7 @@
 """`python -m launch export SOURCE NAME [--weights ema|model]`: weights for others to use, of either model.
 
 SOURCE is a checkpoint's directory, or a run's (its newest is taken). Writes NAME.safetensors and NAME.json, and NAME.pt
-in the published layout (`model` and `ema`; for a tokenizer `state_dict`).
+in the published layout (`model` and `ema`; for a tokenizer `state_dict`). None of them may be there already.
 
 SOURCE may also be a weights file, such as a published .pt: then NAME.safetensors and NAME.json are written. The sizes
 of a tokenizer are read off its tensors; for a LightningDiT `--config CONFIG [key=value …]` names the run file that
@@ -9,9 +9,13 @@ tells its network and, by `data.data_path`, the statistics of its latents.
 """
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from common.files import require_writable
+from common.sections import expand_home
 from common.tensors import model_of, read_entry, save_pickled
 from launch.arguments import load_run, local_path
 from launch.checkpoint import Checkpoint
@@ -21,6 +25,8 @@ from lightningdit.weights import save_export, save_published
 from vavae.sizes import infer_config
 from vavae.weights import build_tokenizer, write_export
 
+SUFFIXES = (".safetensors", ".json", ".pt")
+
 
 def main(argv: list[str]) -> int:
     """Export and say what was written; returns the exit status."""
@@ -28,57 +34,93 @@ def main(argv: list[str]) -> int:
         prog="python -m launch export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=local_path, help="checkpoint, directory of a run, or weights file")
-    parser.add_argument("name", type=local_path, help="path of the files to write, without a suffix")
+    parser.add_argument("name", help="path of the files to write, without a suffix or with one of theirs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for --config")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="for the safetensors (default: ema)")
     parser.add_argument("--config", type=local_path, help="run file of a weights file")
     args = parser.parse_intermixed_args(argv)
+    name = _name(args.name)
     if args.source.is_file():
         what = f"from {args.source}"
-        written = export_file(args.source, args.name, args.weights, args.config, args.overrides)
+        written = export_file(args.source, name, args.weights, args.config, args.overrides)
     elif args.config is not None or args.overrides:
         raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
     else:
         checkpoint = find_checkpoint(args.source)
         what = f"{checkpoint.state['kind']}, step {checkpoint.step:,}"
-        written = export(checkpoint, args.name, args.weights)
+        written = export(checkpoint, name, args.weights)
     for path in written:
         print(f"{path}: {what}, {path.stat().st_size / 1e6:,.1f} MB")
     return 0
+
+
+def _name(text: str) -> Path:
+    """The path of an export without suffix; raises ConfigError for a folder, beside which nobody wants its files."""
+    path = Path(expand_home(text))
+    if path.suffix in SUFFIXES and not text.endswith("/"):
+        return path.with_suffix("")
+    if text.endswith("/") or path.is_dir():
+        raise ConfigError(f"{text} is a folder, and NAME is the path of files: {path / 'weights'} puts them into it, "
+                          f"{path}.safetensors beside it")
+    return path
+
+
+@contextmanager
+def _new_files(name: Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[list[Path]]:
+    """The paths of an export's files, to write in the block; where that fails, none of them is left.
+
+    Raises ConfigError where one is there, WriteError where one cannot be.
+    """
+    paths = [name.with_name(f"{name.name}{suffix}") for suffix in suffixes]
+    for path in paths:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} is already there: remove it, or export under another name")
+        require_writable(path)
+    try:
+        yield paths
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def export_file(source: Path, name: Path, weights: str = "ema", config: Path | None = None,
                 overrides: Sequence[str] = ()) -> list[Path]:
     """Write a weights file as an export → its paths: safetensors, JSON; see the module for `config`.
 
-    Raises ValueError where the file cannot be read, is neither model's, or does not fit.
+    Raises ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
     """
-    taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
-    if model_of(tensors) == "LightningDiT":
-        if config is None:
-            raise ConfigError(f"{source} is a LightningDiT, and its file tells neither the network nor the latents: "
-                              "give --config, the run file it was trained with")
-        run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
-        found = diffusion_weights(run, weights)
-        build_diffusion(found, select_ops("reference"), str(source))  # it fits
-        return list(save_export(name, found))
-    sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
-    tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
-    path = name.with_name(f"{name.name}.safetensors")
-    write_export(path, tokenizer.state_dict(), sizes, step=None, weights=taken or "unnamed", source=str(source))
-    return [path, path.with_suffix(".json")]
+    with _new_files(name, SUFFIXES[:2]) as paths:
+        taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
+        if model_of(tensors) == "LightningDiT":
+            if config is None:
+                raise ConfigError(f"{source} is a LightningDiT, and its file tells neither the network nor the "
+                                  "latents: give --config, the run file it was trained with")
+            run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
+            found = diffusion_weights(run, weights)
+            build_diffusion(found, select_ops("reference"), str(source))  # it fits
+            save_export(paths[0], found)
+            return paths
+        sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
+        tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
+        said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+        write_export(paths[0], tokenizer.state_dict(), sizes, **said)
+        return paths
 
 
 def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
-    """Write the three files of a checkpoint's weights → their paths: safetensors, JSON, pt."""
-    published = name.with_name(f"{name.name}.pt")
-    if checkpoint.state["kind"] == "lightningdit":
-        written = save_export(name, from_checkpoint(checkpoint, weights))
-        save_published(published, checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
-        return [*written, published]
-    run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
-    tensors = checkpoint.weights("autoencoder", weights)
-    path = name.with_name(f"{name.name}.safetensors")
-    write_export(path, tensors, run.model, step=checkpoint.step, weights=weights, checkpoint=str(checkpoint.path))
-    save_pickled(published, {"state_dict": tensors})
-    return [path, path.with_suffix(".json"), published]
+    """Write the three files of a checkpoint's weights → their paths: safetensors, JSON, pt.
+
+    Raises ValueError where one of them is already there.
+    """
+    with _new_files(name) as paths:
+        if checkpoint.state["kind"] == "lightningdit":
+            save_export(paths[0], from_checkpoint(checkpoint, weights))
+            save_published(paths[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
+            return paths
+        run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
+        tensors = checkpoint.weights("autoencoder", weights)
+        said = {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
+        write_export(paths[0], tensors, run.model, **said)
+        save_pickled(paths[2], {"state_dict": tensors})
+        return paths

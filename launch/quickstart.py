@@ -133,7 +133,9 @@ class Quickstart:
         step = newest(self.root / name / "checkpoints").step
         description = self.root / f"{name}.json"
         if not description.is_file() or json.loads(description.read_text())["step"] != step:
-            _run(exporting.main, "export", self.root / name, self.root / name)
+            for suffix in exporting.SUFFIXES:
+                description.with_suffix(suffix).unlink(missing_ok=True)
+            _run(exporting.main, "export", self.root / name, self.root / f"{name}.safetensors")
 
     def _draw_curves(self) -> None:
         tokenizer, model = (pictures.read_metrics(self.root / n / "metrics.jsonl") for n in ("vavae", "lightningdit"))

@@ -65,6 +65,22 @@ def test_no_folder_to_write_in_is_said(tmp_path):
         files.make_directory(tmp_path / "file" / "below")
 
 
+def test_what_cannot_be_written_is_said_before(tmp_path, monkeypatch):
+    files.require_writable(tmp_path / "new" / "a")
+    assert list((tmp_path / "new").iterdir()) == []
+    files.write_text(tmp_path / "new" / "a", "x")
+    files.require_writable(tmp_path / "new" / "a")
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path, "it is a directory"), (tmp_path / "pipe", "it is a named pipe"),
+                      ("/dev/null", "it is a device"), (tmp_path / "new/a/b", "File exists|Not a directory"),
+                      (tmp_path / ("x" * 300), "File name too long")):  # fmt: skip
+        with pytest.raises(WriteError, match=f"cannot write {path}: ({why})|cannot write .*new/a: {why}"):
+            files.require_writable(path)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # to root everything is allowed
+    with pytest.raises(WriteError, match=f"cannot write .*/b: no permission to write in {tmp_path}"):
+        files.require_writable(tmp_path / "b")
+
+
 def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")

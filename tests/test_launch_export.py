@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import kernels
+from common.files import WriteError
 from launch import checkpoint
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
@@ -115,6 +116,65 @@ def test_what_cannot_be_exported_is_said(weights, tmp_path):
         with pytest.raises(ValueError, match=why):
             export_main([str(argv[0]), str(tmp_path / "x"), *map(str, argv[1:])])
     assert not list(tmp_path.glob("x.*"))
+
+
+def contents(directory) -> dict:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".pt"])
+@pytest.mark.parametrize("there", ["a file", "a folder", "a link to nothing"])
+def test_an_export_replaces_nothing_that_is_there(weights, tmp_path, there, suffix):
+    taken = tmp_path / f"x{suffix}"
+    {"a file": lambda: taken.write_text("mine"), "a folder": taken.mkdir,
+     "a link to nothing": lambda: taken.symlink_to(tmp_path / "none")}[there]()  # fmt: skip
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"x{suffix} is already there: remove it, or export under another name"):
+        export_main([str(weights / "run"), str(tmp_path / "x")])
+    assert contents(tmp_path) == before and list(tmp_path.iterdir()) == [taken]
+
+
+def test_an_export_spares_what_it_is_made_of(weights, tmp_path):
+    """A checkpoint's own files, and a weights file or the one described beside it."""
+    root = tmp_path / "copy"
+    shutil.copytree(weights, root)
+    step = root / "run/checkpoints/step_0000007"
+    shutil.copy(root / "tokenizer.safetensors", root / "alone.safetensors")
+    before = contents(tmp_path)
+    for source, name in ((step, step / "model.ema"), (step, step / "state"), (root / "run", step / "manifest"),
+                         (root / "tokenizer.safetensors", root / "tokenizer"),
+                         (root / "alone.safetensors", root / "alone.safetensors")):  # fmt: skip
+        with pytest.raises(ValueError, match="is already there"):
+            export_main([str(source), str(name)])
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["folder", "folder/", "new/", ".", "folder/..", "new.pt/"])
+def test_a_folder_is_no_name_of_an_export(weights, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=rf"^{name} is a folder, .*/weights puts them into it|^\. is a folder"):
+        export_main([str(weights / "run"), name])
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["folder/x", "folder", "deep/er/x.v1"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".json", ".pt"])
+def test_a_suffix_of_the_name_is_that_of_its_files(weights, tmp_path, name, suffix):
+    (tmp_path / "folder").mkdir()
+    assert export_main([str(weights / "run"), f"{tmp_path / name}{suffix}"]) == 0
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        f"{name}{each}" for each in (".safetensors", ".json", ".pt")}  # fmt: skip
+
+
+def test_an_export_that_fails_leaves_none_of_its_files(weights, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise WriteError("cannot write: no space left")
+
+    monkeypatch.setattr("launch.export.save_published", fails)
+    with pytest.raises(WriteError):
+        export(find_checkpoint(weights / "run"), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_of_a_tokenizer(weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -51,3 +52,14 @@ def test_until_stops_early(hasty, capsys):
     assert quickstart.main(["--output", str(hasty), "--until", "data"]) == 0
     assert sorted(p.name for p in hasty.iterdir()) == ["data"]
     assert len(list((hasty / "data/train").rglob("*.png"))) == 1297
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_an_export_of_an_earlier_step_makes_way(tmp_path, monkeypatch, step):
+    for suffix in (".safetensors", ".json", ".pt"):
+        (tmp_path / f"vavae{suffix}").write_text('{"step": 1}')
+    asked = []
+    monkeypatch.setattr(quickstart, "newest", lambda directory: types.SimpleNamespace(step=step))
+    monkeypatch.setattr(quickstart.exporting, "main", lambda argv: asked.append((argv, list(tmp_path.iterdir()))))
+    quickstart.Quickstart(tmp_path, 0)._export("vavae")
+    assert asked == ([] if step == 1 else [([str(tmp_path / "vavae"), str(tmp_path / "vavae.safetensors")], [])])
