@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
 from launch.read_ahead import read_in_processes
@@ -27,7 +28,6 @@ from lightningdit.latents import STATISTICS_FILE
 from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
 from vavae import seeds
 from vavae.data import ImageFolder
-from vavae.image_files import shortened
 from vavae.images import psnr, to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
@@ -187,7 +187,7 @@ class _Batches(Dataset):
 
 def _names_hash(images: ImageFolder) -> str:
     """SHA-256 of the image paths in their order with the files' sizes: which image an index means."""
-    digest = hashlib.sha256("\n".join(images.classes).encode(errors="surrogateescape"))
+    digest = hashlib.sha256("\n".join(images.classes).encode())
     for path in images.paths:
         digest.update(os.fsencode(path) + f" {(images.root / path).stat().st_size}\n".encode())
     return digest.hexdigest()

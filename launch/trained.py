@@ -62,23 +62,25 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
     names = {"classes": state["task"]["classes"]} if "classes" in state["task"] else {}
+    config = stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit").network()
     return Export(
-        config=stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit").network(),
+        config=config,
         state=checkpoint.weights("model", weights),
         step=checkpoint.step,
         weights=weights,
-        latents=_statistics_of(checkpoint),
+        latents=_statistics_of(checkpoint, config.in_channels),
         extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"],
                **names},
     )
 
 
-def _statistics_of(checkpoint: Checkpoint) -> LatentStatistics:
+def _statistics_of(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
+    path = checkpoint.path / "state.json"
     try:
         record = StatisticsRecord.model_validate_json(json.dumps(checkpoint.state["task"].get("latents")))
     except ValidationError:
-        raise CheckpointError(f"{checkpoint.path / 'state.json'} has no statistics of latents") from None
-    return LatentStatistics.from_record(record, checkpoint.path / "state.json")
+        raise CheckpointError(f"{path} has no statistics of latents") from None
+    return LatentStatistics.from_record(record, channels=channels, source=path)
 
 
 def build_diffusion(export: Export, ops, source: str) -> LightningDiT:
@@ -99,7 +101,7 @@ def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:
     data = run.data
     if not data.latent_norm:
         return LatentStatistics.neutral(run.model.in_chans, data.latent_multiplier)
-    return read_statistics(Path(data.data_path), data.latent_multiplier)
+    return read_statistics(Path(data.data_path), run.model.in_chans, data.latent_multiplier)
 
 
 def _check_same_network(found: Export, run: LightningDiTRun, source: Path) -> None:

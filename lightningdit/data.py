@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.text import shortened
 from lightningdit.config import DataConfig
 from lightningdit.latents import (
     MANIFEST_FILE,
-    STATISTICS_FILE,
     LatentsError,
     LatentStatistics,
     Manifest,
@@ -19,6 +19,7 @@ from lightningdit.latents import (
     open_shard,
     read_manifest,
     read_statistics,
+    shards_of,
 )
 from lightningdit.seeds import mix
 
@@ -38,7 +39,7 @@ class LatentDataset:
     or spawned; `threaded` says that threads are enough: reading leaves Python's lock to others.
 
     Raises LatentsError, naming the file, where a shard is missing, truncated (also later, while batches are read) or of
-    another shape, a checksum differs, the statistics are missing, or a label is out of range.
+    another shape, a checksum differs, the statistics are missing or of no use, or a label is out of range or nameless.
     """
 
     threaded = True
@@ -60,7 +61,7 @@ class LatentDataset:
         self.manifest: Manifest | None = read_manifest(self.path)
         self.classes = self.manifest and self.manifest.classes
         self._check_manifest(verify)
-        self._shards = [Shard.read(p) for p in sorted(self.path.glob("*.safetensors"))]
+        self._shards = [Shard.read(p) for p in shards_of(self.path, self.manifest)]
         self.shape = self._common_shape()
         counts = [shard.count for shard in self._shards]
         self._ends = np.cumsum(counts)
@@ -72,10 +73,7 @@ class LatentDataset:
         self._check_labels(num_classes)
         self.statistics = LatentStatistics.neutral(self.shape[0], latent_multiplier)
         if latent_norm:
-            self.statistics = read_statistics(self.path, latent_multiplier)
-            if len(self.statistics.mean) != self.shape[0]:
-                have, want = len(self.statistics.mean), self.shape[0]
-                raise LatentsError(f"{self.path / STATISTICS_FILE} has {have} channels, the latents {want}")
+            self.statistics = read_statistics(self.path, self.shape[0], latent_multiplier)
         area = self.shape[1] * self.shape[2]
         self._mean, self._std = (v.numpy().repeat(area) for v in (self.statistics.mean, self.statistics.std))
 
@@ -92,7 +90,7 @@ class LatentDataset:
             verify=config.verify,
         )
         classes = latents.classes or ()
-        names = f" of {len(classes):,} classes ({', '.join(classes[:3])}{', …' * (len(classes) > 3)})" * bool(classes)
+        names = f" of {len(classes):,} classes ({shortened(classes, 3)})" if classes else ""
         log.info("%s: %s latents%s", latents.path, f"{len(latents):,}", names)
         return latents
 
@@ -165,8 +163,6 @@ class LatentDataset:
         self.manifest.check(self.path, checksums=verify)
 
     def _common_shape(self) -> tuple[int, int, int]:
-        if not self._shards:
-            raise LatentsError(f"{self.path} holds no .safetensors shard")
         first = self._shards[0]
         for shard in self._shards:
             if shard.shape != first.shape:
@@ -174,11 +170,15 @@ class LatentDataset:
         return first.shape
 
     def _check_labels(self, num_classes: int | None) -> None:
+        named = None if self.classes is None else len(self.classes)
         for shard, labels in zip(self._shards, self.labels.split([s.count for s in self._shards]), strict=True):
             low, high = labels.numpy().min(initial=0), labels.numpy().max(initial=0)
             if low < 0 or (num_classes is not None and high >= num_classes):
                 allowed = "not negative" if num_classes is None else f"0 to {num_classes - 1} (num_classes)"
                 raise LatentsError(f"{shard.path} has labels from {low} to {high}; allowed are {allowed}")
+            if named is not None and high >= named:
+                raise LatentsError(f"{shard.path} has labels from {low} to {high}, but {MANIFEST_FILE} has names of "
+                                   f"{named} classes")
 
 
 def _empty(shape: tuple[int, int], pin_memory: bool) -> torch.Tensor:

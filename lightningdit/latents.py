@@ -1,23 +1,26 @@
 """The latents format: what a tokenizer's extraction writes and a diffusion run reads, and how it is written.
 
-A directory of safetensors shards `latents_rank{RR}_shard{SSS}.safetensors`, each with `latents` and `latents_flip`
-(the mirrored images') [N, C, H, W] float32 and `labels` [N] int64; `latents_stats.pt` with `mean` and `std`
-[1, C, 1, 1]; and, in ours, `manifest.json` with counts, checksums, names of the classes, where the latents come from,
-and the statistics.
+A directory of safetensors shards `latents_rank{RR}_shard{SSS}.safetensors` (those of each rank numbered from 0), each
+with `latents` and `latents_flip` (the mirrored images') [N, C, H, W] float32 and `labels` [N] int64; `latents_stats.pt`
+with `mean` and `std` [1, C, 1, 1]; and, in ours, `manifest.json` with counts, checksums, names of the classes, where
+the latents come from, and the statistics.
 Sample i of a set is row i of its shards in the order of their names. The published latents are of this format.
 """
 
 import json
+import logging
 import math
 import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
-from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, model_validator
 
 from common.files import (
     FileError,
@@ -30,8 +33,12 @@ from common.files import (
     sha256,
 )
 from common.tensors import WeightsError, read_tensors
+from common.text import shortened
 
-SHARD_NAME = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
+log = logging.getLogger(__name__)
+
+# At least two and three digits, more where the number has more: `shard_name` writes no other.
+SHARD_NAME = re.compile(r"latents_rank([0-9]{2}|[1-9][0-9]{2,})_shard([0-9]{3}|[1-9][0-9]{3,})\.safetensors")
 STATISTICS_FILE, MANIFEST_FILE = "latents_stats.pt", "manifest.json"
 UNFINISHED_FILE = "unfinished"  # from an extraction's begin to its end: published latents have no manifest either
 VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
@@ -41,6 +48,15 @@ _DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("two classes of one name")
+    return names
+
+
+ClassNames = Annotated[tuple[str, ...], AfterValidator(_distinct)]  # by label
 
 
 class LatentsError(FileError):
@@ -53,6 +69,14 @@ class StatisticsRecord(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     multiplier: float = 1.0
+
+
+class MeasuredStatistics(Record):
+    """Statistics in a manifest, per channel, over `count` values of each."""
+
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(ge=0)], ...]
+    count: Positive
 
 
 class ShardRecord(FileRecord):
@@ -71,8 +95,8 @@ class Manifest(Record):
     shape: tuple[Positive, Positive, Positive]
     tokenizer: Any
     identity: Any
-    classes: tuple[str, ...] | None = None
-    statistics: Any
+    classes: ClassNames | None = None
+    statistics: MeasuredStatistics
     files: dict[Annotated[str, StringConstraints(pattern=f"^{re.escape(STATISTICS_FILE)}$")], FileRecord]
     shards: tuple[ShardRecord, ...] = Field(min_length=1)
 
@@ -82,8 +106,10 @@ class Manifest(Record):
         if len(set(names)) < len(names) or count != self.count or not self.files:
             raise ValueError(f"{self.count} latents and statistics, where {len(set(names))} shards of {count} and "
                              f"{len(self.files)} other files are listed")
-        if self.classes is not None and len(set(self.classes)) < len(self.classes):
-            raise ValueError("two classes of one name")
+        (channels, *sides), found = self.shape, self.statistics
+        if {len(found.mean), len(found.std)} != {channels} or found.count != self.count * math.prod(sides):
+            raise ValueError(f"statistics of {found.count} values in {len(found.mean)} channels, of {self.count} "
+                             f"latents {list(self.shape)}")
         return self
 
     def check(self, directory: Path, *, checksums: bool | None) -> None:
@@ -99,9 +125,50 @@ class Manifest(Record):
                 raise LatentsError(f"{directory / name} is missing though {MANIFEST_FILE} lists it")
             if damage := damage_of(directory / name, entry, checksum=checksums):
                 raise LatentsError(damage)
-        for path in directory.glob("*.safetensors"):
-            if SHARD_NAME.fullmatch(path.name) and path.name not in listed:
+        for path in named_as_shards(directory):
+            if path.name not in listed:
                 raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")
+
+
+def shard_name(rank: int, number: int) -> str:
+    """The file of a rank's shard, both from 0."""
+    return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
+
+
+def named_as_shards(directory: Path) -> list[Path]:
+    """What in a directory is called as a shard is, in the order of names."""
+    return sorted(path for path in directory.glob("*.safetensors") if SHARD_NAME.fullmatch(path.name))
+
+
+def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
+    """The shards of a set, in the order of their names; files of other names are no part of it, which is logged.
+
+    manifest: the set's, against which it has been checked. Raises LatentsError where there is none and a shard is
+    missing as far as the names tell.
+    """
+    shards = named_as_shards(directory)
+    others = sorted({path.name for path in directory.glob("*.safetensors")} - {path.name for path in shards})
+    if not shards:
+        held = f"; it holds {shortened(others, 5)}" if others else ""
+        raise LatentsError(f"{directory} holds no .safetensors shard called {shard_name(0, 0)} or so{held}")
+    if others:
+        log.info("%s: left out %s, not called as shards are", directory, shortened(others, 5))
+    if manifest is None:
+        _require_unbroken(directory, shards)
+    return shards
+
+
+def _require_unbroken(directory: Path, shards: Sequence[Path]) -> None:
+    """Ranks are numbered from 0, and so are the shards of each; only what is missing at an end leaves no gap."""
+    numbers = defaultdict(set)
+    for path in shards:
+        rank, number = map(int, SHARD_NAME.fullmatch(path.name).groups())
+        numbers[rank].add(number)
+    for rank in range(max(numbers) + 1):
+        for number in range(max(numbers[rank], default=0) + 1):
+            if number not in numbers[rank]:
+                raise LatentsError(f"{directory / shard_name(rank, number)} is missing: an extraction numbers its "
+                                   f"processes and the shards of each from 0, and later ones are there")
 
 
 def damage_of(path: Path, entry: FileRecord, *, checksum: bool = True) -> str:
@@ -121,14 +188,21 @@ class LatentStatistics:
     std: torch.Tensor
     multiplier: float = 1.0
 
-    def checked(self, source: Path | str) -> "LatentStatistics":
-        """Itself; raises LatentsError, naming `source`, where latents cannot be normalised with it."""
-        shaped = self.mean.dim() == 1 and self.mean.shape == self.std.shape and len(self.mean) > 0
-        finite = shaped and bool(torch.isfinite(torch.stack([self.mean, self.std])).all())
-        if not finite or not bool((self.std > 0).all()) or not 0 < self.multiplier < math.inf:
-            raise LatentsError(f"{source} has mean {self.mean.tolist()}, std {self.std.tolist()}, multiplier "
-                               f"{self.multiplier}: not usable to normalise with")
-        return self
+    @classmethod
+    def checked(cls, mean: torch.Tensor, std: torch.Tensor, multiplier: float, *, channels: int,
+                source: Path | str) -> "LatentStatistics":
+        """Of what a file holds; raises LatentsError, naming `source`, where latents [B, channels, H, W] cannot be
+        normalised with it: real numbers [channels] or [1, channels, 1, 1], finite, std and multiplier above 0."""
+        for name, value in (("mean", mean), ("std", std)):
+            if not value.is_floating_point() or tuple(value.shape) not in ((channels,), (1, channels, 1, 1)):
+                raise LatentsError(f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
+                                   f"channels want real numbers [{channels}] or [1, {channels}, 1, 1]")
+        found = cls(mean.float().flatten(), std.float().flatten(), multiplier)
+        finite = bool(torch.isfinite(torch.stack([found.mean, found.std])).all())
+        if not finite or not bool((found.std > 0).all()) or not 0 < multiplier < math.inf:
+            raise LatentsError(f"{source} has mean {found.mean.tolist()}, std {found.std.tolist()}, multiplier "
+                               f"{multiplier}: not usable to normalise with")
+        return found
 
     @classmethod
     def neutral(cls, channels: int, multiplier: float = 1.0) -> "LatentStatistics":
@@ -136,10 +210,10 @@ class LatentStatistics:
         return cls(torch.zeros(channels), torch.ones(channels), multiplier)
 
     @classmethod
-    def from_record(cls, record: StatisticsRecord, source: Path | str) -> "LatentStatistics":
-        """From what `to_json` gave; raises LatentsError, naming `source`, where it is of no use."""
+    def from_record(cls, record: StatisticsRecord, *, channels: int, source: Path | str) -> "LatentStatistics":
+        """From what `to_json` gave; see `checked`."""
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (record.mean, record.std))
-        return cls(mean, std, record.multiplier).checked(source)
+        return cls.checked(mean, std, record.multiplier, channels=channels, source=source)
 
     def to_json(self) -> dict:
         """{"mean": [C], "std": [C], "multiplier": float}, exact."""
@@ -261,15 +335,24 @@ def read_latents_record(path: Path, record: type[Record]) -> Any:
         raise LatentsError(str(e)) from None
 
 
-def read_statistics(directory: Path, multiplier: float = 1.0) -> LatentStatistics:
-    """The set's statistics; raises LatentsError where the file is missing, unreadable or of no use."""
+def read_statistics(directory: Path, channels: int, multiplier: float = 1.0) -> LatentStatistics:
+    """The statistics of a set of latents [channels, H, W].
+
+    Raises LatentsError where the file is missing, unreadable, of no use (see `LatentStatistics.checked`), or has other
+    values than the manifest, if there is one.
+    """
     path = directory / STATISTICS_FILE
     if not is_there(path):
         raise LatentsError(f"{path} is missing: latent_norm: true needs the statistics of the latents. Make it with "
                            f"`python -m launch extract --statistics {directory}`")
     try:
         content = read_tensors(path, ())
-        mean, std = (content[key].float().flatten() for key in ("mean", "std"))
+        mean, std = content["mean"], content["std"]
     except (WeightsError, KeyError) as e:
         raise LatentsError(f"{path} cannot be read as {{mean, std}} tensors: {e}") from None
-    return LatentStatistics(mean, std, multiplier).checked(path)
+    statistics = LatentStatistics.checked(mean, std, multiplier, channels=channels, source=path)
+    if (manifest := manifest_in(directory)) is not None:
+        pairs = ((manifest.statistics.mean, statistics.mean), (manifest.statistics.std, statistics.std))
+        if not all(torch.equal(torch.tensor(said, dtype=torch.float32), found) for said, found in pairs):
+            raise LatentsError(f"{path} has other statistics than {directory / MANIFEST_FILE} says")
+    return statistics

@@ -23,8 +23,11 @@ from lightningdit.latents import (
     ShardRecord,
     damage_of,
     manifest_in,
+    named_as_shards,
     read_latents_record,
     read_manifest,
+    shard_name,
+    shards_of,
 )
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class LatentsWriter:
         counts = self._finished_shards()
         _claim(self.directory)
         self.position = self._next_shard = self._filled = 0
-        while (name := self._shard_name(self._next_shard)) in counts:
+        while (name := shard_name(self.rank, self._next_shard)) in counts:
             self.position, self._next_shard = self.position + counts[name], self._next_shard + 1
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -139,12 +142,9 @@ class LatentsWriter:
         elif shape != (expected := tuple(self._buffers["latents"].shape[1:])):
             raise ValueError(f"latents of shape {shape} after latents of shape {expected}")
 
-    def _shard_name(self, number: int) -> str:
-        return f"latents_rank{self.rank:02d}_shard{number:03d}.safetensors"
-
     def _write_shard(self) -> None:
         tensors = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
-        latents, path = tensors["latents"], self.directory / self._shard_name(self._next_shard)
+        latents, path = tensors["latents"], self.directory / shard_name(self.rank, self._next_shard)
         if not bool(torch.isfinite(latents).all() & torch.isfinite(tensors["latents_flip"]).all()):
             raise LatentsError(f"{path}: the latents to store are not finite")
         # The published files' metadata.
@@ -172,9 +172,9 @@ def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None
         return manifest
     records = _records(directory)
     known = {record.file for record in records}
-    strays = [p.name for p in directory.glob("*.safetensors") if p.name not in known]
+    strays = [p.name for p in named_as_shards(directory) if p.name not in known]
     if strays or not records:
-        what = f"unfinished shards {', '.join(sorted(strays))}" if strays else "no complete shard"
+        what = f"unfinished shards {', '.join(strays)}" if strays else "no complete shard"
         raise LatentsError(f"{directory} holds {what}; run the extraction again to complete it")
     ranks, shapes = {record.rank for record in records}, {record.shape for record in records}
     count = sum(record.count for record in records)
@@ -211,7 +211,7 @@ def _tidy(directory: Path, manifest: Manifest) -> None:
 
 def _records(directory: Path) -> "list[FinishedShard]":
     """What is known of the complete shards of an extraction that goes on, in the order of their names."""
-    paths = [p for p in sorted(directory.glob("latents_rank*_shard*.safetensors")) if is_there(p.with_suffix(".json"))]
+    paths = [p for p in named_as_shards(directory) if is_there(p.with_suffix(".json"))]
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
         if record.file != path.name:
@@ -268,10 +268,9 @@ def make_statistics(directory: Path) -> dict:
         raise LatentsError(f"{path} is already there")
     if not directory.is_dir():
         raise LatentsError(f"{directory} is no directory")
-    read_manifest(directory)
-    shards = [Shard.read(shard) for shard in sorted(directory.glob("*.safetensors"))]
-    if not shards or len({shard.shape for shard in shards}) > 1:
-        raise LatentsError(f"{directory} holds {len(shards)} shards; at least one is wanted, and all of one shape")
+    shards = [Shard.read(shard) for shard in shards_of(directory, read_manifest(directory))]
+    if len(shapes := {shard.shape for shard in shards}) > 1:
+        raise LatentsError(f"{directory} holds latents of shapes {sorted(shapes)}; all of one shape are wanted")
     statistics = merge_moments(_moments(_finite(shard)) for shard in shards)
     write_statistics(directory, statistics)
     return statistics

@@ -13,7 +13,7 @@ from common.files import FileError, Record, make_directory, read_record, replaci
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, as_float32, model_of, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
-from lightningdit.latents import LatentStatistics, StatisticsRecord
+from lightningdit.latents import ClassNames, LatentStatistics, StatisticsRecord
 
 KIND = "lightningdit"
 
@@ -51,6 +51,7 @@ class ExportFacts(Record):
     step: Annotated[int, Field(ge=0)] | None
     weights: str
     latents: StatisticsRecord
+    classes: ClassNames | None = None
     sha256: str
 
 
@@ -89,13 +90,14 @@ def read_export(path: Path | str) -> Export:
         raise WeightsError(str(e)) from None
     if (found := sha256(tensors_path)) != facts.sha256:
         raise WeightsError(f"{tensors_path} is damaged: SHA-256 {found}, {json_path.name} says {facts.sha256}")
+    config = _config(json_path, facts.config)
     return Export(
-        config=_config(json_path, facts.config),
+        config=config,
         state=read_weights(tensors_path)[0],
         step=facts.step,
         weights=facts.weights,
-        latents=LatentStatistics.from_record(facts.latents, json_path),
-        extra=dict(facts.model_extra),
+        latents=LatentStatistics.from_record(facts.latents, channels=config.in_channels, source=json_path),
+        extra=dict(facts.model_extra) | ({} if facts.classes is None else {"classes": list(facts.classes)}),
     )
 
 

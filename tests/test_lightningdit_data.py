@@ -65,7 +65,7 @@ def test_statistics_and_the_way_back(expected):
         there = other.batch(EPOCH_0, EVERY, [False] * 12)["x"]
         close("there and back", other.statistics.denormalise(there), raw, atol=1e-5)
     record = StatisticsRecord.model_validate_json(json.dumps(data.statistics.to_json()))
-    again = LatentStatistics.from_record(record, "here")
+    again = LatentStatistics.from_record(record, channels=4, source="here")
     assert torch.equal(again.mean, data.statistics.mean) and torch.equal(again.std, data.statistics.std)
 
 

@@ -22,10 +22,12 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def tiff(rows: bytes, width: int, height: int, *, bits: int, white_is_zero=False, sample_format=1, order="<") -> bytes:
-    """An uncompressed grey TIFF of one strip, by its specification."""
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, int(not white_is_zero)),
-            (273, 4, 200), (277, 3, 1), (278, 4, height), (279, 4, len(rows)), (339, 3, sample_format)]  # fmt: skip
+def tiff(rows: bytes, width: int, height: int, *, bits: int, white_is_zero=False, sample_format=1, order="<",
+         samples=1) -> bytes:
+    """An uncompressed TIFF of one strip, grey or of three colours, by its specification."""
+    photometric = 2 if samples == 3 else int(not white_is_zero)
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 200),
+            (277, 3, samples), (278, 4, height), (279, 4, len(rows)), (339, 3, sample_format)]  # fmt: skip
     entries = b""
     for tag, kind, value in tags:
         entries += struct.pack(f"{order}HHI", tag, kind, 1)
@@ -106,12 +108,26 @@ def test_a_palette_is_looked_up_whatever_is_transparent(tmp_path):
 
 
 WITHOUT_RANGE = {
-    "float TIFF": (tiff(levels(1, "<f4"), 64, 3, bits=32, sample_format=3), "real numbers"),
     "PFM": (b"Pf 64 3 -1.0\n" + levels(1, "<f4"), "real numbers"),
-    "32-bit TIFF": (tiff(levels(2**32 - 1, "<u4"), 64, 3, bits=32), "with a sign or of 32 bits"),
-    "signed 32-bit TIFF": (tiff(levels(2**31 - 1, "<i4"), 64, 3, bits=32, sample_format=2), "with a sign or of 32"),
-    "signed 16-bit TIFF": (tiff(levels(32767, "<i2"), 64, 3, bits=16, sample_format=2), "with a sign or of 32 bits"),
+    "32-bit TIFF": (tiff(levels(2**32 - 1, "<u4"), 64, 3, bits=32), "numbers of 32 bits"),
 }
+SIGNED, REAL, UNDEFINED, COMPLEX_WHOLE, COMPLEX = 2, 3, 4, 5, 6  # of TIFF's tag SampleFormat
+NOT_KNOWN = r"begins with b'(II\*|MM).*none of"  # to Pillow, which says no more
+WITHOUT_RANGE |= {
+    f"TIFF of {bits}-bit {dtype}, sample format {form}{', big-endian' * (dtype[0] == '>')}, {samples} sample": (
+        tiff(levels(white, dtype) * samples, 64, 3, bits=bits, sample_format=form, order=dtype[0], samples=samples), why
+    )
+    for form, bits, dtype, white, samples, why in [
+        (SIGNED, 8, "<i1", 127, 1, "with a sign"), (SIGNED, 8, ">i1", 127, 1, "with a sign"),
+        (SIGNED, 16, "<i2", 32767, 1, "with a sign"), (SIGNED, 16, ">i2", 32767, 1, "with a sign"),
+        (SIGNED, 32, "<i4", 2**31 - 1, 1, "with a sign"), (SIGNED, 32, ">i4", 2**31 - 1, 1, "with a sign"),
+        (REAL, 32, "<f4", 1, 1, "real numbers"), (REAL, 32, ">f4", 1, 1, "real numbers"),
+        (REAL, 16, "<f2", 1, 1, NOT_KNOWN), (REAL, 64, "<f8", 1, 1, NOT_KNOWN), (SIGNED, 64, "<i8", 1, 1, NOT_KNOWN),
+        (SIGNED, 8, "<i1", 127, 3, NOT_KNOWN), (SIGNED, 16, ">i2", 32767, 3, NOT_KNOWN),
+        (REAL, 32, "<f4", 1, 3, NOT_KNOWN), (UNDEFINED, 8, "<u1", 255, 1, NOT_KNOWN),
+        (COMPLEX_WHOLE, 32, "<i4", 1, 1, NOT_KNOWN), (COMPLEX, 64, "<c8", 1, 1, NOT_KNOWN),
+    ]
+}  # fmt: skip
 OTHER_CONTENT = {
     "GIF": (encoded(Image.fromarray(FLAT), "GIF"), r"begins with b'GIF8.*none of BMP, JPEG, PNG, PPM, TIFF, WEBP"),
     "AVIF": (encoded(Image.fromarray(FLAT), "AVIF"), "none of BMP"),
@@ -247,7 +263,7 @@ def test_a_listing_of_images_alone_has_nothing_to_say(tmp_path):
     listing.refuse_empty()
 
 
-@pytest.mark.parametrize("name", [b"cl\xff", b"two\nlines", b"\x1b[2J"])
+@pytest.mark.parametrize("name", [b"cl\xff", b"two\nlines", b"\x1b[2J", b"\xc2\x9b2J", b"\xe2\x80\xa8"])
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path, name):
     os.mkdir(os.fsencode(tmp_path) + b"/" + name)
     with pytest.raises(ValueError, match=r"has a class folder called '.*\\.*': rename it"):

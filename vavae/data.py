@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.text import shortened
 from vavae import seeds
 from vavae.config import DataConfig
-from vavae.image_files import EXTENSIONS, ImageListing, UnreadableImage, open_image, shortened
+from vavae.image_files import EXTENSIONS, ImageListing, UnreadableImage, open_image
 from vavae.images import center_crop, published_eval_crop, resize_short_side, to_float
 
 log = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """Image files: which files of a folder are images, and their pixels as 8-bit RGB."""
 
 import os
-import re
 import stat
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from common.files import FileError, open_regular, refuse_stand_ins
+from common.text import printable, shortened
 
 FORMATS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM",
@@ -22,7 +22,8 @@ _KNOWN = tuple(sorted(set(FORMATS.values())))
 _OF_SYSTEMS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini",
                          "system volume information"})  # fmt: skip
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-_NO_TEXT = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are no UTF-8
+_TIFF_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2
+_NO_RANGE = "whose black and white nothing says; save it in 8 or 16 bits without a sign"
 _FOLDER_LINK, _EMPTY = "link to a folder", "empty file"
 _NAMED, _KINDS_NAMED = 2, 8  # paths of a kind, and kinds, in a message
 
@@ -60,12 +61,15 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    # Pillow reads 8 bits with a sign as if they had none.
+    if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,)):
+        raise ValueError(f"its pixels are numbers with a sign, {_NO_RANGE}")
     # Pillow has 16-bit PPM as 32-bit numbers. (Its own conversion cuts at 255 whatever the range.)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("I", "F"):
-        numbers = "real numbers" if image.mode == "F" else "numbers with a sign or of 32 bits"
-        raise ValueError(f"its pixels are {numbers}, whose black and white nothing says; save it in 8 or 16 bits")
+        numbers = "real numbers" if image.mode == "F" else "numbers of 32 bits"
+        raise ValueError(f"its pixels are {numbers}, {_NO_RANGE}")
     return image.convert("RGB")
 
 
@@ -108,7 +112,7 @@ class ImageListing:
         names = []
         for entry in self._entries(""):
             if _kind(entry) in ("folder", _FOLDER_LINK):
-                if _NO_TEXT.search(entry.name):
+                if printable(entry.name) != entry.name:
                     raise ValueError(f"{self.root} has a class folder called {entry.name!r}: rename it (UTF-8 is read)")
                 names.append(entry.name)
             else:
@@ -173,8 +177,3 @@ def _kind(entry: os.DirEntry) -> str:
     if not stat.S_ISREG(status.st_mode):
         return "pipe, socket or device"
     return "image" if status.st_size else _EMPTY
-
-
-def shortened(names: list[str] | tuple[str, ...], count: int) -> str:
-    """The first names, and a sign where there are more."""
-    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from common.tensors import load_strict, read_tensors
+from common.text import shortened
 from vavae import seeds
 from vavae.config import (
     AutoencoderConfig,
@@ -22,7 +23,6 @@ from vavae.config import (
 from vavae.data import ImageFolder
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
-from vavae.image_files import shortened
 from vavae.images import psnr, to_uint8
 from vavae.loss import (
     Forward,
