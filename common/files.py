@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from common.contents import as_text
 from common.sections import describe_problem
@@ -184,6 +184,14 @@ class FileRecord(Record):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("two classes of one name")
+    return names
+
+
+#: Names of classes, by label.
+ClassNames = Annotated[tuple[str, ...], AfterValidator(_distinct)]
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_for_the_user(e):
             raise
         if not (getattr(e, "said_by_main", False) and launcher.rank()):
-            print(f"error: {_message(e)}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
+            print(f"error: {_shown(_message(e))}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 
@@ -85,10 +85,24 @@ def _open_streams() -> None:
 
 def _speak() -> None:
     """Let the main process's packages say what they chose and left out; the others only warn."""
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     level = logging.INFO if launcher.rank() == 0 else logging.WARNING
     for package in ("common", "kernels", "lightningdit", "vavae", "launch"):
         logging.getLogger(package).setLevel(level)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
+
+
+def _shown(text: str) -> str:
+    """Much of what is said is text of files: what a terminal would obey in it comes as escapes."""
+    from common.text import printable  # here and below: where a stranger has its name, there is nothing to import
+
+    return printable(text, lines=True)
 
 
 def _message(error: Exception) -> str:

@@ -14,17 +14,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from common.files import (
+    ClassNames,
     FileError,
     FileRecord,
     Record,
@@ -63,47 +64,112 @@ class Manifest(Record):
     files: dict[Annotated[str, StringConstraints(pattern=_FILE_NAME)], FileRecord]
 
 
+def _whole(value: float) -> float:
+    if not value.is_integer():
+        raise ValueError(f"a whole number is wanted (got {value})")
+    return value
+
+
+Whole = Annotated[float, Field(ge=0), AfterValidator(_whole)]
+
+
+class Counters(Record):
+    """`AdamWEma.read_counters`; earlier checkpoints lack the most in a row."""
+
+    applied: Whole
+    skipped: Whole
+    skipped_in_a_row: Whole
+    most_skipped_in_a_row: Whole = 0.0
+
+    @model_validator(mode="after")
+    def _in_a_row_are_some(self) -> "Counters":
+        if max(self.skipped_in_a_row, self.most_skipped_in_a_row) > self.skipped:
+            raise ValueError(f"{self.skipped_in_a_row:g} skipped in a row, at most {self.most_skipped_in_a_row:g}, but "
+                             f"{self.skipped:g} in all")
+        return self
+
+
 class MeterState(Record):
-    """What one process had added to its `Meter` (`launch.progress`)."""
+    """What one process had added to its `Meter` (`launch.progress`); `counts`: the names of integers."""
 
     sums: dict[str, tuple[float, Annotated[float, Field(ge=0)]]]
     counts: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _counts_are_known(self) -> "MeterState":
+        if not self.sums:  # then earlier checkpoints have the names of before
+            return self
+        for name in self.counts:
+            if name not in self.sums:
+                raise ValueError(f"counts: {name!r} is none of the sums, {', '.join(map(repr, self.sums))}")
+            if not self.sums[name][0].is_integer():
+                raise ValueError(f"counts: {name!r} is no count, its sum is {self.sums[name][0]}")
+        return self
+
+
+class SkippedStep(Record):
+    """A step that was skipped, as `Skips.read` gives it."""
+
+    step: Annotated[int, Field(ge=1)]
+    network: str
+    not_finite: Literal["loss", "gradient"]
+    ranks: tuple[Count, ...]
 
 
 class RowState(Record):
     """What belongs to a row of the log that was not yet due. `meters`: by rank, all with the same names."""
 
     meters: tuple[MeterState, ...] = Field(min_length=1)
-    skipped_steps: tuple[dict[str, Any], ...]
+    skipped_steps: tuple[SkippedStep, ...]
 
     @model_validator(mode="after")
     def _same_names(self) -> "RowState":
-        if any(meter.sums.keys() != self.meters[0].sums.keys() for meter in self.meters):
+        first = self.meters[0]
+        if any(m.sums.keys() != first.sums.keys() or m.counts != first.counts for m in self.meters):
             raise ValueError("the processes' meters have other names")
         return self
 
 
+class TaskState(Record):
+    """What a `Task` keeps; all but the classes it checks itself."""
+
+    classes: ClassNames | None = None
+
+
+class RunSections(Record):
+    """The run file, as far as both models' have the same sections; `launch.config.stored_run` checks all of it."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
 class State(Record):
-    """`state.json`: all that is not a tensor. `counters` are those of `AdamWEma` by network."""
+    """`state.json`: all that is not a tensor. `counters` are by network."""
 
     kind: str
     step: Count
     global_batch_size: Annotated[int, Field(ge=1)]
     seed: Count
     num_samples: Annotated[int, Field(ge=1)]
-    counters: dict[str, dict[str, Annotated[float, Field(ge=0)]]] = Field(min_length=1)
-    task: dict[str, Any]
+    counters: dict[str, Counters] = Field(min_length=1)
+    task: TaskState
     ops: dict[str, Any]
-    config: dict[str, Any]
+    config: RunSections
     versions: dict[str, str]
-    since_last_row: "RowState | None" = None
+    since_last_row: RowState | None = None
 
     @model_validator(mode="after")
     def _agrees_with_counters(self) -> "State":
         """One network has met every step; a discriminator begins later."""
-        met = [c.get("applied", -1.0) + c.get("skipped", -1.0) for c in self.counters.values()]
-        if max(met) != self.step or min(met) < 0:
+        met = [c.applied + c.skipped for c in self.counters.values()]
+        if max(met) != self.step:
             raise ValueError(f"step {self.step} where the optimizers have counted {', '.join(f'{m:g}' for m in met)}")
+        for each in self.since_last_row.skipped_steps if self.since_last_row else ():
+            if each.network not in self.counters or each.step > self.step:
+                raise ValueError(f"since_last_row.skipped_steps: step {each.step} of {each.network!r}, in step "
+                                 f"{self.step} of {', '.join(map(repr, self.counters))}")
         return self
 
 
@@ -132,6 +198,10 @@ class Checkpoint:
         state = _read(path, State)
         if state.step != self.manifest.step:
             raise CheckpointError(f"{path} says step {state.step}, manifest.json {self.manifest.step}")
+        networks = {name.partition(".")[0] for name in self.manifest.files if name.endswith(".safetensors")}
+        if networks != state.counters.keys():
+            raise CheckpointError(f"{path} has counters of {_names(state.counters)}, but the checkpoint's networks are "
+                                  f"{_names(networks)}")
         return json.loads(path.read_text())
 
     @property
@@ -192,6 +262,10 @@ class Checkpoint:
         if (found := sha256(path)) != entry.sha256:
             raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {entry.sha256}: damaged")
         return path
+
+
+def _names(networks: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(networks))) or "none"
 
 
 def _read(path: Path, record: type[Record]) -> Any:

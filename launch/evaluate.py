@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common.files import make_directory, read_json, write_json
+from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import select_ops
 from launch.config_files import parse
@@ -205,4 +206,4 @@ def as_text(result: dict) -> str:
     skipped = [f"{name:<15} not measured: {reason}" for name, reason in result["skipped"].items()]
     facts = [f"{k:<15} {v}" for k, v in result.items() if k not in ("metrics", "skipped", "notes", "classes")]
     notes = [f"note: {note}" for note in result["notes"]]
-    return "\n".join([*figures, *skipped, "", *facts, *notes])
+    return "\n".join(map(printable, [*figures, *skipped, "", *facts, *notes]))

@@ -62,12 +62,12 @@ class Meter:
     def state_dict(self) -> dict:
         """What was added in this process since the last reading, exact, for a checkpoint."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        return {"sums": dict(zip(self._sums, sums, strict=True)), "counts": sorted(self._counts)}
+        return {"sums": dict(zip(self._sums, sums, strict=True)), "counts": sorted(self._counts & self._sums.keys())}
 
     def load_state_dicts(self, states: Sequence[dict], rank: int, world_size: int, device: torch.device) -> None:
         """Take back what the processes of a run had added; of another number of them, the first process takes all."""
         names = states[0]["sums"]
-        self._counts = set(states[0]["counts"])
+        self._counts = set(names) & set(states[0]["counts"])
         whole = [[state["sums"][name] for name in names] for state in states]
         parts = torch.tensor(whole, dtype=torch.float64, device=device).view(len(states), len(names), 2)
         if len(states) != world_size:

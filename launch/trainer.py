@@ -401,7 +401,7 @@ class Trainer:
         if kept is not None:
             processes = self.processes
             self._meter.load_state_dicts(kept["meters"], processes.rank, processes.world_size, processes.device)
-            self._skipped_steps = list(kept["skipped_steps"])
+            self._skipped_steps = [each for each in kept["skipped_steps"] if each["network"] in self.engines]
 
     def _make_engine(self, network: nn.Module) -> Engine:
         o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed

@@ -20,9 +20,10 @@ from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
 from common.files import (
+    ClassNames,
     FileError,
     FileRecord,
     Record,
@@ -48,15 +49,6 @@ _DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-
-
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("two classes of one name")
-    return names
-
-
-ClassNames = Annotated[tuple[str, ...], AfterValidator(_distinct)]  # by label
 
 
 class LatentsError(FileError):

@@ -23,7 +23,8 @@ DAMAGES = 700  # of each kind of directory
 def make_checkpoint(directory: Path) -> None:
     g = torch.Generator().manual_seed(0)
     tensors = {name: torch.rand(*shape, generator=g) for name, shape in {"a.weight": (3, 2), "a.bias": (3,)}.items()}
-    state = toy.checkpoint_state(20, "lightningdit", config={"train": {"max_steps": 30}}, versions={"torch": "2"})
+    state = toy.checkpoint_state(20, "lightningdit", versions={"torch": "2"})
+    state["config"]["train"]["max_steps"] = 30
     checkpoint.save(directory, state, {"model": {key: tensors for key in checkpoint.KEYS}})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import file_entry, read_json, write_json, write_sealed
 from lightningdit import latents_writer
 
 LIGHTNINGDIT = {
@@ -67,9 +68,18 @@ def write_random_latents(
 def checkpoint_state(step: int, kind: str, network: str = "model", **facts) -> dict:
     """What a checkpoint of this step says of a run of 20 samples, 8 a step."""
     counters = {network: {"applied": float(step), "skipped": 0.0, "skipped_in_a_row": 0.0}}
-    empty = {"task": {}, "ops": {}, "config": {}, "versions": {}}
+    config = {section: {} for section in ("data", "model", "optimizer", "train")}
+    empty = {"task": {}, "ops": {}, "config": config, "versions": {}}
     return {"step": step, "kind": kind, "global_batch_size": 8, "seed": 0, "num_samples": 20, "counters": counters,
             **empty, **facts}  # fmt: skip
+
+
+def rewrite_state(checkpoint: Path, state: dict) -> None:
+    """Put this in the place of what a checkpoint says of its run, under a manifest that agrees with it."""
+    write_json(checkpoint / "state.json", state)
+    manifest = {key: value for key, value in read_json(checkpoint / "manifest.json").items() if key != "checksum"}
+    manifest["files"]["state.json"] = file_entry(checkpoint / "state.json")
+    write_sealed(checkpoint / "manifest.json", manifest)
 
 
 def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:
