@@ -6,19 +6,13 @@ import pytest
 import torch
 import yaml
 
-import kernels
 from common.tensors import WeightsError
-from launch import checkpoint
 from launch.__main__ import main
 from launch.config import LightningDiTRun
 from launch.trained import diffusion_weights, find_checkpoint, from_checkpoint
-from lightningdit.latents import LatentStatistics
-from lightningdit.model import LightningDiT
-from lightningdit.weights import Export, save_export, save_published
+from lightningdit.weights import save_export
 from tests import toy
-from vavae.config import AutoencoderConfig
-from vavae.model import AutoencoderKL
-from vavae.weights import write_export
+from tests.tiny_weights import document, write_weights
 
 CLASSES = ["cat", "dog", "été"]
 
@@ -29,27 +23,15 @@ def statistics(channels: int) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Of a network of 4 channels: a published .pt, an export, a checkpoint; a tokenizer; and the run file."""
-    root, ops = tmp_path_factory.mktemp("trained"), kernels.select("reference")
-    model = AutoencoderConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, embed_dim=4, z_channels=4,
-                              attn_resolutions=(), resolution=16)
-    write_export(root / "tokenizer.safetensors", AutoencoderKL(model, ops).state_dict(), model)
-    path = toy.write_run(root / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(root / "latents")},
-                         vae={"ckpt_path": str(root / "tokenizer.safetensors")}, train={"output_dir": str(root)},
-                         sample={"num_sampling_steps": 2, "fid_num": 2})
-    run = LightningDiTRun.model_validate(yaml.safe_load(path.read_text()))
-    state = LightningDiT(run.network(), ops).state_dict()
-    save_published(root / "published.pt", state, state)
-    latents = LatentStatistics(torch.zeros(4), torch.ones(4))
-    save_export(root / "export", Export(run.network(), state, 7, "ema", latents, {"classes": CLASSES}))
-    facts = {"config": run.model_dump(mode="json"), "task": {"latents": statistics(4), "classes": CLASSES}}
-    checkpoint.save(root / "checkpoints", toy.checkpoint_state(7, "lightningdit", **facts),
-                    {"model": {"model": state, "ema": state}})
+    """Of a network of 4 channels: a published .pt, an export, a run; a tokenizer; and the run file."""
+    root = write_weights(tmp_path_factory.mktemp("trained"))
+    (root / "run.yaml").write_text(yaml.safe_dump(document(root, fid_num=2)))
+    save_export(root / "export", from_checkpoint(find_checkpoint(root / "run")))
     return root
 
 
-def run_file(root, ckpt_path) -> LightningDiTRun:
-    return LightningDiTRun.model_validate(yaml.safe_load((root / "run.yaml").read_text()) | {"ckpt_path": ckpt_path})
+def run_with(root, ckpt_path) -> LightningDiTRun:
+    return LightningDiTRun.model_validate(document(root) | {"ckpt_path": str(ckpt_path)})
 
 
 def write_statistics(root, channels: int):
@@ -68,16 +50,16 @@ def change_export(root, **entries):
 
 
 def change_task(root, **entries):
-    path = find_checkpoint(root / "checkpoints").path
+    path = find_checkpoint(root / "run").path
     state = json.loads((path / "state.json").read_text())
     toy.rewrite_state(path, state | {"task": {"latents": statistics(4), "classes": CLASSES} | entries})
     return path / "state.json"
 
 
-@pytest.mark.parametrize("source", ["published.pt", "export", "checkpoints"])
+@pytest.mark.parametrize("source", ["published.pt", "export", "run"])
 def test_statistics_of_the_networks_channels_are_taken(trained, source):
     write_statistics(trained, 4), change_task(trained)
-    found = diffusion_weights(run_file(trained, str(trained / source)))
+    found = diffusion_weights(run_with(trained, trained / source))
     assert found.latents.mean.shape == found.latents.std.shape == (4,)
     assert found.extra.get("classes") == (None if source == "published.pt" else CLASSES)
 
@@ -85,7 +67,7 @@ def test_statistics_of_the_networks_channels_are_taken(trained, source):
 SOURCES = {
     "published.pt": lambda root, channels: write_statistics(root, channels),
     "changed.safetensors": lambda root, channels: change_export(root, latents=statistics(channels)),
-    "checkpoints": lambda root, channels: change_task(root, latents=statistics(channels)),
+    "run": lambda root, channels: change_task(root, latents=statistics(channels)),
 }
 
 
@@ -96,7 +78,7 @@ def test_statistics_of_other_channels_than_the_networks_are_one_sentence(trained
                                                                          channels):
     named, config, path = SOURCES[source](trained, channels), str(trained / "run.yaml"), str(trained / source)
     argv = {"sample": ["sample", config, f"ckpt_path={path}", "--output", str(tmp_path / "x")],
-            "export": ["export", path, str(tmp_path / "x"), *(() if source == "checkpoints" else ("--config", config))]}
+            "export": ["export", path, str(tmp_path / "x"), *(() if source == "run" else ("--config", config))]}
     assert main(argv[program]) == 2
     error = capsys.readouterr().err
     shape = [1, channels, 1, 1] if source == "published.pt" else [channels]
@@ -108,11 +90,11 @@ def test_statistics_of_other_channels_than_the_networks_are_one_sentence(trained
 def test_classes_of_an_export_that_are_no_names_are_refused(trained, classes):
     path = change_export(trained, classes=classes)
     with pytest.raises(WeightsError, match=rf"{path} is damaged: classes"):
-        diffusion_weights(run_file(trained, str(trained / "changed")))
+        diffusion_weights(run_with(trained, trained / "changed"))
 
 
 def test_classes_of_an_export_go_into_another(trained, tmp_path):
     change_task(trained)
-    save_export(tmp_path / "x", from_checkpoint(find_checkpoint(trained / "checkpoints")))
-    again = diffusion_weights(run_file(trained, str(tmp_path / "x")))
+    save_export(tmp_path / "x", from_checkpoint(find_checkpoint(trained / "run")))
+    again = diffusion_weights(run_with(trained, tmp_path / "x"))
     assert again.extra["classes"] == CLASSES and json.loads((tmp_path / "x.json").read_text())["classes"] == CLASSES
