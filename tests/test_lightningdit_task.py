@@ -222,9 +222,9 @@ def test_validation_must_have_the_same_classes(named, tmp_path):
         check_classes(*pair)
     with pytest.raises(ValueError, match=r"abc and .*abd are of other classes: 'c' and 'd' for label 2"):
         check_classes(a, b)
-    fewer = LatentDataset(toy.write_latents(tmp_path / "fewer", classes=("a", "b")))
-    with pytest.raises(ValueError, match=r"are of other classes: 3 and 2 classes"):
-        check_classes(a, fewer)
+    more = LatentDataset(toy.write_latents(tmp_path / "more", classes=("a", "b", "c", "d")))
+    with pytest.raises(ValueError, match=r"are of other classes: 3 and 4 classes"):
+        check_classes(a, more)
 
 
 @pytest.mark.parametrize(("key", "want"), [("none", "20 latents"), ("abc", "20 latents of 3 classes (a, b, c)")])
