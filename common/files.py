@@ -6,6 +6,7 @@ Every file of this project that another run may read is written by `replacing`; 
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -89,8 +90,12 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON, indented; see `replacing`."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """Write JSON, indented; see `replacing`. Raises ValueError for NaN and infinity, which JSON does not have."""
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f"cannot write {path}: {e}") from None
+    write_text(path, text + "\n")
 
 
 def make_directory(path: Path | str) -> Path:
@@ -166,9 +171,15 @@ def read_json(path: Path | str) -> Any:
         content = f.read()
     refuse_stand_ins(path, content[:100])
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
         raise FileError(f"{path} is damaged: no JSON ({e})") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 class Record(BaseModel):

@@ -13,11 +13,12 @@ where its `data.latent_flip` says so, else half of them are, as published.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
-from common.files import make_directory, read_json, write_json
+from common.files import FileError, read_json, require_writable, write_json
 from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import select_ops
@@ -29,6 +30,7 @@ from launch.evaluation import (
     open_reference,
     perceptual_distance,
     require_one_size,
+    require_pairs,
 )
 from launch.features import Extractor, FoundationFeatures, InceptionFeatures
 from launch.image_source import open_images
@@ -36,15 +38,30 @@ from launch.latent_space import evaluate_latents
 from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 
+_IMAGES = ("samples", "originals")
+#: Option → the questions that it serves.
+_SERVES = {
+    "config": ("samples", "latents"), "reference": ("samples",), "reconstructions": ("originals",),
+    "tokenizer": ("originals",), "image_size": _IMAGES, "crop": _IMAGES, "posterior": ("originals",),
+    "seed": ("originals", "latents"), "vectors": ("latents",), "repeats": ("latents",), "inception_weights": _IMAGES,
+    "foundation": _IMAGES, "lpips_weights": ("originals",), "device": _IMAGES, "batch_size": _IMAGES,
+    "allow_few": _IMAGES,
+}  # fmt: skip
+#: Pairs of which the first means nothing beside the second, and pairs of which it means nothing without the second.
+_INSTEAD = [("inception_weights", "foundation"), ("config", "reference"), ("posterior", "reconstructions"),
+            ("seed", "reconstructions")]
+_ONLY_WITH = [("crop", "image_size")]
+
 
 def main(argv: list[str]) -> int:
     """Measure, print, and write JSON; returns the exit status."""
     args = _parse(argv)
+    if args.output:
+        _require_output(args.output)
     measure = _samples if args.samples else _reconstructions if args.originals else _latents
     result = measure(args)
     print(as_text(result))
     if args.output:
-        make_directory(args.output.parent)
         write_json(args.output, result)
         print(f"written to {args.output}")
     return 0
@@ -84,9 +101,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="key=value", help="add to the metadata, or change it"
     )
     out.add_argument("--allow-few", action="store_true", help="accept no more samples than there are features")
-    out.add_argument("--output", type=local_path, help="where to write the result as JSON")
+    out.add_argument("--output", type=local_path, help="JSON file for the result; replaces an earlier result only")
     args = parser.parse_intermixed_args(argv)
     _require_pair(args)
+    _refuse_unused({name for name in _SERVES if getattr(args, name) != parser.get_default(name)}, args)
     return args
 
 
@@ -99,8 +117,40 @@ def _require_pair(args: argparse.Namespace) -> None:
         raise ValueError("--originals needs either --reconstructions or --tokenizer")
     for name in ("batch_size", "image_size"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise ValueError(f"{_option(name)} must be at least 1, got {value}")
     _require_device(args.device)
+
+
+def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that the question asked has no use for: who gives it expects it to count."""
+    asked = next(name for name in ("samples", "originals", "latents") if getattr(args, name) is not None)
+    for name in sorted(given):
+        if asked not in _SERVES[name]:
+            served = " and ".join(f"--{question}" for question in _SERVES[name])
+            raise ValueError(f"{_option(name)} is for {served}; with --{asked} it changes nothing")
+    for name, other in _INSTEAD:
+        if name in given and other in given:
+            raise ValueError(f"{_option(name)} changes nothing beside {_option(other)}: give one of them")
+    for name, other in _ONLY_WITH:
+        if name in given and other not in given:
+            raise ValueError(f"{_option(name)} changes nothing without {_option(other)}")
+
+
+def _option(name: str) -> str:
+    return "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
+
+
+def _require_output(path: Path) -> None:
+    """Raise ValueError or WriteError, before anything is measured, where the result cannot or should not go there."""
+    require_writable(path)
+    if not path.exists():
+        return
+    try:
+        earlier = read_json(path)
+    except FileError:
+        earlier = None
+    if not (isinstance(earlier, dict) and "metrics" in earlier):
+        raise ValueError(f"--output {path} is already there and is no result of evaluate: give another name")
 
 
 def _require_device(name: str) -> None:
@@ -135,14 +185,14 @@ def _reconstructions(args: argparse.Namespace) -> dict:
         made = {"dtype": "float32", "posterior": args.posterior, "seed": args.seed, "hashes": hashes}
     else:
         decoded, made = open_images(args.reconstructions, args.image_size, args.crop), {}
-    require_one_size(originals, decoded)
+    require_pairs(originals, decoded)
+    metadata = made | _metadata(args, args.reconstructions)
     skipped = {}
     extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped, args.inception_weights or args.foundation)
     lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped,
                             args.lpips_weights)
     if lpips is None:
         skipped["lpips"] += " (here: --lpips-weights)"
-    metadata = made | _metadata(args, args.reconstructions)
     return evaluate_reconstructions(
         originals, decoded, extractor=extractor, lpips=lpips, metadata=metadata, batch_size=args.batch_size,
         allow_few=args.allow_few, skipped=skipped,
@@ -154,9 +204,8 @@ def _latents(args: argparse.Namespace) -> dict:
     if args.config is not None:
         run = load_run(args.config, args.overrides, "lightningdit")
         flip = run.data.latent_flip
-    latents = LatentDataset(args.latents, latent_flip=flip)
-    result = evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed)
-    return result | _metadata(args, None)
+    latents, metadata = LatentDataset(args.latents, latent_flip=flip), _metadata(args, None)
+    return evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed) | metadata
 
 
 def _unless_missing(build, figure: str, skipped: dict[str, str], named: Path | None):
@@ -197,6 +246,10 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
         if not equals:
             raise ValueError(f"--set {setting!r} is not of the form key=value")
         facts[key] = parse(value, f"--set {setting!r}")
+        try:
+            json.dumps(facts[key], allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"--set {setting!r} is nothing that JSON can hold: {e}") from None
     return facts
 
 

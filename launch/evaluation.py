@@ -12,15 +12,25 @@ from tqdm import tqdm
 
 from launch.checkpoint import sha256
 from launch.features import Extractor
-from launch.image_source import ImageSource, image_size, npz_names, open_images, read_npz
-from launch.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall, psnr, ssim
+from launch.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
+from launch.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    psnr,
+    require_moments,
+    ssim,
+)
 from vavae import seeds
 from vavae.images import to_float_batch, to_uint8
 from vavae.loss import Perceptual
 from vavae.model import AutoencoderKL
 
 STATED = ("solver", "nfe", "dtype", "guidance", "hashes")  # facts that no figure may be without
+NEIGHBOURS = 3  # of precision and recall
 KEPT = 50_000  # images whose features are kept for precision and recall; 0.4 GB of Inception's
+_PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of features, and of spatial ones, in a file of statistics
 Moments = tuple[Tensor, Tensor]  # mean [D], covariance [D, D]
 
 
@@ -28,8 +38,9 @@ Moments = tuple[Tensor, Tensor]  # mean [D], covariance [D, D]
 class Measured:
     """What one pass over images gives."""
 
+    description: str
     count: int
-    sha256: str  # of all pixels in order
+    sha256: str = ""  # of all pixels in order
     features: FeatureStatistics = field(default_factory=FeatureStatistics)
     spatial: FeatureStatistics = field(default_factory=FeatureStatistics)
     kept: Tensor | None = None  # [N, D] float32, None of more than KEPT images
@@ -37,15 +48,18 @@ class Measured:
 
 
 def measure(images: ImageSource, extractor: Extractor, batch_size: int = 64) -> Measured:
-    """One pass over `images` through the extractor."""
-    digest, result = hashlib.sha256(), Measured(len(images), "")
+    """One pass over `images` through the extractor; raises ValueError for features that are not finite."""
+    digest, result = hashlib.sha256(), Measured(images.description, len(images))
     kept, logits = [], []
     for batch in tqdm(images.batches(batch_size), total=-(-len(images) // batch_size), disable=None, leave=False):
         digest.update(batch.contiguous().numpy().tobytes())
         found = {name: value.float().cpu() for name, value in extractor(batch).items()}
-        result.features.update(found["features"])
-        if "spatial" in found:
-            result.spatial.update(found["spatial"])
+        try:
+            result.features.update(found["features"])
+            if "spatial" in found:
+                result.spatial.update(found["spatial"])
+        except ValueError as e:
+            raise ValueError(f"{images.description}: {e}") from None
         if "logits" in found:
             logits.append(found["logits"])
         if len(images) <= KEPT:
@@ -70,19 +84,22 @@ class Reference:
 def open_reference(path: str | Path, image_size: int | None = None, crop: str = "center") -> Reference:
     """A folder of images, or an npz with statistics (`mu`, `sigma`, and `mu_s`, `sigma_s`), images (`arr_0`) or both.
 
-    Raises ValueError for an npz with neither, or with half of a pair.
+    Raises ValueError for an npz with neither, with half of a pair, or with statistics of which there is no distance.
     """
     path = Path(path)
     names = npz_names(path) if path.suffix == ".npz" and path.is_file() else []
-    statistics = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names]
+    statistics = [name for pair in _PAIRS for name in pair if name in names]
     if not statistics:
         return Reference(str(path), images=open_images(path, image_size, crop))
-    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+    for mean, covariance in _PAIRS:
         if (mean in names) != (covariance in names):
             raise ValueError(f"{path} holds only one of {mean!r} and {covariance!r}")
     if "mu" not in names:
         raise ValueError(f"{path} holds no 'mu' and 'sigma'")
     pairs = {name: torch.from_numpy(read_npz(path, name)) for name in statistics}
+    for mean, covariance in _PAIRS:
+        if mean in pairs:
+            require_moments(pairs[mean], pairs[covariance], (f"{path}: {mean}", f"{path}: {covariance}"))
     spatial = (pairs["mu_s"], pairs["sigma_s"]) if "mu_s" in pairs else None
     images = open_images(path) if "arr_0" in names else None
     return Reference(str(path), images, (pairs["mu"], pairs["sigma"]), spatial, sha256(path))
@@ -116,18 +133,20 @@ def evaluate_samples(
     """
     if reference.images is not None:
         require_one_size(samples, reference.images)
+    _require_widths(reference, samples, extractor)
     got = measure(samples, extractor, batch_size)
     notes = _few(got, allow_few)
     real = measure(reference.images, extractor, batch_size) if _needs_images(reference) else None
     if real is not None and reference.features is None:
         notes += _few(real, allow_few, "reference images")
     metrics, skipped = {}, {}
-    metrics["fid"] = frechet_distance(*_moments(got.features), *(reference.features or _moments(real.features)))
+    names = samples.description, reference.description
+    metrics["fid"] = _distance(_moments(got.features), reference.features or _moments(real.features), names)
     spatial = reference.spatial or (_moments(real.spatial) if real is not None and real.spatial.count else None)
     if spatial is None or not got.spatial.count:
         skipped["sfid"] = "needs Inception's spatial features of the samples and of the reference"
     else:
-        metrics["sfid"] = frechet_distance(*_moments(got.spatial), *spatial)
+        metrics["sfid"] = _distance(_moments(got.spatial), spatial, names)
     if got.logits is None:
         skipped["inception_score"] = "needs Inception's class scores"
     else:
@@ -136,8 +155,10 @@ def evaluate_samples(
         skipped["precision, recall"] = (
             f"need at most {KEPT:,} samples and as many reference images, not statistics alone"
         )
+    elif min(real.count, got.count) <= NEIGHBOURS:
+        skipped["precision, recall"] = f"need more than {NEIGHBOURS} samples and reference images"
     else:
-        metrics["precision"], metrics["recall"] = precision_recall(real.kept, got.kept)
+        metrics["precision"], metrics["recall"] = precision_recall(real.kept, got.kept, NEIGHBOURS)
     about = {"images": real.count if real else None, "sha256": reference.sha256 or real.sha256}
     facts = {"samples": got.count, "samples_sha256": got.sha256}
     facts["reference"] = {"path": reference.description, **about}
@@ -153,6 +174,24 @@ def require_one_size(first: ImageSource, second: ImageSource) -> None:
                          "cannot be compared (--image-size crops those of folders to one size)")
 
 
+def _require_widths(reference: Reference, samples: ImageSource, extractor: Extractor) -> None:
+    """Raise ValueError, before a pass over all samples, where the reference's statistics are of other features."""
+    if reference.features is None:
+        return
+    found = extractor(next(iter(samples.batches(1))))
+    for name, moments in (("features", reference.features), ("spatial", reference.spatial)):
+        if moments is not None and name in found and (width := found[name].shape[1]) != moments[0].numel():
+            raise ValueError(f"{reference.description} holds statistics of {moments[0].numel()} {name}; the network to "
+                             f"compare by gives {width}, so they are another's")
+
+
+def _distance(made: Moments, real: Moments, names: tuple[str, str]) -> float:
+    try:
+        return frechet_distance(*made, *real)
+    except ValueError as e:
+        raise ValueError(f"no distance of {names[0]} (mu1, sigma1) to {names[1]} (mu2, sigma2): {e}") from None
+
+
 def _needs_images(reference: Reference) -> bool:
     """Statistics beside images spare a pass over a large set; a set small enough for precision and recall is used."""
     return reference.images is not None and (reference.features is None or len(reference.images) <= KEPT)
@@ -163,12 +202,14 @@ def _moments(statistics: FeatureStatistics) -> Moments:
 
 
 def _few(measured: Measured, allowed: bool, what: str = "samples") -> list[str]:
+    if measured.count < 2:
+        raise ValueError(f"{measured.description} holds {measured.count} image; a distance needs at least 2")
     width = len(measured.features.mean)
     if measured.count > width:
         return []
     problem = f"{measured.count} {what} for {width} features: the covariance is singular and the distance far too large"
     if not allowed:
-        raise ValueError(f"{problem} (--allow-few measures all the same)")
+        raise ValueError(f"{measured.description}: {problem} (--allow-few measures all the same)")
     return [problem]
 
 
@@ -196,6 +237,10 @@ class Reconstructions:
     def __init__(self, originals: ImageSource, tokenizer: AutoencoderKL, *, posterior: str = "sample", seed: int = 0):
         if posterior not in ("sample", "mode"):
             raise ValueError(f"posterior {posterior!r} is not known: sample, mode")
+        ratio = tokenizer.config.downsample_ratio
+        if any(side % ratio for side in image_sides(originals)):
+            raise ValueError(f"{originals.description} holds images of {image_size(originals)}; the tokenizer takes "
+                             f"multiples of {ratio} (--image-size crops those of folders)")
         self.originals, self.tokenizer, self.posterior, self.seed = originals, tokenizer, posterior, seed
         self.description = f"{originals.description}, decoded"
 
@@ -253,9 +298,8 @@ def evaluate_reconstructions(
     Raises:
         ValueError: another number or size of images, or too few of them for `rfid`.
     """
-    if len(originals) != len(reconstructions):
-        raise ValueError(f"{len(originals)} originals do not pair with {len(reconstructions)} reconstructions")
-    require_one_size(originals, reconstructions)
+    require_pairs(originals, reconstructions)
+    _require_sides(originals, *(("LPIPS", 16) if lpips else ("SSIM", 11)))
     pairs = _Pairs(originals, reconstructions, lpips)
     skipped = dict(skipped or {})
     if extractor is None:
@@ -266,10 +310,14 @@ def evaluate_reconstructions(
     else:
         real, decoded = measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)
         notes = _few(real, allow_few, "images")
-        metrics = {"rfid": frechet_distance(*_moments(decoded.features), *_moments(real.features))}
+        names = reconstructions.description, originals.description
+        metrics = {"rfid": _distance(_moments(decoded.features), _moments(real.features), names)}
     if lpips is None:
         skipped.setdefault("lpips", "no network was given to compare by")
     metrics |= {name: torch.cat(values).mean().item() for name, values in pairs.values.items() if values}
+    if (equal := int(torch.cat(pairs.values["psnr"]).isinf().sum())):
+        del metrics["psnr"]
+        skipped["psnr"] = f"infinite: {equal} of {len(originals)} reconstructions are equal to their originals"
     facts = {
         "images": len(originals),
         "originals": originals.description,
@@ -278,11 +326,26 @@ def evaluate_reconstructions(
     return _result(metrics, skipped, notes, facts, extractor, metadata)
 
 
+def require_pairs(originals: ImageSource, reconstructions: ImageSource) -> None:
+    """Raise ValueError where two sources hold different numbers of images, or images of different sizes."""
+    if len(originals) != len(reconstructions):
+        raise ValueError(f"{originals.description} holds {len(originals)} images, {reconstructions.description} "
+                         f"{len(reconstructions)}: they do not pair")
+    require_one_size(originals, reconstructions)
+
+
+def _require_sides(images: ImageSource, figure: str, least: int) -> None:
+    if min(image_sides(images)) < least:
+        raise ValueError(f"{images.description} holds images of {image_size(images)}; {figure} needs at least {least} "
+                         "pixels a side")
+
+
 class _Pairs:
     """The reconstructions; going through them once also takes the figures of each pair."""
 
     def __init__(self, originals: ImageSource, reconstructions: ImageSource, lpips):
         self.originals, self.reconstructions = originals, reconstructions
+        self.description = reconstructions.description
         self.figures = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if lpips else {})
         self.values: dict[str, list[Tensor]] = {}
 

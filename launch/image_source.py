@@ -139,9 +139,14 @@ def open_images(path: str | Path, image_size: int | None = None, crop: str = "ce
     return images
 
 
+def image_sides(images: ImageSource) -> tuple[int, int]:
+    """Height and width of the images of a source, which are all of one size: those of the first."""
+    return tuple(next(iter(images.batches(1))).shape[1:3])
+
+
 def image_size(images: ImageSource) -> str:
-    """Width × height of the images of a source, which are all of one size: that of the first."""
-    return _size(next(iter(images.batches(1))).shape[1:])
+    """Width × height of the images of a source, for messages; see `image_sides`."""
+    return _size(image_sides(images))
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -176,7 +181,8 @@ def _opened_array(path: str | Path, name: str) -> Iterator[tuple[IO[bytes], tupl
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             header = read(file)
         except Exception as e:  # the header is a Python literal, and a damaged one fails in many ways
-            raise ValueError(f"{path}: {name} is no array, or is damaged: {e}") from None
+            first_line = str(e).partition("\n")[0]
+            raise ValueError(f"{path}: {name} is no array, or is damaged: {first_line}") from None
         yield file, *header
 
 

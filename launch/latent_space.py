@@ -55,12 +55,16 @@ def evaluate_latents(latents: LatentDataset, *, vectors: int | None = None, repe
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     count = min(VECTORS, len(latents)) if vectors is None else vectors
     if not 1 <= count <= len(latents):
-        raise ValueError(f"{count} vectors of {len(latents)} latents: each vector comes from another image")
+        raise ValueError(f"{count} vectors of {latents.path}, which holds {len(latents)} latents: each vector comes "
+                         "from another image")
     digest, found = hashlib.sha256(), []
     for repeat in range(repeats):
         drawn = latent_vectors(latents, count, int(mix(seed, repeat) >> np.uint64(1)))
         digest.update(drawn.numpy().tobytes())
-        found.append(asdict(latent_uniformity(drawn)))
+        try:
+            found.append(asdict(latent_uniformity(drawn)))
+        except ValueError as e:
+            raise ValueError(f"{latents.path}: {e}") from None
     means = {name: fmean(one[name] for one in found) for name in Uniformity.__annotations__}
     spread = {name: stdev(one[name] for one in found) for name in means} if repeats > 1 else None
     few = [f"{count} vectors; the published figures are of {VECTORS:,}, and fewer are not comparable with them"]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vavae import images
 
+LARGEST = 1e100  # of a mean or covariance; far beyond features, and a distance of it would overflow
+
 
 class FeatureStatistics:
     """Mean and unbiased covariance of features that arrive in batches, kept in float64.
@@ -77,16 +79,10 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     """
     mu1, mu2 = (torch.as_tensor(mu).detach().to("cpu", torch.float64) for mu in (mu1, mu2))
     sigma1, sigma2 = (torch.as_tensor(s).detach().to("cpu", torch.float64) for s in (sigma1, sigma2))
-    dim = mu1.numel()
-    for name, value, shape in (
-        ("mu1", mu1, (dim,)),
-        ("sigma1", sigma1, (dim, dim)),
-        ("mu2", mu2, (dim,)),
-        ("sigma2", sigma2, (dim, dim)),
-    ):
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
-        _require_finite(name, value)
+    require_moments(mu1, sigma1, ("mu1", "sigma1"))
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"mu2 has shape {tuple(mu2.shape)}, expected {tuple(mu1.shape)}")
+    require_moments(mu2, sigma2, ("mu2", "sigma2"))
     values, vectors = torch.linalg.eigh(_symmetric("sigma1", sigma1))
     root = (vectors * _nonnegative("sigma1", values).sqrt()) @ vectors.T
     product = root @ _symmetric("sigma2", sigma2) @ root
@@ -95,6 +91,19 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     cross = _nonnegative("sigma2", values).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(float(distance), 0.0)  # equal Gaussians may come out at minus some rounding
+
+
+def require_moments(mean: Tensor, covariance: Tensor, names: tuple[str, str]) -> None:
+    """Raise ValueError, by these names, where a distance cannot be computed from a mean and a covariance: shapes other
+    than `[D]` and `[D, D]`, values that are not finite or above 1e100, no symmetry. The spectrum is not looked at."""
+    dim = mean.numel()
+    for name, value, shape in ((names[0], mean, (dim,)), (names[1], covariance, (dim, dim))):
+        if tuple(value.shape) != shape or not dim:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape if dim else 'some values'}")
+        _require_finite(name, value)
+        if (largest := float(value.abs().max())) > LARGEST:
+            raise ValueError(f"{name} holds {largest:.3g}: no statistics of features are that large")
+    _symmetric(names[1], covariance)
 
 
 def _require_finite(name: str, x: Tensor) -> None:

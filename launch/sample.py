@@ -281,7 +281,8 @@ def _read_part(path: Path, start: int, count: int) -> dict[str, np.ndarray]:
         with open_regular(path) as file, np.load(file) as content:
             part = dict(content)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileError(f"{path} is damaged ({error}): {advice}") from None
+        first_line = str(error).partition("\n")[0]
+        raise FileError(f"{path} is damaged ({first_line}): {advice}") from None
     images, numbers = part.get("images"), [part.get(name) for name in ("nfe", "guided_nfe")]
     whole = all(number is not None and number.shape == () for number in numbers)
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or not whole:

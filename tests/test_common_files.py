@@ -96,13 +96,22 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
 @pytest.mark.parametrize("content, why", [
     (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON"),
     (b"1" * 10_000, "no JSON"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    (b"<!DOCTYPE html><p>", "web page"),
+    (b"<!DOCTYPE html><p>", "web page"), (b"\xef\xbb\xbf<html>", "web page"), (b"<?xml version='1.0'?>", "or XML"),
+    (b'{"a": NaN}', "no JSON .NaN is no finite"), (b"[-Infinity]", "no JSON .-Infinity is no"), (b"1e999", "no JSON"),
 ])  # fmt: skip
 def test_what_is_no_json_is_named(tmp_path, content, why):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(FileError, match=rf"a\.json.*{why}"):
         files.read_json(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("write", [files.write_json, files.write_sealed])
+def test_no_json_is_written_that_others_cannot_read(tmp_path, write, value):
+    with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/a\.json: .*not JSON compliant"):
+        write(tmp_path / "a.json", {"a": [1.5, {"b": value}]})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_large_file_is_not_read_as_json(tmp_path):
@@ -121,10 +130,10 @@ class Example(Record):
 @pytest.mark.parametrize("content, where", [
     ([], "content"), ({}, "step"), ({"step": "4", "parts": {}}, "step"), ({"step": 4.5, "parts": {}}, "step"),
     ({"step": True, "parts": {}}, "step"), ({"step": 4, "parts": {"a": [1, "b"]}}, r"parts\.a\.1"),
-    ({"step": float("nan"), "parts": {}}, "step"),
+    ({"step": 4, "parts": {"a": [1, None]}}, r"parts\.a\.1"),
 ])  # fmt: skip
 def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
-    files.write_json(tmp_path / "a.json", content)
+    (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(FileError, match=rf"a\.json is damaged: .*{where}"):
         files.read_record(tmp_path / "a.json", Example)
 

@@ -1,6 +1,7 @@
 """The evaluation program, and the networks that it compares images by."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from common.tensors import write_tensors
 from launch import evaluate, evaluation, features
 from launch.evaluation import evaluate_samples
+from tests import toy
 from tests.measured import (
     FACTS,
     MemoryImages,
@@ -193,6 +195,83 @@ def test_program_refuses(arguments, message, tmp_path):
     save_folder(tmp_path, images(0, 2))
     with pytest.raises(ValueError, match=message):
         evaluate.main([a.format(here=tmp_path) for a in arguments])
+
+
+SAMPLES = ["--samples", "a", "--reference", "b"]
+PAIRS = ["--originals", "a", "--reconstructions", "b"]
+DECODED = ["--originals", "a", "--tokenizer", "t"]
+LATENTS = ["--latents", "a"]
+UNUSED = [
+    *((question, option, "changes nothing") for question, options in (
+        (SAMPLES, ("--reconstructions x", "--tokenizer x", "--posterior mode", "--seed 1", "--vectors 9", "--repeats 2",
+                   "--lpips-weights x", "--crop published_eval", "--inception-weights x --foundation y", "run.yaml")),
+        (PAIRS, ("--reference x", "--vectors 9", "--repeats 2", "--posterior mode", "--seed 1", "run.yaml",
+                 "--crop published_eval", "--inception-weights x --foundation y")),
+        (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "run.yaml", "--crop published_eval")),
+        (LATENTS, ("--reference x", "--reconstructions x", "--tokenizer x", "--image-size 8", "--crop published_eval",
+                   "--posterior mode", "--inception-weights x", "--foundation x", "--lpips-weights x", "--batch-size 8",
+                   "--allow-few")),
+    ) for option in options),
+    (DECODED, "--reconstructions x", "needs either --reconstructions or --tokenizer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "option", "message"), UNUSED)
+def test_an_option_that_would_change_nothing_is_refused(question, option, message):
+    given = option.split()[0]
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.main([*question, *option.split()])
+    assert ("CONFIG" if given == "run.yaml" else given) in str(error.value)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """Whatever is asked, it must not come to measuring."""
+    for name in ("_samples", "_reconstructions", "_latents"):
+        monkeypatch.setattr(evaluate, name, None)
+
+
+@pytest.mark.parametrize(("output", "why"), [
+    ("folder", "cannot write {here}/folder: it is a directory"),
+    ("file/r.json", "cannot write {here}/file: File exists"),
+    ("pipe", "cannot write {here}/pipe: it is a named pipe"),
+    ("file", "--output {here}/file is already there and is no result of evaluate"),
+    ("facts.json", "--output {here}/facts.json is already there and is no result of evaluate"),
+])  # fmt: skip
+@pytest.mark.parametrize("question", [SAMPLES, PAIRS, LATENTS])
+def test_where_a_result_cannot_go_is_said_before_it_is_measured(tmp_path, unmeasured, question, output, why):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "facts.json").write_text('{"solver": "euler"}')
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises((ValueError, OSError), match=why.format(here=tmp_path)):
+        evaluate.main([*question, "--output", str(tmp_path / output)])
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "{a: [1, -.inf]}", "!!set {a}", "!!binary aGk="])
+def test_metadata_that_json_cannot_hold_are_refused_before_anything_is_measured(tmp_path, value):
+    latents = str(toy.write_latents(tmp_path / "latents"))
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", images(21, 30).numpy())
+    (tmp_path / "facts.json").write_text('{"nfe": NaN}')
+    samples = ["--samples", f"{tmp_path}/a.npz", "--reference", f"{tmp_path}/b.npz"]
+    pairs = ["--originals", f"{tmp_path}/a.npz", "--reconstructions", f"{tmp_path}/b.npz"]
+    for question in (["--latents", latents], samples, pairs):
+        with pytest.raises(ValueError, match=r"--set '.*' is nothing that JSON can hold"):
+            evaluate.main([*question, "--set", f"x={value}"])
+        with pytest.raises(ValueError, match=r"facts\.json is damaged: no JSON \(NaN is no finite number\)"):
+            evaluate.main([*question, "--metadata", f"{tmp_path}/facts.json"])
+
+
+def test_pairs_of_other_numbers_are_named_before_networks_are_loaded(tmp_path, monkeypatch):
+    for network in ("_extractor", "perceptual_distance"):
+        monkeypatch.setattr(evaluate, network, None)
+    for name, count in (("a", 4), ("b", 8)):
+        np.savez(tmp_path / f"{name}.npz", images(0, count).numpy())
+    pairs = ["--originals", f"{tmp_path}/a.npz", "--reconstructions", f"{tmp_path}/b.npz"]
+    with pytest.raises(ValueError, match=r"/a\.npz holds 4 images, .*/b\.npz 8: they do not pair"):
+        evaluate.main(pairs)
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,8 @@ def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
         with pytest.raises(ValueError, match=SIZES):
             evaluate_reconstructions(MemoryImages(small), MemoryImages(large), extractor=means, lpips=None, metadata={})
     elif kind == "decoded":
-        decoded = Reconstructions(MemoryImages(images(1, 3, size=17)), tokenizer)
-        with pytest.raises(ValueError, match=r"multiples of 2, got \[1, 3, 17, 17\]"):
-            evaluate_reconstructions(decoded.originals, decoded, extractor=None, lpips=None, metadata={})
+        with pytest.raises(ValueError, match="memory holds images of 17×17; the tokenizer takes multiples of 2"):
+            Reconstructions(MemoryImages(images(1, 3, size=17)), tokenizer)
     else:
         folders = [save_folder(tmp_path / name, pixels) for name, pixels in (("a", small), ("b", large))]
         with pytest.raises(ValueError, match=SIZES):
@@ -101,9 +100,89 @@ def test_references_refuse(tmp_path):
         np.savez(tmp_path / f"{name}.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             open_reference(tmp_path / f"{name}.npz")
-    np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(ValueError, match="mu2 has shape"):
-        evaluate_samples(MemoryImages(images(0)), open_reference(tmp_path / "wide.npz"), means, metadata=FACTS)
+
+
+def spoilt(place, value) -> np.ndarray:
+    """A covariance of twelve features with one value of it replaced, on both sides of the diagonal."""
+    covariance = np.eye(12)
+    covariance[place] = covariance[place[::-1]] = value
+    return covariance
+
+
+STATISTICS = {
+    "NaN": (np.full(12, np.nan), np.eye(12), "mu: 12 of 12 values are not finite"),
+    "a NaN": (np.zeros(12), spoilt((1, 2), np.nan), "sigma: 2 of 144 values are not finite"),
+    "infinite": (np.zeros(12), spoilt((3, 3), np.inf), "sigma: 1 of 144 values are not finite"),
+    "large mean": (np.full(12, -1e300), np.eye(12), r"mu holds 1e\+300: no statistics of features"),
+    "large covariance": (np.zeros(12), spoilt((0, 0), 1e300), r"sigma holds 1e\+300"),
+    "of two kinds": (np.zeros(12), np.eye(11), r"sigma has shape \(11, 11\), expected \(12, 12\)"),
+    "a matrix for a mean": (np.zeros((12, 1)), np.eye(12), r"mu has shape \(12, 1\), expected \(12,\)"),
+    "a diagonal": (np.zeros(12), np.ones(12), r"sigma has shape \(12,\), expected \(12, 12\)"),
+    "not symmetric": (np.zeros(12), np.triu(np.ones((12, 12))), "sigma is not symmetric"),
+    "of other features": (np.zeros(5), np.eye(5), "holds statistics of 5 features; the network to compare by gives 12"),
+    "no covariance": (np.zeros(12), -np.eye(12), "sigma2 has a negative eigenvalue"),
+}
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mu_s", "sigma_s")])
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_statistics_without_a_distance_are_named_with_their_file(tmp_path, kind, names):
+    mean, covariance, why = STATISTICS[kind]
+    why = why if names[0] == "mu" else why.replace("mu", "mu_s", 1).replace("sigma", "sigma_s", 1)
+    why = why.replace("sigma_s2", "sigma2").replace("5 features", "5 spatial" if names[0] == "mu_s" else "5 features")
+    good = {"mu": np.zeros(12), "sigma": np.eye(12)}
+    np.savez(tmp_path / "x.npz", **good | dict(zip(names, (mean, covariance), strict=True)))
+
+    def both(batch):
+        return means(batch) | {"spatial": means(batch)["features"]}
+
+    with pytest.raises(ValueError, match=rf"{tmp_path}/x\.npz.*{why}"):
+        evaluate_samples(MemoryImages(images(0)), open_reference(tmp_path / "x.npz"), both, metadata=FACTS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_named_with_their_images(tmp_path, value):
+    folders = [save_folder(tmp_path / name, images(seed, 20)) for seed, name in enumerate(("a", "b"))]
+    first = images(1, 20)[0].double().mean()
+
+    def broken(batch):  # of images like the first of b
+        found = means(batch)["features"]
+        found[(batch.double().mean((1, 2, 3)) - first).abs() < 1e-9] = value
+        return {"features": found}
+
+    pair = [open_images(folder) for folder in folders]
+    with pytest.raises(ValueError, match=f"{folders[1]}: features: 12 of .* values are not finite"):
+        evaluate_samples(pair[0], evaluation.Reference(str(folders[1]), pair[1]), broken, metadata=FACTS)
+    with pytest.raises(ValueError, match=f"{folders[1]}: features: 12 of .* values are not finite"):
+        evaluate_reconstructions(*pair, extractor=broken, lpips=None, metadata=FACTS)
+
+
+def test_too_small_or_too_few_images_are_named(tmp_path):
+    small, one = (save_folder(tmp_path / name, images(0, count, size=size))
+                  for name, count, size in (("small", 3, 10), ("one", 1, 16)))  # fmt: skip
+    pair = [open_images(small), open_images(small)]
+    with pytest.raises(ValueError, match=f"{small} holds images of 10×10; SSIM needs at least 11 pixels a side"):
+        evaluate_reconstructions(*pair, extractor=None, lpips=None, metadata=FACTS)
+    middle = open_images(save_folder(tmp_path / "middle", images(0, 3, size=15)))
+    with pytest.raises(ValueError, match="middle holds images of 15×15; LPIPS needs at least 16 pixels a side"):
+        evaluate_reconstructions(middle, middle, extractor=None, lpips=lambda a, b: None, metadata=FACTS)
+    with pytest.raises(ValueError, match=f"{one} holds 1 image; a distance needs at least 2"):
+        reference = evaluation.Reference("r", MemoryImages(images(1)))
+        evaluate_samples(open_images(one), reference, means, metadata=FACTS, allow_few=True)
+    few = MemoryImages(images(2, 3))
+    got = evaluate_samples(few, evaluation.Reference("r", MemoryImages(images(1))), means, metadata={}, allow_few=True)
+    assert got["metrics"].keys() == {"fid"} and got["skipped"]["precision, recall"].startswith("need more than 3")
+
+
+def test_equal_images_have_no_ratio_of_signal_to_noise(tmp_path):
+    """It is infinite, which JSON cannot hold."""
+    original = images(11, 5)
+    decoded = original.clone()
+    decoded[2:] //= 2
+    pair = MemoryImages(original), MemoryImages(decoded)
+    got = evaluate_reconstructions(*pair, extractor=None, lpips=None, metadata={})
+    assert got["metrics"].keys() == {"ssim"}
+    assert got["skipped"]["psnr"] == "infinite: 2 of 5 reconstructions are equal to their originals"
 
 
 def test_too_few_samples_are_refused_unless_allowed():
@@ -142,7 +221,7 @@ def test_reconstructions():
     )
     assert set(without["metrics"]) == {"psnr", "ssim"} and without["metrics"]["psnr"] == got["metrics"]["psnr"]
     assert without["skipped"]["rfid"] == "no net" and "lpips" in without["skipped"]
-    with pytest.raises(ValueError, match="30 originals do not pair with 29"):
+    with pytest.raises(ValueError, match="memory holds 30 images, memory 29: they do not pair"):
         evaluate_reconstructions(
             MemoryImages(original), MemoryImages(decoded[1:]), extractor=None, lpips=None, metadata=FACTS
         )

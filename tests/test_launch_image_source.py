@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from launch.evaluation import open_reference
-from launch.image_source import FolderImages, NpzImages, npz_names, open_images
+from launch.image_source import FolderImages, NpzImages, npz_names, open_images, read_npz
 from tests.measured import images, save_folder
 from vavae.images import center_crop
 
@@ -102,7 +102,7 @@ def header_of(dtype="|u1", shape="(2, 4, 4, 3)", order=False) -> bytes:
 ])  # fmt: skip
 def test_an_npz_that_says_what_it_does_not_hold_is_named(tmp_path, header, body, message):
     npz_of(tmp_path / "a.npz", header, body)
-    with pytest.raises(ValueError, match=rf"(?s)a\.npz.*({message})"):
+    with pytest.raises(ValueError, match=rf"^[^\n]*a\.npz[^\n]*({message})[^\n]*$"):
         for _ in NpzImages(tmp_path / "a.npz").batches(1):
             pass
 
@@ -136,8 +136,8 @@ def test_statistics_larger_than_any_are_not_unpacked(tmp_path):
 def test_statistics_in_columns_are_read_as_they_are(tmp_path):
     mean, covariance = np.arange(3.0), np.arange(9.0).reshape(3, 3)
     np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=np.asfortranarray(covariance))
-    got = open_reference(tmp_path / "a.npz").features
-    assert np.array_equal(got[0], mean) and np.array_equal(got[1], covariance) and got[0].dtype == torch.float64
+    got = [read_npz(tmp_path / "a.npz", name) for name in ("mu", "sigma")]
+    assert np.array_equal(got[0], mean) and np.array_equal(got[1], covariance) and got[0].dtype == np.float64
 
 
 def test_what_would_be_waited_for_is_refused(tmp_path):

@@ -109,8 +109,11 @@ def test_every_image_is_used_where_there_are_fewer_than_asked_by_default(numbere
     latents = LatentDataset(numbered)
     assert evaluate_latents(latents)["vectors"] == 600
     for vectors in (601, 0):
-        with pytest.raises(ValueError, match=f"{vectors} vectors of 600 latents"):
+        with pytest.raises(ValueError, match=f"{vectors} vectors of {numbered}, which holds 600 latents"):
             evaluate_latents(latents, vectors=vectors)
+    with pytest.raises(ValueError, match=f"{numbered}: t-SNE with perplexity 30.0 needs more vectors than that, got 9"):
+        monkeypatch.undo()
+        evaluate_latents(latents, vectors=9)
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         evaluate_latents(latents, repeats=0)
 
