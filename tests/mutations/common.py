@@ -16,6 +16,10 @@ MISTAKES = {
         "common/files.py", "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC",
         "test_common_files.py::test_only_regular_files_are_opened_and_nothing_waits",
     ),
+    "controls_beyond_ascii_shown": Mistake(
+        "common/text.py", "\\x7f-\\x9f", "\\x7f",
+        "test_common_text.py::test_every_control_character_is_shown_as_an_escape",
+    ),
     "seal_not_compared": Mistake(
         "common/files.py", "_SEAL in content and content.pop(_SEAL) != _checksum(content)",
         "_SEAL in content and not content.pop(_SEAL)",

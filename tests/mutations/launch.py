@@ -104,6 +104,22 @@ MISTAKES = {
         "launch/checkpoint.py", "if named and int(named[1]) != found.step:", "if not named:",
         "test_launch_checkpoint.py::test_a_step_under_the_name_of_another_is_refused",
     ),
+    "counters_of_another_network": Mistake(
+        "launch/checkpoint.py", "if networks != state.counters.keys():", "if not networks:",
+        "test_launch_checkpoint_state.py::test_values_that_contradict_each_other_are_named",
+    ),
+    "parts_of_steps_counted": Mistake(
+        "launch/checkpoint.py", "    if not value.is_integer():\n", "    if value != value:\n",
+        "test_launch_checkpoint_state.py::test_a_value_that_no_run_leaves_is_named_with_its_key",
+    ),
+    "skips_of_a_network_that_is_gone_kept": Mistake(
+        "launch/trainer.py", 'if each["network"] in self.engines]', "]",
+        "test_launch_checkpoint_state.py::test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped",
+    ),
+    "names_of_counts_without_sums_kept": Mistake(
+        "launch/progress.py", 'set(names) & set(states[0]["counts"])', 'set(states[0]["counts"])',
+        "test_launch_checkpoint_state.py::test_names_of_before_a_reading_make_no_counts_of_means",
+    ),
     "average_exported_as_weights": Mistake(
         "launch/export.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
         'checkpoint.weights("model", "ema"), checkpoint.weights("model", "ema")',

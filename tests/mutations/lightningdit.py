@@ -193,6 +193,32 @@ MISTAKES = {
         "if checksum and not (found := sha256(path)):",
         "test_lightningdit_latents.py::test_flipped_bit",
     ),
+    "gap_between_shards_not_noticed": Mistake(
+        "lightningdit/latents.py", "        _require_unbroken(directory, shards)\n", "        pass\n",
+        "test_lightningdit_latents_shards.py::test_a_shard_that_is_missing_without_a_manifest_is_named",
+    ),
+    "shards_begin_where_they_begin": Mistake(
+        "lightningdit/latents.py", "range(max(numbers[rank], default=0) + 1)",
+        "range(min(numbers[rank], default=0), max(numbers[rank], default=0) + 1)",
+        "test_lightningdit_latents_shards.py::test_a_shard_that_is_missing_without_a_manifest_is_named",
+    ),
+    "duplicates_of_shards_counted": Mistake(
+        "lightningdit/latents.py", "if SHARD_NAME.fullmatch(path.name))", 'if path.name.startswith("latents_rank"))',
+        "test_lightningdit_latents_shards.py::test_a_file_of_another_name_is_left_out_and_said",
+    ),
+    "statistics_of_one_channel_for_all": Mistake(
+        "lightningdit/latents.py", "not in ((channels,), (1, channels, 1, 1))",
+        "not in ((channels,), (1, channels, 1, 1), (1,), (1, 1, 1, 1))",
+        "test_lightningdit_latents_statistics.py::test_statistics_of_another_shape_or_of_other_numbers_are_refused",
+    ),
+    "statistics_not_compared_with_the_manifest": Mistake(
+        "lightningdit/latents.py", "if not all(torch.equal(", "if not any(torch.equal(",
+        "test_lightningdit_latents_statistics.py::test_a_statistics_file_unlike_its_manifest_is_named",
+    ),
+    "last_label_without_a_name": Mistake(
+        "lightningdit/data.py", "high >= named", "high > named",
+        "test_lightningdit_latents_shards.py::test_labels_without_a_name_are_refused",
+    ),
     "statistics_of_the_last_shard": Mistake(
         "lightningdit/latents_writer.py", "merge_moments(record.moments for record in records)",
         "merge_moments(record.moments for record in records[-1:])",

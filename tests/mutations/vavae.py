@@ -58,6 +58,10 @@ MISTAKES = {
         "vavae/image_files.py", "        values = white - values\n", "        pass\n",
         "test_vavae_image_files.py::test_grey_of_any_depth_is_scaled_by_its_range",
     ),
+    "sign_of_pixels_ignored": Mistake(
+        "vavae/image_files.py", 'image.format == "TIFF" and _SIGNED in', 'image.format == "TIFF" and image.mode in',
+        "test_vavae_image_files.py::test_what_cannot_be_shown_rightly_is_refused_by_name",
+    ),
     "any_format_of_pillow": Mistake(
         "vavae/image_files.py", "Image.open(file, formats=_KNOWN)", "Image.open(file)",
         "test_vavae_image_files.py::test_an_eps_under_another_name_starts_no_program",
