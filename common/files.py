@@ -132,6 +132,8 @@ def open_regular(path: Path | str) -> BinaryIO:
         raise FileError(f"{path} does not exist") from None
     except OSError as e:
         raise FileError(f"cannot read {path}: {e.strerror}") from None
+    except ValueError as e:  # such as a null byte
+        raise FileError(f"{str(path)!r} is no path of a file: {e}") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)
@@ -173,7 +175,8 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:
-        raise FileError(f"{path} is damaged: no JSON ({e})") from None
+        reason = "a number in it is too long" if "set_int_max_str_digits" in str(e) else e
+        raise FileError(f"{path} is damaged: no JSON ({reason})") from None
 
 
 def _finite(text: str) -> float:

@@ -7,6 +7,7 @@ run. Needs no torch.
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
@@ -14,6 +15,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 # YAML 1.1 reads 1e-4 as text: it wants the dot of 1.0e-4.
 _DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+NAME_LIMIT, PATH_LIMIT = 255, 4095  # bytes, of Linux
 
 
 class SectionError(ValueError):
@@ -24,6 +28,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean …?)' with the closest of `known`, or an empty string where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def plain_text(text: str) -> str:
+    """`text`; raises ValueError for what no name or path can be: control characters, what is no UTF-8, or too long."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs"):
+            raise ValueError(f"{short(text)} holds {character!r}, which is not allowed in names and paths")
+    if max(map(len, text.encode().split(b"/"))) > NAME_LIMIT or len(text.encode()) > PATH_LIMIT:
+        raise ValueError(f"{short(text)} is too long for a file system: {NAME_LIMIT} bytes a name, {PATH_LIMIT} a path")
+    return text
 
 
 def expand_home(path: str) -> str:
@@ -59,8 +73,10 @@ Levels = Annotated[int, Field(ge=1, le=16)]
 Few = Annotated[int, Field(ge=1, le=1_000)]
 FewFrom0 = Annotated[int, Field(ge=0, le=1_000)]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sequence)]
+#: A name.
+Text = Annotated[str, AfterValidator(plain_text)]
 #: A file or directory, with `~` expanded.
-PathText = Annotated[str, AfterValidator(expand_home)]
+PathText = Annotated[Text, AfterValidator(expand_home)]
 
 
 class Section(BaseModel):
@@ -129,10 +145,11 @@ def describe_problem(item: Any) -> str:
     if kind == "string_type" and isinstance(got, bool | int | float):
         message += ", in quotes where YAML reads something else"
     key = ".".join(map(str, path))
-    shown = "" if kind in ("value_error", "missing") else f" (got {_short(got)})"
+    shown = "" if kind in ("value_error", "missing") else f" (got {short(got)})"
     return (f"{key}: " if key else "") + message + shown
 
 
-def _short(value: Any, limit: int = 100) -> str:
+def short(value: Any, limit: int = 100) -> str:
+    """A value as messages show it: `repr`, cut to `limit` characters."""
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -75,6 +75,11 @@ def read_tensors(path: Path | str, entries: Iterable[str] = ("state_dict", "mode
     return read_entry(path, entries)[1]
 
 
+def is_downloaded(url: str) -> bool:
+    """Whether the folder where torch.hub keeps its downloads has what is at a URL."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
+
+
 def read_entry(path: Path | str, entries: Iterable[str]) -> tuple[str | None, Tensors]:
     """As `read_tensors`, and which entry the tensors are of: None where the file holds them by name itself."""
     path, entries, entry = Path(path), tuple(entries), None

@@ -4,15 +4,17 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.sections import expand_home
+from common.sections import expand_home, plain_text
 from launch import launcher
 from launch.config import LightningDiTRun, VavaeRun, load
 
 
 def local_path(text: str) -> Path:
     """A path option's value, with `~` expanded (`--output=~/x` reaches a program as it is)."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is wanted (got nothing)")
     try:
-        return Path(expand_home(text))
+        return Path(expand_home(plain_text(text)))
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -20,7 +22,8 @@ def local_path(text: str) -> Path:
 def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, required: bool = True) -> None:
     """The positional arguments CONFIG and `key=value …`."""
     parser.add_argument("config", nargs=None if required else "?", type=local_path, help=help)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}; a mapping is merged "
+                                                                          "into the section that is there")
 
 
 def load_run(config: Path, overrides: Iterable[str], kind: str) -> LightningDiTRun | VavaeRun:

@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.files import FileError, file_entry, make_directory, open_regular, read_json, replacing, write_json
+from common.sections import short
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
@@ -50,12 +51,13 @@ def main(argv: list[str]) -> int:
     )
     add_run_file(parser, "LightningDiT file; its ckpt_path and vae.ckpt_path name the weights", "sample.cfg_scale=4")
     parser.add_argument("--output", type=local_path, help="directory (default: samples/ in the run's directory)")
-    parser.add_argument("--labels", help="class labels, separated by commas: one image each")
-    parser.add_argument("--demo", action="store_true", help="the published demo's eight images")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--labels", help="class labels, separated by commas: one image each")
+    which.add_argument("--demo", action="store_true", help="the published demo's eight images")
     args = parser.parse_intermixed_args(argv)
     run = load_run(args.config, args.overrides, "lightningdit")
     settings, labels = run.sampling(), None
-    if args.labels:
+    if args.labels is not None:
         labels = _numbers(args.labels)
     if args.demo:
         settings, labels = settings.model_copy(update=DEMO_SETTINGS), DEMO_LABELS
@@ -68,7 +70,7 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(label) for label in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--labels {text!r}: give whole numbers separated by commas, such as 1,2,3") from None
+        raise ConfigError(f"--labels {short(text)}: give whole numbers separated by commas, such as 1,2,3") from None
 
 
 def generate(

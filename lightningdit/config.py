@@ -21,6 +21,7 @@ from common.sections import (
     Probability,
     Section,
     Size,
+    Text,
     nearest,
 )
 
@@ -146,7 +147,7 @@ def named_config(name: str, **fields) -> ModelConfig:
 class ModelSection(Section):
     """The `model` section: a registered `model_type`, or the four sizes of a model of one's own."""
 
-    model_type: str | None = None
+    model_type: Text | None = None
     hidden_size: Size | None = None
     depth: Few | None = None
     num_heads: Few | None = None
@@ -229,7 +230,7 @@ class SampleConfig(Section):
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
-    sampling_method: str = "euler"
+    sampling_method: Text = "euler"
     atol: AboveZero = 1e-6
     rtol: AboveZero = 1e-3
     reverse: Literal[False] = False
@@ -243,7 +244,7 @@ class SampleConfig(Section):
     cfg_channels: Size | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
-    diffusion_form: str = "sigma"
+    diffusion_form: Text = "sigma"
     diffusion_norm: AboveZero = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[Float, Field(gt=0, lt=1)] = 0.04

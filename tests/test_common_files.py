@@ -93,11 +93,18 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
         files.open_regular("/dev/zero")
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_cannot_be_a_path_is_no_file(path):
+    with pytest.raises(FileError, match="is no path of a file"):
+        files.open_regular(path)
+
+
 @pytest.mark.parametrize("content, why", [
     (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON"),
     (b"1" * 10_000, "no JSON"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
     (b"<!DOCTYPE html><p>", "web page"), (b"\xef\xbb\xbf<html>", "web page"), (b"<?xml version='1.0'?>", "or XML"),
     (b'{"a": NaN}', "no JSON .NaN is no finite"), (b"[-Infinity]", "no JSON .-Infinity is no"), (b"1e999", "no JSON"),
+    (b"[" + 5000 * b"1" + b"]", r"no JSON \(a number in it is too long\)"),
 ])  # fmt: skip
 def test_what_is_no_json_is_named(tmp_path, content, why):
     path = tmp_path / "a.json"

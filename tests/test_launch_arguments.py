@@ -1,11 +1,15 @@
 """Command lines: `key=value` anywhere, `~` in paths, notes of published files; no program does it otherwise."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from common.sections import short
 from launch import evaluate, extract, sample, train
 from launch.__main__ import main
 from launch.arguments import local_path
@@ -74,14 +78,37 @@ def test_a_home_directory_of_nobody_is_an_error(capsys):
     assert "no home directory ~nobody-of-that-name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("path", "words"), [
+    ("", "a path is wanted"), ("a\0b", "not allowed in names and paths"), (256 * "a", "too long for a file system"),
+])
+def test_a_path_that_is_none_is_an_error(run_files, asked, capsys, path, words):
+    for given in ([path], [run_files["lightningdit"], f"--output={path}"]):
+        with pytest.raises(SystemExit):
+            main(["sample", *given])
+        assert words in capsys.readouterr().err and not asked
+
+
+@pytest.mark.parametrize("labels", ["", ",", "1,", "1;2", "one", "1.0"])
+def test_labels_are_numbers_or_an_error(run_files, asked, capsys, labels):
+    assert main(["sample", run_files["lightningdit"], f"--labels={labels}"]) == 2
+    assert f"--labels {labels!r}: give whole numbers separated by commas" in capsys.readouterr().err and not asked
+
+
+def test_the_demo_has_labels_of_its_own(run_files, asked, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", run_files["lightningdit"], "--demo", "--labels=1"])
+    assert "not allowed with argument" in capsys.readouterr().err and not asked
+
+
 @pytest.mark.parametrize(("setting", "words"), [
     ("a={b: 1, b: 2}", "b was already given"), ("a=010", "base 8"), ("a=[1", "not YAML"), ("a", "form key=value"),
+    ("a=b #c", "#c is a comment"), ("a=&b", "&b is an anchor"), ("a=" + 101 * "1", "101 characters"),
 ])
 def test_facts_are_read_as_run_files_are(setting, words):
     given = evaluate._parse(["--samples", "x", "--set", setting])
     with pytest.raises(ValueError, match=words) as e:
         evaluate._metadata(given, None)
-    assert f"--set {setting!r}" in str(e.value)
+    assert f"--set {short(setting)}" in str(e.value)
 
 
 def test_no_section_speaks_to_the_user_in_the_words_of_its_library(run_files, monkeypatch, capsys):
@@ -96,6 +123,27 @@ def test_a_plan_is_for_one_process_or_more(run_files, capsys, gpus):
     assert f"--gpus must be at least 1, got {gpus}" in capsys.readouterr().err
 
 
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(("variables", "dots"), [
+    ({"PYTHONIOENCODING": "ascii"}, b"?"), (ASCII, b"?"), ({"PYTHONIOENCODING": "latin-1"}, b"?"),
+    ({"PYTHONIOENCODING": "utf-8"}, "…".encode()),
+])  # fmt: skip
+def test_a_terminal_that_lacks_characters_gets_others(variables, dots):
+    command, env = [sys.executable, "-m", "launch"], os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run([*command, "--help"], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith(b"usage: python -m launch PROGRAM " + dots), done.stderr
+    done = subprocess.run([*command, "träin"], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: unknown program"), done.stderr
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_program_with_a_closed_stream_still_ends_in_order(closed):
+    command = ["bash", "-c", f'exec "$0" -m launch --help {closed}>&-', sys.executable]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+
+
 @pytest.mark.parametrize(("rank", "says"), [("0", True), (None, True), ("1", False)])
 def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, monkeypatch, asked, capsys, rank, says):
     monkeypatch.delenv("RANK", raising=False)
@@ -108,6 +156,7 @@ def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, mo
 
 
 @pytest.mark.parametrize(("pattern", "only"), [
+    (r"read_text\(\)", set()),  # in whatever encoding the machine has
     (r"type=Path\b", {"bench"}),  # the benches take no run files, and a shell expands their paths
     (r"\byaml\.(safe_)?load", {"launch/config_files.py"}),
     (r"(Config|Section)\(\*\*", {"lightningdit/config.py"}),

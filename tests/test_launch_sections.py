@@ -64,6 +64,19 @@ def test_every_path_knows_the_home_directory(monkeypatch, section, name, field):
         adapter(field).validate_python("~nobody-of-that-name/x")
 
 
+@pytest.mark.parametrize(("section", "name", "field"), fields(str))
+def test_no_name_or_path_holds_what_no_file_system_takes(section, name, field):
+    if name in ("kernels", "overrides", "model_args"):  # names of ops, and keys of others: each is looked up
+        return
+    for text in ("a\0b", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "a/" + 256 * "b", 128 * "ö", 2048 * "a/"):
+        with pytest.raises(ValidationError) as e:
+            adapter(field).validate_python(text)
+        assert re.search(r"not allowed in names and paths|too long for a file system", message := describe(e.value))
+        assert message.isprintable() and len(message) < 300
+    if name not in TEXT:
+        assert adapter(field).validate_python(255 * "a" + "/ö €") == 255 * "a" + "/ö €"
+
+
 def test_keys_of_text_are_still_there():
     assert {field.values[1] for field in fields(str)} >= TEXT
 

@@ -23,6 +23,7 @@ from common.sections import (
     Section,
     Size,
     Sizes,
+    Text,
     nearest,
 )
 
@@ -141,7 +142,7 @@ class FoundationConfig(Section):
         model_args: further arguments of the timm model, those of `ModelArgs`.
     """
 
-    model_name: str = "vit_large_patch14_dinov2.lvd142m"
+    model_name: Text = "vit_large_patch14_dinov2.lvd142m"
     weights: PathText | None = None
     input_size: Size | None = None
     normalization: Literal["imagenet", "published"] = "imagenet"
