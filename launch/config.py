@@ -27,10 +27,12 @@ from common.sections import (
     Probability,
     Section,
     Size,
+    Text,
     describe,
+    short,
 )
 from kernels.registry import check_names
-from launch.config_files import ConfigError, find_config, parse, read_mapping
+from launch.config_files import ConfigError, find_config, merge, parse_value, read_mapping, which_config
 from launch.deepspeed_options import DeepSpeedConfig
 from vavae.published import from_published
 
@@ -41,14 +43,15 @@ def _below_output_dir(name: str) -> str:
     return name
 
 
-RunName = Annotated[str, AfterValidator(_below_output_dir)]
+RunName = Annotated[Text, AfterValidator(_below_output_dir)]
 
 
 class TrainConfig(Section):
     """The `train` section: published keys, and ours from `max_epochs` on.
 
     `ckpt` names a checkpoint to go on from; otherwise, with `resume`, the newest of the output directory is taken.
-    `weight_init` starts from weights alone. `global_batch_size` counts images per optimizer step over all processes.
+    `weight_init` starts from weights alone; training takes one of the two. `global_batch_size` counts images per
+    optimizer step over all processes.
     `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
     "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
     of half a minute (`kernels.compilation`). `deterministic` keeps Inductor from choosing by timing what changes last
@@ -125,7 +128,7 @@ class OptimizerConfig(Section):
 class TokenizerSection(Section):
     """The `vae` section of a LightningDiT file: which tokenizer the latents are from, and where its weights are."""
 
-    model_name: str = "vavae_f16d32"
+    model_name: Text = "vavae_f16d32"
     downsample_ratio: Few = 16
     ckpt_path: PathText | None = None
 
@@ -275,27 +278,30 @@ NAMES = {"lightningdit": "LightningDiT", "vavae": "tokenizer"}
 def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple[Section, list[str]]:
     """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
 
-    Values of overrides are YAML; keys are dotted (`train.max_steps=20`). A published LDM-style tokenizer file is
+    Values of overrides are YAML; keys are dotted (`train.max_steps=20`); a mapping is merged into the section that is
+    there, and anything else takes the place of what is. A published LDM-style tokenizer file is
     translated first, so overrides always use our keys, and may give what the file leaves open. What only training needs
     may be missing: `launch.checks.check_run` asks for it. A file of `launch/configs/` may be given by its name alone.
 
     Returns:
-        The run, and notes: where a file given by its name is from, what of a published one was converted or ignored.
+        The run, and notes: which file was taken where a shipped one has its name, what of a published one was converted
+        or ignored.
 
     Raises:
         ConfigError: the file is absent, no YAML mapping, or the other model's; a key is unknown (the nearest is named)
             or stands twice; a value has the wrong type or is not allowed, or values contradict each other.
     """
     found = find_config(path)
-    document, notes = read_mapping(found), [] if found == Path(path) else [f"not here, so the one in {found.parent}"]
+    document, notes = read_mapping(found), which_config(path)
     try:
         _refuse_other_kind(document, kind)
         if kind == "vavae" and _is_published_tokenizer(document):
             document, converted = from_published(document)
             notes += converted
         for override in overrides:
-            _apply(document, override)
-        return KINDS[kind].model_validate(document), notes
+            document = _overridden(document, override)
+        run = KINDS[kind].model_validate(document)
+        return run, notes + run.deepspeed.notes()
     except ValidationError as e:
         raise ConfigError(f"{path}: {describe(e)}") from None
     except ValueError as e:
@@ -340,16 +346,17 @@ def _keys_of(document: Mapping, kind: str) -> list[str]:
     return [key for key in _OWN_KEYS[kind] if key in document or (key.removeprefix("model.") in inner and "." in key)]
 
 
-def _apply(document: dict, override: str) -> None:
+def _overridden(document: dict, override: str) -> dict:
+    """The document with an override in it; it is not changed itself, whose anchors may stand in several places."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, such as train.max_steps=20")
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = document.get(section)
-        if inner is None:
-            inner = document[section] = {}
+        raise ConfigError(f"override {short(override)} is not of the form key=value, such as train.max_steps=20")
+    names, inner = key.split("."), document
+    for section in names[:-1]:
+        inner = {} if inner.get(section) is None else inner[section]
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} holds {inner!r}, not a section")
-        document = inner
-    document[last] = parse(text, f"override {override!r}")
+            raise ConfigError(f"override {short(override)}: {section} holds {short(inner)}, not a section")
+    change = parse_value(text, f"override {short(override)}")
+    for name in reversed(names):
+        change = {name: change}
+    return merge(document, change)

@@ -5,8 +5,10 @@ that programs read in different ways (010, 1:30) are refused, 1e-4 is a number, 
 quotes, yes, no, on and off are true and false.
 """
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from common.files import FileError, open_regular, refuse_stand_ins
 
 SHIPPED = Path(__file__).parent / "configs"
 SIZE_LIMIT = 16 * 2**20  # bytes
+NUMBER_LIMIT = 100  # characters of a whole number; Python itself takes 4,300, and prints no more
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -42,6 +45,12 @@ class _Loader(yaml.SafeLoader):
             lines[name] = line
         return node
 
+    def read_int(self, node):
+        if len(node.value) > NUMBER_LIMIT:
+            problem = f"a whole number of {len(node.value):,} characters is larger than any value that is allowed"
+            raise ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return self.construct_yaml_int(node)
+
     def refuse_number(self, node):
         text = node.value
         decimal = text[:1].strip("+0123456789") + (text.lstrip("+-0_") or "0")
@@ -64,6 +73,7 @@ _resolve(_TAG + "int", r"0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+")
 _resolve(_TAG + "float", r"(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
                          r"|\.(?:inf|Inf|INF|nan|NaN|NAN)")  # fmt: skip
 _Loader.add_constructor("!refused", _Loader.refuse_number)
+_Loader.add_constructor(_TAG + "int", _Loader.read_int)
 
 
 def parse(text: str, where: str) -> Any:
@@ -83,11 +93,67 @@ def parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: {e}") from None
 
 
-def find_config(path: str | Path) -> Path:
-    """The file itself; where there is none and `path` is a mere name, the file of that name among those shipped."""
-    shipped = SHIPPED / path
-    found = str(path) == shipped.name and shipped.is_file() and not os.path.lexists(path)
-    return shipped if found else Path(path)
+def parse_value(text: str, where: str) -> Any:
+    """The value of a `key=value`, as `parse` reads it; what YAML would take for more than a value is refused.
+
+    That is a comment, an anchor, a tag and the like: on a command line their signs are meant as text, which would be
+    lost. ConfigErrors name `text` as `where`, and say how to quote it.
+    """
+    taken = _more_than_a_value(text)
+    if taken is not None:
+        quoted = shlex.quote(json.dumps(text, ensure_ascii=False))
+        raise ConfigError(f"{where}: {taken}; for text, write the value in quotes, as {quoted}")
+    return parse(text, where)
+
+
+_SIGNS = {
+    yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
+    yaml.DirectiveToken: "a directive", yaml.DocumentStartToken: "the start of a document",
+    yaml.DocumentEndToken: "the end of a document",
+}  # fmt: skip
+
+
+def _more_than_a_value(text: str) -> str | None:
+    """What of a text YAML would take for a sign or leave out, said in words; None where all of it is values."""
+    end = 0
+    try:
+        for token in yaml.scan(text, _Loader):
+            start, between = token.start_mark.index, text[end : token.start_mark.index].strip()
+            end = token.end_mark.index
+            if between:
+                return f"{between} is a comment in YAML"
+            if type(token) in _SIGNS:
+                return f"{text[start:end]} is {_SIGNS[type(token)]} in YAML"
+            if isinstance(token, yaml.ScalarToken) and (
+                token.style in ("|", ">") or (token.plain and "\n" in text[start:end])
+            ):
+                return f"{text[start:end]!r} is text in lines in YAML, which joins them"
+    except yaml.MarkedYAMLError as e:
+        return f"it is not YAML ({e.problem})"
+    except yaml.YAMLError:
+        pass  # said when it is read
+    return None
+
+
+def find_config(path: str | Path, shipped: Path = SHIPPED) -> Path:
+    """The file itself; where there is none and `path` is a mere name, the file of that name in the folder `shipped`."""
+    ours = shipped / path
+    found = _is_name_of(path, ours) and not os.path.lexists(path)
+    return ours if found else Path(path)
+
+
+def which_config(path: str | Path, shipped: Path = SHIPPED) -> list[str]:
+    """A note, where a mere name is that of a shipped file, on which file `find_config` finds by it."""
+    ours = shipped / path
+    if not _is_name_of(path, ours):
+        return []
+    if find_config(path, shipped) == ours:
+        return [f"not here, so the one in {shipped}"]
+    return [] if ours.samefile(path) else [f"the one here, not that in {shipped}"]
+
+
+def _is_name_of(path: str | Path, shipped: Path) -> bool:
+    return str(path) == shipped.name and shipped.is_file()
 
 
 def read_mapping(path: str | Path) -> dict:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from common.sections import Count, NonNegative, PathText, Section, describe, nearest
-from launch.config_files import ConfigError, merge, read_mapping
+from launch.config_files import ConfigError, find_config, merge, read_mapping, which_config
 
 DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
 
@@ -230,7 +230,7 @@ class DeepSpeedOptions(Options):
 class DeepSpeedConfig(Section):
     """ZeRO stage, and what of DeepSpeed's own configuration may be set: a JSON file, then `overrides` on top.
 
-    `file` is a path, or the name of one of `launch/deepspeed/`.
+    `file` is a path, or the name of one of `launch/deepspeed/`; a file here comes first, as with run files.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -245,15 +245,23 @@ class DeepSpeedConfig(Section):
         """
         content = {}
         if self.file is not None:
-            shipped = DEEPSPEED_FILES / self.file
-            path = shipped if shipped.is_file() else self.file
-            content = self._checked(read_mapping(path), str(path))
+            path = find_config(self.file, DEEPSPEED_FILES)
+            try:
+                content = read_mapping(path)
+            except ConfigError as e:
+                raise ConfigError(f"deepspeed.file: {e}") from None
+            content = self._checked(content, f"deepspeed.file {path}")
         merged = self._checked(merge(content, self.overrides), "deepspeed.overrides")
         summed = merged.get("data_types", {}).get("grad_accum_dtype")
         if summed is not None and self.zero_stage == 0 and precision == "bfloat16":
             raise ConfigError("deepspeed: under ZeRO 0 in bfloat16 DeepSpeed sums gradients in bfloat16 only; "
                               "data_types.grad_accum_dtype fp32 needs zero_stage 1, 2 or 3")
         return merged
+
+    def notes(self) -> list[str]:
+        """What to say of `file` where its name is that of a shipped one: which was taken."""
+        which = [] if self.file is None else which_config(self.file, DEEPSPEED_FILES)
+        return [f"deepspeed.file {self.file}: {note}" for note in which]
 
     def _checked(self, options: dict, where: str) -> dict[str, Any]:
         zero = options.get("zero_optimization", {})

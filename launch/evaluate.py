@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from common.files import FileError, read_json, require_writable, write_json
+from common.sections import short
 from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import select_ops
-from launch.config_files import parse
+from launch.config_files import parse_value
 from launch.evaluation import (
     Reconstructions,
     evaluate_reconstructions,
@@ -244,12 +245,12 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
     for setting in args.set:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--set {setting!r} is not of the form key=value")
-        facts[key] = parse(value, f"--set {setting!r}")
+            raise ValueError(f"--set {short(setting)} is not of the form key=value")
+        facts[key] = parse_value(value, f"--set {short(setting)}")
         try:
             json.dumps(facts[key], allow_nan=False)
         except (TypeError, ValueError) as e:
-            raise ValueError(f"--set {setting!r} is nothing that JSON can hold: {e}") from None
+            raise ValueError(f"--set {short(setting)} is nothing that JSON can hold: {e}") from None
     return facts
 
 

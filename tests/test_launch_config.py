@@ -1,5 +1,6 @@
 """Run files: published ones load unchanged, and a wrong thing is said with its nearest right one."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,52 @@ def test_overrides_reach_deep_values_and_null_sections(published):
     run, _ = load(published, ["deepspeed.zero_stage=3", "kernels={default: reference, swiglu: auto}"],
                   kind="lightningdit")
     assert run.deepspeed.zero_stage == 3 and run.kernels == {"default": "reference", "swiglu": "auto"}
+
+
+@pytest.mark.parametrize(("override", "changed"), [
+    ("train={max_steps: 3}", {"train": {"max_steps": 3}}),
+    ("train={max_steps: 3, ckpt: null}", {"train": {"max_steps": 3, "ckpt": None}}),
+    ("train={}", {}),
+    ("sample={cfg_scale: 1}", {"sample": {"cfg_scale": 1.0}}),
+    ("deepspeed={overrides: {zero_optimization: {overlap_comm: true}}}",
+     {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}}),
+    ("deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
+     {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}}),
+    ("kernels={swiglu: auto}", {"kernels": {"default": "reference", "swiglu": "auto"}}),
+    ("kernels=auto", {"kernels": "auto"}),
+])  # fmt: skip
+def test_an_override_of_a_section_is_merged_into_it(published, override, changed):
+    """And changes nothing else; a value that is no mapping takes the place of what was there."""
+    published.write_text(LIGHTNINGDIT_YAML + "deepspeed: {overrides: {zero_optimization: {reduce_bucket_size: 100}}}\n"
+                         "kernels: {default: reference}\n")  # fmt: skip
+    before, after = (load(published, given, kind="lightningdit")[0].model_dump() for given in ([], [override]))
+    for section, values in changed.items():
+        before[section] = {**before[section], **values} if section in ("train", "sample", "deepspeed") else values
+    assert after == before
+
+
+@pytest.mark.parametrize("override", ["train.output_dir=elsewhere", "train={output_dir: elsewhere}"])
+def test_an_override_changes_no_other_key_that_shares_an_anchor(published, override):
+    document = yaml.safe_load(LIGHTNINGDIT_YAML)
+    shared = {"output_dir": "here", "exp_name": "x", "max_steps": 5}
+    document |= {"train": shared, "deepspeed": {"overrides": {"a": shared, "b": [shared]}}}
+    text = yaml.dump(document)
+    assert text.count("*id") == 2
+    published.write_text(text)
+    run, _ = load(published, [override, "deepspeed.overrides.a.exp_name=y"], kind="lightningdit")
+    assert run.train.output_dir == "elsewhere" and run.train.exp_name == "x"
+    assert run.deepspeed.overrides == {"a": shared | {"exp_name": "y"}, "b": [shared]}
+
+
+def test_a_deepspeed_file_here_comes_before_a_shipped_one_and_is_said(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = ["deepspeed.file=zero2.json", "deepspeed.zero_stage=2"]
+    run, notes = load(published, file, kind="lightningdit")
+    assert len(notes) == 1 and re.match(r"deepspeed\.file zero2\.json: not here, so the one in .*deepspeed", notes[0])
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"reduce_bucket_size": 123}}')
+    run, notes = load(published, file, kind="lightningdit")
+    assert run.deepspeed.merged_overrides("bfloat16")["zero_optimization"]["reduce_bucket_size"] == 123
+    assert len(notes) == 1 and "deepspeed.file zero2.json: the one here" in notes[0]
 
 
 def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 
-from launch.config_files import ConfigError, parse, read_mapping
+from launch.config_files import NUMBER_LIMIT, ConfigError, find_config, parse, parse_value, read_mapping, which_config
 
 REFUSED = {
     "a: 1\nb: 2\na: 3": "line 3: a .* line 1",
@@ -22,6 +24,10 @@ REFUSED = {
     "a: 1:30": '1:30 .*base 60.*"1:30" in quotes',
     "a: 12:30:45": "12:30:45 .*base 60",
     "a: 1:30.5": "1:30.5 .*base 60",
+    "a: " + 5000 * "1": "a whole number of 5,000 characters is larger",
+    "a: 0x" + 5000 * "f": "5,002 characters is larger",
+    "a: -1" + NUMBER_LIMIT * "_0": "a whole number of 202 characters",
+    "b: 1\n" + 500 * "1" + ": x": "line 2: a whole number of 500 characters",
     "a: [1": "not YAML: ",
     "a: 1\nb: [1": "not YAML, line 2: ",
     "a: b: c": "not YAML: ",
@@ -58,6 +64,52 @@ def test_what_cannot_be_read_is_said_in_a_line_with_its_file(tmp_path, text):
 def test_plain_values(text, value):
     found = parse(text, "here")
     assert found == value and type(found) is type(value)
+
+
+# The value of a key=value, and what YAML would take of it for something else.
+SIGNS = {
+    "/data/run #2": "#2 is a comment", "#x": "#x is a comment", "[1, 2] # two": "# two is a comment",
+    "{a: 1} #x": "#x is a comment", "x\n#y": "#y is a comment", "&a": "&a is an anchor", "&a x": "&a is an anchor",
+    "{a: &x 1}": "&x is an anchor", "*.pt": "not YAML", "*a": r"\*a is an alias", "!x": "!x is a tag",
+    "!x y": "!x is a tag", "!!int 3": "!!int is a tag", "%x": "%x is a directive", "@x": "not YAML .*'@'",
+    "`x`": "not YAML .*'`'", "--- x": "--- is the start of a document", "...": "is the end of a document",
+    "|": "is text in lines", ">": "is text in lines", "|x": "not YAML", "x\ny": "is text in lines", "'x": "not YAML",
+    '"x': "not YAML",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SIGNS)
+def test_what_yaml_would_take_out_of_a_value_is_refused_and_taken_in_the_quotes_that_are_advised(text):
+    with pytest.raises(ConfigError, match=rf"^override: .*({SIGNS[text]}).*; for text, write the value in quotes") as e:
+        parse_value(text, "override")
+    (advised,) = shlex.split(str(e.value).partition(" in quotes, as ")[2])
+    assert parse_value(advised, "override") == text
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("", None), ("a#b", "a#b"), ("a&b*c!d%e@f`g", "a&b*c!d%e@f`g"), ("'a # b'", "a # b"), ('"&a"', "&a"),
+    ('"a\\nb"', "a\nb"), (" x ", "x"), ("{a: [1, x], b: }", {"a": [1, "x"], "b": None}),
+    ("{a: 1,\n b: 2}", {"a": 1, "b": 2}), ("a: b", {"a": "b"}), ("http://x/y?z=1#2", "http://x/y?z=1#2"),
+])  # fmt: skip
+def test_values_without_such_signs_are_read_as_in_a_file(text, value):
+    assert parse_value(text, "override") == parse(text, "here") == value
+
+
+def test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said(tmp_path, monkeypatch):
+    shipped, here = tmp_path / "shipped", tmp_path / "here"
+    for folder in (shipped, here):
+        folder.mkdir()
+    (shipped / "a.yaml").touch()
+    monkeypatch.chdir(here)
+    assert find_config("a.yaml", shipped) == shipped / "a.yaml"
+    assert which_config("a.yaml", shipped) == [f"not here, so the one in {shipped}"]
+    (here / "a.yaml").touch()
+    assert find_config("a.yaml", shipped) == Path("a.yaml")
+    assert which_config("a.yaml", shipped) == [f"the one here, not that in {shipped}"]
+    for plain in ("./a.yaml", "b.yaml", str(shipped / "a.yaml"), "", "."):
+        assert find_config(plain, shipped) == Path(plain) and which_config(plain, shipped) == []
+    monkeypatch.chdir(shipped)
+    assert find_config("a.yaml", shipped).samefile("a.yaml") and which_config("a.yaml", shipped) == []
 
 
 @pytest.mark.parametrize("value", ["010", "1:30", "2024-01-31", "=", "no", "~", "0x1", 10, 1e-5, True, None])
