@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from common.files import FileError, open_regular
-from launch.config import ConfigError, LightningDiTRun, VavaeRun
+from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.trained import find_checkpoint
+from lightningdit.model import LightningDiT
 from vavae.config import check_sections
 
 
@@ -18,6 +22,9 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
         check_sections(run.model, run.features(), run.loss, run.data, run.stages)
     run.train.validating(run.data.valid_path)
     run.train.steps(1)
+    if run.train.ckpt is not None and run.train.weight_init is not None:
+        raise ConfigError("train.ckpt goes on from a checkpoint and its weights, train.weight_init starts from other "
+                          "weights: set one of the two to null")
     _check_profiling(run, run.deepspeed.merged_overrides(run.train.precision))
     for key, path in _weights(run).items():
         check_file(key, path)
@@ -28,8 +35,8 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
 
 def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
     """Refuse DeepSpeed's profiler and clock for networks that they cannot follow."""
-    asked = {"flops_profiler": options.get("flops_profiler", {}).get("enabled"),
-             "wall_clock_breakdown": options.get("wall_clock_breakdown")}  # fmt: skip
+    profiler = options.get("flops_profiler", {})
+    asked = {"flops_profiler": profiler.get("enabled"), "wall_clock_breakdown": options.get("wall_clock_breakdown")}
     if asked["flops_profiler"] and run.train.compile not in ("auto", "none"):
         raise ConfigError(f"deepspeed: flops_profiler looks into modules, and train.compile {run.train.compile} leaves "
                           "none to look into: leave it out, or compile none")
@@ -37,6 +44,32 @@ def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
         for key in filter(asked.get, asked):
             raise ConfigError(f"deepspeed: {key} times one forward pass for each backward pass, and the discriminator "
                               "has two: leave it out, or set loss.disc_weight 0")
+    if asked["flops_profiler"]:
+        _check_module_depth(run, profiler.get("module_depth") or 0)
+        if profiler.get("output_file"):
+            check_output_file("deepspeed: flops_profiler.output_file", Path(profiler["output_file"]))
+
+
+def _check_module_depth(run: LightningDiTRun | VavaeRun, depth: int) -> None:
+    """Refuse to have levels of modules summed up that the network has not; DeepSpeed would look for them in a step."""
+    if depth > 0 and depth > (levels := _levels(_network(run))):
+        raise ConfigError(f"deepspeed: flops_profiler.module_depth is {depth}, but the network has modules in {levels} "
+                          "levels: give fewer, or -1 for all")
+
+
+def _network(run: LightningDiTRun | VavaeRun) -> nn.Module:
+    """The run's network, without memory; of a tokenizer the autoencoder."""
+    ops = select_ops("reference")
+    with torch.device("meta"):
+        if isinstance(run, LightningDiTRun):
+            return LightningDiT(run.network(), ops)
+        from vavae.task import build_networks  # imports timm and lpips: seconds of their own
+
+        return build_networks(run.model, run.loss, ops, 0, 1 if run.loss.use_vf else None)["autoencoder"]
+
+
+def _levels(module: nn.Module) -> int:
+    return 1 + max(map(_levels, module.children()), default=0)
 
 
 def _weights(run: LightningDiTRun | VavaeRun) -> dict[str, str]:
@@ -71,3 +104,13 @@ def check_directory(key: str, path: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         made = "" if existing == path else f", so {path} cannot be made"
         raise ConfigError(f"{key}: no permission to write in {existing}{made}")
+
+
+def check_output_file(key: str, path: Path) -> None:
+    """Raise ConfigError, naming `key`, unless `path` is a file that can be written, or can be made."""
+    if path.is_dir():
+        raise ConfigError(f"{key}: {path} is a directory, not a file")
+    if not path.exists():
+        check_directory(key, path.parent)
+    elif not os.access(path, os.W_OK):
+        raise ConfigError(f"{key}: no permission to write {path}")

@@ -13,7 +13,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from common.files import read_json
+from common.files import FileError, Record, read_record
+from common.sections import Few
 from common.tensors import WeightsError, read_tensors, save_pickled
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
@@ -79,6 +80,13 @@ def _build_inception(network: type[nn.Module], weights: str | Path | None, path:
         raise ValueError(f"{weights or 'the downloaded file'} is not torch-fidelity's Inception: {e}") from None
 
 
+class FoundationRecord(Record):
+    """What lies beside the weights of a foundation model: its section of a run file, and its tokens a side."""
+
+    config: FoundationConfig
+    grid: Few
+
+
 class FoundationFeatures:
     """Means over the tokens of a frozen vision transformer, `features [B, width]` float32."""
 
@@ -88,14 +96,13 @@ class FoundationFeatures:
 
     @classmethod
     def from_file(cls, path: str | Path, device: torch.device | str = "cpu") -> "FoundationFeatures":
-        """From a weights file with, beside it, a `.json` that holds its `config` and `grid` (tokens a side)."""
+        """From a weights file with a `FoundationRecord` beside it, a `.json` of the same name; raises ValueError."""
         beside = Path(path).with_suffix(".json")
         try:
-            facts = read_json(beside)
-            config, grid = FoundationConfig.read(facts["config"], "config"), facts["grid"]
-        except (ValueError, KeyError, TypeError) as e:
+            facts = read_record(beside, FoundationRecord)
+        except FileError as e:
             raise ValueError(f"{path} needs {beside.name} beside it, with its config and grid: {e}") from None
-        model = FoundationModel.from_config(config.model_copy(update={"weights": str(path)}), grid)
+        model = FoundationModel.from_config(facts.config.model_copy(update={"weights": str(path)}), facts.grid)
         return cls(model.to(device), f"foundation model {Path(path).name}")
 
     @torch.no_grad()

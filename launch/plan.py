@@ -57,6 +57,7 @@ class RunPlan:
     bf16: bool
     latents: tuple[int, int] | None = None  # channels, size
     absent: tuple[str, ...] = ()  # what the run needs and this machine has not
+    downloads: tuple[str, ...] = ()  # what the run would download first
 
     def lines(self) -> list[str]:
         """The plan, line by line, for a person."""
@@ -83,6 +84,7 @@ class RunPlan:
             disk = latents_bytes(self.num_images, channels, size)
             lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB (float32 {channels}×{size}×{size}, two per image)")
         lines += [f"  not on this machine, so no run yet: {what}" for what in self.absent]
+        lines += [f"  to be downloaded by the run: {what}" for what in self.downloads]
         return lines
 
     def _memory_lines(self) -> list[str]:

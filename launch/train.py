@@ -164,6 +164,7 @@ def plan(run: Run, kind: str, processes: int) -> RunPlan:
         networks=networks, frozen_parameters=frozen, num_images=num_images, images_assumed=assumed, steps=steps,
         global_batch_size=train.global_batch_size, micro_batch_size=micro_batch_size, processes=processes,
         stage=run.deepspeed.zero_stage, bf16=train.precision == "bfloat16", latents=latents, absent=tuple(absent),
+        downloads=_downloads(run),
     )
 
 
@@ -180,6 +181,16 @@ def _backends_missing(run: Run) -> list[str]:
     rows = [(op, backend) for op, backend in named.items() if op != "default" and backend != "auto"]
     reasons = {f"kernels.{op} {backend}": kernels.OPS[op].reasons(backend) for op, backend in rows}
     return [f"{choice} ({'; '.join(why)})" for choice, why in reasons.items() if why]
+
+
+def _downloads(run: Run) -> tuple[str, ...]:
+    """Weights that the run would download."""
+    if isinstance(run, LightningDiTRun):
+        return ()
+    from vavae import foundation, loss  # import timm and lpips: seconds of their own
+
+    features = foundation.to_download(run.features()) if run.loss.use_vf else None
+    return tuple(what for what in (features, loss.to_download(run.loss)) if what is not None)
 
 
 def _lightningdit_costs(run: LightningDiTRun):

@@ -2,22 +2,34 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from launch import engine, train
 from launch.__main__ import main
-from launch.checks import check_directory
-from launch.config import ConfigError
+from launch.checks import _network, check_directory, check_output_file, check_run
+from launch.config import ConfigError, load
 from tests import toy
 
+PROFILED = "deepspeed.overrides={flops_profiler: {enabled: true}}"
 # Model, overrides (FOLDER stands for an empty folder), and what the message must say.
 REFUSED = [
     ("lightningdit", ["kernels={default: reference, swigl: cuda}"], "'swigl'; did you mean 'swiglu'"),
     ("lightningdit", ["kernels=trition"], "'trition'; did you mean 'triton'"),
     ("lightningdit", ["kernels={swiglu: cudda}"], "'cudda'; did you mean 'cuda'"),
     ("lightningdit", ["kernels=[auto]"], "kernels: a backend's name, or names by op, is wanted"),
-    ("lightningdit", ["deepspeed.file=FOLDER/absent.json"], "absent.json does not exist"),
+    ("lightningdit", ["deepspeed.file=FOLDER/absent.json"], "deepspeed.file: .*absent.json does not exist"),
+    ("lightningdit", ["deepspeed.file=FOLDER"], "deepspeed.file: .*empty is a directory"),
+    ("lightningdit", ["deepspeed.file=FOLDER/file"], "deepspeed.file: .*file holds nothing"),
+    ("lightningdit", [PROFILED, "deepspeed.overrides.flops_profiler.module_depth=50"],
+     r"deepspeed: flops_profiler.module_depth is 50, .* in \d+ levels"),
+    ("lightningdit", [PROFILED, "deepspeed.overrides.flops_profiler.output_file=FOLDER"],
+     "deepspeed: flops_profiler.output_file: .*empty is a directory, not a file"),
+    ("lightningdit", [PROFILED, "deepspeed.overrides.flops_profiler.output_file=FOLDER/file/x"],
+     "deepspeed: flops_profiler.output_file: .*file is no directory"),
     ("lightningdit", ["deepspeed.file=zero2.json"], "zero_stage is 1, but deepspeed.file or overrides say 2"),
     ("lightningdit", ["deepspeed.overrides={zero_optimization: 2}"], "zero_optimization: a section of keys is wanted"),
     ("lightningdit", ["deepspeed.overrides=5"], "deepspeed.overrides: a mapping"),
@@ -28,6 +40,7 @@ REFUSED = [
     ("lightningdit", ["train.ckpt=FOLDER/absent"], "train.ckpt: .*absent does not exist"),
     ("lightningdit", ["train.ckpt=FOLDER/file"], "train.ckpt: .*file is a file; a checkpoint is a directory"),
     ("lightningdit", ["train.ckpt=FOLDER"], "train.ckpt: .* is no checkpoint"),
+    ("lightningdit", ["train.ckpt=FOLDER", "train.weight_init=FOLDER/file"], "train.ckpt .* train.weight_init .* one"),
     ("lightningdit", ["train.max_steps=null"], "give max_steps or max_epochs"),
     ("lightningdit", ["train.max_steps=010"], "010 is a number in base 8"),
     ("lightningdit", ["train.max_steps=1:30"], "1:30 is a number in base 60"),
@@ -113,6 +126,70 @@ def test_a_plan_says_what_this_machine_lacks(tmp_path, run_file, capsys):
     absent = [line for line in capsys.readouterr().out.splitlines() if "not on this machine" in line]
     assert len(absent) == 3 and "kernels.swiglu cuda (" in absent[0]
     assert f"data.data_path {tmp_path / 'latents'}" in absent[1] and "data.valid_path /absent/latents" in absent[2]
+
+
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("lightningdit", []), ("vavae", []), ("vavae", ["loss.use_vf=true", "foundation={}"]),
+])  # fmt: skip
+def test_modules_are_profiled_as_deep_as_deepspeed_finds_them(run_file, kind, changes):
+    changes = [*changes, *(["loss.disc_weight=0"] if kind == "vavae" else []), PROFILED]
+    for depth in range(-1, 12):
+        run, _ = load(run_file(kind), [*changes, f"deepspeed.overrides.flops_profiler.module_depth={depth}"], kind=kind)
+        profiler = FlopsProfiler(_network(run))
+        profiler.start_profile()
+        try:
+            profiler.print_model_aggregated_profile(module_depth=depth)
+        except KeyError:
+            break
+        finally:
+            profiler.end_profile()
+        check_run(run)
+    assert depth > 3
+    with pytest.raises(ConfigError, match=f"module_depth is {depth}, but the network has modules in {depth - 1} lev"):
+        check_run(run)
+
+
+def test_where_the_profiler_may_write(tmp_path, monkeypatch):
+    for path in ("/dev/null", tmp_path / "a", tmp_path / "a/b/c"):
+        check_output_file("key", Path(path))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for path in (tmp_path / "file", tmp_path / "a"):
+        with pytest.raises(ConfigError, match="key: no permission to write"):
+            check_output_file("key", path)
+
+
+def test_a_plan_says_what_the_run_would_download(tmp_path, run_file, monkeypatch, capsys):
+    """What is named or in a cache would not be."""
+    monkeypatch.setattr(train, "_vavae_costs", lambda run: ((), 0, None))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+    (tmp_path / "x.pt").touch()
+
+    def told(*changes: str) -> list[str]:
+        arguments = ["train", "vavae", str(run_file("vavae")), "--dry-run", "loss.disc_weight=0", *changes]
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line.partition("by the run: ")[2].partition(" (")[0] for line in lines if "to be downloaded" in line]
+
+    vf, lpips = ("loss.use_vf=true", "foundation={}"), "loss.perceptual=lpips"
+    dinov2, vgg = "the weights of vit_large_patch14_dinov2.lvd142m", "VGG-16 for LPIPS"
+    assert told() == [] and told(*vf) == [dinov2] and told(*vf, lpips) == [dinov2, vgg]
+    named = f"{{weights: {tmp_path / 'x.pt'}}}"
+    assert told("loss.use_vf=true", f"foundation={named}", lpips, f"loss.perceptual_weights={tmp_path / 'x.pt'}") == []
+    hub = tmp_path / "hub/models--timm--vit_large_patch14_dinov2.lvd142m"
+    for path, content in (("refs/main", "0" * 40), (f"snapshots/{'0' * 40}/model.safetensors", "")):
+        (hub / path).parent.mkdir(parents=True)
+        (hub / path).write_text(content)
+    (tmp_path / "torch/checkpoints").mkdir(parents=True)
+    (tmp_path / "torch/checkpoints/vgg16-397923af.pth").touch()
+    assert told(*vf, lpips) == []
+
+
+def test_a_plan_refuses_a_foundation_model_that_has_no_weights(run_file, capsys):
+    changes = ["loss.use_vf=true", "loss.disc_weight=0", "foundation={model_name: vit_base_patch16_gap_224}"]
+    assert main(["train", "vavae", str(run_file("vavae")), "--dry-run", *changes]) == 2
+    assert "foundation.model_name: timm has no weights of 'vit_base_patch16_gap_224'" in capsys.readouterr().err
 
 
 def test_a_plan_of_what_is_here_lacks_nothing(tmp_path, run_file, capsys):

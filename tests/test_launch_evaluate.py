@@ -58,6 +58,42 @@ def foundation(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize(("key", "value", "words"), [
+    *(("grid", value, "grid: a whole number is wanted") for value in ("2", "4", 2.0, 4.5, None, True, [4], {})),
+    *(("grid", value, "grid: must be at least 1") for value in (0, -2)),
+    ("grid", 10**6, "grid: must be at most"),
+    *(("config", value, "config: a section of keys is wanted") for value in (5, None, [], "x")),
+    ("config", {"model_nam": "x"}, "config: .*did you mean 'model_name'"),
+    ("config", {"model_args": {"depth": "1"}}, r"config\.model_args: .*depth: a whole number"),
+    ("config", {"model_name": "a\0b"}, r"config\.model_name: .*not allowed in names"),
+])  # fmt: skip
+def test_what_is_wrong_in_the_description_of_a_foundation_model_is_named(tmp_path, foundation, key, value, words):
+    facts = json.loads(foundation.with_suffix(".json").read_text())
+    (tmp_path / "net.json").write_text(json.dumps(facts | {key: value}))
+    with pytest.raises(ValueError, match=f"needs net.json beside it, .*{words}") as e:
+        features.FoundationFeatures.from_file(tmp_path / "net.safetensors")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("", "no JSON"), ("[]", "its content: "), ("3", "its content: "), ('{"grid": ' + 5000 * "1" + "}", "is too long"),
+])  # fmt: skip
+def test_what_is_no_description_of_a_foundation_model_is_refused(tmp_path, text, words):
+    (tmp_path / "net.json").write_text(text)
+    with pytest.raises(ValueError, match=f"needs net.json beside it, .*{words}") as e:
+        features.FoundationFeatures.from_file(tmp_path / "net.safetensors")
+    assert "sys.set" not in str(e.value)
+
+
+@pytest.mark.parametrize("key", ["config", "grid"])
+def test_a_description_of_a_foundation_model_is_whole(tmp_path, foundation, key):
+    facts = json.loads(foundation.with_suffix(".json").read_text())
+    del facts[key]
+    (tmp_path / "net.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"needs net.json beside it, .*{key}: is missing"):
+        features.FoundationFeatures.from_file(tmp_path / "net.safetensors")
+
+
 def tokens(foundation, pixels: np.ndarray) -> np.ndarray:
     """The means over a vision transformer's tokens, [N, 12], by timm, for uint8 images."""
     net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=2,

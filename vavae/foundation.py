@@ -3,22 +3,25 @@
 The only file that imports timm.
 """
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models._hub import hf_hub_download
 from torch import nn
 from torch.nn import functional as F
 
 from common.files import DownloadError
 from common.sections import nearest
-from common.tensors import load_strict, read_tensors, write_tensors
+from common.tensors import is_downloaded, load_strict, read_tensors, write_tensors
 from vavae.config import FoundationConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # that timm looks for, in this order
 #: What timm and its layers raise for sizes that do not go together; a download raises others.
 OF_ARGUMENTS = (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, LookupError)
 VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
@@ -54,7 +57,8 @@ class FoundationModel(nn.Module):
             pretrained: False leaves the weights as initialised (plans, tests).
 
         Raises:
-            ValueError: unknown model, weights of another shape, or a token grid that is not the latent grid.
+            ValueError: unknown model, or one without weights; weights of another shape; a token grid that is not the
+                latent grid.
             DownloadError: timm's weights could not be downloaded.
         """
         local = pretrained and config.weights is not None
@@ -97,8 +101,39 @@ class FoundationModel(nn.Module):
         write_tensors(path, self.vit.state_dict())
 
 
+def to_download(config: FoundationConfig) -> str | None:
+    """What `FoundationModel.from_config` would download, in words; None where it is a file, or downloaded before.
+
+    Raises ValueError: timm has no such model, or no weights of it.
+    """
+    if config.weights is not None:
+        return None
+    _check_name(config.model_name)
+    source = _source(config.model_name)
+    here = _is_kept(source.hf_hub_id) if source.hf_hub_id else is_downloaded(source.url)
+    return None if here else f"the weights of {config.model_name} (or name a local copy in foundation.weights)"
+
+
+def _is_kept(repository: str) -> bool:
+    """Whether the hub's cache has the weights of a repository."""
+    for name in HUB_FILES:
+        with suppress(OSError):
+            hf_hub_download(repository, name, local_files_only=True)
+            return True
+    return False
+
+
+def _source(name: str) -> PretrainedCfg:
+    source = get_pretrained_cfg(name)
+    if source is None or not (source.hf_hub_id or source.url):
+        raise ValueError(f"foundation.model_name: timm has no weights of {name!r}; name a file in foundation.weights")
+    return source
+
+
 def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn.Module:
     _check_name(config.model_name)
+    if download:
+        _source(config.model_name)
     arguments: dict[str, Any] = {"dynamic_img_size": True, **config.model_args}
     try:
         vit = timm.create_model(config.model_name, pretrained=download, num_classes=num_classes, **arguments)

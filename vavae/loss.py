@@ -17,12 +17,13 @@ from torch import nn
 from torchvision.models import VGG16_Weights
 
 from common.files import DownloadError
-from common.tensors import load_strict, read_tensors
+from common.tensors import is_downloaded, load_strict, read_tensors
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
 from vavae.model import Posterior
 
 Logs = dict[str, torch.Tensor]
+VGG = VGG16_Weights.IMAGENET1K_V1
 GAN_LIMIT = 1e4
 VF_LIMIT = 1e8
 
@@ -67,9 +68,16 @@ def lpips_network(device: torch.device | str) -> lpips.LPIPS:
     return net.to(device)
 
 
+def to_download(loss: LossConfig) -> str | None:
+    """What `Perceptual` would download for a loss, in words; None where it is a file, or downloaded before."""
+    if loss.perceptual != "lpips" or loss.perceptual_weights is not None or is_downloaded(VGG.url):
+        return None
+    return "VGG-16 for LPIPS (or name a local copy in loss.perceptual_weights)"
+
+
 def _download_vgg() -> dict[str, torch.Tensor]:
     try:
-        return VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        return VGG.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise DownloadError(f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
                            "loss.perceptual_weights, or set loss.perceptual to none") from error
