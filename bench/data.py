@@ -163,7 +163,8 @@ def host() -> Row:
     """The CPU, how many of its cores this process may use, and how many processes wanted one in the last minute."""
     model = platform.processor() or None
     if (info := Path("/proc/cpuinfo")).exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        lines = info.read_text("utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
 

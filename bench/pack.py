@@ -53,7 +53,7 @@ PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
 
 def pinned(root: Path, named: Iterable[str]) -> list[Requirement]:
     """The dependencies of pyproject.toml that an image lacks, and those that were named, of its extras too."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     texts = chain(project["dependencies"], *project.get("optional-dependencies", {}).values())
     known = {canonicalize_name(r.name): r for r in map(Requirement, texts)}
     if unknown := sorted(set(named) - known.keys()):
@@ -154,7 +154,7 @@ def select(wanted: list[Requirement], wheels: Wheels) -> tuple[list[Path], list[
 def version_of(headers: Path) -> str:
     """Such as "3.12", of the Python whose headers these are; empty if they are none."""
     file = headers / "patchlevel.h"
-    numbers = dict(re.findall(r"#define PY_(M\w+)_VERSION\s+(\d+)", file.read_text())) if file.is_file() else {}
+    numbers = dict(re.findall(r"#define PY_(M\w+)_VERSION\s+(\d+)", file.read_text("utf-8"))) if file.is_file() else {}
     whole = numbers.keys() >= {"MAJOR", "MINOR"} and (headers / "Python.h").is_file()
     return f"{numbers['MAJOR']}.{numbers['MINOR']}" if whole else ""
 

@@ -123,7 +123,7 @@ def included(source: Path, csrc: Path) -> list[Path]:
     """A source and every file that it includes by a name in quotes, itself or through another."""
     found = [source.resolve()]
     for file in found:  # grows as it goes
-        for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+        for name in re.findall(r'^#include "(.+)"', file.read_text("utf-8"), re.MULTILINE):
             path = next(path for path in (file.parent / name, csrc / name) if path.is_file()).resolve()
             if path not in found:
                 found.append(path)

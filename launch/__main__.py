@@ -73,7 +73,10 @@ def run(argv: list[str]) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Give closed standard streams to /dev/null: a file of ours would take their places, and take what is printed."""
+    """Have all three standard streams, of which the two to print to replace characters that their encoding lacks.
+
+    Closed ones are given to /dev/null: a file of ours would take their places, and take what is printed.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -81,6 +84,8 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free, so this one
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def _speak() -> None:

@@ -202,7 +202,7 @@ class Checkpoint:
         if networks != state.counters.keys():
             raise CheckpointError(f"{path} has counters of {_names(state.counters)}, but the checkpoint's networks are "
                                   f"{_names(networks)}")
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
 
     @property
     def step(self) -> int:

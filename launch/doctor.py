@@ -54,7 +54,7 @@ def requirements() -> list[Requirement]:
     try:
         texts = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        texts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        texts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     environment = {**default_environment(), "extra": ""}
     parsed = (Requirement(text) for text in texts)
     return [r for r in parsed if r.marker is None or r.marker.evaluate(environment)]

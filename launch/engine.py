@@ -20,8 +20,8 @@ from launch import launcher
 from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
 from launch.processes import Processes, meet, own_gpu
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators and warns
+if launcher.accelerator(gpus_here=torch.cuda.is_available()) == "cpu":
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed probes for accelerators and warns
 
 import deepspeed
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS

@@ -37,15 +37,29 @@ class Place:
 def place() -> Place | None:
     """What a launcher says, or None without one; raises LaunchError, naming the variable, for what makes no sense."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        if (local := os.environ.get("LOCAL_RANK", "0")) != "0":
+            raise LaunchError(f"LOCAL_RANK is {local!r}, but RANK is not set: a launcher (deepspeed, torchrun) sets "
+                              "both")
         return None
     world_size = _number("WORLD_SIZE", 1, None)
     rank = _number("RANK", 0, world_size - 1)
-    local_rank = _number("LOCAL_RANK", 0, world_size - 1) if "LOCAL_RANK" in os.environ else 0
+    local_rank = _number("LOCAL_RANK", 0, world_size - 1)
     address = os.environ.get("MASTER_ADDR", "").strip()
     if not address:
         raise LaunchError(f"RANK is {rank} of WORLD_SIZE {world_size}, but MASTER_ADDR does not say where they meet: a "
                           "launcher (deepspeed, torchrun) sets it to the name of the machine of rank 0")
     return Place(rank, world_size, local_rank, address, _number("MASTER_PORT", 1, 65535))
+
+
+def accelerator(*, gpus_here: bool) -> str:
+    """The device, cuda or cpu: of DS_ACCELERATOR, else what is here; raises LaunchError for what is not here."""
+    asked = os.environ.get("DS_ACCELERATOR", "cuda" if gpus_here else "cpu")
+    if asked not in ("cpu", "cuda"):
+        raise LaunchError(f"DS_ACCELERATOR is {asked!r}: set it to cpu or cuda, or not at all")
+    if asked == "cuda" and not gpus_here:
+        raise LaunchError("DS_ACCELERATOR is 'cuda', but this process sees no GPU (CUDA_VISIBLE_DEVICES "
+                          f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): set it to cpu, or not at all")
+    return asked
 
 
 def rank() -> int:
@@ -60,7 +74,7 @@ def _number(name: str, least: int, most: int | None) -> int:
             return value
     found = f"{name} is {text!r}" if text is not None else f"{name} is not set"
     raise LaunchError(f"{found}: a launcher (deepspeed, torchrun) sets it to a whole number {allowed}; without one, "
-                      "RANK and WORLD_SIZE are not set")
+                      "RANK, WORLD_SIZE and LOCAL_RANK are not set")
 
 
 def follow() -> None:
@@ -128,5 +142,5 @@ def _parent(pid: int) -> int:
 
 def _of_process(pid: int, file: str) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+        return Path(f"/proc/{pid}/{file}").read_text("utf-8", "replace")
     return ""

@@ -103,7 +103,7 @@ def read_metrics(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Raises ValueError for a line that is not JSON, but for a last one that was cut off while being written.
     """
     series: dict[str, list[tuple[float, float]]] = {}
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text("utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

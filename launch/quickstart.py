@@ -61,7 +61,7 @@ class Quickstart:
             self.foundation.parent.mkdir(parents=True, exist_ok=True)
             train_foundation(self.foundation, self._digits("train"), self._digits("heldout"), seed=self.seed,
                              device=_device())
-        accuracy = json.loads(description.read_text())["heldout_accuracy"]
+        accuracy = json.loads(description.read_text("utf-8"))["heldout_accuracy"]
         print(f"a classifier of {accuracy:.1%} accuracy on held-out digits; its patch features guide the tokenizer")
 
     def vavae(self) -> None:
@@ -96,7 +96,7 @@ class Quickstart:
         report = {
             **reconstruction_report(judge, heldout, decoded),
             **samples_report(judge, images, labels, training, heldout, lambda batch: extractor(batch)["features"]),
-            "made": json.loads((self.root / "samples" / "samples.json").read_text()),
+            "made": json.loads((self.root / "samples" / "samples.json").read_text("utf-8")),
         }
         pictures.sample_grid(images, labels, self.root / "samples.png")
         pictures.reconstruction_pairs(heldout.images, decoded, self.root / "reconstructions.png")
@@ -132,7 +132,7 @@ class Quickstart:
     def _export(self, name: str) -> None:
         step = newest(self.root / name / "checkpoints").step
         description = self.root / f"{name}.json"
-        if not description.is_file() or json.loads(description.read_text())["step"] != step:
+        if not description.is_file() or json.loads(description.read_text("utf-8"))["step"] != step:
             for suffix in exporting.SUFFIXES:
                 description.with_suffix(suffix).unlink(missing_ok=True)
             _run(exporting.main, "export", self.root / name, self.root / f"{name}.safetensors")

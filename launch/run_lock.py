@@ -168,6 +168,6 @@ def _refusal(path: Path, owner: Owner | None) -> str:
 def _started(pid: int) -> str | None:
     """What tells a process from others that have its number: this boot, and the clock tick it began at."""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text('utf-8', 'replace').rpartition(')')[2].split()[19]}"
     return None

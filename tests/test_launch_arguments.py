@@ -138,12 +138,6 @@ def test_a_terminal_that_lacks_characters_gets_others(variables, dots):
     assert done.returncode == 2 and done.stderr.startswith(b"error: unknown program"), done.stderr
 
 
-@pytest.mark.parametrize("closed", [1, 2])
-def test_a_program_with_a_closed_stream_still_ends_in_order(closed):
-    command = ["bash", "-c", f'exec "$0" -m launch --help {closed}>&-', sys.executable]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
-
-
 @pytest.mark.parametrize(("rank", "says"), [("0", True), (None, True), ("1", False)])
 def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, monkeypatch, asked, capsys, rank, says):
     monkeypatch.delenv("RANK", raising=False)

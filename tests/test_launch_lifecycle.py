@@ -182,10 +182,24 @@ def test_a_run_whose_directory_vanishes_ends_before_it_makes_another(tmp_path, r
     ({"RANK": "0", "WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two': .* of at least 1"),
     ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
     ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    ({"WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
+    ({"WORLD_SIZE": ""}, r"WORLD_SIZE is ''"),
+    ({"WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK is '1', but RANK is not set"),
+    ({"LOCAL_RANK": "zero"}, "LOCAL_RANK is 'zero', but RANK is not set"),
+    ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', but RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, r"LOCAL_RANK is '2': .* from 0 to 1"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "zero"}, r"LOCAL_RANK is 'zero'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": " "}, "MASTER_ADDR does not say"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
     ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, r"LOCAL_RANK is '-1'"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR does not say where they meet"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "http"}, r"MASTER_PORT is 'http'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "70000"}, r"MASTER_PORT is '70000': .* 65535"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR does not say where they meet"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
+     r"MASTER_PORT is 'http'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
+     r"MASTER_PORT is '70000': .* 65535"),
 ])  # fmt: skip
 def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, said):
     for name in VARIABLES:
@@ -197,7 +211,8 @@ def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, sai
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
-    ({}, None), ({"WORLD_SIZE": "1"}, None),
+    ({}, None), ({"WORLD_SIZE": "1"}, None), ({"LOCAL_RANK": "0"}, None),
+    ({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "http"}, None),
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"},
      Place(1, 2, 0, "node-0", 29500)),
 ])  # fmt: skip
@@ -207,6 +222,32 @@ def test_the_place_that_a_launcher_gives(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert place() == expected
+
+
+@pytest.mark.parametrize(("asked", "gpus_here", "found"), [
+    (None, True, "cuda"), (None, False, "cpu"), ("cpu", True, "cpu"), ("cpu", False, "cpu"), ("cuda", True, "cuda"),
+])  # fmt: skip
+def test_the_device_is_the_one_that_is_asked_for_or_here(monkeypatch, asked, gpus_here, found):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", asked)
+    assert launcher.accelerator(gpus_here=gpus_here) == found
+
+
+@pytest.mark.parametrize("asked", ["cuda", "nonsense", "", "CPU", "xpu", "cuda:0"])
+def test_a_device_that_is_not_here_is_an_error(monkeypatch, asked):
+    monkeypatch.setenv("DS_ACCELERATOR", asked)
+    with pytest.raises(LaunchError, match=f"DS_ACCELERATOR is '{asked}'.*: set it to cpu"):
+        launcher.accelerator(gpus_here=False)
+
+
+def test_deepspeed_does_not_look_for_a_device_that_is_not_here(run_file):
+    """In a process of its own, as DeepSpeed is imported once."""
+    program = "import sys; sys.modules['deepspeed'] = None; from launch.__main__ import main; main(sys.argv[1:])"
+    env = os.environ | {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", program, "train", "lightningdit", run_file]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
+    assert done.stderr.startswith("error: DS_ACCELERATOR is 'cuda', but this process sees no")
 
 
 def _launch_below(argv: list[str], port: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def missing(pyproject: Path, extras: list[str]) -> list[str]:
     """Requirements that the running interpreter does not meet; only the names count, versions are the user's choice."""
-    project = tomllib.loads(pyproject.read_text())["project"]
+    project = tomllib.loads(pyproject.read_text("utf-8"))["project"]
     wanted = list(project["dependencies"])
     for extra in extras:
         wanted += project["optional-dependencies"][extra]

@@ -292,8 +292,33 @@ MISTAKES = {
     ),
     # Configs and plans.
     "overrides_at_the_top_alone": Mistake(
-        "launch/config.py", "    document[last] = parse(", "    document[key] = parse(",
+        "launch/config.py", "    for name in reversed(names):\n", "    for name in [key]:\n",
         "test_launch_config.py::test_overrides_reach_deep_values_and_null_sections",
+    ),
+    "sections_replaced_by_an_override": Mistake(
+        "launch/config.py", "    return merge(document, change)\n", "    return {**document, **change}\n",
+        "test_launch_config.py::test_an_override_of_a_section_is_merged_into_it",
+    ),
+    "anchors_share_an_override": Mistake(
+        "launch/config_files.py", "    return {**base, **both}\n", "    base.update(both)\n    return base\n",
+        "test_launch_config.py::test_an_override_changes_no_other_key_that_shares_an_anchor",
+    ),
+    "comments_cut_out_of_overrides": Mistake(
+        "launch/config_files.py", "            if between:\n", "            if not end:\n",
+        "test_launch_config_files.py::test_what_yaml_would_take_out_of_a_value_is_refused_and_taken_in_the_quotes_that_"
+        "are_advised",
+    ),
+    "shipped_deepspeed_files_first": Mistake(
+        "launch/config_files.py", "_is_name_of(path, ours) and not os.path.lexists(path)", "_is_name_of(path, ours)",
+        "test_launch_config_files.py::test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said",
+    ),
+    "names_hold_anything": Mistake(
+        "common/sections.py", 'if unicodedata.category(character) in ("Cc", "Cs"):', 'if character == "\\x7f":',
+        "test_launch_sections.py::test_no_name_or_path_holds_what_no_file_system_takes",
+    ),
+    "processes_share_a_gpu_without_a_local_rank": Mistake(
+        "launch/launcher.py", '    local_rank = _number("LOCAL_RANK", 0, world_size - 1)\n', "    local_rank = 0\n",
+        "test_launch_lifecycle.py::test_an_environment_that_makes_no_sense_is_named",
     ),
     "keys_may_stand_twice": Mistake(
         "launch/config_files.py", "            if name in lines:\n", "            if None in lines:\n",
