@@ -7,11 +7,12 @@ run. Needs no torch.
 import difflib
 import os
 import re
-import unicodedata
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from common.text import printable
 
 # YAML 1.1 reads 1e-4 as text: it wants the dot of 1.0e-4.
 _DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -32,9 +33,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def plain_text(text: str) -> str:
     """`text`; raises ValueError for what no name or path can be: control characters, what is no UTF-8, or too long."""
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs"):
-            raise ValueError(f"{short(text)} holds {character!r}, which is not allowed in names and paths")
+    if printable(text) != text:
+        raise ValueError(f"{short(text)} holds what is not allowed in names and paths: control characters, or no UTF-8")
     if max(map(len, text.encode().split(b"/"))) > NAME_LIMIT or len(text.encode()) > PATH_LIMIT:
         raise ValueError(f"{short(text)} is too long for a file system: {NAME_LIMIT} bytes a name, {PATH_LIMIT} a path")
     return text

@@ -68,7 +68,8 @@ def test_every_path_knows_the_home_directory(monkeypatch, section, name, field):
 def test_no_name_or_path_holds_what_no_file_system_takes(section, name, field):
     if name in ("kernels", "overrides", "model_args"):  # names of ops, and keys of others: each is looked up
         return
-    for text in ("a\0b", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "a/" + 256 * "b", 128 * "ö", 2048 * "a/"):
+    for text in ("a\0b", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "a\u2028b",
+                 9 * "a" + "\0", "a/" + 256 * "b", 128 * "ö", 2048 * "a/"):
         with pytest.raises(ValidationError) as e:
             adapter(field).validate_python(text)
         assert re.search(r"not allowed in names and paths|too long for a file system", message := describe(e.value))
