@@ -14,6 +14,7 @@ where its `data.latent_flip` says so, else half of them are, as published.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -61,6 +62,9 @@ def main(argv: list[str]) -> int:
         _require_output(args.output)
     measure = _samples if args.samples else _reconstructions if args.originals else _latents
     result = measure(args)
+    if (wrong := [name for name, value in result["metrics"].items() if not math.isfinite(value)]):
+        raise ValueError(f"not finite, so no figure, of {args.samples or args.originals or args.latents}: "
+                         f"{', '.join(wrong)}")
     print(as_text(result))
     if args.output:
         write_json(args.output, result)

@@ -40,10 +40,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", type=local_path, help="run file of a weights file")
     args = parser.parse_intermixed_args(argv)
     name = _name(args.name)
+    if args.overrides and args.config is None:
+        raise ConfigError(f"{args.overrides[0]} changes nothing without --config, the run file of a weights file")
     if args.source.is_file():
         what = f"from {args.source}"
         written = export_file(args.source, name, args.weights, args.config, args.overrides)
-    elif args.config is not None or args.overrides:
+    elif args.config is not None:
         raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
     else:
         checkpoint = find_checkpoint(args.source)

@@ -300,6 +300,15 @@ def test_metadata_that_json_cannot_hold_are_refused_before_anything_is_measured(
             evaluate.main([*question, "--metadata", f"{tmp_path}/facts.json"])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_figure_that_is_not_finite_is_none(tmp_path, monkeypatch, capsys, value):
+    result = {"metrics": {"gini": 0.5, "density_cv": value}, "skipped": {}, "notes": []}
+    monkeypatch.setattr(evaluate, "_latents", lambda args: result)
+    with pytest.raises(ValueError, match=r"not finite, so no figure, of a: density_cv$"):
+        evaluate.main([*LATENTS, "--output", str(tmp_path / "r.json")])
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
 def test_pairs_of_other_numbers_are_named_before_networks_are_loaded(tmp_path, monkeypatch):
     for network in ("_extractor", "perceptual_distance"):
         monkeypatch.setattr(evaluate, network, None)

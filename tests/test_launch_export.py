@@ -111,6 +111,8 @@ def test_what_cannot_be_exported_is_said(weights, tmp_path):
         ([tmp_path / "other.pt"], r"other\.pt .*no tokenizer"),
         ([weights / "run", "--config", config], "holds its own run"),
         ([tmp_path / "none"], "does not exist"),
+        ([weights / "tokenizer.safetensors", "model.ch=64"], "model.ch=64 changes nothing without --config"),
+        ([weights / "run", "model.depth=3"], "model.depth=3 changes nothing without --config"),
         ([weights / "published.pt", "--config", config, "data.latent_norm=false"], "missing: blocks"),
     ):
         with pytest.raises(ValueError, match=why):

@@ -69,4 +69,12 @@ MISTAKES = {
         "common/sections.py", "expanded = os.path.expanduser(path)", "expanded = str(path)",
         "test_launch_sections.py::test_every_path_knows_the_home_directory",
     ),
+    "nan_written_as_json": Mistake(
+        "common/files.py", "indent=1, allow_nan=False)", "indent=1)",
+        "test_common_files.py::test_no_json_is_written_that_others_cannot_read",
+    ),
+    "weights_read_by_the_suffix_of_their_file": Mistake(
+        "common/tensors.py", "if is_safetensors(begin) or (path.suffix", "if (path.suffix",
+        "test_common_tensors.py::test_a_file_is_what_it_holds_whatever_its_name",
+    ),
 }  # fmt: skip

@@ -381,4 +381,16 @@ MISTAKES = {
         "measure(originals, extractor, batch_size), measure(originals, extractor, batch_size)",
         "test_launch_evaluation.py::test_reconstructions",
     ),
+    "exports_replace_what_is_there": Mistake(
+        "launch/export.py", "if os.path.lexists(path):", "if path.is_dir():",
+        "test_launch_export.py::test_an_export_spares_what_it_is_made_of",
+    ),
+    "statistics_of_any_size_compared": Mistake(
+        "launch/metrics.py", "value.abs().max())) > LARGEST", "value.abs().max())) > math.inf",
+        "test_launch_evaluation.py::test_statistics_without_a_distance_are_named_with_their_file",
+    ),
+    "results_replace_what_made_the_images": Mistake(
+        "launch/evaluate.py", 'isinstance(earlier, dict) and "metrics" in earlier)', "isinstance(earlier, dict))",
+        "test_launch_evaluate.py::test_where_a_result_cannot_go_is_said_before_it_is_measured",
+    ),
 }  # fmt: skip
