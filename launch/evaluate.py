@@ -253,7 +253,7 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
         facts[key] = parse_value(value, f"--set {short(setting)}")
         try:
             json.dumps(facts[key], allow_nan=False)
-        except (TypeError, ValueError) as e:
+        except ValueError as e:
             raise ValueError(f"--set {short(setting)} is nothing that JSON can hold: {e}") from None
     return facts
 
