@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common.files import FileError, is_there, read_json
+from common.sections import describe
 from common.tensors import load_strict
 from launch.checkpoint import Checkpoint, CheckpointError, newest
 from launch.config import ConfigError, LightningDiTRun, stored_run
@@ -78,8 +79,8 @@ def _statistics_of(checkpoint: Checkpoint, channels: int) -> LatentStatistics:
     path = checkpoint.path / "state.json"
     try:
         record = StatisticsRecord.model_validate_json(json.dumps(checkpoint.state["task"].get("latents")))
-    except ValidationError:
-        raise CheckpointError(f"{path} has no statistics of latents") from None
+    except ValidationError as e:
+        raise CheckpointError(f"{path}: task.latents, the statistics of latents: {describe(e)}") from None
     return LatentStatistics.from_record(record, channels=channels, source=path)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from common.files import FileError
 from common.tensors import WeightsError
 from launch.__main__ import main
 from launch.config import LightningDiTRun
@@ -84,6 +85,19 @@ def test_statistics_of_other_channels_than_the_networks_are_one_sentence(trained
     shape = [1, channels, 1, 1] if source == "published.pt" else [channels]
     assert error.startswith(f"error: {named} has mean torch.float32 {shape}; latents of 4 channels want real numbers ")
     assert error.count("\n") == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("latents, said", [
+    (None, "a section of keys is wanted"), ([], "a section of keys is wanted"), ({}, "mean: is missing"),
+    (statistics(4) | {"mean": 0.0}, "mean: a list is wanted"), (statistics(4) | {"std": ["1"] * 4}, "std.0: a number"),
+    (statistics(4) | {"multiplier": None}, "multiplier: a number is wanted"),
+    (statistics(4) | {"mean": [10**400] * 4}, "mean.0: a finite number"),
+    (statistics(4) | {"multiplier": 0}, "not usable"),
+])  # fmt: skip
+def test_a_checkpoint_without_statistics_that_can_be_used_is_named(trained, latents, said):
+    path = change_task(trained, latents=latents)
+    with pytest.raises(FileError, match=rf"{path}\b.*{said}"):
+        diffusion_weights(run_with(trained, trained / "run"))
 
 
 @pytest.mark.parametrize("classes", ["cat", [1, 2, 3], {"cat": 0}, ["cat", "cat"], [["cat"]], 3])
