@@ -149,7 +149,7 @@ def which_config(path: str | Path, shipped: Path = SHIPPED) -> list[str]:
         return []
     if find_config(path, shipped) == ours:
         return [f"not here, so the one in {shipped}"]
-    return [] if ours.samefile(path) else [f"the one here, not that in {shipped}"]
+    return [] if Path(path).resolve() == ours.resolve() else [f"the one here, not that in {shipped}"]
 
 
 def _is_name_of(path: str | Path, shipped: Path) -> bool:

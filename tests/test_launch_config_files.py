@@ -108,6 +108,9 @@ def test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said(tmp_path,
     assert which_config("a.yaml", shipped) == [f"the one here, not that in {shipped}"]
     for plain in ("./a.yaml", "b.yaml", str(shipped / "a.yaml"), "", "."):
         assert find_config(plain, shipped) == Path(plain) and which_config(plain, shipped) == []
+    (here / "a.yaml").unlink()
+    (here / "a.yaml").symlink_to("absent")
+    assert find_config("a.yaml", shipped) == Path("a.yaml") and which_config("a.yaml", shipped)
     monkeypatch.chdir(shipped)
     assert find_config("a.yaml", shipped).samefile("a.yaml") and which_config("a.yaml", shipped) == []
 

@@ -28,15 +28,17 @@ KINDS = {path.name: "vavae" if "vavae" in path.name else "lightningdit" for path
 def test_a_shipped_config_is_found_by_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run, notes = load(name, kind=KINDS[name])
-    assert (run, []) == load(SHIPPED / name, kind=KINDS[name])
-    assert notes == [f"not here, so the one in {SHIPPED}"]
+    same, others = load(SHIPPED / name, kind=KINDS[name])
+    assert run == same and notes == [f"not here, so the one in {SHIPPED}", *others]
+    assert all(note.startswith("deepspeed.file") for note in others)
 
 
 def test_a_file_of_that_name_here_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("digits.yaml").write_text((SHIPPED / "digits.yaml").read_text().replace("max_steps: ", "max_steps: 1"))
     run, notes = load("digits.yaml", kind="lightningdit")
-    assert run.train.max_steps > load(SHIPPED / "digits.yaml", kind="lightningdit")[0].train.max_steps and not notes
+    assert run.train.max_steps > load(SHIPPED / "digits.yaml", kind="lightningdit")[0].train.max_steps
+    assert notes == [f"the one here, not that in {SHIPPED}"]
 
 
 def test_a_link_that_leads_nowhere_is_no_reason_to_take_another_file(tmp_path, monkeypatch):
