@@ -45,11 +45,13 @@ class WriteError(OSError):
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A binary file to write that takes the name `path` when the block ends well: whole and on the disk, or not at all.
 
-    Until then it lies beside `path` under a temporary name. It has the permissions that the umask leaves.
+    Until then it lies beside `path` under a temporary name. It has the permissions that the umask leaves. A link stays
+    one, and what it leads to is replaced.
 
-    Raises WriteError, naming `path`, where the system refuses (full disk, no such folder, no permission).
+    Raises WriteError, naming `path`, where the system refuses (full disk, no such folder, no permission), or what has
+    that name is no file but a device, say.
     """
-    path = Path(path)
+    path = _to_replace(Path(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -64,6 +66,37 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         if isinstance(e, OSError) and e.filename in (None, str(temporary)):
             raise write_error(path, e) from None
         raise
+
+
+def _to_replace(path: Path) -> Path:
+    """The file that links at `path` lead to; raises WriteError where it is none."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        kind = stat.S_IFREG
+    except OSError as e:
+        raise write_error(path, e) from None
+    if kind != stat.S_IFREG:
+        raise WriteError(f"cannot write {path}: it is {_KINDS.get(kind, 'something else')}")
+    return Path(os.path.realpath(path))
+
+
+def place_new(source: Path, path: Path) -> None:
+    """Give a finished file the name `path` too, and never that of another: of two programs one gets it.
+
+    Raises FileExistsError where the name is taken, WriteError where the system refuses otherwise.
+    """
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without such links, or one that refuses all
+        if is_there(path):
+            raise FileExistsError(f"{path} is already there") from None
+        try:
+            os.rename(source, path)
+        except OSError as e:
+            raise write_error(path, e) from None
 
 
 def write_error(path: Path | str, error: OSError) -> WriteError:
@@ -112,16 +145,9 @@ def require_writable(path: Path | str) -> None:
     """
     path = Path(path)
     make_directory(path.parent)
-    try:
-        kind = stat.S_IFMT(path.stat().st_mode)
-    except FileNotFoundError:
-        kind = stat.S_IFREG
-    except OSError as e:
-        raise write_error(path, e) from None
-    if kind != stat.S_IFREG:
-        raise WriteError(f"cannot write {path}: it is {_KINDS.get(kind, 'something else')}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise WriteError(f"cannot write {path}: no permission to write in {path.parent}")
+    folder = _to_replace(path).parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WriteError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def open_regular(path: Path | str) -> BinaryIO:

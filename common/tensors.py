@@ -172,7 +172,7 @@ def _unwrap(path: Path, tensors: Tensors) -> Tensors:
         if odd or value.device.type != "cpu":
             raise WeightsError(f"{path}: {name} is {value.layout} of {value.dtype} on {value.device}; only plain dense "
                                "tensors are read")
-        unwrapped[key] = value
+        unwrapped[key] = value.detach()  # of a parameter
     return unwrapped
 
 

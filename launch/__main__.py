@@ -22,6 +22,9 @@ PROGRAMS = {
 }
 
 
+ALONE = ("evaluate", "export", "quickstart")  # run as one process
+
+
 def main(argv: list[str]) -> int:
     """Run one program; returns the exit status. A user's mistake is one line, not a traceback."""
     argv = [a for a in argv if not a.startswith("--local_rank")]  # launchers add it; LOCAL_RANK says the same
@@ -49,6 +52,11 @@ def _program(argv: list[str]) -> int:
     if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
         print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
         return 2
+    if argv[0] in ALONE and (place := launcher.place()) is not None and place.world_size > 1:
+        error = launcher.LaunchError(f"{argv[0]} runs as one process, and WORLD_SIZE is {place.world_size}: start it "
+                                     "with `python -m launch`")
+        error.said_by_main = True
+        raise error
     _speak()
     return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
 

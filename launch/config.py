@@ -279,7 +279,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
     """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
 
     Values of overrides are YAML; keys are dotted (`train.max_steps=20`); a mapping is merged into the section that is
-    there, and anything else takes the place of what is. A published LDM-style tokenizer file is
+    there, and anything else, `{}` too, takes the place of what is. A published LDM-style tokenizer file is
     translated first, so overrides always use our keys, and may give what the file leaves open. What only training needs
     may be missing: `launch.checks.check_run` asks for it. A file of `launch/configs/` may be given by its name alone.
 
@@ -351,12 +351,18 @@ def _overridden(document: dict, override: str) -> dict:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {short(override)} is not of the form key=value, such as train.max_steps=20")
-    names, inner = key.split("."), document
-    for section in names[:-1]:
+    *sections, last = key.split(".")
+    inner = document
+    for section in sections:
         inner = {} if inner.get(section) is None else inner[section]
         if not isinstance(inner, dict):
             raise ConfigError(f"override {short(override)}: {section} holds {short(inner)}, not a section")
-    change = parse_value(text, f"override {short(override)}")
-    for name in reversed(names):
-        change = {name: change}
-    return merge(document, change)
+    value = parse_value(text, f"override {short(override)}")
+    if value and isinstance(value, dict) and isinstance(inner.get(last), dict):
+        value = merge(inner[last], value)
+    return _replaced(document, [*sections, last], value)
+
+
+def _replaced(document: dict, names: list[str], value: Any) -> dict:
+    name, *rest = names
+    return {**document, name: _replaced(document.get(name) or {}, rest, value) if rest else value}

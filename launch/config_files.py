@@ -99,11 +99,13 @@ def parse_value(text: str, where: str) -> Any:
     That is a comment, an anchor, a tag and the like: on a command line their signs are meant as text, which would be
     lost. ConfigErrors name `text` as `where`, and say how to quote it.
     """
-    taken = _more_than_a_value(text)
-    if taken is not None:
-        quoted = shlex.quote(json.dumps(text, ensure_ascii=False))
-        raise ConfigError(f"{where}: {taken}; for text, write the value in quotes, as {quoted}")
-    return parse(text, where)
+    quoted = f"for text, write the value in quotes, as {shlex.quote(json.dumps(text, ensure_ascii=False))}"
+    if (taken := _more_than_a_value(text)) is not None:
+        raise ConfigError(f"{where}: {taken}; {quoted}")
+    try:
+        return parse(text, where)
+    except ConfigError as e:
+        raise (e if "in quotes" in str(e) else ConfigError(f"{e}; {quoted}")) from None
 
 
 _SIGNS = {

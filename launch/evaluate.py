@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import FileError, read_json, require_writable, write_json
+from common.files import JSON_LIMIT, open_regular, read_json, require_writable, write_json
 from common.sections import short
 from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
@@ -37,6 +37,7 @@ from launch.evaluation import (
 from launch.features import Extractor, FoundationFeatures, InceptionFeatures
 from launch.image_source import open_images
 from launch.latent_space import evaluate_latents
+from launch.metrics import NOT_STATED
 from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 
@@ -53,6 +54,14 @@ _SERVES = {
 _INSTEAD = [("inception_weights", "foundation"), ("config", "reference"), ("posterior", "reconstructions"),
             ("seed", "reconstructions")]
 _ONLY_WITH = [("crop", "image_size")]
+_ALWAYS = {"metrics", "skipped", "notes"}
+#: Question → the entries of its result that are no metadata.
+_MEASURED = {
+    "samples": _ALWAYS | {"samples", "samples_sha256", "reference", "features"},
+    "originals": _ALWAYS | {"images", "originals", "reconstructions", "features"},
+    "latents": _ALWAYS | {"spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images",
+                          "shape"},
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -128,7 +137,7 @@ def _require_pair(args: argparse.Namespace) -> None:
 
 def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
     """Raise ValueError for an option that the question asked has no use for: who gives it expects it to count."""
-    asked = next(name for name in ("samples", "originals", "latents") if getattr(args, name) is not None)
+    asked = _asked(args)
     for name in sorted(given):
         if asked not in _SERVES[name]:
             served = " and ".join(f"--{question}" for question in _SERVES[name])
@@ -141,6 +150,10 @@ def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
             raise ValueError(f"{_option(name)} changes nothing without {_option(other)}")
 
 
+def _asked(args: argparse.Namespace) -> str:
+    return next(name for name in ("samples", "originals", "latents") if getattr(args, name) is not None)
+
+
 def _option(name: str) -> str:
     return "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
 
@@ -151,8 +164,9 @@ def _require_output(path: Path) -> None:
     if not path.exists():
         return
     try:
-        earlier = read_json(path)
-    except FileError:
+        with open_regular(path) as f:
+            earlier = json.loads(f.read(JSON_LIMIT))  # NaN and infinity, too, which earlier versions wrote
+    except (ValueError, RecursionError):
         earlier = None
     if not (isinstance(earlier, dict) and "metrics" in earlier):
         raise ValueError(f"--output {path} is already there and is no result of evaluate: give another name")
@@ -210,7 +224,10 @@ def _latents(args: argparse.Namespace) -> dict:
         run = load_run(args.config, args.overrides, "lightningdit")
         flip = run.data.latent_flip
     latents, metadata = LatentDataset(args.latents, latent_flip=flip), _metadata(args, None)
-    return evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed) | metadata
+    result = evaluate_latents(latents, vectors=args.vectors, repeats=args.repeats, seed=args.seed)
+    if result["tokenizer"] in (NOT_STATED, None):  # by the latents; then the metadata may
+        result["tokenizer"] = metadata.get("tokenizer", NOT_STATED)
+    return metadata | result
 
 
 def _unless_missing(build, figure: str, skipped: dict[str, str], named: Path | None):
@@ -248,8 +265,10 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
         facts = {}  # written beside them by --output
     for setting in args.set:
         key, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not key:
             raise ValueError(f"--set {short(setting)} is not of the form key=value")
+        if key in _MEASURED[_asked(args)]:
+            raise ValueError(f"--set {short(setting)}: {key} is what evaluate itself finds out")
         facts[key] = parse_value(value, f"--set {short(setting)}")
         try:
             json.dumps(facts[key], allow_nan=False)

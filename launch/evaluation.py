@@ -14,6 +14,7 @@ from launch.checkpoint import sha256
 from launch.features import Extractor
 from launch.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
 from launch.metrics import (
+    NOT_STATED,
     FeatureStatistics,
     frechet_distance,
     inception_score,
@@ -217,7 +218,7 @@ def _result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
     missing = [key for key in STATED if key not in metadata]
     if missing:
         notes = [*notes, f"not stated by whoever made the images: {', '.join(missing)}"]
-    stated = {key: metadata.get(key, "not stated") for key in STATED}
+    stated = {key: metadata.get(key, NOT_STATED) for key in STATED}
     name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
     used = {} if extractor is None else {"features": name}
     measured = {"metrics": metrics, **facts, **used, "skipped": skipped, "notes": notes}

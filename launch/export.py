@@ -9,13 +9,12 @@ tells its network and, by `data.data_path`, the statistics of its latents.
 """
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from common.files import require_writable
-from common.sections import expand_home
+from common.files import is_there, place_new, require_writable, sync_directory
 from common.tensors import model_of, read_entry, save_pickled
 from launch.arguments import load_run, local_path
 from launch.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from vavae.sizes import infer_config
 from vavae.weights import build_tokenizer, write_export
 
 SUFFIXES = (".safetensors", ".json", ".pt")
+TAKEN = "is already there: remove it, or export under another name"
 
 
 def main(argv: list[str]) -> int:
@@ -57,33 +57,49 @@ def main(argv: list[str]) -> int:
 
 
 def _name(text: str) -> Path:
-    """The path of an export without suffix; raises ConfigError for a folder, beside which nobody wants its files."""
-    path = Path(expand_home(text))
-    if path.suffix in SUFFIXES and not text.endswith("/"):
-        return path.with_suffix("")
-    if text.endswith("/") or path.is_dir():
+    """The path of an export without suffix; raises ConfigError for what names a folder, or nothing."""
+    try:
+        path = local_path(text)
+    except argparse.ArgumentTypeError as e:
+        raise ConfigError(f"NAME: {e}") from None
+    named = path.with_suffix("") if path.suffix in SUFFIXES else path
+    if not named.name or named.name in (*SUFFIXES, ".", ".."):
+        raise ConfigError(f"NAME is the path of files, without their suffix, such as weights (got {text!r})")
+    if text.endswith("/") or (named == path and path.is_dir()):
         raise ConfigError(f"{text} is a folder, and NAME is the path of files: {path / 'weights'} puts them into it, "
                           f"{path}.safetensors beside it")
-    return path
+    return named
+
+
+def _paths(name: Path, suffixes: Sequence[str]) -> list[Path]:
+    return [name.with_name(f"{name.name}{suffix}") for suffix in suffixes]
 
 
 @contextmanager
-def _new_files(name: Path, suffixes: Sequence[str] = SUFFIXES) -> Iterator[list[Path]]:
-    """The paths of an export's files, to write in the block; where that fails, none of them is left.
+def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
+    """Where to write an export's files: they get their names, all of them or none, when the block ends well.
 
-    Raises ConfigError where one is there, WriteError where one cannot be.
+    Raises ConfigError where one is taken, before the block or meanwhile, WriteError where one cannot be written.
     """
-    paths = [name.with_name(f"{name.name}{suffix}") for suffix in suffixes]
+    paths = _paths(name, suffixes)
     for path in paths:
-        if os.path.lexists(path):
-            raise ConfigError(f"{path} is already there: remove it, or export under another name")
+        if is_there(path):
+            raise ConfigError(f"{path} {TAKEN}")
         require_writable(path)
-    try:
-        yield paths
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        raise
+    placed: list[Path] = []
+    with TemporaryDirectory(prefix=f".{name.name}.", dir=name.parent) as folder:
+        yield (made := _paths(Path(folder) / name.name, suffixes))
+        try:
+            for source, path in zip(made, paths, strict=True):
+                place_new(source, path)
+                placed.append(path)
+            sync_directory(name.parent)
+        except BaseException as e:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            if isinstance(e, FileExistsError):
+                raise ConfigError(f"{paths[len(placed)]} {TAKEN}") from None
+            raise
 
 
 def export_file(source: Path, name: Path, weights: str = "ema", config: Path | None = None,
@@ -92,7 +108,7 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
 
     Raises ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
     """
-    with _new_files(name, SUFFIXES[:2]) as paths:
+    with _new_files(name, SUFFIXES[:2]) as made:
         taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
         if model_of(tensors) == "LightningDiT":
             if config is None:
@@ -101,13 +117,13 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
             run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
             found = diffusion_weights(run, weights)
             build_diffusion(found, select_ops("reference"), str(source))  # it fits
-            save_export(paths[0], found)
-            return paths
+            save_export(made[0], found)
+            return _paths(name, SUFFIXES[:2])
         sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
         tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
         said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
-        write_export(paths[0], tokenizer.state_dict(), sizes, **said)
-        return paths
+        write_export(made[0], tokenizer.state_dict(), sizes, **said)
+    return _paths(name, SUFFIXES[:2])
 
 
 def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
@@ -115,14 +131,14 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
 
     Raises ValueError where one of them is already there.
     """
-    with _new_files(name) as paths:
+    with _new_files(name, SUFFIXES) as made:
         if checkpoint.state["kind"] == "lightningdit":
-            save_export(paths[0], from_checkpoint(checkpoint, weights))
-            save_published(paths[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
-            return paths
-        run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
-        tensors = checkpoint.weights("autoencoder", weights)
-        said = {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
-        write_export(paths[0], tensors, run.model, **said)
-        save_pickled(paths[2], {"state_dict": tensors})
-        return paths
+            save_export(made[0], from_checkpoint(checkpoint, weights))
+            save_published(made[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
+        else:
+            run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
+            tensors = checkpoint.weights("autoencoder", weights)
+            said = {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
+            write_export(made[0], tensors, run.model, **said)
+            save_pickled(made[2], {"state_dict": tensors})
+    return _paths(name, SUFFIXES)

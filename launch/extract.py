@@ -10,6 +10,7 @@ extraction goes on where it stopped; under a launcher every process writes its o
 
 import argparse
 import hashlib
+import math
 import os
 from contextlib import closing
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
     run = load_run(args.config, args.overrides, "vavae")
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: at least 1")
+    if math.isnan(args.least_psnr):
+        raise ConfigError("--least-psnr nan: a number is wanted; -inf takes every tokenizer")
     extract(run, args.output, batch_size=args.batch_size, precision=args.precision, least_psnr=args.least_psnr)
     return 0
 

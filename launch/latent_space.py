@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.metrics import Uniformity, latent_uniformity
+from launch.metrics import NOT_STATED, Uniformity, latent_uniformity
 from lightningdit.data import LatentDataset
 from lightningdit.seeds import mix
 
@@ -68,7 +68,7 @@ def evaluate_latents(latents: LatentDataset, *, vectors: int | None = None, repe
     means = {name: fmean(one[name] for one in found) for name in Uniformity.__annotations__}
     spread = {name: stdev(one[name] for one in found) for name in means} if repeats > 1 else None
     few = [f"{count} vectors; the published figures are of {VECTORS:,}, and fewer are not comparable with them"]
-    tokenizer = latents.manifest.tokenizer if latents.manifest else "not stated"
+    tokenizer = latents.manifest.tokenizer if latents.manifest else NOT_STATED
     return {
         "metrics": means, "spread": spread, "vectors": count, "vectors_sha256": digest.hexdigest(), "repeats": repeats,
         "seed": seed, "mirrored": latents.latent_flip, "latents": str(latents.path), "images": len(latents),

@@ -1,6 +1,10 @@
 """The processes of a run: how they meet and agree."""
 
+import itertools
+import logging
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,7 +13,9 @@ import torch.distributed as dist
 
 from launch.launcher import LaunchError, Place
 
+log = logging.getLogger(__name__)
 MEETING = timedelta(minutes=10)  # that the first process waits for the last
+NAMING = 60.0  # seconds that a name may take to become known
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def own_gpu(place: Place | None) -> int:
 def meet(place: Place) -> dist.Store:
     """The store at which the run's processes have met; raises LaunchError where they do not."""
     where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+    _await_name(place.address)
     try:
         store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=MEETING))
     except (dist.DistError, RuntimeError, ValueError) as e:
@@ -90,3 +97,20 @@ def meet(place: Place) -> dist.Store:
             reason = f"no meeting with the process of rank 0 within {MEETING} ({text})"
         raise LaunchError(f"{where}: {reason}") from None
     return store
+
+
+def _await_name(address: str) -> None:
+    """Wait until the name of a machine is known, which on clusters it may become late; raises LaunchError if never."""
+    end = time.monotonic() + NAMING
+    for attempt in itertools.count():
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as e:
+            if time.monotonic() > end:
+                raise LaunchError(f"MASTER_ADDR is {address!r}, a name that nobody knows here ({e}): a launcher "
+                                  "(deepspeed, torchrun) sets it to the name of the machine of rank 0") from None
+            if attempt == 0:
+                log.warning("MASTER_ADDR is %r, which is not known here yet: waiting up to %.0f s for it", address,
+                            NAMING)
+            time.sleep(1)

@@ -20,7 +20,7 @@ from vavae.weights import load_tokenizer
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint `path` is, or the newest of the run whose directory it is; raises ValueError on neither."""
     if not path.is_dir():
-        what = "is a file; a checkpoint is a directory" if path.exists() else "does not exist"
+        what = "is no directory, which a checkpoint is" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {what}")
     if is_there(path / "manifest.json") and not _is_latents(path):
         return Checkpoint(path)
@@ -95,7 +95,10 @@ def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
     """The tokenizer of the `vae` section, in evaluation mode; see `vavae.weights.load_tokenizer` for its sizes."""
     if run.vae.ckpt_path is None:
         raise ConfigError("vae.ckpt_path is not set: the tokenizer's weights are needed to decode samples")
-    return load_tokenizer(run.vae.ckpt_path, ops)
+    try:
+        return load_tokenizer(run.vae.ckpt_path, ops)
+    except ValueError as e:
+        raise ConfigError(f"vae.ckpt_path: {e}") from None
 
 
 def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:

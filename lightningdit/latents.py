@@ -184,9 +184,11 @@ class LatentStatistics:
     def checked(cls, mean: torch.Tensor, std: torch.Tensor, multiplier: float, *, channels: int,
                 source: Path | str) -> "LatentStatistics":
         """Of what a file holds; raises LatentsError, naming `source`, where latents [B, channels, H, W] cannot be
-        normalised with it: real numbers [channels] or [1, channels, 1, 1], finite, std and multiplier above 0."""
+        normalised with it: real numbers [channels] or [1, channels, 1, 1], finite, std and multiplier above 0.
+        [channels, 1, 1] and [1, channels] say the same."""
+        c = channels
         for name, value in (("mean", mean), ("std", std)):
-            if not value.is_floating_point() or tuple(value.shape) not in ((channels,), (1, channels, 1, 1)):
+            if not value.is_floating_point() or tuple(value.shape) not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1)):
                 raise LatentsError(f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
                                    f"channels want real numbers [{channels}] or [1, {channels}, 1, 1]")
         found = cls(mean.float().flatten(), std.float().flatten(), multiplier)

@@ -200,3 +200,48 @@ def test_what_cannot_be_looked_for_is_not_absent(monkeypatch, number):
     monkeypatch.setattr(files.os, "lstat", fails)
     with pytest.raises(FileError, match=f"cannot look for /data/manifest.json: {os.strerror(number)}"):
         files.is_there("/data/manifest.json")
+
+
+# --- what is replaced, and what is not
+
+
+@pytest.mark.parametrize(("made", "said"), [
+    (lambda path: path.mkdir(), "it is a directory"), (os.mkfifo, "it is a named pipe"),
+    (lambda path: path.symlink_to("/dev/null"), "it is a device"),
+    (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+], ids=["directory", "pipe", "device", "loop"])  # fmt: skip
+def test_what_is_no_file_is_not_replaced(tmp_path, made, said):
+    made(tmp_path / "x")
+    before = os.lstat(tmp_path / "x")
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}/x: {said}"):
+        files.write_text(tmp_path / "x", "y")
+    assert os.lstat(tmp_path / "x") == before and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path, there):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/file")
+    if there:
+        (tmp_path / "folder/file").write_text("old")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "folder") == ["file"]
+    assert (tmp_path / "folder/file").read_text() == "new"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_name_is_never_that_of_another_file(tmp_path, monkeypatch, links):
+    """Also on a file system without hard links."""
+    def refuses(source, path):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(files.os, "link", refuses)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        files.place_new(tmp_path / "a", tmp_path / "b")
+    files.place_new(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "b").read_text() == "b" and (tmp_path / "c").read_text() == "a"
+    with pytest.raises(WriteError, match="absent/x: "):
+        files.place_new(tmp_path / "b", tmp_path / "absent/x")

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "kernels", "launch", "lightningdit", "vavae")
 #: Calls that write to a path they are given, or give a file its name.
 IN_PLACE = {"write_text", "write_bytes", "open", "os.replace", "os.rename", "rename", "shutil.copy", "shutil.copyfile",
-            "shutil.copy2", "shutil.move", "symlink_to", "fdopen", "mkstemp", "tofile"}  # fmt: skip
+            "shutil.copy2", "shutil.move", "symlink_to", "fdopen", "mkstemp", "tofile", "os.link"}  # fmt: skip
 #: Calls that also write to an open file: allowed inside `with replacing(…)`.
 INSIDE = {"save", "savez", "savez_compressed", "save_file", "savefig", "dump", "ZipFile"}
 #: File → what it may call nevertheless, and why.
 ALLOWED = {
-    "common/files.py": {"open", "os.replace"},  # the writer
+    "common/files.py": {"open", "os.replace", "os.rename", "os.link"},  # the writer
     "kernels/emulation.py": {"open"},  # a lock
     "launch/checkpoint.py": {"os.replace"},  # whole directories, of files written atomically
     "launch/digits_foundation.py": {"save"},  # FoundationModel's own, by write_tensors

@@ -38,7 +38,7 @@ REFUSED = [
     ("lightningdit", ["train.weight_init=FOLDER/absent.pt"], "train.weight_init: .*absent.pt does not exist"),
     ("lightningdit", ["train.weight_init=FOLDER"], "train.weight_init: .* is a directory"),
     ("lightningdit", ["train.ckpt=FOLDER/absent"], "train.ckpt: .*absent does not exist"),
-    ("lightningdit", ["train.ckpt=FOLDER/file"], "train.ckpt: .*file is a file; a checkpoint is a directory"),
+    ("lightningdit", ["train.ckpt=FOLDER/file"], "train.ckpt: .*file is no directory, which a checkpoint is"),
     ("lightningdit", ["train.ckpt=FOLDER"], "train.ckpt: .* is no checkpoint"),
     ("lightningdit", ["train.ckpt=FOLDER", "train.weight_init=FOLDER/file"], "train.ckpt .* train.weight_init .* one"),
     ("lightningdit", ["train.max_steps=null"], "give max_steps or max_epochs"),

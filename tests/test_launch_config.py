@@ -176,7 +176,6 @@ def test_overrides_reach_deep_values_and_null_sections(published):
 @pytest.mark.parametrize(("override", "changed"), [
     ("train={max_steps: 3}", {"train": {"max_steps": 3}}),
     ("train={max_steps: 3, ckpt: null}", {"train": {"max_steps": 3, "ckpt": None}}),
-    ("train={}", {}),
     ("sample={cfg_scale: 1}", {"sample": {"cfg_scale": 1.0}}),
     ("deepspeed={overrides: {zero_optimization: {overlap_comm: true}}}",
      {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}}),
@@ -193,6 +192,15 @@ def test_an_override_of_a_section_is_merged_into_it(published, override, changed
     for section, values in changed.items():
         before[section] = {**before[section], **values} if section in ("train", "sample", "deepspeed") else values
     assert after == before
+
+
+@pytest.mark.parametrize("override", ["deepspeed.overrides={}", "deepspeed={}"])
+def test_an_empty_override_empties(published, override):
+    published.write_text(LIGHTNINGDIT_YAML + "deepspeed: {overrides: {wall_clock_breakdown: true}, zero_stage: 2}\n")
+    assert load(published, kind="lightningdit")[0].deepspeed.overrides
+    run, _ = load(published, [override], kind="lightningdit")
+    assert run.deepspeed.overrides == {}
+    assert run.deepspeed.zero_stage == (1 if override == "deepspeed={}" else 2)
 
 
 @pytest.mark.parametrize("override", ["train.output_dir=elsewhere", "train={output_dir: elsewhere}"])

@@ -74,7 +74,7 @@ SIGNS = {
     "!x y": "!x is a tag", "!!int 3": "!!int is a tag", "%x": "%x is a directive", "@x": "not YAML .*'@'",
     "`x`": "not YAML .*'`'", "--- x": "--- is the start of a document", "...": "is the end of a document",
     "|": "is text in lines", ">": "is text in lines", "|x": "not YAML", "x\ny": "is text in lines", "'x": "not YAML",
-    '"x': "not YAML",
+    '"x': "not YAML", "<<": "tag", "{{USER}}": "unhashable",
 }  # fmt: skip
 
 

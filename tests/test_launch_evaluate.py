@@ -121,6 +121,14 @@ def test_program_on_samples(tmp_path, foundation, capsys):
     assert report["metrics"]["fid"] == pytest.approx(fid, rel=1e-3)
     out = capsys.readouterr().out
     assert f"{fid:.4f}" in out and "guidance        2.0" in out and "sfid            not measured" in out
+    refuses_to_set(set(report) - set(FACTS) - {"seed"}, run)
+
+
+def refuses_to_set(keys, argv):
+    """What a result holds beside its metadata stands; a --set of it would be lost."""
+    for key in keys:
+        with pytest.raises(ValueError, match=f"--set '{key}=1': {key} is what evaluate itself finds out"):
+            evaluate.main([*argv, "--set", f"{key}=1"])
 
 
 def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
@@ -148,6 +156,7 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
     assert evaluate.main(run) == 0
     again = json.loads((tmp_path / "s.json").read_text())
     assert again["dtype"] == "not stated"
+    refuses_to_set(set(again) - set(FACTS), run)
     want = {"psnr": peak_ratio(original, decoded), "ssim": likeness(original, decoded),
             "rfid": distance(tokens(foundation, decoded), tokens(foundation, original))}  # fmt: skip
     for metrics in (report["metrics"], again["metrics"]):
@@ -182,7 +191,7 @@ def test_an_earlier_result_beside_the_images_changes_no_figure(tmp_path, foundat
         return json.loads((tmp_path / "a.json").read_text())
 
     assert measured("a", "b")["metrics"]["fid"] > 1e-3
-    again = measured("a", "a", "--set", "samples=7", "--set", "note=x")
+    again = measured("a", "a", "--set", "note=x")
     assert abs(again["metrics"]["fid"]) < 1e-4 and (again["samples"], again["note"]) == (30, "x")
     with pytest.raises(ValueError, match=r"a\.json is a result of evaluate"):
         measured("a", "a", "--metadata", str(tmp_path / "a.json"))
@@ -217,6 +226,7 @@ def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypat
             ["--samples", "{here}", "--reference", "{here}", "--set", "x", "--foundation", "n"],
             "not of the form key=value",
         ),
+        (["--samples", "{here}", "--reference", "{here}", "--set", "=3"], "not of the form key=value"),
         (
             ["--samples", "{here}", "--reference", "{here}", "--foundation", "none.safetensors"],
             "needs none.json beside it",
@@ -283,6 +293,15 @@ def test_where_a_result_cannot_go_is_said_before_it_is_measured(tmp_path, unmeas
     with pytest.raises((ValueError, OSError), match=why.format(here=tmp_path)):
         evaluate.main([*question, "--output", str(tmp_path / output)])
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_result_of_an_earlier_version_and_what_a_link_leads_to_are_replaced(tmp_path, monkeypatch):
+    """Earlier versions wrote infinity for the PSNR of equal images."""
+    (tmp_path / "result.json").write_text('{"metrics": {"psnr": Infinity}}')
+    (tmp_path / "link.json").symlink_to("result.json")
+    monkeypatch.setattr(evaluate, "_latents", lambda args: {"metrics": {"gini": 0.5}, "skipped": {}, "notes": []})
+    assert evaluate.main([*LATENTS, "--output", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink() and "gini" in (tmp_path / "result.json").read_text()
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "{a: [1, -.inf]}"])

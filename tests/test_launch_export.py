@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import kernels
+import launch.export
 from common.files import WriteError
 from launch import checkpoint
 from launch.config import LightningDiTRun, VavaeRun
@@ -151,13 +152,40 @@ def test_an_export_spares_what_it_is_made_of(weights, tmp_path):
         assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["folder", "folder/", "new/", ".", "folder/..", "new.pt/"])
+@pytest.mark.parametrize("name", ["folder", "folder/", "new/", "new.pt/"])
 def test_a_folder_is_no_name_of_an_export(weights, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=rf"^{name} is a folder, .*/weights puts them into it|^\. is a folder"):
+    with pytest.raises(ValueError, match=rf"^{name} is a folder, .*/weights puts them into it"):
         export_main([str(weights / "run"), name])
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    *((name, "NAME is the path of files, without their suffix") for name in (".", "..", "a/..", ".pt", "a/.json")),
+    ("", "NAME: a path is wanted"), ("a\nb", "NAME: .*control characters"),
+])  # fmt: skip
+def test_what_names_no_file_is_no_name_of_an_export(weights, tmp_path, monkeypatch, name, why):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=why):
+        export_main([str(weights / "run"), name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_exports_of_one_name_one_is_made(weights, tmp_path, monkeypatch):
+    """The other is told, whichever file it meets; what was there stays as it was made."""
+    first, made = find_checkpoint(weights / "run"), {}
+
+    def meanwhile(path, *networks):
+        monkeypatch.setattr("launch.export.save_published", real)
+        made.update({file: file.read_bytes() for file in export(first, tmp_path / "x")})
+        real(path, *networks)
+
+    real = launch.export.save_published
+    monkeypatch.setattr("launch.export.save_published", meanwhile)
+    with pytest.raises(ValueError, match=r"x\.safetensors is already there"):
+        export(first, tmp_path / "x")
+    assert len(made) == 3 and contents(tmp_path) == made and set(tmp_path.iterdir()) == set(made)
 
 
 @pytest.mark.parametrize("name", ["folder/x", "folder", "deep/er/x.v1"])

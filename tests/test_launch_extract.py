@@ -223,6 +223,8 @@ def test_the_program_reads_a_config_and_reports(files, tmp_path, capsys):
     assert want in capsys.readouterr().out
     with pytest.raises(ValueError, match="--batch-size 0"):
         program.main([str(config), "--output", str(tmp_path / "set"), "--batch-size", "0"])
+    with pytest.raises(ValueError, match="--least-psnr nan"):
+        program.main([str(config), "--output", str(tmp_path / "set"), "--least-psnr", "nan"])
 
 
 def test_round_trip_is_the_psnr_of_the_mode(files):

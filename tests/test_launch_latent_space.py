@@ -148,4 +148,7 @@ def test_program_on_latents(tmp_path, narrow, drawn, capsys):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["mirrored"] is True and report["tokenizer"] == "ours"
     assert figures(report) == pytest.approx(evenness(drawn[1]), rel=1e-6)
+    for key in set(report) - {"tokenizer"}:
+        with pytest.raises(ValueError, match=f"{key} is what evaluate itself finds out"):
+            evaluate.main([*asked, "--set", f"{key}=1"])
     assert rows(drawn[1]) < rows(plain) | rows(mirrored) and 9 < len(rows(drawn[1]) & rows(mirrored)) < 27

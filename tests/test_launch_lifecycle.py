@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from common.files import WriteError
-from launch import checkpoint, launcher, lifetime
+from launch import checkpoint, launcher, lifetime, processes
+from launch.__main__ import main
 from launch.config import load
 from launch.engine import start_processes
 from launch.launcher import LaunchError, Place, place
@@ -248,6 +249,39 @@ def test_deepspeed_does_not_look_for_a_device_that_is_not_here(run_file):
     command = [sys.executable, "-c", program, "train", "lightningdit", run_file]
     done = subprocess.run(command, env=env, text=True, capture_output=True, timeout=120)
     assert done.stderr.startswith("error: DS_ACCELERATOR is 'cuda', but this process sees no")
+
+
+@pytest.mark.parametrize("program", ["evaluate", "export", "quickstart"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_program_of_one_process_refuses_to_be_several(monkeypatch, capsys, program, rank):
+    for name, value in zip(VARIABLES, (str(rank), "2", str(rank), "node-0", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert main([program]) == 2
+    said = f"error: {program} runs as one process, and WORLD_SIZE is 2: start it with `python -m launch`"
+    assert (said in capsys.readouterr().err) is (rank == 0)
+
+
+@pytest.mark.parametrize("known_after", [0, 3, None])
+def test_a_name_that_nobody_knows_is_waited_for_and_named(monkeypatch, caplog, known_after):
+    """Names of a cluster's machines may become known late."""
+    now, asked = [0.0], []
+
+    def look_up(address, port):
+        asked.append(address)
+        if known_after is None or len(asked) <= known_after:
+            raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr(processes.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    if known_after is None:
+        with pytest.raises(LaunchError, match="MASTER_ADDR is 'node-0', a name that nobody knows here"):
+            processes.meet(Place(1, 2, 0, "node-0", 29500))
+        assert now[0] == pytest.approx(processes.NAMING, abs=2)
+    else:
+        processes._await_name("node-0")
+        assert len(asked) == known_after + 1
+    assert len(caplog.records) == (known_after != 0)
 
 
 def _launch_below(argv: list[str], port: int) -> None:

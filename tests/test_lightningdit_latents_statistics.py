@@ -23,7 +23,7 @@ def latents(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4,), (1, 4, 1, 1)])
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1, 1), (1, 4, 1, 1)])
 def test_statistics_of_either_shape_and_any_real_numbers_are_read(latents, shape, dtype):
     mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 0.5, 1.5])
     torch.save({"mean": mean.to(dtype).view(shape), "std": std.to(dtype).view(shape)}, latents / "latents_stats.pt")
@@ -35,8 +35,8 @@ def test_statistics_of_either_shape_and_any_real_numbers_are_read(latents, shape
 @pytest.mark.parametrize("key", ["mean", "std"])
 @pytest.mark.parametrize("value", [
     torch.ones(1), torch.ones(()), torch.ones(0), torch.ones(1, 1, 1, 1), torch.ones(3), torch.ones(8),
-    torch.ones(1, 3, 1, 1), torch.ones(1, 8, 1, 1), torch.ones(1, 1, 2, 2), torch.ones(2, 2), torch.ones(4, 1, 1),
-    torch.ones(4, 1, 1, 1), torch.ones(1, 4, 3, 2), torch.ones(4, dtype=torch.complex64),
+    torch.ones(1, 3, 1, 1), torch.ones(1, 8, 1, 1), torch.ones(1, 1, 2, 2), torch.ones(2, 2), torch.ones(4, 1),
+    torch.ones(1, 1, 4), torch.ones(4, 1, 1, 1), torch.ones(1, 4, 3, 2), torch.ones(4, dtype=torch.complex64),
     torch.ones(4, dtype=torch.bool), torch.ones(4, dtype=torch.int64),
 ], ids=lambda value: f"{value.dtype} {list(value.shape)}")  # fmt: skip
 def test_statistics_of_another_shape_or_of_other_numbers_are_refused(latents, key, value):
@@ -45,6 +45,12 @@ def test_statistics_of_another_shape_or_of_other_numbers_are_refused(latents, ke
     for read in (LatentDataset, lambda path: read_statistics(path, 4)):
         with pytest.raises(LatentsError, match=found):
             read(latents)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, torch.Tensor.requires_grad_])
+def test_statistics_that_were_parameters_are_numbers(latents, kind):
+    torch.save({"mean": kind(torch.ones(4)), "std": kind(torch.ones(4))}, latents / "latents_stats.pt")
+    assert not LatentDataset(latents).statistics.std.requires_grad
 
 
 UNUSABLE = {

@@ -292,11 +292,12 @@ MISTAKES = {
     ),
     # Configs and plans.
     "overrides_at_the_top_alone": Mistake(
-        "launch/config.py", "    for name in reversed(names):\n", "    for name in [key]:\n",
+        "launch/config.py", "return _replaced(document, [*sections, last], value)",
+        "return _replaced(document, [last], value)",
         "test_launch_config.py::test_overrides_reach_deep_values_and_null_sections",
     ),
     "sections_replaced_by_an_override": Mistake(
-        "launch/config.py", "    return merge(document, change)\n", "    return {**document, **change}\n",
+        "launch/config.py", "        value = merge(inner[last], value)\n", "        pass\n",
         "test_launch_config.py::test_an_override_of_a_section_is_merged_into_it",
     ),
     "anchors_share_an_override": Mistake(
@@ -382,8 +383,16 @@ MISTAKES = {
         "test_launch_evaluation.py::test_reconstructions",
     ),
     "exports_replace_what_is_there": Mistake(
-        "launch/export.py", "if os.path.lexists(path):", "if path.is_dir():",
-        "test_launch_export.py::test_an_export_spares_what_it_is_made_of",
+        "common/files.py", "        os.link(source, path)\n", "        os.replace(source, path)\n",
+        "test_launch_export.py::test_of_two_exports_of_one_name_one_is_made",
+    ),
+    "a_failed_export_takes_the_others_files": Mistake(
+        "launch/export.py", "            for path in placed:\n", "            for path in paths:\n",
+        "test_launch_export.py::test_of_two_exports_of_one_name_one_is_made",
+    ),
+    "an_empty_override_is_merged": Mistake(
+        "launch/config.py", "    if value and isinstance(value, dict)", "    if isinstance(value, dict)",
+        "test_launch_config.py::test_an_empty_override_empties",
     ),
     "statistics_of_any_size_compared": Mistake(
         "launch/metrics.py", "value.abs().max())) > LARGEST", "value.abs().max())) > math.inf",

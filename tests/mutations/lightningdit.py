@@ -207,8 +207,8 @@ MISTAKES = {
         "test_lightningdit_latents_shards.py::test_a_file_of_another_name_is_left_out_and_said",
     ),
     "statistics_of_one_channel_for_all": Mistake(
-        "lightningdit/latents.py", "not in ((channels,), (1, channels, 1, 1))",
-        "not in ((channels,), (1, channels, 1, 1), (1,), (1, 1, 1, 1))",
+        "lightningdit/latents.py", "not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1))",
+        "not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1), (1,))",
         "test_lightningdit_latents_statistics.py::test_statistics_of_another_shape_or_of_other_numbers_are_refused",
     ),
     "statistics_not_compared_with_the_manifest": Mistake(
