@@ -141,8 +141,7 @@ def make_directory(path: Path | str) -> Path:
 
 
 def require_writable(path: Path | str) -> None:
-    """Before long work whose result is this file: make its directory, and raise WriteError where it cannot be written.
-    """
+    """Make a file's directory before the long work whose result it is; raises WriteError where it cannot be written."""
     path = Path(path)
     make_directory(path.parent)
     folder = _to_replace(path).parent

@@ -214,7 +214,7 @@ class Checkpoint:
         Raises CheckpointError where the file is missing, cut short, changed, or no file of tensors.
         """
         try:
-            return read_tensors(self._checked(f"{network}.{key}.safetensors"))
+            return read_tensors(self._checked(self._tensors_path(network, key).name))
         except WeightsError as e:
             raise CheckpointError(str(e)) from None
 
@@ -227,10 +227,13 @@ class Checkpoint:
         self._require_finite(network, key, whole)
         return whole
 
+    def _tensors_path(self, network: str, key: str) -> Path:
+        return self.path / f"{network}.{key}.safetensors"
+
     def _require_finite(self, network: str, key: str, tensors: dict[str, torch.Tensor]) -> None:
         wrong = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
         if wrong:
-            path = self.path / f"{network}.{key}.safetensors"
+            path = self._tensors_path(network, key)
             raise CheckpointError(f"{path} has values that are not finite, such as in {wrong[0]}")
 
     def states(self, network: str, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -242,12 +245,12 @@ class Checkpoint:
             tensors = self.tensors(network, key)
             wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
             if wrong:
-                path = self.path / f"{network}.{key}.safetensors"
+                path = self._tensors_path(network, key)
                 raise CheckpointError(f"{path} lacks {len(wrong)} parameters that this run trains, such as {wrong[0]} "
                                       f"{list(shapes[wrong[0]])}")
             self._require_finite(network, key, tensors)
             if key == "exp_avg_sq" and any((value < 0).any() for value in tensors.values()):
-                raise CheckpointError(f"{self.path / f'{network}.{key}.safetensors'} has negative averages of squares")
+                raise CheckpointError(f"{self._tensors_path(network, key)} has negative averages of squares")
             yield key, tensors
 
     def _checked(self, name: str) -> Path:

@@ -52,12 +52,12 @@ def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
 
 def _check_module_depth(run: LightningDiTRun | VavaeRun, depth: int) -> None:
     """Refuse to have levels of modules summed up that the network has not; DeepSpeed would look for them in a step."""
-    if depth > 0 and depth > (levels := _levels(_network(run))):
+    if depth > 0 and depth > (levels := _levels(network_on_meta(run))):
         raise ConfigError(f"deepspeed: flops_profiler.module_depth is {depth}, but the network has modules in {levels} "
                           "levels: give fewer, or -1 for all")
 
 
-def _network(run: LightningDiTRun | VavaeRun) -> nn.Module:
+def network_on_meta(run: LightningDiTRun | VavaeRun) -> nn.Module:
     """The run's network, without memory; of a tokenizer the autoencoder."""
     ops = select_ops("reference")
     with torch.device("meta"):

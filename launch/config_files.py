@@ -6,7 +6,6 @@ quotes, yes, no, on and off are true and false.
 """
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from common.files import FileError, open_regular, refuse_stand_ins
+from common.files import FileError, is_there, open_regular, refuse_stand_ins
 
 SHIPPED = Path(__file__).parent / "configs"
 SIZE_LIMIT = 16 * 2**20  # bytes
@@ -140,7 +139,7 @@ def _more_than_a_value(text: str) -> str | None:
 def find_config(path: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file itself; where there is none and `path` is a mere name, the file of that name in the folder `shipped`."""
     ours = shipped / path
-    found = _is_name_of(path, ours) and not os.path.lexists(path)
+    found = _is_name_of(path, ours) and not is_there(path)
     return ours if found else Path(path)
 
 

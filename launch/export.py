@@ -108,7 +108,8 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
 
     Raises ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
     """
-    with _new_files(name, SUFFIXES[:2]) as made:
+    suffixes = SUFFIXES[:2]
+    with _new_files(name, suffixes) as (made, _):
         taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
         if model_of(tensors) == "LightningDiT":
             if config is None:
@@ -117,13 +118,13 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
             run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
             found = diffusion_weights(run, weights)
             build_diffusion(found, select_ops("reference"), str(source))  # it fits
-            save_export(made[0], found)
-            return _paths(name, SUFFIXES[:2])
-        sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
-        tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
-        said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
-        write_export(made[0], tokenizer.state_dict(), sizes, **said)
-    return _paths(name, SUFFIXES[:2])
+            save_export(made, found)
+        else:
+            sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
+            tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
+            said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+            write_export(made, tokenizer.state_dict(), sizes, **said)
+    return _paths(name, suffixes)
 
 
 def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:

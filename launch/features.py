@@ -6,7 +6,6 @@ precision and recall) and, from Inception only, `spatial [B, D']` (sFID) and `lo
 
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import URLError
 
@@ -57,16 +56,16 @@ class InceptionFeatures:
 def _inception(weights: str | Path | None) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with ExitStack() as stack:
-        path = None
-        if weights is not None:
-            # torch-fidelity would run whatever code a file holds: it is given one that holds the tensors alone.
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = str(Path(folder) / "inception.pth")
-            try:
-                save_pickled(path, read_tensors(weights, ()))
-            except WeightsError as e:
-                raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
+    if weights is None:
+        return _build_inception(FeatureExtractorInceptionV3, None, None)
+    try:
+        tensors = read_tensors(weights, ())
+    except WeightsError as e:
+        raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
+    # torch-fidelity would run whatever code a file holds: it is given one that holds the tensors alone.
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "inception.pth")
+        save_pickled(path, tensors)
         return _build_inception(FeatureExtractorInceptionV3, weights, path)
 
 

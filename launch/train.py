@@ -11,13 +11,12 @@ import kernels
 import lightningdit.cost as dit_cost
 from launch import launcher
 from launch.arguments import add_run_file, load_run
-from launch.checks import check_run
+from launch.checks import check_run, network_on_meta
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.loader import Split
 from launch.plan import Network, RunPlan
 from launch.run_lock import owning
 from lightningdit.data import LatentDataset
-from lightningdit.model import LightningDiT
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
 if TYPE_CHECKING:
@@ -194,9 +193,7 @@ def _downloads(run: Run) -> tuple[str, ...]:
 
 
 def _lightningdit_costs(run: LightningDiTRun):
-    network = run.network()
-    with torch.device("meta"):
-        parameters = list(LightningDiT(network, select_ops("reference")).parameters())
+    network, parameters = run.network(), list(network_on_meta(run).parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     residual_bytes = BYTES[run.train.residual_dtype]
     activations = dit_cost.activation_bytes_per_image(

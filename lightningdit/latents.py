@@ -1,4 +1,4 @@
-"""The latents format: what a tokenizer's extraction writes and a diffusion run reads, and how it is written.
+"""The latents format: what a tokenizer's extraction writes (`lightningdit.latents_writer`) and a diffusion run reads.
 
 A directory of safetensors shards `latents_rank{RR}_shard{SSS}.safetensors` (those of each rank numbered from 0), each
 with `latents` and `latents_flip` (the mirrored images') [N, C, H, W] float32 and `labels` [N] int64; `latents_stats.pt`

@@ -10,7 +10,7 @@ from deepspeed.profiling.flops_profiler import FlopsProfiler
 
 from launch import engine, train
 from launch.__main__ import main
-from launch.checks import _network, check_directory, check_output_file, check_run
+from launch.checks import check_directory, check_output_file, check_run, network_on_meta
 from launch.config import ConfigError, load
 from tests import toy
 
@@ -135,7 +135,7 @@ def test_modules_are_profiled_as_deep_as_deepspeed_finds_them(run_file, kind, ch
     changes = [*changes, *(["loss.disc_weight=0"] if kind == "vavae" else []), PROFILED]
     for depth in range(-1, 12):
         run, _ = load(run_file(kind), [*changes, f"deepspeed.overrides.flops_profiler.module_depth={depth}"], kind=kind)
-        profiler = FlopsProfiler(_network(run))
+        profiler = FlopsProfiler(network_on_meta(run))
         profiler.start_profile()
         try:
             profiler.print_model_aggregated_profile(module_depth=depth)

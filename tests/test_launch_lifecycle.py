@@ -176,6 +176,14 @@ def test_a_run_whose_directory_vanishes_ends_before_it_makes_another(tmp_path, r
 # --- the launcher
 
 
+def set_launcher(monkeypatch, variables: dict[str, str]) -> None:
+    """Of the variables that a launcher sets, have these and no others."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(("variables", "said"), [
     ({"RANK": ""}, "WORLD_SIZE is not set"),
     ({"RANK": "", "WORLD_SIZE": "2"}, r"RANK is '': .* from 0 to 1"),
@@ -203,10 +211,7 @@ def test_a_run_whose_directory_vanishes_ends_before_it_makes_another(tmp_path, r
      r"MASTER_PORT is '70000': .* 65535"),
 ])  # fmt: skip
 def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, said):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_launcher(monkeypatch, variables)
     with pytest.raises(LaunchError, match=said):
         place()
 
@@ -218,10 +223,7 @@ def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, sai
      Place(1, 2, 0, "node-0", 29500)),
 ])  # fmt: skip
 def test_the_place_that_a_launcher_gives(monkeypatch, variables, expected):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    set_launcher(monkeypatch, variables)
     assert place() == expected
 
 
@@ -254,8 +256,7 @@ def test_deepspeed_does_not_look_for_a_device_that_is_not_here(run_file):
 @pytest.mark.parametrize("program", ["evaluate", "export", "quickstart"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_program_of_one_process_refuses_to_be_several(monkeypatch, capsys, program, rank):
-    for name, value in zip(VARIABLES, (str(rank), "2", str(rank), "node-0", "29500"), strict=True):
-        monkeypatch.setenv(name, value)
+    set_launcher(monkeypatch, dict(zip(VARIABLES, (str(rank), "2", str(rank), "node-0", "29500"), strict=True)))
     assert main([program]) == 2
     said = f"error: {program} runs as one process, and WORLD_SIZE is 2: start it with `python -m launch`"
     assert (said in capsys.readouterr().err) is (rank == 0)

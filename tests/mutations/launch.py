@@ -310,7 +310,7 @@ MISTAKES = {
         "are_advised",
     ),
     "shipped_deepspeed_files_first": Mistake(
-        "launch/config_files.py", "_is_name_of(path, ours) and not os.path.lexists(path)", "_is_name_of(path, ours)",
+        "launch/config_files.py", "_is_name_of(path, ours) and not is_there(path)", "_is_name_of(path, ours)",
         "test_launch_config_files.py::test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said",
     ),
     "names_hold_anything": Mistake(
