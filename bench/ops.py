@@ -275,8 +275,14 @@ def main(argv: list[str] | None = None) -> int:
     device = CudaDevice()
     log = Log(device.kind, options.out)
     ceilings = program.ceilings_of("bench.ops", options, device, log)
-    bench = Bench(device, log, ceilings, options.seconds, tuple(options.direction or DIRECTIONS[:2]),
-                  lambda name: name not in options.without and (not options.only or name in options.only))
+    bench = Bench(
+        device,
+        log,
+        ceilings,
+        options.seconds,
+        tuple(options.direction or DIRECTIONS[:2]),
+        lambda name: name not in options.without and (not options.only or name in options.only),
+    )
     return work_through(bench, plan(options), options.minutes)
 
 

@@ -1,7 +1,7 @@
 """Write what was measured where it is read: the README's tables, and `bench/results/README.md` with its pictures.
 
-    python -m bench.report            from the rows in bench/results/*.jsonl
-    python -m bench.report --check    write nothing; ends with 1 if one of the two pages is not what would be written
+python -m bench.report            from the rows in bench/results/*.jsonl
+python -m bench.report --check    write nothing; ends with 1 if one of the two pages is not what would be written
 """
 
 import argparse

@@ -184,11 +184,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for name, sheet in SHEETS.items():
         fp8 = f"{sheet.float8 / 1e12:.0f}" if sheet.float8 else "no"
-        print(f"{name:22} {sheet.bfloat16 / 1e12:6.0f} bf16 {fp8:>5} fp8 TFLOP/s {sheet.bandwidth / 1e12:6.2f} TB/s"
-              f"   {sheet.source}")
+        print(
+            f"{name:22} {sheet.bfloat16 / 1e12:6.0f} bf16 {fp8:>5} fp8 TFLOP/s {sheet.bandwidth / 1e12:6.2f} TB/s"
+            f"   {sheet.source}"
+        )
     for op, case, cost in op_costs():
-        print(f"{op:30} {case:24} forward {cost.forward_bytes / 1e6:8.1f} MB {cost.forward_flops / 1e9:7.1f} GFLOP, "
-              f"backward {cost.backward_bytes / 1e6:8.1f} MB {cost.backward_flops / 1e9:7.1f} GFLOP")
+        print(
+            f"{op:30} {case:24} forward {cost.forward_bytes / 1e6:8.1f} MB {cost.forward_flops / 1e9:7.1f} GFLOP, "
+            f"backward {cost.backward_bytes / 1e6:8.1f} MB {cost.backward_flops / 1e9:7.1f} GFLOP"
+        )
     forward, training = (flops / 1e9 for flops in model_flops())
     print(f"LightningDiT-XL/1, one image: forward {forward:.2f} GFLOP, training {training:.2f}")
     print(f"optimizer: {optimizer_bytes_per_parameter():.0f} bytes for a parameter")

@@ -116,8 +116,10 @@ def text(row: Row) -> str:
     memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
     others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
     hours = row["extrapolated"]["hours"]
-    return (f"{head} {row['images_per_second']:7.1f} images/s{share} ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
-            f"{memory}), 64 epochs on 8 GPUs: {hours:.1f} h (extrapolated){others}")
+    return (
+        f"{head} {row['images_per_second']:7.1f} images/s{share} ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
+        f"{memory}), 64 epochs on 8 GPUs: {hours:.1f} h (extrapolated){others}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,8 +127,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", action="append", choices=MODEL_NAMES, help="repeatable; default: XL/1, L/1, B/1")
     parser.add_argument("--batch", action="append", type=int, default=[], help="images per step; repeatable")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
-    parser.add_argument("--kernels", action="append", default=[], metavar="[OP=]BACKEND",
-                        help="of one op, or of all that have it; repeatable; default: auto, or as the variant says")
+    parser.add_argument(
+        "--kernels",
+        action="append",
+        default=[],
+        metavar="[OP=]BACKEND",
+        help="of one op, or of all that have it; repeatable; default: auto, or as the variant says",
+    )
     parser.add_argument("--quick", action="store_true", help=f"XL/1 at 128 alone, as {', '.join(QUICK)}")
     options = parser.parse_args(argv)
     models = options.model or (["LightningDiT-XL/1"] if options.quick else list(BATCHES))

@@ -137,8 +137,9 @@ def _why_unread(error: Exception, by_torch: bool) -> str | None:
         return "is damaged"
     text = str(error)
     if found := re.search(r"(?:GLOBAL |got <class '|function <class '|function <function )([\w.]+)", text):
-        return (f"holds an object of {found[1]}; only tensors and plain values are read, so that no code of a file is "
-                "run")
+        return (
+            f"holds an object of {found[1]}; only tensors and plain values are read, so that no code of a file is run"
+        )
     if "DTensors" in text or "NJTs" in text:
         return "holds tensors that are spread over devices, or nested; only plain dense tensors are read"
     if "Unsupported operand" in text:
@@ -170,8 +171,10 @@ def _unwrap(path: Path, tensors: Tensors) -> Tensors:
             raise WeightsError(f"{path} has {key} twice, once as {name}")
         odd = value.layout != torch.strided or value.is_quantized or value.dtype in _PACKED
         if odd or value.device.type != "cpu":
-            raise WeightsError(f"{path}: {name} is {value.layout} of {value.dtype} on {value.device}; only plain dense "
-                               "tensors are read")
+            raise WeightsError(
+                f"{path}: {name} is {value.layout} of {value.dtype} on {value.device}; only plain dense "
+                "tensors are read"
+            )
         unwrapped[key] = value.detach()  # of a parameter
     return unwrapped
 
@@ -254,4 +257,3 @@ def save_pickled(path: Path | str, content: Any) -> None:
 def as_float32(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Copies on the CPU, contiguous, in float32."""
     return {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
-

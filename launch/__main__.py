@@ -53,8 +53,9 @@ def _program(argv: list[str]) -> int:
         print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
         return 2
     if argv[0] in ALONE and (place := launcher.place()) is not None and place.world_size > 1:
-        error = launcher.LaunchError(f"{argv[0]} runs as one process, and WORLD_SIZE is {place.world_size}: start it "
-                                     "with `python -m launch`")
+        error = launcher.LaunchError(
+            f"{argv[0]} runs as one process, and WORLD_SIZE is {place.world_size}: start it with `python -m launch`"
+        )
         error.said_by_main = True
         raise error
     _speak()
@@ -124,8 +125,10 @@ def _message(error: Exception) -> str:
     from common.sections import describe
 
     if _lost_peer(error):
-        return (f"another process of this run has ended or does not answer; what it or the launcher says tells why "
-                f"({_first_line(error)})")
+        return (
+            f"another process of this run has ended or does not answer; what it or the launcher says tells why "
+            f"({_first_line(error)})"
+        )
     if isinstance(error, ValidationError):
         return describe(error)
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -149,8 +152,14 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _lost_peer(error: Exception) -> bool:
     """Whether a process of the run has ended while this one talked to it, as gloo and NCCL say it."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
-             "Timed out waiting", "ncclRemoteError")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Socket closed",
+        "Timed out waiting",
+        "ncclRemoteError",
+    )
     return isinstance(error, RuntimeError) and "RANK" in os.environ and any(sign in str(error) for sign in signs)
 
 

@@ -22,8 +22,12 @@ def local_path(text: str) -> Path:
 def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, required: bool = True) -> None:
     """The positional arguments CONFIG and `key=value …`."""
     parser.add_argument("config", nargs=None if required else "?", type=local_path, help=help)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"such as {example}; a mapping is merged "
-                                                                          "into the section that is there")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"such as {example}; a mapping is merged into the section that is there",
+    )
 
 
 def load_run(config: Path, overrides: Iterable[str], kind: str) -> LightningDiTRun | VavaeRun:

@@ -84,8 +84,10 @@ class Counters(Record):
     @model_validator(mode="after")
     def _in_a_row_are_some(self) -> "Counters":
         if max(self.skipped_in_a_row, self.most_skipped_in_a_row) > self.skipped:
-            raise ValueError(f"{self.skipped_in_a_row:g} skipped in a row, at most {self.most_skipped_in_a_row:g}, but "
-                             f"{self.skipped:g} in all")
+            raise ValueError(
+                f"{self.skipped_in_a_row:g} skipped in a row, at most {self.most_skipped_in_a_row:g}, but "
+                f"{self.skipped:g} in all"
+            )
         return self
 
 
@@ -168,8 +170,10 @@ class State(Record):
             raise ValueError(f"step {self.step} where the optimizers have counted {', '.join(f'{m:g}' for m in met)}")
         for each in self.since_last_row.skipped_steps if self.since_last_row else ():
             if each.network not in self.counters or each.step > self.step:
-                raise ValueError(f"since_last_row.skipped_steps: step {each.step} of {each.network!r}, in step "
-                                 f"{self.step} of {', '.join(map(repr, self.counters))}")
+                raise ValueError(
+                    f"since_last_row.skipped_steps: step {each.step} of {each.network!r}, in step "
+                    f"{self.step} of {', '.join(map(repr, self.counters))}"
+                )
         return self
 
 
@@ -183,8 +187,10 @@ class Checkpoint:
     def manifest(self) -> Manifest:
         path = self.path / "manifest.json"
         if not is_there(path):
-            raise CheckpointError(f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
-                                  "(weights alone go into train.weight_init)")
+            raise CheckpointError(
+                f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
+                "(weights alone go into train.weight_init)"
+            )
         found = _read(path, Manifest)
         named = _STEP.fullmatch(self.path.name)
         if named and int(named[1]) != found.step:
@@ -200,8 +206,9 @@ class Checkpoint:
             raise CheckpointError(f"{path} says step {state.step}, manifest.json {self.manifest.step}")
         networks = {name.partition(".")[0] for name in self.manifest.files if name.endswith(".safetensors")}
         if networks != state.counters.keys():
-            raise CheckpointError(f"{path} has counters of {_names(state.counters)}, but the checkpoint's networks are "
-                                  f"{_names(networks)}")
+            raise CheckpointError(
+                f"{path} has counters of {_names(state.counters)}, but the checkpoint's networks are {_names(networks)}"
+            )
         return json.loads(path.read_text("utf-8"))
 
     @property
@@ -246,8 +253,10 @@ class Checkpoint:
             wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
             if wrong:
                 path = self._tensors_path(network, key)
-                raise CheckpointError(f"{path} lacks {len(wrong)} parameters that this run trains, such as {wrong[0]} "
-                                      f"{list(shapes[wrong[0]])}")
+                raise CheckpointError(
+                    f"{path} lacks {len(wrong)} parameters that this run trains, such as {wrong[0]} "
+                    f"{list(shapes[wrong[0]])}"
+                )
             self._require_finite(network, key, tensors)
             if key == "exp_avg_sq" and any((value < 0).any() for value in tensors.values()):
                 raise CheckpointError(f"{self._tensors_path(network, key)} has negative averages of squares")

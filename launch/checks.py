@@ -23,8 +23,10 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
     run.train.validating(run.data.valid_path)
     run.train.steps(1)
     if run.train.ckpt is not None and run.train.weight_init is not None:
-        raise ConfigError("train.ckpt goes on from a checkpoint and its weights, train.weight_init starts from other "
-                          "weights: set one of the two to null")
+        raise ConfigError(
+            "train.ckpt goes on from a checkpoint and its weights, train.weight_init starts from other "
+            "weights: set one of the two to null"
+        )
     _check_profiling(run, run.deepspeed.merged_overrides(run.train.precision))
     for key, path in _weights(run).items():
         check_file(key, path)
@@ -38,12 +40,16 @@ def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
     profiler = options.get("flops_profiler", {})
     asked = {"flops_profiler": profiler.get("enabled"), "wall_clock_breakdown": options.get("wall_clock_breakdown")}
     if asked["flops_profiler"] and run.train.compile not in ("auto", "none"):
-        raise ConfigError(f"deepspeed: flops_profiler looks into modules, and train.compile {run.train.compile} leaves "
-                          "none to look into: leave it out, or compile none")
+        raise ConfigError(
+            f"deepspeed: flops_profiler looks into modules, and train.compile {run.train.compile} leaves "
+            "none to look into: leave it out, or compile none"
+        )
     if isinstance(run, VavaeRun) and run.loss.use_gan:
         for key in filter(asked.get, asked):
-            raise ConfigError(f"deepspeed: {key} times one forward pass for each backward pass, and the discriminator "
-                              "has two: leave it out, or set loss.disc_weight 0")
+            raise ConfigError(
+                f"deepspeed: {key} times one forward pass for each backward pass, and the discriminator "
+                "has two: leave it out, or set loss.disc_weight 0"
+            )
     if asked["flops_profiler"]:
         _check_module_depth(run, profiler.get("module_depth") or 0)
         if profiler.get("output_file"):
@@ -53,8 +59,10 @@ def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
 def _check_module_depth(run: LightningDiTRun | VavaeRun, depth: int) -> None:
     """Refuse to have levels of modules summed up that the network has not; DeepSpeed would look for them in a step."""
     if depth > 0 and depth > (levels := _levels(network_on_meta(run))):
-        raise ConfigError(f"deepspeed: flops_profiler.module_depth is {depth}, but the network has modules in {levels} "
-                          "levels: give fewer, or -1 for all")
+        raise ConfigError(
+            f"deepspeed: flops_profiler.module_depth is {depth}, but the network has modules in {levels} "
+            "levels: give fewer, or -1 for all"
+        )
 
 
 def network_on_meta(run: LightningDiTRun | VavaeRun) -> nn.Module:

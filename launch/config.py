@@ -174,11 +174,15 @@ class LightningDiTRun(Section):
             raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of downsample_ratio {ratio}")
         self._check_latents(self.data.image_size // ratio)
         if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
-            raise ValueError(f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
-                             "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none")
+            raise ValueError(
+                f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
+                "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none"
+            )
         if self.train.compile == "regional" and self.network().use_checkpoint == "pointwise":
-            raise ValueError("train.compile is regional, but use_checkpoint pointwise looks into each block for what "
-                             "to keep: use use_checkpoint true or false, or compile inductor")
+            raise ValueError(
+                "train.compile is regional, but use_checkpoint pointwise looks into each block for what "
+                "to keep: use use_checkpoint true or false, or compile inductor"
+            )
         self._check_ops_in_graphs()
         return self
 
@@ -187,8 +191,10 @@ class LightningDiTRun(Section):
         made = f"data.image_size {self.data.image_size} makes latents of {size} × {size}"
         ratio, patch = self.vae.downsample_ratio, self.model.patch
         if size % patch:
-            raise ValueError(f"{made} (vae.downsample_ratio {ratio}), which patches of {patch} do not divide: use a "
-                             f"multiple of {ratio * patch}")
+            raise ValueError(
+                f"{made} (vae.downsample_ratio {ratio}), which patches of {patch} do not divide: use a "
+                f"multiple of {ratio * patch}"
+            )
         try:
             self.network()
         except ValidationError as e:
@@ -204,8 +210,10 @@ class LightningDiTRun(Section):
         for name, backend in named.items():
             asked = name != "default" and kernels.OPS[name].in_graph and backend not in ("auto", "reference")
             if asked and (compile in ("none", "aot_eager") or precision == "float32"):
-                raise ValueError(f"kernels.{name} is {backend}, but train.compile is {compile} and train.precision "
-                                 f"{precision}: it takes part in graphs that Inductor compiles, in bfloat16")
+                raise ValueError(
+                    f"kernels.{name} is {backend}, but train.compile is {compile} and train.precision "
+                    f"{precision}: it takes part in graphs that Inductor compiles, in bfloat16"
+                )
 
     def network(self) -> dit.ModelConfig:
         """The network's shape for this run's latents and classes."""
@@ -256,11 +264,15 @@ class VavaeRun(Section):
     def _check(self):
         balanced = self.loss.use_gan or (self.loss.use_vf and self.loss.adaptive_vf)
         if self.deepspeed.zero_stage == 3 and balanced:
-            raise ValueError("deepspeed.zero_stage 3 gathers weights for one backward pass, but balancing the VF and "
-                             "GAN terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0")
+            raise ValueError(
+                "deepspeed.zero_stage 3 gathers weights for one backward pass, but balancing the VF and "
+                "GAN terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0"
+            )
         if self.train.use_checkpoint or self.train.residual_dtype != "float32":
-            raise ValueError("train.use_checkpoint and train.residual_dtype are for LightningDiT; a tokenizer allows "
-                             "only false and float32")
+            raise ValueError(
+                "train.use_checkpoint and train.residual_dtype are for LightningDiT; a tokenizer allows "
+                "only false and float32"
+            )
         return self
 
     def features(self) -> vae.FoundationConfig | None:
@@ -326,8 +338,10 @@ def _refuse_other_kind(document: Mapping, kind: str) -> None:
     other = next(name for name in KINDS if name != kind)
     theirs, ours = _keys_of(document, other), _keys_of(document, kind)
     if theirs and not ours:
-        raise ConfigError(f"this is a {NAMES[other]} run file (it has {', '.join(theirs)}); one of a {NAMES[kind]} is "
-                          f"wanted, with keys such as {', '.join(_OWN_KEYS[kind][:3])}")
+        raise ConfigError(
+            f"this is a {NAMES[other]} run file (it has {', '.join(theirs)}); one of a {NAMES[kind]} is "
+            f"wanted, with keys such as {', '.join(_OWN_KEYS[kind][:3])}"
+        )
 
 
 # Keys that only one of the models has; of LDM-style files those that ours do not have.

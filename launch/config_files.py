@@ -164,8 +164,9 @@ def read_mapping(path: str | Path) -> dict:
         text = text.replace("\t", " ")  # YAML lets no tab indent; JSON has them nowhere else
     document = parse(text, str(path))
     if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds {'nothing' if document is None else type(document).__name__}, not a mapping "
-                          "of sections")
+        raise ConfigError(
+            f"{path} holds {'nothing' if document is None else type(document).__name__}, not a mapping of sections"
+        )
     return document
 
 
@@ -184,8 +185,9 @@ def _read_text(path: str | Path) -> str:
         return content.decode()
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        raise ConfigError(f"{path}, line {line}: byte 0x{content[e.start]:02x} is not UTF-8; save the file in that "
-                          "encoding") from None
+        raise ConfigError(
+            f"{path}, line {line}: byte 0x{content[e.start]:02x} is not UTF-8; save the file in that encoding"
+        ) from None
 
 
 def merge(base: Mapping, top: Mapping) -> dict:

@@ -181,8 +181,9 @@ class FlopsProfiler(Options):
 
 def _not_float16(value: Any) -> Any:
     if value == "fp16":
-        raise ValueError("fp16 cannot hold gradients above 65,504, and such steps would all be skipped: use bf16 or "
-                         "fp32")
+        raise ValueError(
+            "fp16 cannot hold gradients above 65,504, and such steps would all be skipped: use bf16 or fp32"
+        )
     return value
 
 
@@ -254,8 +255,10 @@ class DeepSpeedConfig(Section):
         merged = self._checked(merge(content, self.overrides), "deepspeed.overrides")
         summed = merged.get("data_types", {}).get("grad_accum_dtype")
         if summed is not None and self.zero_stage == 0 and precision == "bfloat16":
-            raise ConfigError("deepspeed: under ZeRO 0 in bfloat16 DeepSpeed sums gradients in bfloat16 only; "
-                              "data_types.grad_accum_dtype fp32 needs zero_stage 1, 2 or 3")
+            raise ConfigError(
+                "deepspeed: under ZeRO 0 in bfloat16 DeepSpeed sums gradients in bfloat16 only; "
+                "data_types.grad_accum_dtype fp32 needs zero_stage 1, 2 or 3"
+            )
         return merged
 
     def notes(self) -> list[str]:
@@ -275,8 +278,9 @@ class DeepSpeedConfig(Section):
             raise ConfigError(f"{where}: {describe(e)}") from None
 
 
-def deepspeed_config(*, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int,
-                     overrides: dict) -> dict:
+def deepspeed_config(
+    *, stage: int, bf16: bool, micro_batch_size: int, accumulation: int, world_size: int, overrides: dict
+) -> dict:
     """DeepSpeed's own configuration of one engine.
 
     Norm, clipping and overflow checks are the optimizer's (they read nothing on the host), so DeepSpeed's are off.

@@ -83,9 +83,11 @@ def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:
     (`accumulation` of them make a step), whose replay overwrites them. ZeRO 2 and 3 take each away at once.
     """
     if asked == "cudagraphs" and accumulation > 1 and stage < 2:
-        raise ValueError(f"train.compile is cudagraphs, but train.micro_batch_size cuts a step into {accumulation} "
-                         f"parts and deepspeed.zero_stage {stage} leaves gradients where the next part's are written: "
-                         "use zero_stage 2, compile inductor, or a step in one part")
+        raise ValueError(
+            f"train.compile is cudagraphs, but train.micro_batch_size cuts a step into {accumulation} "
+            f"parts and deepspeed.zero_stage {stage} leaves gradients where the next part's are written: "
+            "use zero_stage 2, compile inductor, or a step in one part"
+        )
     if asked != "auto":
         return asked
     return "inductor" if uses_cuda() and stage < 3 else "none"

@@ -51,8 +51,12 @@ _SERVES = {
     "allow_few": _IMAGES,
 }  # fmt: skip
 #: Pairs of which the first means nothing beside the second, and pairs of which it means nothing without the second.
-_INSTEAD = [("inception_weights", "foundation"), ("config", "reference"), ("posterior", "reconstructions"),
-            ("seed", "reconstructions")]
+_INSTEAD = [
+    ("inception_weights", "foundation"),
+    ("config", "reference"),
+    ("posterior", "reconstructions"),
+    ("seed", "reconstructions"),
+]
 _ONLY_WITH = [("crop", "image_size")]
 _ALWAYS = {"metrics", "skipped", "notes"}
 #: Question → the entries of its result that are no metadata.
@@ -71,9 +75,10 @@ def main(argv: list[str]) -> int:
         _require_output(args.output)
     measure = _samples if args.samples else _reconstructions if args.originals else _latents
     result = measure(args)
-    if (wrong := [name for name, value in result["metrics"].items() if not math.isfinite(value)]):
-        raise ValueError(f"not finite, so no figure, of {args.samples or args.originals or args.latents}: "
-                         f"{', '.join(wrong)}")
+    if wrong := [name for name, value in result["metrics"].items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"not finite, so no figure, of {args.samples or args.originals or args.latents}: {', '.join(wrong)}"
+        )
     print(as_text(result))
     if args.output:
         write_json(args.output, result)
@@ -85,8 +90,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_run_file(parser, "LightningDiT file: its data section names what is not given here",
-                 "data.fid_reference_file=/data/imagenet.npz", required=False)
+    add_run_file(
+        parser,
+        "LightningDiT file: its data section names what is not given here",
+        "data.fid_reference_file=/data/imagenet.npz",
+        required=False,
+    )
     data = parser.add_argument_group("images")
     data.add_argument("--samples", type=local_path, help="generated images")
     data.add_argument("--reference", type=local_path, help="real images, or their statistics")
@@ -208,8 +217,9 @@ def _reconstructions(args: argparse.Namespace) -> dict:
     metadata = made | _metadata(args, args.reconstructions)
     skipped = {}
     extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped, args.inception_weights or args.foundation)
-    lpips = _unless_missing(lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped,
-                            args.lpips_weights)
+    lpips = _unless_missing(
+        lambda: perceptual_distance(args.lpips_weights, args.device), "lpips", skipped, args.lpips_weights
+    )
     if lpips is None:
         skipped["lpips"] += " (here: --lpips-weights)"
     return evaluate_reconstructions(

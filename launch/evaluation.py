@@ -171,8 +171,10 @@ def require_one_size(first: ImageSource, second: ImageSource) -> None:
     the figures would be wrong without a word."""
     sizes = [image_size(images) for images in (first, second)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{first.description} holds images of {sizes[0]}, {second.description} of {sizes[1]}: they "
-                         "cannot be compared (--image-size crops those of folders to one size)")
+        raise ValueError(
+            f"{first.description} holds images of {sizes[0]}, {second.description} of {sizes[1]}: they "
+            "cannot be compared (--image-size crops those of folders to one size)"
+        )
 
 
 def _require_widths(reference: Reference, samples: ImageSource, extractor: Extractor) -> None:
@@ -182,8 +184,10 @@ def _require_widths(reference: Reference, samples: ImageSource, extractor: Extra
     found = extractor(next(iter(samples.batches(1))))
     for name, moments in (("features", reference.features), ("spatial", reference.spatial)):
         if moments is not None and name in found and (width := found[name].shape[1]) != moments[0].numel():
-            raise ValueError(f"{reference.description} holds statistics of {moments[0].numel()} {name}; the network to "
-                             f"compare by gives {width}, so they are another's")
+            raise ValueError(
+                f"{reference.description} holds statistics of {moments[0].numel()} {name}; the network to "
+                f"compare by gives {width}, so they are another's"
+            )
 
 
 def _distance(made: Moments, real: Moments, names: tuple[str, str]) -> float:
@@ -240,8 +244,10 @@ class Reconstructions:
             raise ValueError(f"posterior {posterior!r} is not known: sample, mode")
         ratio = tokenizer.config.downsample_ratio
         if any(side % ratio for side in image_sides(originals)):
-            raise ValueError(f"{originals.description} holds images of {image_size(originals)}; the tokenizer takes "
-                             f"multiples of {ratio} (--image-size crops those of folders)")
+            raise ValueError(
+                f"{originals.description} holds images of {image_size(originals)}; the tokenizer takes "
+                f"multiples of {ratio} (--image-size crops those of folders)"
+            )
         self.originals, self.tokenizer, self.posterior, self.seed = originals, tokenizer, posterior, seed
         self.description = f"{originals.description}, decoded"
 
@@ -316,7 +322,7 @@ def evaluate_reconstructions(
     if lpips is None:
         skipped.setdefault("lpips", "no network was given to compare by")
     metrics |= {name: torch.cat(values).mean().item() for name, values in pairs.values.items() if values}
-    if (equal := int(torch.cat(pairs.values["psnr"]).isinf().sum())):
+    if equal := int(torch.cat(pairs.values["psnr"]).isinf().sum()):
         del metrics["psnr"]
         skipped["psnr"] = f"infinite: {equal} of {len(originals)} reconstructions are equal to their originals"
     facts = {
@@ -330,15 +336,18 @@ def evaluate_reconstructions(
 def require_pairs(originals: ImageSource, reconstructions: ImageSource) -> None:
     """Raise ValueError where two sources hold different numbers of images, or images of different sizes."""
     if len(originals) != len(reconstructions):
-        raise ValueError(f"{originals.description} holds {len(originals)} images, {reconstructions.description} "
-                         f"{len(reconstructions)}: they do not pair")
+        raise ValueError(
+            f"{originals.description} holds {len(originals)} images, {reconstructions.description} "
+            f"{len(reconstructions)}: they do not pair"
+        )
     require_one_size(originals, reconstructions)
 
 
 def _require_sides(images: ImageSource, figure: str, least: int) -> None:
     if min(image_sides(images)) < least:
-        raise ValueError(f"{images.description} holds images of {image_size(images)}; {figure} needs at least {least} "
-                         "pixels a side")
+        raise ValueError(
+            f"{images.description} holds images of {image_size(images)}; {figure} needs at least {least} pixels a side"
+        )
 
 
 class _Pairs:

@@ -66,8 +66,10 @@ def _name(text: str) -> Path:
     if not named.name or named.name in (*SUFFIXES, ".", ".."):
         raise ConfigError(f"NAME is the path of files, without their suffix, such as weights (got {text!r})")
     if text.endswith("/") or (named == path and path.is_dir()):
-        raise ConfigError(f"{text} is a folder, and NAME is the path of files: {path / 'weights'} puts them into it, "
-                          f"{path}.safetensors beside it")
+        raise ConfigError(
+            f"{text} is a folder, and NAME is the path of files: {path / 'weights'} puts them into it, "
+            f"{path}.safetensors beside it"
+        )
     return named
 
 
@@ -102,8 +104,9 @@ def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
             raise
 
 
-def export_file(source: Path, name: Path, weights: str = "ema", config: Path | None = None,
-                overrides: Sequence[str] = ()) -> list[Path]:
+def export_file(
+    source: Path, name: Path, weights: str = "ema", config: Path | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
     """Write a weights file as an export → its paths: safetensors, JSON; see the module for `config`.
 
     Raises ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
@@ -113,8 +116,10 @@ def export_file(source: Path, name: Path, weights: str = "ema", config: Path | N
         taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
         if model_of(tensors) == "LightningDiT":
             if config is None:
-                raise ConfigError(f"{source} is a LightningDiT, and its file tells neither the network nor the "
-                                  "latents: give --config, the run file it was trained with")
+                raise ConfigError(
+                    f"{source} is a LightningDiT, and its file tells neither the network nor the "
+                    "latents: give --config, the run file it was trained with"
+                )
             run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
             found = diffusion_weights(run, weights)
             build_diffusion(found, select_ops("reference"), str(source))  # it fits

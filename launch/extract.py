@@ -47,8 +47,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--statistics", type=local_path, metavar="DIR", help="latents to make the statistics of")
     parser.add_argument("--batch-size", type=int, default=32, help="images per process and pass (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the tokenizer")
-    parser.add_argument("--least-psnr", type=float, default=LEAST_PSNR, metavar="DB",
-                        help=f"refuse a tokenizer that reconstructs worse than this (default: {LEAST_PSNR:g})")
+    parser.add_argument(
+        "--least-psnr",
+        type=float,
+        default=LEAST_PSNR,
+        metavar="DB",
+        help=f"refuse a tokenizer that reconstructs worse than this (default: {LEAST_PSNR:g})",
+    )
     args = parser.parse_intermixed_args(argv)
     if args.statistics is not None:
         if args.config or args.output:
@@ -66,8 +71,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str = "float32",
-            least_psnr: float = LEAST_PSNR, shard_size: int = SHARD_SIZE) -> dict:
+def extract(
+    run: VavaeRun,
+    output: Path,
+    *,
+    batch_size: int = 32,
+    precision: str = "float32",
+    least_psnr: float = LEAST_PSNR,
+    shard_size: int = SHARD_SIZE,
+) -> dict:
     """Write the latents of a run's images into `output` → the manifest.
 
     Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
@@ -93,10 +105,15 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
         if processes.is_main:
             processes.barrier()
         grid = run.data.image_size // tokenizer.config.downsample_ratio
-        batches = _Batches(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed,
-                           batch_bounds(first + writer.position, last, shard_size, batch_size))
-        stream = read_in_processes(batches, range(len(batches)), num_workers=run.data.num_workers,
-                                   pin_memory=processes.device.type == "cuda")
+        batches = _Batches(
+            images,
+            (2, tokenizer.config.embed_dim, grid, grid),
+            run.train.global_seed,
+            batch_bounds(first + writer.position, last, shard_size, batch_size),
+        )
+        stream = read_in_processes(
+            batches, range(len(batches)), num_workers=run.data.num_workers, pin_memory=processes.device.type == "cuda"
+        )
         unreadable = 0
         with closing(stream):
             for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
@@ -109,12 +126,15 @@ def extract(run: VavaeRun, output: Path, *, batch_size: int = 32, precision: str
         manifest = None
         if processes.is_main:
             facts = {"source": source, "sha256": identity["tokenizer"]}
-            manifest = finish(output, world_size=processes.world_size, tokenizer=facts, expected=len(images),
-                              classes=images.classes)
+            manifest = finish(
+                output, world_size=processes.world_size, tokenizer=facts, expected=len(images), classes=images.classes
+            )
         manifest = processes.share(manifest)
         if processes.is_main:
-            print(f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
-                  f"latents {list(manifest.shape)} in {output}")
+            print(
+                f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
+                f"latents {list(manifest.shape)} in {output}"
+            )
         return manifest
 
 
@@ -141,8 +161,10 @@ def check_round_trip(tokenizer: AutoencoderKL, images: ImageFolder, least: float
     reconstruction, _ = tokenizer(batch)
     found = psnr(to_uint8(batch), to_uint8(reconstruction.float())).mean().item()
     if not found >= least:
-        raise ConfigError(f"{source} reconstructs these images at {found:.1f} dB, below {least:g} (--least-psnr): "
-                          "it is untrained, or not the tokenizer for such images")
+        raise ConfigError(
+            f"{source} reconstructs these images at {found:.1f} dB, below {least:g} (--least-psnr): "
+            "it is untrained, or not the tokenizer for such images"
+        )
     return found
 
 
@@ -165,9 +187,11 @@ def batch_bounds(first: int, last: int, shard_size: int, batch_size: int) -> lis
     An image is then encoded with the same others wherever an extraction goes on: sums in another order of another batch
     would give other bits.
     """
-    return [(start, min(start + batch_size, shard + shard_size, last))
-            for shard in range(first, last, shard_size)
-            for start in range(shard, min(shard + shard_size, last), batch_size)]
+    return [
+        (start, min(start + batch_size, shard + shard_size, last))
+        for shard in range(first, last, shard_size)
+        for start in range(shard, min(shard + shard_size, last), batch_size)
+    ]
 
 
 class _Batches(Dataset):

@@ -48,11 +48,14 @@ class NpzImages:
         self.path, self.description = Path(path), str(path)
         with _opened_array(self.path, ARRAY) as (_, shape, fortran_order, dtype):
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran_order:
-                raise ValueError(f"{self.path}: {ARRAY} must be uint8 [N, H, W, 3] in C order, it is {dtype} "
-                                 f"{list(shape)}")
+                raise ValueError(
+                    f"{self.path}: {ARRAY} must be uint8 [N, H, W, 3] in C order, it is {dtype} {list(shape)}"
+                )
             if min(shape) < 1 or shape[1] * shape[2] > MOST_PIXELS:
-                raise ValueError(f"{self.path}: {ARRAY} is {list(shape)}; wanted is an image at least, each of at most "
-                                 f"{MOST_PIXELS:,} pixels")
+                raise ValueError(
+                    f"{self.path}: {ARRAY} is {list(shape)}; wanted is an image at least, each of at most "
+                    f"{MOST_PIXELS:,} pixels"
+                )
             self.shape = shape
 
     def __len__(self) -> int:
@@ -88,8 +91,9 @@ class FolderImages:
         self.files = sorted(self.path / file for file in listing.images())
         listing.refuse_empty()
         if not self.files:
-            raise ValueError(f"no images below {self.path} (of {', '.join(sorted(EXTENSIONS))})"
-                             f"{listing.describe_left_out()}")
+            raise ValueError(
+                f"no images below {self.path} (of {', '.join(sorted(EXTENSIONS))}){listing.describe_left_out()}"
+            )
         log.info("%s: %s images%s", self.path, f"{len(self.files):,}", listing.describe_left_out())
 
     def __len__(self) -> int:
@@ -103,8 +107,9 @@ class FolderImages:
                 pixels = self._pixels(open_image(file))
                 shape = shape or pixels.shape
                 if pixels.shape != shape:
-                    raise ValueError(f"{file} is {_size(pixels.shape)}, earlier ones are {_size(shape)}: give an image "
-                                     "size")
+                    raise ValueError(
+                        f"{file} is {_size(pixels.shape)}, earlier ones are {_size(shape)}: give an image size"
+                    )
                 block.append(pixels)
             yield torch.stack(block)
 
@@ -134,8 +139,10 @@ def open_images(path: str | Path, image_size: int | None = None, crop: str = "ce
         raise ValueError(f"{path} holds no images: no array {ARRAY!r}, only {', '.join(npz_names(path)) or 'nothing'}")
     images = NpzImages(path)
     if image_size is not None and images.shape[1:3] != (image_size, image_size):
-        raise ValueError(f"{path} holds images of {_size(images.shape[1:])}; an image size of {image_size} crops those "
-                         "of folders only")
+        raise ValueError(
+            f"{path} holds images of {_size(images.shape[1:])}; an image size of {image_size} crops those "
+            "of folders only"
+        )
     return images
 
 
@@ -164,8 +171,9 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
     with _opened_array(path, name) as (file, shape, fortran_order, dtype):
         size = math.prod(shape) * dtype.itemsize
         if dtype.kind not in "fiu" or not 0 < size <= MOST_BYTES:
-            raise ValueError(f"{path}: {name} must be numbers of at most {MOST_BYTES:,} bytes, it is {dtype} "
-                             f"{list(shape)}")
+            raise ValueError(
+                f"{path}: {name} must be numbers of at most {MOST_BYTES:,} bytes, it is {dtype} {list(shape)}"
+            )
         content = file.read(size)
         if len(content) != size:
             raise ValueError(f"{path}: {name} ends after {len(content):,} bytes of {size:,}")

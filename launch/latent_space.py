@@ -55,8 +55,10 @@ def evaluate_latents(latents: LatentDataset, *, vectors: int | None = None, repe
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     count = min(VECTORS, len(latents)) if vectors is None else vectors
     if not 1 <= count <= len(latents):
-        raise ValueError(f"{count} vectors of {latents.path}, which holds {len(latents)} latents: each vector comes "
-                         "from another image")
+        raise ValueError(
+            f"{count} vectors of {latents.path}, which holds {len(latents)} latents: each vector comes "
+            "from another image"
+        )
     digest, found = hashlib.sha256(), []
     for repeat in range(repeats):
         drawn = latent_vectors(latents, count, int(mix(seed, repeat) >> np.uint64(1)))

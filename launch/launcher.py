@@ -38,16 +38,19 @@ def place() -> Place | None:
     """What a launcher says, or None without one; raises LaunchError, naming the variable, for what makes no sense."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         if (local := os.environ.get("LOCAL_RANK", "0")) != "0":
-            raise LaunchError(f"LOCAL_RANK is {local!r}, but RANK is not set: a launcher (deepspeed, torchrun) sets "
-                              "both")
+            raise LaunchError(
+                f"LOCAL_RANK is {local!r}, but RANK is not set: a launcher (deepspeed, torchrun) sets both"
+            )
         return None
     world_size = _number("WORLD_SIZE", 1, None)
     rank = _number("RANK", 0, world_size - 1)
     local_rank = _number("LOCAL_RANK", 0, world_size - 1)
     address = os.environ.get("MASTER_ADDR", "").strip()
     if not address:
-        raise LaunchError(f"RANK is {rank} of WORLD_SIZE {world_size}, but MASTER_ADDR does not say where they meet: a "
-                          "launcher (deepspeed, torchrun) sets it to the name of the machine of rank 0")
+        raise LaunchError(
+            f"RANK is {rank} of WORLD_SIZE {world_size}, but MASTER_ADDR does not say where they meet: a "
+            "launcher (deepspeed, torchrun) sets it to the name of the machine of rank 0"
+        )
     return Place(rank, world_size, local_rank, address, _number("MASTER_PORT", 1, 65535))
 
 
@@ -57,8 +60,10 @@ def accelerator(*, gpus_here: bool) -> str:
     if asked not in ("cpu", "cuda"):
         raise LaunchError(f"DS_ACCELERATOR is {asked!r}: set it to cpu or cuda, or not at all")
     if asked == "cuda" and not gpus_here:
-        raise LaunchError("DS_ACCELERATOR is 'cuda', but this process sees no GPU (CUDA_VISIBLE_DEVICES "
-                          f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): set it to cpu, or not at all")
+        raise LaunchError(
+            "DS_ACCELERATOR is 'cuda', but this process sees no GPU (CUDA_VISIBLE_DEVICES "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): set it to cpu, or not at all"
+        )
     return asked
 
 
@@ -73,8 +78,10 @@ def _number(name: str, least: int, most: int | None) -> int:
         if (value := int(text)) >= least and (most is None or value <= most):
             return value
     found = f"{name} is {text!r}" if text is not None else f"{name} is not set"
-    raise LaunchError(f"{found}: a launcher (deepspeed, torchrun) sets it to a whole number {allowed}; without one, "
-                      "RANK, WORLD_SIZE and LOCAL_RANK are not set")
+    raise LaunchError(
+        f"{found}: a launcher (deepspeed, torchrun) sets it to a whole number {allowed}; without one, "
+        "RANK, WORLD_SIZE and LOCAL_RANK are not set"
+    )
 
 
 def follow() -> None:
@@ -101,8 +108,12 @@ def warn_of_grace(seconds: float) -> None:
     global _warned
     if seconds > GRACE and not _warned and "RANK" in os.environ:
         _warned = True
-        log.warning("a checkpoint took %.0f s, but launchers kill a process %.0f s after they signal it: one begun at "
-                    "a signal would be lost; signal the processes, not the launcher", seconds, GRACE)
+        log.warning(
+            "a checkpoint took %.0f s, but launchers kill a process %.0f s after they signal it: one begun at "
+            "a signal would be lost; signal the processes, not the launcher",
+            seconds,
+            GRACE,
+        )
 
 
 def _is_to_outlive(parent: int) -> bool:

@@ -112,8 +112,17 @@ class _Keys(Sampler):
         return len(self._steps) * self._accumulation
 
 
-def micro_batches(batches: Batches, order: SampleOrder, split: Split, rank: int, *, first_step: int, last_step: int,
-                  num_workers: int, pin_memory: bool) -> Generator[Tensors]:
+def micro_batches(
+    batches: Batches,
+    order: SampleOrder,
+    split: Split,
+    rank: int,
+    *,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Generator[Tensors]:
     """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`.
 
     The workers are threads where the batches are `threaded`, at least one; else processes, and nothing is read ahead

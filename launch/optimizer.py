@@ -39,8 +39,19 @@ class AdamWEma(torch.optim.Optimizer):
         partitioned: whether each process holds a part of the gradients, so that norms add up over processes.
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], ops: Ops, *, lr: float, betas: tuple[float, float],
-                 eps: float, weight_decay: float, ema_decay: float, max_grad_norm: float, partitioned: bool):
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        ops: Ops,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        ema_decay: float,
+        max_grad_norm: float,
+        partitioned: bool,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         device = self._device = self.param_groups[0]["params"][0].device
         self._ops = ops
@@ -114,10 +125,17 @@ class AdamWEma(torch.optim.Optimizer):
         ops = self._ops if weights.device == self._device else _REFERENCE
         step, lr, scale, skip = (x.to(weights.device) for x in (self.counters["applied"], self._lr, scale, skip))
         ops.adamw_ema_(
-            weights.data.view(-1), param.grad.contiguous().view(-1),
+            weights.data.view(-1),
+            param.grad.contiguous().view(-1),
             *(state[key].view(-1) for key in STATE_KEYS),
-            step=step, lr=lr, betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], ema_decay=self._ema_decay, grad_scale=scale, skip=skip,
+            step=step,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            ema_decay=self._ema_decay,
+            grad_scale=scale,
+            skip=skip,
             bf16_param=None if copy is None else copy.data.view(-1),
         )
 

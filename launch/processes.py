@@ -75,8 +75,10 @@ def own_gpu(place: Place | None) -> int:
     """The GPU of this process; raises LaunchError where there is none for it."""
     index, count = place.local_rank if place else 0, torch.cuda.device_count()
     if index >= count:
-        raise LaunchError(f"LOCAL_RANK is {index}, but this process sees {count} GPUs (CUDA_VISIBLE_DEVICES "
-                          f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one process per GPU")
+        raise LaunchError(
+            f"LOCAL_RANK is {index}, but this process sees {count} GPUs (CUDA_VISIBLE_DEVICES "
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}): start one process per GPU"
+        )
     return index
 
 
@@ -89,8 +91,10 @@ def meet(place: Place) -> dist.Store:
     except (dist.DistError, RuntimeError, ValueError) as e:
         text = str(e).splitlines()[0]
         if "EADDRINUSE" in text:
-            reason = ("the port is in use, by another run or one that is just ending; give another MASTER_PORT "
-                      "(an option of launchers: --master_port)")
+            reason = (
+                "the port is in use, by another run or one that is just ending; give another MASTER_PORT "
+                "(an option of launchers: --master_port)"
+            )
         elif place.rank == 0 and "waiting for clients" in text:
             reason = f"not all of WORLD_SIZE {place.world_size} processes have come within {MEETING}: {text}"
         else:
@@ -108,9 +112,12 @@ def _await_name(address: str) -> None:
             return
         except (OSError, UnicodeError) as e:
             if time.monotonic() > end:
-                raise LaunchError(f"MASTER_ADDR is {address!r}, a name that nobody knows here ({e}): a launcher "
-                                  "(deepspeed, torchrun) sets it to the name of the machine of rank 0") from None
+                raise LaunchError(
+                    f"MASTER_ADDR is {address!r}, a name that nobody knows here ({e}): a launcher "
+                    "(deepspeed, torchrun) sets it to the name of the machine of rank 0"
+                ) from None
             if attempt == 0:
-                log.warning("MASTER_ADDR is %r, which is not known here yet: waiting up to %.0f s for it", address,
-                            NAMING)
+                log.warning(
+                    "MASTER_ADDR is %r, which is not known here yet: waiting up to %.0f s for it", address, NAMING
+                )
             time.sleep(1)

@@ -59,8 +59,9 @@ class Quickstart:
         description = self.foundation.with_suffix(".json")
         if not description.is_file():
             self.foundation.parent.mkdir(parents=True, exist_ok=True)
-            train_foundation(self.foundation, self._digits("train"), self._digits("heldout"), seed=self.seed,
-                             device=_device())
+            train_foundation(
+                self.foundation, self._digits("train"), self._digits("heldout"), seed=self.seed, device=_device()
+            )
         accuracy = json.loads(description.read_text("utf-8"))["heldout_accuracy"]
         print(f"a classifier of {accuracy:.1%} accuracy on held-out digits; its patch features guide the tokenizer")
 
@@ -71,8 +72,14 @@ class Quickstart:
 
     def latents(self) -> None:
         """Encode every training image and its mirror image."""
-        _run(extract.main, "extract", *self._tokenizer_run(), _key("ckpt_path", self.tokenizer),
-             "--output", self.root / "latents")
+        _run(
+            extract.main,
+            "extract",
+            *self._tokenizer_run(),
+            _key("ckpt_path", self.tokenizer),
+            "--output",
+            self.root / "latents",
+        )
 
     def lightningdit(self) -> None:
         """Train the diffusion transformer on the latents, and export it."""
@@ -81,8 +88,15 @@ class Quickstart:
 
     def samples(self) -> None:
         """Generate 50 guided samples of every digit."""
-        _run(sample.main, "sample", *self._diffusion_run(), _key("ckpt_path", self.root / "lightningdit.safetensors"),
-             f"sample.seed={self.seed}", "--output", self.root / "samples")
+        _run(
+            sample.main,
+            "sample",
+            *self._diffusion_run(),
+            _key("ckpt_path", self.root / "lightningdit.safetensors"),
+            f"sample.seed={self.seed}",
+            "--output",
+            self.root / "samples",
+        )
 
     def evaluate(self) -> dict:
         """Judge reconstructions and samples, draw the pictures, write report.json → the report."""
@@ -105,9 +119,20 @@ class Quickstart:
 
     def _measure_samples(self) -> None:
         """The figures any run gets: Fréchet distance, precision and recall, here in the stand-in's features."""
-        _run(evaluate.main, "evaluate", "--samples", self.root / "samples" / "samples.npz",
-             "--reference", self.root / "data" / "heldout", "--foundation", self.foundation,
-             "--device", _device(), "--output", self.root / "samples" / "evaluation.json")
+        _run(
+            evaluate.main,
+            "evaluate",
+            "--samples",
+            self.root / "samples" / "samples.npz",
+            "--reference",
+            self.root / "data" / "heldout",
+            "--foundation",
+            self.foundation,
+            "--device",
+            _device(),
+            "--output",
+            self.root / "samples" / "evaluation.json",
+        )
 
     def _digits(self, split: str) -> digits.Digits:
         return digits.read(self.root / "data" / split)
@@ -119,12 +144,21 @@ class Quickstart:
         return torch.cat(list(evaluation.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
 
     def _tokenizer_run(self) -> list:
-        return [CONFIGS / "digits_vavae.yaml", _key("data.data_path", self.root / "data" / "train"),
-                _key("foundation.weights", self.foundation), *self._everywhere()]
+        return [
+            CONFIGS / "digits_vavae.yaml",
+            _key("data.data_path", self.root / "data" / "train"),
+            _key("foundation.weights", self.foundation),
+            *self._everywhere(),
+        ]
 
     def _diffusion_run(self) -> list:
-        return [CONFIGS / "digits.yaml", _key("data.data_path", self.root / "latents"),
-                _key("vae.ckpt_path", self.tokenizer), "train.exp_name=lightningdit", *self._everywhere()]
+        return [
+            CONFIGS / "digits.yaml",
+            _key("data.data_path", self.root / "latents"),
+            _key("vae.ckpt_path", self.tokenizer),
+            "train.exp_name=lightningdit",
+            *self._everywhere(),
+        ]
 
     def _everywhere(self) -> list[str]:
         return [_key("train.output_dir", self.root), f"train.global_seed={self.seed}"]

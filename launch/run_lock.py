@@ -144,8 +144,9 @@ def _lock(path: Path, handle: int, new: bool) -> None:
         if e.errno not in _NO_LOCKS:
             raise
         if not new and not (owner and owner.has_ended()):
-            raise InUse(f"{_refusal(path, owner)} (its file system has no locks: if that has ended, remove {path})"
-                        ) from None
+            raise InUse(
+                f"{_refusal(path, owner)} (its file system has no locks: if that has ended, remove {path})"
+            ) from None
 
 
 def _read(handle: int) -> Owner | None:
@@ -160,8 +161,10 @@ def _refusal(path: Path, owner: Owner | None) -> str:
     text = f"{path.parent} is in use by {owner or 'another process'}"
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
     if tasks != "1" and "RANK" not in os.environ:
-        text += (f"; SLURM started {tasks} tasks, and each is a run of its own: start one (--ntasks=1) of a launcher, "
-                 "such as torchrun, per node")
+        text += (
+            f"; SLURM started {tasks} tasks, and each is a run of its own: start one (--ntasks=1) of a launcher, "
+            "such as torchrun, per node"
+        )
     return text
 
 

@@ -309,8 +309,9 @@ def _gather(output: Path, parts: Sequence[int], labels: list[int], facts: dict) 
                 content = _read_part(part_path(output, start), start, stop - start)
                 images = content["images"]
                 if first and images.shape[1:] != first[0].shape[1:]:
-                    raise FileError(f"{part_path(output, start)} holds images of another size: remove it, and they are "
-                                    "made again")
+                    raise FileError(
+                        f"{part_path(output, start)} holds images of another size: remove it, and they are made again"
+                    )
                 nfe.append(int(content["nfe"]))
                 guided.append(int(content["guided_nfe"]))
                 if "log_likelihood" in content:

@@ -80,13 +80,20 @@ def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
     task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
     directory = Path(train.output_dir) / train.exp_name
     plan = Plan(
-        kind=kind, directory=directory, last_step=train.steps(len(task.batches)), train=train,
-        optimizer=run.optimizer, deepspeed=run.deepspeed, config=run.model_dump(mode="json"),
+        kind=kind,
+        directory=directory,
+        last_step=train.steps(len(task.batches)),
+        train=train,
+        optimizer=run.optimizer,
+        deepspeed=run.deepspeed,
+        config=run.model_dump(mode="json"),
     )
     trainer = Trainer(task, plan, processes, ops, validation)
     if processes.is_main:
-        print(f"training {kind} in {directory}: {plan.last_step:,} steps of {train.global_batch_size} images, "
-              f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}")
+        print(
+            f"training {kind} in {directory}: {plan.last_step:,} steps of {train.global_batch_size} images, "
+            f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}"
+        )
     return trainer
 
 
@@ -94,8 +101,14 @@ def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
     from vavae.task import VavaeTask  # imports timm and lpips: seconds of their own
 
     task = VavaeTask(
-        model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
-        seed=run.train.global_seed, global_batch_size=run.train.global_batch_size, stages=run.stages,
+        model=run.model,
+        foundation=run.features(),
+        loss=run.loss,
+        data=run.data,
+        ops=ops,
+        seed=run.train.global_seed,
+        global_batch_size=run.train.global_batch_size,
+        stages=run.stages,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
@@ -105,8 +118,13 @@ def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
 def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
     seed = run.train.global_seed
     task = LightningDiTTask(
-        run.network(), run.transport, run.data, ops, seed=seed,
-        residual_dtype=getattr(torch, run.train.residual_dtype), resident=run.deepspeed.zero_stage < 3,
+        run.network(),
+        run.transport,
+        run.data,
+        ops,
+        seed=seed,
+        residual_dtype=getattr(torch, run.train.residual_dtype),
+        resident=run.deepspeed.zero_stage < 3,
     )
     if run.train.weight_init is not None:
         # As published: its training went on from `model`. The average is the better network to start from.
@@ -159,10 +177,19 @@ def plan(run: Run, kind: str, processes: int) -> RunPlan:
     Split(train.global_batch_size, processes, micro_batch_size)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
-              f"preset {run.preset}, {train.precision}",
-        networks=networks, frozen_parameters=frozen, num_images=num_images, images_assumed=assumed, steps=steps,
-        global_batch_size=train.global_batch_size, micro_batch_size=micro_batch_size, processes=processes,
-        stage=run.deepspeed.zero_stage, bf16=train.precision == "bfloat16", latents=latents, absent=tuple(absent),
+        f"preset {run.preset}, {train.precision}",
+        networks=networks,
+        frozen_parameters=frozen,
+        num_images=num_images,
+        images_assumed=assumed,
+        steps=steps,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        processes=processes,
+        stage=run.deepspeed.zero_stage,
+        bf16=train.precision == "bfloat16",
+        latents=latents,
+        absent=tuple(absent),
         downloads=_downloads(run),
     )
 
@@ -211,15 +238,22 @@ def _vavae_costs(run: VavaeRun):
     width = BYTES[run.train.precision]
     frozen = costs.pop("frozen", None)
     networks = tuple(
-        Network(name, c.parameters, c.trainable, c.flops + (frozen.flops if frozen and name == "autoencoder" else 0),
-                c.saved_elements * width)
+        Network(
+            name,
+            c.parameters,
+            c.trainable,
+            c.flops + (frozen.flops if frozen and name == "autoencoder" else 0),
+            c.saved_elements * width,
+        )
         for name, c in costs.items()
     )
-    return networks, frozen.parameters if frozen else 0, (run.model.embed_dim,
-                                                         run.data.image_size // run.model.downsample_ratio)
+    return (
+        networks,
+        frozen.parameters if frozen else 0,
+        (run.model.embed_dim, run.data.image_size // run.model.downsample_ratio),
+    )
 
 
 def _processes_here() -> int:
     place = launcher.place()
     return place.world_size if place else max(torch.cuda.device_count(), 1)
-

@@ -70,8 +70,7 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
         step=checkpoint.step,
         weights=weights,
         latents=_statistics_of(checkpoint, config.in_channels),
-        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"],
-               **names},
+        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"], **names},
     )
 
 

@@ -50,8 +50,14 @@ class Task(Protocol):
         They are written into those of an earlier call, so that each step finds its own at the same addresses.
         """
 
-    def train_step(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, step: int,
-                   backward: Callable[[str, torch.Tensor], None]) -> Tensors:
+    def train_step(
+        self,
+        networks: Mapping[str, Callable],
+        batch: Tensors,
+        draws: Tensors,
+        step: int,
+        backward: Callable[[str, torch.Tensor], None],
+    ) -> Tensors:
         """Losses of one micro-batch; calls `backward(name, loss)` for each network it steps; returns scalars to log."""
 
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
@@ -165,8 +171,13 @@ class Trainer:
         for engine in self.engines.values():
             engine.train()
         return micro_batches(
-            self.task.batches, self.order, self.split, self.processes.rank, first_step=self.step + 1,
-            last_step=self.plan.last_step, num_workers=self._num_workers,
+            self.task.batches,
+            self.order,
+            self.split,
+            self.processes.rank,
+            first_step=self.step + 1,
+            last_step=self.plan.last_step,
+            num_workers=self._num_workers,
             pin_memory=self.processes.device.type == "cuda",
         )
 
@@ -235,13 +246,21 @@ class Trainer:
 
     def _where(self) -> dict:
         images = self.step * self.split.global_batch_size
-        return {"step": self.step, "last_step": self.plan.last_step, "epoch": images / len(self.task.batches),
-                "images": images, "global_batch_size": self.split.global_batch_size}
+        return {
+            "step": self.step,
+            "last_step": self.plan.last_step,
+            "epoch": images / len(self.task.batches),
+            "images": images,
+            "global_batch_size": self.split.global_batch_size,
+        }
 
     def _identity(self) -> dict:
         """What must not change for a step to mean the same images and the same noise."""
-        return {"global_batch_size": self.split.global_batch_size, "seed": self.plan.train.global_seed,
-                "num_samples": len(self.task.batches)}
+        return {
+            "global_batch_size": self.split.global_batch_size,
+            "seed": self.plan.train.global_seed,
+            "num_samples": len(self.task.batches),
+        }
 
     def _give_up(self, row: dict, in_a_row: int, which: str, why: str) -> None:
         """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
@@ -299,8 +318,11 @@ class Trainer:
                 "task": self.task.state_dict(),
                 "ops": self._ops.table(),
                 "config": self.plan.config,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                             "deepspeed": version("deepspeed")},
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "deepspeed": version("deepspeed"),
+                },
                 "world_size": self.processes.world_size,
                 "since_last_row": {"meters": meters, "skipped_steps": self._skipped_steps},
             }
@@ -331,12 +353,16 @@ class Trainer:
                 print(f"starting from {named}, as train.ckpt says")
             return named
         if not train.resume:
-            raise ValueError(f"{self._checkpoints} already holds step {own.step} and train.resume is false; "
-                             "give another train.exp_name or output_dir, or remove it")
+            raise ValueError(
+                f"{self._checkpoints} already holds step {own.step} and train.resume is false; "
+                "give another train.exp_name or output_dir, or remove it"
+            )
         if named is not None and named.resolve() != own.path.resolve():
             if named.resolve().parent == self._checkpoints.resolve():
-                raise ValueError(f"train.ckpt is {named}, but this run has gone on to {own.path.name}: to branch off, "
-                                 "give another train.exp_name; to go on, leave train.ckpt out")
+                raise ValueError(
+                    f"train.ckpt is {named}, but this run has gone on to {own.path.name}: to branch off, "
+                    "give another train.exp_name; to go on, leave train.ckpt out"
+                )
             print(f"train.ckpt {named} was this run's start; now its own newest checkpoint is")
         if train.weight_init is not None:
             print(f"train.weight_init {train.weight_init} was this run's start; now its newest checkpoint is")
@@ -347,8 +373,10 @@ class Trainer:
         files = self._checkpoints.iterdir() if is_there(self._checkpoints) else ()
         foreign = sorted(p.name for p in files if p.suffix in (".pt", ".pth", ".ckpt"))
         if foreign:
-            raise ValueError(f"{self._checkpoints} holds {foreign[-1]}, of another program: name it in "
-                             "train.weight_init, which takes its weights, and give another train.exp_name")
+            raise ValueError(
+                f"{self._checkpoints} holds {foreign[-1]}, of another program: name it in "
+                "train.weight_init, which takes its weights, and give another train.exp_name"
+            )
 
     def _agree_on_start(self) -> checkpoint.Checkpoint | None:
         """What the main process finds, on every process; each raises what that raised, or where it cannot see it."""
@@ -375,8 +403,10 @@ class Trainer:
         state = start.state
         for key, ours in {"kind": self.plan.kind, **self._identity()}.items():
             if state[key] != ours:
-                raise checkpoint.CheckpointError(f"{start.path} was trained with {key} {state[key]!r}, this run has "
-                                                 f"{ours!r}: its steps would not mean the same images")
+                raise checkpoint.CheckpointError(
+                    f"{start.path} was trained with {key} {state[key]!r}, this run has "
+                    f"{ours!r}: its steps would not mean the same images"
+                )
         self.step = state["step"]
         self.task.load_state_dict(state["task"])
         for name, network in self.task.networks.items():
@@ -406,15 +436,25 @@ class Trainer:
     def _make_engine(self, network: nn.Module) -> Engine:
         o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
         config = deepspeed_config(
-            stage=ds.zero_stage, bf16=train.precision == "bfloat16", micro_batch_size=self.split.micro_batch_size,
-            accumulation=self.split.accumulation, world_size=self.processes.world_size,
+            stage=ds.zero_stage,
+            bf16=train.precision == "bfloat16",
+            micro_batch_size=self.split.micro_batch_size,
+            accumulation=self.split.accumulation,
+            world_size=self.processes.world_size,
             overrides=ds.merged_overrides(train.precision),
         )
 
         def make_optimizer(params, partitioned: bool) -> AdamWEma:
             return AdamWEma(
-                params, self._ops, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay,
-                ema_decay=o.ema_decay, max_grad_norm=o.max_grad_norm, partitioned=partitioned,
+                params,
+                self._ops,
+                lr=o.lr,
+                betas=(o.beta1, o.beta2),
+                eps=o.eps,
+                weight_decay=o.weight_decay,
+                ema_decay=o.ema_decay,
+                max_grad_norm=o.max_grad_norm,
+                partitioned=partitioned,
             )
 
         profiled = config.get("flops_profiler", {}).get("enabled")  # it looks into modules
@@ -432,8 +472,10 @@ def _only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str
     """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
     nothing = dict.fromkeys(COUNTERS, 0.0)
     earlier = {name: before.get(name, nothing) for name in after}
-    return any(c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
-               for name, c in after.items())
+    return any(
+        c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
+        for name, c in after.items()
+    )
 
 
 def config_changes(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -68,8 +68,10 @@ class ModelConfig(Section):
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.num_tokens * self.hidden_size > MAX_POSITIONS:
-            raise ValueError(f"{self.num_tokens:,} tokens of hidden_size {self.hidden_size} make a table of positions "
-                             f"of more than {MAX_POSITIONS:,} numbers")
+            raise ValueError(
+                f"{self.num_tokens:,} tokens of hidden_size {self.hidden_size} make a table of positions "
+                f"of more than {MAX_POSITIONS:,} numbers"
+            )
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 4:

@@ -177,8 +177,9 @@ class LatentDataset:
                 allowed = "not negative" if num_classes is None else f"0 to {num_classes - 1} (num_classes)"
                 raise LatentsError(f"{shard.path} has labels from {low} to {high}; allowed are {allowed}")
             if named is not None and high >= named:
-                raise LatentsError(f"{shard.path} has labels from {low} to {high}, but {MANIFEST_FILE} has names of "
-                                   f"{named} classes")
+                raise LatentsError(
+                    f"{shard.path} has labels from {low} to {high}, but {MANIFEST_FILE} has names of {named} classes"
+                )
 
 
 def _empty(shape: tuple[int, int], pin_memory: bool) -> torch.Tensor:

@@ -96,12 +96,16 @@ class Manifest(Record):
     def _adds_up(self) -> "Manifest":
         names, count = [shard.file for shard in self.shards], sum(shard.count for shard in self.shards)
         if len(set(names)) < len(names) or count != self.count or not self.files:
-            raise ValueError(f"{self.count} latents and statistics, where {len(set(names))} shards of {count} and "
-                             f"{len(self.files)} other files are listed")
+            raise ValueError(
+                f"{self.count} latents and statistics, where {len(set(names))} shards of {count} and "
+                f"{len(self.files)} other files are listed"
+            )
         (channels, *sides), found = self.shape, self.statistics
         if {len(found.mean), len(found.std)} != {channels} or found.count != self.count * math.prod(sides):
-            raise ValueError(f"statistics of {found.count} values in {len(found.mean)} channels, of {self.count} "
-                             f"latents {list(self.shape)}")
+            raise ValueError(
+                f"statistics of {found.count} values in {len(found.mean)} channels, of {self.count} "
+                f"latents {list(self.shape)}"
+            )
         return self
 
     def check(self, directory: Path, *, checksums: bool | None) -> None:
@@ -159,8 +163,10 @@ def _require_unbroken(directory: Path, shards: Sequence[Path]) -> None:
     for rank in range(max(numbers) + 1):
         for number in range(max(numbers[rank], default=0) + 1):
             if number not in numbers[rank]:
-                raise LatentsError(f"{directory / shard_name(rank, number)} is missing: an extraction numbers its "
-                                   f"processes and the shards of each from 0, and later ones are there")
+                raise LatentsError(
+                    f"{directory / shard_name(rank, number)} is missing: an extraction numbers its "
+                    f"processes and the shards of each from 0, and later ones are there"
+                )
 
 
 def damage_of(path: Path, entry: FileRecord, *, checksum: bool = True) -> str:
@@ -181,21 +187,26 @@ class LatentStatistics:
     multiplier: float = 1.0
 
     @classmethod
-    def checked(cls, mean: torch.Tensor, std: torch.Tensor, multiplier: float, *, channels: int,
-                source: Path | str) -> "LatentStatistics":
+    def checked(
+        cls, mean: torch.Tensor, std: torch.Tensor, multiplier: float, *, channels: int, source: Path | str
+    ) -> "LatentStatistics":
         """Of what a file holds; raises LatentsError, naming `source`, where latents [B, channels, H, W] cannot be
         normalised with it: real numbers [channels] or [1, channels, 1, 1], finite, std and multiplier above 0.
         [channels, 1, 1] and [1, channels] say the same."""
         c = channels
         for name, value in (("mean", mean), ("std", std)):
             if not value.is_floating_point() or tuple(value.shape) not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1)):
-                raise LatentsError(f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
-                                   f"channels want real numbers [{channels}] or [1, {channels}, 1, 1]")
+                raise LatentsError(
+                    f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
+                    f"channels want real numbers [{channels}] or [1, {channels}, 1, 1]"
+                )
         found = cls(mean.float().flatten(), std.float().flatten(), multiplier)
         finite = bool(torch.isfinite(torch.stack([found.mean, found.std])).all())
         if not finite or not bool((found.std > 0).all()) or not 0 < multiplier < math.inf:
-            raise LatentsError(f"{source} has mean {found.mean.tolist()}, std {found.std.tolist()}, multiplier "
-                               f"{multiplier}: not usable to normalise with")
+            raise LatentsError(
+                f"{source} has mean {found.mean.tolist()}, std {found.std.tolist()}, multiplier "
+                f"{multiplier}: not usable to normalise with"
+            )
         return found
 
     @classmethod
@@ -337,8 +348,10 @@ def read_statistics(directory: Path, channels: int, multiplier: float = 1.0) -> 
     """
     path = directory / STATISTICS_FILE
     if not is_there(path):
-        raise LatentsError(f"{path} is missing: latent_norm: true needs the statistics of the latents. Make it with "
-                           f"`python -m launch extract --statistics {directory}`")
+        raise LatentsError(
+            f"{path} is missing: latent_norm: true needs the statistics of the latents. Make it with "
+            f"`python -m launch extract --statistics {directory}`"
+        )
     try:
         content = read_tensors(path, ())
         mean, std = content["mean"], content["std"]

@@ -53,8 +53,10 @@ class FinishedShard(ShardRecord):
         channels, height, width = self.shape
         moments = self.moments
         if moments.count != self.count * height * width or {len(moments.mean), len(moments.m2)} != {channels}:
-            raise ValueError(f"moments of {moments.count} values in {len(moments.mean)} channels, of {self.count} "
-                             f"latents {list(self.shape)}")
+            raise ValueError(
+                f"moments of {moments.count} values in {len(moments.mean)} channels, of {self.count} "
+                f"latents {list(self.shape)}"
+            )
         return self
 
 
@@ -156,8 +158,14 @@ class LatentsWriter:
         self._next_shard, self._filled = self._next_shard + 1, 0
 
 
-def finish(directory: Path | str, *, world_size: int = 1, tokenizer: dict | None = None, expected: int | None = None,
-           classes: Sequence[str] | None = None) -> Manifest:
+def finish(
+    directory: Path | str,
+    *,
+    world_size: int = 1,
+    tokenizer: dict | None = None,
+    expected: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Manifest:
     """Make a directory of closed writers a complete set: statistics file, then `manifest.json` → the manifest.
 
     The statistics are over all plain latents (not the mirrored ones), std unbiased, merged from float64 sums.

@@ -74,9 +74,7 @@ class ModulatedRMSNorm(nn.Module):
             y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)
             return x, y
         branch, bias, gate = pending
-        return self.ops.gated_residual_adaln_rms_norm(
-            x, branch, gate, self.weight, shift, scale, EPS, branch_bias=bias
-        )
+        return self.ops.gated_residual_adaln_rms_norm(x, branch, gate, self.weight, shift, scale, EPS, branch_bias=bias)
 
 
 class ModulatedLayerNorm(nn.Module):

@@ -61,9 +61,7 @@ class LightningDiTTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""
 
-    def draw(
-        self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None
-    ) -> Tensors:
+    def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
         A function of (seed, step) and the kind of device: whoever slices it sees the same run. With `into`, the result

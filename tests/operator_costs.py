@@ -4,8 +4,18 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 #: Operators that hand the host a value; on a GPU each waits for everything queued before it.
-READS = frozenset({"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::allclose",
-                   "aten::masked_select", "aten::unique_dim", "aten::_unique2"})
+READS = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::is_nonzero",
+        "aten::equal",
+        "aten::nonzero",
+        "aten::allclose",
+        "aten::masked_select",
+        "aten::unique_dim",
+        "aten::_unique2",
+    }
+)
 #: In-place operators that do not read what they write.
 OVERWRITES = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 

@@ -114,8 +114,18 @@ class FusedAdam(torch.optim.Optimizer):
 
     counted = "group"
 
-    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
-                 weight_decay=0.0, amsgrad=False, set_grad_none=True):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        bias_correction=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        adam_w_mode=True,
+        weight_decay=0.0,
+        amsgrad=False,
+        set_grad_none=True,
+    ):
         assert isinstance(lr, float) and bias_correction and adam_w_mode and not amsgrad
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -150,8 +160,9 @@ APEX = {
 DEEPSPEED = {"deepspeed.ops.adam": {"FusedAdam": DeepSpeedFusedAdam}}
 
 
-def quack_rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6,
-                  prenorm=False):
+def quack_rmsnorm(
+    x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False
+):
     assert bias is None and residual_dtype is None
     total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
     y = rms(total, weight, eps).to(out_dtype or x.dtype)
@@ -161,8 +172,7 @@ def quack_rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, resi
 QUACK = {"quack": {"rmsnorm": quack_rmsnorm}}
 
 
-def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None,
-                     max_seqlen=None):
+def apply_rotary_emb(x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None):
     assert interleaved and not inplace and cos.dtype == sin.dtype == x.dtype
     assert cos.shape == sin.shape == (x.shape[1], x.shape[-1] // 2) and cos.is_contiguous()
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -177,14 +187,40 @@ def attend(q, k, v, causal: bool) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).to(torch.bfloat16)
 
 
-def flash_attn_2(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                 alibi_slopes=None, deterministic=False, return_attn_probs=False):
+def flash_attn_2(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+):
     return attend(q, k, v, causal)
 
 
-def flash_attn_3(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-                 window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None,
-                 deterministic=False, sm_margin=0):
+def flash_attn_3(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+):
     out = attend(q, k, v, causal)
     return out, out.new_zeros(1)  # the log-sum-exp, which some versions return too
 

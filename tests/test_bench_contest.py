@@ -291,6 +291,7 @@ def test_the_end_of_a_loaders_process_does_no_harm():
 
     A signal that comes just before a sleep does not end it, so the worker sleeps for a moment at a time.
     """
+
     def work(connection):
         connection.send("up")
         for _ in range(1200):

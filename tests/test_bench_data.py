@@ -77,9 +77,7 @@ class OtherDraw(FilePerSample):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "what"), [(OneBit, "x"), (OtherLabel, "y"), (NextRow, "x and y"), (OtherDraw, "x")]
-)
+@pytest.mark.parametrize(("wrong", "what"), [(OneBit, "x"), (OtherLabel, "y"), (NextRow, "x and y"), (OtherDraw, "x")])
 def test_a_wrong_bit_label_row_or_mirroring_is_a_disagreement(latents, wrong, what):
     assert disagreement(latents, wrong(latents)).startswith(f"{what} differ")
 

@@ -99,8 +99,12 @@ def test_regions_are_no_kernels():
     """A profiler lays the name of a region over the kernels that ran in it."""
 
     def event(name, device, start, end, annotation=False):
-        return SimpleNamespace(name=name, device_type=getattr(torch.autograd.DeviceType, device),
-                               time_range=SimpleNamespace(start=start, end=end), is_user_annotation=annotation)
+        return SimpleNamespace(
+            name=name,
+            device_type=getattr(torch.autograd.DeviceType, device),
+            time_range=SimpleNamespace(start=start, end=end),
+            is_user_annotation=annotation,
+        )
 
     events = [event("aten::mm", "CPU", 0, 9), event("nvjet", "CUDA", 10, 30), event("Memset", "CUDA", 30, 30),
               event("Optimizer.step#AdamW.step", "CUDA", 10, 80, annotation=True)]  # fmt: skip

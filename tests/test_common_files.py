@@ -232,6 +232,7 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path, there):
 @pytest.mark.parametrize("links", [True, False])
 def test_a_new_name_is_never_that_of_another_file(tmp_path, monkeypatch, links):
     """Also on a file system without hard links."""
+
     def refuses(source, path):
         raise OSError(errno.EPERM, "Operation not permitted")
 

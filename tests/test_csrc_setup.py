@@ -106,8 +106,7 @@ def project(folder: Path, source: str) -> Path:
     (folder / "kernels" / "__init__.py").touch()
     (folder / "csrc" / "one.cu").write_text(source)
     (folder / "csrc" / "binding.cpp").write_text(
-        "#include <pybind11/pybind11.h>\nint answer();\n"
-        'PYBIND11_MODULE(LDIT_MODULE, m) { m.def("answer", &answer); }\n'
+        '#include <pybind11/pybind11.h>\nint answer();\nPYBIND11_MODULE(LDIT_MODULE, m) { m.def("answer", &answer); }\n'
     )
     return folder
 

@@ -112,10 +112,18 @@ def test_versions_are_pinned_in_one_place():
     """No other tracked file names a version of a pinned distribution."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no checkout of git, which would tell what is tracked")
-    listed = subprocess.run(["git", "ls-files", "*.sh", "*.py", "*.yml", "*.txt", "*.cfg"], cwd=ROOT, text=True,
-                            capture_output=True, check=True).stdout.split()
-    assert not [f for f in listed if (ROOT / f).exists() and "torch==2" in (ROOT / f).read_text() and f != __name__
-                and not f.startswith("tests/")]
+    listed = subprocess.run(
+        ["git", "ls-files", "*.sh", "*.py", "*.yml", "*.txt", "*.cfg"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()
+    assert not [
+        f
+        for f in listed
+        if (ROOT / f).exists() and "torch==2" in (ROOT / f).read_text() and f != __name__ and not f.startswith("tests/")
+    ]
 
 
 def test_the_packages_under_test_are_these():

@@ -30,13 +30,22 @@ def state(n: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]
     """A fresh run: zero moments, the average equal to the weights."""
     param = torch.linspace(-1, 1, n, dtype=dtype)
     zeros = torch.zeros_like(param)
-    return {"param": param, "grad": zeros.clone(), "exp_avg": zeros.clone(), "exp_avg_sq": zeros.clone(),
-            "ema": param.clone()}
+    return {
+        "param": param,
+        "grad": zeros.clone(),
+        "exp_avg": zeros.clone(),
+        "exp_avg_sq": zeros.clone(),
+        "ema": param.clone(),
+    }
 
 
 def scalars(step: float = 1, lr: float = 1e-2, grad_scale: float = 1.0, skip: bool | float = False) -> dict:
-    return {"step": torch.tensor(step), "lr": torch.tensor(lr, dtype=torch.float64),
-            "grad_scale": torch.tensor(grad_scale), "skip": torch.tensor(skip)}
+    return {
+        "step": torch.tensor(step),
+        "lr": torch.tensor(lr, dtype=torch.float64),
+        "grad_scale": torch.tensor(grad_scale),
+        "skip": torch.tensor(skip),
+    }
 
 
 @pytest.mark.parametrize(("dtype", "relmax"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])

@@ -32,8 +32,15 @@ def on_triton(*names: str) -> kernels.Ops:
 
 def network(device: str, depth: int, width: int = 192, ops: kernels.Ops | None = None, **changes) -> LightningDiT:
     """A float16 one, none of whose weights is zero."""
-    config = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=width, depth=depth, num_classes=5,
-                         **{"num_heads": 3, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True} | changes)
+    config = ModelConfig(
+        input_size=4,
+        patch_size=1,
+        in_channels=4,
+        hidden_size=width,
+        depth=depth,
+        num_classes=5,
+        **{"num_heads": 3, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True} | changes,
+    )
     torch.manual_seed(0)
     found = LightningDiT(config, ops or kernels.select("reference"), torch.float16)
     for parameter in found.parameters():

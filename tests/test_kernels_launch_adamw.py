@@ -31,8 +31,11 @@ def test_blocks(numbers):
 def test_one_launch_whatever_the_size(numbers, grad):
     case = next(case for case in OP.cases if case.id == "XL_eighth")
     inputs = case.inputs(grad, "meta")
-    sized = {name: torch.empty(numbers, dtype=value.dtype, device="meta")
-             for name, value in inputs.items() if torch.is_tensor(value) and value.ndim == 1}
+    sized = {
+        name: torch.empty(numbers, dtype=value.dtype, device="meta")
+        for name, value in inputs.items()
+        if torch.is_tensor(value) and value.ndim == 1
+    }
     with recorded(90) as launches:
         adamw.adamw_ema_(**inputs | sized)
     assert len(launches) == 1

@@ -160,8 +160,12 @@ def test_other_configurations_compute_the_same(resident, monkeypatch):
     inputs = case.inputs(torch.float32)
     upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
     exact = gradients(OP, reference(OP), widened(inputs), widened(upstream), keep=True)
-    forced(monkeypatch, forward_tile=Tile(16, 32, 4, resident=resident), dq_tile=Tile(16, 16, 4, resident=resident),
-           dkdv_tile=Tile(16, 16, 4, resident=resident))
+    forced(
+        monkeypatch,
+        forward_tile=Tile(16, 32, 4, resident=resident),
+        dq_tile=Tile(16, 16, 4, resident=resident),
+        dkdv_tile=Tile(16, 16, 4, resident=resident),
+    )
     got = gradients(OP, OP.bind(BACKEND), inputs, upstream, keep=True)
     for name, want in exact.items():
         assert float((got[name] - want).abs().max()) <= 2e-6 * float(want.abs().max()), name

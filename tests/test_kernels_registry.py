@@ -167,7 +167,10 @@ def test_any_other_failure_of_a_backend_file_is_not_hidden(folder):
 
 def test_auto_takes_the_first_that_can_serve_and_says_why(folder, caplog):
     op = plant(
-        folder, "planted_auto", reference=backend_file("reference", 1), triton_impl=backend_file("triton", 2),
+        folder,
+        "planted_auto",
+        reference=backend_file("reference", 1),
+        triton_impl=backend_file("triton", 2),
         cuda_impl=backend_file("cuda", 3, ", unavailable=lambda: ['no device', 'no driver']"),
     )
     with caplog.at_level(logging.INFO, "kernels.registry"):

@@ -37,8 +37,14 @@ def asked(monkeypatch) -> list:
     monkeypatch.setattr(train, "run_training", lambda run, kind: calls.append(run) or (None, None))
     monkeypatch.setattr(sample, "generate", lambda run, *args: calls.append(run))
     monkeypatch.setattr(extract, "extract", lambda run, *args, **kwargs: calls.append(run))
-    monkeypatch.setattr(evaluate, "_latents", lambda args: calls.append(
-        evaluate.load_run(args.config, args.overrides, "lightningdit")) or {"metrics": {}, "skipped": {}, "notes": []})
+    monkeypatch.setattr(
+        evaluate,
+        "_latents",
+        lambda args: (
+            calls.append(evaluate.load_run(args.config, args.overrides, "lightningdit"))
+            or {"metrics": {}, "skipped": {}, "notes": []}
+        ),
+    )
     return calls
 
 
@@ -78,9 +84,14 @@ def test_a_home_directory_of_nobody_is_an_error(capsys):
     assert "no home directory ~nobody-of-that-name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("path", "words"), [
-    ("", "a path is wanted"), ("a\0b", "not allowed in names and paths"), (256 * "a", "too long for a file system"),
-])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("", "a path is wanted"),
+        ("a\0b", "not allowed in names and paths"),
+        (256 * "a", "too long for a file system"),
+    ],
+)
 def test_a_path_that_is_none_is_an_error(run_files, asked, capsys, path, words):
     for given in ([path], [run_files["lightningdit"], f"--output={path}"]):
         with pytest.raises(SystemExit):
@@ -100,10 +111,18 @@ def test_the_demo_has_labels_of_its_own(run_files, asked, capsys):
     assert "not allowed with argument" in capsys.readouterr().err and not asked
 
 
-@pytest.mark.parametrize(("setting", "words"), [
-    ("a={b: 1, b: 2}", "b was already given"), ("a=010", "base 8"), ("a=[1", "not YAML"), ("a", "form key=value"),
-    ("a=b #c", "#c is a comment"), ("a=&b", "&b is an anchor"), ("a=" + 101 * "1", "101 characters"),
-])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("a={b: 1, b: 2}", "b was already given"),
+        ("a=010", "base 8"),
+        ("a=[1", "not YAML"),
+        ("a", "form key=value"),
+        ("a=b #c", "#c is a comment"),
+        ("a=&b", "&b is an anchor"),
+        ("a=" + 101 * "1", "101 characters"),
+    ],
+)
 def test_facts_are_read_as_run_files_are(setting, words):
     given = evaluate._parse(["--samples", "x", "--set", setting])
     with pytest.raises(ValueError, match=words) as e:
@@ -149,12 +168,15 @@ def test_the_main_process_says_what_was_ignored_of_a_published_file(tmp_path, mo
     assert ("ignored model.params.lossconfig.params.vf_loss_type" in capsys.readouterr().out) is says
 
 
-@pytest.mark.parametrize(("pattern", "only"), [
-    (r"read_text\(\)", set()),  # in whatever encoding the machine has
-    (r"type=Path\b", {"bench"}),  # the benches take no run files, and a shell expands their paths
-    (r"\byaml\.(safe_)?load", {"launch/config_files.py"}),
-    (r"(Config|Section)\(\*\*", {"lightningdit/config.py"}),
-])
+@pytest.mark.parametrize(
+    ("pattern", "only"),
+    [
+        (r"read_text\(\)", set()),  # in whatever encoding the machine has
+        (r"type=Path\b", {"bench"}),  # the benches take no run files, and a shell expands their paths
+        (r"\byaml\.(safe_)?load", {"launch/config_files.py"}),
+        (r"(Config|Section)\(\*\*", {"lightningdit/config.py"}),
+    ],
+)
 def test_nothing_reads_its_input_in_a_way_of_its_own(pattern, only):
     found = {str(path.relative_to(ROOT)) for path in SOURCES if re.search(pattern, path.read_text())}
     assert {name for name in found if name not in only and name.split("/")[0] not in only} == set()

@@ -142,18 +142,26 @@ def data(tmp_path_factory):
 
 
 def test_a_resume_from_a_state_changed_by_hand_is_one_sentence(tmp_path, data, capsys):
-    config = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(data / "latents")},
-                           train={"output_dir": str(tmp_path), "max_steps": 1})
+    config = toy.write_run(
+        tmp_path / "run.yaml",
+        toy.LIGHTNINGDIT,
+        data={"data_path": str(data / "latents")},
+        train={"output_dir": str(tmp_path), "max_steps": 1},
+    )
     assert main(["train", "lightningdit", str(config)]) == 0
     path = tmp_path / "run" / "checkpoints" / "step_0000001"
     whole = json.loads((path / "state.json").read_text())
     counters = whole["counters"]["model"]
     for change, said in (
         ({"counters": {"another": counters}}, "counters of 'another', but the checkpoint's networks are 'model'"),
-        ({"counters": {"model": {k: v for k, v in counters.items() if k != "skipped_in_a_row"}}},
-         "counters.model.skipped_in_a_row: is missing"),
-        ({"since_last_row": whole["since_last_row"] | {"skipped_steps": [{}]}},
-         "since_last_row.skipped_steps.0.step: is missing"),
+        (
+            {"counters": {"model": {k: v for k, v in counters.items() if k != "skipped_in_a_row"}}},
+            "counters.model.skipped_in_a_row: is missing",
+        ),
+        (
+            {"since_last_row": whole["since_last_row"] | {"skipped_steps": [{}]}},
+            "since_last_row.skipped_steps.0.step: is missing",
+        ),
         ({"config": {}}, "config.model: is missing"),
     ):
         toy.rewrite_state(path, whole | change)
@@ -164,8 +172,12 @@ def test_a_resume_from_a_state_changed_by_hand_is_one_sentence(tmp_path, data, c
 
 
 def test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped(tmp_path, data):
-    config = toy.write_run(tmp_path / "run.yaml", toy.VAVAE, data={"data_path": str(data / "images")},
-                           train={"output_dir": str(tmp_path), "max_steps": 2, "log_every": 5})
+    config = toy.write_run(
+        tmp_path / "run.yaml",
+        toy.VAVAE,
+        data={"data_path": str(data / "images")},
+        train={"output_dir": str(tmp_path), "max_steps": 2, "log_every": 5},
+    )
     assert main(["train", "vavae", str(config)]) == 0
     path = tmp_path / "run" / "checkpoints" / "step_0000002"
     state = json.loads((path / "state.json").read_text())

@@ -31,11 +31,16 @@ def arguments(tmp_path, tokenizer):
     """The command line of a program on the images in `tmp_path`; those are of one class."""
     toy.write_images(tmp_path / "images", count=4)
     shutil.rmtree(tmp_path / "images" / "class1")
-    config = toy.write_run(tmp_path / "run.yaml", toy.VAVAE, data={"data_path": str(tmp_path / "images")},
-                           train={"output_dir": str(tmp_path), "max_steps": 1})
+    config = toy.write_run(
+        tmp_path / "run.yaml",
+        toy.VAVAE,
+        data={"data_path": str(tmp_path / "images")},
+        train={"output_dir": str(tmp_path), "max_steps": 1},
+    )
     path = str(config)
     return {
-        "train": ["train", "vavae", path], "dry run": ["train", "vavae", path, "--dry-run"],
+        "train": ["train", "vavae", path],
+        "dry run": ["train", "vavae", path, "--dry-run"],
         "extract": ["extract", path, f"ckpt_path={tokenizer}", "--output", str(tmp_path / "x"), "--least-psnr", "0"],
     }
 

@@ -168,8 +168,9 @@ def test_the_command_line_says_a_mistake_in_a_line(published, capsys):
 
 def test_overrides_reach_deep_values_and_null_sections(published):
     published.write_text(LIGHTNINGDIT_YAML + "deepspeed: null\n")
-    run, _ = load(published, ["deepspeed.zero_stage=3", "kernels={default: reference, swiglu: auto}"],
-                  kind="lightningdit")
+    run, _ = load(
+        published, ["deepspeed.zero_stage=3", "kernels={default: reference, swiglu: auto}"], kind="lightningdit"
+    )
     assert run.deepspeed.zero_stage == 3 and run.kernels == {"default": "reference", "swiglu": "auto"}
 
 
@@ -233,8 +234,15 @@ def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):
     run, _ = load(published, [f"deepspeed.file={path}"], kind="lightningdit")
     with pytest.raises(ConfigError, match=r"zero_stage is 1, but deepspeed\.file or overrides say 2"):
         run.deepspeed.merged_overrides("bfloat16")
-    run, _ = load(published, [f"deepspeed.file={path}", "deepspeed.zero_stage=2",
-                              "deepspeed.overrides={zero_optimization: {overlap_comm: false}}"], kind="lightningdit")
+    run, _ = load(
+        published,
+        [
+            f"deepspeed.file={path}",
+            "deepspeed.zero_stage=2",
+            "deepspeed.overrides={zero_optimization: {overlap_comm: false}}",
+        ],
+        kind="lightningdit",
+    )
     assert run.deepspeed.merged_overrides("bfloat16") == {"zero_optimization": {"stage": 2, "overlap_comm": False}}
 
 

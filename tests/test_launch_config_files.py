@@ -136,13 +136,16 @@ def test_json_may_be_indented_by_tabs_and_has_no_key_twice(tmp_path):
         read_mapping(path)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ("a: 1\n# größe\n".encode("latin-1"), "line 2: byte 0xf6 is not UTF-8"),
-    ("a: 1\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0d71\nsize 27\n", "Git LFS pointer"),
-    (b"<!DOCTYPE html>\n<html></html>", "web page"),
-    (b"a: " + b" " * 2**24 + b"1", "bytes: it is no config"),
-])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: 1\n# größe\n".encode("latin-1"), "line 2: byte 0xf6 is not UTF-8"),
+        ("a: 1\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0d71\nsize 27\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html></html>", "web page"),
+        (b"a: " + b" " * 2**24 + b"1", "bytes: it is no config"),
+    ],
+)
 def test_files_that_are_no_config_are_named(tmp_path, content, words):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)

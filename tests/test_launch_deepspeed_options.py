@@ -107,7 +107,11 @@ def trained(stage: int, precision: str, options: dict, micro_batches: int = MICR
     processes = start_processes()
     rank, together = processes.rank, processes.world_size
     config = deepspeed_config(
-        stage=stage, bf16=precision == "bfloat16", micro_batch_size=2, accumulation=micro_batches, world_size=together,
+        stage=stage,
+        bf16=precision == "bfloat16",
+        micro_batch_size=2,
+        accumulation=micro_batches,
+        world_size=together,
         overrides=DeepSpeedConfig(zero_stage=stage, overrides=options).merged_overrides(precision),
     )
     torch.manual_seed(0)

@@ -48,10 +48,17 @@ def files(tmp_path_factory):
 
 def run_of(files, **fields) -> VavaeRun:
     data = {"data_path": str(files / "images"), "image_size": 16, "num_workers": 0, **fields.pop("data", {})}
-    return VavaeRun.model_validate({
-        "preset": "default", "ckpt_path": str(files / "vae.safetensors"), "model": MODEL.model_dump(),
-        "loss": {"use_vf": False, "perceptual": "none"}, "data": data, "kernels": "reference", **fields,
-    })
+    return VavaeRun.model_validate(
+        {
+            "preset": "default",
+            "ckpt_path": str(files / "vae.safetensors"),
+            "model": MODEL.model_dump(),
+            "loss": {"use_vf": False, "perceptual": "none"},
+            "data": data,
+            "kernels": "reference",
+            **fields,
+        }
+    )
 
 
 def extracted(files, output, **fields) -> dict[str, torch.Tensor]:
@@ -145,8 +152,11 @@ def test_batches_are_the_same_wherever_an_extraction_goes_on(first, last, shard,
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_precision_that_is_stated_is_the_one_that_encodes(files, whole, tmp_path, monkeypatch, precision):
     used, encode = set(), program.encode
-    monkeypatch.setattr(program, "encode", lambda model, *args: used.update(
-        parameter.dtype for parameter in model.parameters()) or encode(model, *args))
+    monkeypatch.setattr(
+        program,
+        "encode",
+        lambda model, *args: used.update(parameter.dtype for parameter in model.parameters()) or encode(model, *args),
+    )
     manifest = extract(run_of(files), tmp_path, batch_size=3, precision=precision, least_psnr=0.0, shard_size=SHARD)
     assert used == {getattr(torch, precision)} and manifest.identity["precision"] == precision
     stored = torch.cat([load_file(path)["latents"] for path in sorted(tmp_path.glob("*.safetensors"))])

@@ -111,8 +111,9 @@ def test_starting_late_gives_the_same_batches(num_workers, kind):
 
     def run(first):
         order = SampleOrder(10, 4, 1)
-        batches = micro_batches(kind(10), order, split, 1, first_step=first, last_step=9, num_workers=num_workers,
-                                pin_memory=False)
+        batches = micro_batches(
+            kind(10), order, split, 1, first_step=first, last_step=9, num_workers=num_workers, pin_memory=False
+        )
         return [b["index"].tolist() for b in batches]
 
     whole = run(1)
@@ -123,8 +124,9 @@ def test_starting_late_gives_the_same_batches(num_workers, kind):
 
 def read(data, num_workers, pin_memory=False):
     order = SampleOrder(len(data), 2, 1)
-    return micro_batches(data, order, Split(2, 1, 2), 0, first_step=1, last_step=1000, num_workers=num_workers,
-                         pin_memory=pin_memory)
+    return micro_batches(
+        data, order, Split(2, 1, 2), 0, first_step=1, last_step=1000, num_workers=num_workers, pin_memory=pin_memory
+    )
 
 
 @pytest.mark.parametrize("pin_memory", [False, True])

@@ -48,8 +48,10 @@ def test_our_own_packages_are_ours(site):
 def test_a_package_found_first_is_named_with_its_folder(name, file, site, tmp_path, monkeypatch):
     path = another(tmp_path / "work", file.format(name), monkeypatch)
     (sentence,) = packages.strangers().values()
-    assert sentence == (f"`import {name}` gives {path}, which is not this project's {site / name / '__init__.py'}; "
-                        f"start from a folder other than {tmp_path / 'work'}, and take that off PYTHONPATH")
+    assert sentence == (
+        f"`import {name}` gives {path}, which is not this project's {site / name / '__init__.py'}; "
+        f"start from a folder other than {tmp_path / 'work'}, and take that off PYTHONPATH"
+    )
 
 
 def test_one_that_was_installed_elsewhere_is_to_be_uninstalled(site, tmp_path, monkeypatch):
@@ -104,8 +106,13 @@ def test_every_program_ends_with_that_sentence(program, site, tmp_path, monkeypa
 def test_the_processes_end_without_a_traceback(command, tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(OTHERS)
-    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     said = done.stdout if "doctor" in command else done.stderr
     assert f"`import kernels` gives {tmp_path / 'kernels' / '__init__.py'}, which is not this project's" in said
     assert done.returncode in (1, 2) and "Traceback" not in done.stdout + done.stderr

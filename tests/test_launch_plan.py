@@ -26,8 +26,17 @@ def test_latents_on_disk():
 
 def test_lines_say_what_is_assumed_and_add_up():
     plan = RunPlan(
-        title="t", networks=(Network("model", 10 * P, 9 * P, 3e9, 2.0**30),), frozen_parameters=0, num_images=1000,
-        images_assumed=False, steps=50, global_batch_size=40, micro_batch_size=5, processes=2, stage=2, bf16=True,
+        title="t",
+        networks=(Network("model", 10 * P, 9 * P, 3e9, 2.0**30),),
+        frozen_parameters=0,
+        num_images=1000,
+        images_assumed=False,
+        steps=50,
+        global_batch_size=40,
+        micro_batch_size=5,
+        processes=2,
+        stage=2,
+        bf16=True,
     )
     text = "\n".join(plan.lines())
     assert "50 steps = 2.0 epochs of 1,000 images (counted)" in text
@@ -40,9 +49,18 @@ def test_lines_say_what_is_assumed_and_add_up():
 def test_memory_is_said_in_units_of_1024_cubed():
     """64 · 2³⁰ parameters in float32, 20 bytes each (weights, gradients, three states), and 5 images of 1 GiB."""
     plan = RunPlan(
-        title="t", networks=(Network("model", 2**36, 2**36, 1e9, 2.0**30),), frozen_parameters=2**34,
-        num_images=1_000_000, images_assumed=True, steps=1, global_batch_size=5, micro_batch_size=5, processes=1,
-        stage=0, bf16=False, latents=(32, 16),
+        title="t",
+        networks=(Network("model", 2**36, 2**36, 1e9, 2.0**30),),
+        frozen_parameters=2**34,
+        num_images=1_000_000,
+        images_assumed=True,
+        steps=1,
+        global_batch_size=5,
+        micro_batch_size=5,
+        processes=1,
+        stage=0,
+        bf16=False,
+        latents=(32, 16),
     )
     lines = plan.lines()
     assert "  memory per GPU in float32 (estimated; activations 5.0 GiB of it):" in lines

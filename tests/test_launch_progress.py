@@ -17,8 +17,15 @@ def rows(path):
 
 
 def row(step, **values):
-    return {"step": step, "last_step": 9, "epoch": step / 4, "images": step * 8, "global_batch_size": 8,
-            "eta_seconds": 1.0, **values}
+    return {
+        "step": step,
+        "last_step": 9,
+        "epoch": step / 4,
+        "images": step * 8,
+        "global_batch_size": 8,
+        "eta_seconds": 1.0,
+        **values,
+    }
 
 
 def test_the_meter_gives_means_and_starts_anew():

@@ -27,8 +27,14 @@ def command(tmp_path):
 def start(script: str, *argv: str, cwd: Path, **env: object) -> subprocess.Popen:
     own = {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(env.pop("port")), **env}
     environment = os.environ | {name: str(value) for name, value in own.items()}
-    return subprocess.Popen(["bash", SCRIPTS / script, *argv], cwd=cwd, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        ["bash", SCRIPTS / script, *argv],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def losses(directory: Path) -> list[float]:

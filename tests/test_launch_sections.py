@@ -68,8 +68,19 @@ def test_every_path_knows_the_home_directory(monkeypatch, section, name, field):
 def test_no_name_or_path_holds_what_no_file_system_takes(section, name, field):
     if name in ("kernels", "overrides", "model_args"):  # names of ops, and keys of others: each is looked up
         return
-    for text in ("a\0b", "a\nb", "a\x1bb", "a\x7fb", "a\x85b", "\ud800", "a\u2028b",
-                 9 * "a" + "\0", "a/" + 256 * "b", 128 * "ö", 2048 * "a/"):
+    for text in (
+        "a\0b",
+        "a\nb",
+        "a\x1bb",
+        "a\x7fb",
+        "a\x85b",
+        "\ud800",
+        "a\u2028b",
+        9 * "a" + "\0",
+        "a/" + 256 * "b",
+        128 * "ö",
+        2048 * "a/",
+    ):
         with pytest.raises(ValidationError) as e:
             adapter(field).validate_python(text)
         assert re.search(r"not allowed in names and paths|too long for a file system", message := describe(e.value))
@@ -110,24 +121,33 @@ def test_a_wrong_value_is_said_in_plain_words_with_its_key(section):
     assert messages >= len(section.model_fields)
 
 
-@pytest.mark.parametrize(("values", "text"), [
-    ({"train": 3}, "train: a section of keys is wanted (got 3)"),
-    ({"train": {"max_steps": "many"}}, "train.max_steps: a whole number is wanted (got 'many')"),
-    ({"train": {"max_steps": 0}}, "train.max_steps: must be at least 1 (got 0)"),
-    ({"train": {"resume": "x"}}, "train.resume: true or false is wanted (got 'x')"),
-    ({"train": {"precision": "int8"}}, "train.precision: must be 'float32' or 'bfloat16' (got 'int8')"),
-    ({"train": {"exp_name": False}},
-     "train.exp_name: text is wanted, in quotes where YAML reads something else (got False)"),
-    ({"train": {"exp_name": "../x"}}, "train.exp_name: '../x' is no name of a folder below output_dir"),
-    ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: a finite number is wanted (got inf)"),
-    ({"model": {"model_type": None}}, "model: give model_type (one of "),
-    ({"model": {"hidden_size": 10, "depth": 1, "num_heads": 3, "patch_size": 1}},
-     "model: hidden_size 10 is not a multiple of num_heads 3"),
-    ({"kernels": {"swigl": "cuda"}}, "kernels: no op is called 'swigl'; did you mean 'swiglu'?"),
-    ({"deepspeed": {"overrides": 5}}, "deepspeed.overrides: a mapping of keys to values is wanted (got 5)"),
-    ({"deepspeed": {"overrides": {1: 2}}},
-     "deepspeed.overrides: the names in it are text, in quotes where YAML reads something else (got 1)"),
-])
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"train": 3}, "train: a section of keys is wanted (got 3)"),
+        ({"train": {"max_steps": "many"}}, "train.max_steps: a whole number is wanted (got 'many')"),
+        ({"train": {"max_steps": 0}}, "train.max_steps: must be at least 1 (got 0)"),
+        ({"train": {"resume": "x"}}, "train.resume: true or false is wanted (got 'x')"),
+        ({"train": {"precision": "int8"}}, "train.precision: must be 'float32' or 'bfloat16' (got 'int8')"),
+        (
+            {"train": {"exp_name": False}},
+            "train.exp_name: text is wanted, in quotes where YAML reads something else (got False)",
+        ),
+        ({"train": {"exp_name": "../x"}}, "train.exp_name: '../x' is no name of a folder below output_dir"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: a finite number is wanted (got inf)"),
+        ({"model": {"model_type": None}}, "model: give model_type (one of "),
+        (
+            {"model": {"hidden_size": 10, "depth": 1, "num_heads": 3, "patch_size": 1}},
+            "model: hidden_size 10 is not a multiple of num_heads 3",
+        ),
+        ({"kernels": {"swigl": "cuda"}}, "kernels: no op is called 'swigl'; did you mean 'swiglu'?"),
+        ({"deepspeed": {"overrides": 5}}, "deepspeed.overrides: a mapping of keys to values is wanted (got 5)"),
+        (
+            {"deepspeed": {"overrides": {1: 2}}},
+            "deepspeed.overrides: the names in it are text, in quotes where YAML reads something else (got 1)",
+        ),
+    ],
+)
 def test_messages(values, text):
     whole = {"data": {"data_path": "x"}, "model": {"model_type": "LightningDiT-B/1"}}
     with pytest.raises(SectionError) as e:

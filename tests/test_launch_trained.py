@@ -75,11 +75,14 @@ SOURCES = {
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("program", ["sample", "export"])
-def test_statistics_of_other_channels_than_the_networks_are_one_sentence(trained, tmp_path, capsys, program, source,
-                                                                         channels):
+def test_statistics_of_other_channels_than_the_networks_are_one_sentence(
+    trained, tmp_path, capsys, program, source, channels
+):
     named, config, path = SOURCES[source](trained, channels), str(trained / "run.yaml"), str(trained / source)
-    argv = {"sample": ["sample", config, f"ckpt_path={path}", "--output", str(tmp_path / "x")],
-            "export": ["export", path, str(tmp_path / "x"), *(() if source == "run" else ("--config", config))]}
+    argv = {
+        "sample": ["sample", config, f"ckpt_path={path}", "--output", str(tmp_path / "x")],
+        "export": ["export", path, str(tmp_path / "x"), *(() if source == "run" else ("--config", config))],
+    }
     assert main(argv[program]) == 2
     error = capsys.readouterr().err
     shape = [1, channels, 1, 1] if source == "published.pt" else [channels]

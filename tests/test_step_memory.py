@@ -55,9 +55,7 @@ def of_one_block(residual: torch.dtype, **changes) -> float:
 
 def expected(residual: torch.dtype, **changes) -> float:
     """What a block more keeps by `lightningdit.cost`."""
-    costs = [
-        activation_bytes_per_image(network_config(d, **changes), residual_bytes=residual.itemsize) for d in (1, 2)
-    ]
+    costs = [activation_bytes_per_image(network_config(d, **changes), residual_bytes=residual.itemsize) for d in (1, 2)]
     return BATCH * (costs[1] - costs[0]) / TENSOR
 
 

@@ -71,19 +71,22 @@ def test_disc_start_counts_both_optimizers(start, iterations):
     assert disc_start_in_iterations(start) == iterations == next(i for i in range(9999) if 2 * i >= start)
 
 
-@pytest.mark.parametrize("path, value, error", [
-    (["weight_intt"], 1, r"unknown key weight_intt \(did you mean 'weight_init'"),
-    (["model", "params", "embed_dims"], 1, r"unknown key model\.params\.embed_dims \(did you mean 'embed_dim'"),
-    (["model", "params", "ddconfig", "chmult"], 1, r"unknown key model\.params\.ddconfig\.chmult .*'ch_mult'"),
-    (["model", "params", "lossconfig", "params", "vf_wieght"], 1, r"params\.vf_wieght \(did you mean 'vf_weight'"),
-    (["data", "params", "train", "params", "data_roots"], 1, r"data_roots \(did you mean 'data_root'"),
-    (["lightning", "trainer", "max_epoch"], 1, r"max_epoch \(did you mean 'max_epochs'"),
-    (["model", "params", "use_vf"], "dinov3", r"use_vf: 'dinov3' is not one of dinov2, mae"),
-    (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: expected a whole number"),
-    (["data", "params", "batch_size"], 8.5, r"batch_size: expected a whole number, got 8.5"),
-    (["lightning", "trainer", "precision"], 16, r"precision: 16 is not one of"),
-    (["model", "params"], "none", r"model\.params: expected a mapping, got 'none'"),
-])
+@pytest.mark.parametrize(
+    "path, value, error",
+    [
+        (["weight_intt"], 1, r"unknown key weight_intt \(did you mean 'weight_init'"),
+        (["model", "params", "embed_dims"], 1, r"unknown key model\.params\.embed_dims \(did you mean 'embed_dim'"),
+        (["model", "params", "ddconfig", "chmult"], 1, r"unknown key model\.params\.ddconfig\.chmult .*'ch_mult'"),
+        (["model", "params", "lossconfig", "params", "vf_wieght"], 1, r"params\.vf_wieght \(did you mean 'vf_weight'"),
+        (["data", "params", "train", "params", "data_roots"], 1, r"data_roots \(did you mean 'data_root'"),
+        (["lightning", "trainer", "max_epoch"], 1, r"max_epoch \(did you mean 'max_epochs'"),
+        (["model", "params", "use_vf"], "dinov3", r"use_vf: 'dinov3' is not one of dinov2, mae"),
+        (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: expected a whole number"),
+        (["data", "params", "batch_size"], 8.5, r"batch_size: expected a whole number, got 8.5"),
+        (["lightning", "trainer", "precision"], 16, r"precision: 16 is not one of"),
+        (["model", "params"], "none", r"model\.params: expected a mapping, got 'none'"),
+    ],
+)
 def test_faults_of_a_published_yaml_are_named(path, value, error):
     document = published()
     section = document
@@ -149,16 +152,28 @@ def test_the_least_image_for_a_discriminator_is_the_least_that_it_can_judge(laye
     loss = LossConfig(use_vf=False, perceptual="none", disc_n_layers=layers)
     model = AutoencoderConfig(ch_mult=[1], attn_resolutions=[])
     check_sections(model, None, loss, DataConfig(data_path="x", image_size=least))
-    refuses(f"image_size {least - 1} is too small .*disc_n_layers {layers}, which needs {least}", check_sections,
-            model, None, loss, DataConfig(data_path="x", image_size=least - 1))
+    refuses(
+        f"image_size {least - 1} is too small .*disc_n_layers {layers}, which needs {least}",
+        check_sections,
+        model,
+        None,
+        loss,
+        DataConfig(data_path="x", image_size=least - 1),
+    )
     check_sections(model, None, loss.model_copy(update={"disc_weight": 0.0}), DataConfig(data_path="x", image_size=1))
 
 
 def test_lpips_needs_an_image_that_can_be_halved_four_times():
     loss, model = LossConfig(use_vf=False, disc_weight=0.0), AutoencoderConfig(ch_mult=[1], attn_resolutions=[])
     check_sections(model, None, loss, DataConfig(data_path="x", image_size=16))
-    refuses("image_size 15 is too small for LPIPS", check_sections, model, None, loss,
-            DataConfig(data_path="x", image_size=15))
+    refuses(
+        "image_size 15 is too small for LPIPS",
+        check_sections,
+        model,
+        None,
+        loss,
+        DataConfig(data_path="x", image_size=15),
+    )
 
 
 @pytest.mark.parametrize("weights, missing", [((0.5, 0.1), False), ((0.5, None), True), ((), True)])
@@ -171,11 +186,14 @@ def test_stages_may_give_the_weight_that_the_loss_leaves_open(weights, missing):
         check_sections(*sections)
 
 
-@pytest.mark.parametrize("section, key, value", [
-    (["model", "params"], "use_vf", ["dinov2"]),
-    (["lightning", "trainer"], "precision", [32]),
-    (["lightning", "trainer"], "precision", {"a": 1}),
-])
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        (["model", "params"], "use_vf", ["dinov2"]),
+        (["lightning", "trainer"], "precision", [32]),
+        (["lightning", "trainer"], "precision", {"a": 1}),
+    ],
+)
 def test_values_of_another_kind_are_named_too(section, key, value):
     document = published()
     inner = document
@@ -192,20 +210,26 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     refuses("kl_weight", LossConfig, kl_weight=float("nan"))
 
 
-@pytest.mark.parametrize("make, error", [
-    (lambda: LossConfig(kl_wieght=1.0), r"unknown key 'kl_wieght' \(did you mean 'kl_weight'"),
-    (lambda: AutoencoderConfig(ch="128"), "valid integer"),
-    (lambda: LossConfig(use_vf=1), "valid boolean"),
-    (lambda: LossConfig(vf_weight=-1.0), "greater than or equal to 0"),
-    (lambda: LossConfig(perceptual="vgg"), "'lpips' or 'none'"),
-    (lambda: AutoencoderConfig(size="f16d33"), r"unknown tokenizer size 'f16d33' \(did you mean 'f16d32'"),
-    (lambda: AutoencoderConfig(ch=48), "ch 48 × ch_mult 1 is not a multiple of the 32 norm groups"),
-    (lambda: AutoencoderConfig(resolution=200), "resolution 200 is not a multiple of the down-sampling 16"),
-    (lambda: AutoencoderConfig(attn_resolutions=[24]), r"no level works at 24; levels are at \[256, 128, 64, 32, 16\]"),
-    (lambda: AutoencoderConfig(double_z=False), "double_z"),
-    (lambda: DataConfig(data_path="x", on_unreadable="ignore"), "'error' or 'skip'"),
-    (lambda: StageConfig(epochs=0), "greater than or equal to 1"),
-])
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (lambda: LossConfig(kl_wieght=1.0), r"unknown key 'kl_wieght' \(did you mean 'kl_weight'"),
+        (lambda: AutoencoderConfig(ch="128"), "valid integer"),
+        (lambda: LossConfig(use_vf=1), "valid boolean"),
+        (lambda: LossConfig(vf_weight=-1.0), "greater than or equal to 0"),
+        (lambda: LossConfig(perceptual="vgg"), "'lpips' or 'none'"),
+        (lambda: AutoencoderConfig(size="f16d33"), r"unknown tokenizer size 'f16d33' \(did you mean 'f16d32'"),
+        (lambda: AutoencoderConfig(ch=48), "ch 48 × ch_mult 1 is not a multiple of the 32 norm groups"),
+        (lambda: AutoencoderConfig(resolution=200), "resolution 200 is not a multiple of the down-sampling 16"),
+        (
+            lambda: AutoencoderConfig(attn_resolutions=[24]),
+            r"no level works at 24; levels are at \[256, 128, 64, 32, 16\]",
+        ),
+        (lambda: AutoencoderConfig(double_z=False), "double_z"),
+        (lambda: DataConfig(data_path="x", on_unreadable="ignore"), "'error' or 'skip'"),
+        (lambda: StageConfig(epochs=0), "greater than or equal to 1"),
+    ],
+)
 def test_wrong_values_are_named(make, error):
     with pytest.raises(ValidationError, match=error):
         make()
@@ -228,8 +252,15 @@ def test_sizes():
 def test_released_recipe_changes_the_loss_by_epoch():
     shipped = yaml.safe_load((ROOT / "launch/configs/vavae_f16d32_dinov2.yaml").read_text())
     stages, base = [StageConfig(**stage) for stage in shipped["stages"]], LossConfig(kl_weight=2e-6)
-    wanted = {0: (0.5, 0.0, 0.0), 99.999: (0.5, 0.0, 0.0), 100: (0.1, 0.0, 0.0), 114.9: (0.1, 0.0, 0.0),
-              115: (0.1, 0.25, 0.5), 129: (0.1, 0.25, 0.5), 1000: (0.1, 0.25, 0.5)}
+    wanted = {
+        0: (0.5, 0.0, 0.0),
+        99.999: (0.5, 0.0, 0.0),
+        100: (0.1, 0.0, 0.0),
+        114.9: (0.1, 0.0, 0.0),
+        115: (0.1, 0.25, 0.5),
+        129: (0.1, 0.25, 0.5),
+        1000: (0.1, 0.25, 0.5),
+    }
     for epoch, values in wanted.items():
         loss = loss_at(base, stages, epoch)
         assert (loss.vf_weight, loss.distmat_margin, loss.cos_margin) == values, epoch

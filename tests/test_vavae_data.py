@@ -31,8 +31,14 @@ def save(path, pixels) -> None:
 def folder(tmp_path):
     """Two classes, sub-folders inside one of them, several sizes and kinds; 6 images."""
     rng = np.random.default_rng(0)
-    shapes = {"b/x.png": (20, 31, 3), "b/deep/y.PNG": (40, 17, 3), "a/2.bmp": (16, 16, 3), "a/10.png": (16, 50, 3),
-              "a/grey.png": (24, 24), "a/clear.webp": (33, 18, 4)}
+    shapes = {
+        "b/x.png": (20, 31, 3),
+        "b/deep/y.PNG": (40, 17, 3),
+        "a/2.bmp": (16, 16, 3),
+        "a/10.png": (16, 50, 3),
+        "a/grey.png": (24, 24),
+        "a/clear.webp": (33, 18, 4),
+    }
     for name, shape in shapes.items():
         save(tmp_path / name, rng.integers(0, 256, shape))
     (tmp_path / "a/notes.txt").write_text("no image")
@@ -109,8 +115,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
 @pytest.mark.parametrize("long_side", ["columns", "rows"])
 def test_random_crops_are_cut_from_the_scaled_image_everywhere(tmp_path, long_side):
     ramp = np.arange(40, dtype=np.uint8)
-    pixels = np.broadcast_to(ramp[None, :, None] if long_side == "columns" else ramp[:, None, None],
-                             (8, 40, 3) if long_side == "columns" else (40, 8, 3))
+    pixels = np.broadcast_to(
+        ramp[None, :, None] if long_side == "columns" else ramp[:, None, None],
+        (8, 40, 3) if long_side == "columns" else (40, 8, 3),
+    )
     save(tmp_path / "a/long.png", pixels)
     data = ImageFolder(tmp_path, 8, seed=0)
     crops = torch.stack([to_uint8(everything(data, epoch)["image"])[0, 0] for epoch in range(1000)]).long()
@@ -128,8 +136,11 @@ def test_a_thin_image_takes_memory_by_its_crop_not_by_its_length(tmp_path, monke
     made = []
     resize, interpolate = Image.Image.resize, _functional_tensor.interpolate
     monkeypatch.setattr(Image.Image, "resize", lambda image, to, *args: made.append(to) or resize(image, to, *args))
-    monkeypatch.setattr(_functional_tensor, "interpolate",
-                        lambda x, size, **options: made.append(size) or interpolate(x, size, **options))
+    monkeypatch.setattr(
+        _functional_tensor,
+        "interpolate",
+        lambda x, size, **options: made.append(size) or interpolate(x, size, **options),
+    )
     ramp = np.linspace(0, 255, max(size), dtype=np.uint8)
     pixels = np.empty((size[1], size[0], 3), np.uint8)
     pixels[:] = ramp[None, :, None] if size[0] > size[1] else ramp[:, None, None]
@@ -220,7 +231,8 @@ def test_what_was_found_and_left_out_is_said_in_one_line(folder, caplog):
     (folder / "LICENSE").write_text("free")
     assert said(folder, caplog) == (
         f"{folder}: 6 images in 2 classes (a, b); left out: 1 × .gif (b/z.gif), 1 × .txt (a/notes.txt), "
-        "1 × beside the class folders (LICENSE), 1 × hidden (.ipynb_checkpoints)")
+        "1 × beside the class folders (LICENSE), 1 × hidden (.ipynb_checkpoints)"
+    )
 
 
 @pytest.mark.parametrize(("paths", "want"), [

@@ -27,8 +27,9 @@ def test_features_match_the_recorded(tmp_path, images, kind, name):
     golden, arguments = G("05_vf_foundation"), dict(J("05_vf_foundation")[kind]["config"])
     del arguments["num_classes"]
     write_tensors(tmp_path / "vit.safetensors", golden.group(f"{kind}/param/"))
-    config = FoundationConfig(model_name=name, weights=str(tmp_path / "vit.safetensors"), normalization="published",
-                              model_args=arguments)
+    config = FoundationConfig(
+        model_name=name, weights=str(tmp_path / "vit.safetensors"), normalization="published", model_args=arguments
+    )
     model = FoundationModel.from_config(config, 16)
     close(kind, model(images), golden[f"{kind}/feat"], atol=2e-5)
     assert model.width == 24 and model.input_size == {"dinov2": 224, "mae": 256}[kind]
@@ -73,29 +74,55 @@ def small_with(**arguments) -> FoundationConfig:
     return FoundationConfig(model_name="vit_tiny_patch16_224", model_args=SMALL | arguments)
 
 
-@pytest.mark.parametrize("arguments, error", [
-    ({"depht": 3}, "unknown key 'depht'.*did you mean 'depth'"), ({"depth": -1}, "depth: must be at least 1"),
-    ({"patch_size": 0}, "patch_size: must be at least 1"), ({"num_heads": 0}, "num_heads: must be at least 1"),
-    ({"mlp_ratio": -1.0}, "mlp_ratio: must be above 0"), ({"reg_tokens": -1}, "reg_tokens: must be at least 0"),
-    ({"global_pool": "nope"}, "global_pool: must be"), ({"embed_dim": "96"}, "embed_dim: a whole number"),
-    # Files, and classes of timm by name.
-    *(({key: value}, f"unknown key '{key}'") for key, value in {
-        "checkpoint_path": "x.pt", "pretrained_cfg": {"file": "x"}, "pretrained_cfg_overlay": {"file": "x"},
-        "cache_dir": "x", "act_layer": "gelu", "norm_layer": "x", "pretrained": True, "scriptable": True}.items()),
-])
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ({"depht": 3}, "unknown key 'depht'.*did you mean 'depth'"),
+        ({"depth": -1}, "depth: must be at least 1"),
+        ({"patch_size": 0}, "patch_size: must be at least 1"),
+        ({"num_heads": 0}, "num_heads: must be at least 1"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio: must be above 0"),
+        ({"reg_tokens": -1}, "reg_tokens: must be at least 0"),
+        ({"global_pool": "nope"}, "global_pool: must be"),
+        ({"embed_dim": "96"}, "embed_dim: a whole number"),
+        # Files, and classes of timm by name.
+        *(
+            ({key: value}, f"unknown key '{key}'")
+            for key, value in {
+                "checkpoint_path": "x.pt",
+                "pretrained_cfg": {"file": "x"},
+                "pretrained_cfg_overlay": {"file": "x"},
+                "cache_dir": "x",
+                "act_layer": "gelu",
+                "norm_layer": "x",
+                "pretrained": True,
+                "scriptable": True,
+            }.items()
+        ),
+    ],
+)
 def test_arguments_that_say_no_network_are_refused(arguments, error):
     with pytest.raises(ValueError, match=f"timm's vision transformer: .*{error}"):
         small_with(**arguments)
 
 
-@pytest.mark.parametrize("config, error", [
-    (FoundationConfig(model_name="vit_large_patch14_dinov2.lvd142"), "did you mean 'vit_large_patch14_dinov2.lvd142m'"),
-    (FoundationConfig(model_name="resnet18"), "'resnet18' is no plain vision transformer"),
-    (small_with(embed_dim=191), "model_args .* do not fit vit_tiny_patch16_224"),
-    (small_with(class_token=False), "model_args .* do not fit vit_tiny_patch16_224"),
-    (small(input_size=64), r"input_size 64 gives vit_tiny_patch16_224 \(patch 4\) 16 tokens a side, .* have 8: use 32"),
-    (small(input_size=34), r"8.5 tokens a side"),
-])
+@pytest.mark.parametrize(
+    "config, error",
+    [
+        (
+            FoundationConfig(model_name="vit_large_patch14_dinov2.lvd142"),
+            "did you mean 'vit_large_patch14_dinov2.lvd142m'",
+        ),
+        (FoundationConfig(model_name="resnet18"), "'resnet18' is no plain vision transformer"),
+        (small_with(embed_dim=191), "model_args .* do not fit vit_tiny_patch16_224"),
+        (small_with(class_token=False), "model_args .* do not fit vit_tiny_patch16_224"),
+        (
+            small(input_size=64),
+            r"input_size 64 gives vit_tiny_patch16_224 \(patch 4\) 16 tokens a side, .* have 8: use 32",
+        ),
+        (small(input_size=34), r"8.5 tokens a side"),
+    ],
+)
 def test_a_wrong_section_is_named(config, error):
     with pytest.raises(ValueError, match=error):
         FoundationModel.from_config(config, 8, pretrained=False)

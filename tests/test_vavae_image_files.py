@@ -22,8 +22,9 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def tiff(rows: bytes, width: int, height: int, *, bits: int, white_is_zero=False, sample_format=1, order="<",
-         samples=1) -> bytes:
+def tiff(
+    rows: bytes, width: int, height: int, *, bits: int, white_is_zero=False, sample_format=1, order="<", samples=1
+) -> bytes:
     """An uncompressed TIFF of one strip, grey or of three colours, by its specification."""
     photometric = 2 if samples == 3 else int(not white_is_zero)
     tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 200),

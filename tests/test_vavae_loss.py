@@ -40,8 +40,10 @@ def golden() -> G:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("margins", [(0.0, 0.0), (0.25, 0.5)])
-@pytest.mark.parametrize("weights, name", [((1, 0), "vf_loss_1"), ((0, 1), "vf_loss_2"), ((1, 1), "vf_loss"),
-                                           ((0.7, 1.3), "vf_loss_w0.7_1.3")])
+@pytest.mark.parametrize(
+    "weights, name",
+    [((1, 0), "vf_loss_1"), ((0, 1), "vf_loss_2"), ((1, 1), "vf_loss"), ((0.7, 1.3), "vf_loss_w0.7_1.3")],
+)
 def test_vf_loss_matches_the_recorded(golden, dtype, margins, weights, name):
     suffix, rel = DTYPES[dtype]
     names = ("distmat_margin", "cos_margin", "distmat_weight", "cos_weight")

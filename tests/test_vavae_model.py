@@ -38,8 +38,12 @@ def test_encoder_and_posterior_match_the_recorded(golden, dtype):
     for name in ("mean", "logvar", "std", "var"):
         close(name, getattr(posterior, name), golden[f"out/{name}{suffix}"], **limits)
     other = Posterior(golden["in/w_mean"].to(dtype), (0.3 * golden["in/w_logvar"]).to(dtype))
-    values = {"mode": posterior.mode(), "kl": posterior.kl(), "kl_vs_other": posterior.kl(other),
-              "nll_of_z": posterior.nll(z)}
+    values = {
+        "mode": posterior.mode(),
+        "kl": posterior.kl(),
+        "kl_vs_other": posterior.kl(other),
+        "nll_of_z": posterior.nll(z),
+    }
     for name, value in values.items():
         close(name, value, golden[f"out/{name}{suffix}"], **limits)
 
@@ -90,7 +94,6 @@ def test_doubling_is_interpolation_by_nearest_neighbours(layout, shape):
     upstream = torch.randn_like(want)
     gradients = [torch.autograd.grad(result, x, upstream)[0] for result in (got, want)]
     close("gradient", *gradients, atol=1e-14)
-
 
 
 def test_downsample_pads_below_and_on_the_right_also_at_odd_sizes(golden):

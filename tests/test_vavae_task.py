@@ -46,8 +46,16 @@ def foundation(root, **fields) -> FoundationConfig:
 
 def make(files, *, model=TINY, stages=(), seed=0, data=None, **loss) -> VavaeTask:
     data = DataConfig(data_path=str(files / "images"), image_size=16, **(data or {}))
-    return VavaeTask(model=model, foundation=foundation(files), loss=LossConfig(**{**LOSS, **loss}), data=data, ops=OPS,
-                     seed=seed, global_batch_size=4, stages=stages)
+    return VavaeTask(
+        model=model,
+        foundation=foundation(files),
+        loss=LossConfig(**{**LOSS, **loss}),
+        data=data,
+        ops=OPS,
+        seed=seed,
+        global_batch_size=4,
+        stages=stages,
+    )
 
 
 def batch_of(task: VavaeTask, size: int = 4) -> dict[str, torch.Tensor]:
@@ -278,12 +286,17 @@ def test_a_checkpoint_of_other_classes_is_refused(files):
         task.load_state_dict({"classes": ["cat", "dog"]})
 
 
-@pytest.mark.parametrize("change, error", [
-    ({"data": {"num_classes": 3}}, "data.num_classes is 3, but .* has 2 class folders"),
-    ({"model": AutoencoderConfig(ch=32, ch_mult=(1,) * 6, attn_resolutions=())},
-     r"data.image_size 16 is not a multiple of the tokenizer's down-sampling 32"),
-    ({"model": TINY.model_copy(update={"in_channels": 1})}, "in_channels 1 .* images have 3"),
-])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"data": {"num_classes": 3}}, "data.num_classes is 3, but .* has 2 class folders"),
+        (
+            {"model": AutoencoderConfig(ch=32, ch_mult=(1,) * 6, attn_resolutions=())},
+            r"data.image_size 16 is not a multiple of the tokenizer's down-sampling 32",
+        ),
+        ({"model": TINY.model_copy(update={"in_channels": 1})}, "in_channels 1 .* images have 3"),
+    ],
+)
 def test_sections_that_contradict_each_other_are_named(files, change, error):
     with pytest.raises(ValueError, match=error):
         make(files, **change)

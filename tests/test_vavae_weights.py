@@ -43,8 +43,9 @@ def test_published_training_layout_is_sorted_without_rest():
     recorded = J("05_vae_real_training_keys")
     parts = split_tokenizer({k: torch.empty(s, device="meta") for k, s in recorded["state_dict"].items()}, "x")
     counts = recorded["counts"]
-    assert len(parts.autoencoder) == sum(counts[k] for k in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.",
-                                                             "linear_proj."))
+    assert len(parts.autoencoder) == sum(
+        counts[k] for k in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "linear_proj.")
+    )
     assert len(parts.discriminator) == counts["loss.discriminator."]
     assert parts.dropped == {k: counts[k] for k in ("foundation_model.", "loss.perceptual_loss.", "loss.logvar")}
     with torch.device("meta"):
@@ -61,8 +62,12 @@ def test_published_checkpoint_becomes_a_tokenizer_and_says_what_it_left_out(tens
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
     (message,) = caplog.messages
-    for part in ("2 tensors foundation_model.", "1 tensors loss.logvar", "1 tensors linear_proj.",
-                 "22 tensors loss.discriminator."):
+    for part in (
+        "2 tensors foundation_model.",
+        "1 tensors loss.logvar",
+        "1 tensors linear_proj.",
+        "22 tensors loss.discriminator.",
+    ):
         assert part in message
 
 
@@ -109,8 +114,12 @@ def test_differences_are_all_named(tensors, tmp_path):
     write_tensors(tmp_path / "vae.safetensors", wrong)
     with pytest.raises(WeightsError) as error:
         load_tokenizer(tmp_path / "vae.safetensors", OPS, TINY)
-    for part in ("vae.safetensors", "1 missing: quant_conv.bias", "1 unexpected: encoder.extra",
-                 "encoder.conv_in.bias [5] where the model has [32]"):
+    for part in (
+        "vae.safetensors",
+        "1 missing: quant_conv.bias",
+        "1 unexpected: encoder.extra",
+        "encoder.conv_in.bias [5] where the model has [32]",
+    ):
         assert part in str(error.value)
 
 

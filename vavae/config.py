@@ -76,8 +76,9 @@ class AutoencoderConfig(Section):
         fields = dict(data)
         size = fields.pop("size")
         if not isinstance(size, str) or size not in cls.SIZES:
-            raise ValueError(f"size: unknown tokenizer size {size!r}{nearest(str(size), cls.SIZES)}; "
-                             f"known: {', '.join(cls.SIZES)}")
+            raise ValueError(
+                f"size: unknown tokenizer size {size!r}{nearest(str(size), cls.SIZES)}; known: {', '.join(cls.SIZES)}"
+            )
         return {**cls.SIZES[size], **fields}
 
     @property
@@ -269,8 +270,13 @@ def _not_set(*keys: str) -> ValueError:
     return ValueError("not set: " + "; ".join(f"{key} (in a published file {_PUBLISHED[key]})" for key in keys))
 
 
-def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig, data: DataConfig,
-                   stages: Iterable[StageConfig] = ()) -> None:
+def check_sections(
+    model: AutoencoderConfig,
+    foundation: FoundationConfig | None,
+    loss: LossConfig,
+    data: DataConfig,
+    stages: Iterable[StageConfig] = (),
+) -> None:
     """Raise ValueError, naming the keys, where sections of a training run contradict each other or leave one open."""
     weights = [loss_at(loss, [stage], 0).vf_weight for stage in stages] or [loss.vf_weight]
     needed = {
@@ -281,8 +287,10 @@ def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None
     if any(needed.values()):
         raise _not_set(*(key for key, open in needed.items() if open))
     if data.image_size % model.downsample_ratio:
-        raise ValueError(f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
-                         f"{model.downsample_ratio}")
+        raise ValueError(
+            f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
+            f"{model.downsample_ratio}"
+        )
     if model.in_channels != 3 or model.out_ch != 3:
         raise ValueError(f"model.in_channels {model.in_channels} and model.out_ch {model.out_ch}: images have 3")
     if loss.use_vf and foundation is None:
@@ -290,8 +298,12 @@ def check_sections(model: AutoencoderConfig, foundation: FoundationConfig | None
     # Each strided convolution of the discriminator halves the image, rounding down; two more take off 1 each.
     least = 3 * 2**loss.disc_n_layers
     if loss.use_gan and data.image_size < least:
-        raise ValueError(f"data.image_size {data.image_size} is too small for a discriminator with loss.disc_n_layers "
-                         f"{loss.disc_n_layers}, which needs {least}: use fewer layers, or loss.disc_weight 0")
+        raise ValueError(
+            f"data.image_size {data.image_size} is too small for a discriminator with loss.disc_n_layers "
+            f"{loss.disc_n_layers}, which needs {least}: use fewer layers, or loss.disc_weight 0"
+        )
     if loss.perceptual == "lpips" and data.image_size < LPIPS_LEAST_SIZE:
-        raise ValueError(f"data.image_size {data.image_size} is too small for LPIPS, which halves images "
-                         f"four times: at least {LPIPS_LEAST_SIZE}, or loss.perceptual none")
+        raise ValueError(
+            f"data.image_size {data.image_size} is too small for LPIPS, which halves images "
+            f"four times: at least {LPIPS_LEAST_SIZE}, or loss.perceptual none"
+        )

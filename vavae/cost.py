@@ -35,8 +35,9 @@ class Cost:
     saved_elements: int
 
 
-def training_cost(model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
-                  image_size: int) -> dict[str, Cost]:
+def training_cost(
+    model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig, image_size: int
+) -> dict[str, Cost]:
     """Costs of the trained networks by name (with the GAN running, if the loss has one) and of the `frozen` ones.
 
     No weights are read and nothing is downloaded.

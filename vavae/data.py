@@ -39,16 +39,27 @@ class ImageFolder:
         ValueError: no such folder, no sub-folder, a sub-folder without images, or another number of classes.
     """
 
-    def __init__(self, root: str | Path, image_size: int, *, seed: int, crop: str = "random",
-                 on_unreadable: str = "error", cache: bool = False, num_classes: int | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        *,
+        seed: int,
+        crop: str = "random",
+        on_unreadable: str = "error",
+        cache: bool = False,
+        num_classes: int | None = None,
+    ):
         self.root, self.image_size, self.seed = Path(root), image_size, seed
         self.crop, self.on_unreadable = crop, on_unreadable
         self.unreadable: dict[str, str] = {}
         self.classes, self.paths, labels = _scan(self.root, on_unreadable)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         if num_classes is not None and len(self.classes) != num_classes:
-            raise ValueError(f"data.num_classes is {num_classes}, but {root} has {len(self.classes)} class folders: "
-                             f"{shortened(self.classes, 5)}")
+            raise ValueError(
+                f"data.num_classes is {num_classes}, but {root} has {len(self.classes)} class folders: "
+                f"{shortened(self.classes, 5)}"
+            )
         self._cache: dict[int, torch.Tensor | np.ndarray] | None = {} if cache else None
         if cache:  # now, so that loader processes share one copy
             for index in range(len(self.paths)):
@@ -57,8 +68,15 @@ class ImageFolder:
     @classmethod
     def from_config(cls, config: DataConfig, seed: int) -> "ImageFolder":
         """The training images of a run."""
-        return cls(config.folder, config.image_size, seed=seed, crop=config.crop, cache=config.cache,
-                   on_unreadable=config.on_unreadable, num_classes=config.num_classes)
+        return cls(
+            config.folder,
+            config.image_size,
+            seed=seed,
+            crop=config.crop,
+            cache=config.cache,
+            on_unreadable=config.on_unreadable,
+            num_classes=config.num_classes,
+        )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,14 +153,17 @@ def _scan(root: Path, on_unreadable: str) -> tuple[tuple[str, ...], tuple[str, .
     listing = ImageListing(root)
     classes = listing.classes()
     if not classes:
-        raise ValueError(f"data folder {root} has no sub-folders: each class needs a folder of its own"
-                         f"{listing.describe_left_out()}")
+        raise ValueError(
+            f"data folder {root} has no sub-folders: each class needs a folder of its own{listing.describe_left_out()}"
+        )
     paths, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(listing.images(name))
         if not found:
-            raise ValueError(f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})"
-                             f"{listing.describe_left_out()}")
+            raise ValueError(
+                f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})"
+                f"{listing.describe_left_out()}"
+            )
         paths += found
         labels += [label] * len(found)
     if on_unreadable == "error":
@@ -163,6 +184,8 @@ def _describe(listing: ImageListing, classes: tuple[str, ...], paths: list[str])
         if moved is not None:
             text += f"; classes are sorted as text, so label {moved} is class {classes[moved]!r}"
     if all(path.count(os.sep) > 1 for path in paths):
-        text += (f"; no class folder holds images itself, they lie deeper ({paths[0]}): is data.data_path one level "
-                 "too high?")
+        text += (
+            f"; no class folder holds images itself, they lie deeper ({paths[0]}): is data.data_path one level "
+            "too high?"
+        )
     return text

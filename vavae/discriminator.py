@@ -26,8 +26,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.training:
             self.num_batches_tracked.add_(1)
-        y = F.batch_norm(x.to(wide), self.running_mean, self.running_var, self.weight.to(wide), self.bias.to(wide),
-                         self.training, self.momentum, self.eps)
+        y = F.batch_norm(
+            x.to(wide),
+            self.running_mean,
+            self.running_var,
+            self.weight.to(wide),
+            self.bias.to(wide),
+            self.training,
+            self.momentum,
+            self.eps,
+        )
         return y.to(x.dtype)
 
 

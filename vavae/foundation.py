@@ -141,8 +141,9 @@ def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn
         if not download or isinstance(error, OF_ARGUMENTS):
             reason = str(error) or "they contradict each other"
             raise ValueError(f"foundation.model_args {arguments} do not fit {config.model_name}: {reason}") from error
-        raise DownloadError(f"could not download the weights of {config.model_name} ({error}); "
-                           "name a local copy in foundation.weights") from error
+        raise DownloadError(
+            f"could not download the weights of {config.model_name} ({error}); name a local copy in foundation.weights"
+        ) from error
     return vit
 
 
@@ -159,6 +160,8 @@ def _input_size(config: FoundationConfig, vit: nn.Module, grid: int) -> int:
     patch = vit.patch_embed.patch_size[0]
     size = config.input_size or grid * patch
     if size % patch or size // patch != grid:
-        raise ValueError(f"foundation.input_size {size} gives {config.model_name} (patch {patch}) {size / patch:g} "
-                         f"tokens a side, but the latents have {grid}: use {grid * patch}, or null")
+        raise ValueError(
+            f"foundation.input_size {size} gives {config.model_name} (patch {patch}) {size / patch:g} "
+            f"tokens a side, but the latents have {grid}: use {grid * patch}, or null"
+        )
     return size

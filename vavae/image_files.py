@@ -156,8 +156,9 @@ class ImageListing:
     def describe_left_out(self) -> str:
         """Such as `; left out: 3 × .gif (a/x.gif, a/y.gif, …), 1 × hidden (.git)`; empty where nothing is."""
         kinds = sorted(self.left_out.items(), key=lambda item: (-len(item[1]), item[0]))
-        parts = [f"{len(paths):,} × {kind} ({shortened(sorted(paths), _NAMED)})"
-                 for kind, paths in kinds[:_KINDS_NAMED]]
+        parts = [
+            f"{len(paths):,} × {kind} ({shortened(sorted(paths), _NAMED)})" for kind, paths in kinds[:_KINDS_NAMED]
+        ]
         if others := sum(len(paths) for _, paths in kinds[_KINDS_NAMED:]):
             parts.append(f"{others:,} of other kinds")
         return f"; left out: {', '.join(parts)}" if parts else ""

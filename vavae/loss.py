@@ -79,8 +79,10 @@ def _download_vgg() -> dict[str, torch.Tensor]:
     try:
         return VGG.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
-        raise DownloadError(f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
-                           "loss.perceptual_weights, or set loss.perceptual to none") from error
+        raise DownloadError(
+            f"could not download VGG-16 for LPIPS ({error}): name a local copy in "
+            "loss.perceptual_weights, or set loss.perceptual to none"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,12 @@ class Forward:
     decoder_layer: torch.Tensor
 
 
-def reconstruction_nll(config: LossConfig, images: torch.Tensor, reconstruction: torch.Tensor,
-                       perceptual: Callable[..., torch.Tensor] | None) -> tuple[torch.Tensor, Logs]:
+def reconstruction_nll(
+    config: LossConfig,
+    images: torch.Tensor,
+    reconstruction: torch.Tensor,
+    perceptual: Callable[..., torch.Tensor] | None,
+) -> tuple[torch.Tensor, Logs]:
     """Negative log likelihood of each image, [B], and the mean errors to log.
 
     `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, added (or averaged, see `LossConfig.reconstruction`)
@@ -143,8 +149,13 @@ def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch
     return config.distmat_weight * distmat + config.cos_weight * cos, logs
 
 
-def generator_loss(config: LossConfig, ops: Any, step: Forward, perceptual: Callable[..., torch.Tensor] | None,
-                   discriminator: Callable[..., torch.Tensor] | None) -> tuple[torch.Tensor, Logs]:
+def generator_loss(
+    config: LossConfig,
+    ops: Any,
+    step: Forward,
+    perceptual: Callable[..., torch.Tensor] | None,
+    discriminator: Callable[..., torch.Tensor] | None,
+) -> tuple[torch.Tensor, Logs]:
     """What the autoencoder minimises, and its terms to log (detached scalars).
 
     Args:

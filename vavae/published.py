@@ -8,8 +8,18 @@ from common.sections import nearest
 FOUNDATION_MODELS = {"dinov2": "vit_large_patch14_dinov2.lvd142m", "mae": "vit_large_patch16_224.mae"}
 PRECISIONS = {32: "float32", "32": "float32", "32-true": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
 
-_DDCONFIG = ("double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
-             "attn_resolutions", "dropout")
+_DDCONFIG = (
+    "double_z",
+    "z_channels",
+    "resolution",
+    "in_channels",
+    "out_ch",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "dropout",
+)
 # Published name → ours, where the meaning is the same.
 _LOSS = {
     "kl_weight": "kl_weight", "disc_weight": "disc_weight", "disc_factor": "disc_factor", "disc_loss": "disc_loss",
@@ -84,8 +94,12 @@ def from_published(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     model = read.section(document, "model", "")
     read.allow(model, "model.", ("base_learning_rate", "params"), ("target",))
     params = read.section(model, "params", "model.")
-    read.allow(params, "model.params.", ("embed_dim", "use_vf", "reverse_proj", "proj_fix", "lossconfig", "ddconfig"),
-               ("monitor",))
+    read.allow(
+        params,
+        "model.params.",
+        ("embed_dim", "use_vf", "reverse_proj", "proj_fix", "lossconfig", "ddconfig"),
+        ("monitor",),
+    )
     autoencoder = _autoencoder(read, params)
     data, train = _data_and_train(read, document)
     sections = {

@@ -36,8 +36,10 @@ def refuse_other_layouts(keys: Mapping[str, torch.Tensor], source: str | Path) -
     if model_of(keys) == "LightningDiT":
         raise WeightsError(f"{source} holds a LightningDiT's weights; a tokenizer's are wanted")
     if any(map(_DIFFUSERS.match, keys)):
-        raise WeightsError(f"{source} is an AutoencoderKL of diffusers (keys such as encoder.down_blocks.0…); read are "
-                           "weights in the layout of latent diffusion (encoder.down.0…), as VA-VAE publishes them")
+        raise WeightsError(
+            f"{source} is an AutoencoderKL of diffusers (keys such as encoder.down_blocks.0…); read are "
+            "weights in the layout of latent diffusion (encoder.down.0…), as VA-VAE publishes them"
+        )
 
 
 def _config(tensors: Mapping[str, torch.Tensor]) -> AutoencoderConfig:

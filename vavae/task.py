@@ -58,8 +58,9 @@ class AlignedAutoencoder(AutoencoderKL):
             ends = (config.embed_dim, width) if reverse else (width, config.embed_dim)
             self.linear_proj = nn.Conv2d(*ends, 1, bias=not reverse).requires_grad_(not fixed)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None,
-                criterion: Criterion) -> tuple[torch.Tensor, torch.Tensor, Logs]:
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None, criterion: Criterion
+    ) -> tuple[torch.Tensor, torch.Tensor, Logs]:
         """One pass and its loss.
 
         The loss is taken in here because it needs gradients at inner layers, and a network under DeepSpeed hooks every
@@ -107,8 +108,18 @@ class VavaeTask:
         ValueError: sections that contradict each other, each named; missing data or weights.
     """
 
-    def __init__(self, *, model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig,
-                 data: DataConfig, ops: Any, seed: int, global_batch_size: int, stages: Iterable[StageConfig] = ()):
+    def __init__(
+        self,
+        *,
+        model: AutoencoderConfig,
+        foundation: FoundationConfig | None,
+        loss: LossConfig,
+        data: DataConfig,
+        ops: Any,
+        seed: int,
+        global_batch_size: int,
+        stages: Iterable[StageConfig] = (),
+    ):
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
         self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
@@ -141,8 +152,10 @@ class VavaeTask:
         """Raises ValueError where the checkpoint was trained on other classes, as far as it names them."""
         theirs, ours = state.get("classes"), list(self.batches.classes)
         if theirs is not None and theirs != ours:
-            raise ValueError(f"the checkpoint was trained on {len(theirs):,} other classes ({shortened(theirs, 5)}) "
-                             f"than the {len(ours):,} of {self.batches.root} ({shortened(ours, 5)})")
+            raise ValueError(
+                f"the checkpoint was trained on {len(theirs):,} other classes ({shortened(theirs, 5)}) "
+                f"than the {len(ours):,} of {self.batches.root} ({shortened(ours, 5)})"
+            )
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
         """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32.
@@ -159,8 +172,14 @@ class VavaeTask:
         """The loss in force at a step (from 1)."""
         return loss_at(self.loss, self.stages, (step - 1) * self.global_batch_size / len(self.batches))
 
-    def train_step(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, step: int,
-                   backward: Callable[[str, torch.Tensor], None]) -> Logs:
+    def train_step(
+        self,
+        networks: Mapping[str, Callable],
+        batch: Tensors,
+        draws: Tensors,
+        step: int,
+        backward: Callable[[str, torch.Tensor], None],
+    ) -> Logs:
         """One micro-batch through the autoencoder and, once the GAN has begun, through the discriminator.
 
         Args:
@@ -210,8 +229,9 @@ class VavaeTask:
         return self.foundation(images) if self.foundation is not None else None
 
 
-def build_networks(model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int,
-                   width: int | None) -> dict[str, nn.Module]:
+def build_networks(
+    model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int, width: int | None
+) -> dict[str, nn.Module]:
     """The trained networks by name; their initial weights depend on the seed alone.
 
     Args:

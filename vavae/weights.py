@@ -64,8 +64,9 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
         else:
             unknown.append(key)
     if unknown:
-        raise WeightsError(f"{source} is no tokenizer: {len(unknown)} keys belong to no part of one: "
-                           f"{', '.join(unknown[:5])}")
+        raise WeightsError(
+            f"{source} is no tokenizer: {len(unknown)} keys belong to no part of one: {', '.join(unknown[:5])}"
+        )
     return TokenizerWeights(autoencoder, discriminator, dict(dropped))
 
 
@@ -86,8 +87,9 @@ def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None 
     return build_tokenizer(tensors, config or infer_config(tensors, path), ops, path)
 
 
-def build_tokenizer(tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any,
-                    source: str | Path) -> AutoencoderKL:
+def build_tokenizer(
+    tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any, source: str | Path
+) -> AutoencoderKL:
     """A tokenizer to encode and decode with, of a training run's tensors or a tokenizer's; `source` names them.
 
     Raises:

@@ -39,6 +39,7 @@ def _no_bias(gate_up, *, bias=None) -> list[str]:
 SWIGLU = (
     Contender("torch", torch_swiglu, includes="two kernels: SiLU, product; a bias is a third"),
     # Its backward pass writes the gradients over the saved halves.
-    Contender("liger", liger_swiglu, _no_bias, "from two tensors instead of a packed one", "liger-kernel",
-              overwrites=True),
+    Contender(
+        "liger", liger_swiglu, _no_bias, "from two tensors instead of a packed one", "liger-kernel", overwrites=True
+    ),
 )

@@ -81,8 +81,18 @@ ATTENTION = (
             ("math", SDPBackend.MATH, lambda **inputs: [], False),
         )
     ),
-    Contender("flash-attn-2", flash_attn_2, _half_precision_only,
-              "bias and norm by torch, rotation by its own kernel", "flash-attn"),
-    Contender("flash-attn-3", flash_attn_3, _half_precision_only,
-              "bias and norm by torch, rotation by flash-attn's kernel", "flash-attn-3"),
+    Contender(
+        "flash-attn-2",
+        flash_attn_2,
+        _half_precision_only,
+        "bias and norm by torch, rotation by its own kernel",
+        "flash-attn",
+    ),
+    Contender(
+        "flash-attn-3",
+        flash_attn_3,
+        _half_precision_only,
+        "bias and norm by torch, rotation by flash-attn's kernel",
+        "flash-attn-3",
+    ),
 )

@@ -35,9 +35,7 @@ def _modulated(y: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor)
     return y * factor if shift is None else torch.addcmul(shift[:, None], y, factor)
 
 
-def _residual(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x + gate · branch` in one kernel; it computes in the widest of the dtypes."""
     return torch.addcmul(x, gate[:, None], _biased(branch, bias)).to(x.dtype)
 
@@ -162,21 +160,37 @@ _NORMS = (
     ("quack", quack_norm, "quack-kernels"),
 )
 ADALN = (
-    *(Contender(name, lambda load=load: adaln(load()), includes=_REST, package=package)
-      for name, load, package in _NORMS),
-    Contender("liger-modulated", liger_modulated_adaln, includes="norm and modulation in one kernel, float atomics "
-              "backward", package="liger-kernel"),
+    *(
+        Contender(name, lambda load=load: adaln(load()), includes=_REST, package=package)
+        for name, load, package in _NORMS
+    ),
+    Contender(
+        "liger-modulated",
+        liger_modulated_adaln,
+        includes="norm and modulation in one kernel, float atomics backward",
+        package="liger-kernel",
+    ),
 )
 GATED = (
-    *(Contender(name, lambda load=load: gated(load()), includes=_REST, package=package)
-      for name, load, package in _NORMS[:-1]),
-    Contender("liger-modulated", liger_modulated_gated, includes="gate and residual by torch; float atomics backward",
-              package="liger-kernel"),
+    *(
+        Contender(name, lambda load=load: gated(load()), includes=_REST, package=package)
+        for name, load, package in _NORMS[:-1]
+    ),
+    Contender(
+        "liger-modulated",
+        liger_modulated_gated,
+        includes="gate and residual by torch; float atomics backward",
+        package="liger-kernel",
+    ),
     Contender("quack", quack_gated, includes="gate and modulation by torch", package="quack-kernels"),
 )
 GROUP_NORM = (
     Contender("torch", torch_group_norm, includes="two kernels: group norm, SiLU"),
-    Contender("liger", liger_group_norm, includes="from a contiguous tensor, as its kernel takes; SiLU by torch",
-              package="liger-kernel"),
+    Contender(
+        "liger",
+        liger_group_norm,
+        includes="from a contiguous tensor, as its kernel takes; SiLU by torch",
+        package="liger-kernel",
+    ),
     Contender("apex", apex_group_norm, _channels_last_only, "SiLU in its kernel", "apex"),
 )

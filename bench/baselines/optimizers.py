@@ -16,8 +16,22 @@ def torch_fused() -> Adapter:
         return {"steps": (step - 1).float(), "inverse_scale": grad_scale.float().reciprocal(), **rest}
 
     @torch.no_grad()
-    def run(param, grad, exp_avg, exp_avg_sq, ema, *, steps, lr, betas, eps, weight_decay, ema_decay, inverse_scale,
-            bf16_param=None):
+    def run(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        ema,
+        *,
+        steps,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        ema_decay,
+        inverse_scale,
+        bf16_param=None,
+    ):
         adamw(
             [param], [grad.to(param.dtype)], [exp_avg], [exp_avg_sq], [], [steps],
             fused=True, grad_scale=inverse_scale, amsgrad=False, maximize=False,
@@ -44,8 +58,15 @@ def _optimizer(FusedAdam: type) -> Adapter:
     """An optimizer object that holds these states; learning rate and step are the host's, as it has them."""
 
     def arrange(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, skip, **rest) -> Inputs:
-        optimizer = FusedAdam([param], lr=float(lr), bias_correction=True, betas=betas, eps=eps, adam_w_mode=True,
-                              weight_decay=weight_decay)
+        optimizer = FusedAdam(
+            [param],
+            lr=float(lr),
+            bias_correction=True,
+            betas=betas,
+            eps=eps,
+            adam_w_mode=True,
+            weight_decay=weight_decay,
+        )
         done = int(step) - 1
         optimizer.param_groups[0]["step"] = done  # apex counts here, DeepSpeed in the state
         optimizer.state[param] = {"step": done, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -76,10 +97,22 @@ def _never_skips(skip, **rest) -> list[str]:
 
 _THREE = "AdamW, moving average and bfloat16 copy, each a pass"
 OPTIMIZERS = (
-    Contender("torch-fused", torch_fused, _never_skips, f"{_THREE}; the scaled gradient is written back; a bfloat16 "
-              "gradient is cast first", overwrites=True),
-    Contender("apex-fused-adam", apex_adam, _never_skips, f"{_THREE}; one more to scale the gradient", "apex",
-              overwrites=True),
-    Contender("deepspeed-fused-adam", deepspeed_adam, _never_skips, f"{_THREE}; one more to scale the gradient",
-              "deepspeed", overwrites=True),
+    Contender(
+        "torch-fused",
+        torch_fused,
+        _never_skips,
+        f"{_THREE}; the scaled gradient is written back; a bfloat16 gradient is cast first",
+        overwrites=True,
+    ),
+    Contender(
+        "apex-fused-adam", apex_adam, _never_skips, f"{_THREE}; one more to scale the gradient", "apex", overwrites=True
+    ),
+    Contender(
+        "deepspeed-fused-adam",
+        deepspeed_adam,
+        _never_skips,
+        f"{_THREE}; one more to scale the gradient",
+        "deepspeed",
+        overwrites=True,
+    ),
 )

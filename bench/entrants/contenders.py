@@ -27,8 +27,12 @@ def contenders_for(op: Op, compiler: Compiler = inductor, emulated: bool = False
     emulated: let backends take part that run in an emulator, to test the bench.
     """
     for name in ours(op):
-        yield Contender(name, partial(_backend, op, name, emulated), partial(_unsupported, op, name),
-                        package="triton" if name == "triton" else "torch")
+        yield Contender(
+            name,
+            partial(_backend, op, name, emulated),
+            partial(_unsupported, op, name),
+            package="triton" if name == "triton" else "torch",
+        )
     eager = Contender("eager", lambda: Adapter(reference(op)), includes="the reference, op by op")
     yield eager
     yield _compiled(eager, compiler, "compile")

@@ -120,7 +120,7 @@ class Truth:
 
 @cache
 def flops_per_image(config: AutoencoderConfig, size: int) -> dict[str, int]:
-    """"encode" and "decode" → FLOPs of an image of size × size pixels, every product and convolution, a multiply-add
+    """ "encode" and "decode" → FLOPs of an image of size × size pixels, every product and convolution, a multiply-add
     counted as two; nothing is allocated."""
     with torch.device("meta"):
         tokenizer = AutoencoderKL(config, kernels.select("reference"))

@@ -85,9 +85,7 @@ def covering(name: Key) -> list[Key]:
     return [name, (*name[:4], None, name[5]), (*name[:4], None, "all")]
 
 
-def compare(
-    baseline: Iterable[Row], run: Iterable[Row], again: Again, partial: Collection[str] = ()
-) -> list[Finding]:
+def compare(baseline: Iterable[Row], run: Iterable[Row], again: Again, partial: Collection[str] = ()) -> list[Finding]:
     """What became of each row of ours, failures first.
 
     again: measures one row anew; raises `NotMeasured` where it cannot.

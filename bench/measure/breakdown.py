@@ -53,7 +53,7 @@ def longest(intervals: Iterable[Interval], steps: int, count: int = 12) -> list[
 
 
 def where_time_goes(step: Callable[[], object], device: str, steps: int = 3) -> dict:
-    """"breakdown_ms" and "longest" of a step, by the profiler; nothing where `device` is no GPU."""
+    """ "breakdown_ms" and "longest" of a step, by the profiler; nothing where `device` is no GPU."""
     if device != "cuda":
         return {}
     found = profiled(step, steps)

@@ -32,8 +32,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--second", action="store_true", help="what the rows of a first run ask for")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="ROWS",
                         help="rows of an earlier run, to be read besides those in OUT")  # fmt: skip
-    parser.add_argument("--rehearse", action="store_true",
-                        help="on a CPU, with tiny sizes: that everything starts and ends; no figure means anything")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="on a CPU, with tiny sizes: that everything starts and ends; no figure means anything",
+    )
     options = parser.parse_args(argv)
     if not options.minutes > 0:  # nan too
         parser.error(f"--minutes is {options.minutes:g}; allowed: more than 0")

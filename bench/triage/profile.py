@@ -1,6 +1,6 @@
 """A child: one call of an op's headline case in bfloat16 between the marks of a profiler.
 
-    ncu --profile-from-start off python -m bench.triage.profile OP BACKEND forward|backward
+ncu --profile-from-start off python -m bench.triage.profile OP BACKEND forward|backward
 """
 
 import argparse

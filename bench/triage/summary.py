@@ -22,8 +22,14 @@ def text(rows: Sequence[Row], known: Sequence[Row] | None = None) -> str:
         ("Parts of the limit, the worst first", _fractions(rows)),
         ("Sampling and tokenizer", _others(rows)),
         ("Not as it should be", _failures(rows)),
-        ("Skipped", [f"{_label(row)}: {row['reason']}" for row in _told(rows)
-                     if row["verdict"] == SKIPPED or (row["verdict"] == OK and CUT_SHORT.match(row["reason"]))]),
+        (
+            "Skipped",
+            [
+                f"{_label(row)}: {row['reason']}"
+                for row in _told(rows)
+                if row["verdict"] == SKIPPED or (row["verdict"] == OK and CUT_SHORT.match(row["reason"]))
+            ],
+        ),
     )
     filled = [(head, list(lines)) for head, lines in sections]
     blocks = ["\n".join([*([f"== {head}"] if head else []), *lines]) for head, lines in filled if lines]

@@ -5,8 +5,20 @@ from kernels.cases import Case, Cost, Draw, nbytes, strided
 EPS = 1e-6
 
 
-def _case(name: str, samples: int, tokens: int, width: int, *, rows=Draw.rows, shifted=True, small=None, out_dtype=None,
-          layout=lambda x: x, vectors=lambda x: x, production=False) -> Case:
+def _case(
+    name: str,
+    samples: int,
+    tokens: int,
+    width: int,
+    *,
+    rows=Draw.rows,
+    shifted=True,
+    small=None,
+    out_dtype=None,
+    layout=lambda x: x,
+    vectors=lambda x: x,
+    production=False,
+) -> Case:
     """`small` is the dtype of weight, shift and scale where it is not that of `x`, `vectors` their layout."""
 
     def make(draw: Draw) -> dict:

@@ -70,8 +70,19 @@ def check(
     for argument, tensor in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("skip", skip)):
         if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1:
             refuse(NAME, argument, tensor, "a tensor of one element, on the device")
-    check_device(NAME, param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, ema=ema, bf16_param=bf16_param,
-                 step=step, lr=lr, grad_scale=grad_scale, skip=skip)
+    check_device(
+        NAME,
+        param,
+        grad=grad,
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        ema=ema,
+        bf16_param=bf16_param,
+        step=step,
+        lr=lr,
+        grad_scale=grad_scale,
+        skip=skip,
+    )
     _check_numbers(betas, eps, weight_decay, ema_decay)
 
 

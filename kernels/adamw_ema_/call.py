@@ -27,8 +27,23 @@ def in_place(name: str, update: Callable[..., None]) -> Callable[..., None]:
         update(param, grad.contiguous(), exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip,
                beta1, beta2, eps, weight_decay, ema_decay)  # fmt: skip
 
-    def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
-                   skip, bf16_param=None):
+    def adamw_ema_(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        ema,
+        *,
+        step,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        ema_decay,
+        grad_scale,
+        skip,
+        bf16_param=None,
+    ):
         update_(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, *betas, eps,
                 weight_decay, ema_decay)  # fmt: skip
 

@@ -3,8 +3,20 @@ import torch
 from kernels.cases import Case, Cost, Draw, nbytes, strided
 
 
-def _case(name: str, numbers: int, *, step=3, weight_decay=0.1, betas=(0.9, 0.95), ema_decay=0.9, copied=True,
-          skip=False, offset=0, gaps=False, production=False) -> Case:
+def _case(
+    name: str,
+    numbers: int,
+    *,
+    step=3,
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    ema_decay=0.9,
+    copied=True,
+    skip=False,
+    offset=0,
+    gaps=False,
+    production=False,
+) -> Case:
     """The dtype of the case is that of `grad`, and of the states where that is wider than float32.
 
     With an `offset` the gradient and the states begin that many elements after a multiple of 16 bytes, as parts of a

@@ -4,8 +4,23 @@ from kernels.registry import Backend
 
 
 @torch.no_grad()
-def adamw_ema_(param, grad, exp_avg, exp_avg_sq, ema, *, step, lr, betas, eps, weight_decay, ema_decay, grad_scale,
-               skip, bf16_param=None):
+def adamw_ema_(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    ema,
+    *,
+    step,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    ema_decay,
+    grad_scale,
+    skip,
+    bf16_param=None,
+):
     wide = param.dtype
     g = grad.to(wide) * grad_scale.to(wide)
     m = betas[0] * exp_avg + (1 - betas[0]) * g

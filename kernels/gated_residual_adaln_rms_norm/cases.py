@@ -5,8 +5,21 @@ from kernels.cases import Case, Cost, Draw, nbytes, strided
 EPS = 1e-6
 
 
-def _case(name: str, samples: int, tokens: int, width: int, *, rows=Draw.rows, shifted=True, stream=None, small=None,
-          bias=None, layout=lambda x: x, vectors=lambda x: x, production=False) -> Case:
+def _case(
+    name: str,
+    samples: int,
+    tokens: int,
+    width: int,
+    *,
+    rows=Draw.rows,
+    shifted=True,
+    stream=None,
+    small=None,
+    bias=None,
+    layout=lambda x: x,
+    vectors=lambda x: x,
+    production=False,
+) -> Case:
     """`stream` is the dtype of `x`, `small` that of the modulation, where they are not that of `branch`.
 
     `layout` is that of `x` and `branch`, `vectors` that of the others; `bias` the mean of a bias of the branch, if any.

@@ -9,8 +9,9 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _case(name: str, *shape: int, groups: int, mean=0.5, drift=0.0, small=None, layout=_channels_last,
-          production=False) -> Case:
+def _case(
+    name: str, *shape: int, groups: int, mean=0.5, drift=0.0, small=None, layout=_channels_last, production=False
+) -> Case:
     """`drift` is how much the mean rises over the rows; `small` the dtype of weight and bias where not that of `x`."""
 
     def make(draw: Draw) -> dict:

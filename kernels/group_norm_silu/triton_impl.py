@@ -104,8 +104,24 @@ def launch_forward(x, weight, bias, groups, eps, y, statistics) -> None:
     options["maxnreg"] = config.forward_registers
     sums = statistics.new_empty((parts, config.chunks, 3, groups // splits))
     launch(group_norm_silu_statistics, grid, x, sums, positions, config.chunk, *x.stride(), **options)
-    launch(group_norm_silu_apply, grid, x, weight, bias, sums, statistics, y, positions, config.chunk, config.chunks,
-           eps, *x.stride(), *y.stride(), BLOCK_K=triton.next_power_of_2(config.chunks), **options)
+    launch(
+        group_norm_silu_apply,
+        grid,
+        x,
+        weight,
+        bias,
+        sums,
+        statistics,
+        y,
+        positions,
+        config.chunk,
+        config.chunks,
+        eps,
+        *x.stride(),
+        *y.stride(),
+        BLOCK_K=triton.next_power_of_2(config.chunks),
+        **options,
+    )
 
 
 @operator("group_norm_silu_bwd")
@@ -131,15 +147,51 @@ def launch_backward(dy, x, weight, bias, statistics, groups, dx, dweight, dbias)
     options = tile_options(channels, groups, splits, config)
     channel_sums = statistics.new_empty((parts, config.chunks, 2, channels // splits))
     group_sums = statistics.new_empty((parts, config.chunks, 2, groups // splits))
-    launch(group_norm_silu_sums, (config.chunks, parts), dy, x, weight, bias, statistics, channel_sums, group_sums,
-           positions, config.chunk, *dy.stride(), *x.stride(), **options)
+    launch(
+        group_norm_silu_sums,
+        (config.chunks, parts),
+        dy,
+        x,
+        weight,
+        bias,
+        statistics,
+        channel_sums,
+        group_sums,
+        positions,
+        config.chunk,
+        *dy.stride(),
+        *x.stride(),
+        **options,
+    )
     # Of the rows of programs that add up channels each takes `width`; 8 float32 are what memory moves at least.
     width = max(8, triton.next_power_of_2(triton.cdiv(channels // splits, config.chunks)))
     grid = config.chunks, (parts if of_x else 0) + (splits if of_weights else 0)
-    launch(group_norm_silu_gradients, grid, dy, x, weight, bias, statistics, channel_sums, group_sums, dx, dweight,
-           dbias, samples, positions, config.chunk, config.chunks, *dy.stride(), *x.stride(), *dx.stride(),
-           BLOCK_K=triton.next_power_of_2(config.chunks), BLOCK_W=width, BLOCK_S=SUMS, OF_WEIGHTS=of_weights,
-           **options)
+    launch(
+        group_norm_silu_gradients,
+        grid,
+        dy,
+        x,
+        weight,
+        bias,
+        statistics,
+        channel_sums,
+        group_sums,
+        dx,
+        dweight,
+        dbias,
+        samples,
+        positions,
+        config.chunk,
+        config.chunks,
+        *dy.stride(),
+        *x.stride(),
+        *dx.stride(),
+        BLOCK_K=triton.next_power_of_2(config.chunks),
+        BLOCK_W=width,
+        BLOCK_S=SUMS,
+        OF_WEIGHTS=of_weights,
+        **options,
+    )
 
 
 def symbolic(x: torch.Tensor) -> bool:

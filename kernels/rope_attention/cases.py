@@ -10,8 +10,23 @@ TRAINED = frozenset({torch.bfloat16})
 FLOAT32_TOO = TRAINED | {torch.float32}
 
 
-def _case(name: str, samples: int, tokens: int, heads: int, width: int, *, rope=True, norm=True, bias=False, std=1.5,
-          mean=0.2, small=None, layout=lambda x: x, production=False, dtypes=FLOATS) -> Case:
+def _case(
+    name: str,
+    samples: int,
+    tokens: int,
+    heads: int,
+    width: int,
+    *,
+    rope=True,
+    norm=True,
+    bias=False,
+    std=1.5,
+    mean=0.2,
+    small=None,
+    layout=lambda x: x,
+    production=False,
+    dtypes=FLOATS,
+) -> Case:
     """`std`, `mean`: of queries, keys and values; `small`: dtype of weights and bias where it is not that of `qkv`."""
 
     def make(draw: Draw) -> dict:
@@ -21,8 +36,15 @@ def _case(name: str, samples: int, tokens: int, heads: int, width: int, *, rope=
         cos, sin = draw.angles(tokens, width) if rope else (None, None)
         q_weight, k_weight = (draw.normal(width, mean=1.0, std=0.3, dtype=small) if norm else None for _ in "qk")
         vector = draw.normal(3 * heads * width, mean=-0.3, std=0.5, dtype=small) if bias else None
-        return {"qkv": layout(qkv.to(draw.dtype)), "cos": cos, "sin": sin, "q_weight": q_weight, "k_weight": k_weight,
-                "eps": EPS, "bias": vector}
+        return {
+            "qkv": layout(qkv.to(draw.dtype)),
+            "cos": cos,
+            "sin": sin,
+            "q_weight": q_weight,
+            "k_weight": k_weight,
+            "eps": EPS,
+            "bias": vector,
+        }
 
     return Case(name, make, production, dtypes)
 
@@ -52,8 +74,19 @@ CASES = (
     # and keys, which kernels for tensor cores cannot do without in 16 bits: wide dtypes here, no rotation below (where
     # float32 would show that delta comes from the result).
     _case("peaked", 1, 9, 2, 16, norm=False, std=8.0, dtypes=WIDE),
-    _case("large_scores", 1, 9, 2, 16, rope=False, norm=False, std=0.5, mean=5.0, layout=_turn_one_head_away,
-          dtypes=NARROW),
+    _case(
+        "large_scores",
+        1,
+        9,
+        2,
+        16,
+        rope=False,
+        norm=False,
+        std=0.5,
+        mean=5.0,
+        layout=_turn_one_head_away,
+        dtypes=NARROW,
+    ),
     _case("strided", 2, 5, 2, 12, layout=strided),
     _case("heads_first", 2, 5, 2, 12, layout=_heads_first),
     _case("float16_weights", 2, 6, 2, 12, bias=True, small=torch.float16, dtypes=WIDE),

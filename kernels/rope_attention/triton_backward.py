@@ -95,8 +95,24 @@ def row_sums(out, grad, bias, FIRST: tl.constexpr, D: tl.constexpr, BIASED: tl.c
 
 
 @triton.jit
-def add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_rest, left, scale, REST: tl.constexpr,
-              RAGGED: tl.constexpr):
+def add_to_dq(
+    q,
+    q_rest,
+    do,
+    do_rest,
+    top,
+    dot,
+    k,
+    k_rest,
+    v,
+    v_rest,
+    dq,
+    dq_rest,
+    left,
+    scale,
+    REST: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """What one more block of keys, of which `left` exist, adds to the gradient of a tile of turned queries."""
     scores = outer(q, q_rest, k, k_rest, REST)
     if RAGGED:
@@ -107,8 +123,9 @@ def add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_res
 
 
 @triton.jit
-def add_to_dk_dv(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, scale,
-                 REST: tl.constexpr):
+def add_to_dk_dv(
+    q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, scale, REST: tl.constexpr
+):
     """What one more tile of queries adds to the gradients of a block of turned keys and of values.
 
     Scores stand transposed, keys by queries: so they multiply from registers, and only queries go to shared memory.
@@ -152,9 +169,25 @@ def rope_attention_bwd_dq_kernel(
     vs = ()
     for i in tl.static_range(BLOCKS):
         left = tokens - i * BK
-        ks += (load_turned(keys + tl.cast(i * BK, tl.int64) * stride_n, stride_n, left,
-                           table + i * BK * D if ROPE else table, k_weight, k_bias, eps, BK, D, MAIN, REST, ROPE, NORM,
-                           BIASED, RAGGED_K),)
+        ks += (
+            load_turned(
+                keys + tl.cast(i * BK, tl.int64) * stride_n,
+                stride_n,
+                left,
+                table + i * BK * D if ROPE else table,
+                k_weight,
+                k_bias,
+                eps,
+                BK,
+                D,
+                MAIN,
+                REST,
+                ROPE,
+                NORM,
+                BIASED,
+                RAGGED_K,
+            ),
+        )
         vs += (load_head(values + tl.cast(i * BK, tl.int64) * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
     for start in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
         at, left = tl.cast(start, tl.int64), tokens - start
@@ -172,27 +205,108 @@ def rope_attention_bwd_dq_kernel(
             dot += row_sums(o_rest, do_rest, v_bias, MAIN, D, BIASED)
         tl.store(delta + at + rows, dot, mask=rows < left)
         top = tl.load(lse + at + rows, mask=rows < left, other=float("inf"))
-        q, q_rest = load_turned(queries + at * stride_n, stride_n, left, here, q_weight, q_bias, eps, BQ, D, MAIN, REST,
-                                ROPE, NORM, BIASED, RAGGED_Q)
+        q, q_rest = load_turned(
+            queries + at * stride_n,
+            stride_n,
+            left,
+            here,
+            q_weight,
+            q_bias,
+            eps,
+            BQ,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            RAGGED_Q,
+        )
         dq, dq_rest = zeros(BQ, MAIN, REST)
         for i in tl.static_range(BLOCKS):
-            dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, ks[i][0], ks[i][1], vs[i][0], vs[i][1], dq,
-                                    dq_rest, tokens - i * BK, scale, REST, RAGGED_K and i == BLOCKS - 1)
+            dq, dq_rest = add_to_dq(
+                q,
+                q_rest,
+                do,
+                do_rest,
+                top,
+                dot,
+                ks[i][0],
+                ks[i][1],
+                vs[i][0],
+                vs[i][1],
+                dq,
+                dq_rest,
+                tokens - i * BK,
+                scale,
+                REST,
+                RAGGED_K and i == BLOCKS - 1,
+            )
         if BLOCKS == 0:
             for first in tl.range(0, tokens, BK, disable_licm=True):
                 row = tl.cast(first, tl.int64)
-                k, k_rest = load_turned(keys + row * stride_n, stride_n, tokens - first,
-                                        table + row * D if ROPE else table, k_weight, k_bias, eps, BK, D, MAIN, REST,
-                                        ROPE, NORM, BIASED, RAGGED_K)
+                k, k_rest = load_turned(
+                    keys + row * stride_n,
+                    stride_n,
+                    tokens - first,
+                    table + row * D if ROPE else table,
+                    k_weight,
+                    k_bias,
+                    eps,
+                    BK,
+                    D,
+                    MAIN,
+                    REST,
+                    ROPE,
+                    NORM,
+                    BIASED,
+                    RAGGED_K,
+                )
                 v, v_rest = load_head(values + row * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
-                dq, dq_rest = add_to_dq(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dq, dq_rest,
-                                        tokens - first, scale, REST, RAGGED_K)
+                dq, dq_rest = add_to_dq(
+                    q,
+                    q_rest,
+                    do,
+                    do_rest,
+                    top,
+                    dot,
+                    k,
+                    k_rest,
+                    v,
+                    v_rest,
+                    dq,
+                    dq_rest,
+                    tokens - first,
+                    scale,
+                    REST,
+                    RAGGED_K,
+                )
         natural = scale * LN_2
         if NORM or SUMMED:
             tl.debug_barrier()  # else what the way back needs is loaded before, and registers spill
-        store_turned_back(dq * natural, dq_rest * natural, queries + at * stride_n, dqkv + at * 3 * cols, stride_n,
-                          3 * cols, left, here, q_weight, q_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
-                          NORM, BIASED, SUMMED, RAGGED_Q)
+        store_turned_back(
+            dq * natural,
+            dq_rest * natural,
+            queries + at * stride_n,
+            dqkv + at * 3 * cols,
+            stride_n,
+            3 * cols,
+            left,
+            here,
+            q_weight,
+            q_bias,
+            into_weight,
+            into_bias,
+            eps,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            SUMMED,
+            RAGGED_Q,
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
@@ -224,34 +338,96 @@ def rope_attention_bwd_dkdv_kernel(
     dos = ()
     for i in tl.static_range(BLOCKS):
         left = tokens - i * BQ
-        qs += (load_turned(queries + tl.cast(i * BQ, tl.int64) * stride_n, stride_n, left,
-                           table + i * BQ * D if ROPE else table, q_weight, q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM,
-                           BIASED, RAGGED_Q),)
+        qs += (
+            load_turned(
+                queries + tl.cast(i * BQ, tl.int64) * stride_n,
+                stride_n,
+                left,
+                table + i * BQ * D if ROPE else table,
+                q_weight,
+                q_bias,
+                eps,
+                BQ,
+                D,
+                MAIN,
+                REST,
+                ROPE,
+                NORM,
+                BIASED,
+                RAGGED_Q,
+            ),
+        )
         dos += (load_head(grad + tl.cast(i * BQ, tl.int64) * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q),)
     for start in tl.range(part * tiles * BK, tl.minimum((part + 1) * tiles * BK, tokens), BK, disable_licm=True):
         at, left = tl.cast(start, tl.int64), tokens - start
         here = table + at * D if ROPE else table
-        k, k_rest = load_turned(keys + at * stride_n, stride_n, left, here, k_weight, k_bias, eps, BK, D, MAIN, REST,
-                                ROPE, NORM, BIASED, RAGGED_K)
+        k, k_rest = load_turned(
+            keys + at * stride_n,
+            stride_n,
+            left,
+            here,
+            k_weight,
+            k_bias,
+            eps,
+            BK,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            RAGGED_K,
+        )
         v, v_rest = load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K)
         dk, dk_rest = zeros(BK, MAIN, REST)
         dv, dv_rest = zeros(BK, MAIN, REST)
         for i in tl.static_range(BLOCKS):
             top = tl.load(lse + i * BQ + rows, mask=rows < tokens - i * BQ, other=float("inf"))
             dot = tl.load(delta + i * BQ + rows, mask=rows < tokens - i * BQ, other=0.0)
-            dk, dk_rest, dv, dv_rest = add_to_dk_dv(qs[i][0], qs[i][1], dos[i][0], dos[i][1], top, dot, k, k_rest, v,
-                                                    v_rest, dk, dk_rest, dv, dv_rest, scale, REST)
+            dk, dk_rest, dv, dv_rest = add_to_dk_dv(
+                qs[i][0],
+                qs[i][1],
+                dos[i][0],
+                dos[i][1],
+                top,
+                dot,
+                k,
+                k_rest,
+                v,
+                v_rest,
+                dk,
+                dk_rest,
+                dv,
+                dv_rest,
+                scale,
+                REST,
+            )
         if BLOCKS == 0:
             for first in tl.range(0, tokens, BQ, disable_licm=True):
                 row = tl.cast(first, tl.int64)
-                q, q_rest = load_turned(queries + row * stride_n, stride_n, tokens - first,
-                                        table + row * D if ROPE else table, q_weight, q_bias, eps, BQ, D, MAIN, REST,
-                                        ROPE, NORM, BIASED, RAGGED_Q)
+                q, q_rest = load_turned(
+                    queries + row * stride_n,
+                    stride_n,
+                    tokens - first,
+                    table + row * D if ROPE else table,
+                    q_weight,
+                    q_bias,
+                    eps,
+                    BQ,
+                    D,
+                    MAIN,
+                    REST,
+                    ROPE,
+                    NORM,
+                    BIASED,
+                    RAGGED_Q,
+                )
                 do, do_rest = load_head(grad + row * grad_n, grad_n, tokens - first, BQ, D, MAIN, REST, RAGGED_Q)
                 top = tl.load(lse + first + rows, mask=rows < tokens - first, other=float("inf"))
                 dot = tl.load(delta + first + rows, mask=rows < tokens - first, other=0.0)
-                dk, dk_rest, dv, dv_rest = add_to_dk_dv(q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk,
-                                                        dk_rest, dv, dv_rest, scale, REST)
+                dk, dk_rest, dv, dv_rest = add_to_dk_dv(
+                    q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, scale, REST
+                )
         values_into = dqkv + at * 3 * cols + cols
         store(values_into, 3 * cols, left, dv, 0, D, RAGGED_K)
         if REST:
@@ -260,9 +436,29 @@ def rope_attention_bwd_dkdv_kernel(
         tile = (sample * parts * tiles + start // BK) * cols + head * D
         into_weight = of_weight + tile if NORM else of_weight
         into_bias = of_bias + tile if SUMMED else of_bias
-        store_turned_back(dk * natural, dk_rest * natural, keys + at * stride_n, dqkv + at * 3 * cols, stride_n,
-                          3 * cols, left, here, k_weight, k_bias, into_weight, into_bias, eps, D, MAIN, REST, ROPE,
-                          NORM, BIASED, SUMMED, RAGGED_K)
+        store_turned_back(
+            dk * natural,
+            dk_rest * natural,
+            keys + at * stride_n,
+            dqkv + at * 3 * cols,
+            stride_n,
+            3 * cols,
+            left,
+            here,
+            k_weight,
+            k_bias,
+            into_weight,
+            into_bias,
+            eps,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            SUMMED,
+            RAGGED_K,
+        )
 
 
 @triton.jit(do_not_specialize=["q_parts", "k_parts"])

@@ -24,8 +24,16 @@ def packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED: tl.con
 
 
 @triton.jit
-def load(base, stride, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr,
-         RAGGED: tl.constexpr):
+def load(
+    base,
+    stride,
+    limit,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    COLS: tl.constexpr,
+    D: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """Rows 0 to `ROWS` of `base`, those from `limit` on as 0, and columns from `FIRST` on, those from `D` on as 0."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = FIRST + tl.arange(0, COLS)[None, :]
@@ -41,8 +49,16 @@ def load(base, stride, limit, ROWS: tl.constexpr, FIRST: tl.constexpr, COLS: tl.
 
 
 @triton.jit
-def load_head(base, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-              RAGGED: tl.constexpr):
+def load_head(
+    base,
+    stride,
+    limit,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """Both blocks of the columns of some rows."""
     first = load(base, stride, limit, ROWS, 0, MAIN, D, RAGGED)
     if REST:
@@ -76,8 +92,18 @@ def load_vector(vector, FIRST: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def load_biased(base, stride, limit, bias, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-                REST: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+def load_biased(
+    base,
+    stride,
+    limit,
+    bias,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BIASED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """Both blocks of the columns of some rows, in float32 and with the bias, which rows from `limit` on have alone."""
     first, rest = load_head(base, stride, limit, ROWS, D, MAIN, REST, RAGGED)
     first, rest = first.to(tl.float32), rest.to(tl.float32)
@@ -109,8 +135,23 @@ def inverse_rms(first, second, eps, D: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def load_turned(base, stride, limit, table, weight, bias, eps, ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-                REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+def load_turned(
+    base,
+    stride,
+    limit,
+    table,
+    weight,
+    bias,
+    eps,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM: tl.constexpr,
+    BIASED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """Queries or keys with their bias, normed and rotated in float32 and rounded once to their dtype: both blocks."""
     if ROPE or NORM or BIASED:
         first, second = load_biased(base, stride, limit, bias, ROWS, D, MAIN, REST, BIASED, RAGGED)
@@ -171,8 +212,9 @@ def nothing_seen(ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, left, scale, REST: tl.constexpr,
-        RAGGED: tl.constexpr):
+def see(
+    q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, left, scale, REST: tl.constexpr, RAGGED: tl.constexpr
+):
     """Let queries attend to one more block of keys, of which `left` exist (at least one, so that `top` is finite).
 
     `top`: the largest score so far, `total` and `acc`: sums of 2^(score − top) and of that times the values.
@@ -190,8 +232,22 @@ def see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, left, scale,
 
 
 @triton.jit
-def finish(out, lse, stride, left, acc, acc_rest, top, total, bias, D: tl.constexpr, MAIN: tl.constexpr,
-           REST: tl.constexpr, BIASED: tl.constexpr, RAGGED: tl.constexpr):
+def finish(
+    out,
+    lse,
+    stride,
+    left,
+    acc,
+    acc_rest,
+    top,
+    total,
+    bias,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    BIASED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
     """Divide by the sums of exponentials and store: a tile of the result, and log2 of those sums over all.
 
     The bias of the values is added here: weights that sum to 1 leave it as it is.
@@ -236,19 +292,79 @@ def rope_attention_fwd_resident_kernel(
     vs = ()
     for i in tl.static_range(BLOCKS):
         at, left = tl.cast(i * BK, tl.int64), tokens - i * BK
-        ks += (load_turned(keys + at * stride_n, stride_n, left, table + at * D if ROPE else table, k_weight, k_bias,
-                           eps, BK, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_K),)
+        ks += (
+            load_turned(
+                keys + at * stride_n,
+                stride_n,
+                left,
+                table + at * D if ROPE else table,
+                k_weight,
+                k_bias,
+                eps,
+                BK,
+                D,
+                MAIN,
+                REST,
+                ROPE,
+                NORM,
+                BIASED,
+                RAGGED_K,
+            ),
+        )
         vs += (load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
     for first in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
         row, rows_left = tl.cast(first, tl.int64), tokens - first
-        q, q_rest = load_turned(queries + row * stride_n, stride_n, rows_left, table + row * D if ROPE else table,
-                                q_weight, q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_Q)
+        q, q_rest = load_turned(
+            queries + row * stride_n,
+            stride_n,
+            rows_left,
+            table + row * D if ROPE else table,
+            q_weight,
+            q_bias,
+            eps,
+            BQ,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            RAGGED_Q,
+        )
         top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
         for i in tl.static_range(BLOCKS):
-            top, total, acc, acc_rest = see(q, q_rest, ks[i][0], ks[i][1], vs[i][0], vs[i][1], top, total, acc,
-                                            acc_rest, tokens - i * BK, scale, REST, RAGGED_K and i == BLOCKS - 1)
-        finish(out + row * cols, lse + row, cols, rows_left, acc, acc_rest, top, total, v_bias, D, MAIN, REST, BIASED,
-               RAGGED_Q)
+            top, total, acc, acc_rest = see(
+                q,
+                q_rest,
+                ks[i][0],
+                ks[i][1],
+                vs[i][0],
+                vs[i][1],
+                top,
+                total,
+                acc,
+                acc_rest,
+                tokens - i * BK,
+                scale,
+                REST,
+                RAGGED_K and i == BLOCKS - 1,
+            )
+        finish(
+            out + row * cols,
+            lse + row,
+            cols,
+            rows_left,
+            acc,
+            acc_rest,
+            top,
+            total,
+            v_bias,
+            D,
+            MAIN,
+            REST,
+            BIASED,
+            RAGGED_Q,
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "parts"])
@@ -272,16 +388,47 @@ def rope_attention_fwd_kernel(
     out += (sample * tokens + start) * cols + head * D
     lse += (sample * heads + head) * tokens + start
 
-    q, q_rest = load_turned(queries + start * stride_n, stride_n, left, table + start * D if ROPE else table, q_weight,
-                            q_bias, eps, BQ, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_Q)
+    q, q_rest = load_turned(
+        queries + start * stride_n,
+        stride_n,
+        left,
+        table + start * D if ROPE else table,
+        q_weight,
+        q_bias,
+        eps,
+        BQ,
+        D,
+        MAIN,
+        REST,
+        ROPE,
+        NORM,
+        BIASED,
+        RAGGED_Q,
+    )
     top, total, acc, acc_rest = nothing_seen(BQ, MAIN, REST)
     for first in range(0, tokens, BK):
         at = tl.cast(first, tl.int64)
         if NORM:
             tl.debug_barrier()  # else keys are loaded before the last ones are done with, and registers spill
-        k, k_rest = load_turned(keys + at * stride_n, stride_n, tokens - first, table + at * D if ROPE else table,
-                                k_weight, k_bias, eps, BK, D, MAIN, REST, ROPE, NORM, BIASED, RAGGED_K)
+        k, k_rest = load_turned(
+            keys + at * stride_n,
+            stride_n,
+            tokens - first,
+            table + at * D if ROPE else table,
+            k_weight,
+            k_bias,
+            eps,
+            BK,
+            D,
+            MAIN,
+            REST,
+            ROPE,
+            NORM,
+            BIASED,
+            RAGGED_K,
+        )
         v, v_rest = load_head(values + at * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
-        top, total, acc, acc_rest = see(q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, tokens - first,
-                                        scale, REST, RAGGED_K)
+        top, total, acc, acc_rest = see(
+            q, q_rest, k, k_rest, v, v_rest, top, total, acc, acc_rest, tokens - first, scale, REST, RAGGED_K
+        )
     finish(out, lse, cols, left, acc, acc_rest, top, total, v_bias, D, MAIN, REST, BIASED, RAGGED_Q)

@@ -10,8 +10,19 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _case(name: str, samples: int, channels: int, height: int, width: int, margins=PUBLISHED, *, features=None,
-          layout=lambda x: x, production=False, few=False) -> Case:
+def _case(
+    name: str,
+    samples: int,
+    channels: int,
+    height: int,
+    width: int,
+    margins=PUBLISHED,
+    *,
+    features=None,
+    layout=lambda x: x,
+    production=False,
+    few=False,
+) -> Case:
     """`features` is the dtype of `f` where it is not that of `z`; `few` directions where there are many positions."""
     shape = (samples, channels, height, width)
     vectors = _few_directions if production or few else _any_directions

@@ -99,17 +99,55 @@ def forward(
     config = positions_config(channels, positions)
     grid = triton.cdiv(positions, config.positions), samples
     cos_sums = kept.new_empty(grid)
-    launch(vf_loss_positions, grid, z, f, *kept, cos_sums, cos_margin, *strides, channels=channels, positions=positions,
-           BLOCK_C=config.depth, BLOCK_N=config.positions, num_warps=config.warps)
+    launch(
+        vf_loss_positions,
+        grid,
+        z,
+        f,
+        *kept,
+        cos_sums,
+        cos_margin,
+        *strides,
+        channels=channels,
+        positions=positions,
+        BLOCK_C=config.depth,
+        BLOCK_N=config.positions,
+        num_warps=config.warps,
+    )
 
     config = forward_config(wider(z, f), samples, positions, architecture())
     tiles = triton.cdiv(positions, config.rows)
     tile_sums = kept.new_empty((samples, tiles * tiles))
-    launch(vf_loss_tiles, (tiles * tiles, samples), z, f, *kept[:2], tile_sums, tiles, distmat_margin, *strides,
-           channels=channels, positions=positions, BLOCK=config.rows, BLOCK_C=config.depth,
-           num_warps=config.warps, num_stages=config.stages)
-    launch(vf_loss_means, (1,), tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel(),
-           float(samples * positions**2), float(samples * positions), BLOCK=1024)
+    launch(
+        vf_loss_tiles,
+        (tiles * tiles, samples),
+        z,
+        f,
+        *kept[:2],
+        tile_sums,
+        tiles,
+        distmat_margin,
+        *strides,
+        channels=channels,
+        positions=positions,
+        BLOCK=config.rows,
+        BLOCK_C=config.depth,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    launch(
+        vf_loss_means,
+        (1,),
+        tile_sums,
+        cos_sums,
+        distmat,
+        cos,
+        tile_sums.numel(),
+        cos_sums.numel(),
+        float(samples * positions**2),
+        float(samples * positions),
+        BLOCK=1024,
+    )
     return distmat, cos, kept
 
 
@@ -126,11 +164,35 @@ def backward_of_first(
     one_tile = positions <= config.columns
     sums = flat if one_tile or z.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
     z_norms, f_norms, products = (kept[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
-    launch(vf_loss_gradient, (triton.cdiv(positions, config.rows), samples), z, f, z_norms, f_norms, products,
-           d_distmat, d_cos, sums, flat, distmat_margin, cos_margin, float(samples * positions**2),
-           float(samples * positions), *z.stride(), *f.stride(), *flat.stride(), channels=channels, positions=positions,
-           BLOCK_M=config.rows, BLOCK_N=config.columns, BLOCK_C=config.depth, BLOCK_OUT=config.out,
-           ONE_TILE=one_tile, num_warps=config.warps, num_stages=config.stages)
+    launch(
+        vf_loss_gradient,
+        (triton.cdiv(positions, config.rows), samples),
+        z,
+        f,
+        z_norms,
+        f_norms,
+        products,
+        d_distmat,
+        d_cos,
+        sums,
+        flat,
+        distmat_margin,
+        cos_margin,
+        float(samples * positions**2),
+        float(samples * positions),
+        *z.stride(),
+        *f.stride(),
+        *flat.stride(),
+        channels=channels,
+        positions=positions,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.columns,
+        BLOCK_C=config.depth,
+        BLOCK_OUT=config.out,
+        ONE_TILE=one_tile,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return dz
 
 

@@ -16,8 +16,25 @@ TOP_WEIGHT = tl.constexpr(32768.0)
 
 
 @triton.jit
-def vf_loss_positions(z, f, z_norms, f_norms, products, cos_sums, cos_margin, z_b, z_c, z_n, f_b, f_c, f_n,
-                      channels, positions: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def vf_loss_positions(
+    z,
+    f,
+    z_norms,
+    f_norms,
+    products,
+    cos_sums,
+    cos_margin,
+    z_b,
+    z_c,
+    z_n,
+    f_b,
+    f_c,
+    f_n,
+    channels,
+    positions: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Norms and products z·f, float32 [B, N], and the sum of the second term over BLOCK_N positions."""
     sample = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -45,20 +62,39 @@ def vf_loss_positions(z, f, z_norms, f_norms, products, cos_sums, cos_margin, z_
 
 
 @triton.jit
-def vf_loss_tiles(z, f, z_norms, f_norms, tile_sums, tiles, distmat_margin, z_b, z_c, z_n, f_b, f_c, f_n,
-                  channels, positions: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def vf_loss_tiles(
+    z,
+    f,
+    z_norms,
+    f_norms,
+    tile_sums,
+    tiles,
+    distmat_margin,
+    z_b,
+    z_c,
+    z_n,
+    f_b,
+    f_c,
+    f_n,
+    channels,
+    positions: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The sum of the first term over one tile; one above the diagonal counts twice, one below it not at all."""
     sample = tl.program_id(1).to(tl.int64)
     row, column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     total = 0.0
     if row <= column:
         i, j = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-        zz, ff = products_of(z + sample * z_b, f + sample * f_b, i, j, z_c, z_n, f_c, f_n,
-                             channels, positions, BLOCK, BLOCK, BLOCK_C)
+        zz, ff = products_of(
+            z + sample * z_b, f + sample * f_b, i, j, z_c, z_n, f_c, f_n, channels, positions, BLOCK, BLOCK, BLOCK_C
+        )
         z_norms += sample * positions
         f_norms += sample * positions
-        difference = (cosines(zz, norms_at(z_norms, i, positions), norms_at(z_norms, j, positions))
-                      - cosines(ff, norms_at(f_norms, i, positions), norms_at(f_norms, j, positions)))
+        difference = cosines(zz, norms_at(z_norms, i, positions), norms_at(z_norms, j, positions)) - cosines(
+            ff, norms_at(f_norms, i, positions), norms_at(f_norms, j, positions)
+        )
         inside = (i < positions)[:, None] & (j < positions)[None, :]
         total = tl.sum(tl.where(inside, above(tl.abs(difference) - distmat_margin), 0.0))
         total *= tl.where(row < column, 2.0, 1.0)
@@ -136,8 +172,21 @@ def vf_loss_gradient(
 
 
 @triton.jit
-def products_of(z, f, i, j, z_c, z_n, f_c, f_n, channels, positions: tl.constexpr,
-                BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
+def products_of(
+    z,
+    f,
+    i,
+    j,
+    z_c,
+    z_n,
+    f_c,
+    f_n,
+    channels,
+    positions: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Σ_c z_ic z_jc and Σ_c f_ic f_jc, float32 [BLOCK_I, BLOCK_J]."""
     zz = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     ff = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)

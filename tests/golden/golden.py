@@ -1,8 +1,8 @@
 """Load recorded vectors, compare against them, and rebuild storage-free weights.
 
-    g = G("01_dit_a")
-    model.load_state_dict(g.group("param/"))
-    close("eval output", model(g["in/x"], g["in/t"], g["in/y"]), g["out/eval"], atol=5e-6)
+g = G("01_dit_a")
+model.load_state_dict(g.group("param/"))
+close("eval output", model(g["in/x"], g["in/t"], g["in/y"]), g["out/eval"], atol=5e-6)
 """
 
 import json
