@@ -2,7 +2,7 @@
 
 import sys
 
-from launch.packages import strangers
+from launch.runtime.packages import strangers
 
 for sentence in strangers().values():
     sys.exit(f"error: {sentence}")

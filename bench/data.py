@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import Device, HostDevice, Lap, Timing, interleave
-from launch.loader import SampleOrder, Split, micro_batches
+from launch.training.loader import SampleOrder, Split, micro_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
 
@@ -80,7 +80,9 @@ class Contender:
 
 def contenders(workers: list[int]) -> list[Contender]:
     """Both ways, each with every number of workers."""
-    ours = partial(Contender, OURS, includes="LatentDataset through launch.loader", package="torch", stream=_ours)
+    ours = partial(
+        Contender, OURS, includes="LatentDataset through launch.training.loader", package="torch", stream=_ours
+    )
     published = partial(Contender, PUBLISHED, includes="one file opened per sample; DataLoader, default collate",
                         package="safetensors", stream=_published)  # fmt: skip
     return [way(workers=count) for way in (ours, published) for count in workers]

@@ -21,7 +21,7 @@ from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Lap, lap_size
 from bench.step import PAPER
-from kernels.judge import fault
+from kernels.testing.tolerance import fault
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 
 #: Contender → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.

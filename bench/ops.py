@@ -26,9 +26,9 @@ from bench.measure import program, timing
 from bench.measure.rows import Log, Row, clocks, version
 from bench.measure.timing import CudaDevice, Device, Timing
 from bench.measure.work import DIRECTIONS, Sets, Truth
-from kernels.cases import Case
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
 from kernels.registry import BackendUnavailable, Op
+from kernels.testing.cases import Case
 
 #: dtype → how late it comes; all others of a case come two places after those of the most telling case.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 3}
@@ -176,7 +176,7 @@ def reason(error: Exception) -> str:
 class Work:
     """What one call in one direction has to do at least, and how its times are stated."""
 
-    cost: kernels.cases.Cost
+    cost: kernels.testing.cases.Cost
     direction: str
     dtype: torch.dtype
     ceilings: roofline.Ceilings | None

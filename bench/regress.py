@@ -25,7 +25,7 @@ from pathlib import Path
 from bench.gate import baseline, compare
 from bench.gate.compare import NotMeasured
 from bench.measure.rows import ROOT, Row, machine, read
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
 
 NO_BASELINE, USAGE = 2, 64
 #: Seconds after which a row that is measured again is given up.

@@ -16,8 +16,8 @@ import torch
 import kernels
 from bench.measure.rows import Log, Row, machine, read
 from bench.measure.timing import CudaDevice, Device, Lap, Timing, interleave
-from kernels.cases import Cost
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
+from kernels.testing.cases import Cost
 from lightningdit.config import named_config
 from lightningdit.cost import flops_per_image
 

@@ -21,8 +21,8 @@ from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.step import PAPER
-from kernels.judge import fault
 from kernels.registry import Ops
+from kernels.testing.tolerance import fault
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig

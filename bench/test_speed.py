@@ -19,7 +19,7 @@ from bench.measure.timing import CudaDevice
 from bench.ops import DIRECTIONS, Job, jobs
 from bench.pages.measured import HEADLINE
 from bench.plugins.samples import REPLAY, Last, OpBench, StepBench, play, row_of
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
 
 NEEDS = cuda_reasons()
 pytestmark = [pytest.mark.skipif(bool(NEEDS), reason="; ".join(NEEDS)), pytest.mark.benchmark(timer=REPLAY)]

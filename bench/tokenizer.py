@@ -20,7 +20,7 @@ from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Lap
-from kernels.judge import fault
+from kernels.testing.tolerance import fault
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ The docstring of `kernels.<op>` says what the op computes. A new op is one line 
 
 from kernels.registry import Backend, BackendUnavailable, Op, Ops, choose, load_ops
 
-# A public package has the same name. Programs here look for the first line (`launch.packages`); libraries that can use
-# the public package look for the second, and take no version that is so old.
+# A public package has the same name. Programs here look for the first line (`launch.runtime.packages`); libraries
+# that can use the public package look for the second, and take no version that is so old.
 __project__ = "lightningdit"
 __version__ = "0"
 

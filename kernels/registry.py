@@ -78,7 +78,7 @@ class Op:
         mutates: names of the arguments changed in place.
         dtypes: dtypes of the main input that `check` lets through.
         order: backends in the order "auto" prefers them.
-        in_graph: no model calls it; it takes the place of nodes in a compiled graph (`kernels.rewriting`).
+        in_graph: no model calls it; it takes the place of nodes in a compiled graph (`kernels.compile.rewriting`).
         package: import path of the folder, `kernels.<name>` if empty.
     """
 
@@ -101,11 +101,11 @@ class Op:
 
     @property
     def cases(self) -> tuple:
-        """The `kernels.cases.Case`s that tests and benches run."""
+        """The `kernels.testing.cases.Case`s that tests and benches run."""
         return import_module(self._module("cases")).CASES
 
     def cost(self, **inputs):
-        """The `kernels.cases.Cost` of one call."""
+        """The `kernels.testing.cases.Cost` of one call."""
         return import_module(self._module("cases")).cost(**inputs)
 
     @property

@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from launch import launcher, packages
-from launch.lifetime import leave
+from launch.runtime import launcher, packages
+from launch.runtime.lifetime import leave
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
@@ -77,8 +77,8 @@ def run(argv: list[str]) -> NoReturn:
         sys.excepthook(*sys.exc_info())
         status = 1
     # After a failure there is nothing to leave together: peers wait for this process in another place.
-    together = (status == 0 or status > 128) and "launch.engine" in sys.modules
-    leave(status, sys.modules["launch.engine"].stop_processes if together else None)
+    together = (status == 0 or status > 128) and "launch.training.engine" in sys.modules
+    leave(status, sys.modules["launch.training.engine"].stop_processes if together else None)
 
 
 def _open_streams() -> None:
@@ -144,7 +144,7 @@ def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says it all; other RuntimeErrors are faults, and their traceback is wanted."""
     from common.files import DownloadError
     from kernels import BackendUnavailable
-    from launch.optimizer import NonFinite
+    from launch.training.optimizer import NonFinite
 
     ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | DownloadError | NonFinite)
     return ours or _lost_peer(error)

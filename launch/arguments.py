@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.sections import expand_home, plain_text
-from launch import launcher
 from launch.config import LightningDiTRun, VavaeRun, load
+from launch.runtime import launcher
 
 
 def local_path(text: str) -> Path:

@@ -33,7 +33,7 @@ from common.sections import (
 )
 from kernels.registry import check_names
 from launch.config_files import ConfigError, find_config, merge, parse_value, read_mapping, which_config
-from launch.deepspeed_options import DeepSpeedConfig
+from launch.training.deepspeed_options import DeepSpeedConfig
 from vavae.published import from_published
 
 
@@ -54,8 +54,8 @@ class TrainConfig(Section):
     optimizer step over all processes.
     `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
     "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
-    of half a minute (`kernels.compilation`). `deterministic` keeps Inductor from choosing by timing what changes last
-    bits, so that another run on the same GPUs gives the same; what it costs in speed is not measured yet.
+    of half a minute (`kernels.compile.compilation`). `deterministic` keeps Inductor from choosing by timing what
+    changes last bits, so that another run on the same GPUs gives the same; its cost in speed is not measured yet.
     """
 
     max_steps: Count | None = None
@@ -293,7 +293,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
     Values of overrides are YAML; keys are dotted (`train.max_steps=20`); a mapping is merged into the section that is
     there, and anything else, `{}` too, takes the place of what is. A published LDM-style tokenizer file is
     translated first, so overrides always use our keys, and may give what the file leaves open. What only training needs
-    may be missing: `launch.checks.check_run` asks for it. A file of `launch/configs/` may be given by its name alone.
+    may be missing: `launch.training.checks.check_run` asks for it. A file of `launch/configs/` may be given by its
+    name alone.
 
     Returns:
         The run, and notes: which file was taken where a shipped one has its name, what of a published one was converted

@@ -23,7 +23,7 @@ from pathlib import Path
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from launch.packages import ROOT, strangers
+from launch.runtime.packages import ROOT, strangers
 
 DISTRIBUTION = "lightningdit"
 NAMESAKE = "kernels"  # a public distribution whose package has the name of one of ours

@@ -25,7 +25,11 @@ from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import select_ops
 from launch.config_files import parse_value
-from launch.evaluation import (
+from launch.evaluation.features import Extractor, FoundationFeatures, InceptionFeatures
+from launch.evaluation.image_source import open_images
+from launch.evaluation.latent_space import evaluate_latents
+from launch.evaluation.metrics import NOT_STATED
+from launch.evaluation.runner import (
     Reconstructions,
     evaluate_reconstructions,
     evaluate_samples,
@@ -34,10 +38,6 @@ from launch.evaluation import (
     require_one_size,
     require_pairs,
 )
-from launch.features import Extractor, FoundationFeatures, InceptionFeatures
-from launch.image_source import open_images
-from launch.latent_space import evaluate_latents
-from launch.metrics import NOT_STATED
 from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
-from launch.read_ahead import read_in_processes
-from launch.run_lock import owning
+from launch.runtime.read_ahead import read_in_processes
+from launch.runtime.run_lock import owning
 from launch.trained import find_checkpoint
 from lightningdit.latents import STATISTICS_FILE
 from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
@@ -85,7 +85,9 @@ def extract(
     Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
     `least_psnr` (dB), or `output` holds the latents of another extraction or is in use by one.
     """
-    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
+    from launch.training.engine import (
+        start_processes,  # imports DeepSpeed: seconds that a mistake in the config need not wait
+    )
 
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
     images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)

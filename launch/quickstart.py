@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launch import digits, evaluate, evaluation, extract, features, pictures, sample, train
+from launch import evaluate, extract, pictures, sample, train
 from launch import export as exporting
 from launch.arguments import local_path
-from launch.checkpoint import newest, write_json
 from launch.config import select_ops
-from launch.digits_foundation import train_foundation
-from launch.digits_judge import LIMITS, Judge, failures, reconstruction_report, samples_report
-from launch.engine import uses_cuda
+from launch.digits_demo import dataset
+from launch.digits_demo.classifier import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.digits_demo.foundation import train_foundation
+from launch.evaluation import features, runner
+from launch.training.checkpoint import newest, write_json
+from launch.training.engine import uses_cuda
 from vavae.weights import load_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -51,7 +53,7 @@ class Quickstart:
 
     def data(self) -> None:
         """Write scikit-learn's digits as an image folder, a held-out part aside."""
-        folders = digits.write(self.root / "data")
+        folders = dataset.write(self.root / "data")
         print(f"images in {folders.train} and, held out, in {folders.heldout}")
 
     def stand_in(self) -> None:
@@ -134,14 +136,14 @@ class Quickstart:
             self.root / "samples" / "evaluation.json",
         )
 
-    def _digits(self, split: str) -> digits.Digits:
-        return digits.read(self.root / "data" / split)
+    def _digits(self, split: str) -> dataset.Digits:
+        return dataset.read(self.root / "data" / split)
 
     def _reconstruct(self) -> torch.Tensor:
         """Held-out digits, encoded and decoded from a posterior sample, as evaluate does it: uint8 [500, 32, 32, 3]."""
         tokenizer = load_tokenizer(self.tokenizer, select_ops("auto")).to(_device())
-        originals = evaluation.open_images(self.root / "data" / "heldout")
-        return torch.cat(list(evaluation.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
+        originals = runner.open_images(self.root / "data" / "heldout")
+        return torch.cat(list(runner.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
 
     def _tokenizer_run(self) -> list:
         return [

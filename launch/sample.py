@@ -29,7 +29,7 @@ from common.sections import short
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
-from launch.run_lock import owning
+from launch.runtime.run_lock import owning
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
@@ -81,7 +81,9 @@ def generate(
     Raises ValueError where weights are missing or do not fit, a label is no class, `output` holds images that other
     settings or weights have made, or a sample is not finite: then no part of its batch is kept.
     """
-    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake in the config need not wait
+    from launch.training.engine import (
+        start_processes,  # imports DeepSpeed: seconds that a mistake in the config need not wait
+    )
 
     settings = settings or run.sampling()
     labels = _labels(run, settings, labels)

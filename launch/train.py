@@ -9,19 +9,19 @@ import torch
 
 import kernels
 import lightningdit.cost as dit_cost
-from launch import launcher
 from launch.arguments import add_run_file, load_run
-from launch.checks import check_run, network_on_meta
 from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
-from launch.loader import Split
-from launch.plan import Network, RunPlan
-from launch.run_lock import owning
+from launch.runtime import launcher
+from launch.runtime.run_lock import owning
+from launch.training.checks import check_run, network_on_meta
+from launch.training.loader import Split
+from launch.training.plan import Network, RunPlan
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
 if TYPE_CHECKING:
-    from launch.processes import Processes
-    from launch.trainer import Trainer
+    from launch.runtime.processes import Processes
+    from launch.training.trainer import Trainer
     from vavae.data import ImageFolder
     from vavae.task import VavaeTask
 
@@ -50,7 +50,9 @@ def main(argv: list[str]) -> int:
 def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     """Train as `run` says → the run's directory, and the signal that ended it early or None."""
     check_run(run)
-    from launch.engine import start_processes  # imports DeepSpeed: seconds that a mistake or a dry run need not wait
+    from launch.training.engine import (
+        start_processes,  # imports DeepSpeed: seconds that a mistake or a dry run need not wait
+    )
 
     processes = start_processes()
     run = named(run, kind, processes)
@@ -72,7 +74,7 @@ def named(run: Run, kind: str, processes: "Processes") -> Run:
 
 def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
     """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
-    from launch.trainer import Plan, Trainer
+    from launch.training.trainer import Plan, Trainer
 
     run = named(run, kind, processes)
     train = run.train.validating(run.data.valid_path)

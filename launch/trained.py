@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from common.files import FileError, is_there, read_json
 from common.sections import describe
 from common.tensors import load_strict
-from launch.checkpoint import Checkpoint, CheckpointError, newest
 from launch.config import ConfigError, LightningDiTRun, stored_run
+from launch.training.checkpoint import Checkpoint, CheckpointError, newest
 from lightningdit.latents import LatentStatistics, StatisticsRecord, read_statistics
 from lightningdit.model import LightningDiT
 from lightningdit.weights import Export, export_paths, read_export, read_weights

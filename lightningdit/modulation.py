@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.operators import dry, operator
+from kernels.backends.operators import dry, operator
 
 Vectors = tuple[Tensor, ...]
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["launch.train", "launch.trainer", "launch.engine", "vavae.task"])
+_context.set_forkserver_preload(["launch.train", "launch.training.trainer", "launch.training.engine", "vavae.task"])
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The `call`-th call (from 1) of `owner.name`, such as Moment("launch.checkpoint", "write_json", 2).
+    """The `call`-th call (from 1) of `owner.name`, such as Moment("launch.training.checkpoint", "write_json", 2).
 
     rank: where it strikes; None: on every process.
     """

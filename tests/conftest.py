@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.device import cuda_reasons, triton_interpreted, triton_reasons
+from kernels.backends.device import cuda_reasons, triton_interpreted, triton_reasons
 
 if cuda_reasons():
     os.environ.setdefault("TRITON_INTERPRET", "1")

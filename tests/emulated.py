@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import emulation
+from kernels.testing import emulation
 
 ROOT = Path(__file__).parents[1]
 SOURCES = Path(__file__).parent / "csrc"

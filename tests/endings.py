@@ -14,7 +14,7 @@ from pathlib import Path
 from tests import toy
 from tests.children import Moment, launch
 
-STOPPED = Moment("launch.engine:Engine", "step", 1, signal.SIGTERM, rank=1)
+STOPPED = Moment("launch.training.engine:Engine", "step", 1, signal.SIGTERM, rank=1)
 
 
 def endings(directory: Path, count: int) -> Counter:

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch import loader, read_ahead, train
-from launch.trainer import Trainer
+from launch import train
+from launch.runtime import read_ahead
+from launch.training import loader
+from launch.training.trainer import Trainer
 from tests.operator_costs import READS, moved_bytes
 
 LOADERS = {Path(module.__file__) for module in (loader, read_ahead)}

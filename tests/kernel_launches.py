@@ -2,10 +2,10 @@
 
 import torch
 
-from kernels.cases import Case
-from kernels.judge import leaves, named
+from kernels.backends.triton_launch import Launch, recorded
 from kernels.registry import Op
-from kernels.triton_launch import Launch, recorded
+from kernels.testing.cases import Case
+from kernels.testing.tolerance import leaves, named
 
 
 def launches(op: Op, case: Case, dtype: torch.dtype, architecture: int = 90) -> tuple[list[Launch], list[Launch]]:

@@ -12,7 +12,7 @@ import sys
 import torch
 
 import kernels
-from kernels import checks
+from kernels.testing import checks
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -18,8 +18,8 @@ from bench.measure import timing
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.plugins import samples
-from kernels.device import cuda_reasons
-from kernels.judge import reference
+from kernels.backends.device import cuda_reasons
+from kernels.testing.tolerance import reference
 from lightningdit.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.measure.work import Sets, Truth
 from bench.ops import Bench, Job, alarming, jobs, parse, plan, text, work_through
-from kernels.judge import reference
+from kernels.testing.tolerance import reference
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
@@ -104,7 +104,7 @@ def test_fraction_of_the_limit():
 
 
 def test_figures_of_a_contender_among_others():
-    cost = kernels.cases.Cost(forward_bytes=6_000_000, backward_bytes=8_000_000, backward_flops=4_000_000_000)
+    cost = kernels.testing.cases.Cost(forward_bytes=6_000_000, backward_bytes=8_000_000, backward_flops=4_000_000_000)
     timings = {"ours": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6]), "theirs": timing.Timing(2, "graph", [12e-6])}
     ceilings = roofline.Ceilings(4e12, {torch.float16: 1e15})
     got = ops.Work(cost, "backward", torch.float16, ceilings).figures("ours", timings)

@@ -15,8 +15,8 @@ import kernels
 from bench.plugins import memory
 from bench.plugins.items import Subject
 from bench.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved
-from kernels import checks as op_checks
-from kernels.cases import Case
+from kernels.testing import checks as op_checks
+from kernels.testing.cases import Case
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
@@ -43,7 +43,7 @@ PRODUCTION = [(op, case) for op in kernels.OPS.values() for case in op.cases if 
 @pytest.mark.parametrize(("op", "case"), PRODUCTION, ids=[f"{op.name}-{case.id}" for op, case in PRODUCTION])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_test_needs_covers_its_check(op, case, dtype, monkeypatch):
-    """The checks of `kernels.checks`, on tensors without memory, with the reference for a backend."""
+    """The checks of `kernels.testing.checks`, on tensors without memory, with the reference for a backend."""
 
     def judged(inputs, got, eager, exact):
         for name, result in got.items():

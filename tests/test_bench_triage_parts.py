@@ -19,7 +19,7 @@ from bench.triage.parts import chosen, parts
 from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
 from bench.triage.tasks import sampling as sampling_task
 from kernels import registry
-from kernels.judge import reference, tensors_of
+from kernels.testing.tolerance import reference, tensors_of
 from tests.test_bench_triage import FACTS, checked, op_row, row, step_row
 
 ROOT = Path(__file__).parents[1]

@@ -15,13 +15,15 @@ INSIDE = {"save", "savez", "savez_compressed", "save_file", "savefig", "dump", "
 #: File → what it may call nevertheless, and why.
 ALLOWED = {
     "common/files.py": {"open", "os.replace", "os.rename", "os.link"},  # the writer
-    "kernels/emulation.py": {"open"},  # a lock
-    "launch/checkpoint.py": {"os.replace"},  # whole directories, of files written atomically
-    "launch/digits_foundation.py": {"save"},  # FoundationModel's own, by write_tensors
+    "kernels/testing/emulation.py": {"open"},  # a lock
+    "launch/training/checkpoint.py": {"os.replace"},  # whole directories, of files written atomically
+    "launch/digits_demo/foundation.py": {"save"},  # FoundationModel's own, by write_tensors
     "launch/__main__.py": {"open", "fdopen"},  # the null device, for standard streams that are closed too
-    "launch/digits.py": {"save"},  # 1,797 images that a manifest of their checksums, written last, makes valid
-    "launch/progress.py": {"open"},  # a log that grows
-    "launch/run_lock.py": {"open"},  # held open as long as the run lives
+    "launch/digits_demo/dataset.py": {
+        "save"
+    },  # 1,797 images that a manifest of their checksums, written last, makes valid
+    "launch/training/progress.py": {"open"},  # a log that grows
+    "launch/runtime/run_lock.py": {"open"},  # held open as long as the run lives
 }
 
 
@@ -40,7 +42,7 @@ def writes(tree: ast.Module) -> set[str]:
         if name == "open" and not _for_writing(node):
             continue
         if whole in ("write_text", "save", "checkpoint.save"):
-            continue  # of common.files and launch.checkpoint
+            continue  # of common.files and launch.training.checkpoint
         if name in ("rename", "dump", "save") and not node.args:
             continue  # a trainer's, a model's
         inside = name in INSIDE or whole == "archive.open"

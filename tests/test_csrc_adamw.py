@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import emulation
+from kernels.testing import emulation
 
 pytestmark = pytest.mark.skipif(bool(emulation.reasons()), reason="; ".join(emulation.reasons()))
 NUMBERS = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.99}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import emulation
+from kernels.testing import emulation
 from tests.emulated import ORDERS, SOURCES, emulated, under
 
 pytestmark = pytest.mark.skipif(bool(emulation.reasons()), reason="; ".join(emulation.reasons()))

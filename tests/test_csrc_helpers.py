@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import emulation
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
+from kernels.testing import emulation
 from tests.emulated import emulated, on_device
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import checks, cuda_launch, emulation
-from kernels.emulation import CSRC
+from kernels.backends import cuda_launch
+from kernels.testing import checks, emulation
+from kernels.testing.emulation import CSRC
 from tests.emulated import ORDERS, SOURCES, Library
 from tests.mutations import KernelMistake, mutated
 from tests.mutations.csrc import MISTAKES

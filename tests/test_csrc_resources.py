@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels import emulation
+from kernels.testing import emulation
 from tests.cuda_ceilings import CEILINGS
 
 SOURCES = sorted(source.stem for source in emulation.CSRC.glob("*.cu") if source.stem != "device")

@@ -20,7 +20,7 @@ ALLOWED = {
     "launch": {"launch", "lightningdit", "vavae", "kernels", "common"},
 }
 # Package → the only place it may be imported in.
-HOME = {"triton": "kernels/", "deepspeed": "launch/engine.py", "timm": "vavae/foundation.py"}
+HOME = {"triton": "kernels/", "deepspeed": "launch/training/engine.py", "timm": "vavae/foundation.py"}
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
 # Peers, measured where they are found.
 NEVER_REQUIRED = {"flash_attn", "flash_attn_interface", "apex", "liger_kernel", "quack"}

@@ -19,7 +19,7 @@ COSTS = {
     "import lightningdit.model": {"torch"},
     "import vavae.model": {"torch"},
     "import launch.train": {"torch"},
-    "import launch.engine": {"torch", "deepspeed"},
+    "import launch.training.engine": {"torch", "deepspeed"},
     "import sys; from launch.__main__ import main; main(['--help'])": set(),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.checks import same_bits
+from kernels.testing.checks import same_bits
 from tests.golden import close
 
 OP = kernels.OPS["adamw_ema_"]

@@ -5,9 +5,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
-from kernels.cases import nbytes
-from kernels.judge import copied
 from kernels.registry import FLOATS
+from kernels.testing.cases import nbytes
+from kernels.testing.tolerance import copied
 
 OPS = kernels.select("reference")
 

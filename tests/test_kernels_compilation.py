@@ -1,4 +1,4 @@
-"""What `kernels.compilation` adds to a compiler: an entry in Inductor's table for every operator, before any graph."""
+"""Entries in Inductor's table for every operator of ours, made before any graph is compiled."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 import kernels
-from kernels import compilation
-from kernels.compilation import compiled
-from kernels.device import cuda_reasons
-from kernels.operators import operator
+from kernels.backends.device import cuda_reasons
+from kernels.backends.operators import operator
+from kernels.compile import compilation
+from kernels.compile.compilation import compiled
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 
@@ -74,8 +74,8 @@ torch.compile(kernels.select("triton").swiglu, fullgraph=True, backend=look)(tor
 def test_modes_without_inductor_do_not_import_it(mode):
     code = f"""
 import sys, torch
-from kernels.compilation import compiled
-from kernels.device import cuda_reasons
+from kernels.compile.compilation import compiled
+from kernels.backends.device import cuda_reasons
 compiled(torch.nn.Identity(), {mode!r})
 print("torch._inductor.lowering" in sys.modules)
 """
@@ -85,11 +85,11 @@ print("torch._inductor.lowering" in sys.modules)
 
 KEPT = """
 import json, torch
-import kernels, kernels.compilation
+import kernels, kernels.compile.compilation
 from torch._dynamo.utils import counters
 
-kernels.compilation.sources = lambda: SOURCES
-function = kernels.compilation.compiled(kernels.select("triton").swiglu, "inductor")
+kernels.compile.compilation.sources = lambda: SOURCES
+function = kernels.compile.compilation.compiled(kernels.select("triton").swiglu, "inductor")
 function(torch.ones(2, 16))
 print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}))
 """

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kernels
+from kernels.backends.triton_launch import recorded
 from kernels.group_norm_silu import triton_impl
 from kernels.group_norm_silu.triton_impl import MOST_CHUNKS, TILE, ChunkConfig, chunk_config, split_count
-from kernels.judge import fault, widened
-from kernels.triton_launch import recorded
+from kernels.testing.tolerance import fault, widened
 
 OP = kernels.OPS["group_norm_silu"]
 REFERENCE, TRITON = OP.backend("reference").run, OP.backend("triton").run

@@ -11,11 +11,11 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import kernels
-from kernels.compilation import compiled
+from kernels.compile.compilation import compiled
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT, SwiGLUMLP
 
-rewriting = pytest.importorskip("kernels.rewriting")
+rewriting = pytest.importorskip("kernels.compile.rewriting")
 in_graph = pytest.importorskip("kernels.weight_gradients.in_graph")
 IN_GRAPH = [name for name, op in kernels.OPS.items() if op.in_graph]
 for op in ("swiglu", *IN_GRAPH):

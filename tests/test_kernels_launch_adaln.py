@@ -18,8 +18,8 @@ from kernels.adaln_rms_norm.triton_config import (
     vector_tiling,
 )
 from kernels.adaln_rms_norm.triton_passes import vector_gradients
-from kernels.judge import leaves, named
-from kernels.triton_launch import INTERPRETED, recorded
+from kernels.backends.triton_launch import INTERPRETED, recorded
+from kernels.testing.tolerance import leaves, named
 
 WIDTHS = (1, 8, 37, 384, 440, 768, 1024, 1152, 1408, 1792, 2048, 2304, 4096, 8192, 9216, 12000)
 PASSES = {

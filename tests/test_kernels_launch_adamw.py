@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.checks import same_bits
-from kernels.triton_launch import INTERPRETED, recorded
-from launch.optimizer import STATE_KEYS, AdamWEma
+from kernels.backends.triton_launch import INTERPRETED, recorded
+from kernels.testing.checks import same_bits
+from launch.training.optimizer import STATE_KEYS, AdamWEma
 
 adamw = pytest.importorskip("kernels.adamw_ema_.triton_impl")
 triton = pytest.importorskip("triton")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.triton_launch import processors, recorded
+from kernels.backends.triton_launch import processors, recorded
 from tests.kernel_launches import launches
 
 impl = pytest.importorskip("kernels.linear_swiglu.triton_impl")

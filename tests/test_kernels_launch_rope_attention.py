@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import kernels
-from kernels.device import triton_reasons
-from kernels.judge import gradients, outputs, random_like, reference, widened
+from kernels.backends.device import triton_reasons
+from kernels.testing.tolerance import gradients, outputs, random_like, reference, widened
 
 if triton_reasons():
     pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
 
+from kernels.backends.triton_launch import INTERPRETED, recorded
 from kernels.rope_attention.call import pairs
 from kernels.rope_attention.triton_impl import (
     BACKEND,
@@ -23,7 +24,6 @@ from kernels.rope_attention.triton_impl import (
     forward_tile,
     sums,
 )
-from kernels.triton_launch import INTERPRETED, recorded
 
 OP = kernels.OPS["rope_attention"]
 SHARED = {90: 227 * 1024, 80: 163 * 1024}

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
-from kernels.triton_launch import INTERPRETED, recorded
+from kernels.backends.triton_launch import INTERPRETED, recorded
 
 swiglu = pytest.importorskip("kernels.swiglu.triton_impl")
 OP = kernels.OPS["swiglu"]

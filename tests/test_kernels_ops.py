@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import checks
-from kernels.cases import Case
-from kernels.device import cuda_reasons
-from kernels.judge import tensors_of
+from kernels.backends.device import cuda_reasons
 from kernels.registry import FLOATS, Backend, Op
+from kernels.testing import checks
+from kernels.testing.cases import Case
+from kernels.testing.tolerance import tensors_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = [(op, name) for op in kernels.OPS.values() for name in op.backends]

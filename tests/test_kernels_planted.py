@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import checks
-from kernels.cases import Case
 from kernels.registry import FILES, Backend, Op, choose
+from kernels.testing import checks
+from kernels.testing.cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16)
 SWIGLU = kernels.OPS["swiglu"]

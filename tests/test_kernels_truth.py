@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 import kernels
-from kernels.checks import outputs, reference, widened
+from kernels.testing.checks import outputs, reference, widened
 from tests.golden import G, close
 
 OPS = kernels.select("reference")

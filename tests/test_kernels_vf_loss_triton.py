@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.device import cuda_reasons
-from kernels.judge import fault, widened
-from kernels.triton_launch import recorded
+from kernels.backends.device import cuda_reasons
+from kernels.backends.triton_launch import recorded
+from kernels.testing.tolerance import fault, widened
 from kernels.vf_loss.triton_impl import backward_config, block, forward_config, positions_config
 
 OP = kernels.OPS["vf_loss"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.files import FileError
-from launch import checkpoint
-from launch.checkpoint import Checkpoint, CheckpointError
+from launch.training import checkpoint
+from launch.training.checkpoint import Checkpoint, CheckpointError
 from tests import toy
 
 

@@ -8,14 +8,14 @@ from contextlib import closing
 import pytest
 import torch
 
-from launch import checkpoint
 from launch.__main__ import main
-from launch.checkpoint import Checkpoint, CheckpointError
 from launch.config import load
-from launch.engine import start_processes
-from launch.progress import Meter
 from launch.train import make_trainer
 from launch.trained import from_checkpoint
+from launch.training import checkpoint
+from launch.training.checkpoint import Checkpoint, CheckpointError
+from launch.training.engine import start_processes
+from launch.training.progress import Meter
 from tests import toy
 
 SKIPPED = {"step": 2, "network": "model", "not_finite": "loss", "ranks": [0]}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
-from launch import engine, train
+from launch import train
 from launch.__main__ import main
-from launch.checks import check_directory, check_output_file, check_run, network_on_meta
 from launch.config import ConfigError, load
+from launch.training import engine
+from launch.training.checks import check_directory, check_output_file, check_run, network_on_meta
 from tests import toy
 
 PROFILED = "deepspeed.overrides={flops_profiler: {enabled: true}}"

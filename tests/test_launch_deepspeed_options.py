@@ -12,12 +12,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from launch import checkpoint
 from launch.__main__ import main
-from launch.checks import check_run
 from launch.config import ConfigError, load
 from launch.config_files import merge
-from launch.deepspeed_options import (
+from launch.train import make_trainer, run_training
+from launch.training import checkpoint
+from launch.training.checks import check_run
+from launch.training.deepspeed_options import (
     DataTypes,
     DeepSpeedConfig,
     DeepSpeedOptions,
@@ -28,9 +29,8 @@ from launch.deepspeed_options import (
     ZeroOptimization,
     deepspeed_config,
 )
-from launch.engine import Engine, start_processes
-from launch.optimizer import STATE_KEYS, AdamWEma
-from launch.train import make_trainer, run_training
+from launch.training.engine import Engine, start_processes
+from launch.training.optimizer import STATE_KEYS, AdamWEma
 from tests import toy
 from tests.children import call
 
@@ -385,8 +385,10 @@ def test_deepspeeds_clock_is_refused_with_a_gan(tmp_path, data, capsys, options)
 def test_what_is_profiled_is_not_compiled(tmp_path, data, monkeypatch):
     """The profiler looks into modules: "auto" leaves them, and what compiles them is refused."""
     told, path, processes = [], run_file(tmp_path, data, "lightningdit"), start_processes()
-    monkeypatch.setattr("launch.engine.uses_cuda", lambda: True)
-    monkeypatch.setattr("launch.trainer.Engine", lambda network, optimizer, config, mode, *_: told.append(mode))
+    monkeypatch.setattr("launch.training.engine.uses_cuda", lambda: True)
+    monkeypatch.setattr(
+        "launch.training.trainer.Engine", lambda network, optimizer, config, mode, *_: told.append(mode)
+    )
     profiled = f"deepspeed.overrides={json.dumps({'flops_profiler': {'enabled': True}})}"
     for changes in ([], [profiled]):
         with pytest.raises(AttributeError):  # there is no engine

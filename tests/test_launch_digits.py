@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from launch import digits_foundation, pictures
-from launch.digits import CLASSES, Digits, downsample, read, source, upsample, write
-from launch.digits_judge import LIMITS, Judge, failures, reconstruction_report, samples_report
-from launch.features import FoundationFeatures
+from launch import pictures
+from launch.digits_demo import foundation
+from launch.digits_demo.classifier import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.digits_demo.dataset import CLASSES, Digits, downsample, read, source, upsample, write
+from launch.evaluation.features import FoundationFeatures
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 from vavae.images import to_float_batch
@@ -172,23 +173,23 @@ def test_limits():
 SMALL = FoundationConfig(
     model_name="vit_tiny_patch16_224",
     normalization="published",
-    model_args={**digits_foundation.MODEL.model_args, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    model_args={**foundation.MODEL.model_args, "embed_dim": 32, "depth": 2, "num_heads": 2},
 )
 
 
 def test_foundation_training_learns_repeats_and_loads(tmp_path, splits, monkeypatch):
-    monkeypatch.setattr(digits_foundation, "MODEL", SMALL)
-    monkeypatch.setattr(digits_foundation, "LEAST_ACCURACY", 0.5)
+    monkeypatch.setattr(foundation, "MODEL", SMALL)
+    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.5)
     train, heldout = splits["train"], splits["heldout"]
     state = torch.random.get_rng_state()
-    config, accuracy = digits_foundation.train_foundation(tmp_path / "a.safetensors", train, heldout, seed=3, steps=120)
+    config, accuracy = foundation.train_foundation(tmp_path / "a.safetensors", train, heldout, seed=3, steps=120)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's generator is left alone
     assert accuracy > 0.5
     torch.manual_seed(99)
-    again, _ = digits_foundation.train_foundation(tmp_path / "b.safetensors", train, heldout, seed=3, steps=120)
+    again, _ = foundation.train_foundation(tmp_path / "b.safetensors", train, heldout, seed=3, steps=120)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
-    model = FoundationModel.from_config(config, digits_foundation.GRID)  # strict: every weight is there
+    model = FoundationModel.from_config(config, foundation.GRID)  # strict: every weight is there
     got = FoundationFeatures.from_file(tmp_path / "a.safetensors").pooled(heldout.images[:20])
     assert torch.equal(got, FoundationFeatures(model).pooled(heldout.images[:20]))
     assert got.shape == (20, 32) and got.dtype == torch.float32
@@ -196,15 +197,15 @@ def test_foundation_training_learns_repeats_and_loads(tmp_path, splits, monkeypa
     facts = json.loads((tmp_path / "b.json").read_text())
     assert facts["config"] == again.model_dump(mode="json") and facts["heldout_accuracy"] == accuracy
 
-    monkeypatch.setattr(digits_foundation, "LEAST_ACCURACY", 0.95)
+    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.95)
     with pytest.raises(RuntimeError, match="stand-in foundation model knows"):
-        digits_foundation.train_foundation(tmp_path / "c.safetensors", train, heldout, seed=4, steps=1)
+        foundation.train_foundation(tmp_path / "c.safetensors", train, heldout, seed=4, steps=1)
     assert not (tmp_path / "c.safetensors").exists()
 
 
 def test_foundation_features_are_what_the_head_reads(splits):
     torch.manual_seed(0)
-    model = FoundationModel.classifier(SMALL, digits_foundation.GRID, CLASSES).eval()
+    model = FoundationModel.classifier(SMALL, foundation.GRID, CLASSES).eval()
     images = splits["heldout"].images[:5]
     pooled = FoundationFeatures(model).pooled(images)
     torch.testing.assert_close(model.vit.head(pooled), model.logits(to_float_batch(images)))
@@ -212,13 +213,13 @@ def test_foundation_features_are_what_the_head_reads(splits):
 
 def test_augmentation_moves_and_scales_a_little(splits):
     images = to_float_batch(splits["train"].images[:64])
-    draw = lambda seed: digits_foundation.augment(images, torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda seed: foundation.augment(images, torch.Generator().manual_seed(seed))  # noqa: E731
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert draw(0).min() >= -1 and draw(0).max() <= 1
-    black = digits_foundation.augment(torch.full_like(images, -1), torch.Generator().manual_seed(0))
+    black = foundation.augment(torch.full_like(images, -1), torch.Generator().manual_seed(0))
     assert torch.equal(black, torch.full_like(images, -1))  # what comes in from outside is black, too
     ramp = ((torch.arange(32) + 0.5) / 16 - 1).expand(256, 3, 32, 32)  # where each pixel comes from, read off a ramp
-    moved = digits_foundation.augment(ramp + 0, torch.Generator().manual_seed(0))[:, 0, 16, 8:24] - ramp[0, 0, 16, 8:24]
+    moved = foundation.augment(ramp + 0, torch.Generator().manual_seed(0))[:, 0, 16, 8:24] - ramp[0, 0, 16, 8:24]
     assert 0.08 < moved.abs().max() <= 0.1 + 0.5 * 0.1 + 1e-5
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 import kernels
-from launch import engine
-from launch.deepspeed_options import DEEPSPEED_FILES, deepspeed_config
-from launch.optimizer import AdamWEma
+from launch.training import engine
+from launch.training.deepspeed_options import DEEPSPEED_FILES, deepspeed_config
+from launch.training.optimizer import AdamWEma
 
 
 class Refusing:

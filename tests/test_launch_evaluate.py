@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.tensors import write_tensors
-from launch import evaluate, evaluation, features
-from launch.evaluation import evaluate_samples
+from launch import evaluate
+from launch.evaluation import features, runner
+from launch.evaluation.runner import evaluate_samples
 from tests import toy
 from tests.measured import (
     FACTS,
@@ -368,9 +369,7 @@ def test_inception_features(inception_weights):
     assert torch.equal(again["spatial"], want) and torch.equal(got["spatial"], want)
 
     few = MemoryImages(images(20, 4, size=32))
-    result = evaluate_samples(
-        few, evaluation.Reference("r", few), extractor, metadata=FACTS, allow_few=True, batch_size=4
-    )
+    result = evaluate_samples(few, runner.Reference("r", few), extractor, metadata=FACTS, allow_few=True, batch_size=4)
     assert set(result["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall"}
     assert abs(result["metrics"]["fid"]) < 1e-3 and result["metrics"]["precision"] == 1.0
     assert result["features"] == "inception-v3 (torch-fidelity)"

@@ -10,11 +10,11 @@ import yaml
 import kernels
 import launch.export
 from common.files import WriteError
-from launch import checkpoint
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
 from launch.export import main as export_main
 from launch.trained import build_tokenizer, diffusion_weights, find_checkpoint
+from launch.training import checkpoint
 from lightningdit.weights import read_export, read_weights
 from tests import toy
 from tests.tiny_weights import STATISTICS, a_run, document, write_weights

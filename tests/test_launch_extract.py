@@ -14,8 +14,8 @@ from common.tensors import write_tensors
 from launch import extract as program
 from launch.config import VavaeRun
 from launch.extract import batch_bounds, extract
-from launch.processes import Processes
-from launch.run_lock import InUse, owning
+from launch.runtime.processes import Processes
+from launch.runtime.run_lock import InUse, owning
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError
 from tests import children

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.evaluation import open_reference
-from launch.image_source import FolderImages, NpzImages, npz_names, open_images, read_npz
+from launch.evaluation.image_source import FolderImages, NpzImages, npz_names, open_images, read_npz
+from launch.evaluation.runner import open_reference
 from tests.measured import images, save_folder
 from vavae.images import center_crop
 

@@ -9,9 +9,10 @@ import torch
 from scipy import stats
 from sklearn.manifold import TSNE
 
-from launch import evaluate, latent_space
-from launch.latent_space import evaluate_latents, latent_vectors
-from launch.metrics import latent_uniformity
+from launch import evaluate
+from launch.evaluation import latent_space
+from launch.evaluation.latent_space import evaluate_latents, latent_vectors
+from launch.evaluation.metrics import latent_uniformity
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
 from tests import toy
@@ -105,7 +106,7 @@ def test_figures_are_means_over_the_draws(numbered, drawn):
 
 
 def test_every_image_is_used_where_there_are_fewer_than_asked_by_default(numbered, monkeypatch):
-    monkeypatch.setattr("launch.latent_space.latent_uniformity", lambda drawn: latent_uniformity(drawn[:40]))
+    monkeypatch.setattr("launch.evaluation.latent_space.latent_uniformity", lambda drawn: latent_uniformity(drawn[:40]))
     latents = LatentDataset(numbered)
     assert evaluate_latents(latents)["vectors"] == 600
     for vectors in (601, 0):

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from common.files import WriteError
-from launch import checkpoint, launcher, lifetime, processes
 from launch.__main__ import main
 from launch.config import load
-from launch.engine import start_processes
-from launch.launcher import LaunchError, Place, place
-from launch.lifetime import StopRequest
+from launch.runtime import launcher, lifetime, processes
+from launch.runtime.launcher import LaunchError, Place, place
+from launch.runtime.lifetime import StopRequest
 from launch.train import make_trainer
+from launch.training import checkpoint
+from launch.training.engine import start_processes
 from tests import toy
 from tests.children import Moment, alive, launch
 
@@ -57,7 +58,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, run_fil
     number = signal.SIGTERM
     command = ("train", "lightningdit", run_file)
     assert launch(*command, "train.exp_name=whole", world_size=2) == [0, 0]
-    moment = Moment("launch.engine:Engine", "step", 2, number, rank=1)
+    moment = Moment("launch.training.engine:Engine", "step", 2, number, rank=1)
     log = tmp_path / "log"
     statuses = launch(*command, "train.exp_name=stopped", world_size=2, at=moment, log=log)
     assert statuses == [128 + number] * 2
@@ -73,7 +74,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, run_fil
 def test_a_row_that_was_not_due_goes_on_on_another_number_of_processes(tmp_path, run_file):
     command = ("train", "lightningdit", run_file)
     assert launch(*command, "train.exp_name=whole") == [0]
-    moment = Moment("launch.engine:Engine", "step", 3, signal.SIGTERM, rank=0)
+    moment = Moment("launch.training.engine:Engine", "step", 3, signal.SIGTERM, rank=0)
     assert launch(*command, "train.exp_name=stopped", world_size=2, at=moment) == [128 + signal.SIGTERM] * 2
     assert launch(*command, "train.exp_name=stopped") == [0]
     for one, other in zip(rows(tmp_path / "stopped"), rows(tmp_path / "whole"), strict=True):
@@ -116,7 +117,7 @@ def test_what_a_loader_process_cannot_read_ends_the_run_with_a_sentence(tmp_path
 
 
 def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tmp_path, run_file):
-    moment = Moment("launch.engine:Engine", "step", 2, signal.SIGKILL, rank=1)
+    moment = Moment("launch.training.engine:Engine", "step", 2, signal.SIGKILL, rank=1)
     statuses = launch("train", "lightningdit", run_file, world_size=2, at=moment, log=tmp_path / "log", limit=120)
     assert statuses == [2, -signal.SIGKILL]
     said = (tmp_path / "log.0").read_text()

@@ -13,8 +13,8 @@ from itertools import islice
 import pytest
 import torch
 
-from launch import read_ahead
-from launch.loader import SampleOrder, Split, micro_batches
+from launch.runtime import read_ahead
+from launch.training.loader import SampleOrder, Split, micro_batches
 from lightningdit.seeds import generator
 from tests.children import alive, all_ended
 from vavae.data import UnreadableImage

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from launch.metrics import (
+from launch.evaluation.metrics import (
     FeatureStatistics,
     frechet_distance,
     gaussian_kde,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from launch.optimizer import AdamWEma
+from launch.training.optimizer import AdamWEma
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05}
 SIZES = ((3,), (5, 7))

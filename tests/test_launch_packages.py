@@ -10,8 +10,8 @@ import pytest
 from packaging.version import Version
 
 import kernels
-from launch import packages
 from launch.__main__ import PROGRAMS, main
+from launch.runtime import packages
 
 ROOT = Path(__file__).parents[1]
 OTHERS = "raise RuntimeError('the package of another project was imported')"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.plan import Network, RunPlan, latents_bytes, state_bytes
+from launch.training.plan import Network, RunPlan, latents_bytes, state_bytes
 
 P = 1_000
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from launch import digits_foundation, extract, quickstart
+from launch import extract, quickstart
+from launch.digits_demo import foundation
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def hasty(tmp_path, monkeypatch):
             del content["sample"]
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setattr(quickstart, "CONFIGS", configs)
-    hurried = functools.partial(digits_foundation.train_foundation, steps=2)
+    hurried = functools.partial(foundation.train_foundation, steps=2)
     monkeypatch.setattr(quickstart, "train_foundation", hurried)
-    monkeypatch.setattr(digits_foundation, "LEAST_ACCURACY", 0.0)
+    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.0)
     monkeypatch.setattr(extract, "LEAST_PSNR", 0.0)
     return tmp_path / "out"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import run_lock
-from launch.run_lock import NAME, InUse, Owner, owning
+from launch.runtime import run_lock
+from launch.runtime.run_lock import NAME, InUse, Owner, owning
 from tests import toy
 from tests.children import launch
 

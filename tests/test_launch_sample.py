@@ -13,11 +13,13 @@ from PIL import Image
 
 import kernels
 from common.files import FileError
-from launch import checkpoint, engine, processes, sample
+from launch import sample
 from launch.config import LightningDiTRun
 from launch.export import export
-from launch.run_lock import InUse, owning
+from launch.runtime import processes
+from launch.runtime.run_lock import InUse, owning
 from launch.trained import find_checkpoint, from_checkpoint
+from launch.training import checkpoint, engine
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample as sample_latents

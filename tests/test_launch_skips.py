@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launch import checkpoint
 from launch.config import load
-from launch.engine import start_processes
-from launch.loader import SampleOrder
-from launch.optimizer import NonFinite
-from launch.processes import Processes
-from launch.skips import Skips
+from launch.runtime.processes import Processes
 from launch.train import make_trainer, run_training
+from launch.training import checkpoint
+from launch.training.engine import start_processes
+from launch.training.loader import SampleOrder
+from launch.training.optimizer import NonFinite
+from launch.training.skips import Skips
 from lightningdit.task import LightningDiTTask
 from tests import toy
 from tests.children import launch

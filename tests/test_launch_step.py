@@ -10,11 +10,11 @@ import torch
 
 import kernels
 from launch.config import load
-from launch.deepspeed_options import deepspeed_config
-from launch.engine import Engine, compile_mode, start_processes
-from launch.optimizer import AdamWEma
 from launch.train import make_trainer
-from launch.trainer import Trainer
+from launch.training.deepspeed_options import deepspeed_config
+from launch.training.engine import Engine, compile_mode, start_processes
+from launch.training.optimizer import AdamWEma
+from launch.training.trainer import Trainer
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from lightningdit.modulation import evenly_spaced
@@ -128,7 +128,7 @@ def toy_trainer(folder: Path, *overrides: str) -> Trainer:
 def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch, capsys, deterministic):
     """It may be they that a backward pass hands its weight gradients to. And whether it may time what sums."""
     told = []
-    monkeypatch.setattr("launch.engine.compile_module", lambda module, *how: told.append(how))
+    monkeypatch.setattr("launch.training.engine.compile_module", lambda module, *how: told.append(how))
     choice = "kernels={default: reference, weight_gradients: triton}"
     toy_trainer(tmp_path, "train.compile=inductor", "train.precision=bfloat16", choice,
                 f"train.deterministic={str(deterministic).lower()}")  # fmt: skip

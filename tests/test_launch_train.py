@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.triton_launch import INTERPRETED
-from launch import checkpoint
+from kernels.backends.triton_launch import INTERPRETED
 from launch.config import ConfigError, load
 from launch.export import export
+from launch.training import checkpoint
 from lightningdit.weights import read_weights
 from tests import toy
 from tests.children import Moment, free_port, launch
@@ -22,8 +22,8 @@ from vavae.model import Decoder, Encoder
 pytestmark = pytest.mark.usefixtures("own_linear")
 
 TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
-MID_STEP = Moment("launch.engine:Engine", "step", 5)  # after the backward of step 5, before its update
-MID_SAVE = Moment("launch.checkpoint", "write_tensors", 3)
+MID_STEP = Moment("launch.training.engine:Engine", "step", 5)  # after the backward of step 5, before its update
+MID_SAVE = Moment("launch.training.checkpoint", "write_tensors", 3)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path, run_file, kind
 def test_sigterm_ends_after_a_checkpoint(tmp_path, run_file):
     path = str(run_file())
     assert launch("train", "lightningdit", path, "train.exp_name=whole") == [0]
-    moment = Moment("launch.engine:Engine", "step", 2, signal.SIGTERM)
+    moment = Moment("launch.training.engine:Engine", "step", 2, signal.SIGTERM)
     assert launch("train", "lightningdit", path, "train.exp_name=stopped", at=moment) == [128 + signal.SIGTERM]
     assert checkpoint.newest(tmp_path / "stopped/checkpoints").step == 2
     assert launch("train", "lightningdit", path, "train.exp_name=stopped") == [0]

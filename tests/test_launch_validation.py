@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import checkpoint, trainer
 from launch.config import load
-from launch.engine import start_processes
-from launch.progress import Clock
 from launch.train import make_trainer
+from launch.training import checkpoint, trainer
+from launch.training.engine import start_processes
+from launch.training.progress import Clock
 from tests import toy
 from tests.children import launch
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from tests.golden import G, J, close, close_grads

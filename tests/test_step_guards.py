@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from kernels.device import triton_reasons
-from kernels.triton_launch import INTERPRETED
+from kernels.backends.device import triton_reasons
+from kernels.backends.triton_launch import INTERPRETED
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT

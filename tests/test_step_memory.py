@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels.device import triton_reasons
+from kernels.backends.device import triton_reasons
 from lightningdit.config import ModelConfig
 from lightningdit.cost import activation_bytes_per_image
 from lightningdit.flow import Transport

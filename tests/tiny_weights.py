@@ -6,8 +6,8 @@ import torch
 import yaml
 
 import kernels
-from launch import checkpoint
 from launch.config import LightningDiTRun
+from launch.training import checkpoint
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
 from lightningdit.weights import save_published

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines.interface import Adapter, Contender
-from kernels.judge import Tensors
+from kernels.testing.tolerance import Tensors
 
 
 def torch_swiglu() -> Adapter:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kernels.judge import Inputs, Tensors
+from kernels.testing.tolerance import Inputs, Tensors
 
 
 def _as_given(**inputs: Any) -> Inputs:

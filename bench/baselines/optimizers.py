@@ -6,7 +6,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from bench.baselines.interface import Adapter, Contender
-from kernels.judge import Inputs
+from kernels.testing.tolerance import Inputs
 
 
 def torch_fused() -> Adapter:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bench.baselines import BASELINES, Adapter, Contender
-from kernels.judge import reference
 from kernels.registry import BackendUnavailable, Op
+from kernels.testing.tolerance import reference
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 

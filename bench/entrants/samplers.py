@@ -15,7 +15,7 @@ from bench.entrants.tokenizers import flops_per_image, make_tokenizer, set_numer
 from bench.entrants.training import CONFIG, make_network
 from bench.measure.timing import Lap
 from bench.sampling import Variant
-from kernels.compilation import compiled
+from kernels.compile.compilation import compiled
 from kernels.registry import Ops
 from launch.config import load
 from launch.sample import Generator

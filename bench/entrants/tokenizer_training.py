@@ -19,7 +19,7 @@ from bench.entrants.tokenizers import set_numerics
 from bench.entrants.training import FlatAdamW
 from bench.tokenizer import Variant
 from common.tensors import write_tensors
-from kernels.compilation import compiled
+from kernels.compile.compilation import compiled
 from launch.config import VavaeRun, load
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel
@@ -69,8 +69,8 @@ class TrainerStep:
     """The trainer's own loop, with DeepSpeed and the loader; its losses are those of noise and images of its own."""
 
     def __init__(self, variant: Variant, setting: Setting):
-        from launch.engine import start_processes
         from launch.train import make_trainer
+        from launch.training.engine import start_processes
 
         run = setting.run.model_copy(update={"kernels": variant.kernels})
         self._trainer = make_trainer(run, "vavae", start_processes())

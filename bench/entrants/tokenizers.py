@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from bench.entrants.training import seeded
 from bench.tokenizer import Variant
-from kernels.compilation import compiled
+from kernels.compile.compilation import compiled
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
@@ -20,7 +20,7 @@ JUDGED = 2
 
 
 def set_numerics() -> None:
-    """As `launch.engine.start_processes` sets them: IEEE float32 in convolutions, and the same bits each time."""
+    """As `start_processes` of the engine sets them: IEEE float32 in convolutions, and the same bits each time."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 

@@ -16,7 +16,7 @@ import torch
 import kernels
 from bench.entrants import backends
 from bench.entrants.plain import PlainLightningDiT
-from kernels.compilation import compile_module
+from kernels.compile.compilation import compile_module
 from kernels.registry import Ops
 from lightningdit import latents_writer
 from lightningdit.config import ModelConfig
@@ -233,8 +233,8 @@ class TrainerStep:
     def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str,
                  images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
         from launch.config import load
-        from launch.engine import start_processes
         from launch.train import make_trainer
+        from launch.training.engine import start_processes
 
         self._directory = tempfile.TemporaryDirectory()
         directory = Path(self._directory.name)

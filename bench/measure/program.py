@@ -13,7 +13,7 @@ from bench.measure.contest import Contest
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice, Device
-from kernels.device import cuda_reasons
+from kernels.backends.device import cuda_reasons
 
 #: Kinds of contenders compile the same functions, each for itself.
 RECOMPILE_LIMIT = 64

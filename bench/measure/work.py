@@ -7,7 +7,8 @@ import torch
 
 from bench.baselines.interface import Adapter, Contender
 from bench.measure.timing import Device, Lap
-from kernels.judge import (
+from kernels.registry import Op
+from kernels.testing.tolerance import (
     Inputs,
     Tensors,
     copied,
@@ -22,14 +23,13 @@ from kernels.judge import (
     tensors_of,
     widened,
 )
-from kernels.registry import Op
 
 DIRECTIONS = ("forward", "backward", "both")
 
 
 class Truth:
-    """The results of one set of arguments that a contender is judged by, as `kernels.judge` says, and the upstream
-    gradients they belong to."""
+    """The results of one set of arguments that a contender is judged by, as `kernels.testing.tolerance` says,
+    and the upstream gradients they belong to."""
 
     def __init__(self, op: Op, inputs: Inputs):
         self.op, self.inputs = op, inputs

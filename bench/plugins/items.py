@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels.cases import Case
 from kernels.registry import Op
+from kernels.testing.cases import Case
 
 
 class Subject(NamedTuple):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.plugins.items import Subject, subject
-from kernels.judge import gradients, outputs, reference, widened
+from kernels.testing.tolerance import gradients, outputs, reference, widened
 
 GIB = 1 << 30
 #: Bytes of a part; tests that take less need none.

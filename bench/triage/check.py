@@ -22,10 +22,10 @@ from bench.measure.rows import machine
 from bench.ops import telling
 from bench.triage.verdicts import FOUND_WRONG, OK, SKIPPED, WRONG
 from bench.triage.writing import write
-from kernels import checks
-from kernels.cases import Case
-from kernels.judge import tensors_of
 from kernels.registry import Backend, Op
+from kernels.testing import checks
+from kernels.testing.cases import Case
+from kernels.testing.tolerance import tensors_of
 
 #: Samples of the headline case: five processes check at once.
 BATCH = 32

@@ -18,7 +18,7 @@ from bench.measure.rows import machine, version
 from bench.triage.verdicts import FAILED, OK
 from bench.triage.writing import write
 from kernels import OPS
-from kernels.device import EXTENSION, cuda_reasons, extension_reasons
+from kernels.backends.device import EXTENSION, cuda_reasons, extension_reasons
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "pydantic", "deepspeed", "torchvision", "torchdiffeq", "timm", "lpips",

@@ -12,7 +12,7 @@ import kernels
 from bench.baselines import Adapter
 from bench.measure.work import Call
 from bench.ops import telling
-from kernels.judge import random_like
+from kernels.testing.tolerance import random_like
 
 WARM_UP = 3
 

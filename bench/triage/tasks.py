@@ -16,7 +16,7 @@ FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py"}
 
 def backends() -> dict[str, tuple[str, ...]]:
     """Op → its backends for devices, those of a training step first; read from the folders."""
-    folders = {folder.parent.name: folder.parent for folder in (ROOT / "kernels").glob("*/cases.py")}
+    folders = {folder.parent.name: folder.parent for folder in (ROOT / "kernels").glob("*/reference.py")}
     names = [name for name in STEP_OPS if name in folders] + sorted(folders.keys() - set(STEP_OPS))
     return {name: tuple(b for b, file in FILES.items() if (folders[name] / file).exists()) for name in names}
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from kernels.adaln_rms_norm.call import differentiate, refused_result
-from kernels.cuda_launch import DTYPES, backends, launch, refusals
-from kernels.layout import dense_rows
-from kernels.operators import operator
+from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
+from kernels.backends.layout import dense_rows
+from kernels.backends.operators import operator
 
 MAX_WIDTH = 4096
 

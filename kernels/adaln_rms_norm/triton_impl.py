@@ -5,7 +5,7 @@ import torch
 from kernels.adaln_rms_norm.call import differentiate, refused_result
 from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
-from kernels.triton_launch import DTYPES, backend, operator, refusals
+from kernels.backends.triton_launch import DTYPES, backend, operator, refusals
 
 
 @operator("adaln_rms_norm_fwd")

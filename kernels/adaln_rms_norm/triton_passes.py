@@ -4,8 +4,8 @@ import torch
 
 from kernels.adaln_rms_norm.triton_config import backward_tiling, chunking, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_kernels import modulated_norm_bwd, modulated_norm_fwd, modulation_bwd
-from kernels.layout import contiguous, dense_rows
-from kernels.triton_launch import architecture, launch
+from kernels.backends.layout import contiguous, dense_rows
+from kernels.backends.triton_launch import architecture, launch
 
 Optional = torch.Tensor | None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kernels.adamw_ema_ import OP
-from kernels.operators import operator
+from kernels.backends.operators import operator
 
 #: Of `grad`; all else that has `[n]` numbers is float32, but for the bfloat16 copy.
 DTYPES = frozenset({torch.float32, torch.bfloat16})

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from kernels.adamw_ema_.call import DTYPES, in_place, reasons
-from kernels.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, refusals
 
 
 @dataclass(frozen=True)

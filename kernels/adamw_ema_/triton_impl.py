@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.adamw_ema_.call import DTYPES, in_place, reasons
-from kernels.triton_launch import INTERPRETED, backend, launch, refusals
+from kernels.backends.triton_launch import INTERPRETED, backend, launch, refusals
 
 ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 

@@ -1,6 +1,6 @@
 import torch
 
-from kernels.cases import Case, Cost, Draw, nbytes, strided
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 EPS = 1e-6
 

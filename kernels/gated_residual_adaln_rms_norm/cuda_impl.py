@@ -3,10 +3,10 @@
 import torch
 
 from kernels.adaln_rms_norm.cuda_impl import Config, too_wide
-from kernels.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.layout import contiguous, dense_rows
+from kernels.backends.operators import operator
 from kernels.gated_residual_adaln_rms_norm.call import differentiate
-from kernels.layout import contiguous, dense_rows
-from kernels.operators import operator
 
 #: Gate, weight, scale and shift are read once for each block: with 16 tokens of 8 bytes a column, 6 % of the traffic.
 FORWARD = Config(tokens_per_block=16)

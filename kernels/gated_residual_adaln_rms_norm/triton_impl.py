@@ -4,8 +4,8 @@ import torch
 
 from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
+from kernels.backends.triton_launch import backend, operator, refusals
 from kernels.gated_residual_adaln_rms_norm.call import differentiate
-from kernels.triton_launch import backend, operator, refusals
 
 
 @operator("gated_residual_adaln_rms_norm_fwd")

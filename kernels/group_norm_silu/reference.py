@@ -1,7 +1,7 @@
 import torch.nn.functional as F
 
 from kernels.arguments import accumulation_dtype
-from kernels.layout import memory_format
+from kernels.backends.layout import memory_format
 from kernels.registry import Backend
 
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels.backends.layout import memory_format
+from kernels.backends.triton_launch import backend, launch, operator, refusals
 from kernels.group_norm_silu.triton_kernels import (
     group_norm_silu_apply,
     group_norm_silu_gradients,
     group_norm_silu_statistics,
     group_norm_silu_sums,
 )
-from kernels.layout import memory_format
-from kernels.triton_launch import backend, launch, operator, refusals
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.cases import Case, Cost, Draw, nbytes, strided
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 
 def cases(tensors: Callable[..., dict], columns: int) -> tuple[Case, ...]:

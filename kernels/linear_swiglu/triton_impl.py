@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.triton_launch import launch, operator, processors, refusals
+from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.triton_launch import launch, operator, processors, refusals
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.layout import contiguous, dense_rows
+from kernels.backends.layout import contiguous, dense_rows
 
 WIDEST = 128
 

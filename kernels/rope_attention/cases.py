@@ -1,7 +1,7 @@
 import torch
 
-from kernels.cases import Case, Cost, Draw, nbytes, strided
 from kernels.registry import FLOATS
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 EPS = 1e-6
 WIDE, NARROW = frozenset({torch.float32, torch.float64}), frozenset({torch.float16, torch.bfloat16})

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda_launch import DTYPES, backends, launch, refusals
-from kernels.operators import operator
+from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
+from kernels.backends.operators import operator
 from kernels.rope_attention.call import WIDEST, differentiate, too_wide
 
 #: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.backends.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
 from kernels.rope_attention.call import differentiate, too_wide
 from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_dkdv_kernel,
@@ -12,7 +13,6 @@ from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_sums_kernel,
 )
 from kernels.rope_attention.triton_forward import rope_attention_fwd_kernel, rope_attention_fwd_resident_kernel
-from kernels.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
 
 #: Most tokens, and widest heads, of which two programs fit the shared memory of a processor with sm_90 side by side.
 RESIDENT_TOKENS, RESIDENT_WIDTH = 256, 80

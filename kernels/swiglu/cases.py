@@ -1,6 +1,6 @@
 import torch
 
-from kernels.cases import Case, Cost, Draw, nbytes, strided
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 
 def _case(name: str, *shape: int, layout=lambda x: x, bias=False, bias_dtype=None, production=False) -> Case:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda_launch import backends, launch, refusals
-from kernels.layout import contiguous
-from kernels.operators import operator
+from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.layout import contiguous
+from kernels.backends.operators import operator
 from kernels.swiglu.call import differentiate
 
 

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.backends.triton_launch import backend, launch, operator, refusals
 from kernels.swiglu.call import differentiate
-from kernels.triton_launch import backend, launch, operator, refusals
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-from kernels.cases import Cost, Draw, nbytes
 from kernels.linear_swiglu.cases import cases
+from kernels.testing.cases import Cost, Draw, nbytes
 
 
 def _tensors(draw: Draw, rows: tuple[int, ...], width: int, hidden: int) -> dict:

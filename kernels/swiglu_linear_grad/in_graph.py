@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 import kernels.swiglu.triton_impl  # noqa: F401  registers the operator looked for
+from kernels.compile.rewriting import aten, before_views, call, operator, reshaped, value
 from kernels.registry import Backend
-from kernels.rewriting import aten, before_views, call, operator, reshaped, value
 
 
 def rewrite(graph: fx.Graph, backend: Backend) -> None:

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.triton_launch import launch, operator, processors, refusals
 from kernels.linear_swiglu.triton_impl import Tile, with_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_slope
-from kernels.triton_launch import launch, operator, processors, refusals
 
 #: Its two products lie side by side. Compiles for sm_90 without spills, as does stages=3, for a GPU to
 #: judge.

@@ -1,6 +1,6 @@
 import torch
 
-from kernels.cases import Case, Cost, Draw, nbytes, strided
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 PUBLISHED = (0.25, 0.5)  # margins of the paper's last training stage
 EXACT = frozenset({torch.float64, torch.float32})

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda_launch import backends, launch, refusals
-from kernels.layout import memory_format
-from kernels.operators import operator
+from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.layout import memory_format
+from kernels.backends.operators import operator
 from kernels.vf_loss.call import differentiate
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kernels.layout import memory_format
-from kernels.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.backends.layout import memory_format
+from kernels.backends.triton_launch import architecture, backend, launch, operator, refusals
 from kernels.vf_loss.call import differentiate
 from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_loss_positions, vf_loss_tiles
 

@@ -1,4 +1,4 @@
-from kernels.cases import Case, Cost, Draw, nbytes, strided
+from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 
 def _case(name: str, tokens: tuple[int, ...], *widths: tuple[int, int], layout=lambda x: x, production=False) -> Case:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from kernels.compile.rewriting import aten, call, leads_out, operator, reshaped, turned, value
 from kernels.registry import Backend
-from kernels.rewriting import aten, call, leads_out, operator, reshaped, turned, value
 
 #: Layers taken together: in the order of a backward pass, those of a transformer block.
 LAYERS = 4

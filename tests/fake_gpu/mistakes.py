@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels import checkpointing, operators
+from kernels.backends import operators
+from kernels.compile import checkpointing
 from lightningdit import embeddings, model
 from lightningdit.flow import Transport
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 import kernels
-import launch.engine
 import launch.extract
 import launch.sample
 import launch.train
-import launch.trainer  # noqa: F401 — here and above: once, before the children
+import launch.training.engine
+import launch.training.trainer  # noqa: F401 — here and above: once, before the children
 from launch.config import load
 from lightningdit.model import LightningDiT
 from lightningdit.weights import save_published

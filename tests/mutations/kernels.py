@@ -92,11 +92,11 @@ MISTAKES = {
         "test_kernels_registry.py::test_a_call_that_a_backend_cannot_serve_raises_its_reasons_after_the_check",
     ),
     "rule_of_twenty_times": Mistake(
-        "kernels/judge.py", "limit = 2 * eager_error", "limit = 20 * eager_error",
+        "kernels/testing/tolerance.py", "limit = 2 * eager_error", "limit = 20 * eager_error",
         "test_kernels_judge.py::test_twice_the_error_of_the_reference_is_the_limit",
     ),
     "rule_passes_nan": Mistake(
-        "kernels/judge.py", "    if error <= limit:  #", "    if not error > limit:  #",
+        "kernels/testing/tolerance.py", "    if error <= limit:  #", "    if not error > limit:  #",
         "test_kernels_judge.py::test_results_that_are_not_numbers_are_wrong",
     ),
 }  # fmt: skip

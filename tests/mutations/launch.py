@@ -35,28 +35,28 @@ MISTAKES = {
         SHARED_BATCHES,
     ),
     "norm_added_up_over_processes_under_zero_0": Mistake(
-        "launch/engine.py", "partitioned=self._stage > 0)", "partitioned=True)",
+        "launch/training/engine.py", "partitioned=self._stage > 0)", "partitioned=True)",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     "norm_of_one_partition_alone": Mistake(
-        "launch/optimizer.py", "            dist.all_reduce(total)\n", "",
+        "launch/training/optimizer.py", "            dist.all_reduce(total)\n", "",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     "vote_to_stop_asks_for_all": Mistake(
-        "launch/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
+        "launch/runtime/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
         ONE_SIGNAL,
     ),
     "stop_without_agreement": Mistake(
-        "launch/trainer.py", "self.processes.largest(stop.number or 0)", "(stop.number or 0)",
+        "launch/training/trainer.py", "self.processes.largest(stop.number or 0)", "(stop.number or 0)",
         ONE_SIGNAL,
     ),
     "meter_of_one_process": Mistake(
-        "launch/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
+        "launch/training/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     # Resume.
     "train_ckpt_taken_again": Mistake(
-        "launch/trainer.py", "        return own.path\n", "        return named or own.path\n",
+        "launch/training/trainer.py", "        return own.path\n", "        return named or own.path\n",
         "test_launch_train.py::test_a_run_begins_from_another_runs_checkpoint_once",
     ),
     "weight_init_ignored": Mistake(
@@ -72,52 +72,54 @@ MISTAKES = {
         "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[lightningdit-paper-model]",
     ),
     "moments_not_taken_back": Mistake(
-        "launch/engine.py", "                self._write(name, key, values[name])", '''\
+        "launch/training/engine.py", "                self._write(name, key, values[name])", '''\
                 self._write(name, key, values[name] * (key != "exp_avg_sq"))''',
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "counters_not_taken_back": Mistake(
-        "launch/trainer.py", '            engine.optimizer.set_counters(start.state["counters"][name])\n', "",
+        "launch/training/trainer.py", '            engine.optimizer.set_counters(start.state["counters"][name])\n', "",
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "resumed_a_step_late": Mistake(
-        "launch/trainer.py", "first_step=self.step + 1,", "first_step=self.step + 2,",
+        "launch/training/trainer.py", "first_step=self.step + 1,", "first_step=self.step + 2,",
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "newest_by_name_as_text": Mistake(
-        "launch/checkpoint.py", 'key=lambda p: int(p.name.removeprefix("step_")))', "key=lambda p: p.stat().st_mtime)",
+        "launch/training/checkpoint.py",
+        'key=lambda p: int(p.name.removeprefix("step_")))', "key=lambda p: p.stat().st_mtime)",
         "test_launch_checkpoint.py::test_newest_goes_by_step_not_by_time_or_size",
     ),
     "prune_keeps_the_oldest": Mistake(
-        "launch/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[keep:]",
+        "launch/training/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[keep:]",
         "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
     ),
     "prune_keeps_one_more": Mistake(
-        "launch/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[: -keep - 1]",
+        "launch/training/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[: -keep - 1]",
         "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
     ),
     "checkpoint_hash_not_compared": Mistake(
-        "launch/checkpoint.py", "if (found := sha256(path)) != entry.sha256:", "if not (found := sha256(path)):",
+        "launch/training/checkpoint.py",
+        "if (found := sha256(path)) != entry.sha256:", "if not (found := sha256(path)):",
         "test_launch_checkpoint.py::test_a_flipped_bit_is_named",
     ),
     "checkpoint_step_not_compared_with_its_name": Mistake(
-        "launch/checkpoint.py", "if named and int(named[1]) != found.step:", "if not named:",
+        "launch/training/checkpoint.py", "if named and int(named[1]) != found.step:", "if not named:",
         "test_launch_checkpoint.py::test_a_step_under_the_name_of_another_is_refused",
     ),
     "counters_of_another_network": Mistake(
-        "launch/checkpoint.py", "if networks != state.counters.keys():", "if not networks:",
+        "launch/training/checkpoint.py", "if networks != state.counters.keys():", "if not networks:",
         "test_launch_checkpoint_state.py::test_values_that_contradict_each_other_are_named",
     ),
     "parts_of_steps_counted": Mistake(
-        "launch/checkpoint.py", "    if not value.is_integer():\n", "    if value != value:\n",
+        "launch/training/checkpoint.py", "    if not value.is_integer():\n", "    if value != value:\n",
         "test_launch_checkpoint_state.py::test_a_value_that_no_run_leaves_is_named_with_its_key",
     ),
     "skips_of_a_network_that_is_gone_kept": Mistake(
-        "launch/trainer.py", 'if each["network"] in self.engines]', "]",
+        "launch/training/trainer.py", 'if each["network"] in self.engines]', "]",
         "test_launch_checkpoint_state.py::test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped",
     ),
     "names_of_counts_without_sums_kept": Mistake(
-        "launch/progress.py", 'set(names) & set(states[0]["counts"])', 'set(states[0]["counts"])',
+        "launch/training/progress.py", 'set(names) & set(states[0]["counts"])', 'set(states[0]["counts"])',
         "test_launch_checkpoint_state.py::test_names_of_before_a_reading_make_no_counts_of_means",
     ),
     "average_exported_as_weights": Mistake(
@@ -126,74 +128,74 @@ MISTAKES = {
         "test_launch_export.py::test_export_of_a_network",
     ),
     "row_that_was_not_due_forgotten": Mistake(
-        "launch/trainer.py", "        if kept is not None:\n            processes", """\
+        "launch/training/trainer.py", "        if kept is not None:\n            processes", """\
         if kept is None:
             processes""", ONE_SIGNAL,
     ),
     "lock_not_taken": Mistake(
-        "launch/run_lock.py", "        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "        pass\n",
+        "launch/runtime/run_lock.py", "        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "        pass\n",
         "test_launch_run_lock.py::test_a_second_owner_is_refused_and_told_of_the_first",
     ),
     "lock_left_behind": Mistake(
-        "launch/run_lock.py", "                path.unlink()\n", "                pass\n",
+        "launch/runtime/run_lock.py", "                path.unlink()\n", "                pass\n",
         "test_launch_run_lock.py::test_a_directory_made_for_nothing_goes_again",
     ),
     "copies_of_a_signal_end_at_once": Mistake(
-        "launch/lifetime.py", "elif self._clock() - self._since > _COPIES[number]:", "else:",
+        "launch/runtime/lifetime.py", "elif self._clock() - self._since > _COPIES[number]:", "else:",
         "test_launch_lifecycle.py::test_a_second_signal_ends_at_once_unless_it_is_a_copy",
     ),
     "success_where_leaving_fails": Mistake(
-        "launch/lifetime.py", "            status = status or 1\n", "            pass\n",
+        "launch/runtime/lifetime.py", "            status = status or 1\n", "            pass\n",
         "test_launch_lifecycle.py::test_a_process_leaves_in_order_and_within_seconds",
     ),
     # Validation.
     "validation_draws_the_same_for_every_batch": Mistake(
-        "launch/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
+        "launch/training/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
         VALIDATED,
     ),
     "validation_of_the_same_images": Mistake(
-        "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
+        "launch/training/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
         "first = self.processes.rank * size", VALIDATED,
     ),
     "validation_of_the_first_process_s_images": Mistake(
-        "launch/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
+        "launch/training/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
         "first = number * size", "test_launch_validation.py::test_two_processes_validate_what_one_does",
     ),
     "validation_in_training_mode": Mistake(
-        "launch/trainer.py", "engine.train(False)", "engine.train()",
+        "launch/training/trainer.py", "engine.train(False)", "engine.train()",
         MODES,
     ),
     "evaluation_mode_afterwards": Mistake(
-        "launch/trainer.py", "            engine.train()\n        means = meter.read()", '''\
+        "launch/training/trainer.py", "            engine.train()\n        means = meter.read()", '''\
             engine.train(False)
         means = meter.read()''', MODES,
     ),
     # Clock and schedule.
     "seconds_of_all_steps": Mistake(
-        "launch/progress.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
+        "launch/training/progress.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
         CLOCK,
     ),
     "eta_from_the_start": Mistake(
-        "launch/progress.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
+        "launch/training/progress.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
     ),
     "milliseconds_for_seconds": Mistake(
-        "launch/progress.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
+        "launch/training/progress.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
         CLOCK,
     ),
     "images_of_one_process_per_second": Mistake(
-        "launch/progress.py", '"images_per_second": global_batch_size / per_step,',
+        "launch/training/progress.py", '"images_per_second": global_batch_size / per_step,',
         '"images_per_second": 1 / per_step,',
         CLOCK,
     ),
     "saving_counted_into_the_rate": Mistake(
-        "launch/trainer.py", '''\
+        "launch/training/trainer.py", '''\
             if save or self._validates_now():
                 self._clock''', '''\
             if self._validates_now():
                 self._clock''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
     ),
     "learning_rate_of_the_step_before": Mistake(
-        "launch/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
+        "launch/training/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
         "engine.optimizer.set_lr(optimizer.lr_at(self.step - 1, self.plan.last_step))",
         "test_launch_train.py::test_the_optimizer_is_given_the_rate_that_the_log_says",
     ),
@@ -212,7 +214,7 @@ MISTAKES = {
     ),
     # Precision.
     "average_started_from_rounded_weights": Mistake(
-        "launch/engine.py", '            self._write(name, "ema", value)\n', "",
+        "launch/training/engine.py", '            self._write(name, "ema", value)\n', "",
         "test_launch_step.py::test_master_weights_and_average_start_from_unrounded_weights",
     ),
     "sampling_in_another_precision": Mistake(
@@ -254,40 +256,41 @@ MISTAKES = {
     ),
     # Loader.
     "order_the_same_in_every_epoch": Mistake(
-        "launch/loader.py", "generator=generator(self.seed, epoch)", "generator=generator(self.seed, 0)", EPOCHS,
+        "launch/training/loader.py",
+        "generator=generator(self.seed, epoch)", "generator=generator(self.seed, 0)", EPOCHS,
     ),
     "rest_of_an_epoch_dropped": Mistake(
-        "launch/loader.py", "first + stop), self.num_samples)",
+        "launch/training/loader.py", "first + stop), self.num_samples)",
         "first + stop), self.num_samples - self.num_samples % self.global_batch_size)",
         EPOCHS,
     ),
     "split_by_rank_first": Mistake(
-        "launch/loader.py", "start = (micro * self.world_size + rank) * self.micro_batch_size",
+        "launch/training/loader.py", "start = (micro * self.world_size + rank) * self.micro_batch_size",
         "start = (micro + rank) * self.micro_batch_size", TIGHT_SPLIT,
     ),
     "split_that_overlaps": Mistake(
-        "launch/loader.py", "return start, start + self.micro_batch_size",
+        "launch/training/loader.py", "return start, start + self.micro_batch_size",
         "return start, start + self.micro_batch_size + 1", TIGHT_SPLIT,
     ),
     # Optimizer.
     "clipping_never": Mistake(
-        "launch/optimizer.py", ".clamp(max=1.0)", ".clamp(min=1.0)",
+        "launch/training/optimizer.py", ".clamp(max=1.0)", ".clamp(min=1.0)",
         "test_launch_optimizer.py::test_steps_are_those_of_torch_with_clipped_gradients_and_an_average",
     ),
     "skipped_steps_counted_as_applied": Mistake(
-        "launch/optimizer.py", 'self.counters["applied"] += 1 - skipped', 'self.counters["applied"] += 1',
+        "launch/training/optimizer.py", 'self.counters["applied"] += 1 - skipped', 'self.counters["applied"] += 1',
         "test_launch_skips.py::test_a_skipped_step_touches_nothing",
     ),
     "loss_not_watched": Mistake(
-        "launch/optimizer.py", "self._loss_fault += (~torch.isfinite(loss)).float()", "self._loss_fault += 0",
+        "launch/training/optimizer.py", "self._loss_fault += (~torch.isfinite(loss)).float()", "self._loss_fault += 0",
         "test_launch_skips.py::test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are",
     ),
     "skipped_in_a_row_never_ends": Mistake(
-        "launch/optimizer.py", "in_a_row.add_(1).mul_(skipped)", "in_a_row.add_(skipped)",
+        "launch/training/optimizer.py", "in_a_row.add_(1).mul_(skipped)", "in_a_row.add_(skipped)",
         "test_launch_skips.py::test_fewer_skipped_steps_in_a_row_than_that_do_not_stop_it",
     ),
     "statistics_of_skipped_steps_kept": Mistake(
-        "launch/engine.py", "buffer.copy_(torch.where(skipped, kept, buffer))", "buffer.copy_(buffer)",
+        "launch/training/engine.py", "buffer.copy_(torch.where(skipped, kept, buffer))", "buffer.copy_(buffer)",
         "test_launch_skips.py::test_a_skipped_step_leaves_running_statistics_alone",
     ),
     # Configs and plans.
@@ -318,7 +321,8 @@ MISTAKES = {
         "test_launch_sections.py::test_no_name_or_path_holds_what_no_file_system_takes",
     ),
     "processes_share_a_gpu_without_a_local_rank": Mistake(
-        "launch/launcher.py", '    local_rank = _number("LOCAL_RANK", 0, world_size - 1)\n', "    local_rank = 0\n",
+        "launch/runtime/launcher.py",
+        '    local_rank = _number("LOCAL_RANK", 0, world_size - 1)\n', "    local_rank = 0\n",
         "test_launch_lifecycle.py::test_an_environment_that_makes_no_sense_is_named",
     ),
     "keys_may_stand_twice": Mistake(
@@ -326,12 +330,14 @@ MISTAKES = {
         "test_launch_config_files.py::test_what_cannot_be_read_is_said_in_a_line_with_its_file",
     ),
     "groups_of_zero_3_count_as_steps": Mistake(
-        "launch/deepspeed_options.py", '        config["zero_optimization"]["sub_group_size"] = int(1e15)\n', """\
+        "launch/training/deepspeed_options.py",
+        '        config["zero_optimization"]["sub_group_size"] = int(1e15)\n', """\
         config["zero_optimization"]["sub_group_size"] = 100
 """, "test_launch_deepspeed_options.py::test_an_option_changes_no_number[offloaded_weights]",
     ),
     "key_of_deepspeed_that_has_no_reason": Mistake(
-        "launch/deepspeed_options.py", '        "compute_grad_norm": "it follows from what else is set",\n', "",
+        "launch/training/deepspeed_options.py",
+        '        "compute_grad_norm": "it follows from what else is set",\n', "",
         "test_launch_deepspeed_options.py::test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason",
     ),
     "merge_replaces_sections": Mistake(
@@ -340,45 +346,47 @@ MISTAKES = {
         "v", "test_launch_config.py::test_merge_goes_down",
     ),
     "gib_of_ten_to_the_nine": Mistake(
-        "launch/plan.py", "GIB = 2**30", "GIB = 10**9",
+        "launch/training/plan.py", "GIB = 2**30", "GIB = 10**9",
         "test_launch_plan.py::test_memory_is_said_in_units_of_1024_cubed",
     ),
     "plan_without_master_weights": Mistake(
-        "launch/plan.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
+        "launch/training/plan.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
         "test_launch_plan.py::test_float32_keeps_a_master_copy_only_where_it_is_sharded",
     ),
     "other_packages_taken_for_ours": Mistake(
-        "launch/packages.py", 'if MARKS.get(name, b"") not in content:', "if not content:",
+        "launch/runtime/packages.py", 'if MARKS.get(name, b"") not in content:', "if not content:",
         "test_launch_packages.py::test_a_file_of_ours_that_was_overwritten_is_named",
     ),
     # Evaluation.
     "fid_with_half_of_the_cross_term": Mistake(
-        "launch/metrics.py", "sigma2.trace() - 2 * cross", "sigma2.trace() - cross",
+        "launch/evaluation/metrics.py", "sigma2.trace() - 2 * cross", "sigma2.trace() - cross",
         "test_launch_metrics.py::test_frechet_distance_of_commuting_gaussians",
     ),
     "biased_covariance": Mistake(
-        "launch/metrics.py", "self._scatter / (self.count - 1)", "self._scatter / self.count",
+        "launch/evaluation/metrics.py", "self._scatter / (self.count - 1)", "self._scatter / self.count",
         "test_launch_metrics.py::test_statistics_do_not_depend_on_batches_and_keep_their_digits_far_from_zero",
     ),
     "nearest_neighbour_is_oneself": Mistake(
-        "launch/metrics.py", "kthvalue(k + 1, dim=1)", "kthvalue(k, dim=1)",
+        "launch/evaluation/metrics.py", "kthvalue(k + 1, dim=1)", "kthvalue(k, dim=1)",
         "test_launch_metrics.py::test_precision_recall_against_loops",
     ),
     "precision_and_recall_exchanged": Mistake(
-        "launch/metrics.py", "return _coverage(real.double(), fake.double(), k, block), _coverage(fake.double(), real",
+        "launch/evaluation/metrics.py",
+        "return _coverage(real.double(), fake.double(), k, block), _coverage(fake.double(), real",
         "return _coverage(fake.double(), real.double(), k, block), _coverage(fake.double(), real",
         "test_launch_metrics.py::test_precision_recall_against_loops",
     ),
     "inception_score_without_its_logarithm": Mistake(
-        "launch/metrics.py", "log_p.logsumexp(0) - math.log(len(part))", "log_p.mean(0)",
+        "launch/evaluation/metrics.py", "log_p.logsumexp(0) - math.log(len(part))", "log_p.mean(0)",
         "test_launch_metrics.py::test_inception_score",
     ),
     "ssim_of_one_channel": Mistake(
-        "launch/metrics.py", "(0.01 * 255) ** 2, (0.03 * 255) ** 2", "0.01**2, 0.03**2",
+        "launch/evaluation/metrics.py", "(0.01 * 255) ** 2, (0.03 * 255) ** 2", "0.01**2, 0.03**2",
         "test_launch_metrics.py::test_ssim_against_the_formula_written_out",
     ),
     "rfid_of_the_originals": Mistake(
-        "launch/evaluation.py", "measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)",
+        "launch/evaluation/runner.py",
+        "measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)",
         "measure(originals, extractor, batch_size), measure(originals, extractor, batch_size)",
         "test_launch_evaluation.py::test_reconstructions",
     ),
@@ -395,7 +403,7 @@ MISTAKES = {
         "test_launch_config.py::test_an_empty_override_empties",
     ),
     "statistics_of_any_size_compared": Mistake(
-        "launch/metrics.py", "value.abs().max())) > LARGEST", "value.abs().max())) > math.inf",
+        "launch/evaluation/metrics.py", "value.abs().max())) > LARGEST", "value.abs().max())) > math.inf",
         "test_launch_evaluation.py::test_statistics_without_a_distance_are_named_with_their_file",
     ),
     "results_replace_what_made_the_images": Mistake(

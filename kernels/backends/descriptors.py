@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import triton_launch
-from kernels.operators import dry
+from kernels.backends import triton_launch
+from kernels.backends.operators import dry
 from kernels.registry import Backend
 
 #: Float32 products would run without tensor cores.
@@ -34,5 +34,5 @@ def misaligned(itemsize: int, *widths: int) -> list[str]:
 
 
 def backend(run: Callable[..., Any], unsupported: Callable[..., list[str]], torch_op: str, tile: Any) -> Backend:
-    """The backend `triton` of an op that has one operator and one tile; see `kernels.triton_launch.backend`."""
+    """The backend `triton` of an op that has one operator and one tile; see `triton_launch.backend`."""
     return triton_launch.backend(run, unsupported, (torch_op,), {"tile": tile}, DTYPES, minimum=(9, 0))

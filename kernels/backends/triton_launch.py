@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kernels.arguments import dtype_names
-from kernels.device import triton_interpreted, triton_reasons
-from kernels.operators import dry, operator  # noqa: F401  what the Triton backends import from here
+from kernels.backends.device import triton_interpreted, triton_reasons
+from kernels.backends.operators import dry, operator  # noqa: F401  what the Triton backends import from here
 from kernels.registry import Backend
 
 INTERPRETED = triton_interpreted()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from launch.read_ahead import read_in_processes, read_in_threads
+from launch.runtime.read_ahead import read_in_processes, read_in_threads
 from lightningdit.seeds import generator
 
 Tensors = dict[str, torch.Tensor]

@@ -15,19 +15,20 @@ from torch import nn
 
 from common.files import is_there, write_json
 from common.tensors import load_strict
-from kernels.compilation import cache_directory
+from kernels.compile.compilation import cache_directory
 from kernels.registry import Ops
-from launch import checkpoint, launcher
 from launch.config import OptimizerConfig, TrainConfig
-from launch.deepspeed_options import DeepSpeedConfig, deepspeed_config
-from launch.engine import Engine, compile_mode
-from launch.lifetime import StopRequest
-from launch.loader import Batches, SampleOrder, Split, micro_batches
-from launch.optimizer import COUNTERS, AdamWEma, NonFinite
-from launch.processes import Processes
-from launch.progress import Clock, Log, Meter
-from launch.skips import Skips
+from launch.runtime import launcher
+from launch.runtime.lifetime import StopRequest
+from launch.runtime.processes import Processes
 from launch.trained import find_checkpoint
+from launch.training import checkpoint
+from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
+from launch.training.engine import Engine, compile_mode
+from launch.training.loader import Batches, SampleOrder, Split, micro_batches
+from launch.training.optimizer import COUNTERS, AdamWEma, NonFinite
+from launch.training.progress import Clock, Log, Meter
+from launch.training.skips import Skips
 
 Tensors = dict[str, torch.Tensor]
 

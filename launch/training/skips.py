@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from launch.processes import Processes
+from launch.runtime.processes import Processes
 
 
 class Skips:

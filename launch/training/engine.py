@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels.compilation import compile_module
+from kernels.compile.compilation import compile_module
 from kernels.registry import Ops
-from launch import launcher
-from launch.optimizer import MASTER, STATE_KEYS, AdamWEma
-from launch.processes import Processes, meet, own_gpu
+from launch.runtime import launcher
+from launch.runtime.processes import Processes, meet, own_gpu
+from launch.training.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if launcher.accelerator(gpus_here=torch.cuda.is_available()) == "cpu":
     os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed probes for accelerators and warns
@@ -99,8 +99,8 @@ class Engine:
     Args:
         module: the network, float32, with the weights to start from already in it.
         make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
-        config: as made by `launch.deepspeed_options.deepspeed_config`.
-        compile, ops, deterministic: as `kernels.compilation.compile_module` takes them.
+        config: as made by `launch.training.deepspeed_options.deepspeed_config`.
+        compile, ops, deterministic: as `kernels.compile.compilation.compile_module` takes them.
     """
 
     def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict, compile: str = "none",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launch.digits import CLASSES, HELD_OUT_PER_CLASS, Digits, downsample
-from launch.metrics import FeatureStatistics, frechet_distance, psnr
+from launch.digits_demo.dataset import CLASSES, HELD_OUT_PER_CLASS, Digits, downsample
+from launch.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 
 Features = Callable[[Tensor], Tensor]  # uint8 [N, 32, 32, 3] → floating [N, D]
 LEAST_ACCURACY = 0.97  # of the classifier on held-out digits: below that it is no judge

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from common.sections import Count, NonNegative, PathText, Section, describe, nearest
 from launch.config_files import ConfigError, find_config, merge, read_mapping, which_config
 
-DEEPSPEED_FILES = Path(__file__).parent / "deepspeed"
+DEEPSPEED_FILES = Path(__file__).parents[1] / "deepspeed"
 
 _PRECISION = "it follows from train.precision"
 _OPTIMIZER = "it follows from the optimizer section"

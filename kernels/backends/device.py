@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 EXTENSION = "kernels._cuda"
-SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 
 def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:

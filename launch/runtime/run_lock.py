@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from common.files import Record, make_directory, write_error
-from launch.processes import Processes
+from launch.runtime.processes import Processes
 
 NAME = ".lock"
 _PLAIN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link to another's file, never waiting

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernels.operators import register_lowerings
+from kernels.backends.operators import register_lowerings
 from kernels.registry import Ops
 
 MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
@@ -48,7 +48,7 @@ def cache_directory() -> Path | None:
 def sources() -> str:
     """A hash of this package. Kept graphs call its operators by name: they are of no use to another version of it."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -87,7 +87,7 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
     Args:
         mode: one of `MODES` but "regional", which is for modules; "none" gives the function itself.
         ops: those that the function computes with; under Inductor, some take the place of nodes of the graph
-            (`kernels.rewriting`).
+            (`kernels.compile.rewriting`).
         deterministic: keep Inductor from choosing by timing what changes a result's last bits, such as how a sum is
             cut in parts: a choice that another process, compiling the same, may make otherwise.
 
@@ -104,12 +104,12 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
         cache_directory()
         torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + sources()
         register_lowerings()
-        from kernels.checkpointing import SaveBlockOutputs
+        from kernels.compile.checkpointing import SaveBlockOutputs
 
         options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs",
                    "joint_custom_pre_pass": SaveBlockOutputs()}  # fmt: skip
         if ops is not None:
-            from kernels.rewriting import inductor_options
+            from kernels.compile.rewriting import inductor_options
 
             options |= inductor_options(ops)
     backend = mode if mode == "aot_eager" else "inductor"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.metrics import NOT_STATED, Uniformity, latent_uniformity
+from launch.evaluation.metrics import NOT_STATED, Uniformity, latent_uniformity
 from lightningdit.data import LatentDataset
 from lightningdit.seeds import mix
 

@@ -1,7 +1,7 @@
 """What the CUDA backends share: where a call's launchers are, and the two backends that one file of an op holds.
 
 The launchers of `csrc/ops.h` exist twice: compiled for a device (`kernels._cuda`, made by setup.py) and for the CPU
-(`kernels.emulation`). The operators are the same; the device of a call's tensors decides which of them runs.
+(`kernels.testing.emulation`). The operators are the same; the device of a call's tensors decides which of them runs.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from kernels import emulation
 from kernels.arguments import dtype_names
-from kernels.device import extension, extension_reasons
-from kernels.operators import dry
+from kernels.backends.device import extension, extension_reasons
+from kernels.backends.operators import dry
 from kernels.registry import Backend
+from kernels.testing import emulation
 
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 

@@ -1,7 +1,7 @@
 """Builds `csrc` with a host compiler, so that its kernels run on a CPU. For tests and for working on a kernel.
 
-    module = kernels.emulation.module()          the launchers of csrc/ops.h, for CPU tensors
-    kernels.emulation.library([...], mode)       any kernels with a C interface, for ctypes
+    module = kernels.testing.emulation.module()          the launchers of csrc/ops.h, for CPU tensors
+    kernels.testing.emulation.library([...], mode)       any kernels with a C interface, for ctypes
 
 Objects are kept under `build/emulation`, named by what went into them: editing one .cu compiles that file only.
 `LIGHTNINGDIT_EMULATION` names the mode of `module()`: `plain`, or `address` or `thread` for a process that runs under
@@ -26,7 +26,7 @@ from types import ModuleType
 
 import torch
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CACHE = CSRC.parent / "build" / "emulation"
 MODULE = "ldit_emulated"
 COMMON = ("-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hidden", "-DLDIT_EMULATED")

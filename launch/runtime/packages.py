@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kernels", "common", "lightningdit", "vavae")
 #: Package → a line of its `__init__.py` that no other package of that name has.
 MARKS = {"kernels": b'__project__ = "lightningdit"'}

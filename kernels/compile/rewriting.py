@@ -37,7 +37,7 @@ class Rewriting(CustomGraphPass):
     def uuid(self) -> Any:
         """Of the code that rewrites, by which Inductor knows graphs it has compiled before."""
         here = Path(__file__)
-        files = [here, *(file for name in self.backends for file in sorted((here.parent / name).glob("*.py")))]
+        files = [here, *(file for name in self.backends for file in sorted((here.parents[1] / name).glob("*.py")))]
         return get_hash_for_files(tuple(map(str, files))), tuple(self.backends)
 
 

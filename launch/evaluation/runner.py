@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from launch.checkpoint import sha256
-from launch.features import Extractor
-from launch.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
-from launch.metrics import (
+from launch.evaluation.features import Extractor
+from launch.evaluation.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
+from launch.evaluation.metrics import (
     NOT_STATED,
     FeatureStatistics,
     frechet_distance,
@@ -23,6 +22,7 @@ from launch.metrics import (
     require_moments,
     ssim,
 )
+from launch.training.checkpoint import sha256
 from vavae import seeds
 from vavae.images import to_float_batch, to_uint8
 from vavae.loss import Perceptual

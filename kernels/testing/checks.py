@@ -1,6 +1,6 @@
 """What every backend of every op has to satisfy. Each check raises AssertionError and knows no op by name.
 
-`kernels.judge` says when a result is right.
+`kernels.testing.tolerance` says when a result is right.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,9 @@ import torch._inductor.config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from kernels.cases import Case
-from kernels.judge import (
+from kernels.registry import Backend, Op
+from kernels.testing.cases import Case
+from kernels.testing.tolerance import (
     Inputs,
     Tensors,
     copied,
@@ -27,7 +28,6 @@ from kernels.judge import (
     tensors_of,
     widened,
 )
-from kernels.registry import Backend, Op
 
 
 def check_signature(op: Op, backend: Backend) -> None:

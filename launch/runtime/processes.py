@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launch.launcher import LaunchError, Place
+from launch.runtime.launcher import LaunchError, Place
 
 log = logging.getLogger(__name__)
 MEETING = timedelta(minutes=10)  # that the first process waits for the last

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from launch.lifetime import follow_parent
+from launch.runtime.lifetime import follow_parent
 
 CLOSING = 5.0  # seconds that a reader gets to end
 

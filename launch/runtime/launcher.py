@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.lifetime import follow_parent
+from launch.runtime.lifetime import follow_parent
 
 log = logging.getLogger(__name__)
 GRACE = 30.0  # seconds that DeepSpeed's launcher and torchrun give a process to end

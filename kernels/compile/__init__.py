@@ -1,0 +1,1 @@
+"""`torch.compile` around the ops: its modes, the passes over a graph, activation checkpointing."""

@@ -1,0 +1,1 @@
+"""The quickstart's data set of handwritten digits, its foundation model, and its classifier."""

@@ -1,0 +1,1 @@
+"""Training: the loop, DeepSpeed engines, the optimizer, the loader, checkpoints and logs."""
