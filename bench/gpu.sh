@@ -91,7 +91,7 @@ limit="$(share 15)"
 # Most of the time compilers are at work, on one core each: several processes.
 workers=()
 "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 8 --maxschedchunk 4 --max-worker-restart 60)
-plugins=(-p bench.plugins.deadline -p bench.plugins.lost_device -p bench.plugins.memory -p no:cacheprovider)
+plugins=(-p tests.plugins.deadline -p tests.plugins.lost_device -p tests.plugins.memory -p no:cacheprovider)
 part tests "$limit" "$PYTHON" -m pytest "${plugins[@]}" "${workers[@]}" --minutes "$(soft "$limit")" -q -m gpu \
     --continue-on-collection-errors "${files[@]}"
 

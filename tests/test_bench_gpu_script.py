@@ -206,7 +206,7 @@ def test_no_file_with_gpu_tests_is_left_out(script):
 
 def test_tests_that_begin_too_late_are_skipped(tmp_path):
     (tmp_path / "test_late.py").write_text("def test_one(): assert False\ndef test_two(): assert False\n")
-    from bench.plugins import deadline
+    from tests.plugins import deadline
 
     for minutes, status in (("0", pytest.ExitCode.OK), ("1", pytest.ExitCode.TESTS_FAILED)):
         arguments = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--minutes", minutes, str(tmp_path)]

@@ -1,1 +1,1 @@
-"""Plugins of pytest for GPU tests, and samples for pytest-benchmark."""
+"""Samples of the bench for pytest-benchmark."""

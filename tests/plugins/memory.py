@@ -1,6 +1,6 @@
 """A pytest plugin for several processes on one GPU: a test begins when the memory that it takes is free.
 
-    pytest -p bench.plugins.memory -n 8 -m gpu …
+    pytest -p tests.plugins.memory -n 8 -m gpu …
 
 What a test of an op takes is known before: it is counted on tensors without memory. Parts of the device's memory are
 files, and a process that holds the lock of one may use that part; the locks of a process go with it.
@@ -22,8 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.plugins.items import Subject, subject
 from kernels.testing.tolerance import gradients, outputs, reference, widened
+from tests.plugins.items import Subject, subject
 
 GIB = 1 << 30
 #: Bytes of a part; tests that take less need none.

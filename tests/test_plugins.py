@@ -11,17 +11,17 @@ import torch
 
 import kernels
 from bench import ops
-from bench.plugins import deadline, lost_device
+from tests.plugins import deadline, lost_device
 
 ROOT = Path(__file__).parents[1]
 #: Each test says where it ran; the second one loses the device of its process.
 TESTS = """
 import os
 import pytest
-import bench.plugins.lost_device
+import tests.plugins.lost_device
 
 place = []
-bench.plugins.lost_device.lost = lambda: "illegal address" if place else ""
+tests.plugins.lost_device.lost = lambda: "illegal address" if place else ""
 
 @pytest.mark.parametrize("number", range(4))
 def test_on_a_device(number):
@@ -41,7 +41,7 @@ def run(tmp_path):
 
     def run(*arguments: str) -> tuple[str, dict[str, str]]:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments,
-                   "-p", "bench.plugins.lost_device", "-p", "bench.plugins.deadline", str(tmp_path)]  # fmt: skip
+                   "-p", "tests.plugins.lost_device", "-p", "tests.plugins.deadline", str(tmp_path)]  # fmt: skip
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         variables |= {"PYTHONPATH": str(ROOT), "RAN": str(tmp_path / "ran"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)

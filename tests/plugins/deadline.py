@@ -1,6 +1,6 @@
 """A pytest plugin for a limited time on a GPU: the most telling tests first, and none that begins when it is up.
 
-    pytest -p bench.plugins.deadline --minutes 4 -m gpu …
+    pytest -p tests.plugins.deadline --minutes 4 -m gpu …
 
 Tests left out are skips with the reason "the time is up", not failures: they say nothing.
 """
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bench.plugins.items import subject
+from tests.plugins.items import subject
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import kernels
-from bench.plugins import memory
-from bench.plugins.items import Subject
-from bench.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved
 from kernels.testing import checks as op_checks
 from kernels.testing.cases import Case
+from tests.plugins import memory
+from tests.plugins.items import Subject
+from tests.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
@@ -139,7 +139,7 @@ def run(folder: Path, total: int, cases: list[str], *arguments: str) -> tuple[st
     (folder / "test_memory.py").write_text(TESTS.format(total=total, cases=cases))
     (folder / "ran").mkdir()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments,
-               "-p", "bench.plugins.memory", str(folder)]  # fmt: skip
+               "-p", "tests.plugins.memory", str(folder)]  # fmt: skip
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     variables |= {"PYTHONPATH": str(ROOT), "RAN": str(folder / "ran"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
