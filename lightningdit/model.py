@@ -43,17 +43,17 @@ class Pending(NamedTuple):
     gate: Tensor
 
 
-class Product(nn.Linear):
-    """A linear layer; where `folded`, another op adds the bias, which `pending_bias` then gives it."""
+class DeferredBiasLinear(nn.Linear):
+    """A linear layer whose bias the next op adds: pass it `deferred_bias`. With `defer_bias` off, a plain nn.Linear."""
 
-    folded = True
+    defer_bias = True
 
     @property
-    def pending_bias(self) -> Tensor | None:
-        return self.bias if self.folded else None
+    def deferred_bias(self) -> Tensor | None:
+        return self.bias if self.defer_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.folded else self.bias)
+        return F.linear(x, self.weight, None if self.defer_bias else self.bias)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -113,9 +113,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.num_heads, self.ops = config.num_heads, ops
-        linear = nn.Linear if config.use_qknorm and not config.use_rmsnorm else Product
+        linear = nn.Linear if config.use_qknorm and not config.use_rmsnorm else DeferredBiasLinear
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Product(config.hidden_size, config.hidden_size)
+        self.proj = DeferredBiasLinear(config.hidden_size, config.hidden_size)
         norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
         self.k_norm = norm(config.head_dim) if config.use_qknorm else None
@@ -123,7 +123,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:  # x [B, N, D], tables [N, d]
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        bias = self.qkv.pending_bias if isinstance(self.qkv, Product) else None
+        bias = self.qkv.deferred_bias if isinstance(self.qkv, DeferredBiasLinear) else None
         q_weight = k_weight = None
         if isinstance(self.q_norm, QKRMSNorm):
             q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
@@ -139,15 +139,15 @@ class SwiGLUMLP(nn.Module):
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
         self.ops = ops
-        self.w12 = Product(config.hidden_size, 2 * config.mlp_hidden)
-        self.w3 = Product(config.mlp_hidden, config.hidden_size)
+        self.w12 = DeferredBiasLinear(config.hidden_size, 2 * config.mlp_hidden)
+        self.w3 = DeferredBiasLinear(config.mlp_hidden, config.hidden_size)
 
     @property
-    def last(self) -> Product:
+    def last(self) -> DeferredBiasLinear:
         return self.w3
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.ops.swiglu(self.w12(x), bias=self.w12.pending_bias))
+        return self.w3(self.ops.swiglu(self.w12(x), bias=self.w12.deferred_bias))
 
 
 class GELUMLP(nn.Module):
@@ -156,10 +156,10 @@ class GELUMLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
-        self.fc2 = Product(config.mlp_hidden, config.hidden_size)
+        self.fc2 = DeferredBiasLinear(config.mlp_hidden, config.hidden_size)
 
     @property
-    def last(self) -> Product:
+    def last(self) -> DeferredBiasLinear:
         return self.fc2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,9 +190,9 @@ class Block(nn.Module):
             shift_attn = shift_mlp = None
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation
         x, y = self.norm1(x, shift_attn, scale_attn, pending)
-        attention = Pending(self.attn(y, cos, sin), self.attn.proj.pending_bias, gate_attn)
+        attention = Pending(self.attn(y, cos, sin), self.attn.proj.deferred_bias, gate_attn)
         x, y = self.norm2(x, shift_mlp, scale_mlp, attention)
-        return x, Pending(self.mlp(y), self.mlp.last.pending_bias, gate_mlp)
+        return x, Pending(self.mlp(y), self.mlp.last.deferred_bias, gate_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -237,8 +237,8 @@ class LightningDiT(KeepsFloat32):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, ops)
         for module in self.modules():
-            if isinstance(module, Product):
-                module.folded = resident
+            if isinstance(module, DeferredBiasLinear):
+                module.defer_bias = resident
         self.initialize()
 
     @property

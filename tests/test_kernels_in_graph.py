@@ -226,14 +226,14 @@ def test_what_a_rewriting_must_not_take(hopper):
     class Watched(SwiGLUMLP):
         def forward(self, x):
             gate_up = self.w12(x)
-            activated = self.ops.swiglu(gate_up, bias=self.w12.pending_bias)
+            activated = self.ops.swiglu(gate_up, bias=self.w12.deferred_bias)
             return self.w3(activated) + activated[..., : x.shape[-1]]
 
     module, x = feed_forward(hopper, folded, Watched), ROWS
     got, found = passed(module, folded, (x,))
     assert (found[FORWARD], found[BACKWARD], found[SLOPE]) == (1, 0, 1)
     assert_near(got, gradients(module, module, x))
-    module.w12.folded = False
+    module.w12.defer_bias = False
     assert passed(module, folded, (x,))[1][FORWARD] == 0
     odd = feed_forward(hopper, folded, width=208, num_heads=2)
     found = passed(odd, folded, (torch.ones(1, 24, 208, dtype=torch.float16),))[1]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightningdit.model import EPS, Block, LightningDiT, Product, unpatchify
+from lightningdit.model import EPS, Block, DeferredBiasLinear, LightningDiT, unpatchify
 
 
 class PlainLightningDiT(nn.Module):
@@ -28,8 +28,8 @@ class PlainLightningDiT(nn.Module):
             raise ValueError(f"the plain peer has RMSNorm, SwiGLU, RoPE and shifts, no QK norm; the config is {config}")
         self.network, self.autocast = network, autocast
         for module in network.modules():
-            if isinstance(module, Product):
-                module.folded = False  # layers add their own biases here
+            if isinstance(module, DeferredBiasLinear):
+                module.defer_bias = False  # layers add their own biases here
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """As `LightningDiT.forward`; float32 result, or float64 of float64 weights."""

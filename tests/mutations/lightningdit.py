@@ -105,7 +105,7 @@ MISTAKES = {
         "scale_attn, shift_attn, gate_attn, scale_mlp, shift_mlp, gate_mlp = modulation", RECORDED_MODEL,
     ),
     "gates_exchanged": Mistake(
-        "lightningdit/model.py", "self.mlp.last.pending_bias, gate_mlp)", "self.mlp.last.pending_bias, gate_attn)",
+        "lightningdit/model.py", "self.mlp.last.deferred_bias, gate_mlp)", "self.mlp.last.deferred_bias, gate_attn)",
         RECORDED_MODEL,
     ),
     "final_scale_and_shift_exchanged": Mistake(
