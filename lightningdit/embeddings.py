@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x)
 
 
-class WideLinear(nn.Linear):
+class CastLinear(nn.Linear):
     """A linear layer that computes in its input's dtype, whatever it stores its weights in."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        first, second = WideLinear(self.frequencies, hidden_size), WideLinear(hidden_size, hidden_size)
+        first, second = CastLinear(self.frequencies, hidden_size), CastLinear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
