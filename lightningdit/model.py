@@ -2,11 +2,11 @@
 
 The model is given its ops. Each branch's gated residual is added by the norm that follows it, in the same pass: the
 attention branch by its block's norm2, the feed-forward branch by norm1 of the next block, or by the final layer's
-norm. So what travels from block to block is the stream and a `Pending`: the branch not yet added to it, the bias of the
+norm. Blocks therefore pass on the stream and a `PendingResidual`: the branch not yet added to it, the bias of the
 projection that made the branch, and the branch's gate. Biases are added where the next op reads the product, because
 their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. The vectors
-that modulate the blocks are made for all of them before the first. Where parameters exist only while their own module
-runs (ZeRO 3), `resident=False` leaves each bias and each block's modulation to its module.
+that modulate the blocks are computed for all of them before the first. Where parameters exist only while their own
+module runs (ZeRO 3), `resident=False` leaves each bias and each block's modulation to its module.
 
 Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
 F feed-forward width.
@@ -35,7 +35,7 @@ from lightningdit.recompute import recomputed
 EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-5
 
 
-class Pending(NamedTuple):
+class PendingResidual(NamedTuple):
     """What a stream [B, N, D] is to gain: `gate · (branch + bias)`; branch [B, N, D], bias [D] or None, gate [B, D]."""
 
     branch: Tensor
@@ -68,7 +68,7 @@ class ModulatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.ops = ops
 
-    def forward(self, x, shift, scale, pending: Pending | None = None):
+    def forward(self, x, shift, scale, pending: PendingResidual | None = None):
         """Stream x [B, N, D], vectors [B, D] → (new stream, its modulated norm in scale's dtype)."""
         if pending is None:
             y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)
@@ -80,7 +80,7 @@ class ModulatedRMSNorm(nn.Module):
 class ModulatedLayerNorm(nn.Module):
     """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
 
-    def forward(self, x, shift, scale, pending: Pending | None = None):
+    def forward(self, x, shift, scale, pending: PendingResidual | None = None):
         wide = at_least_float32(x.dtype)
         if pending is not None:
             branch, gate = pending.branch.to(wide), pending.gate.to(wide)
@@ -178,8 +178,8 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(config.hidden_size, config.modulation_parts)
 
     def forward(
-        self, x: Tensor, pending: Pending | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
-    ) -> tuple[Tensor, Pending]:
+        self, x: Tensor, pending: PendingResidual | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, PendingResidual]:
         """Stream x [B, N, D] and what it is to gain (None at the first block) → the same for the next.
 
         modulation: what this block's `adaLN_modulation` gives for the condition.
@@ -190,9 +190,9 @@ class Block(nn.Module):
             shift_attn = shift_mlp = None
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation
         x, y = self.norm1(x, shift_attn, scale_attn, pending)
-        attention = Pending(self.attn(y, cos, sin), self.attn.proj.deferred_bias, gate_attn)
+        attention = PendingResidual(self.attn(y, cos, sin), self.attn.proj.deferred_bias, gate_attn)
         x, y = self.norm2(x, shift_mlp, scale_mlp, attention)
-        return x, Pending(self.mlp(y), self.mlp.last.deferred_bias, gate_mlp)
+        return x, PendingResidual(self.mlp(y), self.mlp.last.deferred_bias, gate_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -204,7 +204,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.hidden_size, 2)
 
-    def forward(self, x: Tensor, pending: Pending, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
+    def forward(self, x: Tensor, pending: PendingResidual, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
         shift, scale = self.adaLN_modulation(c)
         return self.linear(self.norm_final(x, shift, scale, pending)[1])
 
