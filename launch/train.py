@@ -126,7 +126,7 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
         ops,
         seed=seed,
         residual_dtype=getattr(torch, run.train.residual_dtype),
-        resident=run.deepspeed.zero_stage < 3,
+        params_gathered=run.deepspeed.zero_stage < 3,
     )
     if run.train.weight_init is not None:
         # As published: its training went on from `model`. The average is the better network to start from.

@@ -6,7 +6,7 @@ norm. Blocks therefore pass on the stream and a `PendingResidual`: the branch no
 projection that made the branch, and the branch's gate. Biases are added where the next op reads the product, because
 their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. The vectors
 that modulate the blocks are computed for all of them before the first. Where parameters exist only while their own
-module runs (ZeRO 3), `resident=False` leaves each bias and each block's modulation to its module.
+module runs (ZeRO 3), `params_gathered=False` leaves each bias and each block's modulation to its module.
 
 Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
 F feed-forward width.
@@ -221,14 +221,17 @@ class LightningDiT(KeepsFloat32):
 
     residual_dtype: dtype of the residual stream; one narrower than the weights' is raised to theirs. Weights may be
     cast to bfloat16 or float16 as a whole: timestep embedding, condition, norms, RoPE and the output stay float32.
-    resident: whether all parameters can be read at any time, not only by the module they belong to.
+    params_gathered: whether every parameter is whole at any time; false under ZeRO 3, which gathers a module's
+    parameters only while it runs.
     """
 
     tables = ("pos_embed",)
 
-    def __init__(self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, resident: bool = True):
+    def __init__(
+        self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, params_gathered: bool = True
+    ):
         super().__init__()
-        self.config, self.residual_dtype, self.resident = config, residual_dtype, resident
+        self.config, self.residual_dtype, self.params_gathered = config, residual_dtype, params_gathered
         self.x_embedder = PatchEmbed(config)
         self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, config.grid_size), requires_grad=False)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
@@ -238,7 +241,7 @@ class LightningDiT(KeepsFloat32):
         self.final_layer = FinalLayer(config, ops)
         for module in self.modules():
             if isinstance(module, DeferredBiasLinear):
-                module.defer_bias = resident
+                module.defer_bias = params_gathered
         self.initialize()
 
     @property
@@ -287,7 +290,7 @@ class LightningDiT(KeepsFloat32):
     def _modulations(self, c: Tensor) -> Iterable[Vectors]:
         """Those of each block for the condition c [B, D]."""
         layers = [block.adaLN_modulation for block in self.blocks]
-        return modulations(layers, c) if self.resident else (layer(c) for layer in layers)
+        return modulations(layers, c) if self.params_gathered else (layer(c) for layer in layers)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config

@@ -36,7 +36,7 @@ class LightningDiTTask:
         *,
         seed: int,
         residual_dtype: torch.dtype = torch.float32,
-        resident: bool = True,
+        params_gathered: bool = True,
     ):
         self.config, self._seed = model, seed
         self.batches = LatentDataset.from_config(data, seed)
@@ -47,7 +47,7 @@ class LightningDiTTask:
         self._lognorm_until = transport.lognorm_until_step
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(mix(seed, _INIT)) >> 1)
-            self.networks = {"model": LightningDiT(model, ops, residual_dtype, resident)}
+            self.networks = {"model": LightningDiT(model, ops, residual_dtype, params_gathered)}
 
     def load_weights(self, path: str, which: str = "ema") -> None:
         """Start from the weights of an export or a published `.pt` instead; raises WeightsError on a misfit.
