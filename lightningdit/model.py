@@ -81,14 +81,14 @@ class ModulatedLayerNorm(nn.Module):
     """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
 
     def forward(self, x, shift, scale, pending: PendingResidual | None = None):
-        wide = at_least_float32(x.dtype)
+        acc_dtype = at_least_float32(x.dtype)
         if pending is not None:
-            branch, gate = pending.branch.to(wide), pending.gate.to(wide)
-            branch = branch if pending.bias is None else branch + pending.bias.to(wide)
-            x = (x.to(wide) + gate[:, None] * branch).to(x.dtype)
-        y = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS) * (1 + scale[:, None].to(wide))
+            branch, gate = pending.branch.to(acc_dtype), pending.gate.to(acc_dtype)
+            branch = branch if pending.bias is None else branch + pending.bias.to(acc_dtype)
+            x = (x.to(acc_dtype) + gate[:, None] * branch).to(x.dtype)
+        y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], eps=EPS) * (1 + scale[:, None].to(acc_dtype))
         if shift is not None:
-            y = y + shift[:, None].to(wide)
+            y = y + shift[:, None].to(acc_dtype)
         return x, y.to(scale.dtype)
 
 
@@ -271,20 +271,20 @@ class LightningDiT(KeepsFloat32):
         Draws nothing and never waits for the device: labels out of range are the data's to find.
         """
         self._check(x, t, y)
-        weights = self.x_embedder.proj.weight.dtype
-        wide = at_least_float32(weights)
+        weights_dtype = self.x_embedder.proj.weight.dtype
+        acc_dtype = at_least_float32(weights_dtype)
         rope = self.feat_rope
         cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)
-        c = self.t_embedder(t.to(wide)) + self.y_embedder(y).to(wide)  # [B, D]
-        x = self.x_embedder(x.to(weights)) + self.pos_embed.to(wide)  # [B, N, D]
-        x = x.to(torch.promote_types(weights, self.residual_dtype))
+        c = self.t_embedder(t.to(acc_dtype)) + self.y_embedder(y).to(acc_dtype)  # [B, D]
+        x = self.x_embedder(x.to(weights_dtype)) + self.pos_embed.to(acc_dtype)  # [B, N, D]
+        x = x.to(torch.promote_types(weights_dtype, self.residual_dtype))
         pending = None
         for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
                 x, pending = recomputed(block, self.config.use_checkpoint, x, pending, modulation, cos, sin)
             else:
                 x, pending = block(x, pending, modulation, cos, sin)
-        x = unpatchify(self.final_layer(x, pending, c), self.config.patch_size).to(wide)
+        x = unpatchify(self.final_layer(x, pending, c), self.config.patch_size).to(acc_dtype)
         return x[:, : self.config.in_channels]
 
     def _modulations(self, c: Tensor) -> Iterable[Vectors]:

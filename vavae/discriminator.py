@@ -23,15 +23,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)
         if self.training:
             self.num_batches_tracked.add_(1)
         y = F.batch_norm(
-            x.to(wide),
+            x.to(acc_dtype),
             self.running_mean,
             self.running_var,
-            self.weight.to(wide),
-            self.bias.to(wide),
+            self.weight.to(acc_dtype),
+            self.bias.to(acc_dtype),
             self.training,
             self.momentum,
             self.eps,

@@ -117,7 +117,7 @@ def reconstruction_nll(
     `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, added (or averaged, see `LossConfig.reconstruction`)
     over pixels and channels.
     """
-    images, reconstruction = _wide(images), _wide(reconstruction)
+    images, reconstruction = _upcast(images), _upcast(reconstruction)
     error = (images - reconstruction).abs()
     logs = {"rec": error.detach().mean()}
     if perceptual is not None and config.perceptual_weight > 0:
@@ -137,14 +137,14 @@ def kl_term(config: LossConfig, posterior: Posterior) -> torch.Tensor:
 
 def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, layer: torch.Tensor, limit: float) -> torch.Tensor:
     """`‖∂reference/∂layer‖ / (‖∂term/∂layer‖ + 1e-4)`, at most `limit`, detached (VQGAN, arXiv 2012.09841, eq. 7)."""
-    norms = [_wide(torch.autograd.grad(loss, layer, retain_graph=True)[0]).norm() for loss in (reference, term)]
+    norms = [_upcast(torch.autograd.grad(loss, layer, retain_graph=True)[0]).norm() for loss in (reference, term)]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=limit).detach()
 
 
 def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
     """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
     distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)
-    distmat, cos = _wide(distmat), _wide(cos)
+    distmat, cos = _upcast(distmat), _upcast(cos)
     logs = {"vf_distmat": distmat.detach(), "vf_cos": cos.detach()}
     return config.distmat_weight * distmat + config.cos_weight * cos, logs
 
@@ -177,7 +177,7 @@ def generator_loss(
         total = total + weight * vf
         logs |= vf_logs | {"vf_weight": weight}
     if discriminator is not None:
-        gan = -_wide(discriminator(step.reconstruction)).mean()
+        gan = -_upcast(discriminator(step.reconstruction)).mean()
         weight = config.disc_weight * adaptive_weight(nll, gan, step.decoder_layer, GAN_LIMIT)
         total = total + config.disc_factor * weight * gan
         logs |= {"g_loss": gan.detach(), "d_weight": weight}
@@ -191,5 +191,6 @@ def discriminator_loss(config: LossConfig, real: torch.Tensor, fake: torch.Tenso
     return loss, {"d_loss": loss.detach(), **means}
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in its own dtype where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

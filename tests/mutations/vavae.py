@@ -99,7 +99,7 @@ MISTAKES = {
         "test_vavae_loss.py::test_balancing_weights_have_the_published_limits",
     ),
     "generator_rewarded_for_being_found": Mistake(
-        "vavae/loss.py", "gan = -_wide(discriminator", "gan = _wide(discriminator", GENERATOR,
+        "vavae/loss.py", "gan = -_upcast(discriminator", "gan = _upcast(discriminator", GENERATOR,
     ),
     "discriminator_told_the_opposite": Mistake(
         "vavae/loss.py", "[config.disc_loss](real, fake)", "[config.disc_loss](fake, real)",
