@@ -170,7 +170,7 @@ def test_counters_of_older_checkpoints_are_taken(run_file):
 def test_a_skipped_step_leaves_running_statistics_alone(run_file, poison, monkeypatch, network, fault):
     """Whichever network's and micro-batch's it is; the steps around it move them, and the host reads nothing for it."""
     built = trainer(run_file("vavae", micro_batch_size=2), kind="vavae")
-    judge, seen, reads, stream = built.task.networks["discriminator"], [], HostReads(), built.stream()
+    discriminator, seen, reads, stream = built.task.networks["discriminator"], [], HostReads(), built.stream()
     if fault == "image":
         unreadable = [batch | {"image": batch["image"] * torch.nan} if number == 6 else batch
                       for number, batch in enumerate(stream)]  # fmt: skip
@@ -180,7 +180,7 @@ def test_a_skipped_step_leaves_running_statistics_alone(run_file, poison, monkey
     for _ in range(5):
         with reads:
             built.train_step(stream)
-        seen.append({name: value.clone() for name, value in judge.named_buffers()})
+        seen.append({name: value.clone() for name, value in discriminator.named_buffers()})
     moved = [not all(torch.equal(before[name], after[name]) for name in before) for before, after in pairwise(seen)]
     assert moved == [False, True, False, True]  # the GAN begins in step 3
     assert all(value.isfinite().all() for value in seen[-1].values()) and not reads.seen

@@ -143,12 +143,12 @@ def test_keys_of_the_published_loss_that_nothing_reads_are_named_and_ignored():
 
 
 @pytest.mark.parametrize("layers", range(1, 6))
-def test_the_least_image_for_a_discriminator_is_the_least_that_it_can_judge(layers):
-    judge = NLayerDiscriminator(3, ndf=2, n_layers=layers)
+def test_the_least_image_for_a_discriminator_is_the_least_that_it_takes(layers):
+    discriminator = NLayerDiscriminator(3, ndf=2, n_layers=layers)
     least = 3 * 2**layers
-    judge(torch.zeros(2, 3, least, least))
+    discriminator(torch.zeros(2, 3, least, least))
     with pytest.raises(RuntimeError):
-        judge(torch.zeros(2, 3, least - 1, least - 1))
+        discriminator(torch.zeros(2, 3, least - 1, least - 1))
     loss = LossConfig(use_vf=False, perceptual="none", disc_n_layers=layers)
     model = AutoencoderConfig(ch_mult=[1], attn_resolutions=[])
     check_sections(model, None, loss, DataConfig(data_path="x", image_size=least))

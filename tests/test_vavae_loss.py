@@ -176,20 +176,20 @@ COMPOSITES = {
 
 def composite(golden: G, fields: dict, gan: bool):
     config = LossConfig(**{"kl_weight": 1e-6, "disc_weight": 0.5, "use_vf": False, **fields})
-    judge = patch_discriminator(golden).train()
+    discriminator = patch_discriminator(golden).train()
     moments = golden["comp/moments"].clone().requires_grad_()
     gain = torch.ones(3, 1, 1, requires_grad=True)
     reconstruction = golden["comp/rec"] * gain
     step = Forward(golden["comp/inputs"], reconstruction, Posterior.from_moments(moments), None, None, gain, gain)
-    with frozen(judge):
-        total, logs = generator_loss(config, OPS, step, stub_perceptual, judge if gan else None)
+    with frozen(discriminator):
+        total, logs = generator_loss(config, OPS, step, stub_perceptual, discriminator if gan else None)
         total.backward()
-    return config, judge, moments, gain, reconstruction.detach(), total, logs
+    return config, discriminator, moments, gain, reconstruction.detach(), total, logs
 
 
 @pytest.mark.parametrize("case", COMPOSITES)
 def test_generator_loss_matches_the_recorded(golden, case):
-    _, judge, moments, gain, _, total, logs = composite(golden, *COMPOSITES[case])
+    _, discriminator, moments, gain, _, total, logs = composite(golden, *COMPOSITES[case])
     place = f"comp/{case}"
     close("loss", total, golden[f"{place}/loss"], atol=0, rtol=1e-5)
     close("nll", logs["nll"], golden[f"{place}/log/nll_loss"], atol=0, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_generator_loss_matches_the_recorded(golden, case):
         close("g_loss", logs["g_loss"], golden[f"{place}/log/g_loss"], atol=1e-6)
     else:
         assert "d_weight" not in logs and "g_loss" not in logs
-    assert all(p.grad is None for p in judge.parameters())
+    assert all(p.grad is None for p in discriminator.parameters())
     assert not any(value.requires_grad for value in logs.values())
 
 
@@ -220,19 +220,19 @@ def test_balancing_weights_have_the_published_limits():
 
 @pytest.mark.parametrize("case", [case for case, (_, gan) in COMPOSITES.items() if gan])
 def test_discriminator_loss_matches_the_recorded(golden, case):
-    config, judge, _, _, reconstruction, _, _ = composite(golden, COMPOSITES[case][0], gan=False)
-    loss, logs = discriminator_loss(config, judge(golden["comp/inputs"]), judge(reconstruction))
+    config, discriminator, _, _, reconstruction, _, _ = composite(golden, COMPOSITES[case][0], gan=False)
+    loss, logs = discriminator_loss(config, discriminator(golden["comp/inputs"]), discriminator(reconstruction))
     loss.backward()
     place = f"comp/{case}"
     close("d_loss", loss, golden[f"{place}/d_loss"], atol=1e-6)
     for name in ("logits_real", "logits_fake"):
         close(name, logs[name], golden[f"{place}/dlog/{name}"], atol=1e-6)
     close("logged", logs["d_loss"], golden[f"{place}/dlog/disc_loss"], atol=1e-6)
-    gradients = {k: p.grad for k, p in judge.named_parameters()}
+    gradients = {k: p.grad for k, p in discriminator.named_parameters()}
     if recorded := golden.group(f"{place}/disc_grad/"):
         close_grads(case, gradients, recorded, relmax=3e-5)
     for key, value in golden.group(f"{place}/disc_buffers_after/").items():
-        close(key, judge.state_dict()[key], value, atol=1e-6)
+        close(key, discriminator.state_dict()[key], value, atol=1e-6)
 
 
 def test_weighted_mean_of_each_images_nll_matches_the_recorded(golden):

@@ -106,7 +106,7 @@ def test_gan_begins_after_disc_start_iterations(files, step, gan):
     logs, losses = step_once(task, step)
     assert set(logs) == PLAIN_LOGS | (GAN_LOGS if gan else set())
     assert set(losses) == {"autoencoder"} | ({"discriminator"} if gan else set())
-    assert len(seen) == (3 if gan else 0)  # judging, then real, then fake
+    assert len(seen) == (3 if gan else 0)  # for the generator, then real, then fake
     assert all(value.ndim == 0 and not value.requires_grad for value in logs.values())
     network = task.networks["autoencoder"]
     assert set(gradients(network)) == {k for k, _ in network.named_parameters()}
@@ -131,11 +131,11 @@ def test_generator_pass_leaves_no_gradient_in_the_discriminator(files):
 
 def test_discriminator_is_told_images_from_reconstructions(files):
     """Its loss is lowered by calling images real: the recorded hinge, on logits recomputed in the same order."""
-    task, judge = make(files), copy.deepcopy(make(files).networks["discriminator"])
+    task, discriminator = make(files), copy.deepcopy(make(files).networks["discriminator"])
     batch, draws, net = batch_of(task), task.draw(5, 4, "cpu"), task.networks["autoencoder"]
     with torch.no_grad():
         reconstruction = net.decode(net.encode(batch["image"]).sample(noise=draws["noise"]))
-        _, real, fake = (judge(x) for x in (reconstruction, batch["image"], reconstruction))
+        _, real, fake = (discriminator(x) for x in (reconstruction, batch["image"], reconstruction))
     logs, losses = step_once(task, 5)
     close("real", logs["logits_real"], real.mean(), atol=1e-5)
     close("fake", logs["logits_fake"], fake.mean(), atol=1e-5)
@@ -147,7 +147,7 @@ def test_gradient_is_that_of_the_weighted_sum(files):
     task = make(files)
     logs, _ = step_once(task, 5)
     got = copy.deepcopy(gradients(task.networks["autoencoder"]))
-    net, judge = task.networks["autoencoder"], copy.deepcopy(make(files).networks["discriminator"])
+    net, discriminator = task.networks["autoencoder"], copy.deepcopy(make(files).networks["discriminator"])
     net.zero_grad()
     batch, draws = batch_of(task), task.draw(5, 4, "cpu")
     posterior = net.encode(batch["image"])
@@ -156,7 +156,7 @@ def test_gradient_is_that_of_the_weighted_sum(files):
     nll = (batch["image"] - reconstruction).abs().sum() / 4
     distmat, cos = OPS.vf_loss(net.linear_proj(z), task.foundation(batch["image"]), 0.25, 0.5)
     total = nll + 1e-6 * posterior.kl().mean() + logs["vf_weight"] * (distmat + cos)
-    gan = -judge(reconstruction).mean()
+    gan = -discriminator(reconstruction).mean()
 
     def norm(loss: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, layer, retain_graph=True)[0].norm()

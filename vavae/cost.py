@@ -24,8 +24,8 @@ class Cost:
     Fields:
         parameters, trainable: how many it has, and how many of them are trained.
         flops: of a training step's passes through it, per image (a multiply-add is two; norms and activations are not
-            counted). The autoencoder's include LPIPS, the VF loss, the discriminator's judgement and the passes that
-            balance the terms.
+            counted). The autoencoder's include LPIPS, the VF loss, the discriminator's pass that the GAN term takes,
+            and the passes that balance the terms.
         saved_elements: numbers kept for the backward pass, per image, by the reference ops without recomputation.
     """
 
@@ -48,22 +48,22 @@ def training_cost(
         vit = FoundationModel.from_config(foundation, grid, pretrained=False) if loss.use_vf else None
         networks = build_networks(model, loss, ops, 0, vit.width if vit else None)
     perceptual = lpips_network("meta").requires_grad_(False) if loss.perceptual == "lpips" else None
-    autoencoder, judge = networks["autoencoder"], networks.get("discriminator")
+    autoencoder, discriminator = networks["autoencoder"], networks.get("discriminator")
     helpers = [helper for helper in (vit, perceptual) if helper is not None]
     features = None if vit is None else vit(images)
     costs = {"frozen": _count(helpers, lambda: None if vit is None else vit(images))}
 
     def generate() -> None:
-        criterion = partial(generator_loss, loss, ops, perceptual=perceptual, discriminator=judge)
+        criterion = partial(generator_loss, loss, ops, perceptual=perceptual, discriminator=discriminator)
         autoencoder(images, noise, features, criterion)[0].backward()
 
     def discriminate() -> None:
-        discriminator_loss(loss, judge(images), judge(images))[0].backward()
+        discriminator_loss(loss, discriminator(images), discriminator(images))[0].backward()
 
-    with frozen(judge) if judge is not None else nullcontext():
+    with frozen(discriminator) if discriminator is not None else nullcontext():
         costs["autoencoder"] = _count([autoencoder], generate)
-    if judge is not None:
-        costs["discriminator"] = _count([judge], discriminate)
+    if discriminator is not None:
+        costs["discriminator"] = _count([discriminator], discriminate)
     return costs
 
 

@@ -40,7 +40,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class NLayerDiscriminator(nn.Module):
-    """Judges overlapping patches: images [B, in_channels, H, W] → logits [B, 1, about H/8, about W/8] (for 3 layers).
+    """PatchGAN: images [B, in_channels, H, W] → a logit per patch [B, 1, about H/8, about W/8] (for 3 layers).
 
     Args:
         in_channels: of the images.

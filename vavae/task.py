@@ -195,9 +195,9 @@ class VavaeTask:
         config, images = self.loss_at(step), batch["image"]
         gan = adopt_weight(config.disc_factor * config.disc_weight, step - 1, config.disc_start) > 0
         # The module itself, not its engine: here the discriminator only passes gradients on.
-        judge = self.networks["discriminator"] if gan else None
-        criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=judge)
-        with frozen(judge) if gan else nullcontext():
+        discriminator = self.networks["discriminator"] if gan else None
+        criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=discriminator)
+        with frozen(discriminator) if gan else nullcontext():
             inputs = (images, draws["noise"], self._features(images), criterion)
             loss, reconstruction, logs = networks["autoencoder"](*inputs)
             backward("autoencoder", loss)
