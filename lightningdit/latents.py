@@ -22,17 +22,8 @@ import numpy as np
 import torch
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from common.files import (
-    ClassNames,
-    FileError,
-    FileRecord,
-    Record,
-    is_there,
-    open_regular,
-    read_record,
-    refuse_stand_ins,
-    sha256,
-)
+from common.files import FileError, is_there, open_regular, refuse_stand_ins, sha256
+from common.records import ClassNames, FileRecord, Record, read_record
 from common.tensors import WeightsError, read_tensors
 from common.text import shortened
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from common.files import Record, file_entry, is_there, make_directory, write_sealed, write_text
+from common.files import file_entry, is_there, make_directory, write_text
+from common.records import Record, write_sealed
 from common.tensors import save_pickled, write_tensors
 from lightningdit.latents import (
     MANIFEST_FILE,

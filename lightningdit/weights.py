@@ -9,17 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from common.files import (
-    ClassNames,
-    FileError,
-    Record,
-    make_directory,
-    read_record,
-    replacing,
-    require_kind,
-    sha256,
-    write_sealed,
-)
+from common.files import FileError, make_directory, replacing, sha256
+from common.records import ClassNames, Record, read_record, require_kind, write_sealed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, as_float32, model_of, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common import files
-from common.files import FileError, Record, WriteError
+from common import files, records
+from common.files import FileError, WriteError
+from common.records import Record
 
 
 def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path):
@@ -114,7 +115,7 @@ def test_what_is_no_json_is_named(tmp_path, content, why):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("write", [files.write_json, files.write_sealed])
+@pytest.mark.parametrize("write", [files.write_json, records.write_sealed])
 def test_no_json_is_written_that_others_cannot_read(tmp_path, write, value):
     with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/a\.json: .*not JSON compliant"):
         write(tmp_path / "a.json", {"a": [1.5, {"b": value}]})
@@ -142,25 +143,25 @@ class Example(Record):
 def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(FileError, match=rf"a\.json is damaged: .*{where}"):
-        files.read_record(tmp_path / "a.json", Example)
+        records.read_record(tmp_path / "a.json", Example)
 
 
 def test_a_sealed_record_is_as_it_was_written(tmp_path):
     path = tmp_path / "a.json"
-    files.write_sealed(path, {"step": 4, "parts": {"a": [1, 2]}, "note": 0.1})
-    assert files.read_record(path, Example).note == 0.1
+    records.write_sealed(path, {"step": 4, "parts": {"a": [1, 2]}, "note": 0.1})
+    assert records.read_record(path, Example).note == 0.1
     edited = json.loads(path.read_text()) | {"note": 0.2}
     files.write_json(path, edited)
     with pytest.raises(FileError, match=r"a\.json is damaged, or was edited"):
-        files.read_record(path, Example)
+        records.read_record(path, Example)
     del edited["checksum"]
     files.write_json(path, edited)
-    assert files.read_record(path, Example).note == 0.2
+    assert records.read_record(path, Example).note == 0.2
 
 
 def test_a_record_keeps_what_it_does_not_know(tmp_path):
     files.write_json(tmp_path / "a.json", {"step": 4, "parts": {"a": [1, 2]}, "later": [3]})
-    found = files.read_record(tmp_path / "a.json", Example)
+    found = records.read_record(tmp_path / "a.json", Example)
     assert (found.step, found.parts, found.later) == (4, {"a": (1, 2)}, [3])
 
 
@@ -178,7 +179,7 @@ def test_faults_of_a_record_are_said_in_plain_words(tmp_path):
                            ({"step": 4}, "parts: is missing")):  # fmt: skip
         files.write_json(tmp_path / "a.json", content)
         with pytest.raises(FileError, match=f"a.json is damaged: {words}") as e:
-            files.read_record(tmp_path / "a.json", Example)
+            records.read_record(tmp_path / "a.json", Example)
         assert "Input should" not in str(e.value) and "Example" not in str(e.value)
 
 

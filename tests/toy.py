@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.files import file_entry, read_json, write_json, write_sealed
+from common.files import file_entry, read_json, write_json
+from common.records import write_sealed
 from lightningdit import latents_writer
 
 LIGHTNINGDIT = {

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import Record, make_directory, read_record, replacing, require_kind, write_sealed
+from common.files import make_directory, replacing
+from common.records import Record, read_record, require_kind, write_sealed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig

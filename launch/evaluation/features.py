@@ -12,7 +12,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-from common.files import FileError, Record, read_record
+from common.files import FileError
+from common.records import Record, read_record
 from common.sections import Few
 from common.tensors import WeightsError, read_tensors, save_pickled
 from vavae.config import FoundationConfig

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.files import Record, make_directory, write_error
+from common.files import make_directory, write_error
+from common.records import Record
 from launch.runtime.processes import Processes
 
 NAME = ".lock"

@@ -25,21 +25,17 @@ import torch
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from common.files import (
-    ClassNames,
     FileError,
-    FileRecord,
-    Record,
     WriteError,
     file_entry,
     is_there,
     make_directory,
-    read_record,
     sha256,
     sync_directory,
     write_error,
     write_json,
-    write_sealed,
 )
+from common.records import ClassNames, FileRecord, Record, read_record, write_sealed
 from common.tensors import WeightsError, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

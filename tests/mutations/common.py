@@ -21,7 +21,7 @@ MISTAKES = {
         "test_common_text.py::test_every_control_character_is_shown_as_an_escape",
     ),
     "seal_not_compared": Mistake(
-        "common/files.py", "_SEAL in content and content.pop(_SEAL) != _checksum(content)",
+        "common/records.py", "_SEAL in content and content.pop(_SEAL) != _checksum(content)",
         "_SEAL in content and not content.pop(_SEAL)",
         "test_common_files.py::test_a_sealed_record_is_as_it_was_written",
     ),
@@ -30,7 +30,7 @@ MISTAKES = {
         "test_common_files.py::test_a_file_is_described_by_size_and_hash",
     ),
     "records_coerce_what_they_read": Mistake(
-        "common/files.py", "strict=True, extra=\"allow\"", "strict=False, extra=\"allow\"",
+        "common/records.py", "strict=True, extra=\"allow\"", "strict=False, extra=\"allow\"",
         "test_common_files.py::test_a_record_is_checked_and_the_key_named",
     ),
     "weights_that_are_not_finite_taken": Mistake(
