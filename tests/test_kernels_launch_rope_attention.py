@@ -13,7 +13,7 @@ if triton_reasons():
     pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
 
 from kernels.backends.triton_launch import INTERPRETED, recorded
-from kernels.rope_attention.call import pairs
+from kernels.rope_attention.autograd import pairs
 from kernels.rope_attention.triton_impl import (
     BACKEND,
     CONFIGS,

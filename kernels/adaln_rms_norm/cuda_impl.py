@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.adaln_rms_norm.call import differentiate, refused_result
+from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
 from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
 from kernels.backends.layout import dense_rows
 from kernels.backends.operators import operator
@@ -60,7 +60,7 @@ def adaln_rms_norm_bwd(
     return d_x, d_weight, d_shift, d_scale
 
 
-adaln_rms_norm = differentiate(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
+adaln_rms_norm = register_autograd(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
 
 
 def too_wide(x: torch.Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.adaln_rms_norm.call import differentiate, refused_result
+from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
 from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
 from kernels.backends.triton_launch import DTYPES, backend, operator, refusals
@@ -28,7 +28,7 @@ def adaln_rms_norm_bwd(
     return [d_x, *others]
 
 
-adaln_rms_norm = differentiate(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
+adaln_rms_norm = register_autograd(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
 
 
 def unsupported(x, weight, shift, scale, eps, *, out_dtype=None):

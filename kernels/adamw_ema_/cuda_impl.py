@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
-from kernels.adamw_ema_.call import DTYPES, in_place, reasons
+from kernels.adamw_ema_.operator import DTYPES, in_place, reasons
 from kernels.backends.cuda_launch import backends, launch, refusals
 
 

@@ -12,7 +12,7 @@ from math import inf, log
 import triton
 import triton.language as tl
 
-from kernels.adamw_ema_.call import DTYPES, in_place, reasons
+from kernels.adamw_ema_.operator import DTYPES, in_place, reasons
 from kernels.backends.triton_launch import INTERPRETED, backend, launch, refusals
 
 ROUND_BY_HAND = tl.constexpr(INTERPRETED)

@@ -6,7 +6,7 @@ from kernels.adaln_rms_norm.cuda_impl import Config, too_wide
 from kernels.backends.cuda_launch import backends, launch, refusals
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.operators import operator
-from kernels.gated_residual_adaln_rms_norm.call import differentiate
+from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
 
 #: Gate, weight, scale and shift are read once for each block: with 16 tokens of 8 bytes a column, 6 % of the traffic.
 FORWARD = Config(tokens_per_block=16)
@@ -58,7 +58,7 @@ def gated_residual_adaln_rms_norm_bwd(
     return d_x, d_branch, d_gate, d_weight, d_shift, d_scale, d_bias
 
 
-gated_residual_adaln_rms_norm = differentiate(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)
+gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):

@@ -5,7 +5,7 @@ import torch
 from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
 from kernels.backends.triton_launch import backend, operator, refusals
-from kernels.gated_residual_adaln_rms_norm.call import differentiate
+from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
 
 
 @operator("gated_residual_adaln_rms_norm_fwd")
@@ -34,7 +34,7 @@ def gated_residual_adaln_rms_norm_bwd(
     return [d_x, d_branch, d_gate, *others, d_bias]
 
 
-gated_residual_adaln_rms_norm = differentiate(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)
+gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):

@@ -6,7 +6,7 @@ import torch
 
 from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
 from kernels.backends.operators import operator
-from kernels.rope_attention.call import WIDEST, differentiate, too_wide
+from kernels.rope_attention.autograd import WIDEST, register_autograd, too_wide
 
 #: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10}
@@ -143,7 +143,7 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous() if begins else tensor.clone(memory_format=torch.contiguous_format)
 
 
-rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
+rope_attention = register_autograd(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backends.triton_launch import DTYPES, architecture, backend, launch, operator, refusals
-from kernels.rope_attention.call import differentiate, too_wide
+from kernels.rope_attention.autograd import register_autograd, too_wide
 from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_dkdv_kernel,
     rope_attention_bwd_dq_kernel,
@@ -221,7 +221,7 @@ def sums(count: int, width: int, *arguments) -> None:
     )
 
 
-rope_attention = differentiate(rope_attention_fwd, rope_attention_bwd)
+rope_attention = register_autograd(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from kernels.backends.cuda_launch import backends, launch, refusals
 from kernels.backends.layout import contiguous
 from kernels.backends.operators import operator
-from kernels.swiglu.call import differentiate
+from kernels.swiglu.autograd import register_autograd
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def swiglu_bwd(
     return d_gate_up, d_bias
 
 
-swiglu = differentiate(swiglu_fwd, swiglu_bwd)
+swiglu = register_autograd(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.triton_launch import backend, launch, operator, refusals
-from kernels.swiglu.call import differentiate
+from kernels.swiglu.autograd import register_autograd
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def sum_of_parts(partial_sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
     return total
 
 
-swiglu = differentiate(swiglu_fwd, swiglu_bwd)
+swiglu = register_autograd(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):

@@ -14,7 +14,7 @@ import torch
 from kernels.backends.cuda_launch import backends, launch, refusals
 from kernels.backends.layout import memory_format
 from kernels.backends.operators import operator
-from kernels.vf_loss.call import differentiate
+from kernels.vf_loss.autograd import register_autograd
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def flat(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
     return (vectors.flatten(2).contiguous().to(dtype) for vectors in inputs)
 
 
-vf_loss = differentiate(forward, backward_of_first)
+vf_loss = register_autograd(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):

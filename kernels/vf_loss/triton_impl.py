@@ -12,7 +12,7 @@ import triton
 
 from kernels.backends.layout import memory_format
 from kernels.backends.triton_launch import architecture, backend, launch, operator, refusals
-from kernels.vf_loss.call import differentiate
+from kernels.vf_loss.autograd import register_autograd
 from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_loss_positions, vf_loss_tiles
 
 
@@ -196,7 +196,7 @@ def backward_of_first(
     return dz
 
 
-vf_loss = differentiate(forward, backward_of_first)
+vf_loss = register_autograd(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):

@@ -1,11 +1,11 @@
-"""What a call of `vf_loss` is on either compiler's kernels: two operators, with autograd."""
+"""Autograd registration shared by the Triton and CUDA backends of `vf_loss`."""
 
 from collections.abc import Callable
 
 import torch
 
 
-def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
     """Give one operator its gradients by the other; returns the op as these two compute it.
 
     Both terms are symmetric in `z` and `f`: one operator gives either gradient, where it is asked for.

@@ -1,4 +1,4 @@
-"""What the backends with kernels share: a call of `rope_attention` around their two operators, and its gradient."""
+"""Autograd registration shared by the Triton and CUDA backends of `rope_attention`."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from kernels.backends.layout import contiguous, dense_rows
 WIDEST = 128
 
 
-def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
     """Give one operator its gradient by the other; returns the op as these two compute it.
 
     Args:

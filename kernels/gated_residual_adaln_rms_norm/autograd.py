@@ -1,13 +1,13 @@
-"""What a call of the gated residual and its norm is on either compiler's kernels: two operators, with autograd."""
+"""Autograd registration shared by the Triton and CUDA backends of `gated_residual_adaln_rms_norm`."""
 
 from collections.abc import Callable
 
 import torch
 
-from kernels.adaln_rms_norm.call import asked_for
+from kernels.adaln_rms_norm.autograd import asked_for
 
 
-def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
     """Give one operator its gradient by the other; returns the op as these two compute it.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a call of `adaln_rms_norm` is on either compiler's kernels: two operators, with autograd."""
+"""Autograd registration shared by the Triton and CUDA backends of `adaln_rms_norm`."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from kernels.arguments import dtype_names
 
 
-def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
     """Give one operator its gradient by the other; returns the op as these two compute it.
 
     Args:

@@ -1,11 +1,11 @@
-"""What a call of `swiglu` is on either compiler's kernels: two operators, with autograd."""
+"""Autograd registration shared by the Triton and CUDA backends of `swiglu`."""
 
 from collections.abc import Callable
 
 import torch
 
 
-def differentiate(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
+def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
     """Give one operator its gradient by the other; returns the op as these two compute it. It saves its inputs only.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a call of `adamw_ema_` is on either compiler's kernel: the op on one operator, and what it cannot take."""
+"""The operator of `adamw_ema_`, and the checks of its arguments, shared by the Triton and CUDA backends."""
 
 from collections.abc import Callable
 
