@@ -42,7 +42,7 @@ def select(backend: str = "auto", /, **per_op: str) -> Ops:
 
     Raises:
         ValueError: an unknown backend or op name; the message gives the nearest known one.
-        BackendUnavailable: an op in `per_op` that nobody calls (`Op.in_graph`), whose backend cannot run here.
+        BackendUnavailable: an op in `per_op` that nobody calls (`Op.graph_pass`), whose backend cannot run here.
     """
     return choose(OPS, backend, per_op)
 

@@ -78,7 +78,8 @@ class Op:
         mutates: names of the arguments changed in place.
         dtypes: dtypes of the main input that `check` lets through.
         order: backends in the order "auto" prefers them.
-        in_graph: no model calls it; it takes the place of nodes in a compiled graph (`kernels.compile.rewriting`).
+        graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
+            (`kernels.compile.rewriting`).
         package: import path of the folder, `kernels.<name>` if empty.
     """
 
@@ -88,7 +89,7 @@ class Op:
     mutates: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = FLOATS
     order: tuple[str, ...] = ORDER
-    in_graph: bool = False
+    graph_pass: bool = False
     package: str = ""
 
     def _module(self, name: str = "") -> str:
@@ -255,7 +256,7 @@ def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Op
     """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`."""
     check_names(ops, backend, per_op)
     for name, value in per_op.items():
-        if ops[name].in_graph and value != "auto" and (reasons := ops[name].reasons(value)):
+        if ops[name].graph_pass and value != "auto" and (reasons := ops[name].reasons(value)):
             raise BackendUnavailable(name, value, reasons)
     bundle = Ops(dict(ops), {name: per_op.get(name, backend) for name in ops})
     if "auto" in (backend, *per_op.values()):

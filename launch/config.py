@@ -208,7 +208,7 @@ class LightningDiTRun(Section):
         named = {} if isinstance(self.kernels, str) else self.kernels
         compile, precision = self.train.compile, self.train.precision
         for name, backend in named.items():
-            asked = name != "default" and kernels.OPS[name].in_graph and backend not in ("auto", "reference")
+            asked = name != "default" and kernels.OPS[name].graph_pass and backend not in ("auto", "reference")
             if asked and (compile in ("none", "aot_eager") or precision == "float32"):
                 raise ValueError(
                     f"kernels.{name} is {backend}, but train.compile is {compile} and train.precision "

@@ -230,7 +230,7 @@ def test_a_variant_on_other_backends(asked, name, kernels, per_op, ops):
 
 
 def test_ops_in_graphs_are_asked_for_by_name_only():
-    assert not any(OPS[name].in_graph for name in backends.per_op("triton", {}))
+    assert not any(OPS[name].graph_pass for name in backends.per_op("triton", {}))
     assert backends.per_op("triton", {"weight_gradients": "triton"})["weight_gradients"] == "triton"
 
 

@@ -92,7 +92,7 @@ KEPT = {"saved": 0.251, "saved_per_block": 1.5141, "peak": 0.51, "peak_per_block
 FIGURES = {
     "triton": Figures(**WHOLE, **KEPT, moved=279.3),
     "cuda": Figures(**WHOLE, **KEPT),
-    "in-graph": Figures(**WHOLE, **KEPT | {"peak": 0.58}),
+    "graph-pass": Figures(**WHOLE, **KEPT | {"peak": 0.58}),
     "bfloat16-stream": Figures(**WHOLE | {"generated": 0.355}, saved=0.175, saved_per_block=1.363, peak=0.43,
                                peak_per_block=1.363),
     "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036,
@@ -160,10 +160,10 @@ def test_a_step_comes_to_what_it_did(name, ahead):
     assert not FIGURES[name].faults(found), json.dumps(found)
 
 
-def test_ops_in_graphs_take_the_place_of_products():
+def test_graph_pass_ops_take_the_place_of_products():
     """Of a block's twelve, four weight gradients go into one launch, and one product into each of the other two."""
-    plain, replaced = (pending(name).result()["operators"] for name in ("triton", "in-graph"))
-    ops = [f"ldit::{name}" for name, op in kernels.OPS.items() if op.in_graph]
+    plain, replaced = (pending(name).result()["operators"] for name in ("triton", "graph-pass"))
+    ops = [f"ldit::{name}" for name, op in kernels.OPS.items() if op.graph_pass]
     assert [replaced[name] for name in ops] == [DEPTH] * 3 and not set(ops) & set(plain)
     assert plain["aten::mm"] - replaced["aten::mm"] == 6 * DEPTH
     assert not {"ldit::swiglu_fwd", "ldit::swiglu_bwd"} & set(replaced)

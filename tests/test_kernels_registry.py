@@ -131,7 +131,7 @@ def test_a_missing_backend_raises_at_first_use_and_not_before(folder):
 
 def test_an_op_that_nobody_calls_is_refused_at_once_where_it_is_named(folder):
     """As a whole bundle's backend it may be missing: then it takes part in nothing."""
-    op = replace(plant(folder, "planted_in_graph", reference=backend_file("reference", 1)), in_graph=True)
+    op = replace(plant(folder, "planted_graph_pass", reference=backend_file("reference", 1)), graph_pass=True)
     assert registry.choose({"scale": op}, "triton", {}).backend("scale") is None
     assert registry.choose({"scale": op}, "triton", {"scale": "auto"}).backend("scale").name == "reference"
     with pytest.raises(BackendUnavailable, match="scale: backend 'triton' cannot serve: this op"):

@@ -21,7 +21,7 @@ def per_op(backend: str, named: Mapping[str, str]) -> dict[str, str]:
     _check_backend(backend)
     for name, value in named.items():
         _check_op(name, value)
-    having = {name for name, op in kernels.OPS.items() if backend in op.backends and not op.in_graph}
+    having = {name for name, op in kernels.OPS.items() if backend in op.backends and not op.graph_pass}
     return dict.fromkeys(sorted(having), backend) | dict(named)
 
 

@@ -1,6 +1,6 @@
 """What ops make of a compiled graph: some take the place of nodes that no function of a model has together.
 
-Such an op's folder has a file `in_graph.py`, whose `rewrite(graph, backend)` finds those nodes and puts calls of the
+Such an op's folder has a file `graph_pass.py`, whose `rewrite(graph, backend)` finds those nodes and puts calls of the
 backend's operator in their place. It is asked once for the graph of each pass, forward and backward.
 """
 
@@ -31,7 +31,7 @@ class Rewriting(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         for name, backend in self.backends.items():
-            import_module(f"kernels.{name}.in_graph").rewrite(graph, backend)
+            import_module(f"kernels.{name}.graph_pass").rewrite(graph, backend)
         stable_topological_sort(graph)
 
     def uuid(self) -> Any:
@@ -43,7 +43,7 @@ class Rewriting(CustomGraphPass):
 
 def inductor_options(ops: Ops) -> dict[str, Any]:
     """What `torch.compile` with Inductor is told: nothing where the bundle has no kernels for such ops."""
-    chosen = {name: ops.backend(name) for name, op in OPS.items() if op.in_graph}
+    chosen = {name: ops.backend(name) for name, op in OPS.items() if op.graph_pass}
     backends = {name: backend for name, backend in chosen.items() if backend is not None and backend.torch_ops}
     return {"post_grad_custom_pre_pass": Rewriting(backends)} if backends else {}
 

@@ -41,4 +41,4 @@ def check(x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = 
 
 NAME = "linear_swiglu"
 # The library's product and `swiglu` behind it, until a measurement on a GPU shows that one kernel for both is faster.
-OP = Op(NAME, check, order=("reference",), in_graph=True)
+OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -48,4 +48,4 @@ def check(
 
 NAME = "swiglu_linear_grad"
 # The library's product and the gradient of `swiglu` behind it, until a GPU shows that one kernel for both is faster.
-OP = Op(NAME, check, order=("reference",), in_graph=True)
+OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -48,4 +48,4 @@ def tokens(tensor: torch.Tensor) -> int:
 
 NAME = "weight_gradients"
 # The library's own products until a measurement on a GPU shows that one launch for all of them is faster.
-OP = Op(NAME, check, order=("reference",), in_graph=True)
+OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -46,7 +46,7 @@ class Variant:
 
     Attributes:
         ops: as `kernels.select` takes it; "cuda" only for those that have CUDA kernels.
-        in_graph: ops that take the place of nodes of the compiled graph, on Triton.
+        graph_pass: ops that take the place of nodes of the compiled graph, on Triton.
         mode: of `kernels.compile.compilation`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
@@ -55,7 +55,7 @@ class Variant:
     """
 
     ops: str = "auto"
-    in_graph: tuple[str, ...] = ()
+    graph_pass: tuple[str, ...] = ()
     mode: str = "inductor"
     residual: torch.dtype = torch.float32
     recompute: bool | str = False
@@ -65,13 +65,13 @@ class Variant:
     def select(self) -> Ops:
         cuda = [name for name, op in kernels.OPS.items() if "cuda" in op.backends] if self.ops == "cuda" else []
         default = "auto" if self.ops == "cuda" else self.ops
-        return kernels.select(default, **dict.fromkeys(cuda, "cuda"), **dict.fromkeys(self.in_graph, "triton"))
+        return kernels.select(default, **dict.fromkeys(cuda, "cuda"), **dict.fromkeys(self.graph_pass, "triton"))
 
 
 VARIANTS = {
     "triton": Variant(),
     "cuda": Variant(ops="cuda"),
-    "in-graph": Variant(in_graph=tuple(name for name, op in kernels.OPS.items() if op.in_graph)),
+    "graph-pass": Variant(graph_pass=tuple(name for name, op in kernels.OPS.items() if op.graph_pass)),
     "bfloat16-stream": Variant(residual=torch.bfloat16),
     "recompute": Variant(recompute=True),
     "pointwise": Variant(recompute="pointwise"),

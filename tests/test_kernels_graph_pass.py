@@ -16,9 +16,9 @@ from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT, SwiGLUMLP
 
 rewriting = pytest.importorskip("kernels.compile.rewriting")
-in_graph = pytest.importorskip("kernels.weight_gradients.in_graph")
-IN_GRAPH = [name for name, op in kernels.OPS.items() if op.in_graph]
-for op in ("swiglu", *IN_GRAPH):
+graph_pass = pytest.importorskip("kernels.weight_gradients.graph_pass")
+GRAPH_PASS_OPS = [name for name, op in kernels.OPS.items() if op.graph_pass]
+for op in ("swiglu", *GRAPH_PASS_OPS):
     pytest.importorskip(f"kernels.{op}.triton_impl")  # registers the operators
 TOGETHER, PRODUCT = torch.ops.ldit.weight_gradients.default, torch.ops.aten.mm.default
 FORWARD, BACKWARD = torch.ops.ldit.linear_swiglu.default, torch.ops.ldit.swiglu_linear_grad.default
@@ -145,11 +145,11 @@ def test_a_product_that_the_graph_reads_stays_where_it_is():
     product = graph.call_function(PRODUCT, (turned, b))
     viewed = graph.call_function(torch.ops.aten.view.default, (product, [-1]))
     graph.output((viewed,))
-    assert in_graph.is_weight_gradient(product) and in_graph.factors(product) == (a, b)
+    assert graph_pass.is_weight_gradient(product) and graph_pass.factors(product) == (a, b)
     with graph.inserting_after(viewed):
         graph.call_function(torch.ops.aten.neg.default, (viewed,))
-    assert not in_graph.is_weight_gradient(product)
-    assert not in_graph.is_weight_gradient(turned)
+    assert not graph_pass.is_weight_gradient(product)
+    assert not graph_pass.is_weight_gradient(turned)
 
 
 def slope_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -212,7 +212,7 @@ def test_a_feed_forward_network_is_two_calls(hopper, changes):
 
 
 def test_all_of_them_together(hopper):
-    every = on_triton("swiglu", *IN_GRAPH)
+    every = on_triton("swiglu", *GRAPH_PASS_OPS)
     module = network(hopper, 2, ops=every)
     got, after = passed(module, every)
     assert (after[FORWARD], after[BACKWARD], after[TOGETHER]) == (2, 2, 2)
@@ -242,7 +242,7 @@ def test_what_a_rewriting_must_not_take(hopper):
 
 def test_with_inductor(hopper):
     """Its decompositions, its own passes and its cache's key."""
-    every = on_triton("swiglu", *IN_GRAPH)
+    every = on_triton("swiglu", *GRAPH_PASS_OPS)
     two = nn.Sequential(feed_forward(hopper, every), feed_forward(hopper, every))
     calls, rewrite = Counter(), rewriting.Rewriting.__call__
 
@@ -262,9 +262,9 @@ def test_who_is_asked(hopper):
     """Only a bundle whose backends can serve changes what Inductor does; the pass names the code it stands for."""
     for choice in ("auto", "reference", "cuda"):
         assert rewriting.inductor_options(kernels.select(choice)) == {}, choice
-    one, three = (rewriting.inductor_options(on_triton(*names)) for names in (("weight_gradients",), IN_GRAPH))
+    one, three = (rewriting.inductor_options(on_triton(*names)) for names in (("weight_gradients",), GRAPH_PASS_OPS))
     (one,), (three,) = one.values(), three.values()
-    assert list(one.backends) == ["weight_gradients"] and list(three.backends) == IN_GRAPH
+    assert list(one.backends) == ["weight_gradients"] and list(three.backends) == GRAPH_PASS_OPS
     assert pickle.loads(pickle.dumps(one.uuid())) == one.uuid() != three.uuid()
 
 
