@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.backends.triton_launch import processors, recorded
+from kernels.backends.triton_launch import num_sms, recorded
 from tests.kernel_launches import launches
 
 impl = pytest.importorskip("kernels.linear_swiglu.triton_impl")
@@ -18,7 +18,7 @@ def launched(name: str, case_id: str) -> list:
 
 @pytest.mark.parametrize("name", ["linear_swiglu", "swiglu_linear_grad"])
 def test_every_processor_has_one_program_and_few_wait_at_the_end(name):
-    """XL: 6144 tiles of 128 × 2·128, forward, and 3072 of 128 × 256, backward, on 132 processors."""
+    """XL: 6144 tiles of 128 × 2·128, forward, and 3072 of 128 × 256, backward, on 132 multiprocessors."""
     first = launched(name, "XL")[0]
     assert first.grid == (132,)
     tile = {"linear_swiglu": impl.TILE, "swiglu_linear_grad": grad.TILE}[name]
@@ -30,7 +30,7 @@ def test_every_processor_has_one_program_and_few_wait_at_the_end(name):
 def test_processors_are_those_of_the_device_meant():
     for architecture, count in ((80, 108), (90, 132), (100, 148)):
         with recorded(architecture):
-            assert processors() == count
+            assert num_sms() == count
 
 
 def test_few_tiles_have_as_many_programs():

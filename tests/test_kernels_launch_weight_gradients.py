@@ -13,24 +13,24 @@ B = [(2304, 768), (768, 768), (4096, 768), (768, 2048)]
 
 
 def test_tiles_of_the_largest_model_fill_their_waves():
-    """648 tiles of 128 × 192 in five waves of 132: 98 % of what the processors could do."""
+    """648 tiles of 128 × 192 in five waves of 132: 98 % of what the multiprocessors could do."""
     tiles = sum(impl.TILE.count(*pair) for pair in XL)
     assert tiles == 648 and all(out % impl.TILE.rows == 0 == inner % impl.TILE.width for out, inner in XL)
     assert tiles / (-(-tiles // 132) * 132) == pytest.approx(0.98, abs=2e-3)
 
 
 @pytest.mark.parametrize(("widths", "tokens"), [(XL, 32_768), (B, 32_768), (B, 65_536), ([(128, 192)], 32_768)])
-@pytest.mark.parametrize("processors", [78, 114, 132, 148])
-def test_parts_keep_processors_busy(widths, tokens, processors):
+@pytest.mark.parametrize("num_sms", [78, 114, 132, 148])
+def test_parts_keep_multiprocessors_busy(widths, tokens, num_sms):
     """No other number of parts would end sooner, by waves alone, by more than its sums in parts cost."""
     tiles = sum(impl.TILE.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
 
     def waves(parts: int) -> float:
-        return -(-tiles * parts // processors) / parts
+        return -(-tiles * parts // num_sms) / parts
 
-    chosen = impl.parts(widths, tokens, processors)
-    wave = 2 * 128 * 192 * tokens * processors / impl.PRODUCTS
+    chosen = impl.parts(widths, tokens, num_sms)
+    wave = 2 * 128 * 192 * tokens * num_sms / impl.PRODUCTS
     for other in range(1, impl.MOST_PARTS + 1):
         gain = (waves(chosen) - waves(other)) * wave
         assert gain <= (other > 1) * numbers * (8 * other + 2) / impl.TRAFFIC + 1e-12, other
@@ -39,7 +39,7 @@ def test_parts_keep_processors_busy(widths, tokens, processors):
 def test_parts_of_known_shapes():
     assert impl.parts(XL, 32_768, 132) == 1, "five full waves"
     assert impl.parts(B, 32_768, 132) > 1, "2.2 waves would take the time of three"
-    assert impl.parts([(128, 192)], 32_768, 132) == impl.MOST_PARTS, "one tile for all processors"
+    assert impl.parts([(128, 192)], 32_768, 132) == impl.MOST_PARTS, "one tile for all multiprocessors"
     assert impl.parts([(128, 192)], 1500, 132) == 1, "a part has at least 1024 tokens"
 
 

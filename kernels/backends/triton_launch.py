@@ -93,18 +93,18 @@ def _capability(device: int) -> int:
     return 10 * major + minor
 
 
-def processors() -> int:
+def num_sms() -> int:
     """Multiprocessors of the current device: how many programs run at once, one on each.
 
     Without a device, those of the largest one of the compute capability meant: A100, H100, B200.
     """
     if _state.architecture is not None or INTERPRETED:
         return {80: 108, 100: 148}.get(architecture(), 132)
-    return _processors(torch.cuda.current_device())
+    return _num_sms(torch.cuda.current_device())
 
 
 @cache
-def _processors(device: int) -> int:
+def _num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

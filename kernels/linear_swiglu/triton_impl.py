@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, operator, processors, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, refusals
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def linear_swiglu_fwd(
     gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
     weight = table(weight)
     launch(
-        linear_swiglu_kernel, (min(TILE.count(rows, hidden), processors()),),
+        linear_swiglu_kernel, (min(TILE.count(rows, hidden), num_sms()),),
         described(table(x), TILE.rows, TILE.depth),
         *(described(half, TILE.columns, TILE.depth) for half in weight.chunk(2)),
         None if bias is None else bias.contiguous(),

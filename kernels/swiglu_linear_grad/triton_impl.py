@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, operator, processors, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, refusals
 from kernels.linear_swiglu.triton_impl import Tile, with_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_slope
 
@@ -86,7 +86,7 @@ def swiglu_linear_grad_2d(
     halves = (*table(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
     launch(
         swiglu_linear_grad_kernel,
-        (min(down * triton.cdiv(hidden, 2 * TILE.columns), processors()),),
+        (min(down * triton.cdiv(hidden, 2 * TILE.columns), num_sms()),),
         described(table(d_output), TILE.rows, TILE.depth), described(table(weight), TILE.depth, TILE.columns),
         *(described(half, TILE.rows, TILE.columns // 2) for half in halves),
         None if bias is None else bias.contiguous(), partial_sums, rows, hidden, width,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, operator, processors, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, refusals
 from kernels.weight_gradients import tokens as tokens_of
 
 
@@ -43,7 +43,7 @@ class Tile:
         return triton.cdiv(out, self.rows) * triton.cdiv(inner, self.width)
 
 
-#: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 processors with nothing beyond an edge. Others
+#: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 SMs with nothing beyond an edge. Others
 #: that compile for sm_90 without spills, for a GPU to judge: Tile(128, 128, 128, stages=3), Tile(256, 64, 32).
 TILE = Tile()
 #: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
@@ -54,14 +54,14 @@ MOST_LAYERS = 4
 SUM_BLOCK = 1024
 
 
-def parts(widths: list[tuple[int, int]], tokens: int, processors: int, tile: Tile = TILE) -> int:
+def parts(widths: list[tuple[int, int]], tokens: int, num_sms: int, tile: Tile = TILE) -> int:
     """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
     tiles = sum(tile.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
-    seconds = 2 * tile.rows * tile.width * tokens * processors / PRODUCTS
+    seconds = 2 * tile.rows * tile.width * tokens * num_sms / PRODUCTS
 
     def cost(count: int) -> float:
-        waves = -(-tiles * count // processors)
+        waves = -(-tiles * count // num_sms)
         return waves * seconds / count + (0 if count == 1 else numbers * (8 * count + 2) / TRAFFIC)
 
     return min(range(1, max(1, min(MOST_PARTS, tokens // LEAST_TOKENS)) + 1), key=cost)
@@ -145,7 +145,7 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
     """All of them behind each other."""
     first, tokens = d_outputs[0], tokens_of(d_outputs[0])
     widths = _widths(d_outputs, inputs)
-    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, processors())
+    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, num_sms())
     tokens_each = triton.cdiv(triton.cdiv(tokens, count), TILE.depth) * TILE.depth
     result = torch.empty(numbers, dtype=first.dtype, device=first.device)
     partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
