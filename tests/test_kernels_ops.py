@@ -59,7 +59,7 @@ def by_device(found: Iterator) -> dict[str, list]:
     return parts
 
 
-def refusals(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+def unsupported_reasons(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> list[str]:
     """Why the backend cannot serve this call here; empty if it can."""
     if reasons := op.reasons(name) or (cuda_reasons() if device == "cuda" else []):
         return reasons
@@ -71,7 +71,7 @@ def refusals(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> 
 
 def able(op: Op, name: str, case: Case, dtype: torch.dtype, device: str) -> Backend:
     """The backend, or a skip with its own reasons."""
-    if reasons := refusals(op, name, case, dtype, device):
+    if reasons := unsupported_reasons(op, name, case, dtype, device):
         pytest.skip("; ".join(reasons))
     return op.backend(name)
 
@@ -83,7 +83,7 @@ def small_cases(op: Op, name: str, device: str) -> list[tuple[Backend, Case, tor
     backend = op.backend(name)
     dtype = next(dtype for dtype in DTYPES if dtype in backend.dtypes & op.dtypes)
     cases = [case for case in op.cases if not case.production and dtype in case.dtypes]
-    refused = {case.id: reasons for case in cases if (reasons := refusals(op, name, case, dtype, device))}
+    refused = {case.id: reasons for case in cases if (reasons := unsupported_reasons(op, name, case, dtype, device))}
     if len(cases) - len(refused) < 4:
         pytest.skip("; ".join(f"{case}: {', '.join(reasons)}" for case, reasons in refused.items()))
     return [(backend, case, dtype) for case in cases if case.id not in refused]

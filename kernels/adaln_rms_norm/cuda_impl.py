@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
-from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
+from kernels.backends.cuda_launch import DTYPES, backends, launch, unsupported_reasons
 from kernels.backends.layout import dense_rows
 from kernels.backends.operators import operator
 
@@ -69,7 +69,7 @@ def too_wide(x: torch.Tensor) -> list[str]:
 
 
 def unsupported(x, weight, shift, scale, eps, *, out_dtype=None):
-    return too_wide(x) + refusals(x, weight, shift, scale) + refused_result(out_dtype, DTYPES)
+    return too_wide(x) + unsupported_reasons(x, weight, shift, scale) + refused_result(out_dtype, DTYPES)
 
 
 BACKEND, EMULATED = backends(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from kernels.adamw_ema_.operator import DTYPES, in_place, reasons
-from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def update(param, *tensors_and_numbers):
 
 
 adamw_ema_ = in_place("adamw_ema_cuda_", update)
-unsupported = partial(reasons, refusals)
+unsupported = partial(reasons, unsupported_reasons)
 
 BACKEND, EMULATED = backends(
     adamw_ema_, unsupported, torch_ops=("ldit::adamw_ema_cuda_",), configs={"update": UPDATE}, dtypes=DTYPES

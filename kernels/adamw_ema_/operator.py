@@ -50,9 +50,9 @@ def in_place(name: str, update: Callable[..., None]) -> Callable[..., None]:
     return adamw_ema_
 
 
-def reasons(refusals, param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars) -> list[str]:
-    """Why the kernel cannot take a call: gaps in what it changes, and the `refusals` of the compiler."""
+def reasons(unsupported_reasons, param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars) -> list[str]:
+    """Why the kernel cannot take a call: gaps in what it changes, and the `unsupported_reasons` of the compiler."""
     changed = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "bf16_param": bf16_param}
     gaps = [name for name, tensor in changed.items() if tensor is not None and not tensor.is_contiguous()]
     found = [f"{name} is not contiguous" for name in gaps]
-    return found + refusals(grad, *changed.values(), dtypes=DTYPES)
+    return found + unsupported_reasons(grad, *changed.values(), dtypes=DTYPES)

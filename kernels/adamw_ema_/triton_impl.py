@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.adamw_ema_.operator import DTYPES, in_place, reasons
-from kernels.backends.triton_launch import INTERPRETED, backend, launch, refusals
+from kernels.backends.triton_launch import INTERPRETED, backend, launch, unsupported_reasons
 
 ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 
@@ -127,7 +127,7 @@ def update(
 
 
 adamw_ema_ = in_place("adamw_ema_", update)
-unsupported = partial(reasons, refusals)
+unsupported = partial(reasons, unsupported_reasons)
 
 BACKEND = backend(
     adamw_ema_,

@@ -32,7 +32,7 @@ def launchers(device: torch.device) -> ModuleType:
     return extension() if device.type == "cuda" else emulation.module()
 
 
-def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
+def unsupported_reasons(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
     """Why the kernels cannot take these tensors, by dtype; empty if they can."""
     strange = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in dtypes]
     return [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in strange]

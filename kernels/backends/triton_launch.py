@@ -108,7 +108,7 @@ def _num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def refusals(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
+def unsupported_reasons(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
     """Why Triton kernels cannot take these tensors here, by device and dtype; empty if they can."""
     given = [tensor for tensor in tensors if tensor is not None]
     strange = [tensor.dtype for tensor in given if tensor.dtype not in dtypes]
@@ -130,7 +130,7 @@ def backend(
 
     Args:
         run: the op.
-        unsupported: reasons against a call, `refusals` among them.
+        unsupported: reasons against a call, `unsupported_reasons` among them.
         torch_ops, configs, dtypes, minimum: as `Backend` has them.
     """
     return Backend(

@@ -3,7 +3,7 @@
 import torch
 
 from kernels.adaln_rms_norm.cuda_impl import Config, too_wide
-from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.operators import operator
 from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
@@ -62,7 +62,7 @@ gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    return too_wide(x) + refusals(x, branch, gate, weight, shift, scale, branch_bias)
+    return too_wide(x) + unsupported_reasons(x, branch, gate, weight, shift, scale, branch_bias)
 
 
 BACKEND, EMULATED = backends(

@@ -4,7 +4,7 @@ import torch
 
 from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
-from kernels.backends.triton_launch import backend, operator, refusals
+from kernels.backends.triton_launch import backend, operator, unsupported_reasons
 from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
 
 
@@ -38,7 +38,7 @@ gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    return refusals(x, branch, gate, weight, shift, scale, branch_bias)
+    return unsupported_reasons(x, branch, gate, weight, shift, scale, branch_bias)
 
 
 BACKEND = backend(

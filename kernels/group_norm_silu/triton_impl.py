@@ -11,7 +11,7 @@ import torch
 import triton
 
 from kernels.backends.layout import memory_format
-from kernels.backends.triton_launch import backend, launch, operator, refusals
+from kernels.backends.triton_launch import backend, launch, operator, unsupported_reasons
 from kernels.group_norm_silu.triton_kernels import (
     group_norm_silu_apply,
     group_norm_silu_gradients,
@@ -218,7 +218,7 @@ def group_norm_silu(x, weight, bias, groups, eps):
 
 
 def unsupported(x, weight, bias, groups, eps):
-    return refusals(x, weight, bias)
+    return unsupported_reasons(x, weight, bias)
 
 
 BACKEND = backend(

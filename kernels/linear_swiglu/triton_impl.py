@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, num_sms, operator, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def linear_swiglu(x, weight, *, bias=None):
 
 
 def unsupported(x, weight, *, bias=None):
-    reasons = refusals(x, weight, dtypes=DTYPES) + refusals(x, bias)
+    reasons = unsupported_reasons(x, weight, dtypes=DTYPES) + unsupported_reasons(x, bias)
     return reasons + misaligned(x.element_size(), x.shape[-1], weight.shape[0] // 2)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backends.cuda_launch import DTYPES, backends, launch, refusals
+from kernels.backends.cuda_launch import DTYPES, backends, launch, unsupported_reasons
 from kernels.backends.operators import operator
 from kernels.rope_attention.autograd import WIDEST, register_autograd, too_wide
 
@@ -147,7 +147,7 @@ rope_attention = register_autograd(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
-    found = refusals(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
+    found = unsupported_reasons(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
     return found + [f"{len(qkv)} samples, above {MOST_SAMPLES}"] * (len(qkv) > MOST_SAMPLES)
 
 

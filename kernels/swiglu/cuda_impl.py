@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 from kernels.backends.layout import contiguous
 from kernels.backends.operators import operator
 from kernels.swiglu.autograd import register_autograd
@@ -65,7 +65,7 @@ swiglu = register_autograd(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):
-    return refusals(gate_up, bias)
+    return unsupported_reasons(gate_up, bias)
 
 
 BACKEND, EMULATED = backends(

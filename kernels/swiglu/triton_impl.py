@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backends.triton_launch import backend, launch, operator, refusals
+from kernels.backends.triton_launch import backend, launch, operator, unsupported_reasons
 from kernels.swiglu.autograd import register_autograd
 
 
@@ -233,7 +233,7 @@ swiglu = register_autograd(swiglu_fwd, swiglu_bwd)
 
 
 def unsupported(gate_up, *, bias=None):
-    return refusals(gate_up, bias)
+    return unsupported_reasons(gate_up, bias)
 
 
 BACKEND = backend(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, num_sms, operator, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 from kernels.linear_swiglu.triton_impl import Tile, with_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_slope
 
@@ -104,7 +104,7 @@ def swiglu_linear_grad(d_output, weight, gate_up, *, bias=None):
 
 
 def unsupported(d_output, weight, gate_up, *, bias=None):
-    reasons = refusals(d_output, weight, gate_up, dtypes=DTYPES) + refusals(d_output, bias)
+    reasons = unsupported_reasons(d_output, weight, gate_up, dtypes=DTYPES) + unsupported_reasons(d_output, bias)
     return reasons + misaligned(d_output.element_size(), d_output.shape[-1], weight.shape[1])
 
 

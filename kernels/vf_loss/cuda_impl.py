@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.backends.cuda_launch import backends, launch, refusals
+from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 from kernels.backends.layout import memory_format
 from kernels.backends.operators import operator
 from kernels.vf_loss.autograd import register_autograd
@@ -72,7 +72,7 @@ vf_loss = register_autograd(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):
-    return refusals(z, f)
+    return unsupported_reasons(z, f)
 
 
 BACKEND, EMULATED = backends(

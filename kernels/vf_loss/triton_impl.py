@@ -11,7 +11,7 @@ import torch
 import triton
 
 from kernels.backends.layout import memory_format
-from kernels.backends.triton_launch import architecture, backend, launch, operator, refusals
+from kernels.backends.triton_launch import architecture, backend, launch, operator, unsupported_reasons
 from kernels.vf_loss.autograd import register_autograd
 from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_loss_positions, vf_loss_tiles
 
@@ -200,7 +200,7 @@ vf_loss = register_autograd(forward, backward_of_first)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):
-    return refusals(z, f)
+    return unsupported_reasons(z, f)
 
 
 BACKEND = backend(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
-from kernels.backends.triton_launch import launch, num_sms, operator, refusals
+from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 from kernels.weight_gradients import tokens as tokens_of
 
 
@@ -189,7 +189,7 @@ def split(flat: torch.Tensor, widths: list[tuple[int, int]]) -> tuple[torch.Tens
 
 def unsupported(d_outputs, inputs):
     tensors = [*d_outputs, *inputs]
-    reasons = refusals(*tensors, dtypes=DTYPES)
+    reasons = unsupported_reasons(*tensors, dtypes=DTYPES)
     reasons += misaligned(tensors[0].element_size(), *(tensor.shape[-1] for tensor in tensors))
     if len(d_outputs) > MOST_LAYERS:
         reasons.append(f"{len(d_outputs)} layers are more than {MOST_LAYERS}")
