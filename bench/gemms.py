@@ -21,7 +21,7 @@ from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Lap, lap_size
 from bench.step import PAPER
-from kernels.testing.tolerance import fault
+from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 
 #: Contender → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.
@@ -128,7 +128,7 @@ class Bench(Contest):
         """By the tests' rule, beside the exact product rounded once."""
         a, b = shared[0][0]
         exact = a.double() @ b.double()
-        found = {name: fault("product", got, exact.bfloat16(), exact) for name, got in values.items()}
+        found = {name: mismatch("product", got, exact.bfloat16(), exact) for name, got in values.items()}
         return {name: why for name, why in found.items() if why}
 
     def figures(self, job: Job, timed: Timed) -> Row:

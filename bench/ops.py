@@ -124,7 +124,7 @@ class Bench:
         for contender, adapter in present:
             status, why = "incorrect", ""
             try:
-                why = "; ".join(truth.faults(adapter, work.direction))
+                why = "; ".join(truth.mismatches(adapter, work.direction))
                 if not why:
                     laps[contender.name] = sets.lap(contender, adapter, work.direction, self.device)
             except Exception as error:

@@ -22,7 +22,7 @@ from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.step import PAPER
 from kernels.registry import Ops
-from kernels.testing.tolerance import fault
+from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig
@@ -123,7 +123,7 @@ class Bench(Contest):
 
     def wrong(self, job: Job, values: Mapping[str, "Sampler"], shared: "Setting") -> dict[str, str]:
         """By the tests' rule: an error at most twice that of the plain model."""
-        found = {n: fault("latents", sampler.samples, shared.eager, shared.exact) for n, sampler in values.items()}
+        found = {n: mismatch("latents", sampler.samples, shared.eager, shared.exact) for n, sampler in values.items()}
         return {name: why for name, why in found.items() if why}
 
     def figures(self, job: Job, timed: Timed) -> Row:

@@ -20,7 +20,7 @@ from bench.measure.contest import Contest, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Lap
-from kernels.testing.tolerance import fault
+from kernels.testing.tolerance import mismatch
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Bench(Contest):
     def wrong(self, job: Job, values: Mapping[str, Any], shared: Any) -> dict[str, str]:
         if job.part == "train":
             return wrong_losses(values)
-        found = {name: fault(job.part, value, shared.eager, shared.exact) for name, value in values.items()}
+        found = {name: mismatch(job.part, value, shared.eager, shared.exact) for name, value in values.items()}
         return {name: why for name, why in found.items() if why}
 
     def figures(self, job: Job, timed: Timed) -> Row:

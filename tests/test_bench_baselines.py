@@ -48,7 +48,7 @@ def test_an_adapter_computes_its_op(op, contender, packages):
             continue
         assert status == "ok", reason
         for direction in ("forward", "backward") if op.differentiable else ("forward",):
-            assert not Truth(op, inputs).faults(adapter, direction), f"{case.id} {direction}"
+            assert not Truth(op, inputs).mismatches(adapter, direction), f"{case.id} {direction}"
             judged += 1
     assert judged >= 4
 
@@ -58,7 +58,7 @@ def test_optimizers_take_bfloat16_gradients(name, packages):
     op = kernels.OPS["adamw_ema_"]
     contender = next(c for c in BASELINES["adamw_ema_"] if c.name == name)
     inputs = next(case for case in op.cases if case.id == "late").inputs(torch.bfloat16)
-    assert not Truth(op, inputs).faults(contender.load(), "forward")
+    assert not Truth(op, inputs).mismatches(contender.load(), "forward")
 
 
 def test_optimizers_refuse_a_step_to_skip(packages):
@@ -111,7 +111,7 @@ def test_a_wrong_peer_is_found(op, name, module, wrong, fault, packages, monkeyp
     stand_ins.install(monkeypatch, {module: wrong})
     contender = next(c for c in BASELINES[op] if c.name == name)
     inputs = next(c for c in kernels.OPS[op].cases if c.id in ("odd", "late")).inputs(torch.float32)
-    faults = Truth(kernels.OPS[op], inputs).faults(contender.load(), "forward")
+    faults = Truth(kernels.OPS[op], inputs).mismatches(contender.load(), "forward")
     assert any(text.startswith(fault) for text in faults), faults
 
 

@@ -7,7 +7,7 @@ import torch
 
 import kernels
 from kernels.backends.device import triton_reasons
-from kernels.testing.tolerance import gradients, outputs, random_like, reference, widened
+from kernels.testing.tolerance import as_float64, gradients, outputs, random_like, reference
 
 if triton_reasons():
     pytest.skip("; ".join(triton_reasons()), allow_module_level=True)
@@ -128,7 +128,7 @@ def test_float32_vectors_beside_16_bit_heads():
     inputs |= {"qkv": inputs["qkv"].half()} | {name: inputs[name].float() for name in ("q_weight", "k_weight", "bias")}
     upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
     got = gradients(OP, OP.bind(BACKEND), inputs, upstream)
-    exact = gradients(OP, reference(OP), widened(inputs), widened(upstream))
+    exact = gradients(OP, reference(OP), as_float64(inputs), as_float64(upstream))
     for name, want in exact.items():
         assert got[name].dtype == (torch.float16 if name.endswith("qkv") else torch.float32)
         error, size = (float(t.abs().max()) for t in (got[name] - want, want))
@@ -159,7 +159,7 @@ def test_other_configurations_compute_the_same(resident, monkeypatch):
     case = next(case for case in OP.cases if case.id == "width_72")
     inputs = case.inputs(torch.float32)
     upstream = {"result 0": random_like(outputs(OP, reference(OP), inputs)["result 0"])}
-    exact = gradients(OP, reference(OP), widened(inputs), widened(upstream), keep=True)
+    exact = gradients(OP, reference(OP), as_float64(inputs), as_float64(upstream), keep=True)
     forced(
         monkeypatch,
         forward_tile=Tile(16, 32, 4, resident=resident),

@@ -148,7 +148,7 @@ def test_gradients_of_the_reference_are_those_of_its_results(op):
     for case in op.cases:
         if case.production or case.dtypes != FLOATS:  # where narrow dtypes do not fit, neither do finite differences
             continue
-        inputs = checks.widened(case.inputs(torch.float64))
+        inputs = checks.as_float64(case.inputs(torch.float64))
         names = [name for name in op.differentiable if inputs[name] is not None]
         leaves = [inputs[name].detach().requires_grad_() for name in names]
 

@@ -11,17 +11,17 @@ from kernels.registry import Op
 from kernels.testing.tolerance import (
     Inputs,
     Tensors,
+    as_float64,
     copied,
-    faults,
     gradients,
+    has_half_precision,
     leaves,
+    mismatches,
     named,
-    narrow,
     outputs,
     random_like,
     reference,
     tensors_of,
-    widened,
 )
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -34,15 +34,15 @@ class Truth:
     def __init__(self, op: Op, inputs: Inputs):
         self.op, self.inputs = op, inputs
         self._eager = outputs(op, reference(op), inputs)
-        wide = widened(inputs)
+        wide = as_float64(inputs)
         self._exact = outputs(op, reference(op), wide)
         self.upstream: Tensors = {}
         if op.differentiable:
             self.upstream = {name: random_like(result) for name, result in self._eager.items()}
             self._eager_gradients = gradients(op, reference(op), inputs, self.upstream)
-            self._exact_gradients = gradients(op, reference(op), wide, widened(self.upstream))
+            self._exact_gradients = gradients(op, reference(op), wide, as_float64(self.upstream))
 
-    def faults(self, adapter: Adapter, direction: str) -> list[str]:
+    def mismatches(self, adapter: Adapter, direction: str) -> list[str]:
         """What is wrong with a contender's results in that direction; empty if it may be timed."""
         call = Call(self.op, adapter, copied(self.inputs))
         with torch.set_grad_enabled(bool(self.op.differentiable)):
@@ -50,12 +50,12 @@ class Truth:
         wrong = []
         if direction != "backward":
             mutated = {name: call.inputs[name] for name in self.op.mutates if call.inputs[name] is not None}
-            wrong += faults({name: result.detach() for name, result in results.items()} | mutated,
-                            self._eager, self._exact, narrow(self.inputs))  # fmt: skip
+            wrong += mismatches({name: result.detach() for name, result in results.items()} | mutated,
+                            self._eager, self._exact, has_half_precision(self.inputs))  # fmt: skip
         if direction != "forward":
             found = dict(zip(call.leaves, call.gradients(results, self.upstream), strict=True))
             merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}
-            wrong += faults(merged, self._eager_gradients, self._exact_gradients, narrow(self.inputs))
+            wrong += mismatches(merged, self._eager_gradients, self._exact_gradients, has_half_precision(self.inputs))
         return wrong
 
 

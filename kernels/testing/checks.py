@@ -17,16 +17,16 @@ from kernels.testing.cases import Case
 from kernels.testing.tolerance import (
     Inputs,
     Tensors,
+    as_float64,
     copied,
-    faults,
     gradients,
+    has_half_precision,
     leaves,
-    narrow,
+    mismatches,
     outputs,
     random_like,
     reference,
     tensors_of,
-    widened,
 )
 
 
@@ -49,7 +49,7 @@ def check_forward(op: Op, backend: Backend, case: Case, dtype: torch.dtype, devi
         pairs = zip(tensors_of(value), tensors_of(before[name]), strict=True)
         assert all(same_bits(*pair) for pair in pairs), f"{op.name}: argument {name} was changed"
     eager = outputs(op, reference(op), inputs)
-    judge_all(inputs, got, eager, outputs(op, reference(op), widened(inputs)))
+    assert_within_tolerance(inputs, got, eager, outputs(op, reference(op), as_float64(inputs)))
     for name in eager:
         assert memory_format(got[name]) == memory_format(eager[name]), f"{name}: memory format {got[name].stride()}"
         if name in op.mutates and same_bits(eager[name], inputs[name]):
@@ -64,7 +64,7 @@ def check_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
     with poisoned_memory():
         got = gradients(op, op.bind(backend), inputs, upstream)
     eager = gradients(op, reference(op), inputs, upstream)
-    judge_all(inputs, got, eager, gradients(op, reference(op), widened(inputs), widened(upstream)))
+    assert_within_tolerance(inputs, got, eager, gradients(op, reference(op), as_float64(inputs), as_float64(upstream)))
 
 
 def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -79,7 +79,9 @@ def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.d
     ):
         got = gradients(op, op.bind(backend), inputs, upstream, wanted)
         eager = gradients(op, reference(op), inputs, upstream, wanted)
-        judge_all(inputs, got, eager, gradients(op, reference(op), widened(inputs), widened(upstream), wanted))
+        assert_within_tolerance(
+            inputs, got, eager, gradients(op, reference(op), as_float64(inputs), as_float64(upstream), wanted)
+        )
 
 
 def check_repeats(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -110,14 +112,14 @@ def _check_compiled(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
     function = torch.compile(op.bind(backend), fullgraph=True, backend=compiler)
     inputs = case.inputs(dtype, device)
     eager = outputs(op, reference(op), inputs)
-    exact = outputs(op, reference(op), widened(inputs))
+    exact = outputs(op, reference(op), as_float64(inputs))
     if op.differentiable:
         upstream = {name: random_like(result) for name, result in eager.items()}
         eager = gradients(op, reference(op), inputs, upstream, keep=True)
-        exact = gradients(op, reference(op), widened(inputs), widened(upstream), keep=True)
-        judge_all(inputs, gradients(op, function, inputs, upstream, keep=True), eager, exact)
+        exact = gradients(op, reference(op), as_float64(inputs), as_float64(upstream), keep=True)
+        assert_within_tolerance(inputs, gradients(op, function, inputs, upstream, keep=True), eager, exact)
     else:
-        judge_all(inputs, outputs(op, function, inputs), eager, exact)
+        assert_within_tolerance(inputs, outputs(op, function, inputs), eager, exact)
 
 
 def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -146,8 +148,8 @@ def check_limits(op: Op, backend: Backend, case: Case, device: str = "cpu") -> N
         assert reasons and all(isinstance(reason, str) for reason in reasons), f"no reason against {dtype}"
 
 
-def judge_all(inputs: Inputs, got: Tensors, eager: Tensors, exact: Tensors) -> None:
-    wrong = faults(got, eager, exact, narrow(inputs))
+def assert_within_tolerance(inputs: Inputs, got: Tensors, eager: Tensors, exact: Tensors) -> None:
+    wrong = mismatches(got, eager, exact, has_half_precision(inputs))
     assert not wrong, "; ".join(wrong)
 
 

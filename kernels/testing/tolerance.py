@@ -1,11 +1,11 @@
-"""When a result is right, for tests and benches: the rule, and the calls it compares.
+"""The tolerance rule for results of ops, and the calls whose results it compares; for tests and benches.
 
 A result is right when its error is at most twice that of the reference in the same dtype, plus 4·eps·max|exact|; both
 errors are taken against the reference in float64, on the same (rounded) inputs, as the largest absolute difference.
 
-Where inputs have 16 bits, 4·eps is at least `CUT_OFF`, which matters to float32 results: tensor cores add up products
-of 16-bit numbers in float32, but cut off what that cannot hold, where the reference rounds to nearest. In sums over
-1024 channels that moves both cosines of the VF loss, and so its first term, the same way.
+Where inputs have 16 bits, 4·eps is at least `TENSOR_CORE_TRUNCATION`, which matters to float32 results: tensor cores
+add up products of 16-bit numbers in float32, but truncate what that cannot hold, where the reference rounds to nearest.
+In sums over 1024 channels that moves both cosines of the VF loss, and so its first term, the same way.
 """
 
 from collections.abc import Callable
@@ -20,40 +20,42 @@ Inputs = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 #: Half an ulp in each of 64 steps of 16 products makes 1.5e-6 of a sum that grows steadily, and more of a mean of
 #: differences above a margin.
-CUT_OFF = 2.0**-17
+TENSOR_CORE_TRUNCATION = 2.0**-17
 
 
-def faults(got: Tensors, eager: Tensors, exact: Tensors, narrow: bool = False) -> list[str]:
-    """What is wrong with results: names, dtypes, shapes, errors beyond the rule; empty if they are right.
+def mismatches(got: Tensors, eager: Tensors, exact: Tensors, half_precision: bool = False) -> list[str]:
+    """What is wrong with results: names, dtypes, shapes, errors above the tolerance; empty if they are right.
 
     Args:
-        got: results by name, of the implementation that is judged.
+        got: results by name, of the implementation under test.
         eager: those of the reference, on the same inputs.
         exact: those of the reference in float64.
-        narrow: whether inputs have 16 bits.
+        half_precision: whether any input has 16-bit floats.
     """
     if set(got) != set(eager):
         return [f"got {sorted(got)}, the reference gives {sorted(eager)}"]
-    found = (fault(name, got[name], eager[name], exact[name], narrow) for name in eager)
+    found = (mismatch(name, got[name], eager[name], exact[name], half_precision) for name in eager)
     return [text for text in found if text]
 
 
-def fault(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, narrow: bool = False) -> str:
-    """What is wrong with one result, or an empty text; narrow: whether inputs have 16 bits."""
+def mismatch(
+    name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, half_precision: bool = False
+) -> str:
+    """What is wrong with one result, or an empty text; `half_precision` as `mismatches` takes it."""
     if (got.dtype, got.shape) != (eager.dtype, eager.shape):
         return f"{name}: {got.dtype} {tuple(got.shape)}, the reference gives {eager.dtype} {tuple(eager.shape)}"
     if not (eager.isfinite().all() and exact.isfinite().all()):
         return f"{name}: the reference is not finite, a bad case"
     eager_error, error = (float((t.double() - exact).abs().max()) for t in (eager, got))
-    relative = max(4 * torch.finfo(got.dtype).eps, CUT_OFF if narrow else 0.0)
+    relative = max(4 * torch.finfo(got.dtype).eps, TENSOR_CORE_TRUNCATION if half_precision else 0.0)
     limit = 2 * eager_error + relative * float(exact.abs().max())
     if error <= limit:  # false for NaN
         return ""
     return f"{name}: error {error:.3e}, limit {limit:.3e}, that of the reference {eager_error:.3e}"
 
 
-def narrow(inputs: Inputs) -> bool:
-    """Whether any of the arguments has 16-bit floats."""
+def has_half_precision(inputs: Inputs) -> bool:
+    """Whether any of the arguments has 16-bit floats (float16 or bfloat16)."""
     return any(tensor.is_floating_point() and tensor.dtype.itemsize == 2 for tensor in tensors_of(inputs))
 
 
@@ -111,7 +113,7 @@ def named(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Tensors:
     return {f"result {i}": tensor for i, tensor in enumerate(results) if tensor is not None}
 
 
-def widened(inputs: Inputs) -> Inputs:
+def as_float64(inputs: Inputs) -> Inputs:
     """The same arguments in float64: tensors of floats, and dtypes asked for."""
 
     def widen(value):

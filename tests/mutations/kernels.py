@@ -93,10 +93,10 @@ MISTAKES = {
     ),
     "rule_of_twenty_times": Mistake(
         "kernels/testing/tolerance.py", "limit = 2 * eager_error", "limit = 20 * eager_error",
-        "test_kernels_judge.py::test_twice_the_error_of_the_reference_is_the_limit",
+        "test_kernels_tolerance.py::test_twice_the_error_of_the_reference_is_the_limit",
     ),
     "rule_passes_nan": Mistake(
         "kernels/testing/tolerance.py", "    if error <= limit:  #", "    if not error > limit:  #",
-        "test_kernels_judge.py::test_results_that_are_not_numbers_are_wrong",
+        "test_kernels_tolerance.py::test_results_that_are_not_numbers_are_wrong",
     ),
 }  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.testing.tolerance import gradients, outputs, reference, widened
+from kernels.testing.tolerance import as_float64, gradients, outputs, reference
 from tests.plugins.items import Subject, subject
 
 GIB = 1 << 30
@@ -68,7 +68,7 @@ def needed(about: Subject) -> int:
     """Bytes that a check of an op takes."""
     op = about.op
     with Peak() as peak:
-        exact = widened(about.case.inputs(about.dtype, "meta"))
+        exact = as_float64(about.case.inputs(about.dtype, "meta"))
         results = outputs(op, reference(op), exact)
         if op.differentiable:
             gradients(op, reference(op), exact, {name: torch.empty_like(result) for name, result in results.items()})

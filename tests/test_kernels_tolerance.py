@@ -1,18 +1,18 @@
-"""What the rule lets pass: sums as tensor cores make them, simulated; and what it does not."""
+"""The tolerance rule: it accepts sums as tensor cores make them, simulated, and refuses coarser ones."""
 
 import pytest
 import torch
 
-from kernels.testing.tolerance import fault, narrow
+from kernels.testing.tolerance import has_half_precision, mismatch
 
 MARGIN = 0.25
 
 
-def cut_off(wide: torch.Tensor) -> torch.Tensor:
-    """float64 to float32 towards 0."""
-    near = wide.float()
+def truncated(values: torch.Tensor) -> torch.Tensor:
+    """float64 to float32, rounded towards 0."""
+    near = values.float()
     bits = near.view(torch.int32)
-    return torch.where(near.double().abs() > wide.abs(), bits - 1, bits).view(torch.float32)
+    return torch.where(near.double().abs() > values.abs(), bits - 1, bits).view(torch.float32)
 
 
 def cosines(vectors: torch.Tensor, add) -> torch.Tensor:
@@ -30,19 +30,19 @@ def distances(pair: list[torch.Tensor], add) -> torch.Tensor:
     return ((a - b).abs() - MARGIN).relu().mean()
 
 
-def test_sums_that_tensor_cores_cut_off_pass_and_coarser_ones_do_not():
+def test_sums_that_tensor_cores_truncate_pass_and_coarser_ones_do_not():
     random = torch.Generator().manual_seed(0)
     # Of the second set each row but the first resembles it: cosines near 0 in one set, and near 0.9 in the other.
     first, other = (torch.randn(64, 1024, generator=random) for _ in range(2))
     second = (other + 3 * other[:1]).bfloat16()
     pair = [first.bfloat16(), second]
     exact = distances(pair, lambda total: total)
-    got = distances(pair, cut_off).float()
-    assert fault("mean", got, exact.float(), exact), "not what float32 could do"
-    assert not fault("mean", got, exact.float(), exact, narrow=True)
-    assert not fault("mean", distances(pair, torch.Tensor.float).float(), exact.float(), exact), "rounded to nearest"
+    got = distances(pair, truncated).float()
+    assert mismatch("mean", got, exact.float(), exact), "not what float32 could do"
+    assert not mismatch("mean", got, exact.float(), exact, half_precision=True)
+    assert not mismatch("mean", distances(pair, torch.Tensor.float).float(), exact.float(), exact), "rounded to nearest"
     in_float16 = distances(pair, torch.Tensor.half).float()
-    assert fault("mean", in_float16, exact.float(), exact, narrow=True)
+    assert mismatch("mean", in_float16, exact.float(), exact, half_precision=True)
 
 
 WIDE = torch.linspace(-3, 3, 25, dtype=torch.float64)
@@ -56,28 +56,29 @@ def test_twice_the_error_of_the_reference_is_the_limit(times, right, dtype):
     eager, got = WIDE.clone(), WIDE.clone()
     eager[3] += error
     got[20] -= times * error
-    assert (fault("x", got.to(dtype), eager.to(dtype), WIDE) == "") is right
+    assert (mismatch("x", got.to(dtype), eager.to(dtype), WIDE) == "") is right
 
 
 @pytest.mark.parametrize(
-    "dtype, is_narrow, unit",
+    "dtype, half_precision, unit",
     [(torch.float32, False, 2.0**-23), (torch.float32, True, 2.0**-19), (torch.bfloat16, True, 2.0**-7),
      (torch.float16, True, 2.0**-10)],
 )  # fmt: skip
-def test_a_perfect_reference_leaves_four_roundings_of_the_largest_number(dtype, is_narrow, unit):
+def test_a_perfect_reference_leaves_four_roundings_of_the_largest_number(dtype, half_precision, unit):
     exact = torch.tensor([8.0, 1.0], dtype=torch.float64)
     for units, right in ((3, True), (5, False)):
         got = (exact + torch.tensor([-units * 8 * unit, 0.0])).to(dtype)
-        assert (fault("x", got, exact.to(dtype), exact, is_narrow) == "") is right, units
+        assert (mismatch("x", got, exact.to(dtype), exact, half_precision) == "") is right, units
 
 
 def test_results_that_are_not_numbers_are_wrong():
     exact = torch.ones(3, dtype=torch.float64)
     for value in (float("nan"), float("inf")):
-        assert "error" in fault("x", torch.full((3,), value), exact.float(), exact)
+        assert "error" in mismatch("x", torch.full((3,), value), exact.float(), exact)
 
 
-def test_what_is_narrow():
-    wide = {"x": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int16), "eps": 1e-6, "bias": None}
-    assert not narrow(wide)
-    assert narrow(wide | {"bias": torch.zeros(1, dtype=torch.float16)}) and narrow({"x": torch.zeros(1).bfloat16()})
+def test_what_counts_as_half_precision():
+    single = {"x": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int16), "eps": 1e-6, "bias": None}
+    assert not has_half_precision(single)
+    assert has_half_precision(single | {"bias": torch.zeros(1, dtype=torch.float16)})
+    assert has_half_precision({"x": torch.zeros(1).bfloat16()})
