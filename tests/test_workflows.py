@@ -1,8 +1,9 @@
-"""The workflows of GitHub Actions: that they parse, and that whatever they call is here."""
+"""Files that GitHub reads: workflows and what they call, issue forms, the citation."""
 
 import re
 import shlex
 import subprocess
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,3 +86,24 @@ def test_the_gpu_one_measures_gates_and_keeps_the_rows():
     assert set(re.findall(r"inputs\.(\w+)", (ROOT / ".github/workflows/gpu.yml").read_text())) == set(
         workflow["on"]["workflow_dispatch"]["inputs"]
     )
+
+
+FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml")
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_it_is_an_issue_form(path):
+    form = yaml.safe_load(path.read_text())
+    assert form["name"] and form["description"]
+    assert len({field["id"] for field in form["body"]}) == len(form["body"])
+    for field in form["body"]:
+        assert field["type"] in ("textarea", "input", "dropdown") and field["attributes"]["label"]
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["authors"]
+    assert [citation[key] for key in ("title", "version", "license")] == [
+        project[k] for k in ("name", "version", "license")
+    ]
