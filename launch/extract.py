@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common.seeds import generator
 from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
@@ -211,7 +212,7 @@ class _Batches(Dataset):
         return self.images.batch(torch.zeros_like(indices), indices) | {"noise": noise}
 
     def _noise(self, index: int) -> torch.Tensor:
-        return torch.randn(self.noise_shape, generator=seeds.generator(self.seed, seeds.EXTRACTION_NOISE, index))
+        return torch.randn(self.noise_shape, generator=generator(self.seed, seeds.EXTRACTION_NOISE, index))
 
 
 def _names_hash(images: ImageFolder) -> str:

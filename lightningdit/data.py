@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.seeds import mix
 from common.text import shortened
 from lightningdit.config import DataConfig
 from lightningdit.latents import (
@@ -21,7 +22,6 @@ from lightningdit.latents import (
     read_statistics,
     shards_of,
 )
-from lightningdit.seeds import mix
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 import torchdiffeq
 
+from common.seeds import generator
 from lightningdit.config import LAST_STEPS, ODE_METHODS, SDE_METHODS, SampleConfig
 from lightningdit.flow import Transport, choose, standard_normal_logp
-from lightningdit.seeds import generator
 
 Predict = Callable[[torch.Tensor, float], torch.Tensor]  # the network's output for x at the host time t
 Observe = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there

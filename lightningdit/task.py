@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from common.seeds import generator, torch_seed
 from common.tensors import load_strict
 from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
-from lightningdit.seeds import generator, mix
 from lightningdit.weights import read_weights
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class LightningDiTTask:
         self.transport = Transport.from_config(transport)
         self._lognorm_until = transport.lognorm_until_step
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(mix(seed, _INIT)) >> 1)
+            torch.manual_seed(torch_seed(seed, _INIT))
             self.networks = {"model": LightningDiT(model, ops, residual_dtype, params_gathered)}
 
     def load_weights(self, path: str, which: str = "ema") -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kernels
+from common.seeds import generator
 from common.tensors import write_tensors
 from launch import extract as program
 from launch.config import VavaeRun
@@ -22,7 +23,7 @@ from tests import children
 from vavae.config import AutoencoderConfig, LossConfig
 from vavae.data import ImageFolder
 from vavae.model import AutoencoderKL
-from vavae.seeds import EXTRACTION_NOISE, generator
+from vavae.seeds import EXTRACTION_NOISE
 from vavae.task import build_networks
 from vavae.weights import fingerprint, load_tokenizer, write_export
 

@@ -13,9 +13,9 @@ from itertools import islice
 import pytest
 import torch
 
+from common.seeds import generator
 from launch.runtime import read_ahead
 from launch.training.loader import SampleOrder, Split, micro_batches
-from lightningdit.seeds import generator
 from tests.children import alive, all_ended
 from vavae.data import UnreadableImage
 

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError, LatentStatistics, StatisticsRecord
-from lightningdit.seeds import generator, mix
 from tests.golden import G, J, close
 from tests.golden.golden import ROOT
 from tests.toy import write_random_latents
@@ -96,12 +95,6 @@ def test_flips_are_a_fair_hash_of_seed_epoch_and_index():
     for a, b in ((table[1:], table[:-1]), (table[:, 1:], table[:, :-1]), (flips, other.flips(epochs, indices))):
         assert (a == b).mean() == pytest.approx(0.5, abs=0.02)
     assert np.array_equal(flips, data.flips(torch.from_numpy(epochs), torch.from_numpy(indices)))
-
-
-def test_mix_tells_order_apart():
-    assert mix(1, 2) != mix(2, 1) and mix(0) != mix(0, 0) and mix(-1) != mix(1)
-    assert np.array_equal(mix(3, np.arange(4)), [mix(3, i) for i in range(4)])
-    assert torch.equal(torch.rand(3, generator=generator(1, 2)), torch.rand(3, generator=generator(1, 2)))
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

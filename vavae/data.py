@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.seeds import mix
 from common.text import shortened
 from vavae import seeds
 from vavae.config import DataConfig
@@ -142,7 +143,7 @@ class ImageFolder:
         size = self.image_size
         spare_rows, spare_columns = pixels.shape[0] - size, pixels.shape[1] - size
         if spare_rows or spare_columns:
-            draw = seeds.mix(self.seed, seeds.CROP, epoch, index)
+            draw = int(mix(self.seed, seeds.CROP, epoch, index))
             top, left = (draw >> 32) % (spare_rows + 1), (draw & 0xFFFFFFFF) % (spare_columns + 1)
             pixels = pixels[top : top + size, left : left + size]
         return to_float(pixels)

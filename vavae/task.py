@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.seeds import generator, torch_seed
 from common.tensors import load_strict, read_tensors
 from common.text import shortened
 from vavae import seeds
@@ -163,9 +164,9 @@ class VavaeTask:
         With `into`, the result of an earlier call of the same sizes, its tensor is overwritten and returned.
         """
         shape = (batch_size, self.model.embed_dim, self.grid, self.grid)
-        generator = seeds.generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
+        noise = generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
         draws = into or {"noise": torch.empty(shape, device=device)}
-        draws["noise"].normal_(generator=generator)
+        draws["noise"].normal_(generator=noise)
         return draws
 
     def loss_at(self, step: int) -> LossConfig:
@@ -238,7 +239,7 @@ def build_networks(
         width: channels of the foundation model's features, or None without one.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.mix(seed, seeds.INITIAL_WEIGHTS) >> 1)
+        torch.manual_seed(torch_seed(seed, seeds.INITIAL_WEIGHTS))
         autoencoder = AlignedAutoencoder(model, ops, width, reverse=loss.reverse_proj, fixed=loss.proj_fix)
         networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.use_gan:

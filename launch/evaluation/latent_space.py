@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.seeds import mix, torch_seed
 from launch.evaluation.metrics import NOT_STATED, Uniformity, latent_uniformity
 from lightningdit.data import LatentDataset
-from lightningdit.seeds import mix
 
 VECTORS = 10_000  # of the published figures
 _BLOCK = 256  # latents in memory at once
@@ -61,7 +61,7 @@ def evaluate_latents(latents: LatentDataset, *, vectors: int | None = None, repe
         )
     digest, found = hashlib.sha256(), []
     for repeat in range(repeats):
-        drawn = latent_vectors(latents, count, int(mix(seed, repeat) >> np.uint64(1)))
+        drawn = latent_vectors(latents, count, torch_seed(seed, repeat))
         digest.update(drawn.numpy().tobytes())
         try:
             found.append(asdict(latent_uniformity(drawn)))

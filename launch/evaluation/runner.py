@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.seeds import generator
 from launch.evaluation.features import Extractor
 from launch.evaluation.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
 from launch.evaluation.metrics import (
@@ -267,7 +268,7 @@ class Reconstructions:
 
     def _noise(self, start: int, z: Tensor) -> Tensor:
         draws = [
-            torch.randn(z.shape[1:], generator=seeds.generator(self.seed, seeds.POSTERIOR_NOISE, start + i))
+            torch.randn(z.shape[1:], generator=generator(self.seed, seeds.POSTERIOR_NOISE, start + i))
             for i in range(len(z))
         ]
         return torch.stack(draws)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from common.seeds import generator
 from launch.runtime.read_ahead import read_in_processes, read_in_threads
-from lightningdit.seeds import generator
 
 Tensors = dict[str, torch.Tensor]
 Key = tuple[int, int]  # step and micro-batch

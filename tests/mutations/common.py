@@ -16,6 +16,10 @@ MISTAKES = {
         "common/files.py", "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC", "os.O_RDONLY | os.O_CLOEXEC",
         "test_common_files.py::test_only_regular_files_are_opened_and_nothing_waits",
     ),
+    "hash_that_forgets_the_words_before": Mistake(
+        "common/seeds.py", "_splitmix64(state ^ _splitmix64(", "_splitmix64(_splitmix64(",
+        "test_common_seeds.py::test_the_hash_is_pinned",
+    ),
     "controls_beyond_ascii_shown": Mistake(
         "common/text.py", "\\x7f-\\x9f", "\\x7f",
         "test_common_text.py::test_every_control_character_is_shown_as_an_escape",

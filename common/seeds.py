@@ -1,6 +1,6 @@
 """Random numbers from a seed and a place (step, epoch, index): equal places give equal numbers, in any order.
 
-The mixing function is splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+The mixing function is splitmix64 (Steele, Lea and Flood, OOPSLA 2014, doi 10.1145/2660193.2660195).
 """
 
 import numpy as np
@@ -29,6 +29,11 @@ def mix(*words) -> np.ndarray:
     return state
 
 
+def torch_seed(*words: int) -> int:
+    """The hash of `words` as `manual_seed` takes it: 63 bits, without a sign."""
+    return int(mix(*words)) >> 1
+
+
 def generator(*words: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device`, seeded with the hash of `words`."""
-    return torch.Generator(device).manual_seed(int(mix(*words)) >> 1)  # manual_seed takes 63 bits without a sign
+    return torch.Generator(device).manual_seed(torch_seed(*words))
