@@ -1,17 +1,20 @@
-// adaln_rms_norm: y = x / rms(x) · weight · (1 + scale) + shift. See common/norm.h for how a block walks over the rows.
+// adaln_rms_norm: y = x / rms(x) · weight · (1 + scale) + shift. See common/norm.h for how a block
+// walks over the rows.
 #include "common/norm.h"
 
 namespace ldit {
 namespace {
 
-// Tokens in flight in each thread: 64 bytes of x forward, and as much or more of x and d_y backward.
+// Tokens in flight in each thread: 64 bytes of x forward, and as much or more of x and d_y
+// backward.
 template <class X>
 constexpr int kRowsForward = sizeof(X) == 2 ? 4 : 2;
 constexpr int kRowsBackward = 2;
 
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
-    adaln_rms_norm_fwd(const X* __restrict__ x, Modulation modulation, Y* __restrict__ y, NormSizes sizes) {
+    adaln_rms_norm_fwd(const X* __restrict__ x, Modulation modulation, Y* __restrict__ y,
+                       NormSizes sizes) {
   constexpr int steps = kRowsForward<X>;
   using Sums = BlockSums<steps>;
   LDIT_SHARED(float, memory, Sums::size);
@@ -35,8 +38,8 @@ __global__ void __launch_bounds__(kNormThreads)
 
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
-    adaln_rms_norm_bwd(const X* __restrict__ x, Modulation modulation, const Y* __restrict__ d_y, X* __restrict__ d_x,
-                       float* __restrict__ partials, NormSizes sizes) {
+    adaln_rms_norm_bwd(const X* __restrict__ x, Modulation modulation, const Y* __restrict__ d_y,
+                       X* __restrict__ d_x, float* __restrict__ partials, NormSizes sizes) {
   using Sums = BlockSums<2 * kRowsBackward>;
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
@@ -54,7 +57,8 @@ __global__ void __launch_bounds__(kNormThreads)
       upstream[i] = load_columns<all>(d_y, sizes, part, token + i);
     }
 #pragma unroll
-    for (int i = 0; i < kRowsBackward; ++i) sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
+    for (int i = 0; i < kRowsBackward; ++i)
+      sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
@@ -90,32 +94,35 @@ void with_types(DType x, DType y, bool all, Use&& use) {
 
 }  // namespace
 
-void launch_adaln_rms_norm_fwd(Floats x, const Modulation& modulation, Floats y, const NormSizes& sizes, Stream stream) {
+void launch_adaln_rms_norm_fwd(Floats x, const Modulation& modulation, Floats y,
+                               const NormSizes& sizes, Stream stream) {
   bool all = whole(x, sizes.width) && whole(y, sizes.width) && whole(modulation, sizes.width);
   with_types(x.dtype, y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "adaln_rms_norm_fwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data), modulation,
-           static_cast<Y*>(y.data), sizes);
+           adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
+           modulation, static_cast<Y*>(y.data), sizes);
   });
 }
 
-void launch_adaln_rms_norm_bwd(Floats x, const Modulation& modulation, Floats d_y, Floats d_x, float* partials,
-                               Floats d_weight, Floats d_scale, Floats d_shift, const NormSizes& sizes, Stream stream) {
-  bool all = whole(x, sizes.width) && whole(d_y, sizes.width) && whole(d_x, sizes.width) && aligned(partials) &&
-             whole(modulation, sizes.width);
+void launch_adaln_rms_norm_bwd(Floats x, const Modulation& modulation, Floats d_y, Floats d_x,
+                               float* partials, Floats d_weight, Floats d_scale, Floats d_shift,
+                               const NormSizes& sizes, Stream stream) {
+  bool all = whole(x, sizes.width) && whole(d_y, sizes.width) && whole(d_x, sizes.width) &&
+             aligned(partials) && whole(modulation, sizes.width);
   with_types(x.dtype, d_y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "adaln_rms_norm_bwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data), modulation,
-           static_cast<const Y*>(d_y.data), static_cast<X*>(d_x.data), partials, sizes);
+           adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
+           modulation, static_cast<const Y*>(d_y.data), static_cast<X*>(d_x.data), partials, sizes);
   });
   if (partials != nullptr) {
-    launch_reduce_modulation<2>(partials, modulation, {}, {d_weight, d_scale, d_shift, {}, {}}, sizes, stream);
+    launch_reduce_modulation<2>(partials, modulation, {}, {d_weight, d_scale, d_shift, {}, {}},
+                                sizes, stream);
   }
 }
 

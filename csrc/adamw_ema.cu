@@ -1,9 +1,11 @@
-// adamw_ema_: AdamW, the moving average of the weights and their bfloat16 copy, in one pass over all of them.
+// adamw_ema_: AdamW, the moving average of the weights and their bfloat16 copy, in one pass over
+// all of them.
 //
-// Bound by memory: 36 bytes a number with a bfloat16 gradient and a copy, half of them read and half written.
-// A thread takes four neighbours, one access of 16 bytes to each float32 array, and the threads of a warp lie side by side:
-// wider vectors for the 16-bit arrays would leave gaps between the float32 accesses of a warp. Step, learning rate,
-// gradient scale and skip flag are read on the device; a block of a skipped step reads nothing else.
+// Bound by memory: 36 bytes a number with a bfloat16 gradient and a copy, half of them read and
+// half written. A thread takes four neighbours, one access of 16 bytes to each float32 array, and
+// the threads of a warp lie side by side: wider vectors for the 16-bit arrays would leave gaps
+// between the float32 accesses of a warp. Step, learning rate, gradient scale and skip flag are
+// read on the device; a block of a skipped step reads nothing else.
 #include <cmath>
 
 #include "common/launch.h"
@@ -20,13 +22,16 @@ struct Rates {
   float beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay, ema_decay, ema_rest;
 
   explicit Rates(const AdamWSettings& s)
-      : beta1(float(s.beta1)), rest1(float(1 - s.beta1)), log_beta1(float(std::log(s.beta1))), beta2(float(s.beta2)),
-        rest2(float(1 - s.beta2)), log_beta2(float(std::log(s.beta2))), eps(float(s.eps)),
-        weight_decay(float(s.weight_decay)), ema_decay(float(s.ema_decay)), ema_rest(float(1 - s.ema_decay)) {}
+      : beta1(float(s.beta1)), rest1(float(1 - s.beta1)), log_beta1(float(std::log(s.beta1))),
+        beta2(float(s.beta2)), rest2(float(1 - s.beta2)), log_beta2(float(std::log(s.beta2))),
+        eps(float(s.eps)), weight_decay(float(s.weight_decay)), ema_decay(float(s.ema_decay)),
+        ema_rest(float(1 - s.ema_decay)) {}
 };
 
 template <class T>
-LDIT_DEVICE double first(const void* data) { return static_cast<double>(*static_cast<const T*>(data)); }
+LDIT_DEVICE double first(const void* data) {
+  return static_cast<double>(*static_cast<const T*>(data));
+}
 
 LDIT_DEVICE double read(const Scalar& scalar) {
   switch (scalar.type) {
@@ -46,8 +51,9 @@ LDIT_DEVICE double read(const Scalar& scalar) {
 // 1 / (1 − β^step). The power would cancel where β is near 1: 1 − 0.999 has four digits in float32.
 LDIT_DEVICE float correction(float log_beta, float step) { return 1.f / -expm1f(log_beta * step); }
 
-// keep·old + take·new for keep + take = 1, as a step from the nearer one, so that the weights add up to exactly 1. Each
-// rounded to float32 they do not, and an average over 10⁴ steps would settle at 1e-4 beside what it averages.
+// keep·old + take·new for keep + take = 1, as a step from the nearer one, so that the weights add
+// up to exactly 1. Each rounded to float32 they do not, and an average over 10⁴ steps would settle
+// at 1e-4 beside what it averages.
 LDIT_DEVICE float blend(float old, float now, float keep, float take) {
   return take < 0.5f ? old + take * (now - old) : now - keep * (now - old);
 }
@@ -62,8 +68,10 @@ template <class G, int count>
 __global__ void __launch_bounds__(kThreads)
     adamw_ema(Pointers arrays, AdamWScalars scalars, Rates rates, std::int64_t numbers, int steps) {
   if (read(scalars.skip) != 0) return;
-  const float step = float(read(scalars.step)), lr = float(read(scalars.lr)), scale = float(read(scalars.grad_scale));
-  const float m_scale = correction(rates.log_beta1, step), v_scale = correction(rates.log_beta2, step);
+  const float step = float(read(scalars.step)), lr = float(read(scalars.lr)),
+              scale = float(read(scalars.grad_scale));
+  const float m_scale = correction(rates.log_beta1, step),
+              v_scale = correction(rates.log_beta2, step);
   const G* grad = static_cast<const G*>(arrays.grad);
   constexpr int stride = kThreads * count;
   std::int64_t begin = std::int64_t(blockIdx.x) * steps * kVectors * stride + threadIdx.x * count;
@@ -85,7 +93,9 @@ __global__ void __launch_bounds__(kThreads)
         exp_avg_sq[k] = load_some<whole, count>(arrays.exp_avg_sq + at, valid);
         ema[k] = load_some<whole, count>(arrays.ema + at, valid);
       };
-      access(at, [&] { fetch(std::true_type{}, count); }, [&](std::int64_t valid) { fetch(std::false_type{}, valid); });
+      access(
+          at, [&] { fetch(std::true_type{}, count); },
+          [&](std::int64_t valid) { fetch(std::false_type{}, valid); });
     }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -112,24 +122,29 @@ __global__ void __launch_bounds__(kThreads)
         store_some<whole>(arrays.ema + at, ema[k], valid);
         if (arrays.copy != nullptr) store_some<whole>(arrays.copy + at, copy, valid);
       };
-      access(at, [&] { put(std::true_type{}, count); }, [&](std::int64_t valid) { put(std::false_type{}, valid); });
+      access(
+          at, [&] { put(std::true_type{}, count); },
+          [&](std::int64_t valid) { put(std::false_type{}, valid); });
     }
   }
 }
 
 }  // namespace
 
-void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars, const AdamWSettings& settings,
-                      std::int64_t numbers, std::int64_t numbers_per_block, Stream stream) {
+void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
+                      const AdamWSettings& settings, std::int64_t numbers,
+                      std::int64_t numbers_per_block, Stream stream) {
   bool narrow = arrays.grad.dtype == DType::bfloat16;
-  bool vectors = aligned(arrays.param) && aligned(arrays.exp_avg) && aligned(arrays.exp_avg_sq) && aligned(arrays.ema) &&
-                 aligned(arrays.grad.data, narrow ? 8 : 16) && aligned(arrays.bf16_param, 8);
-  Pointers pointers{arrays.param, arrays.exp_avg, arrays.exp_avg_sq, arrays.ema, arrays.grad.data,
-                    static_cast<bf16*>(arrays.bf16_param)};
+  bool vectors = aligned(arrays.param) && aligned(arrays.exp_avg) && aligned(arrays.exp_avg_sq) &&
+                 aligned(arrays.ema) && aligned(arrays.grad.data, narrow ? 8 : 16) &&
+                 aligned(arrays.bf16_param, 8);
+  Pointers pointers{arrays.param, arrays.exp_avg,   arrays.exp_avg_sq,
+                    arrays.ema,   arrays.grad.data, static_cast<bf16*>(arrays.bf16_param)};
   auto run = [&](auto kernel, int count) {
     std::int64_t step = kThreads * kVectors * count, steps = (numbers_per_block + step - 1) / step;
     dim3 grid = blocks("adamw_ema", (numbers + steps * step - 1) / (steps * step));
-    launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings), numbers, int(steps));
+    launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings),
+           numbers, int(steps));
   };
   if (narrow) vectors ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);
   else vectors ? run(adamw_ema<float, 4>, 4) : run(adamw_ema<float, 1>, 1);

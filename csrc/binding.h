@@ -1,8 +1,10 @@
-// How binding.cpp looks at tensors: a view of each argument, checked before a launcher gets its pointer.
+// How binding.cpp looks at tensors: a view of each argument, checked before a launcher gets its
+// pointer.
 //
-// Tensors come through torch's DLPack exchange table (plain C, no torch header): a view without ownership costs
-// nanoseconds, and so does the current stream. That compiles in seconds, where torch's own headers take 5 to 77, and the
-// same file serves CUDA tensors and, in the emulation, CPU ones.
+// Tensors come through torch's DLPack exchange table (plain C, no torch header): a view without
+// ownership costs nanoseconds, and so does the current stream. That compiles in seconds, where
+// torch's own headers take 5 to 77, and the same file serves CUDA tensors and, in the emulation,
+// CPU ones.
 #pragma once
 
 #include <ATen/dlpack.h>
@@ -30,10 +32,13 @@ constexpr const char* kDeviceName = "a CUDA device";
 
 inline const DLPackExchangeAPI& exchange() {
   static const auto* table = [] {
-    py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    auto* found = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    py::object capsule =
+        py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    auto* found =
+        static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (found == nullptr) throw py::error_already_set();
-    if (found->header.version.major != DLPACK_MAJOR_VERSION) throw std::runtime_error("torch speaks another DLPack");
+    if (found->header.version.major != DLPACK_MAJOR_VERSION)
+      throw std::runtime_error("torch speaks another DLPack");
     return found;
   }();
   return *table;
@@ -51,7 +56,8 @@ inline std::string text(const std::int64_t* numbers, int count) {
   return out.str();
 }
 
-// One call from Python: its tensors are of one device, which is the current one for as long as this lives.
+// One call from Python: its tensors are of one device, which is the current one for as long as this
+// lives.
 class Call {
  public:
   explicit Call(const char* op) : op_(op) {}
@@ -78,8 +84,9 @@ class Call {
       device_ = device.device_id;
       before_ = set_device(device_);
     }
-    require(device.device_id == device_, argument, "is on device " + std::to_string(device.device_id) +
-                                                       ", the first tensor on " + std::to_string(device_));
+    require(device.device_id == device_, argument,
+            "is on device " + std::to_string(device.device_id) + ", the first tensor on " +
+                std::to_string(device_));
   }
 
   Stream stream() const {
@@ -87,7 +94,8 @@ class Call {
     return nullptr;
 #else
     void* found = nullptr;
-    if (exchange().current_work_stream(kDevice, device_, &found) != 0) throw py::error_already_set();
+    if (exchange().current_work_stream(kDevice, device_, &found) != 0)
+      throw py::error_already_set();
     return static_cast<Stream>(found);
 #endif
   }
@@ -98,21 +106,24 @@ class Call {
   int before_ = -1;
 };
 
-// One tensor argument. Everything it is asked for is checked, and refused with the op's and the argument's name.
+// One tensor argument. Everything it is asked for is checked, and refused with the op's and the
+// argument's name.
 class Tensor {
  public:
   Tensor(Call& call, const char* name, py::handle object) : call_(call), name_(name) {
     int is = PyObject_IsInstance(object.ptr(), tensor_type().ptr());
     if (is < 0) throw py::error_already_set();
     call.require(is, name, "is not a tensor");
-    if (exchange().dltensor_from_py_object_no_sync(object.ptr(), &view_) != 0) throw py::error_already_set();
+    if (exchange().dltensor_from_py_object_no_sync(object.ptr(), &view_) != 0)
+      throw py::error_already_set();
     call.use_device(name, view_.device);
   }
 
   int rank() const { return view_.ndim; }
 
   std::int64_t size(int dimension) const {
-    call_.require(-rank() <= dimension && dimension < rank(), name_, "has the shape " + shape_text());
+    call_.require(-rank() <= dimension && dimension < rank(), name_,
+                  "has the shape " + shape_text());
     return view_.shape[dimension < 0 ? dimension + rank() : dimension];
   }
 
@@ -123,19 +134,23 @@ class Tensor {
   }
 
   const Tensor& shaped(const Shape& shape) const {
-    bool same = rank() == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), view_.shape);
-    call_.require(same, name_, "has the shape " + shape_text() + ", not " + text(shape.data(), shape.size()));
+    bool same = rank() == static_cast<int>(shape.size()) &&
+                std::equal(shape.begin(), shape.end(), view_.shape);
+    call_.require(same, name_,
+                  "has the shape " + shape_text() + ", not " + text(shape.data(), shape.size()));
     return *this;
   }
 
   const Tensor& ranked(int count) const {
     call_.require(rank() == count && elements() > 0, name_,
-                  "has the shape " + shape_text() + ", not " + std::to_string(count) + " dimensions without a 0");
+                  "has the shape " + shape_text() + ", not " + std::to_string(count) +
+                      " dimensions without a 0");
     return *this;
   }
 
   const Tensor& counted(std::int64_t count) const {
-    call_.require(elements() == count, name_, "has the shape " + shape_text() + ", not " + std::to_string(count) + " elements");
+    call_.require(elements() == count, name_,
+                  "has the shape " + shape_text() + ", not " + std::to_string(count) + " elements");
     return *this;
   }
 
@@ -168,8 +183,9 @@ class Tensor {
   const Tensor& typed(DType wanted) const {
     static constexpr const char* names[] = {"float32", "float16", "bfloat16"};
     DType found = dtype();
-    call_.require(found == wanted, name_,
-                  std::string("has the dtype ") + names[int(found)] + ", not " + names[int(wanted)]);
+    call_.require(
+        found == wanted, name_,
+        std::string("has the dtype ") + names[int(found)] + ", not " + names[int(wanted)]);
     return *this;
   }
 
@@ -178,7 +194,8 @@ class Tensor {
     std::int64_t expected = 1;
     bool contiguous = true;
     for (int i = rank() - 1; i >= 0; --i) {
-      contiguous = contiguous && (view_.shape[i] == 1 || view_.strides == nullptr || view_.strides[i] == expected);
+      contiguous = contiguous && (view_.shape[i] == 1 || view_.strides == nullptr ||
+                                  view_.strides[i] == expected);
       expected *= view_.shape[i];
     }
     call_.require(contiguous, name_, "is not contiguous: " + layout_text());
@@ -194,7 +211,8 @@ class Tensor {
 
   // A matrix whose rows are contiguous and may lie apart.
   Rows rows() const {
-    bool fits = rank() == 2 && (view_.shape[1] == 1 || view_.strides == nullptr || view_.strides[1] == 1);
+    bool fits =
+        rank() == 2 && (view_.shape[1] == 1 || view_.strides == nullptr || view_.strides[1] == 1);
     call_.require(fits, name_, "has no contiguous rows: " + layout_text());
     return {{start(), dtype()}, view_.strides == nullptr ? view_.shape[1] : view_.strides[0]};
   }
@@ -203,7 +221,8 @@ class Tensor {
   void* start() const { return static_cast<char*>(view_.data) + view_.byte_offset; }
   std::string shape_text() const { return text(view_.shape, rank()); }
   std::string layout_text() const {
-    return "shape " + shape_text() + ", strides " + (view_.strides ? text(view_.strides, rank()) : "none");
+    return "shape " + shape_text() + ", strides " +
+           (view_.strides ? text(view_.strides, rank()) : "none");
   }
 
   Call& call_;

@@ -10,7 +10,8 @@ int set_device([[maybe_unused]] int device) {
   int before = -1;
   cudaError_t status = cudaGetDevice(&before);
   if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
-  if (status != cudaSuccess) throw LaunchError(std::string("no such device: ") + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw LaunchError(std::string("no such device: ") + cudaGetErrorString(status));
   return before == device ? -1 : before;
 #endif
 }

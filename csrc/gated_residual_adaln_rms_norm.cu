@@ -1,21 +1,25 @@
-// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x' / rms(x') · weight · (1 + scale) + shift.
-// See common/norm.h for how a block walks over the rows. Each pass reads and writes every token once.
+// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x' / rms(x') · weight · (1 +
+// scale) + shift. See common/norm.h for how a block walks over the rows. Each pass reads and writes
+// every token once.
 #include "common/norm.h"
 
 namespace ldit {
 namespace {
 
-// Tokens in flight in each thread: 64 to 128 bytes of x and branch forward, as much or more of four arrays backward.
+// Tokens in flight in each thread: 64 to 128 bytes of x and branch forward, as much or more of four
+// arrays backward.
 constexpr int kRowsForward = 2;
 template <class X, bool all>
 constexpr int kRowsBackward = sizeof(X) == 2 && all ? 2 : 1;
 
 template <bool all>
 LDIT_DEVICE void load_gate(const Residual& residual, const Part& part, float (&gate)[kColumns]) {
-  load_floats<all>(residual.gate.array, part.sample * residual.gate.stride + part.column, part.valid, gate);
+  load_floats<all>(residual.gate.array, part.sample * residual.gate.stride + part.column,
+                   part.valid, gate);
 }
 
-// Half a thread's gate lies beside that of its neighbour: a warp then writes and reads without bank conflicts.
+// Half a thread's gate lies beside that of its neighbour: a warp then writes and reads without bank
+// conflicts.
 template <bool all>
 LDIT_DEVICE void keep_gate(const Residual& residual, const Part& part, const Shared<float>& gates) {
   float gate[kColumns];
@@ -34,15 +38,18 @@ LDIT_DEVICE Raw<float, kColumns> kept_gate(const Shared<float>& gates) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     gate.pieces[half] =
-        load<kColumns / 2>(gates.span((half * kNormThreads + threadIdx.x) * (kColumns / 2), kColumns / 2)).pieces[0];
+        load<kColumns / 2>(
+            gates.span((half * kNormThreads + threadIdx.x) * (kColumns / 2), kColumns / 2))
+            .pieces[0];
   }
   return gate;
 }
 
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
-    gated_residual_adaln_rms_norm_fwd(const X* __restrict__ x, const Y* __restrict__ branch, Residual residual,
-                                      Modulation modulation, X* __restrict__ x_new, Y* __restrict__ y, NormSizes sizes) {
+    gated_residual_adaln_rms_norm_fwd(const X* __restrict__ x, const Y* __restrict__ branch,
+                                      Residual residual, Modulation modulation,
+                                      X* __restrict__ x_new, Y* __restrict__ y, NormSizes sizes) {
   constexpr int steps = kRowsForward;
   using Sums = BlockSums<steps>;
   LDIT_SHARED(float, memory, Sums::size);
@@ -66,9 +73,11 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
+      for (int j = 0; j < kColumns; ++j)
+        rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
       squares[i] = sum_of_squares(rows[i]);  // of x' as it is returned, rounded
-      if (part.has(token + i)) store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
+      if (part.has(token + i))
+        store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
     }
     sums(squares, round);
     store_modulated<all>(y, rows, squares, factor, shift, sizes, part, token);
@@ -78,14 +87,16 @@ __global__ void __launch_bounds__(kNormThreads)
 // The gradient of the norm joins that of x': d_x; then d_branch = gate·d_x.
 template <class X, class Y, bool all>
 __global__ void __launch_bounds__(kNormThreads)
-    gated_residual_adaln_rms_norm_bwd(const X* __restrict__ x_new, const Y* __restrict__ branch, Residual residual,
-                                      Modulation modulation, const X* __restrict__ d_x_new, const Y* __restrict__ d_y,
-                                      X* __restrict__ d_x, Y* __restrict__ d_branch, float* __restrict__ partials,
-                                      int kinds, NormSizes sizes) {
+    gated_residual_adaln_rms_norm_bwd(const X* __restrict__ x_new, const Y* __restrict__ branch,
+                                      Residual residual, Modulation modulation,
+                                      const X* __restrict__ d_x_new, const Y* __restrict__ d_y,
+                                      X* __restrict__ d_x, Y* __restrict__ d_branch,
+                                      float* __restrict__ partials, int kinds, NormSizes sizes) {
   constexpr int steps = kRowsBackward<X, all>;
   using Sums = BlockSums<2 * steps>;
   LDIT_SHARED(float, memory, Sums::size);
-  LDIT_SHARED(float, gates, kColumns * kNormThreads);  // of each thread its own: there are not enough registers
+  // Each thread keeps the gate of its columns here: there are not enough registers.
+  LDIT_SHARED(float, gates, kMaxNormWidth);
   const Sums sums(memory);
   const Part part(sizes);
   float factor[kColumns];
@@ -106,7 +117,8 @@ __global__ void __launch_bounds__(kNormThreads)
       added[i] = load_if_given<all>(branch, sizes, part, token + i);
     }
 #pragma unroll
-    for (int i = 0; i < steps; ++i) sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
+    for (int i = 0; i < steps; ++i)
+      sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
@@ -132,7 +144,8 @@ __global__ void __launch_bounds__(kNormThreads)
   }
   if (partials != nullptr) {
     store_partial<all>(partials, kinds, kOfUpstream, sizes, part, of_upstream);
-    store_partial<all>(partials, kinds, kOfUpstreamTimesNormed, sizes, part, of_upstream_times_normed);
+    store_partial<all>(partials, kinds, kOfUpstreamTimesNormed, sizes, part,
+                       of_upstream_times_normed);
     store_partial<all>(partials, kinds, kOfStreamTimesBranch, sizes, part, of_stream_times_branch);
     if (kinds > kOfStream) store_partial<all>(partials, kinds, kOfStream, sizes, part, of_stream);
   }
@@ -157,8 +170,9 @@ bool whole(const Residual& residual, std::int64_t width) {
 
 }  // namespace
 
-void launch_gated_residual_adaln_rms_norm_fwd(Floats x, Floats branch, const Residual& residual, const Modulation& modulation,
-                                              void* x_new, void* y, const NormSizes& sizes, Stream stream) {
+void launch_gated_residual_adaln_rms_norm_fwd(Floats x, Floats branch, const Residual& residual,
+                                              const Modulation& modulation, void* x_new, void* y,
+                                              const NormSizes& sizes, Stream stream) {
   bool all = whole(x, sizes.width) && whole(branch, sizes.width) && aligned(x_new) && aligned(y) &&
              whole(residual, sizes.width) && whole(modulation, sizes.width);
   with_types(x.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
@@ -166,30 +180,36 @@ void launch_gated_residual_adaln_rms_norm_fwd(Floats x, Floats branch, const Res
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "gated_residual_adaln_rms_norm_fwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           gated_residual_adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
-           static_cast<const Y*>(branch.data), residual, modulation, static_cast<X*>(x_new), static_cast<Y*>(y), sizes);
+           gated_residual_adaln_rms_norm_fwd<X, Y, decltype(all)::value>,
+           static_cast<const X*>(x.data), static_cast<const Y*>(branch.data), residual, modulation,
+           static_cast<X*>(x_new), static_cast<Y*>(y), sizes);
   });
 }
 
 void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const Residual& residual,
-                                              const Modulation& modulation, const void* d_x_new, const void* d_y, void* d_x,
-                                              void* d_branch, float* partials, const ModulationGradients& gradients,
+                                              const Modulation& modulation, const void* d_x_new,
+                                              const void* d_y, void* d_x, void* d_branch,
+                                              float* partials, const ModulationGradients& gradients,
                                               const NormSizes& sizes, Stream stream) {
-  bool all = whole(x_new, sizes.width) && whole(branch, sizes.width) && aligned(d_x_new) && aligned(d_y) && aligned(d_x) &&
-             aligned(d_branch) && aligned(partials) && whole(residual, sizes.width) && whole(modulation, sizes.width);
+  bool all = whole(x_new, sizes.width) && whole(branch, sizes.width) && aligned(d_x_new) &&
+             aligned(d_y) && aligned(d_x) && aligned(d_branch) && aligned(partials) &&
+             whole(residual, sizes.width) && whole(modulation, sizes.width);
   int kinds = residual.bias.data == nullptr ? 3 : 4;
   with_types(x_new.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "gated_residual_adaln_rms_norm_bwd";
-    const Y* added = partials == nullptr ? nullptr : static_cast<const Y*>(branch.data);  // only for the gradient of gate
+    // Only for the gradient of gate.
+    const Y* added = partials == nullptr ? nullptr : static_cast<const Y*>(branch.data);
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           gated_residual_adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x_new.data), added, residual,
-           modulation, static_cast<const X*>(d_x_new), static_cast<const Y*>(d_y), static_cast<X*>(d_x),
+           gated_residual_adaln_rms_norm_bwd<X, Y, decltype(all)::value>,
+           static_cast<const X*>(x_new.data), added, residual, modulation,
+           static_cast<const X*>(d_x_new), static_cast<const Y*>(d_y), static_cast<X*>(d_x),
            static_cast<Y*>(d_branch), partials, kinds, sizes);
   });
   if (partials == nullptr) return;
-  if (kinds == 3) launch_reduce_modulation<3>(partials, modulation, residual, gradients, sizes, stream);
+  if (kinds == 3)
+    launch_reduce_modulation<3>(partials, modulation, residual, gradients, sizes, stream);
   else launch_reduce_modulation<4>(partials, modulation, residual, gradients, sizes, stream);
 }
 

@@ -1,12 +1,14 @@
-// rope_attention, backward: the gradients of the packed projection, of its bias and of the weights of the norms.
+// rope_attention, backward: the gradients of the packed projection, of its bias and of the weights
+// of the norms.
 #include "common/column_sums.h"
 #include "rope_attention/backward.h"
 #include "rope_attention/instances.h"
 
 namespace ldit {
 
-void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse, const Turn& turn, void* d_qkv,
-                               float* scratch, const VectorPartials& partials, const VectorGradients& gradients,
+void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse,
+                               const Turn& turn, void* d_qkv, float* scratch,
+                               const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream) {
   bool all = whole_chunks(sizes, {d_out, qkv.data, out, turn.table, d_qkv});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
@@ -16,20 +18,28 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
     using Shape = BackwardShape<T, Chosen::width, Chosen::whole>;
     constexpr const char* name = "rope_attention_bwd";
     check(sizes.keys == sizes.warps * Shape::rows, "keys are not those of the warps");
-    check(sizes.queries % (8 * Shape::n) == 0 && (sizes.queries >= sizes.tokens || sizes.queries % Shape::block == 0), "queries fill no tiles");
-    check((sizes.keys >= sizes.tokens && !Shape::wide) || scratch != nullptr, "there is no scratch");
-    check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::most, "too many warps or queries");
-    launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream, Shape::shared(sizes)},
+    check(sizes.queries % (8 * Shape::n) == 0 &&
+              (sizes.queries >= sizes.tokens || sizes.queries % Shape::block == 0),
+          "queries fill no tiles");
+    check((sizes.keys >= sizes.tokens && !Shape::wide) || scratch != nullptr,
+          "there is no scratch");
+    check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::most,
+          "too many warps or queries");
+    launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream,
+            Shape::shared(sizes)},
            rope_attention_bwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(d_out),
-           static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, turn, static_cast<T*>(d_qkv), scratch, partials, sizes, all);
+           static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, turn,
+           static_cast<T*>(d_qkv), scratch, partials, sizes, all);
   });
   std::int64_t heads = sizes.samples * sizes.heads;
   if (partials.of_weights != nullptr) {
     launch_column_sums(partials.of_weights, gradients.d_q_weight, heads, sizes.width, stream);
-    launch_column_sums(partials.of_weights + heads * sizes.width, gradients.d_k_weight, heads, sizes.width, stream);
+    launch_column_sums(partials.of_weights + heads * sizes.width, gradients.d_k_weight, heads,
+                       sizes.width, stream);
   }
   if (partials.of_bias != nullptr) {
-    launch_column_sums(partials.of_bias, gradients.d_bias, sizes.samples, 3 * sizes.heads * sizes.width, stream);
+    launch_column_sums(partials.of_bias, gradients.d_bias, sizes.samples,
+                       3 * sizes.heads * sizes.width, stream);
   }
 }
 

@@ -1,11 +1,13 @@
-// rope_attention, forward: softmax attention within each head, queries and keys normed and rotated on the way in. The products
-// of 16-bit numbers run on tensor cores, those of float32 by FMA, in the same kernels (common/fragments.h).
+// rope_attention, forward: softmax attention within each head, queries and keys normed and rotated
+// on the way in. The products of 16-bit numbers run on tensor cores, those of float32 by FMA, in
+// the same kernels (common/fragments.h).
 #include "rope_attention/forward.h"
 #include "rope_attention/instances.h"
 
 namespace ldit {
 
-void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse, const AttentionSizes& sizes, Stream stream) {
+void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse,
+                               const AttentionSizes& sizes, Stream stream) {
   bool all = whole_chunks(sizes, {qkv.data, turn.table, out});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
   with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
@@ -14,14 +16,17 @@ void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* l
     using Shape = ForwardShape<T, Chosen::width>;
     using Rows = Tile<T, Chosen::width>;
     constexpr const char* name = "rope_attention_fwd";
-    check(sizes.queries % Shape::rows == 0 && sizes.keys % Shape::keys == 0, "queries or keys fill no tiles");
-    check(Chosen::whole || sizes.queries <= sizes.warps * Shape::rows, "warps take turns while keys pass by");
+    check(sizes.queries % Shape::rows == 0 && sizes.keys % Shape::keys == 0,
+          "queries or keys fill no tiles");
+    check(Chosen::whole || sizes.queries <= sizes.warps * Shape::rows,
+          "warps take turns while keys pass by");
     check(sizes.warps * kWarp <= Shape::threads, "too many warps");
     std::int64_t parts = (sizes.tokens + sizes.queries - 1) / sizes.queries;
     std::size_t shared = (Rows::size(sizes.queries) + 2 * Rows::size(sizes.keys)) * sizeof(T);
-    launch({name, blocks(name, sizes.heads * parts, sizes.samples), unsigned(sizes.warps * kWarp), stream, shared},
-           rope_attention_fwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(qkv.data), turn,
-           static_cast<T*>(out), lse, sizes, all);
+    launch({name, blocks(name, sizes.heads * parts, sizes.samples), unsigned(sizes.warps * kWarp),
+            stream, shared},
+           rope_attention_fwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(qkv.data),
+           turn, static_cast<T*>(out), lse, sizes, all);
   });
 }
 

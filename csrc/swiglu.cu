@@ -1,8 +1,10 @@
-// swiglu: silu(a)·b, a and b the halves of each row. Bound by memory: every byte is read once and written once.
+// swiglu: silu(a)·b, a and b the halves of each row. Bound by memory: every byte is read once and
+// written once.
 //
-// A thread owns a few neighbouring columns of both halves and walks down some rows, so a bias stays in registers and so
-// do the sums over rows that are its gradient. The widest access that divides the addresses of all rows is taken:
-// 16 bytes where the width allows it, 4 bytes for bf16 rows of 2730, else one element.
+// A thread owns a few neighbouring columns of both halves and walks down some rows, so a bias stays
+// in registers and so do the sums over rows that are its gradient. The widest access that divides
+// the addresses of all rows is taken: 16 bytes where the width allows it, 4 bytes for bf16 rows of
+// 2730, else one element.
 #include "common/column_sums.h"
 #include "common/math.h"
 
@@ -71,8 +73,8 @@ LDIT_DEVICE void store_sums(float* to, const float (&sums)[count]) {
 // d silu(a) = s·(1 + a·(1 − s)) with s = sigmoid(a).
 template <class T, int count, int rows, bool biased>
 __global__ void __launch_bounds__(kThreads)
-    swiglu_bwd(const T* __restrict__ gate_up, Floats bias, const T* __restrict__ d_out, T* __restrict__ d_gate_up,
-               float* __restrict__ partials, SwigluSizes sizes) {
+    swiglu_bwd(const T* __restrict__ gate_up, Floats bias, const T* __restrict__ d_out,
+               T* __restrict__ d_gate_up, float* __restrict__ partials, SwigluSizes sizes) {
   const Strip<count> strip(sizes);
   const std::int64_t width = sizes.width;
   if (strip.column >= width) return;
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads)
       Raw<T, count> d_gate, d_up;
 #pragma unroll
       for (int j = 0; j < count; ++j) {
-        float a = gate[i][j] + gate_bias[j], b = up[i][j] + up_bias[j], d = upstream[i][j], s = sigmoid(a);
+        float a = gate[i][j] + gate_bias[j], b = up[i][j] + up_bias[j], d = upstream[i][j],
+              s = sigmoid(a);
         float of_gate = d * b * s * (1.f + a * (1.f - s)), of_up = d * a * s;
         d_gate.set(j, of_gate);
         d_up.set(j, of_up);
@@ -126,7 +129,8 @@ int access_bytes(std::int64_t row_bytes, std::initializer_list<const void*> arra
   return 1;
 }
 
-// Calls `use(T, count, rows, biased)`, as types: what is accessed at once, and in how many rows before any is used.
+// Calls `use(T, count, rows, biased)`, as types: what is accessed at once, and in how many rows
+// before any is used.
 template <class Use>
 void with_access(Floats gate_up, bool biased, int bytes, Use&& use) {
   dispatch(gate_up.dtype, [&](auto tag) {
@@ -135,8 +139,10 @@ void with_access(Floats gate_up, bool biased, int bytes, Use&& use) {
       if (biased) use(tag, count, rows, std::true_type{});
       else use(tag, count, rows, std::false_type{});
     };
-    if (bytes == 16) return call(std::integral_constant<int, kVector<T>>{}, std::integral_constant<int, 2>{});
-    if (bytes == 4 && sizeof(T) < 4) return call(std::integral_constant<int, 2>{}, std::integral_constant<int, 4>{});
+    if (bytes == 16)
+      return call(std::integral_constant<int, kVector<T>>{}, std::integral_constant<int, 2>{});
+    if (bytes == 4 && sizeof(T) < 4)
+      return call(std::integral_constant<int, 2>{}, std::integral_constant<int, 4>{});
     call(std::integral_constant<int, 1>{}, std::integral_constant<int, 4>{});
   });
 }
@@ -147,29 +153,37 @@ std::int64_t row_bytes(const Floats& gate_up, const SwigluSizes& sizes) {
 
 }  // namespace
 
-void launch_swiglu_fwd(Floats gate_up, Floats bias, void* out, const SwigluSizes& sizes, Stream stream) {
+void launch_swiglu_fwd(Floats gate_up, Floats bias, void* out, const SwigluSizes& sizes,
+                       Stream stream) {
   int bytes = access_bytes(row_bytes(gate_up, sizes), {gate_up.data, out});
-  with_access(gate_up, bias.data != nullptr, bytes, [&](auto tag, auto count, auto rows, auto biased) {
-    using T = typename decltype(tag)::type;
-    dim3 grid = blocks("swiglu_fwd", Strip<decltype(count)::value>::strips(sizes.width) * sizes.parts());
-    launch({"swiglu_fwd", grid, kThreads, stream},
-           swiglu_fwd<T, decltype(count)::value, decltype(rows)::value, decltype(biased)::value>,
-           static_cast<const T*>(gate_up.data), bias, static_cast<T*>(out), sizes);
-  });
+  with_access(
+      gate_up, bias.data != nullptr, bytes, [&](auto tag, auto count, auto rows, auto biased) {
+        using T = typename decltype(tag)::type;
+        dim3 grid = blocks("swiglu_fwd",
+                           Strip<decltype(count)::value>::strips(sizes.width) * sizes.parts());
+        launch(
+            {"swiglu_fwd", grid, kThreads, stream},
+            swiglu_fwd<T, decltype(count)::value, decltype(rows)::value, decltype(biased)::value>,
+            static_cast<const T*>(gate_up.data), bias, static_cast<T*>(out), sizes);
+      });
 }
 
-void launch_swiglu_bwd(Floats gate_up, Floats bias, const void* d_out, void* d_gate_up, float* partials, Floats d_bias,
-                       const SwigluSizes& sizes, Stream stream) {
+void launch_swiglu_bwd(Floats gate_up, Floats bias, const void* d_out, void* d_gate_up,
+                       float* partials, Floats d_bias, const SwigluSizes& sizes, Stream stream) {
   int bytes = access_bytes(row_bytes(gate_up, sizes), {gate_up.data, d_out, d_gate_up});
-  with_access(gate_up, bias.data != nullptr, bytes, [&](auto tag, auto count, auto rows, auto biased) {
-    using T = typename decltype(tag)::type;
-    dim3 grid = blocks("swiglu_bwd", Strip<decltype(count)::value>::strips(sizes.width) * sizes.parts());
-    launch({"swiglu_bwd", grid, kThreads, stream},
-           swiglu_bwd<T, decltype(count)::value, decltype(rows)::value, decltype(biased)::value>,
-           static_cast<const T*>(gate_up.data), bias, static_cast<const T*>(d_out), static_cast<T*>(d_gate_up), partials,
-           sizes);
-  });
-  if (partials != nullptr) launch_column_sums(partials, d_bias, sizes.parts(), 2 * sizes.width, stream);
+  with_access(
+      gate_up, bias.data != nullptr, bytes, [&](auto tag, auto count, auto rows, auto biased) {
+        using T = typename decltype(tag)::type;
+        dim3 grid = blocks("swiglu_bwd",
+                           Strip<decltype(count)::value>::strips(sizes.width) * sizes.parts());
+        launch(
+            {"swiglu_bwd", grid, kThreads, stream},
+            swiglu_bwd<T, decltype(count)::value, decltype(rows)::value, decltype(biased)::value>,
+            static_cast<const T*>(gate_up.data), bias, static_cast<const T*>(d_out),
+            static_cast<T*>(d_gate_up), partials, sizes);
+      });
+  if (partials != nullptr)
+    launch_column_sums(partials, d_bias, sizes.parts(), 2 * sizes.width, stream);
 }
 
 }  // namespace ldit

@@ -1,13 +1,16 @@
-// vf_loss: how far the cosines within each of two sets of vectors differ, and how far apart the vectors themselves point.
+// vf_loss: how far the cosines within each of two sets of vectors differ, and how far apart the
+// vectors themselves point.
 //
-// Vectors are columns of [channels, positions], as convolutions leave them. A tile of either matrix of cosines lives in
-// registers only, as products of the inputs as they are: the inverse norms are applied to the float32 products. The
-// forward pass makes the tiles on and above the diagonal, for both matrices are symmetric.
+// Vectors are columns of [channels, positions], as convolutions leave them. A tile of either matrix
+// of cosines lives in registers only, as products of the inputs as they are: the inverse norms are
+// applied to the float32 products. The forward pass makes the tiles on and above the diagonal, for
+// both matrices are symmetric.
 //
-// The backward pass makes 64 rows against 256 columns (a panel) at a time. With d the difference of the cosines and
-// G_ij = sign(d_ij)·[|d_ij| > margin], symmetric, the first term pulls the unit vector of i by 2·Σ_j G_ij·ẑ_j: a second
-// product, of the panel's weights G_ij / |z_j|, held in shared memory, with the vectors as they are. What it moves along ẑ_i
-// itself is taken out with Σ_j G_ij·(z_i·z_j) / |z_j|, which the tiles give.
+// The backward pass makes 64 rows against 256 columns (a panel) at a time. With d the difference of
+// the cosines and G_ij = sign(d_ij)·[|d_ij| > margin], symmetric, the first term pulls the unit
+// vector of i by 2·Σ_j G_ij·ẑ_j: a second product, of the panel's weights G_ij / |z_j|, held in
+// shared memory, with the vectors as they are. What it moves along ẑ_i itself is taken out with Σ_j
+// G_ij·(z_i·z_j) / |z_j|, which the tiles give.
 #include "common/async_copy.h"
 #include "common/floats.h"
 #include "common/fragments.h"
@@ -17,8 +20,10 @@
 namespace ldit {
 namespace {
 
-constexpr float kFloorDistmat = 1e-12f, kFloorCos = 1e-8f;  // norms below these count as these, in either term
-constexpr float kTopWeight = 32768.f;  // the largest weight of a panel as it is held: float16 then has ratios up to 2^29
+// Norms below these count as these, in either term.
+constexpr float kFloorDistmat = 1e-12f, kFloorCos = 1e-8f;
+// The largest weight of a panel as it is held: float16 then has ratios up to 2^29.
+constexpr float kTopWeight = 32768.f;
 
 LDIT_DEVICE float inverse_norm(float norm, float floor) { return 1.f / fmaxf(norm, floor); }
 LDIT_DEVICE float above(float x) { return x <= 0.f ? 0.f : x; }  // relu, but NaN stays NaN
@@ -26,11 +31,12 @@ LDIT_DEVICE float above(float x) { return x <= 0.f ? 0.f : x; }  // relu, but Na
 // --- Norms, products z·f and the second term.
 
 constexpr int kSides = 32, kAcross = 8;  // threads of a block over channels and over positions
+constexpr int kPositionsThreads = kSides * kAcross;
 
 template <class T, int count>
-__global__ void __launch_bounds__(kSides * kAcross)
-    vf_loss_positions(const T* __restrict__ z, const T* __restrict__ f, float* __restrict__ kept, float* __restrict__ cos_sums,
-                      VfSizes sizes) {
+__global__ void __launch_bounds__(kPositionsThreads)
+    vf_loss_positions(const T* __restrict__ z, const T* __restrict__ f, float* __restrict__ kept,
+                      float* __restrict__ cos_sums, VfSizes sizes) {
   constexpr int width = kAcross * count;
   LDIT_SHARED(float, memory, 3 * kSides * width);
   LDIT_SHARED(float, totals, BlockSums<1>::size);
@@ -43,9 +49,11 @@ __global__ void __launch_bounds__(kSides * kAcross)
     const std::int64_t offset = sample * sizes.channels * positions + begin + local;
 #pragma unroll 4
     for (std::int64_t channel = side; channel < sizes.channels; channel += kSides) {
-      auto a = load<count>(z + offset + channel * positions), b = load<count>(f + offset + channel * positions);
+      auto a = load<count>(z + offset + channel * positions),
+           b = load<count>(f + offset + channel * positions);
 #pragma unroll
-      for (int j = 0; j < count; ++j) zz[j] += a[j] * a[j], ff[j] += b[j] * b[j], zf[j] += a[j] * b[j];
+      for (int j = 0; j < count; ++j)
+        zz[j] += a[j] * a[j], ff[j] += b[j] * b[j], zf[j] += a[j] * b[j];
     }
   }
 #pragma unroll
@@ -82,11 +90,13 @@ constexpr int kDepth = 64 / sizeof(T);  // channels of one step
 
 constexpr int kChunk = 64;  // channels and positions of a step of the second product
 
-// A block of warps, each with the pairs of 32 rows and 32 columns: in a thread, those of an mma fragment (common/mma.h).
+// A block of warps, each with the pairs of 32 rows and 32 columns: in a thread, those of an mma
+// fragment (common/mma.h).
 template <class T, int warps_down, int warps_across>
 struct Block {
   using Type = T;
-  static constexpr int rows = 32 * warps_down, columns = 32 * warps_across, threads = kWarp * warps_down * warps_across;
+  static constexpr int rows = 32 * warps_down, columns = 32 * warps_across,
+                       threads = kWarp * warps_down * warps_across;
   using Rows = Tile<T, rows>;
   using Columns = Tile<T, columns>;
   static constexpr std::int64_t stage = 2 * (Rows::size(kDepth<T>) + Columns::size(kDepth<T>));
@@ -103,16 +113,17 @@ struct Sample {
   bool whole;  // whether 16 bytes can be read from every kVector<T>-th position of a channel on
 };
 
-// Channels [channel, channel + count) of the positions from `position` on; what does not exist is 0.
+// Channels [channel, channel + count) of the positions from `position` on, 0 where there are none.
 template <int threads, class T, int columns>
-LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::int64_t channel, std::int64_t position,
-                       int count) {
+LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::int64_t channel,
+                       std::int64_t position, int count) {
   constexpr int step = kVector<T>, across = columns / step;
   for (int unit = threadIdx.x; unit < count * across; unit += threads) {
     int row = unit / across, column = unit % across * step;
     std::int64_t left = min(from.positions - position - column, std::int64_t(step));
     int valid = channel + row < from.channels && left > 0 ? int(left) : 0;
-    const T* source = valid ? from.start + (channel + row) * from.positions + position + column : from.start;
+    const T* source =
+        valid ? from.start + (channel + row) * from.positions + position + column : from.start;
     if (from.whole) copy16(to.at(row, column, step), source, valid * int(sizeof(T)));
     else store(to.at(row, column, step), load_tail<step>(source, valid));
   }
@@ -127,7 +138,8 @@ LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&su
     for (int k = 0; k < kDepth<T>; k += 16) {
       Word<T> a[2][4], b[4][2];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) load_a_transposed(a[m], left, k, B::row() - group_index() + 16 * m);
+      for (int m = 0; m < 2; ++m)
+        load_a_transposed(a[m], left, k, B::row() - group_index() + 16 * m);
       load_b_transposed<4>(b, right, k, B::column() - 2 * member_index());
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -154,10 +166,11 @@ LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&su
   }
 }
 
-// The same of the second product, 32 channels × 16 rows for a warp: left [channels, positions], right [rows, positions].
+// The same of the second product, 32 channels × 16 rows for a warp: left [channels, positions],
+// right [rows, positions].
 template <class Vectors, class Weights>
-LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channel, int row, int position,
-                           float (&sums)[2][2][4]) {
+LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channel, int row,
+                           int position, float (&sums)[2][2][4]) {
   using T = std::remove_reference_t<decltype(*left.memory.base)>;
 #pragma unroll 4
   for (int k = 0; k < kChunk; k += kNarrow<T> ? 16 : 2) {
@@ -176,7 +189,8 @@ LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channe
 #pragma unroll
       for (int m = 0; m < 4; ++m) a[m] = left.pair(channel + group_index() + 8 * m, k);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) b[n] = right.pair(row + 8 * (n / 2) + 2 * member_index() + n % 2, position + k);
+      for (int n = 0; n < 4; ++n)
+        b[n] = right.pair(row + 8 * (n / 2) + 2 * member_index() + n % 2, position + k);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -189,8 +203,9 @@ LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channe
   }
 }
 
-// Calls `use(step)` for each step, while the copies that `load(step + 1)` has started are under way. A step's shared memory is
-// that of the step before the last; begins and ends with all of it free.
+// Calls `use(step)` for each step, while the copies that `load(step + 1)` has started are under
+// way. A step's shared memory is that of the step before the last; begins and ends with all of it
+// free.
 template <class Load, class Use>
 LDIT_DEVICE void in_two_stages(int steps, Load&& load, Use&& use) {
   load(0);
@@ -205,16 +220,21 @@ LDIT_DEVICE void in_two_stages(int steps, Load&& load, Use&& use) {
   }
 }
 
-// Adds z_i·z_j to zz and f_i·f_j to ff for the block's rows i and columns j; begins and ends with free shared memory.
+// Adds z_i·z_j to zz and f_i·f_j to ff for the block's rows i and columns j; begins and ends with
+// free shared memory.
 template <class B, class T>
-LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t first_row, std::int64_t first_column,
-                          const Shared<T>& memory, float (&zz)[2][4][4], float (&ff)[2][4][4]) {
-  constexpr std::int64_t of_rows = B::Rows::size(kDepth<T>), of_columns = B::Columns::size(kDepth<T>);
+LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t first_row,
+                          std::int64_t first_column, const Shared<T>& memory, float (&zz)[2][4][4],
+                          float (&ff)[2][4][4]) {
+  constexpr std::int64_t of_rows = B::Rows::size(kDepth<T>),
+                         of_columns = B::Columns::size(kDepth<T>);
   auto rows = [&](int stage, int which) {
-    return typename B::Rows{memory.part(stage * B::stage + which * (of_rows + of_columns), of_rows)};
+    return
+        typename B::Rows{memory.part(stage * B::stage + which * (of_rows + of_columns), of_rows)};
   };
   auto columns = [&](int stage, int which) {
-    return typename B::Columns{memory.part(stage * B::stage + which * (of_rows + of_columns) + of_rows, of_columns)};
+    return typename B::Columns{
+        memory.part(stage * B::stage + which * (of_rows + of_columns) + of_rows, of_columns)};
   };
   auto load_step = [&](int step) {
     std::int64_t channel = std::int64_t(step) * kDepth<T>;
@@ -231,7 +251,8 @@ LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t f
   });
 }
 
-// Inverse norms of the rows and columns of a thread's products; norms of positions that do not exist are 0.
+// Inverse norms of the rows and columns of a thread's products; norms of positions that do not
+// exist are 0.
 struct Norms {
   const float *z, *f;  // of one sample
   std::int64_t positions;
@@ -240,10 +261,11 @@ struct Norms {
   LDIT_DEVICE float of_f(std::int64_t i) const { return i < positions ? f[i] : 0.f; }
 };
 
-// Calls `use(m, half, n, e, difference of the cosines)` for each product zz[m][n][2·half + e] of this thread.
+// Calls `use(m, half, n, e, difference of the cosines)` for each product zz[m][n][2·half + e] of
+// this thread.
 template <class B, class Use>
-LDIT_DEVICE void differences(const Norms& norms, std::int64_t first_row, std::int64_t first_column, const float (&zz)[2][4][4],
-                             const float (&ff)[2][4][4], Use&& use) {
+LDIT_DEVICE void differences(const Norms& norms, std::int64_t first_row, std::int64_t first_column,
+                             const float (&zz)[2][4][4], const float (&ff)[2][4][4], Use&& use) {
   float z_row[2][2], f_row[2][2];
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -258,7 +280,8 @@ LDIT_DEVICE void differences(const Norms& norms, std::int64_t first_row, std::in
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       std::int64_t j = first_column + B::column() + 8 * n + e;
-      float z_column = inverse_norm(norms.of_z(j), kFloorDistmat), f_column = inverse_norm(norms.of_f(j), kFloorDistmat);
+      float z_column = inverse_norm(norms.of_z(j), kFloorDistmat),
+            f_column = inverse_norm(norms.of_f(j), kFloorDistmat);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -286,28 +309,34 @@ __global__ void __launch_bounds__(Square<T>::threads, 4)
   LDIT_SHARED(T, memory, 2 * B::stage);
   LDIT_SHARED(float, totals, BlockSums<1>::size);
   const std::int64_t positions = sizes.positions;
-  unsigned tiles = unsigned(sizes.tiles()), pairs = tiles * (tiles + 1) / 2, index = blockIdx.x % pairs, row = 0;
+  unsigned tiles = unsigned(sizes.tiles()), pairs = tiles * (tiles + 1) / 2,
+           index = blockIdx.x % pairs, row = 0;
   while (index >= tiles - row) index -= tiles - row++;
   std::int64_t sample = blockIdx.x / pairs;
-  std::int64_t first_row = std::int64_t(row) * kSide, first_column = first_row + std::int64_t(index) * kSide;
+  std::int64_t first_row = std::int64_t(row) * kSide,
+               first_column = first_row + std::int64_t(index) * kSide;
   std::int64_t offset = sample * sizes.channels * positions;
   float zz[2][4][4] = {}, ff[2][4][4] = {}, total[1] = {0.f};
-  products<B>(Sample<T>{z + offset, sizes.channels, positions, whole}, Sample<T>{f + offset, sizes.channels, positions, whole},
-              first_row, first_column, memory, zz, ff);
+  products<B>(Sample<T>{z + offset, sizes.channels, positions, whole},
+              Sample<T>{f + offset, sizes.channels, positions, whole}, first_row, first_column,
+              memory, zz, ff);
   Norms norms{kept + sample * positions, kept + (sizes.samples + sample) * positions, positions};
   differences<B>(norms, first_row, first_column, zz, ff, [&](int, int, int, int, float difference) {
-    total[0] += above(fabsf(difference) - sizes.distmat_margin);  // nothing for positions that do not exist
+    // Nothing for positions that do not exist.
+    total[0] += above(fabsf(difference) - sizes.distmat_margin);
   });
   BlockSums<1> sum(totals);
   sum(total, 0);
-  if (threadIdx.x == 0) tile_sums[blockIdx.x] = index > 0 ? 2.f * total[0] : total[0];  // twice for those beside the diagonal
+  // Twice for those beside the diagonal.
+  if (threadIdx.x == 0) tile_sums[blockIdx.x] = index > 0 ? 2.f * total[0] : total[0];
 }
 
 constexpr int kMeansThreads = 256;
 
 __global__ void __launch_bounds__(kMeansThreads)
-    vf_loss_means(const float* __restrict__ tile_sums, const float* __restrict__ cos_sums, float* __restrict__ distmat,
-                  float* __restrict__ cos, std::int64_t num_tiles, std::int64_t num_cos, float pairs, float vectors) {
+    vf_loss_means(const float* __restrict__ tile_sums, const float* __restrict__ cos_sums,
+                  float* __restrict__ distmat, float* __restrict__ cos, std::int64_t num_tiles,
+                  std::int64_t num_cos, float pairs, float vectors) {
   LDIT_SHARED(float, totals, BlockSums<2>::size);
   float sums[2] = {0.f, 0.f};
   for (std::int64_t i = threadIdx.x; i < num_tiles; i += kMeansThreads) sums[0] += tile_sums[i];
@@ -334,13 +363,14 @@ struct Panel : Block<T, 2, 4> {
       (2 * Self::stage + Weights::size(Self::rows)) * sizeof(T) + 7 * Self::rows * sizeof(float);
 };
 
-// What the thread of a row works out for all of its channels: the gradient is pull·Σ + of_z·z + of_f·f.
+// What the thread of a row works out for all of its channels: the gradient is pull·Σ + of_z·z +
+// of_f·f.
 struct RowScales {
   float pull, of_z, of_f;
 };
 
-LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, float along, float d_distmat, float d_cos,
-                                 const VfSizes& sizes) {
+LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, float along,
+                                 float d_distmat, float d_cos, const VfSizes& sizes) {
   float to_unit = inverse_norm(z_norm, kFloorDistmat);
   RowScales scales;
   scales.pull = to_unit * (d_distmat * 2.f / sizes.pairs());
@@ -355,9 +385,11 @@ LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, floa
 
 template <class T>
 __global__ void __launch_bounds__(Panel<T>::threads)
-    vf_loss_gradient(const T* __restrict__ z, const T* __restrict__ f, const float* __restrict__ z_norms,
-                     const float* __restrict__ f_norms, const float* __restrict__ inner, const float* __restrict__ d_distmat,
-                     const float* __restrict__ d_cos, float* partial, T* __restrict__ d_z, VfSizes sizes, bool whole) {
+    vf_loss_gradient(const T* __restrict__ z, const T* __restrict__ f,
+                     const float* __restrict__ z_norms, const float* __restrict__ f_norms,
+                     const float* __restrict__ inner, const float* __restrict__ d_distmat,
+                     const float* __restrict__ d_cos, float* partial, T* __restrict__ d_z,
+                     VfSizes sizes, bool whole) {
   using B = Panel<T>;
   DynamicShared dynamic;
   const Shared<T> memory = dynamic.template take<T>(2 * B::stage);
@@ -368,7 +400,8 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   unsigned tiles = unsigned((positions + B::rows - 1) / B::rows);
   std::int64_t sample = blockIdx.x / tiles, first_row = std::int64_t(blockIdx.x % tiles) * B::rows;
   std::int64_t offset = sample * channels * positions;
-  const Sample<T> of_z{z + offset, channels, positions, whole}, of_f{f + offset, channels, positions, whole};
+  const Sample<T> of_z{z + offset, channels, positions, whole},
+      of_f{f + offset, channels, positions, whole};
   const Norms norms{z_norms + sample * positions, f_norms + sample * positions, positions};
   // A vector of zeros pulls nothing: its weight must not be the one that the others are scaled by.
   auto weight = [&](std::int64_t j) {
@@ -380,7 +413,8 @@ __global__ void __launch_bounds__(Panel<T>::threads)
     const bool last = first + B::width >= positions;
     float top = 0.f;
 #pragma unroll
-    for (int k = 0; k < B::width / kWarp; ++k) top = fmaxf(top, weight(first + k * kWarp + lane_index()));
+    for (int k = 0; k < B::width / kWarp; ++k)
+      top = fmaxf(top, weight(first + k * kWarp + lane_index()));
     top = warp_max(top);
     const float unscale = top > 0.f ? top / kTopWeight : 1.f, scale = 1.f / unscale;
 
@@ -388,14 +422,17 @@ __global__ void __launch_bounds__(Panel<T>::threads)
       float zz[2][4][4] = {}, ff[2][4][4] = {};
       products<B>(of_z, of_f, first_row, first + part, memory, zz, ff);
       float pull[2][2][4][2];
-      differences<B>(norms, first_row, first + part, zz, ff, [&](int m, int half, int n, int e, float difference) {
-        float size = weight(first + part + B::column() + 8 * n + e) * scale;
-        float pulls = fabsf(difference) > sizes.distmat_margin ? (difference > 0.f ? size : -size) : 0.f;
-        // As rounded for the product, so that its rounding is taken out with the rest along ẑ_i.
-        pulls = to_float(from_float<T>(pulls));
-        along[m][half] += pulls * zz[m][n][2 * half + e] * unscale;
-        pull[m][half][n][e] = pulls;
-      });
+      differences<B>(norms, first_row, first + part, zz, ff,
+                     [&](int m, int half, int n, int e, float difference) {
+                       float size = weight(first + part + B::column() + 8 * n + e) * scale;
+                       float pulls = fabsf(difference) > sizes.distmat_margin
+                                         ? (difference > 0.f ? size : -size)
+                                         : 0.f;
+                       // As rounded for the product: its rounding is then taken out too.
+                       pulls = to_float(from_float<T>(pulls));
+                       along[m][half] += pulls * zz[m][n][2 * half + e] * unscale;
+                       pull[m][half][n][e] = pulls;
+                     });
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -413,14 +450,16 @@ __global__ void __launch_bounds__(Panel<T>::threads)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float sum = warp_sum(along[m][half], 4);
-          if (member_index() == 0) alongs[warp_index() % 4 * B::rows + B::row() + 16 * m + 8 * half] = sum;
+          if (member_index() == 0)
+            alongs[warp_index() % 4 * B::rows + B::row() + 16 * m + 8 * half] = sum;
         }
       __syncthreads();
       std::int64_t i = first_row + threadIdx.x;
       if (threadIdx.x < B::rows && i < positions) {
         float sum = 0.f;
         for (int k = 0; k < 4; ++k) sum += alongs[k * B::rows + threadIdx.x];
-        RowScales row = row_scales(norms.of_z(i), norms.of_f(i), inner[sample * positions + i], sum, *d_distmat, *d_cos, sizes);
+        RowScales row = row_scales(norms.of_z(i), norms.of_f(i), inner[sample * positions + i], sum,
+                                   *d_distmat, *d_cos, sizes);
         scales[threadIdx.x] = row.pull;
         scales[B::rows + threadIdx.x] = row.of_z;
         scales[2 * B::rows + threadIdx.x] = row.of_f;
@@ -432,10 +471,12 @@ __global__ void __launch_bounds__(Panel<T>::threads)
     const int across = int((min(positions - first, std::int64_t(B::width)) + kChunk - 1) / kChunk);
     const int steps = int((channels + kChunk - 1) / kChunk) * across;
     auto vectors = [&](int step) {
-      return typename B::Vectors{memory.part(step % 2 * B::Vectors::size(kChunk), B::Vectors::size(kChunk))};
+      return typename B::Vectors{
+          memory.part(step % 2 * B::Vectors::size(kChunk), B::Vectors::size(kChunk))};
     };
     auto load_step = [&](int step) {
-      fetch<B::threads>(vectors(step), of_z, std::int64_t(step / across) * kChunk, first + step % across * kChunk, kChunk);
+      fetch<B::threads>(vectors(step), of_z, std::int64_t(step / across) * kChunk,
+                        first + step % across * kChunk, kChunk);
     };
     const int channel_of_warp = warp_index() / 4 * 32, row_of_warp = warp_index() % 4 * 16;
     float sums[2][2][4] = {};
@@ -460,7 +501,8 @@ __global__ void __launch_bounds__(Panel<T>::threads)
                 partial[at] = sum;
                 continue;
               }
-              float own = to_float(z[at]) * scales[B::rows + row] + to_float(f[at]) * scales[2 * B::rows + row];
+              float own = to_float(z[at]) * scales[B::rows + row] +
+                          to_float(f[at]) * scales[2 * B::rows + row];
               d_z[at] = from_float<T>(sum * scales[row] + own);
             }
       }
@@ -474,8 +516,8 @@ bool whole(const VfSizes& sizes, DType dtype, const void* z, const void* f) {
 
 }  // namespace
 
-void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, float* tile_sums, float* distmat, float* cos,
-                        const VfSizes& sizes, Stream stream) {
+void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, float* tile_sums,
+                        float* distmat, float* cos, const VfSizes& sizes, Stream stream) {
   bool all = whole(sizes, z.dtype, z.data, f);
   std::int64_t cos_parts = 0;
   dispatch(z.dtype, [&](auto tag) {
@@ -484,27 +526,31 @@ void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, f
     auto positions = [&](auto kernel, int count) {
       cos_parts = sizes.samples * ((sizes.positions + kAcross * count - 1) / (kAcross * count));
       dim3 grid = blocks("vf_loss_positions", cos_parts);
-      launch({"vf_loss_positions", grid, kSides * kAcross, stream}, kernel, of_z, of_f, kept, cos_sums, sizes);
+      launch({"vf_loss_positions", grid, kPositionsThreads, stream}, kernel, of_z, of_f, kept,
+             cos_sums, sizes);
     };
     if (all) positions(vf_loss_positions<T, kVector<T>>, kVector<T>);
     else positions(vf_loss_positions<T, 1>, 1);
     dim3 grid = blocks("vf_loss_tiles", sizes.tile_parts());
-    launch({"vf_loss_tiles", grid, Square<T>::threads, stream}, vf_loss_tiles<T>, of_z, of_f, kept, tile_sums, sizes, all);
+    launch({"vf_loss_tiles", grid, Square<T>::threads, stream}, vf_loss_tiles<T>, of_z, of_f, kept,
+           tile_sums, sizes, all);
   });
-  launch({"vf_loss_means", dim3(1), kMeansThreads, stream}, vf_loss_means, tile_sums, cos_sums, distmat, cos, sizes.tile_parts(),
-         cos_parts, sizes.pairs(), sizes.vectors());
+  launch({"vf_loss_means", dim3(1), kMeansThreads, stream}, vf_loss_means, tile_sums, cos_sums,
+         distmat, cos, sizes.tile_parts(), cos_parts, sizes.pairs(), sizes.vectors());
 }
 
-void launch_vf_loss_bwd(Floats z, const void* f, const float* z_norms, const float* f_norms, const float* inner,
-                        const float* d_distmat, const float* d_cos, float* partial, void* d_z, const VfSizes& sizes,
-                        Stream stream) {
+void launch_vf_loss_bwd(Floats z, const void* f, const float* z_norms, const float* f_norms,
+                        const float* inner, const float* d_distmat, const float* d_cos,
+                        float* partial, void* d_z, const VfSizes& sizes, Stream stream) {
   bool all = whole(sizes, z.dtype, z.data, f);
   dispatch(z.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using B = Panel<T>;
-    dim3 grid = blocks("vf_loss_gradient", sizes.samples * ((sizes.positions + B::rows - 1) / B::rows));
-    launch({"vf_loss_gradient", grid, B::threads, stream, B::shared}, vf_loss_gradient<T>, static_cast<const T*>(z.data),
-           static_cast<const T*>(f), z_norms, f_norms, inner, d_distmat, d_cos, partial, static_cast<T*>(d_z), sizes, all);
+    dim3 grid =
+        blocks("vf_loss_gradient", sizes.samples * ((sizes.positions + B::rows - 1) / B::rows));
+    launch({"vf_loss_gradient", grid, B::threads, stream, B::shared}, vf_loss_gradient<T>,
+           static_cast<const T*>(z.data), static_cast<const T*>(f), z_norms, f_norms, inner,
+           d_distmat, d_cos, partial, static_cast<T*>(d_z), sizes, all);
   });
 }
 

@@ -1,4 +1,5 @@
-// Conversions between float and the narrow types, and the switch from a dtype known at run time to a type.
+// Conversions between float and the narrow types, and the switch from a dtype known at run time to
+// a type.
 #pragma once
 
 #include "../ops.h"

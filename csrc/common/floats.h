@@ -1,4 +1,5 @@
-// Arrays of floats whose dtype is known at run time: for what a kernel reads or writes too rarely for code of its own.
+// Arrays of floats whose dtype is known at run time: for what a kernel reads or writes too rarely
+// for code of its own.
 #pragma once
 
 #include "vector.h"
@@ -16,9 +17,11 @@ LDIT_DEVICE void widen(const void* array, std::int64_t offset, int valid, float 
 
 }  // namespace detail
 
-// The first `valid` of `count` neighbours, all if `all` says so and `valid` is not 0; the others, and a null array, are 0.
+// The first `valid` of `count` neighbours, all if `all` says so and `valid` is not 0; the others,
+// and a null array, are 0.
 template <bool all, int count>
-LDIT_DEVICE void load_floats(const Floats& array, std::int64_t offset, int valid, float (&to)[count]) {
+LDIT_DEVICE void load_floats(const Floats& array, std::int64_t offset, int valid,
+                             float (&to)[count]) {
 #pragma unroll
   for (int j = 0; j < count; ++j) to[j] = 0.f;
   if (valid == 0 || array.data == nullptr) return;

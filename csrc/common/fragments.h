@@ -1,8 +1,8 @@
-// Matrix fragments of 16-bit numbers and of float32 alike, in the layout of mma.h: products by tensor cores where there are
-// 16 bits, else by FMA, with the factors passed from lane to lane.
+// Matrix fragments of 16-bit numbers and of float32 alike, in the layout of mma.h: products by
+// tensor cores where there are 16 bits, else by FMA, with the factors passed from lane to lane.
 //
-// A depth k is a number of tiles of 8: a Word holds two neighbours along k, an A fragment of 16 rows has two Words for
-// each tile (rows `group` and group + 8), a B fragment of 8 columns one.
+// A depth k is a number of tiles of 8: a Word holds two neighbours along k, an A fragment of 16
+// rows has two Words for each tile (rows `group` and group + 8), a B fragment of 8 columns one.
 #pragma once
 
 #include "mma.h"
@@ -24,8 +24,9 @@ LDIT_DEVICE Word<T> word(float low, float high) {
 LDIT_DEVICE int group_index() { return lane_index() / 4; }
 LDIT_DEVICE int member_index() { return lane_index() % 4; }
 
-// Rows in shared memory, `columns` a multiple of 8. An odd number of 16-byte units from row to row spreads the same
-// unit of 8 neighbouring rows over all banks: ldmatrix reads without conflicts. 72 columns of 16 bits are 9 units as they are.
+// Rows in shared memory, `columns` a multiple of 8. An odd number of 16-byte units from row to row
+// spreads the same unit of 8 neighbouring rows over all banks: ldmatrix reads without conflicts. 72
+// columns of 16 bits are 9 units as they are.
 template <class T, int columns>
 struct Tile {
   static constexpr int stride = (columns / kVector<T> | 1) * kVector<T>;
@@ -50,7 +51,8 @@ struct Tile {
 
 // A of rows `row` to row + 15, k from `column` on.
 template <int tiles, class T, int columns>
-LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, int row, int column, Site site = Site::here()) {
+LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, int row, int column,
+                        Site site = Site::here()) {
   if constexpr (kNarrow<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
 #pragma unroll
@@ -68,28 +70,32 @@ LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, i
   } else {
 #pragma unroll
     for (int w = 0; w < 2 * tiles; ++w) {
-      a[w] = from.pair(row + group_index() + 8 * (w % 2), column + 8 * (w / 2) + 2 * member_index(), site);
+      a[w] = from.pair(row + group_index() + 8 * (w % 2), column + 8 * (w / 2) + 2 * member_index(),
+                       site);
     }
   }
 }
 
 // A, two tiles deep, of what stands with k along rows: k from `row` on, rows of A from `column` on.
 template <class T, int columns>
-LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from, int row, int column, Site site = Site::here()) {
+LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from, int row,
+                                   int column, Site site = Site::here()) {
   if constexpr (kNarrow<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
     ldmatrix<true>(a, from.at(row + j + 8 * (i / 2), column + 8 * (i % 2), 8, site), site);
   } else {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      a[w] = from.pair_down(row + 8 * (w / 2) + 2 * member_index(), column + 8 * (w % 2) + group_index(), site);
+      a[w] = from.pair_down(row + 8 * (w / 2) + 2 * member_index(),
+                            column + 8 * (w % 2) + group_index(), site);
     }
   }
 }
 
 // B whose 8 columns are the rows from `row` on, k from `column` on.
 template <int tiles, class T, int columns>
-LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int row, int column, Site site = Site::here()) {
+LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int row, int column,
+                        Site site = Site::here()) {
   if constexpr (kNarrow<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
     constexpr int fours = tiles / 4 * 4, twos = tiles / 2 * 2;
@@ -112,19 +118,23 @@ LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int r
     }
   } else {
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) b[t] = from.pair(row + group_index(), column + 8 * t + 2 * member_index(), site);
+    for (int t = 0; t < tiles; ++t)
+      b[t] = from.pair(row + group_index(), column + 8 * t + 2 * member_index(), site);
   }
 }
 
-// `tiles` fragments B, each two tiles deep, of what stands with k along rows: k from `row` on, columns from `column` on.
+// `tiles` fragments B, each two tiles deep, of what stands with k along rows: k from `row` on,
+// columns from `column` on.
 template <int tiles, class T, int columns>
-LDIT_DEVICE void load_b_transposed(Word<T> (&b)[tiles][2], const Tile<T, columns>& from, int row, int column, Site site = Site::here()) {
+LDIT_DEVICE void load_b_transposed(Word<T> (&b)[tiles][2], const Tile<T, columns>& from, int row,
+                                   int column, Site site = Site::here()) {
   if constexpr (kNarrow<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
       std::uint32_t r[4];
-      ldmatrix<true>(r, from.at(row + j + 8 * (i % 2), column + 8 * t + 8 * (i / 2), 8, site), site);
+      ldmatrix<true>(r, from.at(row + j + 8 * (i % 2), column + 8 * t + 8 * (i / 2), 8, site),
+                     site);
       b[t][0] = r[0], b[t][1] = r[1], b[t + 1][0] = r[2], b[t + 1][1] = r[3];
     }
     if constexpr (tiles % 2) {
@@ -137,7 +147,8 @@ LDIT_DEVICE void load_b_transposed(Word<T> (&b)[tiles][2], const Tile<T, columns
     for (int t = 0; t < tiles; ++t)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        b[t][half] = from.pair_down(row + 8 * half + 2 * member_index(), column + 8 * t + group_index(), site);
+        b[t][half] = from.pair_down(row + 8 * half + 2 * member_index(),
+                                    column + 8 * t + group_index(), site);
   }
 }
 
@@ -147,7 +158,8 @@ LDIT_DEVICE float2 from_lane(float2 pair, int lane) {
   return {__shfl_sync(kFullMask, pair.x, lane), __shfl_sync(kFullMask, pair.y, lane)};
 }
 
-// One tile deep, by FMA: the rows of A are in the lanes of a group, a column of B in those of another.
+// One tile deep, by FMA: the rows of A are in the lanes of a group, a column of B in those of
+// another.
 LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 below, float2 b) {
   int row = lane_index() / 4 * 4, column = lane_index() % 4 * 8;
 #pragma unroll 1  // a quarter of the code, which takes long to compile
@@ -161,9 +173,11 @@ LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 be
   }
 }
 
-LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b, [[maybe_unused]] Site site = Site::here()) {
+LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b,
+                              [[maybe_unused]] Site site = Site::here()) {
 #ifdef LDIT_EMULATED
-  // The same sums, in the same order, in one turn of each lane instead of 32 (tests/csrc/helpers.cu compares them).
+  // The same sums, in the same order, in one turn of each lane instead of 32 (tests/csrc/helpers.cu
+  // compares them).
   float2 a[2] = {above, below};
   emulated_mma<float, 8>("multiply_add", d, a, &b, site);
 #else
@@ -175,13 +189,16 @@ LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 
 
 // d += a·b over all tiles.
 template <class T, int tiles>
-LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles], Site site = Site::here()) {
+LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles],
+                          Site site = Site::here()) {
   if constexpr (kNarrow<T>) {
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
-      mma_m16n8k16<T>(d, {a[2 * t], a[2 * t + 1], a[2 * t + 2], a[2 * t + 3]}, {b[t], b[t + 1]}, site);
+      mma_m16n8k16<T>(d, {a[2 * t], a[2 * t + 1], a[2 * t + 2], a[2 * t + 3]}, {b[t], b[t + 1]},
+                      site);
     }
-    if constexpr (tiles % 2) mma_m16n8k8<T>(d, {a[2 * tiles - 2], a[2 * tiles - 1]}, {b[tiles - 1]}, site);
+    if constexpr (tiles % 2)
+      mma_m16n8k8<T>(d, {a[2 * tiles - 2], a[2 * tiles - 1]}, {b[tiles - 1]}, site);
   } else {
 #pragma unroll
     for (int t = 0; t < tiles; ++t) detail::multiply_add(d, a[2 * t], a[2 * t + 1], b[t], site);

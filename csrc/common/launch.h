@@ -36,7 +36,8 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
   };
   constexpr std::size_t kWithoutAsking = 48 << 10;
   if (config.dynamic_shared > kWithoutAsking) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(config.dynamic_shared)));
   }
   cudaLaunchConfig_t native{};
@@ -51,7 +52,8 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
 // A grid of `count` blocks, times `rows`; throws LaunchError if no grid has so many.
 inline dim3 blocks(const char* name, std::int64_t count, std::int64_t rows = 1) {
   if (count < 1 || count > 0x7fffffff || rows < 1 || rows > 0xffff) {
-    throw LaunchError(std::string(name) + ": a grid of " + std::to_string(count) + " × " + std::to_string(rows) + " blocks");
+    throw LaunchError(std::string(name) + ": a grid of " + std::to_string(count) + " × " +
+                      std::to_string(rows) + " blocks");
   }
   return dim3(static_cast<unsigned>(count), static_cast<unsigned>(rows));
 }

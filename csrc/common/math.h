@@ -1,4 +1,5 @@
-// The transcendental functions of the kernels: the fast instructions, a few ulp from the exact value.
+// The transcendental functions of the kernels: the fast instructions, a few ulp from the exact
+// value.
 #pragma once
 
 #include "platform.h"

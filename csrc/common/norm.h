@@ -1,8 +1,10 @@
-// What the modulated RMS norms share: how a block walks over rows, their modulation, and the second stage of its gradients.
+// What the modulated RMS norms share: how a block walks over rows, their modulation, and the second
+// stage of its gradients.
 //
-// A block has a thread for every `kColumns` neighbouring columns and walks over some tokens of one sample, a few at a
-// time. So what is held per column (modulation, and sums over tokens in the backward pass) stays in registers, and
-// only the sums over a row need the block: one barrier for each step of `rows` tokens.
+// A block has a thread for every `kColumns` neighbouring columns and walks over some tokens of one
+// sample, a few at a time. So what is held per column (modulation, and sums over tokens in the
+// backward pass) stays in registers, and only the sums over a row need the block: one barrier for
+// each step of `rows` tokens.
 #pragma once
 
 #include "column_sums.h"
@@ -18,18 +20,20 @@ inline unsigned norm_threads(std::int64_t width) {
   return static_cast<unsigned>((width + kColumns * kWarp - 1) / (kColumns * kWarp) * kWarp);
 }
 
-// Whether every thread's columns of `array` can be accessed whole, by 16 bytes: `width` and the pointer allow it.
+// Whether every thread's columns of `array` can be accessed whole, by 16 bytes: `width` and the
+// pointer allow it.
 inline bool whole(const Floats& array, std::int64_t stride) {
   return aligned(array.data) && stride % kColumns == 0;
 }
 inline bool whole(const Modulation& m, std::int64_t width) {
-  return whole(m.weight, width) && whole(m.scale.array, m.scale.stride) && whole(m.shift.array, m.shift.stride);
+  return whole(m.weight, width) && whole(m.scale.array, m.scale.stride) &&
+         whole(m.shift.array, m.shift.stride);
 }
 
 // The part of the tokens that a block walks over, and the columns of its thread.
 struct Part {
   std::int64_t sample, chunk, begin, end;  // tokens [begin, end) of the sample
-  int column, valid;                       // columns [column, column + valid); valid is 0 for threads past the row
+  int column, valid;  // columns [column, column + valid); valid is 0 for threads past the row
 
   LDIT_DEVICE explicit Part(const NormSizes& sizes) {
     std::int64_t chunks = sizes.chunks();
@@ -49,14 +53,16 @@ struct Part {
 
 // Loads the thread's columns of a token, zeros where there are none.
 template <bool all, class T>
-LDIT_DEVICE Raw<T, kColumns> load_columns(const T* array, const NormSizes& sizes, const Part& part, std::int64_t token) {
+LDIT_DEVICE Raw<T, kColumns> load_columns(const T* array, const NormSizes& sizes, const Part& part,
+                                          std::int64_t token) {
   if (!part.has(token)) return Raw<T, kColumns>{};
   return load_some<all, kColumns>(array + part.offset(sizes, token), part.valid);
 }
 
 // Zeros for a null array as well.
 template <bool all, class T>
-LDIT_DEVICE Raw<T, kColumns> load_if_given(const T* array, const NormSizes& sizes, const Part& part, std::int64_t token) {
+LDIT_DEVICE Raw<T, kColumns> load_if_given(const T* array, const NormSizes& sizes, const Part& part,
+                                           std::int64_t token) {
   if (array == nullptr) return Raw<T, kColumns>{};
   return load_columns<all>(array, sizes, part, token);
 }
@@ -89,15 +95,18 @@ LDIT_DEVICE float sum_of_squares(const Raw<X, kColumns>& x) {
   return sum;
 }
 
-// Writes y = x / rms(x)·factor + shift, rounded once, of rows from `token` on; `squares` are their Σx².
+// Writes y = x / rms(x)·factor + shift, rounded once, of rows from `token` on; `squares` are their
+// Σx².
 template <bool all, class X, class Y, int count>
-LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count], const float (&squares)[count],
-                                 const float (&factor)[kColumns], const float (&shift)[kColumns], const NormSizes& sizes,
+LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
+                                 const float (&squares)[count], const float (&factor)[kColumns],
+                                 const float (&shift)[kColumns], const NormSizes& sizes,
                                  const Part& part, std::int64_t token) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     if (!part.has(token + i)) continue;
-    float row[kColumns];  // converted before the root is taken: the compiler then needs fewer registers
+    // Converted before the root is taken: the compiler then needs fewer registers.
+    float row[kColumns];
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) row[j] = rows[i][j];
     float r = inverse_rms(squares[i], sizes);
@@ -108,12 +117,14 @@ LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count], co
   }
 }
 
-// --- Gradient of a row: with r = 1 / rms(x), g = d_y·factor and means over the columns, d_x = r·g − x·r³·mean(g·x).
+// --- Gradient of a row: with r = 1 / rms(x), g = d_y·factor and means over the columns,
+//
+//   d_x = r·g − x·r³·mean(g·x).
 
 // What the thread's columns add to Σx² and Σg·x.
 template <class X, class Y>
-LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& d_y, const float (&factor)[kColumns],
-                             float& squares, float& products) {
+LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& d_y,
+                             const float (&factor)[kColumns], float& squares, float& products) {
   squares = products = 0.f;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
@@ -126,7 +137,8 @@ struct RowGradient {
   float r, along;  // d_x = r·g − x·along
 
   LDIT_DEVICE RowGradient(float squares, float products, const NormSizes& sizes)
-      : r(inverse_rms(squares, sizes)), along(products / static_cast<float>(sizes.width) * r * r * r) {}
+      : r(inverse_rms(squares, sizes)),
+        along(products / static_cast<float>(sizes.width) * r * r * r) {}
 };
 
 // --- Gradients of a modulation: sums over tokens, a part of them by each block of the first stage.
@@ -135,22 +147,24 @@ struct RowGradient {
 enum Sum { kOfUpstream, kOfUpstreamTimesNormed, kOfStreamTimesBranch, kOfStream };
 
 template <bool all>
-LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const NormSizes& sizes, const Part& part,
-                               const float (&sum)[kColumns]) {
+LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const NormSizes& sizes,
+                               const Part& part, const float (&sum)[kColumns]) {
   if (part.valid == 0) return;
   Raw<float, kColumns> raw;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) raw.set(j, sum[j]);
-  float* row = partials + ((part.sample * sizes.chunks() + part.chunk) * kinds + which) * sizes.width;
+  float* row =
+      partials + ((part.sample * sizes.chunks() + part.chunk) * kinds + which) * sizes.width;
   store_some<all>(row + part.column, raw, part.valid);
 }
 
-// The second stage. A block owns `kSumColumns` columns of all samples, so the sums over samples need no third.
+// The second stage. A block owns `kSumColumns` columns of all samples, so the sums over samples
+// need no third.
 template <int kinds>
-__global__ void __launch_bounds__(kSumColumns * kSumParts)
+__global__ void __launch_bounds__(kSumThreads)
     reduce_modulation(const float* __restrict__ partials, Modulation modulation, Residual residual,
                       ModulationGradients gradients, NormSizes sizes) {
-  LDIT_SHARED(float, of_weight, kSumColumns * kSumParts);
+  LDIT_SHARED(float, of_weight, kSumThreads);
   int side = threadIdx.x / kSumColumns;
   std::int64_t column = std::int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
   std::int64_t chunks = sizes.chunks();
@@ -170,26 +184,29 @@ __global__ void __launch_bounds__(kSumColumns * kSumParts)
     store_float(gradients.scale, at, weight * sums[kOfUpstreamTimesNormed]);
     if constexpr (kinds > kOfStream) {
       sums[kOfStreamTimesBranch] += bias * sums[kOfStream];
-      bias_sum += load_float(residual.gate.array, sample * residual.gate.stride + column) * sums[kOfStream];
+      bias_sum +=
+          load_float(residual.gate.array, sample * residual.gate.stride + column) * sums[kOfStream];
     }
-    if constexpr (kinds > kOfStreamTimesBranch) store_float(gradients.gate, at, sums[kOfStreamTimesBranch]);
+    if constexpr (kinds > kOfStreamTimesBranch)
+      store_float(gradients.gate, at, sums[kOfStreamTimesBranch]);
     float scale = load_float(modulation.scale.array, sample * modulation.scale.stride + column);
     weight_sum += (1.f + scale) * sums[kOfUpstreamTimesNormed];
   }
   weight_sum = sum_sides(of_weight, weight_sum);
   if (side == 0 && mine) store_float(gradients.weight, column, weight_sum);
   if constexpr (kinds > kOfStream) {
-    LDIT_SHARED(float, of_bias, kSumColumns * kSumParts);
+    LDIT_SHARED(float, of_bias, kSumThreads);
     bias_sum = sum_sides(of_bias, bias_sum);
     if (side == 0 && mine) store_float(gradients.bias, column, bias_sum);
   }
 }
 
 template <int kinds>
-void launch_reduce_modulation(const float* partials, const Modulation& modulation, const Residual& residual,
-                              const ModulationGradients& gradients, const NormSizes& sizes, Stream stream) {
+void launch_reduce_modulation(const float* partials, const Modulation& modulation,
+                              const Residual& residual, const ModulationGradients& gradients,
+                              const NormSizes& sizes, Stream stream) {
   dim3 grid = blocks("reduce_modulation", (sizes.width + kSumColumns - 1) / kSumColumns);
-  launch({"reduce_modulation", grid, kSumColumns * kSumParts, stream}, reduce_modulation<kinds>, partials,
+  launch({"reduce_modulation", grid, kSumThreads, stream}, reduce_modulation<kinds>, partials,
          modulation, residual, gradients, sizes);
 }
 

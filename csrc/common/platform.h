@@ -1,4 +1,5 @@
-// Whichever compiler reads this: nvcc, or g++ with the emulation in place of CUDA. The other headers see one language.
+// Whichever compiler reads this: nvcc, or g++ with the emulation in place of CUDA. The other
+// headers see one language.
 #pragma once
 
 #ifdef LDIT_EMULATED

@@ -6,7 +6,8 @@
 namespace ldit {
 
 // The value of the lane whose number differs in the bits of `flip`. All 32 lanes call it.
-LDIT_DEVICE float from_lane_across(float value, int flip, [[maybe_unused]] Site site = Site::here()) {
+LDIT_DEVICE float from_lane_across(float value, int flip,
+                                   [[maybe_unused]] Site site = Site::here()) {
 #ifdef LDIT_EMULATED
   return __shfl_xor_sync(kFullMask, value, flip, kWarp, site);
 #else
@@ -14,7 +15,8 @@ LDIT_DEVICE float from_lane_across(float value, int flip, [[maybe_unused]] Site 
 #endif
 }
 
-// The sum over groups of `lanes` neighbouring lanes, a power of two, in every lane. All 32 lanes call it.
+// The sum over groups of `lanes` neighbouring lanes, a power of two, in every lane. All 32 lanes
+// call it.
 LDIT_DEVICE float warp_sum(float value, int lanes = kWarp, Site site = Site::here()) {
 #pragma unroll
   for (int flip = kWarp / 2; flip > 0; flip /= 2)
@@ -30,10 +32,12 @@ LDIT_DEVICE float warp_max(float value, int lanes = kWarp, Site site = Site::her
   return value;
 }
 
-// Sums `count` values at once over all threads of a one-dimensional block of at most 1024 threads, a multiple of 32.
+// Sums `count` values at once over all threads of a one-dimensional block of at most 1024 threads,
+// a multiple of 32.
 //
-// One barrier for each call: `round` alternates between 0 and 1 from call to call, so that a fast warp writes to
-// the half that a slow one is not reading. Two calls with the same `round` in a row are a race.
+// One barrier for each call: `round` alternates between 0 and 1 from call to call, so that a fast
+// warp writes to the half that a slow one is not reading. Two calls with the same `round` in a row
+// are a race.
 template <int count>
 class BlockSums {
  public:

@@ -1,4 +1,5 @@
-// Shared memory: arrays that the emulation checks the bounds of, and that are plain pointers on a device.
+// Shared memory: arrays that the emulation checks the bounds of, and that are plain pointers on a
+// device.
 #pragma once
 
 #include "platform.h"
@@ -31,12 +32,15 @@ struct Shared {
 #endif
   }
 
-  // The address of `count` elements from element `first` on, for vector accesses, ldmatrix and asynchronous copies.
-  LDIT_DEVICE T* span(std::int64_t first, std::int64_t count, [[maybe_unused]] Site site = Site::here()) const {
+  // The address of `count` elements from element `first` on, for vector accesses, ldmatrix and
+  // asynchronous copies.
+  LDIT_DEVICE T* span(std::int64_t first, std::int64_t count,
+                      [[maybe_unused]] Site site = Site::here()) const {
 #ifdef LDIT_EMULATED
     if (first < 0 || first + count > size) {
       emulation::fail("shared memory out of bounds: elements " + std::to_string(first) + " to " +
-                          std::to_string(first + count - 1) + " of " + std::to_string(size), site);
+                          std::to_string(first + count - 1) + " of " + std::to_string(size),
+                      site);
     }
 #endif
     return base + first;
@@ -53,15 +57,16 @@ struct Shared {
 
 // Declares `Shared<T> name` with `count` elements, a constant, aligned to 16 bytes.
 #ifdef LDIT_EMULATED
-#define LDIT_SHARED(T, name, count)                                                                       \
-  static const char name##_key = 0;                                                                       \
-  const ::ldit::Shared<T> name {                                                                          \
-    static_cast<T*>(::emulation::static_shared(&name##_key, sizeof(T) * (count), ::ldit::Site::here())), \
-        count                                                                                             \
+#define LDIT_SHARED(T, name, count)                                                          \
+  static const char name##_key = 0;                                                          \
+  const ::ldit::Shared<T> name {                                                             \
+    static_cast<T*>(                                                                         \
+        ::emulation::static_shared(&name##_key, sizeof(T) * (count), ::ldit::Site::here())), \
+        count                                                                                \
   }
 #else
-#define LDIT_SHARED(T, name, count)                      \
-  __shared__ __align__(16) T name##_memory[count];       \
+#define LDIT_SHARED(T, name, count)                \
+  __shared__ __align__(16) T name##_memory[count]; \
   const ::ldit::Shared<T> name { name##_memory }
 #endif
 

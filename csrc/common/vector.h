@@ -1,11 +1,13 @@
-// Loads and stores of several neighbours at a time, 16 bytes in one instruction, in the arithmetic's float.
+// Loads and stores of several neighbours at a time, 16 bytes in one instruction, in the
+// arithmetic's float.
 #pragma once
 
 #include "convert.h"
 
 namespace ldit {
 
-// `count` elements as one access of their total size, which must divide their address: at most 16 bytes.
+// `count` elements as one access of their total size, which must divide their address: at most 16
+// bytes.
 template <class T, int count>
 struct alignas(sizeof(T) * count) Packed {
   static_assert(sizeof(T) * count <= 16, "no wider access exists");
@@ -42,7 +44,8 @@ constexpr int kPiece = count < kVector<T> ? count : kVector<T>;
 
 }  // namespace detail
 
-// `count` neighbours as they are in memory; loads of several rows are issued together when kept like this.
+// `count` neighbours as they are in memory; loads of several rows are issued together when kept
+// like this.
 template <class T, int count>
 struct Raw {
   static constexpr int piece = detail::kPiece<T, count>;
@@ -50,10 +53,13 @@ struct Raw {
   Packed<T, piece> pieces[count / piece];
 
   LDIT_DEVICE float operator[](int i) const { return to_float(pieces[i / piece].value[i % piece]); }
-  LDIT_DEVICE void set(int i, float value) { pieces[i / piece].value[i % piece] = from_float<T>(value); }
+  LDIT_DEVICE void set(int i, float value) {
+    pieces[i / piece].value[i % piece] = from_float<T>(value);
+  }
 };
 
-// Loads `count` elements in accesses of up to 16 bytes: `from` is aligned to the size of one access.
+// Loads `count` elements in accesses of up to 16 bytes: `from` is aligned to the size of one
+// access.
 template <int count, class T>
 LDIT_DEVICE Raw<T, count> load(const T* from, Site site = Site::here()) {
   Raw<T, count> raw;
@@ -69,14 +75,16 @@ template <int count, class T>
 LDIT_DEVICE Raw<T, count> load_tail(const T* from, std::int64_t valid) {
   Raw<T, count> raw;
 #pragma unroll
-  for (int i = 0; i < count; ++i) raw.pieces[i / raw.piece].value[i % raw.piece] = i < valid ? from[i] : from_float<T>(0.f);
+  for (int i = 0; i < count; ++i)
+    raw.pieces[i / raw.piece].value[i % raw.piece] = i < valid ? from[i] : from_float<T>(0.f);
   return raw;
 }
 
 template <class T, int count>
 LDIT_DEVICE void store(T* to, const Raw<T, count>& raw, Site site = Site::here()) {
 #pragma unroll
-  for (int i = 0; i < count / raw.piece; ++i) detail::store_packed<T, Raw<T, count>::piece>(to + i * raw.piece, raw.pieces[i], site);
+  for (int i = 0; i < count / raw.piece; ++i)
+    detail::store_packed<T, Raw<T, count>::piece>(to + i * raw.piece, raw.pieces[i], site);
 }
 
 template <class T, int count>
@@ -94,7 +102,8 @@ LDIT_DEVICE Raw<T, count> load_some(const T* from, std::int64_t valid, Site site
 }
 
 template <bool whole, class T, int count>
-LDIT_DEVICE void store_some(T* to, const Raw<T, count>& raw, std::int64_t valid, Site site = Site::here()) {
+LDIT_DEVICE void store_some(T* to, const Raw<T, count>& raw, std::int64_t valid,
+                            Site site = Site::here()) {
   if constexpr (whole) store(to, raw, site);
   else store_tail(to, raw, valid);
 }

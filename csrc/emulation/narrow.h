@@ -1,4 +1,5 @@
-// bfloat16 and float16 of the emulation, bit for bit as a device converts them: round to nearest, ties to even, NaN kept.
+// bfloat16 and float16 of the emulation, bit for bit as a device converts them: round to nearest,
+// ties to even, NaN kept.
 #pragma once
 
 #include <cmath>
@@ -36,10 +37,14 @@ struct float16 {
   static float16 round(float value) {
     std::uint32_t wide = bits_of(value), sign = wide >> 16 & 0x8000, size = wide & 0x7fffffff;
     if (size > 0x7f800000) return {0x7fff};
-    if (size >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};  // 65520 and more round to infinity
-    // Below 2^-14 the spacing is 2^-24: adding 0.5, whose last bit is worth that, leaves the rounded multiple at the end.
-    if (size < 0x38800000) return {static_cast<std::uint16_t>(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000))};
-    std::uint32_t rounded = size + 0xfff + (size >> 13 & 1) - (112u << 23);  // the exponent's bias goes from 127 to 15
+    // 65520 and more round to infinity.
+    if (size >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};
+    // Below 2^-14 the spacing is 2^-24: adding 0.5, whose last bit is worth that, leaves the
+    // rounded multiple at the end.
+    if (size < 0x38800000)
+      return {static_cast<std::uint16_t>(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000))};
+    // The exponent's bias goes from 127 to 15.
+    std::uint32_t rounded = size + 0xfff + (size >> 13 & 1) - (112u << 23);
     return {static_cast<std::uint16_t>(sign | rounded >> 13)};
   }
   float wide() const {

@@ -1,4 +1,5 @@
-// Compiled without sanitizers: its own switching between stacks is nothing a sanitizer can follow unless told.
+// Compiled without sanitizers: its own switching between stacks is nothing a sanitizer can follow
+// unless told.
 #include "runtime.h"
 
 #include <sys/mman.h>
@@ -19,8 +20,10 @@
 
 // Present in a process that runs under the sanitizer, else null.
 extern "C" {
-__attribute__((weak)) void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
-__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** save, const void* bottom,
+                                                          size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* save, const void** bottom,
+                                                           size_t* size);
 __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* start, size_t bytes);
 __attribute__((weak)) void __asan_poison_memory_region(const volatile void* start, size_t bytes);
 __attribute__((weak)) void* __tsan_get_current_fiber();
@@ -43,8 +46,8 @@ constexpr unsigned kThreads = 1024, kNoSync = 1;
 // --- One stack that can be left and entered again.
 
 struct Fiber {
-  void* stack = nullptr;  // lowest usable byte
-  void* sanitizer = nullptr;  // of ThreadSanitizer
+  void* stack = nullptr;         // lowest usable byte
+  void* sanitizer = nullptr;     // of ThreadSanitizer
   const void* bottom = nullptr;  // as AddressSanitizer wants to know it
   std::size_t size = 0;
   void* fake_stack = nullptr;
@@ -85,9 +88,11 @@ void enter_thread();
 
 void prepare(Fiber& fiber) {
   if (!fiber.stack) {
-    void* pages = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* pages = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (pages == MAP_FAILED) throw std::bad_alloc();
-    mprotect(pages, kPage, PROT_NONE);  // an overflow ends the process instead of damaging a neighbour
+    // An overflow ends the process instead of damaging a neighbour.
+    mprotect(pages, kPage, PROT_NONE);
     fiber.stack = static_cast<char*>(pages) + kPage;
     fiber.bottom = fiber.stack;
     fiber.size = kStack;
@@ -111,14 +116,16 @@ void prepare(Fiber& fiber) {
 }
 
 void switch_fiber(Fiber& from, Fiber& to) {
-  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
   if (__tsan_switch_to_fiber && to.sanitizer) __tsan_switch_to_fiber(to.sanitizer, kNoSync);
 #ifdef LDIT_PORTABLE_FIBERS
   swapcontext(&from.context, &to.context);
 #else
   ldit_switch_stack(&from.top, to.top);
 #endif
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 }
 
 // --- Threads of a block.
@@ -176,7 +183,8 @@ struct Machine {
 };
 
 Machine& machine() {
-  static auto* one = new Machine;  // never destroyed: fibers hold no resources worth an order of destruction
+  // Never destroyed: fibers hold no resources worth an order of destruction.
+  static auto* one = new Machine;
   return *one;
 }
 
@@ -195,15 +203,16 @@ std::string text(Site site) {
 
 template <class I>
 std::string text(I index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
 }
 
 void record(const std::string& what, const Thread& thread, Site site) {
   Machine& m = machine();
   if (m.failed) return;
   m.failed = true;
-  m.failure = std::string(m.kernel) + ": " + what + "; block " + text(now.block) + ", thread " + text(thread.index) +
-              ", " + text(site);
+  m.failure = std::string(m.kernel) + ": " + what + "; block " + text(now.block) + ", thread " +
+              text(thread.index) + ", " + text(site);
 }
 
 void yield() {
@@ -244,12 +253,15 @@ void explain_standstill() {
         bool here = other && other->state == State::in_collective && other->what == thread.what;
         if ((thread.mask >> lane & 1) && !here) absent |= 1u << lane;
       }
-      return record(std::string(thread.what) + " waits for lanes that never come: " + lanes_of(absent), thread, thread.site);
+      return record(
+          std::string(thread.what) + " waits for lanes that never come: " + lanes_of(absent),
+          thread, thread.site);
     }
     if (thread.state == State::at_barrier && !waiting) waiting = &thread;
     if (thread.state == State::done && !done) done = &thread;
   }
-  record("thread " + text(done->index) + " returned before a barrier that others wait at", *waiting, waiting->site);
+  record("thread " + text(done->index) + " returned before a barrier that others wait at", *waiting,
+         waiting->site);
 }
 
 // All threads stand at a barrier: lets them go on if it is the same.
@@ -267,7 +279,8 @@ void pass_barrier() {
 
 // --- Shared memory.
 
-void fill_with_nan(void* memory, std::size_t bytes) { std::memset(memory, 0xff, bytes); }  // NaN in every width, −1 as an integer
+// NaN in every width, −1 as an integer.
+void fill_with_nan(void* memory, std::size_t bytes) { std::memset(memory, 0xff, bytes); }
 
 Shared allocate_shared(std::size_t bytes, Site site) {
   Machine& m = machine();
@@ -286,7 +299,8 @@ Shared allocate_shared(std::size_t bytes, Site site) {
 void free_shared(Shared& shared) {
   if (!shared.memory) return;
   if (__asan_unpoison_memory_region) {
-    __asan_unpoison_memory_region(shared.memory - kRedzone, (shared.bytes + 2 * kRedzone + 127) / 128 * 128);
+    __asan_unpoison_memory_region(shared.memory - kRedzone,
+                                  (shared.bytes + 2 * kRedzone + 127) / 128 * 128);
   }
   std::free(shared.memory - kRedzone);
   shared.memory = nullptr;
@@ -329,8 +343,9 @@ void start_threads() {
   }
 }
 
-// Lets each thread of a warp run to the next place where it waits, again and again until none can go on. So one warp gets
-// as far ahead of the others as barriers let it. Returns whether any thread has moved.
+// Lets each thread of a warp run to the next place where it waits, again and again until none can
+// go on. So one warp gets as far ahead of the others as barriers let it. Returns whether any thread
+// has moved.
 bool run_warp(unsigned warp) {
   Machine& m = machine();
   unsigned first = 32 * warp, count = std::min(32u, m.count - first);
@@ -366,7 +381,8 @@ void run_block(std::size_t dynamic_bytes) {
     }
     if (moved) continue;
     auto all = [&](State state) {
-      return std::all_of(&m.threads[0], &m.threads[0] + m.count, [&](Thread& t) { return t.state == state; });
+      return std::all_of(&m.threads[0], &m.threads[0] + m.count,
+                         [&](Thread& t) { return t.state == state; });
     };
     if (all(State::done)) break;
     if (all(State::at_barrier)) pass_barrier();
@@ -378,7 +394,8 @@ void run_block(std::size_t dynamic_bytes) {
 void forget_threads() {
   // Left in the middle: ThreadSanitizer would take what their stacks hold for still alive.
   for (Thread& thread : machine().threads) {
-    if (thread.fiber.sanitizer && thread.state != State::done) __tsan_destroy_fiber(thread.fiber.sanitizer);
+    if (thread.fiber.sanitizer && thread.state != State::done)
+      __tsan_destroy_fiber(thread.fiber.sanitizer);
     if (thread.state != State::done) thread.fiber.sanitizer = nullptr;
   }
 }
@@ -395,11 +412,11 @@ void know_this_stack(Fiber& scheduler) {
 
 void check_launch(const char* kernel, Dim3 grid, Dim3 block, std::size_t dynamic_bytes) {
   std::size_t threads = std::size_t(block.x) * block.y * block.z;
-  bool fits = threads > 0 && threads <= kThreads && grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 && grid.y < 65536 &&
-              grid.z > 0 && grid.z < 65536 && dynamic_bytes <= kSharedLimit;
+  bool fits = threads > 0 && threads <= kThreads && grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 &&
+              grid.y < 65536 && grid.z > 0 && grid.z < 65536 && dynamic_bytes <= kSharedLimit;
   if (!fits) {
-    throw Error(std::string(kernel) + ": no such launch: grid " + text(grid) + ", block " + text(block) + ", " +
-                std::to_string(dynamic_bytes) + " bytes of shared memory");
+    throw Error(std::string(kernel) + ": no such launch: grid " + text(grid) + ", block " +
+                text(block) + ", " + std::to_string(dynamic_bytes) + " bytes of shared memory");
   }
 }
 
@@ -411,8 +428,8 @@ void set_order(Order order, std::uint64_t seed) {
   machine().random.seed(seed);
 }
 
-void run(const char* kernel, Dim3 grid, Dim3 block, std::size_t dynamic_bytes, void (*body)(const void*),
-         const void* closure) {
+void run(const char* kernel, Dim3 grid, Dim3 block, std::size_t dynamic_bytes,
+         void (*body)(const void*), const void* closure) {
   check_launch(kernel, grid, block, dynamic_bytes);
   Machine& m = machine();
   std::lock_guard lock(m.one_launch);
@@ -447,7 +464,8 @@ void block_barrier(Site site) {
   self.state = State::at_barrier;
   self.site = site;
   bool first = true;
-  for (unsigned i = 0; i < m.count && first; ++i) first = i == self.number || m.threads[i].state != State::at_barrier;
+  for (unsigned i = 0; i < m.count && first; ++i)
+    first = i == self.number || m.threads[i].state != State::at_barrier;
   static void* slot;
   if (first) slot = m.fresh_slot();
   void* mine = slot;
@@ -456,24 +474,32 @@ void block_barrier(Site site) {
   acquire(mine);
 }
 
-void collective(const char* what, unsigned mask, void* mine, Perform perform, bool orders, Site site) {
+void collective(const char* what, unsigned mask, void* mine, Perform perform, bool orders,
+                Site site) {
   Machine& m = machine();
   Thread& self = *m.running;
   unsigned my_lane = self.number % 32, first = self.number - my_lane, arrived = 1u << my_lane;
-  if (!(mask >> my_lane & 1)) fail(std::string(what) + " by lane " + std::to_string(my_lane) + ", which is not in its mask", site);
+  if (!(mask >> my_lane & 1))
+    fail(std::string(what) + " by lane " + std::to_string(my_lane) + ", which is not in its mask",
+         site);
   unsigned there = m.count - first >= 32 ? ~0u : (1u << (m.count - first)) - 1;
-  if (mask & ~there) fail(std::string(what) + " names lanes the warp does not have: " + lanes_of(mask & ~there), site);
+  if (mask & ~there)
+    fail(std::string(what) + " names lanes the warp does not have: " + lanes_of(mask & ~there),
+         site);
   self.sync = nullptr;
   for (unsigned i = 0; i < 32; ++i) {
     if (!(mask >> i & 1) || i == my_lane) continue;
     Thread& other = m.threads[first + i];
-    if (other.state == State::done) fail(std::string(what) + " names lane " + std::to_string(i) + ", which has returned", site);
+    if (other.state == State::done)
+      fail(std::string(what) + " names lane " + std::to_string(i) + ", which has returned", site);
     if (other.state != State::in_collective) continue;
-    bool same = other.mask == mask && !std::strcmp(other.what, what) && other.site.line == site.line &&
-                !std::strcmp(other.site.file, site.file);
+    bool same = other.mask == mask && !std::strcmp(other.what, what) &&
+                other.site.line == site.line && !std::strcmp(other.site.file, site.file);
     if (!same) {
-      fail(std::string(what) + " with mask lanes " + lanes_of(mask) + " while lane " + std::to_string(i) + " waits in " +
-               other.what + " with mask lanes " + lanes_of(other.mask) + " at " + text(other.site), site);
+      fail(std::string(what) + " with mask lanes " + lanes_of(mask) + " while lane " +
+               std::to_string(i) + " waits in " + other.what + " with mask lanes " +
+               lanes_of(other.mask) + " at " + text(other.site),
+           site);
     }
     arrived |= 1u << i;
     self.sync = other.sync;
@@ -500,7 +526,8 @@ void* static_shared(const void* key, std::size_t bytes, Site site) {
   Machine& m = machine();
   auto found = m.shared.find(key);
   if (found == m.shared.end()) {
-    if (m.shared_bytes + bytes > kSharedLimit) fail("more shared memory than a block can have", site);
+    if (m.shared_bytes + bytes > kSharedLimit)
+      fail("more shared memory than a block can have", site);
     found = m.shared.emplace(key, allocate_shared(bytes, site)).first;
   }
   return found->second.memory;
@@ -511,7 +538,8 @@ void* dynamic_shared(std::size_t& bytes) {
   return machine().dynamic.memory;
 }
 
-void copy_start(void* destination, const void* source, std::size_t bytes, std::size_t valid, Copy copy) {
+void copy_start(void* destination, const void* source, std::size_t bytes, std::size_t valid,
+                Copy copy) {
   Thread& self = *machine().running;
   self.copies.push_back({destination, source, bytes, valid, self.groups, copy});
 }
@@ -523,7 +551,8 @@ void copy_wait(unsigned groups_left) {
   auto finished = [&](const Copying& copy) { return copy.group + groups_left < self.groups; };
   for (const Copying& one : self.copies)
     if (finished(one)) one.copy(one.destination, one.source, one.bytes, one.valid);
-  self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), finished), self.copies.end());
+  self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), finished),
+                    self.copies.end());
 }
 
 }  // namespace emulation

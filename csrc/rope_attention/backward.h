@@ -1,10 +1,10 @@
-// The backward kernel: a block takes a head, and each warp some of its keys, whose gradients it sums in registers. Scores
-// stand transposed, keys by queries, so that weights and their gradients multiply the queries' rows from registers; they
-// go to shared memory once, from where all warps together make the gradient of a block of queries: five matrix products,
-// and no sum over blocks.
+// The backward kernel: a block takes a head, and each warp some of its keys, whose gradients it
+// sums in registers. Scores stand transposed, keys by queries, so that weights and their gradients
+// multiply the queries' rows from registers; they go to shared memory once, from where all warps
+// together make the gradient of a block of queries: five matrix products, and no sum over blocks.
 //
-// Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of the queries in `scratch`, as
-// it always does where heads are wide.
+// Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of
+// the queries in `scratch`, as it always does where heads are wide.
 #pragma once
 
 #include "gradients.h"
@@ -13,19 +13,21 @@ namespace ldit {
 
 template <class T, int width, bool whole>
 struct BackwardShape {
-  static constexpr int m = whole ? 2 : 1;  // tiles of 16 keys of a warp
-  static constexpr int n = width <= 72 ? 4 : 2;  // tiles of 8 queries at a time
+  static constexpr int m = whole ? 2 : 1;         // tiles of 16 keys of a warp
+  static constexpr int n = width <= 72 ? 4 : 2;   // tiles of 8 queries at a time
   static constexpr int block = whole ? 128 : 64;  // queries whose gradient is made at a time
   static constexpr int rows = 16 * m, tiles = width / 8;
   static constexpr int threads = 256;
-  static constexpr bool wide = width > 72;  // registers do not hold whole gradients of queries beside those of keys
+  // Registers do not hold whole gradients of queries beside those of keys.
+  static constexpr bool wide = width > 72;
   static constexpr int most = whole ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
   using Scores = Tile<T, block>;
   using Sums = Vectors<width>;  // of a warp
   static std::size_t shared(const AttentionSizes& sizes) {
-    std::size_t rows = 2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
+    std::size_t rows =
+        2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
     return rows * sizeof(T) + 4 * sizes.warps * Sums::size;
   }
 };
@@ -39,20 +41,27 @@ struct BackwardMemory {
   Shared<float> of_queries;         // 8 at a time: their lse, then their deltas
   Shared<float> sums;               // [warps, …]: what the gradients of the vectors sum
 
-  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const Shared<float>& of_queries, const AttentionSizes& sizes)
-      : keys{dynamic.take<T>(Shape::Rows::size(sizes.keys))}, values{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
-        queries{dynamic.take<T>(Shape::Rows::size(sizes.queries))}, upstream{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
+  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const Shared<float>& of_queries,
+                             const AttentionSizes& sizes)
+      : keys{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
+        values{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
+        queries{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
+        upstream{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
         d_scores{dynamic.take<T>(Shape::Scores::size(sizes.keys))}, of_queries(of_queries),
         sums(dynamic.take<float>(sizes.warps * Shape::Sums::size)) {}
 
-  LDIT_DEVICE typename Shape::Sums sums_of(int warp) const { return {sums.part(warp * Shape::Sums::size, Shape::Sums::size)}; }
+  LDIT_DEVICE typename Shape::Sums sums_of(int warp) const {
+    return {sums.part(warp * Shape::Sums::size, Shape::Sums::size)};
+  }
 };
 
-// Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and delta = Σ upstream·result, the
-// latter without the bias of the values, as these are. Queries that do not exist get an infinite sum: their weights are 0.
+// Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and
+// delta = Σ upstream·result, the latter without the bias of the values, as these are. Queries that
+// do not exist get an infinite sum: their weights are 0.
 template <class T, int width, bool whole>
-LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, const T* d_out, const T* out, const float* lse,
-                                const Head<width, whole>& head, const Vectors<width>& vectors, int first, int rows) {
+LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, const T* d_out,
+                                const T* out, const float* lse, const Head<width, whole>& head,
+                                const Vectors<width>& vectors, int first, int rows) {
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -83,9 +92,10 @@ struct KeyGradients {
   using Shape = BackwardShape<T, width, whole>;
   float keys[Shape::m][Shape::tiles][4] = {}, values[Shape::m][Shape::tiles][4] = {};
 
-  // Adds what 8·n queries from `query` on give, and leaves the gradients of their scores in shared memory, from `column` on. Of
-  // the keys, in rows from `row` on, `left` exist.
-  LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query, int column, float scale) {
+  // Adds what 8·n queries from `query` on give, and leaves the gradients of their scores in shared
+  // memory, from `column` on. Of the keys, in rows from `row` on, `left` exist.
+  LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query,
+                       int column, float scale) {
     constexpr int M = Shape::m, N = Shape::n;
     float weights[M][N][4] = {};
     multiply_rows<N>(weights, memory.keys, row, memory.queries, query);
@@ -95,7 +105,8 @@ struct KeyGradients {
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weights[m][n][i] = fast_exp2(weights[m][n][i] * scale - sums[i % 2]);
+        for (int i = 0; i < 4; ++i)
+          weights[m][n][i] = fast_exp2(weights[m][n][i] * scale - sums[i % 2]);
     }
     if (left < Shape::rows) {
 #pragma unroll
@@ -115,15 +126,17 @@ struct KeyGradients {
       multiply_rows<2>(d_weights, memory.values, row, memory.upstream, query + 8 * n);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        auto deltas = load<2>(memory.of_queries.span(2 * (query + 8 * (n + j)) + 8 + 2 * member_index(), 2));
+        auto deltas =
+            load<2>(memory.of_queries.span(2 * (query + 8 * (n + j)) + 8 + 2 * member_index(), 2));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          float(&mine)[4] = weights[m][n + j];
+          float (&mine)[4] = weights[m][n + j];
 #pragma unroll
           for (int i = 0; i < 4; ++i) mine[i] *= d_weights[m][j][i] - deltas[i % 2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            memory.d_scores.set_pair(row + 16 * m + 8 * half + group_index(), column + 8 * (n + j) + 2 * member_index(),
+            memory.d_scores.set_pair(row + 16 * m + 8 * half + group_index(),
+                                     column + 8 * (n + j) + 2 * member_index(),
                                      word<T>(mine[2 * half], mine[2 * half + 1]));
           }
         }
@@ -135,17 +148,21 @@ struct KeyGradients {
  private:
   // product = rows of `a` from `row` on, times 8·count of `b` from `query` on, transposed.
   template <int count>
-  LDIT_DEVICE static void multiply_rows(float (&product)[Shape::m][count][4], const Tile<T, width>& a, int row,
-                                        const Tile<T, width>& b, int query) {
+  LDIT_DEVICE static void multiply_rows(float (&product)[Shape::m][count][4],
+                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
+                                        int query) {
     constexpr int deep = 2;  // tiles of k at a time: few registers for fragments
 #pragma unroll
-    for (int t = 0; t + deep <= Shape::tiles; t += deep) multiply_part<deep>(product, a, row, b, query, 8 * t);
-    if constexpr (Shape::tiles % deep > 0) multiply_part<1>(product, a, row, b, query, 8 * (Shape::tiles - 1));
+    for (int t = 0; t + deep <= Shape::tiles; t += deep)
+      multiply_part<deep>(product, a, row, b, query, 8 * t);
+    if constexpr (Shape::tiles % deep > 0)
+      multiply_part<1>(product, a, row, b, query, 8 * (Shape::tiles - 1));
   }
 
   template <int deep, int count>
-  LDIT_DEVICE static void multiply_part(float (&product)[Shape::m][count][4], const Tile<T, width>& a, int row,
-                                        const Tile<T, width>& b, int query, int column) {
+  LDIT_DEVICE static void multiply_part(float (&product)[Shape::m][count][4],
+                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
+                                        int query, int column) {
     Word<T> left[Shape::m][2 * deep];
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<deep>(left[m], a, row + 16 * m, column);
@@ -159,7 +176,8 @@ struct KeyGradients {
   }
 
   // sums += columns 8·n to 8·n + 16 of weights [keys, queries] · rows of `b` from `query` on.
-  LDIT_DEVICE static void accumulate(float (&sums)[Shape::m][Shape::tiles][4], const float (&weights)[Shape::m][Shape::n][4], int n,
+  LDIT_DEVICE static void accumulate(float (&sums)[Shape::m][Shape::tiles][4],
+                                     const float (&weights)[Shape::m][Shape::n][4], int n,
                                      const Tile<T, width>& b, int query) {
     Word<T> left[Shape::m][4], right[Shape::tiles][2];
     load_b_transposed(right, b, query, 0);
@@ -172,11 +190,12 @@ struct KeyGradients {
   }
 };
 
-// The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first `count` keys: its columns
-// from `first` on.
+// The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first
+// `count` keys: its columns from `first` on.
 template <int tiles, class T, int width, bool whole>
-LDIT_DEVICE void query_gradients(float (&d)[tiles][4], const BackwardMemory<T, width, whole>& memory, int column, int count,
-                                 int first) {
+LDIT_DEVICE void query_gradients(float (&d)[tiles][4],
+                                 const BackwardMemory<T, width, whole>& memory, int column,
+                                 int count, int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
     Word<T> left[4], right[tiles][2];
@@ -189,13 +208,14 @@ LDIT_DEVICE void query_gradients(float (&d)[tiles][4], const BackwardMemory<T, w
 
 // d = scratch + d, or scratch = d, for 16 rows and the columns from `first` on.
 template <int tiles, int width, bool exact>
-LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<width, exact>& head, int token, int first, bool add,
-                             bool keep) {
+LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<width, exact>& head,
+                             int token, int first, bool add, bool keep) {
 #pragma unroll
   for (int t = 0; t < tiles; ++t)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int at = token + group_index() + 8 * (i / 2), column = first + 8 * t + 2 * member_index() + i % 2;
+      int at = token + group_index() + 8 * (i / 2),
+          column = first + 8 * t + 2 * member_index() + i % 2;
       if (at >= head.tokens || column >= head.width) continue;
       float& sum = scratch[head.in_heads(at) * head.width + column];
       if (add) d[t][i] += sum;
@@ -203,12 +223,13 @@ LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<wi
     }
 }
 
-// The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; the block is the `columns` rows in
-// memory from `block` on.
+// The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; the
+// block is the `columns` rows in memory from `block` on.
 template <class T, int width, bool whole>
-LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv, const Head<width, whole>& head,
-                                const Turn& turn, const Vectors<width>& vectors, T* d_qkv, float* scratch, int first, int block,
-                                int columns, int key, int count, float scale) {
+LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv,
+                                const Head<width, whole>& head, const Turn& turn,
+                                const Vectors<width>& vectors, T* d_qkv, float* scratch, int first,
+                                int block, int columns, int key, int count, float scale) {
   const bool last = key + count >= head.tokens;
   for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
     const int at = block + column, token = first + at;
@@ -225,27 +246,33 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
       if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
       if (!last) continue;
       turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
-      store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token, head);
+      store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token,
+                 head);
     }
   }
 }
 
-// The gradients of all queries, which are in scratch, by way of the rows of keys that a warp has in memory.
+// The gradients of all queries, which are in scratch, by way of the rows of keys that a warp has in
+// memory.
 template <class T, int width, bool whole>
-LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv, const Head<width, whole>& head,
-                                     const Turn& turn, const Vectors<width>& vectors, T* d_qkv, float* scratch, float scale) {
+LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv,
+                                     const Head<width, whole>& head, const Turn& turn,
+                                     const Vectors<width>& vectors, T* d_qkv, float* scratch,
+                                     float scale) {
   for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
     float d[width / 8][4] = {};
     add_scratch(d, scratch, head, token, 0, true, false);
     turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
-    store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token), head.tokens - token, head);
+    store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token),
+               head.tokens - token, head);
   }
 }
 
 // Adds up the sums of all warps for the gradients of the vectors.
 template <class T, int width, bool whole>
-LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory, const VectorPartials& partials,
-                            const Head<width, whole>& head, const AttentionSizes& sizes) {
+LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
+                            const VectorPartials& partials, const Head<width, whole>& head,
+                            const AttentionSizes& sizes) {
   using Sums = Vectors<width>;
   for (int i = threadIdx.x; i < Sums::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
@@ -253,18 +280,22 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory, const
     if (to == nullptr || column >= head.width) continue;
     float sum = 0.f;
     for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * Sums::size + i];
-    std::int64_t at = which < 2 ? ((which * sizes.samples + head.sample) * sizes.heads + head.head) * head.width
-                                : (std::int64_t(head.sample) * 3 + which - 2) * head.row() + head.first();
+    std::int64_t at =
+        which < 2 ? ((which * sizes.samples + head.sample) * sizes.heads + head.head) * head.width
+                  : (std::int64_t(head.sample) * 3 + which - 2) * head.row() + head.first();
     to[at + column] = sum;
   }
 }
 
-// `keys` of the sizes is what the warps take, rows each; `queries` a multiple of 8·n, and of Shape::block unless it holds all.
-// `whole`: both are the same and hold the head, which has just this width, and accesses are whole.
+// `keys` of the sizes is what the warps take, rows each; `queries` a multiple of 8·n, and of
+// Shape::block unless it holds all. `whole`: both are the same and hold the head, which has just
+// this width, and accesses are whole.
 template <class T, int width, bool whole>
 __global__ void __launch_bounds__(256, 1)
-    rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv, const T* __restrict__ out, const float* __restrict__ lse,
-                       Turn turn, T* __restrict__ d_qkv, float* scratch, VectorPartials partials, AttentionSizes sizes, bool all) {
+    rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv,
+                       const T* __restrict__ out, const float* __restrict__ lse, Turn turn,
+                       T* __restrict__ d_qkv, float* scratch, VectorPartials partials,
+                       AttentionSizes sizes, bool all) {
   using Shape = BackwardShape<T, width, whole>;
   DynamicShared dynamic;
   LDIT_SHARED(float, of_queries, 2 * Shape::most);  // at an address that takes no register
@@ -294,13 +325,14 @@ __global__ void __launch_bounds__(256, 1)
       const int queries = whole ? head.tokens : min(sizes.queries, head.tokens - query);
       for (int block = 0; block < queries; block += Shape::block) {
         const int columns = min(Shape::block, queries - block);
-        if (block > 0) __syncthreads();  // the gradients of scores of the block before have been read
+        // The gradients of scores of the block before have been read.
+        if (block > 0) __syncthreads();
         for (int column = 0; row < count && column < columns; column += 8 * Shape::n) {
           gradients.add(memory, row, count - row, block + column, column, scale);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query, block, columns, key, count,
-                       scale * kLn2);
+        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query,
+                       block, columns, key, count, scale * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all
@@ -308,7 +340,8 @@ __global__ void __launch_bounds__(256, 1)
       add_columns<Shape::tiles>(sums.of_bias(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
-        for (int m = 0; m < Shape::m; ++m) sum += gradients.values[m][t][j] + gradients.values[m][t][2 + j];
+        for (int m = 0; m < Shape::m; ++m)
+          sum += gradients.values[m][t][j] + gradients.values[m][t][2 + j];
         return sum;
       });
     }
@@ -316,9 +349,11 @@ __global__ void __launch_bounds__(256, 1)
     for (int m = 0; m < Shape::m; ++m) {
       const int at = row + 16 * m, token = key + at;
       if (at >= count) continue;
-      store_tile(gradients.values[m], memory.values, at, d_qkv + head.in_packed(2, token), head.tokens - token, head);
+      store_tile(gradients.values[m], memory.values, at, d_qkv + head.in_packed(2, token),
+                 head.tokens - token, head);
       turn_back(gradients.keys[m], qkv, head, turn, vectors, 1, token, scale * kLn2, sums);
-      store_tile(gradients.keys[m], memory.keys, at, d_qkv + head.in_packed(1, token), head.tokens - token, head);
+      store_tile(gradients.keys[m], memory.keys, at, d_qkv + head.in_packed(1, token),
+                 head.tokens - token, head);
     }
   }
   __syncthreads();

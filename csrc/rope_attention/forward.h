@@ -1,5 +1,6 @@
-// The forward kernel: a block takes rows of queries of one head; keys and values of the head, or as many of them as fit, are
-// in shared memory, and scores stay in registers, a block of keys at a time.
+// The forward kernel: a block takes rows of queries of one head; keys and values of the head, or as
+// many of them as fit, are in shared memory, and scores stay in registers, a block of keys at a
+// time.
 #pragma once
 
 #include "rows.h"
@@ -9,14 +10,15 @@ namespace ldit {
 // Shapes of a warp's work.
 template <class T, int width>
 struct ForwardShape {
-  static constexpr int m = kNarrow<T> && width <= 72 ? 2 : 1;  // tiles of 16 queries: each fragment of keys serves all
-  static constexpr int n = kNarrow<T> ? 8 : 4;                 // tiles of 8 keys whose scores are held at a time
+  // Tiles of 16 queries: each fragment of keys serves all.
+  static constexpr int m = kNarrow<T> && width <= 72 ? 2 : 1;
+  static constexpr int n = kNarrow<T> ? 8 : 4;  // tiles of 8 keys whose scores are held at a time
   static constexpr int rows = 16 * m, keys = 8 * n, tiles = width / 8;
   static constexpr int threads = 128;
 };
 
-// What a warp knows of its queries after some keys: scores in units of log 2, the largest so far; sums, of each lane's
-// columns, of 2^(score − largest), and of that times the values.
+// What a warp knows of its queries after some keys: scores in units of log 2, the largest so far;
+// sums, of each lane's columns, of 2^(score − largest), and of that times the values.
 template <class T, int width>
 struct Seen {
   using Shape = ForwardShape<T, width>;
@@ -34,9 +36,10 @@ struct Seen {
     }
   }
 
-  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `top` is finite.
-  LDIT_DEVICE void see(const Word<T> (&q)[Shape::m][2 * Shape::tiles], const Tile<T, width>& keys, const Tile<T, width>& values,
-                       int first, int left, float scale) {
+  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `top` is
+  // finite.
+  LDIT_DEVICE void see(const Word<T> (&q)[Shape::m][2 * Shape::tiles], const Tile<T, width>& keys,
+                       const Tile<T, width>& values, int first, int left, float scale) {
     float scores[Shape::m][Shape::n][4] = {};
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n) {
@@ -74,11 +77,13 @@ struct Seen {
   }
 
  private:
-  // Turns the scores of a row, in each lane of four, into weights, and shrinks what was summed for a lower maximum.
+  // Turns the scores of a row, in each lane of four, into weights, and shrinks what was summed for
+  // a lower maximum.
   LDIT_DEVICE void weigh(float (&scores)[Shape::n][4], int m, int half, float scale) {
     float highest = -INFINITY;
 #pragma unroll
-    for (int n = 0; n < Shape::n; ++n) highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    for (int n = 0; n < Shape::n; ++n)
+      highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
     highest = fmaxf(top[m][half], warp_max(highest, 4) * scale);
     float shrink = fast_exp2(top[m][half] - highest), sum = 0.f;
     top[m][half] = highest;
@@ -91,15 +96,17 @@ struct Seen {
       }
     total[m][half] = total[m][half] * shrink + sum;
 #pragma unroll
-    for (int t = 0; t < Shape::tiles; ++t) sums[m][t][2 * half] *= shrink, sums[m][t][2 * half + 1] *= shrink;
+    for (int t = 0; t < Shape::tiles; ++t)
+      sums[m][t][2 * half] *= shrink, sums[m][t][2 * half + 1] *= shrink;
   }
 };
 
-// Divides by the sums of weights, adds the bias of the values and stores 16·m rows, by way of the rows of `own` that nobody
-// else needs any more.
+// Divides by the sums of weights, adds the bias of the values and stores 16·m rows, by way of the
+// rows of `own` that nobody else needs any more.
 template <class T, int width, bool exact>
-LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row, int token, T* out, float* lse,
-                            const Head<width, exact>& head, const Vectors<width>& vectors) {
+LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row,
+                            int token, T* out, float* lse, const Head<width, exact>& head,
+                            const Vectors<width>& vectors) {
   using Shape = ForwardShape<T, width>;
   __syncwarp();  // all lanes have their fragments of the queries that were here
 #pragma unroll
@@ -123,24 +130,29 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < Shape::m; ++m) {
-    store_rows(own, row + 16 * m, out + head.in_flat(token + 16 * m), head.row(), head.tokens - token - 16 * m, head);
+    store_rows(own, row + 16 * m, out + head.in_flat(token + 16 * m), head.row(),
+               head.tokens - token - 16 * m, head);
   }
 }
 
-// A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2 cache. `queries` and `keys` of
-// the sizes are multiples of Shape::rows and Shape::keys. `whole`: one block holds the head, as many queries as keys, of just
-// this width, and accesses are whole; else all warps take one turn.
+// A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2
+// cache. `queries` and `keys` of the sizes are multiples of Shape::rows and Shape::keys. `whole`:
+// one block holds the head, as many queries as keys, of just this width, and accesses are whole;
+// else all warps take one turn.
 template <class T, int width, bool whole>
 __global__ void __launch_bounds__(128, 2)
-    rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out, float* __restrict__ lse, AttentionSizes sizes, bool all) {
+    rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out,
+                       float* __restrict__ lse, AttentionSizes sizes, bool all) {
   using Shape = ForwardShape<T, width>;
   using Rows = Tile<T, width>;
   DynamicShared dynamic;
-  const Rows queries{dynamic.take<T>(Rows::size(sizes.queries))}, keys{dynamic.take<T>(Rows::size(sizes.keys))},
+  const Rows queries{dynamic.take<T>(Rows::size(sizes.queries))},
+      keys{dynamic.take<T>(Rows::size(sizes.keys))},
       values{dynamic.take<T>(Rows::size(sizes.keys))};
   LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
   const Vectors<width> vectors{shared_vectors};
-  const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries, part = blockIdx.x % parts;
+  const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries,
+            part = blockIdx.x % parts;
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x / parts, all);
   const int first = part * sizes.queries;
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
@@ -152,7 +164,8 @@ __global__ void __launch_bounds__(128, 2)
   else stage_turned(qkv, head, turn, vectors, 0, first, sizes.queries, queries);
   wait_copies<0>();
   __syncthreads();
-  for (int row = warp_index() * Shape::rows; row < sizes.queries; row += blockDim.x / kWarp * Shape::rows) {
+  for (int row = warp_index() * Shape::rows; row < sizes.queries;
+       row += blockDim.x / kWarp * Shape::rows) {
     const bool active = first + row < head.tokens;
     Word<T> q[Shape::m][2 * Shape::tiles];
 #pragma unroll
@@ -167,7 +180,8 @@ __global__ void __launch_bounds__(128, 2)
         __syncthreads();
       }
       int count = min(sizes.keys, head.tokens - key);
-      for (int i = 0; active && i < count; i += Shape::keys) seen.see(q, keys, values, i, count - i, scale);
+      for (int i = 0; active && i < count; i += Shape::keys)
+        seen.see(q, keys, values, i, count - i, scale);
     }
     if (active) store_seen(seen, queries, row, first + row, out, lse, head, vectors);
   }

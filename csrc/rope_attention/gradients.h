@@ -1,12 +1,13 @@
-// How the gradient of 16 rows goes back: through rotation and norm, into sums over all rows, to global memory.
+// How the gradient of 16 rows goes back: through rotation and norm, into sums over all rows, to
+// global memory.
 #pragma once
 
 #include "rows.h"
 
 namespace ldit {
 
-// The sum of each of 8 values over the lanes of all groups: those of group g get that of value g. Every step leaves a lane half
-// of the values, so that 8 sums take 7 shuffles instead of 24.
+// The sum of each of 8 values over the lanes of all groups: those of group g get that of value g.
+// Every step leaves a lane half of the values, so that 8 sums take 7 shuffles instead of 24.
 LDIT_DEVICE float sum_for_group(float (&values)[8]) {
 #pragma unroll
   for (int flip = 16; flip >= 4; flip /= 2) {
@@ -20,7 +21,8 @@ LDIT_DEVICE float sum_for_group(float (&values)[8]) {
   return values[0];
 }
 
-// Adds to `sums`, this warp's own, what all groups have of each column; `value(tile, j)`: this lane's for its column j of a tile.
+// Adds to `sums`, this warp's own, what all groups have of each column; `value(tile, j)`: this
+// lane's for its column j of a tile.
 template <int tiles, class Value>
 LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
 #pragma unroll
@@ -34,11 +36,12 @@ LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
   }
 }
 
-// Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back through rotation and norm.
-// `sums`, of this warp: where the gradients of the vectors are summed.
+// Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back
+// through rotation and norm. `sums`, of this warp: where the gradients of the vectors are summed.
 template <class T, int width, bool exact>
-LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head, const Turn& turn,
-                           const Vectors<width>& vectors, int which, int token, float scale, const Vectors<width>& sums) {
+LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head,
+                           const Turn& turn, const Vectors<width>& vectors, int which, int token,
+                           float scale, const Vectors<width>& sums) {
   constexpr int tiles = width / 8;
   const bool normed = turn.q_weight.data != nullptr;
   const int member = 2 * member_index();
@@ -73,7 +76,8 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
     for (int t = 0; t < tiles; ++t)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float normed = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse, &mine = d[t][2 * half + j], of_weight = mine * normed;
+        float normed = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse,
+              &mine = d[t][2 * half + j], of_weight = mine * normed;
         int column = 8 * t + member + j;
 #pragma unroll
         for (int flip = 4; flip < kWarp; flip *= 2) of_weight += from_lane_across(of_weight, flip);
@@ -92,18 +96,22 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
       }
     }
   }
-  if (turn.bias.data != nullptr) add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
+  if (turn.bias.data != nullptr)
+    add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 
-// Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there to `to`.
+// Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there
+// to `to`.
 template <class T, int width, bool exact>
-LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row, T* to, int exist, const Head<width, exact>& head) {
+LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row,
+                            T* to, int exist, const Head<width, exact>& head) {
   __syncwarp();
 #pragma unroll
   for (int t = 0; t < width / 8; ++t)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      own.set_pair(row + group_index() + 8 * half, 8 * t + 2 * member_index(), word<T>(d[t][2 * half], d[t][2 * half + 1]));
+      own.set_pair(row + group_index() + 8 * half, 8 * t + 2 * member_index(),
+                   word<T>(d[t][2 * half], d[t][2 * half + 1]));
     }
   __syncwarp();
   store_rows(own, row, to, 3 * head.row(), exist, head);

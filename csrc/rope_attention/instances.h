@@ -17,8 +17,9 @@ struct Instance {
   static constexpr bool whole = of_whole;
 };
 
-// Calls `use(T, Instance)`, as types. Where a block holds a whole head, of a usual width, and accesses are whole, a kernel for
-// just that; else the least that has room. No model multiplies wider heads than 72 in float32.
+// Calls `use(T, Instance)`, as types. Where a block holds a whole head, of a usual width, and
+// accesses are whole, a kernel for just that; else the least that has room. No model multiplies
+// wider heads than 72 in float32.
 template <class Use>
 void with_instance(DType dtype, std::int64_t width, bool whole, Use&& use) {
   dispatch(dtype, [&](auto tag) {
@@ -36,7 +37,8 @@ void with_instance(DType dtype, std::int64_t width, bool whole, Use&& use) {
   });
 }
 
-// Whether 16 bytes can be read at the start of every 8 columns of a head in all arrays, which start at 16 bytes.
+// Whether 16 bytes can be read at the start of every 8 columns of a head in all arrays, which start
+// at 16 bytes.
 inline bool whole_chunks(const AttentionSizes& sizes, std::initializer_list<const void*> arrays) {
   bool all = sizes.width % kChunk == 0;
   for (const void* array : arrays) all = all && aligned(array);

@@ -1,10 +1,12 @@
-// How rows of a head come from global memory, queries and keys turned (with their bias, normed, then rotated), and how they
-// go back.
+// How rows of a head come from global memory, queries and keys turned (with their bias, normed,
+// then rotated), and how they go back.
 //
-// Columns that do not exist are 0 in shared memory, and so are rows but for a bias, so that any product with them is finite.
-// Weights between queries and keys are 0 where one of both does not exist; no other mask is needed.
+// Columns that do not exist are 0 in shared memory, and so are rows but for a bias, so that any
+// product with them is finite. Weights between queries and keys are 0 where one of both does not
+// exist; no other mask is needed.
 //
-// The values keep out of shared memory's rows what their bias is: weights that sum to 1 take it to the result as it is.
+// The values keep out of shared memory's rows what their bias is: weights that sum to 1 take it to
+// the result as it is.
 #pragma once
 
 #include "../common/async_copy.h"
@@ -18,8 +20,9 @@ namespace ldit {
 constexpr int kChunk = 8;  // columns that a thread takes at a time
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Where a block works: the arrays of its head. `exact`: heads are `columns` wide, and accesses of 16 bytes are possible; else
-// `width` of the columns exist. Little is kept, and offsets are made anew: registers are for sums of products.
+// Where a block works: the arrays of its head. `exact`: heads are `columns` wide, and accesses of
+// 16 bytes are possible; else `width` of the columns exist. Little is kept, and offsets are made
+// anew: registers are for sums of products.
 template <int columns, bool exact>
 struct Head {
   int sample, head;
@@ -27,20 +30,25 @@ struct Head {
   bool all;  // whether accesses of 16 bytes are possible
 
   LDIT_DEVICE Head(const AttentionSizes& sizes, unsigned sample, unsigned head, bool all)
-      : sample(sample), head(head), tokens(sizes.tokens), heads(sizes.heads), width(exact ? columns : int(sizes.width)),
-        all(exact || all) {}
+      : sample(sample), head(head), tokens(sizes.tokens), heads(sizes.heads),
+        width(exact ? columns : int(sizes.width)), all(exact || all) {}
 
-  LDIT_DEVICE int row() const { return heads * width; }   // elements from row to row in the result; in qkv thrice that
+  // Elements from row to row in the result; in qkv thrice that.
+  LDIT_DEVICE int row() const { return heads * width; }
   LDIT_DEVICE int first() const { return head * width; }  // column in a row of the result
 
   // Of a token's query, key or value (`which` 0, 1 or 2) in qkv, or of its row in the result.
   LDIT_DEVICE std::int64_t in_packed(int which, int token) const {
     return ((std::int64_t(sample) * tokens + token) * 3 + which) * row() + first();
   }
-  LDIT_DEVICE std::int64_t in_flat(int token) const { return (std::int64_t(sample) * tokens + token) * row() + first(); }
+  LDIT_DEVICE std::int64_t in_flat(int token) const {
+    return (std::int64_t(sample) * tokens + token) * row() + first();
+  }
 
   // Of a token in [samples, heads, tokens].
-  LDIT_DEVICE std::int64_t in_heads(int token) const { return (std::int64_t(sample) * heads + head) * tokens + token; }
+  LDIT_DEVICE std::int64_t in_heads(int token) const {
+    return (std::int64_t(sample) * heads + head) * tokens + token;
+  }
 
   // How many of `count` columns from `column` on exist.
   LDIT_DEVICE int left(int column, int count) const {
@@ -56,20 +64,27 @@ struct Head {
   }
 };
 
-// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of queries and keys; the bias
-// of queries, keys and values. What is not given, and columns that do not exist, are 0.
+// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of
+// queries and keys; the bias of queries, keys and values. What is not given, and columns that do
+// not exist, are 0.
 template <int width>
 struct Vectors {
   static constexpr int size = 5 * width;
   Shared<float> memory;
 
-  LDIT_DEVICE float* weight(int which, int column, int columns) const { return memory.span(which * width + column, columns); }
+  LDIT_DEVICE float* weight(int which, int column, int columns) const {
+    return memory.span(which * width + column, columns);
+  }
   LDIT_DEVICE Shared<float> of_weight(int which) const { return memory.part(which * width, width); }
-  LDIT_DEVICE Shared<float> of_bias(int which) const { return memory.part((2 + which) * width, width); }
+  LDIT_DEVICE Shared<float> of_bias(int which) const {
+    return memory.part((2 + which) * width, width);
+  }
 
-  // Neighbours in a row of queries, keys or values (`which` 0, 1 or 2) with their bias, or without for a `sign` of −1.
+  // Neighbours in a row of queries, keys or values (`which` 0, 1 or 2) with their bias, or without
+  // for a `sign` of −1.
   template <int columns, class T>
-  LDIT_DEVICE Raw<float, columns> add_bias(const Raw<T, columns>& raw, int which, int column, float sign = 1.f) const {
+  LDIT_DEVICE Raw<float, columns> add_bias(const Raw<T, columns>& raw, int which, int column,
+                                           float sign = 1.f) const {
     auto added = load<columns>(memory.span((2 + which) * width + column, columns));
     Raw<float, columns> sum;
 #pragma unroll
@@ -79,7 +94,8 @@ struct Vectors {
 };
 
 template <int width, bool exact>
-LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head, const Vectors<width>& vectors) {
+LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head,
+                               const Vectors<width>& vectors) {
   for (int i = threadIdx.x; i < Vectors<width>::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
     const Floats from = which == 0 ? turn.q_weight : which == 1 ? turn.k_weight : turn.bias;
@@ -88,10 +104,12 @@ LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head,
   }
 }
 
-// Eight columns of a turned row, rounded once. `inverse`: of the root mean square; `factors`: of the norm.
+// Eight columns of a turned row, rounded once. `inverse`: of the root mean square; `factors`: of
+// the norm.
 template <class T>
-LDIT_DEVICE Raw<T, kChunk> turned(const Raw<float, kChunk>& raw, bool normed, float inverse, const Raw<float, kChunk>& factors,
-                                  bool rotated, const Raw<float, kChunk>& angles) {
+LDIT_DEVICE Raw<T, kChunk> turned(const Raw<float, kChunk>& raw, bool normed, float inverse,
+                                  const Raw<float, kChunk>& factors, bool rotated,
+                                  const Raw<float, kChunk>& angles) {
   float values[kChunk];
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) values[j] = normed ? raw[j] * inverse * factors[j] : raw[j];
@@ -117,11 +135,12 @@ LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head, con
   return fast_rsqrt(warp_sum(squares, 4) / static_cast<float>(head.width) + turn.eps);
 }
 
-// Turns rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1) into shared memory; four threads
-// share a row. In few registers: sums of products occupy most of them.
+// Turns rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1) into
+// shared memory; four threads share a row. In few registers: sums of products occupy most of them.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width>& vectors,
-                              int which, int first, int rows, const Tile<T, width>& to) {
+LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn,
+                              const Vectors<width>& vectors, int which, int first, int rows,
+                              const Tile<T, width>& to) {
   const bool normed = turn.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
@@ -131,26 +150,33 @@ LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, cons
     if (normed) {
       float squares = 0.f;
       for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-        auto raw = head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0);
+        auto raw =
+            head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0);
         squares += sum_of_squares(vectors.add_bias(raw, which, column));
       }
       inverse = inverse_rms(squares, head, turn);
     }
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
       int valid = there ? head.left(column, kChunk) : 0;
-      auto raw = vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
+      auto raw =
+          vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
       Raw<float, kChunk> angles{}, factors{};
-      if (turn.table) angles = head.template load_some<kChunk>(turn.table + std::int64_t(token) * head.width + column, valid);
+      if (turn.table)
+        angles = head.template load_some<kChunk>(
+            turn.table + std::int64_t(token) * head.width + column, valid);
       if (normed) factors = load<kChunk>(vectors.weight(which, column, kChunk));
-      store(to.at(row, column, kChunk), turned<T>(raw, normed, inverse, factors, turn.table != nullptr, angles));
+      store(to.at(row, column, kChunk),
+            turned<T>(raw, normed, inverse, factors, turn.table != nullptr, angles));
     }
   }
 }
 
-// The same for the first rows of queries and keys at once, which reads the table once, and asks for a whole row at a time.
+// The same for the first rows of queries and keys at once, which reads the table once, and asks for
+// a whole row at a time.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn, const Vectors<width>& vectors,
-                            int rows, const Tile<T, width>& queries, const Tile<T, width>& keys) {
+LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn,
+                            const Vectors<width>& vectors, int rows, const Tile<T, width>& queries,
+                            const Tile<T, width>& keys) {
   constexpr int pieces = (width / kChunk + 3) / 4;
   const bool normed = turn.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
@@ -161,8 +187,11 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
     for (int p = 0; p < pieces; ++p) {
       int column = kChunk * (member_index() + 4 * p), valid = there ? head.left(column, kChunk) : 0;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) raw[i][p] = head.template load_some<kChunk>(qkv + head.in_packed(i, row) + column, valid);
-      if (turn.table) angles[p] = head.template load_some<kChunk>(turn.table + std::int64_t(row) * head.width + column, valid);
+      for (int i = 0; i < 2; ++i)
+        raw[i][p] = head.template load_some<kChunk>(qkv + head.in_packed(i, row) + column, valid);
+      if (turn.table)
+        angles[p] = head.template load_some<kChunk>(
+            turn.table + std::int64_t(row) * head.width + column, valid);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -183,7 +212,8 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
         Raw<float, kChunk> factors{};
         if (normed) factors = load<kChunk>(vectors.weight(i, column, kChunk));
         store((i == 0 ? queries : keys).at(row, column, kChunk),
-              turned<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors, turn.table != nullptr, angles[p]));
+              turned<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors,
+                        turn.table != nullptr, angles[p]));
       }
     }
   }
@@ -191,21 +221,25 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
 
 // Starts to copy the values of rows [first, first + rows); wait_copies<0>() and a barrier end it.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_values(const T* qkv, const Head<width, exact>& head, int first, int rows, const Tile<T, width>& to, Site site = Site::here()) {
+LDIT_DEVICE void stage_values(const T* qkv, const Head<width, exact>& head, int first, int rows,
+                              const Tile<T, width>& to, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     int row = i / units, column = i % units * count, token = first + row;
     int valid = token < head.tokens ? head.left(column, count) : 0;
     const T* from = qkv + head.in_packed(2, valid ? token : 0);
-    if (head.all) copy16(to.at(row, column, count, site), valid ? from + column : from, valid ? 16 : 0, site);
+    if (head.all)
+      copy16(to.at(row, column, count, site), valid ? from + column : from, valid ? 16 : 0, site);
     else store(to.at(row, column, count, site), load_tail<count>(from + column, valid), site);
   }
   commit_copies();
 }
 
-// Rows [row, row + 16) of a warp's own, from shared memory into an array whose rows lie `stride` apart, as far as they exist.
+// Rows [row, row + 16) of a warp's own, from shared memory into an array whose rows lie `stride`
+// apart, as far as they exist.
 template <class T, int width, bool exact>
-LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stride, int exist, const Head<width, exact>& head, Site site = Site::here()) {
+LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stride, int exist,
+                            const Head<width, exact>& head, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
 #pragma unroll 1  // the addresses of all turns at once would take registers from sums of products
   for (int i = lane_index(); i < 16 * units; i += kWarp) {

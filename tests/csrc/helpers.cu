@@ -1,4 +1,5 @@
-// One warp for each helper of csrc/common, with what goes in and what comes out laid open. For the emulation and a device.
+// One warp for each helper of csrc/common, with what goes in and what comes out laid open. For the
+// emulation and a device.
 #include "common/async_copy.h"
 #include "common/fragments.h"
 #include "common/mma.h"
@@ -10,7 +11,8 @@ using namespace ldit;
 
 namespace {
 
-// d [16, 8] = a [16, k] · b [k, 8], fragments put together by hand from the layout that mma.h documents.
+// d [16, 8] = a [16, k] · b [k, 8], fragments put together by hand from the layout that mma.h
+// documents.
 template <class T, int k>
 __global__ void product(const T* a, const T* b, float* d) {
   int group = lane_index() / 4, member = lane_index() % 4;
@@ -29,7 +31,8 @@ __global__ void product(const T* a, const T* b, float* d) {
   for (int i = 0; i < 4; ++i) d[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2] = sums[i];
 }
 
-// The same of float32, with k = 8: as kernels have it, and by shuffles, which is what a device does.
+// The same of float32, with k = 8: as kernels have it, and by shuffles, which is what a device
+// does.
 __global__ void multiply_float32(const float* a, const float* b, float* d, float* by_shuffles) {
   int group = lane_index() / 4, member = lane_index() % 4, first = 2 * member;
   float2 above{a[group * 8 + first], a[group * 8 + first + 1]};
@@ -44,7 +47,8 @@ __global__ void multiply_float32(const float* a, const float* b, float* d, float
   }
 }
 
-// The same product of 16 and 16, fragments by ldmatrix: A as it is, B [k, 8] row-major, transposed on the way.
+// The same product of 16 and 16, fragments by ldmatrix: A as it is, B [k, 8] row-major, transposed
+// on the way.
 template <class T>
 __global__ void multiply_from_shared(const T* a, const T* b, float* d) {
   LDIT_SHARED(T, left, 256);
@@ -81,7 +85,8 @@ __global__ void staged(const float* in, float* out, int valid) {
   LDIT_SHARED(float, memory, 256);
   int lane = lane_index();
   auto begin = [&](int stage) {
-    copy16(memory.span(stage % 2 * 128 + 4 * lane, 4), in + stage * 128 + 4 * lane, stage == 2 ? valid : 16);
+    copy16(memory.span(stage % 2 * 128 + 4 * lane, 4), in + stage * 128 + 4 * lane,
+           stage == 2 ? valid : 16);
     commit_copies();
   };
   begin(0);
@@ -90,13 +95,15 @@ __global__ void staged(const float* in, float* out, int valid) {
     if (stage < 2) wait_copies<1>();
     else wait_copies<0>();
     __syncwarp();
-    for (int i = 0; i < 4; ++i) out[stage * 128 + 32 * i + lane] = memory[stage % 2 * 128 + 32 * i + lane];
+    for (int i = 0; i < 4; ++i)
+      out[stage * 128 + 32 * i + lane] = memory[stage % 2 * 128 + 32 * i + lane];
     __syncwarp();
     if (stage == 0) begin(2);
   }
 }
 
-// out [4, threads]: sum and maximum over groups of 8 lanes, the sum over the block, and that summed over the block.
+// out [4, threads]: sum and maximum over groups of 8 lanes, the sum over the block, and that summed
+// over the block.
 __global__ void reductions(const float* in, float* out) {
   using Sums = BlockSums<2>;
   LDIT_SHARED(float, memory, Sums::size);
@@ -153,16 +160,19 @@ EXPORT const char* run_multiply(bool brain, int k, const void* a, const void* b,
   });
 }
 
-EXPORT const char* run_multiply_float32(const float* a, const float* b, float* d, float* by_shuffles) {
-  return caught([&] { launch({"multiply_float32", dim3(1), 32, nullptr}, multiply_float32, a, b, d, by_shuffles); });
+EXPORT const char* run_multiply_float32(const float* a, const float* b, float* d,
+                                        float* by_shuffles) {
+  return caught([&] {
+    launch({"multiply_float32", dim3(1), 32, nullptr}, multiply_float32, a, b, d, by_shuffles);
+  });
 }
 
 EXPORT const char* run_multiply_from_shared(bool brain, const void* a, const void* b, float* d) {
   return caught([&] {
     narrow_types(brain, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"multiply_from_shared", dim3(1), 32, nullptr}, multiply_from_shared<T>, static_cast<const T*>(a),
-             static_cast<const T*>(b), d);
+      launch({"multiply_from_shared", dim3(1), 32, nullptr}, multiply_from_shared<T>,
+             static_cast<const T*>(a), static_cast<const T*>(b), d);
     });
   });
 }
@@ -187,14 +197,16 @@ EXPORT const char* run_staged(const float* in, float* out, int valid) {
 }
 
 EXPORT const char* run_reductions(int threads, const float* in, float* out) {
-  return caught([&] { launch({"reductions", dim3(1), unsigned(threads), nullptr}, reductions, in, out); });
+  return caught(
+      [&] { launch({"reductions", dim3(1), unsigned(threads), nullptr}, reductions, in, out); });
 }
 
 EXPORT const char* run_narrow(bool brain, const float* in, void* out, std::int64_t count) {
   return caught([&] {
     narrow_types(brain, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"narrow", dim3(many(count)), 256, nullptr}, narrow<T>, in, static_cast<T*>(out), count);
+      launch({"narrow", dim3(many(count)), 256, nullptr}, narrow<T>, in, static_cast<T*>(out),
+             count);
     });
   });
 }
@@ -203,7 +215,8 @@ EXPORT const char* run_widen(bool brain, const void* in, float* out, std::int64_
   return caught([&] {
     narrow_types(brain, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"widen", dim3(many(count)), 256, nullptr}, widen<T>, static_cast<const T*>(in), out, count);
+      launch({"widen", dim3(many(count)), 256, nullptr}, widen<T>, static_cast<const T*>(in), out,
+             count);
     });
   });
 }
@@ -212,7 +225,8 @@ EXPORT const char* run_copy(int dtype, const void* in, void* out, std::int64_t c
   return caught([&] {
     dispatch(static_cast<DType>(dtype), [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"copy", dim3(1), 32, nullptr}, copy<T>, static_cast<const T*>(in), static_cast<T*>(out), count, whole);
+      launch({"copy", dim3(1), 32, nullptr}, copy<T>, static_cast<const T*>(in),
+             static_cast<T*>(out), count, whole);
     });
   });
 }

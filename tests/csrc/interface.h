@@ -20,5 +20,7 @@ const char* caught(Run&& run) {
 }
 
 #ifdef LDIT_EMULATED
-EXPORT void set_order(int order, std::uint64_t seed) { emulation::set_order(static_cast<emulation::Order>(order), seed); }
+EXPORT void set_order(int order, std::uint64_t seed) {
+  emulation::set_order(static_cast<emulation::Order>(order), seed);
+}
 #endif

@@ -38,7 +38,8 @@ __global__ void within_warp(float* out) {
   out[threadIdx.x] = memory[lane_index() ^ 1];
 }
 
-// The shuffle orders the lanes in the emulation's plain build; only a race detector sees that nothing orders the memory.
+// The shuffle orders the lanes in the emulation's plain build; only a race detector sees that
+// nothing orders the memory.
 template <bool wrong>
 __global__ void shuffle_for_barrier(float* out) {
   LDIT_SHARED(float, memory, 32);
@@ -53,7 +54,8 @@ template <bool wrong>
 __global__ void shuffle_mask(float* out) {
   float value = 1.f;
   if (threadIdx.x < 16) {
-    for (int flip = 8; flip > 0; flip /= 2) value += __shfl_xor_sync(wrong ? kFullMask : 0xffffu, value, flip);
+    for (int flip = 8; flip > 0; flip /= 2)
+      value += __shfl_xor_sync(wrong ? kFullMask : 0xffffu, value, flip);
   }
   out[threadIdx.x] = value;
 }
@@ -114,7 +116,8 @@ __global__ void dynamic_past_the_end(float* out) {
 template <bool wrong>
 __global__ void vector_past_the_end(const float* in, float* out) {
   if (4 * threadIdx.x >= 65) return;
-  auto raw = wrong || 4 * threadIdx.x + 4 <= 65 ? load<4>(in + 4 * threadIdx.x) : load_tail<4>(in + 4 * threadIdx.x, 1);
+  auto raw = wrong || 4 * threadIdx.x + 4 <= 65 ? load<4>(in + 4 * threadIdx.x)
+                                                : load_tail<4>(in + 4 * threadIdx.x, 1);
   out[threadIdx.x] = raw[0];
 }
 
@@ -148,7 +151,7 @@ __global__ void blocks_write(float* out) {
 
 }  // namespace
 
-#define RUN(name, blocks, threads, ...)                                                      \
+#define RUN(name, blocks, threads, ...)                                                     \
   EXPORT const char* run_##name(bool wrong, [[maybe_unused]] const float* in, float* out) { \
     return caught([&] {                                                                     \
       LaunchConfig config{#name, dim3(blocks), threads, nullptr, 256};                      \
