@@ -25,7 +25,7 @@ from launch import export as exporting
 from launch.arguments import local_path
 from launch.config import select_ops
 from launch.digits_demo import dataset
-from launch.digits_demo.classifier import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.digits_demo.classifier import LIMITS, DigitClassifier, failures, reconstruction_report, samples_report
 from launch.digits_demo.foundation import train_foundation
 from launch.evaluation import features, runner
 from launch.training.checkpoint import newest, write_json
@@ -101,17 +101,17 @@ class Quickstart:
         )
 
     def evaluate(self) -> dict:
-        """Judge reconstructions and samples, draw the pictures, write report.json → the report."""
+        """Evaluate reconstructions and samples, draw the pictures, write report.json → the report."""
         training, heldout = self._digits("train"), self._digits("heldout")
-        judge = Judge(training, heldout)
+        classifier = DigitClassifier(training, heldout)
         self._measure_samples()
         decoded = self._reconstruct()
         with np.load(self.root / "samples" / "samples.npz") as content:
             images, labels = torch.from_numpy(content["arr_0"]), torch.from_numpy(content["arr_1"])
         extractor = features.FoundationFeatures.from_file(self.foundation, _device())
         report = {
-            **reconstruction_report(judge, heldout, decoded),
-            **samples_report(judge, images, labels, training, heldout, lambda batch: extractor(batch)["features"]),
+            **reconstruction_report(classifier, heldout, decoded),
+            **samples_report(classifier, images, labels, training, heldout, lambda batch: extractor(batch)["features"]),
             "made": json.loads((self.root / "samples" / "samples.json").read_text("utf-8")),
         }
         pictures.sample_grid(images, labels, self.root / "samples.png")

@@ -1,4 +1,4 @@
-"""The embedded data set, its judges, the stand-in foundation model, and the pictures made of them."""
+"""The embedded data set, its classifier, the stand-in foundation model, and the pictures made of them."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from launch import pictures
 from launch.digits_demo import foundation
-from launch.digits_demo.classifier import LIMITS, Judge, failures, reconstruction_report, samples_report
+from launch.digits_demo.classifier import LIMITS, DigitClassifier, failures, reconstruction_report, samples_report
 from launch.digits_demo.dataset import CLASSES, Digits, downsample, read, source, upsample, write
 from launch.evaluation.features import FoundationFeatures
 from vavae.config import FoundationConfig
@@ -25,8 +25,8 @@ def splits():
 
 
 @pytest.fixture(scope="module")
-def judge(splits):
-    return Judge(splits["train"], splits["heldout"])
+def classifier(splits):
+    return DigitClassifier(splits["train"], splits["heldout"])
 
 
 def test_split_is_stratified_fixed_and_complete(splits):
@@ -112,48 +112,48 @@ def features(images):
     return downsample(images).flatten(1) @ weight / 64
 
 
-def report(judge, splits, samples, labels):
-    return samples_report(judge, samples, labels, splits["train"], splits["heldout"], features)
+def report(classifier, splits, samples, labels):
+    return samples_report(classifier, samples, labels, splits["train"], splits["heldout"], features)
 
 
-def test_the_judge_passes_good_digits(judge, splits):
-    assert judge.accuracy >= 0.97
+def test_the_classifier_passes_good_digits(classifier, splits):
+    assert classifier.accuracy >= 0.97
     heldout = splits["heldout"]
-    good = report(judge, splits, heldout.images, heldout.labels)
-    assert good["recognised"] == pytest.approx(judge.accuracy) and good["samples"] == 500
+    good = report(classifier, splits, heldout.images, heldout.labels)
+    assert good["recognised"] == pytest.approx(classifier.accuracy) and good["samples"] == 500
     assert good["recognised_worst_class"] == min(good["recognised_per_class"]) > 0.9
     assert good["nearest_ratio"] == 1.0
     assert good["frechet_ratio"] == pytest.approx(0, abs=1e-9) and good["frechet_distance_of_training_digits"] > 0
 
 
-def test_the_judge_fails_what_it_must(judge, splits):
+def test_the_classifier_fails_what_it_must(classifier, splits):
     train, heldout = splits["train"], splits["heldout"]
     copies = train.balanced(50)
-    memorised = report(judge, splits, train.images[copies], train.labels[copies])
+    memorised = report(classifier, splits, train.images[copies], train.labels[copies])
     assert memorised["nearest_ratio"] == 0 and 0.5 < memorised["frechet_ratio"] < 1.5
-    wrong = report(judge, splits, heldout.images, (heldout.labels + 1) % 10)
+    wrong = report(classifier, splits, heldout.images, (heldout.labels + 1) % 10)
     assert wrong["recognised"] < 0.05
     one_bad_class = report(
-        judge, splits, heldout.images.where((heldout.labels != 4)[:, None, None, None], 0), heldout.labels
+        classifier, splits, heldout.images.where((heldout.labels != 4)[:, None, None, None], 0), heldout.labels
     )
     assert one_bad_class["recognised_worst_class"] == one_bad_class["recognised_per_class"][4] == 0
     assert one_bad_class["recognised"] > 0.85 and one_bad_class["frechet_ratio"] > 2
     noise = torch.randint(0, 256, heldout.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert report(judge, splits, noise, heldout.labels)["frechet_ratio"] > 10
+    assert report(classifier, splits, noise, heldout.labels)["frechet_ratio"] > 10
     with pytest.raises(ValueError, match=r"none of class \[9\]"):
-        report(judge, splits, heldout.images[:, :][heldout.labels < 9], heldout.labels[heldout.labels < 9])
+        report(classifier, splits, heldout.images[:, :][heldout.labels < 9], heldout.labels[heldout.labels < 9])
 
 
-def test_a_judge_that_cannot_read_is_refused(splits):
+def test_a_classifier_that_cannot_read_is_refused(splits):
     train, heldout = splits["train"], splits["heldout"]
-    with pytest.raises(RuntimeError, match="the judge recognises"):
-        Judge(Digits(train.images, train.labels.roll(1)), heldout)
+    with pytest.raises(RuntimeError, match="the classifier recognises"):
+        DigitClassifier(Digits(train.images, train.labels.roll(1)), heldout)
 
 
-def test_reconstruction_report(judge, splits):
+def test_reconstruction_report(classifier, splits):
     heldout = splits["heldout"]
     shifted = (heldout.images.int() + torch.where(heldout.images > 127, -4, 4)).to(torch.uint8)
-    got = reconstruction_report(judge, heldout, shifted)
+    got = reconstruction_report(classifier, heldout, shifted)
     assert got["reconstruction_psnr"] == pytest.approx(20 * math.log10(255 / 4), rel=1e-9)
     assert got["reconstruction_recognised"] > 0.97
 

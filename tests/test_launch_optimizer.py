@@ -19,7 +19,7 @@ def test_steps_are_those_of_torch_with_clipped_gradients_and_an_average(most):
     optimizer = AdamWEma(ours, kernels.select("reference"), **SETTINGS, ema_decay=0.9, max_grad_norm=most,
                          partitioned=False)  # fmt: skip
     optimizer.begin()
-    judge, average = torch.optim.AdamW(theirs, **SETTINGS), [p.clone() for p in start]
+    torch_adamw, average = torch.optim.AdamW(theirs, **SETTINGS), [p.clone() for p in start]
     for step in range(1, 9):
         grads = [10 ** (step % 4) * torch.randn(size, generator=generator) for size in SIZES]
         for params in (ours, theirs):
@@ -27,7 +27,7 @@ def test_steps_are_those_of_torch_with_clipped_gradients_and_an_average(most):
                 p.grad = grad.clone()
         norm = torch.nn.utils.clip_grad_norm_(theirs, most or torch.inf)
         optimizer.step()
-        judge.step()
+        torch_adamw.step()
         assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6), "as it was before it was clipped"
         average = [0.9 * e + 0.1 * p.detach() for e, p in zip(average, theirs, strict=True)]
         for mine, other, mean in zip(ours, theirs, average, strict=True):

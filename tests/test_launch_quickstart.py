@@ -33,7 +33,7 @@ def hasty(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
-def test_every_stage_runs_and_the_limits_are_judged(hasty, capsys):
+def test_every_stage_runs_and_the_limits_are_checked(hasty, capsys):
     assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # three steps meet no limit
     text = capsys.readouterr().out
     assert all(f"── {n}/7" in text for n in range(1, 8))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutations import ROOT, KernelMistake, Mistake, mutated
-from tests.mutations.__main__ import judge, summary
+from tests.mutations.__main__ import summary, try_all
 from tests.mutations.table import MISTAKES
 
 
@@ -56,7 +56,7 @@ def test_the_program_tells_found_from_not_found(tree, capsys):
     def mistake(new: str, tests: str) -> Mistake:
         return Mistake("double.py", "2 * x", new, " ".join(f"test_double.py::{test}" for test in tests.split()))
 
-    outcomes = judge({
+    outcomes = try_all({
         "a/found": mistake("3 * x", "test_of_two"), "a/square": mistake("x * x", "test_of_two"),
         "a/found by the second": mistake("x * x", "test_of_two test_of_all"), "b/killed": mistake(
             "__import__('os').abort()", "test_of_all[0]"

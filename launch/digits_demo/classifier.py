@@ -1,4 +1,4 @@
-"""Judges of generated and reconstructed digits that took no part in making them, and the limits they must meet.
+"""Evaluation of generated and reconstructed digits by a classifier that took no part in making them, and its limits.
 
 All comparisons of strokes happen at the digits' own 8×8, where real images have gone through the same up- and
 down-sampling as everything else.
@@ -14,7 +14,7 @@ from launch.digits_demo.dataset import CLASSES, HELD_OUT_PER_CLASS, Digits, down
 from launch.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 
 Features = Callable[[Tensor], Tensor]  # uint8 [N, 32, 32, 3] → floating [N, D]
-LEAST_ACCURACY = 0.97  # of the classifier on held-out digits: below that it is no judge
+LEAST_ACCURACY = 0.97  # of the classifier on held-out digits: below that its verdicts say nothing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ LIMITS = (
 )
 
 
-class Judge:
+class DigitClassifier:
     """A support vector classifier on real training digits, and the distances from real digits to one another.
 
     Raises RuntimeError when the classifier itself fails on held-out digits.
@@ -54,15 +54,16 @@ class Judge:
 
         self._train = _flat(train.images)
         # Radial basis functions of counts 0..16; C and gamma by five-fold cross-validation on the training digits.
-        self._classifier = SVC(kernel="rbf", C=10.0, gamma=0.001).fit(self._train.numpy(), train.labels.numpy())
+        self._svc = SVC(kernel="rbf", C=10.0, gamma=0.001).fit(self._train.numpy(), train.labels.numpy())
         self.accuracy = self.recognised(heldout.images, heldout.labels).mean().item()
         if self.accuracy < LEAST_ACCURACY:
-            raise RuntimeError(f"the judge recognises {self.accuracy:.1%} of held-out digits, not {LEAST_ACCURACY:.0%}")
+            found = f"{self.accuracy:.1%} of held-out digits, not {LEAST_ACCURACY:.0%}"
+            raise RuntimeError(f"the classifier recognises {found}")
         self._usual_distance = self._nearest(heldout.images).median().item()
 
     def recognised(self, images: Tensor, labels: Tensor) -> Tensor:
         """Whether each of `images [N, 32, 32, 3]` is seen as its label; `[N]` float64 of 0 and 1."""
-        seen = torch.from_numpy(self._classifier.predict(_flat(images).numpy()))
+        seen = torch.from_numpy(self._svc.predict(_flat(images).numpy()))
         return (seen == labels.cpu()).double()
 
     def nearest_ratio(self, images: Tensor) -> float:
@@ -78,15 +79,15 @@ def _flat(images: Tensor) -> Tensor:
 
 
 def samples_report(
-    judge: Judge, samples: Tensor, labels: Tensor, train: Digits, heldout: Digits, features: Features
+    classifier: DigitClassifier, samples: Tensor, labels: Tensor, train: Digits, heldout: Digits, features: Features
 ) -> dict:
-    """What the judges say about `samples [N, 32, 32, 3]` uint8 generated for `labels [N]`, all ten classes present.
+    """Evaluates `samples [N, 32, 32, 3]` uint8 generated for `labels [N]`, all ten classes present.
 
     The Fréchet distance from samples to held-out digits, in the given features, is put in relation to that of as many
     training digits, 50 of each class (the mean over eight such draws, which differ by a fifth): a perfect generator
     that gave as many of each class would come out near 1.
     """
-    right = judge.recognised(samples, labels)
+    right = classifier.recognised(samples, labels)
     missing = sorted(set(range(CLASSES)) - set(labels.tolist()))
     if missing:
         raise ValueError(f"samples of every class are needed; none of class {missing}")
@@ -98,22 +99,22 @@ def samples_report(
     generated = frechet_distance(*_statistics(_features(features, samples)), *target)
     return {
         "samples": len(samples),
-        "judge_accuracy": judge.accuracy,
+        "judge_accuracy": classifier.accuracy,
         "recognised": right.mean().item(),
         "recognised_per_class": per_class,
         "recognised_worst_class": min(per_class),
-        "nearest_ratio": judge.nearest_ratio(samples),
+        "nearest_ratio": classifier.nearest_ratio(samples),
         "frechet_distance": generated,
         "frechet_distance_of_training_digits": real,
         "frechet_ratio": generated / real,
     }
 
 
-def reconstruction_report(judge: Judge, originals: Digits, reconstructions: Tensor) -> dict:
-    """What the judges say about uint8 `reconstructions` of `originals`: mean PSNR in dB, share still recognised."""
+def reconstruction_report(classifier: DigitClassifier, originals: Digits, reconstructions: Tensor) -> dict:
+    """Evaluates uint8 `reconstructions` of `originals`: mean PSNR in dB, share still recognised."""
     return {
         "reconstruction_psnr": psnr(originals.images, reconstructions.cpu()).mean().item(),
-        "reconstruction_recognised": judge.recognised(reconstructions, originals.labels).mean().item(),
+        "reconstruction_recognised": classifier.recognised(reconstructions, originals.labels).mean().item(),
     }
 
 

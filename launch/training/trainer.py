@@ -226,12 +226,12 @@ class Trainer:
         }
         if log is not None:
             log.row(row)
-        self._judge_skips(row, counters)
+        self._check_skips(row, counters)
 
     def _read_counters(self) -> dict[str, dict[str, float]]:
         return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
 
-    def _judge_skips(self, row: dict, counters: dict[str, dict[str, float]]) -> None:
+    def _check_skips(self, row: dict, counters: dict[str, dict[str, float]]) -> None:
         """Give up where too many steps in a row were skipped since the last row, or all there were to the end."""
         self._skipped_steps += self._skips.read(self.step, self.processes)
         for engine in self.engines.values():

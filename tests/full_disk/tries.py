@@ -106,7 +106,7 @@ def run(command: list[str], log: Path) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
 
 
-def judge(status: int, said: str, out: Path) -> str:
+def fault(status: int, said: str, out: Path) -> str:
     """What is wrong with how a program ended on a full disk, or ""."""
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     if status <= 0:
@@ -134,7 +134,7 @@ def main(program: str, directory: Path, every: int) -> None:
         shutil.copytree(kept, out)
         disk.full_disk(str(out).encode(), ctypes.c_long(call))
         status, said = run(command, log)
-        wrong = judge(status, said, out)
+        wrong = fault(status, said, out)
         disk.full_disk(str(out).encode(), ctypes.c_long(0))
         status_after, said_after = run(command, log)
         if not wrong and (status_after != 0 or result(out) != expected):

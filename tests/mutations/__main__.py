@@ -2,7 +2,7 @@
 
 Plants each mistake of the table in a copy of the tree, runs the tests that ought to find it there, and says whether one
 of them failed; a test that hangs or a process that is killed by a signal counts, too. Before that all those tests have
-to pass without a mistake. At the end the rate; exit status 1 where it is below 95 %, or a mistake could not be judged.
+to pass without a mistake. At the end the rate; exit status 1 where it is below 95 %, or a mistake could not be tried.
 Takes seven minutes on two cores, so it is no part of the tests; `test_mutations.py` only keeps the table alive.
 """
 
@@ -53,7 +53,7 @@ class Case:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plant, print and judge; returns the exit status."""
+    """Plant each mistake and run its tests; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--only", default="*", metavar="PATTERN", help="mistakes by name, such as launch/* or *clock*")
@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{name}: {m.file}: {m.old!r} → {m.new!r}" for name, m in chosen.items()))
         return 0
-    outcomes = judge(chosen, args.jobs)
+    outcomes = try_all(chosen, args.jobs)
     return summary(outcomes)
 
 
-def judge(chosen: Mapping[str, Mistake | KernelMistake], jobs: int, root: Path = ROOT) -> dict[str, Outcome]:
+def try_all(chosen: Mapping[str, Mistake | KernelMistake], jobs: int, root: Path = ROOT) -> dict[str, Outcome]:
     """The outcome of each mistake, printed as it comes."""
     outcomes: dict[str, Outcome] = {}
 
@@ -233,7 +233,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> int:
         of_it = [outcome.found for name, outcome in outcomes.items() if name.startswith(f"{package}/")]
         print(f"{package:14} {of_it.count(True):3} of {len(of_it)}")
     verdicts = [outcome.found for outcome in outcomes.values()]
-    for title, verdict in (("not found", False), ("not judged", None)):
+    for title, verdict in (("not found", False), ("not tried", None)):
         if names := [name for name, outcome in outcomes.items() if outcome.found is verdict]:
             print(f"{title}: {', '.join(names)}")
     rate = verdicts.count(True) / len(verdicts)
