@@ -35,7 +35,7 @@ from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import NoStep, sample
+from lightningdit.sampler import SolverError, sample
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import fingerprint
@@ -149,7 +149,7 @@ class Generator:
             made = sample(
                 self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label
             )
-        except NoStep as error:
+        except SolverError as error:
             raise ValueError(f"samples {_some(indices)} of {self.model_from}: {error}") from None
         self._require_finite("latents", made.latents, indices)
         decoded = self._decoded(made.latents)

@@ -23,7 +23,7 @@ Predict = Callable[[torch.Tensor, float], torch.Tensor]  # the network's output 
 Observe = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there
 
 
-class NoStep(ValueError):
+class SolverError(ValueError):
     """An adaptive solver cannot go on: what it integrates is not finite, or not smooth enough for its tolerances."""
 
 
@@ -151,7 +151,7 @@ def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, s
     """Integrate the probability-flow ODE from noise z [B, ...] to data over a grid of `steps` points.
 
     predict(x, t) is the network's output at the host time t, such as a `Denoiser`. dopri5 chooses its own steps within
-    atol and rtol and may look past t = 1. Raises ValueError on an unknown method, NoStep where dopri5 finds none.
+    atol and rtol and may look past t = 1. Raises ValueError on an unknown method, SolverError where dopri5 finds none.
     """
     choose("ODE method", method, dict.fromkeys(ODE_METHODS))
     grid = time_grid(*transport.interval(transport.sample_eps), steps, shift)
@@ -194,7 +194,7 @@ def _solve(slope, state, points: list[float], atol: float, rtol: float) -> list:
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values in state")):
             raise
-        raise NoStep(
+        raise SolverError(
             f"dopri5 finds no step between t = {points[0]:g} and {points[-1]:g}: the network's output is "
             f"not finite, or not smooth enough for atol {atol:g} and rtol {rtol:g}"
         ) from None
@@ -302,7 +302,7 @@ def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch
     """(log p(x1) [B] in nats, the noise x1 [B, ...] comes from), by the ODE run from data to noise with dopri5.
 
     The divergence is Hutchinson's estimate with `probe`, independent signs ±1 shaped as x1: unbiased, and exact for a
-    diagonal Jacobian (arXiv 2011.13456, section D.2). Raises NoStep where dopri5 finds none.
+    diagonal Jacobian (arXiv 2011.13456, section D.2). Raises SolverError where dopri5 finds none.
     """
     start, end = torch.tensor(transport.interval(transport.sample_eps)).tolist()  # times are float32
 
