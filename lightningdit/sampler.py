@@ -20,7 +20,7 @@ from lightningdit.config import LAST_STEPS, ODE_METHODS, SDE_METHODS, SampleConf
 from lightningdit.flow import Transport, choose, standard_normal_logp
 
 Predict = Callable[[torch.Tensor, float], torch.Tensor]  # the network's output for x at the host time t
-Observe = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there
+Callback = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there
 
 
 class SolverError(ValueError):
@@ -147,7 +147,7 @@ def _runge_kutta_step(velocity, x, t, dt, method):
 
 
 def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, shift=0.0, atol=1e-6, rtol=1e-3,
-               observe: Observe | None = None) -> torch.Tensor:  # fmt: skip
+               callback: Callback | None = None) -> torch.Tensor:  # fmt: skip
     """Integrate the probability-flow ODE from noise z [B, ...] to data over a grid of `steps` points.
 
     predict(x, t) is the network's output at the host time t, such as a `Denoiser`. dopri5 chooses its own steps within
@@ -162,13 +162,13 @@ def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, s
     times, x = grid.tolist(), z
     if method == "dopri5":
         for i, x in enumerate(_dopri5(velocity, predict, z, times, atol, rtol), start=1):
-            if observe:
-                observe(i, x)
+            if callback:
+                callback(i, x)
         return x
     for i, (t, after) in enumerate(pairwise(times), start=1):
         x = _runge_kutta_step(partial(velocity, predict), x, t, after - t, method)
-        if observe:
-            observe(i, x)
+        if callback:
+            callback(i, x)
     return x
 
 
@@ -203,7 +203,7 @@ def _solve(slope, state, points: list[float], atol: float, rtol: float) -> list:
 
 def sample_sde(transport: Transport, predict, z, noise: Callable[[int], torch.Tensor], *, method="euler", steps=250,
                shift=0.0, form="sigma", norm=1.0, last_step="Mean", last_step_size=0.04,
-               observe: Observe | None = None) -> torch.Tensor:  # fmt: skip
+               callback: Callback | None = None) -> torch.Tensor:  # fmt: skip
     """Integrate the reverse SDE dx = (v + g·score) dt + sqrt(2 g) dw from noise z [B, ...] to data.
 
     noise(k) is the standard normal tensor of step k (1-based), as z. form, norm: g(t), see `Transport.diffusion`.
@@ -234,8 +234,8 @@ def sample_sde(transport: Transport, predict, z, noise: Callable[[int], torch.Te
             x = x + kick(x, t, dt, k)
             first = fields(x, t)
             x = x + dt / 2 * (first + fields(x + dt * first, after))
-        if observe:
-            observe(k, x)
+        if callback:
+            callback(k, x)
     return x if last_step is None else _last_step(transport, predict, fields, x, times[-1], last_step, rest)
 
 
@@ -266,7 +266,7 @@ class Samples:
 
 @torch.no_grad()
 def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, indices: Sequence[int], *,
-           shape: Sequence[int], null_label: int | None, observe: Observe | None = None) -> Samples:  # fmt: skip
+           shape: Sequence[int], null_label: int | None, callback: Callback | None = None) -> Samples:  # fmt: skip
     """The samples with these `indices` and labels y [B] (on the model's device) under a `sample` section.
 
     shape: (C, H, W) of one latent. null_label: None for a model without one, which cannot be guided.
@@ -281,7 +281,7 @@ def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, i
     predict = Denoiser(model, y, guidance)
     z = initial_noise(config.seed, indices, shape, y.device)
     method = config.sampling_method.lower()
-    common = dict(method=method, steps=config.num_sampling_steps, shift=config.timestep_shift, observe=observe)
+    common = dict(method=method, steps=config.num_sampling_steps, shift=config.timestep_shift, callback=callback)
     if config.mode == "ODE":
         latents = sample_ode(transport, predict, z, atol=config.atol, rtol=config.rtol, **common)
     else:

@@ -40,7 +40,7 @@ def model():
     return model.eval().requires_grad_(False)
 
 
-def run_recorded(model, golden, tag, dtype=torch.float32, observe=None):
+def run_recorded(model, golden, tag, dtype=torch.float32, callback=None):
     """(samples, denoiser) of a recorded ODE setting, guided without ever holding the second half of the batch."""
     setting, z, y = RECORDED[tag], golden["in/z"].to(dtype), golden["in/y"]
     guidance = None
@@ -49,7 +49,7 @@ def run_recorded(model, golden, tag, dtype=torch.float32, observe=None):
         start = cfg["cfg_interval_start"] if cfg["cfg_interval"] else 0.0
         guidance = Guidance(cfg["cfg_scale"], NULL, start, channels=3)
     predict = Denoiser(model, y, guidance)
-    x = sample_ode(Transport(), predict, z, method=setting["method"], steps=setting["num_steps"], observe=observe,
+    x = sample_ode(Transport(), predict, z, method=setting["method"], steps=setting["num_steps"], callback=callback,
                    shift=setting["timestep_shift"], atol=setting["atol"], rtol=setting["rtol"])  # fmt: skip
     return x, predict
 
@@ -57,7 +57,7 @@ def run_recorded(model, golden, tag, dtype=torch.float32, observe=None):
 @pytest.mark.parametrize("tag", ODE_TAGS)
 def test_ode(tag, model, golden):
     states = {}
-    x, predict = run_recorded(model, golden, tag, observe=states.__setitem__)
+    x, predict = run_recorded(model, golden, tag, callback=states.__setitem__)
     close(tag, x, golden[f"ode/{tag}/final"][:2], atol=2e-3 if "dopri5" in tag else 2e-5)
     assert predict.nfe == RECORDED[tag]["nfe"]
     assert torch.equal(states[RECORDED[tag]["n_grid"] - 1], x)
@@ -141,7 +141,7 @@ def test_sde(tag, model, golden):
     x = sample_sde(
         Transport(sample_eps=0.0), predict, golden["in/z"], lambda k: golden["sde/noise"][k - 1],
         method=want["sampling_method"].lower(), steps=8, form=want["diffusion_form"], norm=want["diffusion_norm"],
-        last_step=want["last_step"], last_step_size=want["last_step_size"], observe=states.__setitem__,
+        last_step=want["last_step"], last_step_size=want["last_step_size"], callback=states.__setitem__,
     )  # fmt: skip
     close("before", states[7], golden[f"sde/{tag}/before_last_step"], atol=2e-5)
     close("final", x, golden[f"sde/{tag}/final"], atol=2e-5)
@@ -237,7 +237,7 @@ def test_every_step_of_the_sde_has_noise_of_its_own(method):
     config = SampleConfig(mode="SDE", sampling_method=method, num_sampling_steps=6, cfg_scale=1.0, last_step=None,
                           diffusion_form="constant", timestep_shift=0.0, seed=5)  # fmt: skip
     transport, states = Transport(), {0: initial_noise(5, [0, 3], WIDE)}
-    sample(nothing, transport, config, torch.zeros(2), [0, 3], shape=WIDE, null_label=None, observe=states.__setitem__)
+    sample(nothing, transport, config, torch.zeros(2), [0, 3], shape=WIDE, null_label=None, callback=states.__setitem__)
     times = time_grid(*transport.interval(transport.sample_eps, sde=True, form="constant"), 6).tolist()
 
     def drift(x, t):  # dx = score · dt + sqrt(2) dw, where the score is -x / (1 - t) at no velocity

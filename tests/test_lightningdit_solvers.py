@@ -80,7 +80,7 @@ def test_no_adaptive_step_crosses_the_start_of_guidance(guidance):
     """At every point of the grid the error stays that of the tolerance, for few calls."""
     z = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     states, (predict, rows) = {}, counted_growth(guidance)
-    x = sample_ode(Transport(), predict, z, method="dopri5", steps=8, observe=states.__setitem__)
+    x = sample_ode(Transport(), predict, z, method="dopri5", steps=8, callback=states.__setitem__)
     assert list(states) == list(range(1, 8)) and torch.equal(states[7], x)
     for i, t in enumerate(time_grid(0, 1, 8).tolist()[1:], start=1):
         want = grown(z, guidance, t)
