@@ -21,7 +21,7 @@ def choose(what: str, name, table):
     return table[name]
 
 
-def like(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def unsqueeze_like(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """t [B] with as many trailing axes of size 1 as broadcasting against x [B, ...] takes."""
     return t.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -43,7 +43,7 @@ class LinearPath:
 
     def drift(self, x, t):
         """(f, g): the path's stochastic process runs by dx = f dt + sqrt(2 g) dw, seen from data to noise."""
-        t = like(t, x)
+        t = unsqueeze_like(t, x)
         rate, (sigma, d_sigma) = self.log_alpha_rate(t), self.sigma(t)
         return -rate * x, rate * sigma**2 - sigma * d_sigma
 
@@ -85,7 +85,7 @@ class VPPath(LinearPath):
         return (self.rate_min + (1 - t) * (self.rate_max - self.rate_min)) / 2
 
     def drift(self, x, t):
-        rate = self.log_alpha_rate(like(t, x))
+        rate = self.log_alpha_rate(unsqueeze_like(t, x))
         return -rate * x, rate
 
 
@@ -167,17 +167,17 @@ class Transport:
 
     def interpolate(self, x0, x1, t):
         """(x_t, v_t): the point between noise x0 and data x1 at t, and its time derivative."""
-        t = like(t, x1)
+        t = unsqueeze_like(t, x1)
         (alpha, d_alpha), (sigma, d_sigma) = self.path.alpha(t), self.path.sigma(t)
         return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
     def score_from_velocity(self, velocity, x, t):
         """∇ log p_t(x) of a path whose velocity at x is given."""
-        return self.noise_from_velocity(velocity, x, t) / -self.path.sigma(like(t, x))[0]
+        return self.noise_from_velocity(velocity, x, t) / -self.path.sigma(unsqueeze_like(t, x))[0]
 
     def noise_from_velocity(self, velocity, x, t):
         """The noise x0 that `velocity` at x implies."""
-        t = like(t, x)
+        t = unsqueeze_like(t, x)
         (alpha, d_alpha), (sigma, d_sigma) = self.path.alpha(t), self.path.sigma(t)
         ratio = alpha / d_alpha
         return (ratio * velocity - x) / (ratio * d_sigma - sigma)
@@ -191,7 +191,7 @@ class Transport:
         """∇ log p_t(x) from what the network predicts."""
         if self.prediction == "velocity":
             return self.score_from_velocity(output, x, t)
-        return output if self.prediction == "score" else output / -self.path.sigma(like(t, x))[0]
+        return output if self.prediction == "score" else output / -self.path.sigma(unsqueeze_like(t, x))[0]
 
     def velocity(self, output, x, t):
         """The probability-flow velocity at x from what the network predicts."""
@@ -204,7 +204,7 @@ class Transport:
         'inccreasing-decreasing' is also taken.
         """
         form = "increasing-decreasing" if form == "inccreasing-decreasing" else form
-        u = like(t, x)
+        u = unsqueeze_like(t, x)
         forms = {
             "constant": lambda: torch.full_like(u, norm),
             "SBDM": lambda: norm * self.path.drift(x, t)[1],
@@ -240,7 +240,7 @@ class Transport:
         """Mean over all but the batch of the weighted squared error of what the network predicts."""
         if self.prediction == "velocity":
             return (pred - velocity).square().flatten(1).mean(1)
-        sigma = self.path.sigma(like(t, xt))[0]
+        sigma = self.path.sigma(unsqueeze_like(t, xt))[0]
         error = pred - x0 if self.prediction == "noise" else pred * sigma + x0
         return (self._weight(xt, t, sigma) * error.square()).flatten(1).mean(1)
 
