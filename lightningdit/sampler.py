@@ -1,9 +1,11 @@
-"""From noise to latents: ODE and SDE solvers, the timestep shift, guidance that skips what it does not need.
+"""Sampling: ODE and SDE solvers, the timestep shift, classifier-free guidance, likelihood.
 
-Time runs on the host, so no step waits for the device (dopri5 alone must look at its error). Guidance begins with a
-jump of the prediction; dopri5 solves up to it and goes on from it, so that no step crosses it. A sample depends on its
+Times are host floats, so no step waits for the device (dopri5 alone reads its error estimate). Guidance begins with a
+jump of the prediction; dopri5 solves up to it and restarts there, so that no step crosses it. A sample depends on its
 seed and index only: its numbers are drawn on the CPU, one generator per sample. Solvers work in the dtype of the
 noise they are given. Sources: SiT (arXiv 2401.08740) for the SDE, arXiv 2501.01423 for shift and interval.
+
+Shapes: B samples, C latent channels, H and W latent height and width; solvers take states of any shape [B, ...].
 """
 
 import math
@@ -17,29 +19,26 @@ import torchdiffeq
 
 from common.seeds import generator
 from lightningdit.config import LAST_STEPS, ODE_METHODS, SDE_METHODS, SampleConfig
-from lightningdit.flow import Transport, choose, standard_normal_logp
+from lightningdit.flow import Transport, choose, standard_normal_logp, unsqueeze_like
 
 Predict = Callable[[torch.Tensor, float], torch.Tensor]  # the network's output for x at the host time t
 Callback = Callable[[int, torch.Tensor], None]  # called with the grid index reached and the state there
 
 
 class SolverError(ValueError):
-    """An adaptive solver cannot go on: what it integrates is not finite, or not smooth enough for its tolerances."""
+    """An adaptive solver finds no step: what it integrates is not finite, or not smooth enough for its tolerances."""
 
 
-def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0, device="cpu"):
+def sample_noise(
+    seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Standard normal [len(indices), *shape] float32; row i is a function of (seed, indices[i], draw) alone.
 
     Draw 0 is the initial noise, draw k the noise of SDE step k (of an ODE, draw 1 probes its divergence). The same on
     every device.
     """
     rows = [torch.randn(tuple(shape), generator=generator(seed, int(index), draw)) for index in indices]
-    return torch.stack(rows).to(device)
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device="cpu") -> torch.Tensor:
-    """The starting points [len(indices), *shape] of the samples with these indices."""
-    return sample_noise(seed, indices, shape, device=device)
+    return torch.stack(rows).to(device)  # [B, *shape]
 
 
 def time_grid(start: float, end: float, points: int, shift: float = 0.0) -> torch.Tensor:
@@ -68,28 +67,30 @@ class Guidance:
         # Times are float32: a start of 0.11 has to mean the float32 next to it for t = 0.11 to count as reached.
         return math.inf if self.scale == 1 else torch.tensor(self.interval_start, dtype=torch.float32).item()
 
-    def on(self, t: float) -> bool:
+    def applies(self, t: float) -> bool:
         """Whether a call at time t is guided."""
         return t >= self.start
 
 
 class Denoiser:
-    """`model(x, t, y)` for fixed labels, guided where `guidance` is on, counting its calls.
+    """`model(x, t, y)` for fixed labels, with `guidance` from its start on, counting its calls.
 
     nfe: calls by the solver. guided_nfe: those that also ran the unconditional half.
     """
 
-    def __init__(self, model, y: torch.Tensor | None = None, guidance: Guidance | None = None):
+    def __init__(
+        self, model: Callable[..., torch.Tensor], y: torch.Tensor | None = None, guidance: Guidance | None = None
+    ):
         if guidance is not None and y is None:
             raise ValueError("guidance needs labels y")
         self.model, self.y, self.guidance = model, y, guidance
         self.labels = {} if y is None else {"y": y}
         self.nfe = self.guided_nfe = 0
 
-    def pieces(self, start: float, end: float) -> Iterator[tuple[float, float, Predict]]:
+    def segments(self, start: float, end: float) -> Iterator[tuple[float, float, Predict]]:
         """(from, to, prediction) along the times from start to end, in either direction, cut where guidance begins.
 
-        The prediction of a piece is guided at all times or at none, at its ends and beyond them too: it never jumps.
+        The prediction of a segment is guided at all times or at none, at its ends and beyond them too: it never jumps.
         """
         jump = math.inf if self.guidance is None else self.guidance.start
         inside = [jump] if min(start, end) < jump < max(start, end) else []
@@ -100,13 +101,13 @@ class Denoiser:
         """The prediction for x [B, C, ...] at the host time t, in x's dtype; guided: None for what holds at t."""
         self.nfe += 1
         if guided is None:
-            guided = self.guidance is not None and self.guidance.on(t)
+            guided = self.guidance is not None and self.guidance.applies(t)
         if not guided:
             return self.model(x, x.new_full((len(x),), t), **self.labels).to(x.dtype)
         self.guided_nfe += 1
-        both = torch.cat([self.y, torch.full_like(self.y, self.guidance.null_label)])
-        output = self.model(torch.cat([x, x]), x.new_full((2 * len(x),), t), y=both).to(x.dtype)
-        return guide(*output.chunk(2), self.guidance.scale, self.guidance.channels)
+        labels = torch.cat([self.y, torch.full_like(self.y, self.guidance.null_label)])  # [2B]
+        output = self.model(torch.cat([x, x]), x.new_full((2 * len(x),), t), y=labels).to(x.dtype)  # [2B, C, ...]
+        return guide(*output.chunk(2), self.guidance.scale, self.guidance.channels)  # [B, C, ...]
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, channels: int | None) -> torch.Tensor:
@@ -117,9 +118,9 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, channels: int 
     return torch.cat([guided, cond[:, channels:]], dim=1)
 
 
-# Explicit Runge-Kutta: (when each stage is evaluated, how it mixes the stages before it), then the final weights.
+# Butcher tableaus of explicit Runge-Kutta methods: (c_i, row a_i) of each stage, then the weights b.
 # rk4 is the 3/8 rule, which is what torchdiffeq, and so the published code, runs under that name.
-_RUNGE_KUTTA = {
+_TABLEAUS: dict[str, tuple[list[tuple[float, tuple[float, ...]]], tuple[float, ...]]] = {
     "euler": ([(0.0, ())], (1.0,)),
     "midpoint": ([(0.0, ()), (1 / 2, (1 / 2,))], (0.0, 1.0)),
     "heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 2, 1 / 2)),
@@ -131,32 +132,43 @@ _RUNGE_KUTTA = {
 }
 
 
-def _advance(x, slopes, weights, dt):
-    for slope, weight in zip(slopes, weights, strict=True):
+def _add_stages(x: torch.Tensor, k: Sequence[torch.Tensor], weights: Sequence[float], dt: float) -> torch.Tensor:
+    """x + dt · Σ weights_i · k_i."""
+    for k_i, weight in zip(k, weights, strict=True):
         if weight:
-            x = x + (weight * dt) * slope
+            x = x + (weight * dt) * k_i
     return x
 
 
-def _runge_kutta_step(velocity, x, t, dt, method):
-    stages, weights = _RUNGE_KUTTA[method]
-    slopes: list[torch.Tensor] = []
-    for at, mix in stages:
-        slopes.append(velocity(_advance(x, slopes, mix, dt), t + at * dt))
-    return _advance(x, slopes, weights, dt)
+def _runge_kutta_step(velocity: Predict, x: torch.Tensor, t: float, dt: float, method: str) -> torch.Tensor:
+    stages, b = _TABLEAUS[method]
+    k: list[torch.Tensor] = []
+    for c_i, a_i in stages:
+        k.append(velocity(_add_stages(x, k, a_i, dt), t + c_i * dt))
+    return _add_stages(x, k, b, dt)
 
 
-def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, shift=0.0, atol=1e-6, rtol=1e-3,
-               callback: Callback | None = None) -> torch.Tensor:  # fmt: skip
+def sample_ode(
+    transport: Transport,
+    predict: Predict,
+    z: torch.Tensor,
+    *,
+    method: str = "euler",
+    steps: int = 250,
+    shift: float = 0.0,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """Integrate the probability-flow ODE from noise z [B, ...] to data over a grid of `steps` points.
 
     predict(x, t) is the network's output at the host time t, such as a `Denoiser`. dopri5 chooses its own steps within
-    atol and rtol and may look past t = 1. Raises ValueError on an unknown method, SolverError where dopri5 finds none.
+    atol and rtol and may evaluate past t = 1. Raises ValueError on an unknown method, SolverError where dopri5 fails.
     """
     choose("ODE method", method, dict.fromkeys(ODE_METHODS))
     grid = time_grid(*transport.interval(transport.sample_eps), steps, shift)
 
-    def velocity(predict, x, t):
+    def velocity(predict: Predict, x: torch.Tensor, t: float) -> torch.Tensor:
         return transport.velocity(predict(x, t), x, x.new_full((len(x),), t))
 
     times, x = grid.tolist(), z
@@ -165,32 +177,32 @@ def sample_ode(transport: Transport, predict, z, *, method="euler", steps=250, s
             if callback:
                 callback(i, x)
         return x
-    for i, (t, after) in enumerate(pairwise(times), start=1):
-        x = _runge_kutta_step(partial(velocity, predict), x, t, after - t, method)
+    for i, (t, t_next) in enumerate(pairwise(times), start=1):
+        x = _runge_kutta_step(partial(velocity, predict), x, t, t_next - t, method)
         if callback:
             callback(i, x)
     return x
 
 
-def _dopri5(slope, predict, state, times: Sequence[float], atol: float, rtol: float) -> Iterator:
-    """The states at times[1:], in order, of d state / dt = slope(predict, state, t); a state is a tensor or a tuple.
+def _dopri5(derivative, predict: Predict, state, times: Sequence[float], atol: float, rtol: float) -> Iterator:
+    """The states at times[1:], in order, of d state / dt = derivative(predict, state, t); a tensor or a tuple of them.
 
-    The step control believes in a smooth slope, so each piece of a `Denoiser` is solved by itself.
+    The step control assumes a smooth derivative, so each segment of a `Denoiser` is solved by itself.
     """
     first, last = times[0], times[-1]
-    pieces = predict.pieces(first, last) if isinstance(predict, Denoiser) else [(first, last, predict)]
-    for start, end, smooth in pieces:
+    segments = predict.segments(first, last) if isinstance(predict, Denoiser) else [(first, last, predict)]
+    for start, end, segment_predict in segments:
         points = [start, *(t for t in times if min(start, end) < t < max(start, end)), end]
-        states = _solve(partial(slope, smooth), state, points, atol, rtol)
+        states = _solve(partial(derivative, segment_predict), state, points, atol, rtol)
         state = states[-1]
         yield from (x for t, x in zip(points[1:], states[1:], strict=True) if t in times)
 
 
-def _solve(slope, state, points: list[float], atol: float, rtol: float) -> list:
-    like = state[0] if isinstance(state, tuple) else state
-    at = torch.tensor(points, device=like.device, dtype=like.dtype)
+def _solve(derivative, state, points: list[float], atol: float, rtol: float) -> list:
+    x = state[0] if isinstance(state, tuple) else state
+    t = torch.tensor(points, device=x.device, dtype=x.dtype)
     try:
-        path = torchdiffeq.odeint(lambda t, x: slope(x, float(t)), state, at, method="dopri5", atol=atol, rtol=rtol)
+        path = torchdiffeq.odeint(lambda t, x: derivative(x, float(t)), state, t, method="dopri5", atol=atol, rtol=rtol)
     except AssertionError as error:
         if not str(error).startswith(("underflow in dt", "non-finite values in state")):
             raise
@@ -201,54 +213,65 @@ def _solve(slope, state, points: list[float], atol: float, rtol: float) -> list:
     return list(zip(*path, strict=True)) if isinstance(state, tuple) else list(path)
 
 
-def sample_sde(transport: Transport, predict, z, noise: Callable[[int], torch.Tensor], *, method="euler", steps=250,
-               shift=0.0, form="sigma", norm=1.0, last_step="Mean", last_step_size=0.04,
-               callback: Callback | None = None) -> torch.Tensor:  # fmt: skip
+def sample_sde(
+    transport: Transport,
+    predict: Predict,
+    z: torch.Tensor,
+    noise: Callable[[int], torch.Tensor],
+    *,
+    method: str = "euler",
+    steps: int = 250,
+    shift: float = 0.0,
+    form: str = "sigma",
+    norm: float = 1.0,
+    last_step: str | None = "Mean",
+    last_step_size: float = 0.04,
+    callback: Callback | None = None,
+) -> torch.Tensor:
     """Integrate the reverse SDE dx = (v + g·score) dt + sqrt(2 g) dw from noise z [B, ...] to data.
 
     noise(k) is the standard normal tensor of step k (1-based), as z. form, norm: g(t), see `Transport.diffusion`.
-    last_step: how the rest of time, `last_step_size`, is crossed without noise: the SDE's drift (Mean), the posterior
-    mean (Tweedie), the ODE (Euler), or None: the grid itself runs to the end. Raises ValueError on an unknown name.
+    last_step: the noiseless step over the remaining time `last_step_size`: along the SDE's drift (Mean), to the
+    posterior mean (Tweedie), along the ODE (Euler), or None: the grid itself runs to the end. Raises ValueError on an
+    unknown name.
     """
     choose("SDE method", method, dict.fromkeys(SDE_METHODS))
     if last_step is not None:
         choose("last step", last_step, dict.fromkeys(LAST_STEPS))
-    rest = 0.0 if last_step is None else last_step_size
-    grid = time_grid(*transport.interval(transport.sample_eps, sde=True, form=form, last_step_size=rest), steps, shift)
+    remaining = 0.0 if last_step is None else last_step_size
+    interval = transport.interval(transport.sample_eps, sde=True, form=form, last_step_size=remaining)
+    grid = time_grid(*interval, steps, shift)
 
-    def fields(x, t):  # drift of the SDE and twice its diffusion
-        times = x.new_full((len(x),), t)
-        output, g = predict(x, t), transport.diffusion(x, times, form, norm)
-        return transport.velocity(output, x, times) + g * transport.score(output, x, times)
+    def drift(x: torch.Tensor, t: float) -> torch.Tensor:
+        t_batch = x.new_full((len(x),), t)
+        output, g = predict(x, t), transport.diffusion(x, t_batch, form, norm)
+        return transport.velocity(output, x, t_batch) + g * transport.score(output, x, t_batch)
 
-    def kick(x, t, dt, k):
+    def noise_increment(x: torch.Tensor, t: float, dt: float, k: int) -> torch.Tensor:
         g = transport.diffusion(x, x.new_full((len(x),), t), form, norm)
         return (2 * g * dt).sqrt() * noise(k).to(x)
 
     times, x = grid.tolist(), z
-    for k, (t, after) in enumerate(pairwise(times), start=1):
-        dt = after - t
+    for k, (t, t_next) in enumerate(pairwise(times), start=1):
+        dt = t_next - t
         if method == "euler":
-            x = x + fields(x, t) * dt + kick(x, t, dt, k)
+            x = x + drift(x, t) * dt + noise_increment(x, t, dt, k)
         else:  # Heun on the drift, after the noise
-            x = x + kick(x, t, dt, k)
-            first = fields(x, t)
-            x = x + dt / 2 * (first + fields(x + dt * first, after))
+            x = x + noise_increment(x, t, dt, k)
+            d1 = drift(x, t)
+            x = x + dt / 2 * (d1 + drift(x + dt * d1, t_next))
         if callback:
             callback(k, x)
-    return x if last_step is None else _last_step(transport, predict, fields, x, times[-1], last_step, rest)
-
-
-def _last_step(transport, predict, drift, x, t, kind, size):
-    if kind == "Mean":
-        return x + size * drift(x, t)
-    times = x.new_full((len(x),), t)
-    output = predict(x, t)
-    if kind == "Euler":
-        return x + size * transport.velocity(output, x, times)
-    alpha, sigma = transport.path.alpha(times)[0], transport.path.sigma(times)[0]
-    alpha, sigma = alpha.reshape(-1, *[1] * (x.dim() - 1)), sigma.reshape(-1, *[1] * (x.dim() - 1))
-    return (x + sigma**2 * transport.score(output, x, times)) / alpha
+    if last_step is None:
+        return x
+    t = times[-1]
+    if last_step == "Mean":
+        return x + remaining * drift(x, t)
+    t_batch, output = x.new_full((len(x),), t), predict(x, t)
+    if last_step == "Euler":
+        return x + remaining * transport.velocity(output, x, t_batch)
+    alpha, sigma = (f(unsqueeze_like(t_batch, x))[0] for f in (transport.path.alpha, transport.path.sigma))
+    return (x + sigma**2 * transport.score(output, x, t_batch)) / alpha
 
 
 @dataclass(frozen=True)
@@ -265,8 +288,17 @@ class Samples:
 
 
 @torch.no_grad()
-def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, indices: Sequence[int], *,
-           shape: Sequence[int], null_label: int | None, callback: Callback | None = None) -> Samples:  # fmt: skip
+def sample(
+    model: Callable[..., torch.Tensor],
+    transport: Transport,
+    config: SampleConfig,
+    y: torch.Tensor,
+    indices: Sequence[int],
+    *,
+    shape: Sequence[int],
+    null_label: int | None,
+    callback: Callback | None = None,
+) -> Samples:
     """The samples with these `indices` and labels y [B] (on the model's device) under a `sample` section.
 
     shape: (C, H, W) of one latent. null_label: None for a model without one, which cannot be guided.
@@ -279,17 +311,23 @@ def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, i
     if config.cfg_scale != 1:
         guidance = Guidance(config.cfg_scale, null_label, config.cfg_interval_start, config.cfg_channels)
     predict = Denoiser(model, y, guidance)
-    z = initial_noise(config.seed, indices, shape, y.device)
+    z = sample_noise(config.seed, indices, shape, device=y.device)  # [B, C, H, W]
     method = config.sampling_method.lower()
     common = dict(method=method, steps=config.num_sampling_steps, shift=config.timestep_shift, callback=callback)
     if config.mode == "ODE":
         latents = sample_ode(transport, predict, z, atol=config.atol, rtol=config.rtol, **common)
     else:
         latents = sample_sde(
-            transport, predict, z, lambda k: sample_noise(config.seed, indices, shape, draw=k, device=y.device),
-            form=config.diffusion_form, norm=config.diffusion_norm, last_step=config.last_step,
-            last_step_size=config.last_step_size, **common,
-        )  # fmt: skip
+            transport,
+            predict,
+            z,
+            lambda k: sample_noise(config.seed, indices, shape, draw=k, device=y.device),
+            form=config.diffusion_form,
+            norm=config.diffusion_norm,
+            last_step=config.last_step,
+            last_step_size=config.last_step_size,
+            **common,
+        )
     logp = None
     if config.likelihood:
         signs = torch.where(sample_noise(config.seed, indices, shape, draw=1, device=y.device) < 0, -1.0, 1.0)
@@ -297,23 +335,30 @@ def sample(model, transport: Transport, config: SampleConfig, y: torch.Tensor, i
     return Samples(latents, predict.nfe, predict.guided_nfe, logp)
 
 
-def log_likelihood(transport: Transport, predict, x1: torch.Tensor, probe: torch.Tensor, *, atol=1e-6,
-                   rtol=1e-3) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def log_likelihood(
+    transport: Transport,
+    predict: Predict,
+    x1: torch.Tensor,
+    probe: torch.Tensor,
+    *,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(log p(x1) [B] in nats, the noise x1 [B, ...] comes from), by the ODE run from data to noise with dopri5.
 
     The divergence is Hutchinson's estimate with `probe`, independent signs ±1 shaped as x1: unbiased, and exact for a
-    diagonal Jacobian (arXiv 2011.13456, section D.2). Raises SolverError where dopri5 finds none.
+    diagonal Jacobian (arXiv 2011.13456, section D.2). Raises SolverError where dopri5 fails.
     """
     start, end = torch.tensor(transport.interval(transport.sample_eps)).tolist()  # times are float32
 
-    def slope(predict, state, t):
+    def derivative(predict: Predict, state: tuple[torch.Tensor, torch.Tensor], t: float):
         x = state[0].detach().requires_grad_()
         with torch.enable_grad():
-            velocity = transport.velocity(predict(x, t), x, x.new_full((len(x),), t))
-            (pulled,) = torch.autograd.grad((velocity * probe).sum(), x)
-        return velocity.detach(), (pulled * probe).flatten(1).sum(1)
+            velocity = transport.velocity(predict(x, t), x, x.new_full((len(x),), t))  # [B, ...]
+            (vjp,) = torch.autograd.grad((velocity * probe).sum(), x)  # [B, ...]: probeᵀ · ∂velocity/∂x
+        return velocity.detach(), (vjp * probe).flatten(1).sum(1)  # [B, ...], [B]
 
     state = (x1, x1.new_zeros(len(x1)))
-    ((noise, divergence),) = _dopri5(slope, predict, state, [end, start], atol, rtol)
-    # Run from data to noise, the integral of the divergence comes out with the sign that adds to the prior's.
+    ((noise, divergence),) = _dopri5(derivative, predict, state, [end, start], atol, rtol)
+    # From data to noise dt is negative, so the integral of the divergence has the sign that adds to the prior's.
     return standard_normal_logp(noise) + divergence, noise

@@ -14,7 +14,6 @@ from lightningdit.sampler import (
     Denoiser,
     Guidance,
     guide,
-    initial_noise,
     sample,
     sample_noise,
     sample_ode,
@@ -166,13 +165,13 @@ def test_evaluations_saved_by_the_published_settings(start):
     guidance, recorded = Guidance(10.0, NULL, float(start)), RECORDED["production_250_shift0.3"]
     grid = time_grid(0, 1, 250, 0.3).tolist()[:-1]
     assert len(grid) == recorded["n_model_evals"]
-    assert sum(not guidance.on(t) for t in grid) == recorded[f"evals_below_{start}"]
+    assert sum(not guidance.applies(t) for t in grid) == recorded[f"evals_below_{start}"]
 
 
 def test_interval_start_itself_is_guided():
-    assert Guidance(2.0, NULL, 0.11).on(torch.tensor(0.11).item())
-    assert not Guidance(2.0, NULL, 0.11).on(math.nextafter(torch.tensor(0.11).item(), 0))
-    assert not Guidance(1.0, NULL).on(0.5)
+    assert Guidance(2.0, NULL, 0.11).applies(torch.tensor(0.11).item())
+    assert not Guidance(2.0, NULL, 0.11).applies(math.nextafter(torch.tensor(0.11).item(), 0))
+    assert not Guidance(1.0, NULL).applies(0.5)
 
 
 def test_guided_channels():
@@ -199,12 +198,12 @@ def test_likelihood_of_a_network_is_of_the_sample_alone(model):
 
 
 def test_noise_depends_on_seed_index_and_draw_alone():
-    rows = initial_noise(7, [3, 0, 12], (4, 2, 2))
+    rows = sample_noise(7, [3, 0, 12], (4, 2, 2))
     for row, index in zip(rows, (3, 0, 12), strict=True):
-        assert torch.equal(row, initial_noise(7, [index], (4, 2, 2))[0])
-    different = [rows[0], rows[1], initial_noise(8, [3], (4, 2, 2))[0], sample_noise(7, [3], (4, 2, 2), draw=1)[0]]
+        assert torch.equal(row, sample_noise(7, [index], (4, 2, 2))[0])
+    different = [rows[0], rows[1], sample_noise(8, [3], (4, 2, 2))[0], sample_noise(7, [3], (4, 2, 2), draw=1)[0]]
     assert len({tuple(z.flatten().tolist()) for z in different}) == 4
-    many = initial_noise(0, range(2000), (8,))
+    many = sample_noise(0, range(2000), (8,))
     assert abs(float(many.mean())) < 0.03 and float(many.std()) == pytest.approx(1, abs=0.03)
 
 
@@ -236,7 +235,7 @@ def test_every_step_of_the_sde_has_noise_of_its_own(method):
     """Recovered from the states: under a network of nothing the drift is known."""
     config = SampleConfig(mode="SDE", sampling_method=method, num_sampling_steps=6, cfg_scale=1.0, last_step=None,
                           diffusion_form="constant", timestep_shift=0.0, seed=5)  # fmt: skip
-    transport, states = Transport(), {0: initial_noise(5, [0, 3], WIDE)}
+    transport, states = Transport(), {0: sample_noise(5, [0, 3], WIDE)}
     sample(nothing, transport, config, torch.zeros(2), [0, 3], shape=WIDE, null_label=None, callback=states.__setitem__)
     times = time_grid(*transport.interval(transport.sample_eps, sde=True, form="constant"), 6).tolist()
 
@@ -271,7 +270,7 @@ def test_probes_of_the_likelihood_are_signs_of_their_own(monkeypatch):
         sample(nothing, Transport(), config, torch.zeros(len(indices)), indices, shape=WIDE, null_label=None)
     whole, alone = seen
     assert (whole.abs() == 1).all() and torch.equal(whole[1], alone[0])
-    noise = initial_noise(6, [0, 7], WIDE)
+    noise = sample_noise(6, [0, 7], WIDE)
     require_independent({f"probe {i}": whole[i] for i in (0, 1)} | {f"start {i}": noise[i] for i in (0, 1)})
 
 

@@ -23,7 +23,7 @@ from lightningdit.config import ModelConfig, SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import Denoiser, Guidance, initial_noise, sample, sample_ode, time_grid
+from lightningdit.sampler import Denoiser, Guidance, sample, sample_noise, sample_ode, time_grid
 from vavae.config import AutoencoderConfig
 
 #: Points of the grid by which contenders are judged: on it the first two of four calls lie below the interval.
@@ -66,7 +66,7 @@ class Setting:
 
     def noise(self) -> torch.Tensor:
         """Where all samples of the batch start."""
-        return initial_noise(self.settings.seed, range(len(self.y)), self.shape, self.y.device)
+        return sample_noise(self.settings.seed, range(len(self.y)), self.shape, device=self.y.device)
 
     def judged(self) -> SampleConfig:
         """The settings on the grid that contenders are judged by."""

@@ -82,7 +82,7 @@ MISTAKES = {
         "test_lightningdit_sampler.py::test_sde",
     ),
     "sde_drift_without_the_score": Mistake(
-        "lightningdit/sampler.py", " + g * transport.score(output, x, times)", "",
+        "lightningdit/sampler.py", " + g * transport.score(output, x, t_batch)", "",
         "test_lightningdit_sampler.py::test_sde",
     ),
     "likelihood_probed_by_the_starting_noise": Mistake(
