@@ -8,7 +8,7 @@ import torch
 import kernels
 from kernels.backends.triton_launch import recorded
 from kernels.group_norm_silu import triton_impl
-from kernels.group_norm_silu.triton_impl import MOST_CHUNKS, TILE, ChunkConfig, chunk_config, split_count
+from kernels.group_norm_silu.triton_impl import MOST_CHUNKS, TILE, LaunchConfig, launch_config, split_count
 from kernels.testing.tolerance import as_float64, mismatch
 
 OP = kernels.OPS["group_norm_silu"]
@@ -31,7 +31,7 @@ def power_of_two(n: int) -> bool:
     ("parts", "channels", "positions"), product((1, 8, 33, 600), (3, 32, 128, 512, 5000), (1, 17, 256, 4095, 65536))
 )
 def test_chunks_cover_every_position_once(parts, channels, positions):
-    config = chunk_config(parts, channels, positions)
+    config = launch_config(parts, channels, positions)
     assert power_of_two(config.rows) and config.chunk % config.rows == 0
     assert (config.chunks - 1) * config.chunk < positions <= config.chunks * config.chunk
     assert config.chunks <= MOST_CHUNKS
@@ -42,14 +42,14 @@ def test_chunks_cover_every_position_once(parts, channels, positions):
 def test_a_wave_of_programs_where_there_is_work_for_it(case):
     x = case.inputs(torch.bfloat16, "meta")["x"]
     (samples, channels, positions), splits = x.flatten(2).shape, split_count(x.flatten(2), 32)
-    config = chunk_config(samples * splits, channels // splits, positions)
+    config = launch_config(samples * splits, channels // splits, positions)
     if samples * positions * channels >= 4 * TILE * 528:
         assert 0.9 * 528 <= config.chunks * samples * splits <= 528, "four for each of 132 multiprocessors, in one wave"
     assert config.chunk // config.rows >= 4, "less work than reading the sums of the other chunks"
 
 
 def test_four_forward_programs_share_a_multiprocessor():
-    config = chunk_config(8, 128, 65536)
+    config = launch_config(8, 128, 65536)
     assert 4 * 32 * config.warps * config.forward_registers <= 65536
     for shared, itemsize in product(SHARED_BY_FOUR.values(), (2, 4)):
         assert (config.stages - 1) * TILE * itemsize <= shared
@@ -106,7 +106,7 @@ def compare(inputs: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_more_partial_sums_than_are_added_up_at_a_time(dtype, layout, monkeypatch):
     """3 × 5 chunks by 8 for the sums of the weights; the last chunk of a sample has 3 positions of 4, in tiles of 2."""
-    monkeypatch.setattr(triton_impl, "chunk_config", lambda *_: ChunkConfig(2, 4, 5))
+    monkeypatch.setattr(triton_impl, "launch_config", lambda *_: LaunchConfig(2, 4, 5))
     monkeypatch.setattr(triton_impl, "SUMS", 8)
     inputs = arguments(dtype, 3, 18, 19, 1)
     compare(inputs | {"x": inputs["x"].contiguous(memory_format=layout)})

@@ -11,11 +11,11 @@ from kernels.adaln_rms_norm.triton_config import (
     MULTIPROCESSORS,
     REGISTERS,
     SHARED,
-    backward_tiling,
+    backward_config,
     chunking,
     columns,
-    forward_tiling,
-    vector_tiling,
+    forward_config,
+    vector_config,
 )
 from kernels.adaln_rms_norm.triton_passes import vector_gradients
 from kernels.backends.triton_launch import INTERPRETED, recorded
@@ -23,9 +23,9 @@ from kernels.testing.tolerance import leaves, named
 
 WIDTHS = (1, 8, 37, 384, 440, 768, 1024, 1152, 1408, 1792, 2048, 2304, 4096, 8192, 9216, 12000)
 PASSES = {
-    "forward": lambda width, size, arch: forward_tiling(width, 2 * size * width, arch),
-    "backward": lambda width, size, arch: backward_tiling(width, 4 * size * width, arch, bias=False),
-    "backward, bias": lambda width, size, arch: backward_tiling(width, 4 * size * width, arch, bias=True),
+    "forward": lambda width, size, arch: forward_config(width, 2 * size * width, arch),
+    "backward": lambda width, size, arch: backward_config(width, 4 * size * width, arch, bias=False),
+    "backward, bias": lambda width, size, arch: backward_config(width, 4 * size * width, arch, bias=True),
 }
 
 
@@ -55,49 +55,49 @@ def test_blocks_of_the_presets():
 def test_programs_fit_a_multiprocessor(name, architecture, size):
     """`size`: bytes of an element; 3 for a float32 stream with halves beside it."""
     for width in WIDTHS:
-        tiling = PASSES[name](width, size, architecture)
-        per_token = (2 if name == "forward" else 4) * size * sum(tiling.parts)
-        assert 0 < tiling.registers <= 255 and tiling.registers % 8 == 0
-        assert tiling.programs >= 1 and tiling.programs * 32 * tiling.warps * tiling.registers <= REGISTERS
-        assert tiling.stages in (1, 3)
-        assert tiling.programs * (tiling.stages - 1) * per_token <= SHARED.get(architecture, LEAST_SHARED)
+        config = PASSES[name](width, size, architecture)
+        per_token = (2 if name == "forward" else 4) * size * sum(config.parts)
+        assert 0 < config.registers <= 255 and config.registers % 8 == 0
+        assert config.programs >= 1 and config.programs * 32 * config.warps * config.registers <= REGISTERS
+        assert config.stages in (1, 3)
+        assert config.programs * (config.stages - 1) * per_token <= SHARED.get(architecture, LEAST_SHARED)
 
 
 @pytest.mark.parametrize("name", PASSES)
 def test_enough_bytes_are_under_way_at_the_widths_of_the_presets(name):
     """4.8 TB/s for 0.8 µs are 29 KB for each of 132 multiprocessors; two thirds of them are read."""
     for width in (768, 1024, 1152, 1792):
-        tiling = PASSES[name](width, 2, 90)
+        config = PASSES[name](width, 2, 90)
         tensors = 2 if name == "forward" else 4
-        assert tiling.stages == 3 and tiling.programs * 2 * tensors * 2 * width >= 40_000
+        assert config.stages == 3 and config.programs * 2 * tensors * 2 * width >= 40_000
 
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("samples", [1, 3, 32, 128, 300, 5000])
 def test_chunks_cover_every_token_once(name, samples):
-    tiling = PASSES[name](1152, 2, 90)
+    config = PASSES[name](1152, 2, 90)
     for tokens in (1, 7, 64, 256, 257, 1024, 4096):
-        chunks, chunk_tokens = chunking(samples, tokens, tiling, 90)
+        chunks, chunk_tokens = chunking(samples, tokens, config, 90)
         assert chunks >= 1 and (chunks - 1) * chunk_tokens < tokens <= chunks * chunk_tokens
-        running = MULTIPROCESSORS[90] * tiling.programs
+        running = MULTIPROCESSORS[90] * config.programs
         assert chunks == 1 or samples * chunks <= running, "one wave"
-        assert 2 * chunk_tokens > min(tokens, tiling.least_tokens), "no program has next to nothing to do"
+        assert 2 * chunk_tokens > min(tokens, config.least_tokens), "no program has next to nothing to do"
 
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("samples", [32, 64, 128, 256])
 def test_a_device_is_full_at_the_batches_of_training(name, samples):
-    tiling = PASSES[name](1152, 2, 90)
-    chunks, _ = chunking(samples, 256, tiling, 90)
-    assert samples * chunks >= 0.75 * MULTIPROCESSORS[90] * tiling.programs
+    config = PASSES[name](1152, 2, 90)
+    chunks, _ = chunking(samples, 256, config, 90)
+    assert samples * chunks >= 0.75 * MULTIPROCESSORS[90] * config.programs
 
 
 @pytest.mark.parametrize("samples", [1, 32, 33, 64, 65, 128, 1000])
 def test_lanes_of_the_second_stage_read_128_bits(samples):
-    tiling = vector_tiling(samples)
-    assert all(power_of_two(value) for value in astuple(tiling))
-    assert tiling.columns * tiling.samples == 4 * 32 * tiling.warps
-    assert tiling.samples >= min(samples, 128)
+    config = vector_config(samples)
+    assert all(power_of_two(value) for value in astuple(config))
+    assert config.columns * config.samples == 4 * 32 * config.warps
+    assert config.samples >= min(samples, 128)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

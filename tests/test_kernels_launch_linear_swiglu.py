@@ -21,8 +21,8 @@ def test_every_processor_has_one_program_and_few_wait_at_the_end(name):
     """XL: 6144 tiles of 128 × 2·128, forward, and 3072 of 128 × 256, backward, on 132 multiprocessors."""
     first = launched(name, "XL")[0]
     assert first.grid == (132,)
-    tile = {"linear_swiglu": impl.TILE, "swiglu_linear_grad": grad.TILE}[name]
-    tiles = tile.count(32_768, 3072) // (1 if name == "linear_swiglu" else 2)
+    config = {"linear_swiglu": impl.CONFIG, "swiglu_linear_grad": grad.CONFIG}[name]
+    tiles = config.count(32_768, 3072) // (1 if name == "linear_swiglu" else 2)
     assert tiles == {"linear_swiglu": 6144, "swiglu_linear_grad": 3072}[name]
     assert tiles / (-(-tiles // 132) * 132) > 0.96
 
@@ -35,7 +35,7 @@ def test_processors_are_those_of_the_device_meant():
 
 def test_few_tiles_have_as_many_programs():
     x, weight = torch.empty(200, 64, device="meta").half(), torch.empty(304 * 2, 64, device="meta").half()
-    assert impl.TILE.count(200, 304) == 2 * 3
+    assert impl.CONFIG.count(200, 304) == 2 * 3
     with recorded(90) as found:
         impl.linear_swiglu(x, weight)
     assert [launch.grid for launch in found] == [(6,)]

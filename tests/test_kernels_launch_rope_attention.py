@@ -17,11 +17,11 @@ from kernels.rope_attention.autograd import pairs
 from kernels.rope_attention.triton_impl import (
     BACKEND,
     CONFIGS,
-    Tile,
+    LaunchConfig,
     blocks,
-    dkdv_tile,
-    dq_tile,
-    forward_tile,
+    dkdv_config,
+    dq_config,
+    forward_config,
     sums,
 )
 
@@ -50,23 +50,23 @@ def test_blocks_of_the_models():
     assert {width: blocks(width) for width in wanted} == wanted
 
 
-@pytest.mark.parametrize("tile", CONFIGS.values(), ids=CONFIGS)
-def test_configurations_are_ones_that_triton_takes(tile):
-    assert all(power_of_two(n) and n >= 16 for n in (tile.queries, tile.keys)) and tile.warps in (4, 8)
-    assert tile.registers is None or tile.registers % 8 == 0
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_configurations_are_ones_that_triton_takes(config):
+    assert all(power_of_two(n) and n >= 16 for n in (config.queries, config.keys)) and config.warps in (4, 8)
+    assert config.registers is None or config.registers % 8 == 0
 
 
 def test_residents_fit_shared_memory_and_multiply_with_wgmma():
     for tokens, width, dtype, normed, arch in LIMITS:
-        for kind, choose in (("fwd", forward_tile), ("dq", dq_tile), ("dkdv", dkdv_tile)):
-            tile = choose(tokens, width, dtype, normed, arch)
-            assert tile in CONFIGS.values()
-            rows = tile.keys if kind == "dkdv" else tile.queries  # of the products' left factors
-            assert arch < 90 or dtype == torch.float32 or rows * 4 >= tile.warps * 64 or rows == 64
-            if tile.resident:
-                other = tile.queries if kind == "dkdv" else tile.keys
+        for kind, choose in (("fwd", forward_config), ("dq", dq_config), ("dkdv", dkdv_config)):
+            config = choose(tokens, width, dtype, normed, arch)
+            assert config in CONFIGS.values()
+            rows = config.keys if kind == "dkdv" else config.queries  # of the products' left factors
+            assert arch < 90 or dtype == torch.float32 or rows * 4 >= config.warps * 64 or rows == 64
+            if config.resident:
+                other = config.queries if kind == "dkdv" else config.keys
                 held = -(-tokens // other) * other * 2 * sum(blocks(width)) * dtype.itemsize
-                assert 2 * (held + 20 * 1024) <= SHARED[arch], f"{tile} does not leave two programs for a processor"
+                assert 2 * (held + 20 * 1024) <= SHARED[arch], f"{config} does not leave two programs for a processor"
 
 
 def calls(tokens: int, dtype: torch.dtype, normed: bool, arch: int, samples: int = 2, heads: int = 3, width: int = 72):
@@ -148,9 +148,9 @@ def test_partials_of_many_programs_are_all_summed(programs):
     assert torch.allclose(half.float(), k_partials.sum(0), atol=1e-4, rtol=1e-3)
 
 
-def forced(monkeypatch, **tiles: Tile) -> None:
-    for name, tile in tiles.items():
-        monkeypatch.setattr(f"kernels.rope_attention.triton_impl.{name}", lambda *_, tile=tile: tile)
+def forced(monkeypatch, **configs: LaunchConfig) -> None:
+    for name, config in configs.items():
+        monkeypatch.setattr(f"kernels.rope_attention.triton_impl.{name}", lambda *_, config=config: config)
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -162,9 +162,9 @@ def test_other_configurations_compute_the_same(resident, monkeypatch):
     exact = gradients(OP, reference(OP), as_float64(inputs), as_float64(upstream), keep=True)
     forced(
         monkeypatch,
-        forward_tile=Tile(16, 32, 4, resident=resident),
-        dq_tile=Tile(16, 16, 4, resident=resident),
-        dkdv_tile=Tile(16, 16, 4, resident=resident),
+        forward_config=LaunchConfig(16, 32, 4, resident=resident),
+        dq_config=LaunchConfig(16, 16, 4, resident=resident),
+        dkdv_config=LaunchConfig(16, 16, 4, resident=resident),
     )
     got = gradients(OP, OP.bind(BACKEND), inputs, upstream, keep=True)
     for name, want in exact.items():

@@ -5,7 +5,7 @@ import torch
 
 from kernels.rope_attention.cuda_impl import (
     BACKEND,
-    Config,
+    LaunchConfig,
     backward,
     backward_bytes,
     forward,
@@ -55,6 +55,6 @@ def test_more_samples_than_a_grid_has_rows_are_refused():
 
 
 def test_heads_of_the_models_are_held_whole():
-    assert forward(256, 72, 2) == Config(256, 256, 4) and backward(256, 72, 2) == Config(256, 256, 8)
+    assert forward(256, 72, 2) == LaunchConfig(256, 256, 4) and backward(256, 72, 2) == LaunchConfig(256, 256, 8)
     assert 2 * (3 * 256 * stride(72, 2) + 20 * 72 + 1024) <= 228 << 10, "two blocks to a multiprocessor"
     assert stride(72, 2) == 144 and stride(64, 2) == 144, "rows of 9 units of 16 bytes: no conflicts"

@@ -17,22 +17,27 @@ SHAPES = [(1, 1), (15, 37), (32 * 256, 2048), (32 * 256, 2730), (128 * 256, 3072
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vectors", swiglu.VECTORS.values())
 def test_tiles(rows, hidden, itemsize, vectors):
-    cut = swiglu.tiles(rows, hidden, itemsize, vectors)
-    for number in (cut.rows, cut.columns, cut.rows_each):
+    config = swiglu.launch_config(rows, hidden, itemsize, vectors)
+    for number in (config.rows, config.columns, config.rows_each):
         assert number & (number - 1) == 0, "a power of two"
-    assert cut.columns < 2 * hidden and cut.columns * itemsize <= 16 * 32 * cut.warps, "16 bytes of each thread"
-    assert cut.rows_each % cut.rows == 0 and cut.rows * cut.columns * itemsize <= vectors * 16 * 32 * cut.warps
-    assert hidden % cut.vector == 0 and cut.vector * itemsize in (2, 4, 8, 16)
-    assert -(-rows // cut.rows_each) * 8 <= max(rows * 10 * 0.03, 8), "partial sums move less than 3 % of the rest"
+    assert config.columns < 2 * hidden and config.columns * itemsize <= 16 * 32 * config.warps, (
+        "16 bytes of each thread"
+    )
+    assert (
+        config.rows_each % config.rows == 0
+        and config.rows * config.columns * itemsize <= vectors * 16 * 32 * config.warps
+    )
+    assert hidden % config.vector == 0 and config.vector * itemsize in (2, 4, 8, 16)
+    assert -(-rows // config.rows_each) * 8 <= max(rows * 10 * 0.03, 8), "partial sums move less than 3 % of the rest"
 
 
 def test_large_tiles_are_full_and_programs_many():
     for hidden in (2048, 3072):
-        assert hidden % swiglu.tiles(8192, hidden, 2, 4).columns == 0
-    cut = swiglu.tiles(32_768, 3072, 2, 2)
-    programs = 32_768 // cut.rows_each * 3
-    assert programs >= 8 * 132 and cut.vector == 8
-    assert swiglu.tiles(8192, 2730, 2, 2).vector == 2
+        assert hidden % swiglu.launch_config(8192, hidden, 2, 4).columns == 0
+    config = swiglu.launch_config(32_768, 3072, 2, 2)
+    programs = 32_768 // config.rows_each * 3
+    assert programs >= 8 * 132 and config.vector == 8
+    assert swiglu.launch_config(8192, 2730, 2, 2).vector == 2
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ B = [(2304, 768), (768, 768), (4096, 768), (768, 2048)]
 
 def test_tiles_of_the_largest_model_fill_their_waves():
     """648 tiles of 128 × 192 in five waves of 132: 98 % of what the multiprocessors could do."""
-    tiles = sum(impl.TILE.count(*pair) for pair in XL)
-    assert tiles == 648 and all(out % impl.TILE.rows == 0 == inner % impl.TILE.width for out, inner in XL)
+    tiles = sum(impl.CONFIG.count(*pair) for pair in XL)
+    assert tiles == 648 and all(out % impl.CONFIG.rows == 0 == inner % impl.CONFIG.width for out, inner in XL)
     assert tiles / (-(-tiles // 132) * 132) == pytest.approx(0.98, abs=2e-3)
 
 
@@ -23,7 +23,7 @@ def test_tiles_of_the_largest_model_fill_their_waves():
 @pytest.mark.parametrize("num_sms", [78, 114, 132, 148])
 def test_parts_keep_multiprocessors_busy(widths, tokens, num_sms):
     """No other number of parts would end sooner, by waves alone, by more than its sums in parts cost."""
-    tiles = sum(impl.TILE.count(*pair) for pair in widths)
+    tiles = sum(impl.CONFIG.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
 
     def waves(parts: int) -> float:
@@ -52,9 +52,9 @@ def test_one_launch_for_all_layers(case, names):
     assert [launch.kernel.__name__ for launch in found] == names
     tiles, parts = found[0].grid
     widths = {"XL": XL, "B": B}[case]
-    assert tiles == sum(impl.TILE.count(*pair) for pair in widths) and parts == impl.parts(widths, 32_768, 132)
+    assert tiles == sum(impl.CONFIG.count(*pair) for pair in widths) and parts == impl.parts(widths, 32_768, 132)
     each = found[0].args[-2]
-    assert each % impl.TILE.depth == 0 and (parts - 1) * each < 32_768 <= parts * each
+    assert each % impl.CONFIG.depth == 0 and (parts - 1) * each < 32_768 <= parts * each
 
 
 def test_what_the_accelerator_cannot_read_is_refused():

@@ -13,16 +13,16 @@ MAX_WIDTH = 4096
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """How many tokens of a sample a block walks over."""
 
     tokens_per_block: int
 
 
 #: The modulation is read once for each block: with 16 tokens that is a tenth of the traffic, from the L2 cache.
-FORWARD = Config(tokens_per_block=16)
+FORWARD = LaunchConfig(tokens_per_block=16)
 #: Partial sums cost 8 bytes a column, written and read: with 32 tokens of 6 bytes a column, 8 % of the traffic.
-BACKWARD = Config(tokens_per_block=32)
+BACKWARD = LaunchConfig(tokens_per_block=32)
 
 
 @operator("adaln_rms_norm_cuda_fwd")

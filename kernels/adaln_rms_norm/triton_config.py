@@ -28,7 +28,7 @@ WARP_COLUMNS = 32 * 18
 
 
 @dataclass(frozen=True)
-class Tiling:
+class LaunchConfig:
     """How a pass over the tokens is launched.
 
     Attributes:
@@ -49,7 +49,7 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class VectorTiling:
+class VectorLaunchConfig:
     """How the sums of the chunks are added up: `columns` of `samples` at a time, by `warps`, in at most `registers`."""
 
     columns: int
@@ -72,7 +72,9 @@ def columns(width: int) -> tuple[tuple[int, ...], int]:
     return tuple(least << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1), warps
 
 
-def tiling(width: int, token_bytes: int, architecture: int, registers: int, programs: int, least_tokens: int) -> Tiling:
+def launch_config(
+    width: int, token_bytes: int, architecture: int, registers: int, programs: int, least_tokens: int
+) -> LaunchConfig:
     """Three stages where two tokens of `token_bytes` fit into shared memory, and as many of `programs` as fit.
 
     In a pipeline of two stages the copies would be issued just before they are waited for.
@@ -83,22 +85,22 @@ def tiling(width: int, token_bytes: int, architecture: int, registers: int, prog
     needed = 2 * token_bytes * sum(parts) // width + 2048  # the statistics, the sums across warps, what is reserved
     stages = 3 if needed <= shared else 1
     fitting = min(programs, REGISTERS // (32 * warps * registers), shared // needed if stages == 3 else programs)
-    return Tiling(parts, warps, stages, registers, max(1, fitting), least_tokens)
+    return LaunchConfig(parts, warps, stages, registers, max(1, fitting), least_tokens)
 
 
-def forward_tiling(width: int, token_bytes: int, architecture: int) -> Tiling:
+def forward_config(width: int, token_bytes: int, architecture: int) -> LaunchConfig:
     """`token_bytes`: of x and branch, for one token. A column takes x', gain, shift, gate."""
     registers = 4 * lane_columns(width) + 56
-    return tiling(width, token_bytes, architecture, registers, programs=8, least_tokens=8)
+    return launch_config(width, token_bytes, architecture, registers, programs=8, least_tokens=8)
 
 
-def backward_tiling(width: int, token_bytes: int, architecture: int, bias: bool) -> Tiling:
+def backward_config(width: int, token_bytes: int, architecture: int, bias: bool) -> LaunchConfig:
     """`token_bytes`: of both upstream gradients, x' and branch, for one token.
 
     A column takes x̂, dy·h, gain, gate and three sums, four where a bias wants its gradient.
     """
     registers = (9 if bias else 8) * lane_columns(width) + 56
-    return tiling(width, token_bytes, architecture, registers, programs=5, least_tokens=16)
+    return launch_config(width, token_bytes, architecture, registers, programs=5, least_tokens=16)
 
 
 def lane_columns(width: int) -> int:
@@ -106,20 +108,20 @@ def lane_columns(width: int) -> int:
     return -(-sum(parts) // (32 * warps))
 
 
-def chunking(samples: int, tokens: int, tiling: Tiling, architecture: int) -> tuple[int, int]:
+def chunking(samples: int, tokens: int, config: LaunchConfig, architecture: int) -> tuple[int, int]:
     """Chunks of each sample and tokens of a chunk: as many programs as run at a time, all of about the same length."""
-    programs = MULTIPROCESSORS.get(architecture, MULTIPROCESSORS[90]) * tiling.programs
-    most = -(-tokens // tiling.least_tokens)
+    programs = MULTIPROCESSORS.get(architecture, MULTIPROCESSORS[90]) * config.programs
+    most = -(-tokens // config.least_tokens)
     chunks = max(1, min(programs // samples, most))
     chunk_tokens = -(-tokens // chunks)
     return -(-tokens // chunk_tokens), chunk_tokens
 
 
-def vector_tiling(samples: int) -> VectorTiling:
+def vector_config(samples: int) -> VectorLaunchConfig:
     """Eight float32 are one sector of memory, and 1152 / 8 programs are enough for every multiprocessor.
 
     All samples at once up to 128, so that loads wait for each other only from chunk to chunk; 128 bits for a lane. Left
     to itself the compiler takes 64 registers and spills; a multiprocessor has one program or two, so they are free.
     """
     held = 128 if samples > 64 else 64 if samples > 32 else 32
-    return VectorTiling(columns=8, samples=held, warps=held // 16, registers=128)
+    return VectorLaunchConfig(columns=8, samples=held, warps=held // 16, registers=128)

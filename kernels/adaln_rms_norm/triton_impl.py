@@ -3,7 +3,7 @@
 import torch
 
 from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
-from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
+from kernels.adaln_rms_norm.triton_config import backward_config, forward_config, vector_config
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
 from kernels.backends.triton_launch import DTYPES, backend, operator, unsupported_reasons
 
@@ -39,5 +39,5 @@ BACKEND = backend(
     adaln_rms_norm,
     unsupported,
     torch_ops=("ldit::adaln_rms_norm_fwd", "ldit::adaln_rms_norm_bwd"),
-    configs={"forward": forward_tiling, "backward": backward_tiling, "vectors": vector_tiling},
+    configs={"forward": forward_config, "backward": backward_config, "vectors": vector_config},
 )

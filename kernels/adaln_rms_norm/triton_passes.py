@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.adaln_rms_norm.triton_config import backward_tiling, chunking, forward_tiling, vector_tiling
+from kernels.adaln_rms_norm.triton_config import backward_config, chunking, forward_config, vector_config
 from kernels.adaln_rms_norm.triton_kernels import modulated_norm_bwd, modulated_norm_fwd, modulation_bwd
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.triton_launch import architecture, launch
@@ -28,14 +28,14 @@ def forward_pass(
     x_new = None if branch is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=y_dtype)
     rstd = torch.empty(samples, tokens, dtype=torch.float32, device=x.device)
-    tiling = forward_tiling(width, token_bytes(x, branch), architecture())
-    chunks, chunk_tokens = chunking(samples, tokens, tiling, architecture())
+    config = forward_config(width, token_bytes(x, branch), architecture())
+    chunks, chunk_tokens = chunking(samples, tokens, config, architecture())
     launch(
         modulated_norm_fwd,
         (samples * chunks,),
         *(x, branch, gate, bias, weight, shift, scale, x_new, y, rstd),
         *(tokens, chunks, chunk_tokens, stride(gate), stride(shift), stride(scale), eps),
-        **options(width, tiling),
+        **options(width, config),
     )
     return x_new, y, rstd
 
@@ -63,8 +63,8 @@ def backward_pass(
     dx = torch.empty_like(x_new)
     dbranch = None if branch is None else torch.empty_like(branch)
     found = token_bytes(dy, upstream, x_new, branch)
-    tiling = backward_tiling(width, found, architecture(), bias is not None)
-    chunks, chunk_tokens = chunking(samples, tokens, tiling, architecture())
+    config = backward_config(width, found, architecture(), bias is not None)
+    chunks, chunk_tokens = chunking(samples, tokens, config, architecture())
     sums = None
     if vectors:
         kinds = 2 if branch is None else 4
@@ -76,7 +76,7 @@ def backward_pass(
         *(tokens, chunks, chunk_tokens, stride(gate), stride(scale)),
         SHIFT=shift is not None,
         BIAS=bias is not None,
-        **options(width, tiling),
+        **options(width, config),
     )
     gradients = dx, dbranch, *vector_gradients(sums, gate, bias, weight, shift, scale)
     return [dx.new_empty(0) if gradient is None else gradient for gradient in gradients]
@@ -93,29 +93,29 @@ def vector_gradients(
         None if vector is None else torch.empty(vector.shape, dtype=vector.dtype, device=sums.device)
         for vector in (gate, bias, weight, shift, scale)
     ]
-    tiling = vector_tiling(samples)
+    config = vector_config(samples)
     launch(
         modulation_bwd,
-        (-(-width // tiling.columns),),
+        (-(-width // config.columns),),
         *(sums, gate, bias, weight, scale, *found),
         *(samples, chunks, stride(gate), stride(scale)),
         D=width,
-        COLUMNS=tiling.columns,
-        SAMPLES=tiling.samples,
-        num_warps=tiling.warps,
-        maxnreg=tiling.registers,
+        COLUMNS=config.columns,
+        SAMPLES=config.samples,
+        num_warps=config.warps,
+        maxnreg=config.registers,
     )
     return found
 
 
-def options(width: int, tiling) -> dict:
+def options(width: int, config) -> dict:
     """The compile-time values and options of a pass."""
     return {
         "D": width,
-        "PARTS": tiling.parts,
-        "STAGES": tiling.stages,
-        "num_warps": tiling.warps,
-        "maxnreg": tiling.registers,
+        "PARTS": config.parts,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
     }
 
 

@@ -8,7 +8,7 @@ from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """How many elements a block updates."""
 
     numbers_per_block: int
@@ -16,7 +16,7 @@ class Config:
 
 #: Two rounds of 2048: the bias corrections, as many instructions as three elements, are made once for 16 of a thread.
 #: The production shard keeps 20,608 blocks, 52 for each of the three that 132 multiprocessors hold at a time.
-UPDATE = Config(numbers_per_block=4096)
+UPDATE = LaunchConfig(numbers_per_block=4096)
 
 
 def update(param, *tensors_and_numbers):

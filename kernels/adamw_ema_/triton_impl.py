@@ -19,14 +19,14 @@ ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 
 
 @dataclass(frozen=True)
-class Block:
+class LaunchConfig:
     """What one program updates: `numbers` elements, by `warps` warps."""
 
     numbers: int
     warps: int
 
 
-def block(numbers: int) -> Block:
+def launch_config(numbers: int) -> LaunchConfig:
     """Four elements for each thread: one 128-bit access to each float32 tensor, neighbouring threads side by side.
 
     With more, the 128-bit access to the bfloat16 tensors would want eight, and float32 stores would have gaps or go
@@ -34,7 +34,7 @@ def block(numbers: int) -> Block:
     100 KB under way, several times what the latency of device memory asks for. Few numbers get fewer threads.
     """
     warps = min(max(triton.next_power_of_2(numbers) // 128, 1), 8)
-    return Block(128 * warps, warps)
+    return LaunchConfig(128 * warps, warps)
 
 
 @triton.jit
@@ -115,14 +115,14 @@ def update(
     ema_decay,
 ) -> None:  # fmt: skip
     numbers = param.numel()
-    cut = block(numbers)
+    config = launch_config(numbers)
     launch(
-        adamw_ema_kernel, (triton.cdiv(numbers, cut.numbers),),
+        adamw_ema_kernel, (triton.cdiv(numbers, config.numbers),),
         param, grad, exp_avg, exp_avg_sq, ema, param if bf16_param is None else bf16_param,
         step, lr, grad_scale, skip, numbers,
         beta1, 1 - beta1, log(beta1) if beta1 else -inf, beta2, 1 - beta2, log(beta2) if beta2 else -inf,
         eps, weight_decay, ema_decay, 1 - ema_decay,
-        BLOCK=cut.numbers, COPIED=bf16_param is not None, num_warps=cut.warps,
+        BLOCK=config.numbers, COPIED=bf16_param is not None, num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -133,6 +133,6 @@ BACKEND = backend(
     adamw_ema_,
     unsupported,
     torch_ops=("ldit::adamw_ema_",),
-    configs={"update": block(84_407_092)},
+    configs={"update": launch_config(84_407_092)},
     dtypes=DTYPES,
 )

@@ -33,6 +33,6 @@ def misaligned(itemsize: int, *widths: int) -> list[str]:
     return [f"rows of {width} numbers do not begin at multiples of {ALIGNMENT} bytes" for width in odd[:1]]
 
 
-def backend(run: Callable[..., Any], unsupported: Callable[..., list[str]], torch_op: str, tile: Any) -> Backend:
-    """The backend `triton` of an op that has one operator and one tile; see `triton_launch.backend`."""
-    return triton_launch.backend(run, unsupported, (torch_op,), {"tile": tile}, DTYPES, minimum=(9, 0))
+def backend(run: Callable[..., Any], unsupported: Callable[..., list[str]], torch_op: str, config: Any) -> Backend:
+    """The backend `triton` of an op that has one operator and one launch configuration; see `triton_launch.backend`."""
+    return triton_launch.backend(run, unsupported, (torch_op,), {"config": config}, DTYPES, minimum=(9, 0))

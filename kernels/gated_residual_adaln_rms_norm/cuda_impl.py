@@ -2,16 +2,16 @@
 
 import torch
 
-from kernels.adaln_rms_norm.cuda_impl import Config, too_wide
+from kernels.adaln_rms_norm.cuda_impl import LaunchConfig, too_wide
 from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.operators import operator
 from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
 
 #: Gate, weight, scale and shift are read once for each block: with 16 tokens of 8 bytes a column, 6 % of the traffic.
-FORWARD = Config(tokens_per_block=16)
+FORWARD = LaunchConfig(tokens_per_block=16)
 #: Partial sums cost 24 bytes a column, written and read: with 32 tokens of 12 bytes a column, 6 % of the traffic.
-BACKWARD = Config(tokens_per_block=32)
+BACKWARD = LaunchConfig(tokens_per_block=32)
 
 
 @operator("gated_residual_adaln_rms_norm_cuda_fwd")

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.adaln_rms_norm.triton_config import backward_tiling, forward_tiling, vector_tiling
+from kernels.adaln_rms_norm.triton_config import backward_config, forward_config, vector_config
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
 from kernels.backends.triton_launch import backend, operator, unsupported_reasons
 from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
@@ -45,5 +45,5 @@ BACKEND = backend(
     gated_residual_adaln_rms_norm,
     unsupported,
     torch_ops=("ldit::gated_residual_adaln_rms_norm_fwd", "ldit::gated_residual_adaln_rms_norm_bwd"),
-    configs={"forward": forward_tiling, "backward": backward_tiling, "vectors": vector_tiling},
+    configs={"forward": forward_config, "backward": backward_config, "vectors": vector_config},
 )

@@ -21,7 +21,7 @@ from kernels.group_norm_silu.triton_kernels import (
 
 
 @dataclass(frozen=True)
-class ChunkConfig:
+class LaunchConfig:
     """How a part, a sample or the channels of one group of it, is divided.
 
     Attributes:
@@ -53,7 +53,7 @@ SUMS = 128
 TILES = 4
 
 
-def chunk_config(parts: int, channels: int, positions: int) -> ChunkConfig:
+def launch_config(parts: int, channels: int, positions: int) -> LaunchConfig:
     """Tiles of 4096 elements; chunks of four tiles or more, for 528 programs at most, and 128 at most of a part.
 
     With 64 registers four programs of 256 threads share a multiprocessor. The compiler's own choice is 57 to 80 and as
@@ -62,7 +62,7 @@ def chunk_config(parts: int, channels: int, positions: int) -> ChunkConfig:
     rows = max(1, min(TILE // triton.next_power_of_2(channels), triton.next_power_of_2(positions)))
     chunks = max(1, min(MOST_CHUNKS, PROGRAMS // parts))
     chunk = max(TILES, triton.cdiv(positions, chunks * rows)) * rows
-    return ChunkConfig(rows, chunk, triton.cdiv(positions, chunk), forward_registers=64 if channels <= 256 else None)
+    return LaunchConfig(rows, chunk, triton.cdiv(positions, chunk), forward_registers=64 if channels <= 256 else None)
 
 
 def split_count(flat: torch.Tensor, groups: int) -> int:
@@ -70,7 +70,7 @@ def split_count(flat: torch.Tensor, groups: int) -> int:
     return groups if flat.stride(2) < flat.stride(1) else 1
 
 
-def tile_options(channels: int, groups: int, splits: int, config: ChunkConfig) -> dict[str, int]:
+def tile_options(channels: int, groups: int, splits: int, config: LaunchConfig) -> dict[str, int]:
     """Compile-time values and options that all four kernels share."""
     return {
         "C": channels // splits,
@@ -99,7 +99,7 @@ def forward(
 def launch_forward(x, weight, bias, groups, eps, y, statistics) -> None:
     (samples, channels, positions), splits = x.shape, split_count(x, groups)
     parts = samples * splits
-    config = chunk_config(parts, channels // splits, positions)
+    config = launch_config(parts, channels // splits, positions)
     grid, options = (config.chunks, parts), tile_options(channels, groups, splits, config)
     options["maxnreg"] = config.forward_registers
     sums = statistics.new_empty((parts, config.chunks, 3, groups // splits))
@@ -143,7 +143,7 @@ def launch_backward(dy, x, weight, bias, statistics, groups, dx, dweight, dbias)
     """Gradients that are empty are left out."""
     (samples, channels, positions), splits = x.shape, split_count(x, groups)
     parts, of_x, of_weights = samples * splits, dx.numel() > 0, dweight.numel() > 0
-    config = chunk_config(parts, channels // splits, positions)
+    config = launch_config(parts, channels // splits, positions)
     options = tile_options(channels, groups, splits, config)
     channel_sums = statistics.new_empty((parts, config.chunks, 2, channels // splits))
     group_sums = statistics.new_empty((parts, config.chunks, 2, groups // splits))
@@ -225,5 +225,5 @@ BACKEND = backend(
     group_norm_silu,
     unsupported,
     torch_ops=("ldit::group_norm_silu_fwd", "ldit::group_norm_silu_bwd"),
-    configs={"chunks": chunk_config},
+    configs={"chunks": launch_config},
 )

@@ -15,8 +15,8 @@ from kernels.backends.triton_launch import launch, num_sms, operator, unsupporte
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How the launch is cut.
+class LaunchConfig:
+    """Launch configuration.
 
     Attributes:
         rows: of a tile; 64 for each four warps.
@@ -40,7 +40,7 @@ class Tile:
 
 
 #: Compiles for sm_90 without spills, as do stages=3 and flatten=False, for a GPU to judge.
-TILE = Tile()
+CONFIG = LaunchConfig()
 
 
 @triton.jit
@@ -86,14 +86,14 @@ def linear_swiglu_fwd(
     gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
     weight = table(weight)
     launch(
-        linear_swiglu_kernel, (min(TILE.count(rows, hidden), num_sms()),),
-        described(table(x), TILE.rows, TILE.depth),
-        *(described(half, TILE.columns, TILE.depth) for half in weight.chunk(2)),
+        linear_swiglu_kernel, (min(CONFIG.count(rows, hidden), num_sms()),),
+        described(table(x), CONFIG.rows, CONFIG.depth),
+        *(described(half, CONFIG.columns, CONFIG.depth) for half in weight.chunk(2)),
         None if bias is None else bias.contiguous(),
-        *(described(half, TILE.rows, TILE.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
+        *(described(half, CONFIG.rows, CONFIG.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
         rows, hidden, width,
-        ROWS=TILE.rows, COLUMNS=TILE.columns, DEPTH=TILE.depth, STAGES=TILE.stages, FLATTEN=TILE.flatten,
-        BIASED=bias is not None, num_warps=TILE.warps,
+        ROWS=CONFIG.rows, COLUMNS=CONFIG.columns, DEPTH=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
+        BIASED=bias is not None, num_warps=CONFIG.warps,
     )  # fmt: skip
     return gate_up, activated
 
@@ -108,4 +108,4 @@ def unsupported(x, weight, *, bias=None):
     return reasons + misaligned(x.element_size(), x.shape[-1], weight.shape[0] // 2)
 
 
-BACKEND = backend(linear_swiglu, unsupported, torch_op="ldit::linear_swiglu", tile=TILE)
+BACKEND = backend(linear_swiglu, unsupported, torch_op="ldit::linear_swiglu", config=CONFIG)

@@ -16,7 +16,7 @@ MOST_SAMPLES = 65535
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """How many rows of a head are in shared memory at a time, and the warps that work on them."""
 
     queries: int
@@ -50,7 +50,7 @@ def stride(columns: int, size: int) -> int:
     return (columns * size // 16 | 1) * 16
 
 
-def forward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> Config:
+def forward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> LaunchConfig:
     """Rows for a forward block of four warps, or fewer where there are few tokens.
 
     In 16 bits, at most 72 wide, a warp takes 32 queries and a fragment of keys or values serves them all: shared memory
@@ -62,29 +62,29 @@ def forward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> Co
     whole = up(tokens, step)
     warps = min(4, -(-tokens // rows))
     if made_for(width, size) and tokens <= 256 and 3 * whole * stride(columns, size) <= limit // 2:
-        return Config(whole, whole, warps)
+        return LaunchConfig(whole, whole, warps)
     queries = warps * rows
     fits = [keys for keys in (256, 128, 64) if (queries + 2 * keys) * stride(columns, size) <= limit // 2]
     keys = max(fits, default=step)
-    return Config(queries, min(keys, whole), warps)
+    return LaunchConfig(queries, min(keys, whole), warps)
 
 
-def backward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> Config:
+def backward(tokens: int, width: int, size: int, limit: int = HOPPER_LIMIT) -> LaunchConfig:
     """Rows for a backward block of up to eight warps, each with the gradients of some keys in registers.
 
     A kernel made for the width holds the whole head, up to 256 tokens, with the gradients of 128 queries' scores (at 72
     columns 216 KiB), and a warp takes 32 keys. Else keys pass in turns, 16 to a warp, and 64 queries at a time.
     """
     if made_for(width, size) and tokens <= 256:
-        whole = Config(up(tokens, 32), up(tokens, 32), -(-tokens // 32))
+        whole = LaunchConfig(up(tokens, 32), up(tokens, 32), -(-tokens // 32))
         if backward_bytes(whole, width, size, 128) <= limit:
             return whole
     most = min(8, -(-tokens // 16))
-    configs = [Config(64, 16 * warps, warps) for warps in range(most, 0, -1)]
+    configs = [LaunchConfig(64, 16 * warps, warps) for warps in range(most, 0, -1)]
     return next(config for config in configs if backward_bytes(config, held(width, size), size, 64) <= limit)
 
 
-def backward_bytes(config: Config, columns: int, size: int, block: int) -> int:
+def backward_bytes(config: LaunchConfig, columns: int, size: int, block: int) -> int:
     """Shared memory of a block: four matrices, gradients of scores, two sums for each of the most queries that a kernel
     serves; the norms' weights and the bias, and what each warp sums for their gradients."""
     rows = 2 * (config.keys + config.queries) * stride(columns, size) + config.keys * stride(block, size)

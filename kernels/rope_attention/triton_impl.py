@@ -19,8 +19,8 @@ RESIDENT_TOKENS, RESIDENT_WIDTH = 256, 80
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How one kernel is launched.
+class LaunchConfig:
+    """Launch configuration of one kernel.
 
     Attributes:
         queries, keys: rows of a tile; powers of two, 16 at least.
@@ -44,46 +44,46 @@ class Tile:
 
 
 # wgmma takes 64 rows from 4 warps. A resident of 256 tokens and width 72 needs 88 to 98 KB: 2 programs for a processor,
-# one computes while the other one loads. Streaming tiles need 30 KB; 168 registers let 3 programs in. Other tiles that
-# compile for sm_90 without spills, for a GPU to judge: fwd Tile(64, 128, 4, resident=True), Tile(128, 128, 8);
-# dq Tile(128, 32, 8), Tile(64, 128, 4, resident=True); dkdv Tile(32, 128, 8), Tile(32, 64, 4, resident=True).
+# one computes while the other one loads. Streaming tiles need 30 KB; 168 registers let 3 programs in. Others compile
+# for sm_90 without spills and are to be timed: fwd (64, 128, 4, resident=True), (128, 128, 8); dq (128, 32, 8),
+# (64, 128, 4, resident=True); dkdv (32, 128, 8), (32, 64, 4, resident=True).
 CONFIGS = {
-    "fwd": Tile(64, 64, 4, 168),
-    "fwd wide": Tile(64, 64, 4),
-    "fwd resident": Tile(64, 64, 4, resident=True),
-    "fwd float32": Tile(32, 32, 4),
-    "fwd sm_80": Tile(64, 32, 4),
-    "fwd sm_80 wide": Tile(32, 32, 4),
-    "dq": Tile(64, 32, 4, 168),
-    "dq normed": Tile(64, 32, 4),
-    "dq wide": Tile(64, 32, 4),
-    "dq resident": Tile(64, 64, 4, resident=True),
-    "dq resident normed": Tile(64, 32, 4, resident=True),
-    "dq float32": Tile(32, 16, 4),
-    "dq sm_80": Tile(32, 16, 4),
-    "dq sm_80 wide": Tile(32, 16, 4),
-    "dkdv": Tile(32, 64, 4),
-    "dkdv normed": Tile(32, 128, 8),
-    "dkdv wide": Tile(16, 128, 8),
-    "dkdv resident": Tile(64, 64, 4, resident=True),
-    "dkdv float32": Tile(16, 32, 4),
-    "dkdv sm_80": Tile(16, 32, 4),
-    "dkdv sm_80 wide": Tile(16, 32, 4),
+    "fwd": LaunchConfig(64, 64, 4, 168),
+    "fwd wide": LaunchConfig(64, 64, 4),
+    "fwd resident": LaunchConfig(64, 64, 4, resident=True),
+    "fwd float32": LaunchConfig(32, 32, 4),
+    "fwd sm_80": LaunchConfig(64, 32, 4),
+    "fwd sm_80 wide": LaunchConfig(32, 32, 4),
+    "dq": LaunchConfig(64, 32, 4, 168),
+    "dq normed": LaunchConfig(64, 32, 4),
+    "dq wide": LaunchConfig(64, 32, 4),
+    "dq resident": LaunchConfig(64, 64, 4, resident=True),
+    "dq resident normed": LaunchConfig(64, 32, 4, resident=True),
+    "dq float32": LaunchConfig(32, 16, 4),
+    "dq sm_80": LaunchConfig(32, 16, 4),
+    "dq sm_80 wide": LaunchConfig(32, 16, 4),
+    "dkdv": LaunchConfig(32, 64, 4),
+    "dkdv normed": LaunchConfig(32, 128, 8),
+    "dkdv wide": LaunchConfig(16, 128, 8),
+    "dkdv resident": LaunchConfig(64, 64, 4, resident=True),
+    "dkdv float32": LaunchConfig(16, 32, 4),
+    "dkdv sm_80": LaunchConfig(16, 32, 4),
+    "dkdv sm_80 wide": LaunchConfig(16, 32, 4),
 }
 
 
-def forward_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+def forward_config(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> LaunchConfig:
     """Resident where that fits: four programs for a head would each read and turn all its keys again."""
     return CONFIGS["fwd" + _lane(tokens, width, dtype, arch)]
 
 
-def dq_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+def dq_config(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> LaunchConfig:
     """As above; the way back through a norm takes registers that narrower blocks of keys leave free."""
     lane = _lane(tokens, width, dtype, arch)
     return CONFIGS["dq" + lane + (" normed" if normed and lane in ("", " resident") else "")]
 
 
-def dkdv_tile(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> Tile:
+def dkdv_config(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch: int) -> LaunchConfig:
     """As above, with the queries and their upstream gradients as residents."""
     lane = _lane(tokens, width, dtype, arch)
     return CONFIGS["dkdv" + lane + (" normed" if normed and lane == "" else "")]
@@ -118,19 +118,23 @@ def split(tokens: int, rows: int, held_rows: int, resident: bool) -> tuple[int, 
 
 
 def constants(
-    qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, weight: torch.Tensor | None, tile: Tile
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    config: LaunchConfig,
 ) -> dict:
     """The compile-time values that the three kernels share, and the options of a launch."""
     tokens, width = qkv.shape[1], qkv.shape[-1]
     main, rest = blocks(width)
     return {
         "stride_n": qkv.stride(1), "heads": qkv.shape[3],
-        "D": width, "MAIN": main, "REST": rest, "BQ": tile.queries, "BK": tile.keys,
+        "D": width, "MAIN": main, "REST": rest, "BQ": config.queries, "BK": config.keys,
         "ROPE": table is not None, "NORM": weight is not None, "BIASED": bias is not None,
-        "RAGGED_Q": tokens % tile.queries != 0, "RAGGED_K": tokens % tile.keys != 0,
+        "RAGGED_Q": tokens % config.queries != 0, "RAGGED_K": tokens % config.keys != 0,
         # With 8 elements as the unit of every row, a thread reads 128 bits at a time.
         "ALIGNED": 8 if all(stride % 8 == 0 for stride in (width, *qkv.stride()[:4])) else 1,
-        **tile.options,
+        **config.options,
     }  # fmt: skip
 
 
@@ -151,12 +155,12 @@ def rope_attention_fwd(
     samples, tokens, _, heads, width = qkv.shape
     out = qkv.new_empty(samples, tokens, heads * width)
     lse = qkv.new_empty(samples, heads, tokens, dtype=torch.float32)
-    tile = forward_tile(tokens, width, qkv.dtype, q_weight is not None, architecture())
-    common = constants(qkv, bias, table, q_weight, tile)
+    config = forward_config(tokens, width, qkv.dtype, q_weight is not None, architecture())
+    common = constants(qkv, bias, table, q_weight, config)
     scale = width**-0.5 / math.log(2)
-    parts, tiles, held = split(tokens, tile.queries, tile.keys, tile.resident)
+    parts, tiles, held = split(tokens, config.queries, config.keys, config.resident)
     arguments = qkv, table, q_weight, k_weight, bias, out, lse, eps, scale, tokens, parts
-    if tile.resident:
+    if config.resident:
         kernel, arguments, common = rope_attention_fwd_resident_kernel, (*arguments, tiles), common | {"BLOCKS": held}
     else:
         kernel = rope_attention_fwd_kernel
@@ -180,10 +184,10 @@ def rope_attention_bwd(
     samples, tokens, _, heads, width = qkv.shape
     normed = q_weight is not None
     dqkv, delta = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(lse)
-    tile = dq_tile(tokens, width, qkv.dtype, normed, architecture())
-    other = dkdv_tile(tokens, width, qkv.dtype, normed, architecture())
-    q_parts, q_tiles, q_blocks = split(tokens, tile.queries, tile.keys, tile.resident)
-    k_parts, k_tiles, k_blocks = split(tokens, other.keys, other.queries, other.resident)
+    dq = dq_config(tokens, width, qkv.dtype, normed, architecture())
+    dkdv = dkdv_config(tokens, width, qkv.dtype, normed, architecture())
+    q_parts, q_tiles, q_blocks = split(tokens, dq.queries, dq.keys, dq.resident)
+    k_parts, k_tiles, k_blocks = split(tokens, dkdv.keys, dkdv.queries, dkdv.resident)
     q_rows, k_rows = samples * q_parts * q_tiles, samples * k_parts * k_tiles
     q_of_weight = k_of_weight = q_of_bias = k_of_bias = None
     if normed:
@@ -196,13 +200,13 @@ def rope_attention_bwd(
         rope_attention_bwd_dq_kernel, (q_parts * heads * samples,),
         grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, q_of_weight, q_of_bias, eps, scale, tokens,
         q_parts, q_tiles, *strides,
-        grad_n=grad.stride(1), BLOCKS=q_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, tile),
+        grad_n=grad.stride(1), BLOCKS=q_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, dq),
     )  # fmt: skip
     launch(
         rope_attention_bwd_dkdv_kernel, (k_parts * heads * samples,),
         grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, k_of_weight, k_of_bias, eps, scale, tokens,
         k_parts, k_tiles, *strides,
-        grad_n=grad.stride(1), BLOCKS=k_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, other),
+        grad_n=grad.stride(1), BLOCKS=k_blocks, SUMMED=summed, **constants(qkv, bias, table, q_weight, dkdv),
     )  # fmt: skip
     dq_weight, dk_weight, dbias = (qkv.new_empty(0) for _ in range(3))
     if normed:

@@ -11,17 +11,17 @@ from kernels.swiglu.autograd import register_autograd
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """How many rows a block walks down."""
 
     rows_per_block: int
 
 
 #: Without sums, blocks end soon and let others load; two steps of two rows amortise reading the bias.
-ALONE = Config(rows_per_block=4)
+ALONE = LaunchConfig(rows_per_block=4)
 
 
-def summing(rows: int, width: int) -> Config:
+def summing(rows: int, width: int) -> LaunchConfig:
     """Rows for each partial sum of the bias gradient.
 
     A partial sum costs 8 bytes a column, written and read once more; a row moves 10 bytes a column in 16-bit dtypes. At
@@ -31,7 +31,7 @@ def summing(rows: int, width: int) -> Config:
     rows_per_block = 32
     while rows_per_block < 128 and rows // (2 * rows_per_block) * across >= 1056:
         rows_per_block *= 2
-    return Config(rows_per_block)
+    return LaunchConfig(rows_per_block)
 
 
 @operator("swiglu_cuda_fwd")

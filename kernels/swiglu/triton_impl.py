@@ -18,8 +18,8 @@ from kernels.swiglu.autograd import register_autograd
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How one pass is cut.
+class LaunchConfig:
+    """Launch configuration of one pass.
 
     Attributes:
         rows, columns: of a program's tile, in each half; powers of two.
@@ -37,8 +37,8 @@ class Tiles:
     stages: int = 1
 
 
-def tiles(rows: int, hidden: int, itemsize: int, vectors: int) -> Tiles:
-    """Tiles for `rows` rows of H = `hidden`, with `vectors` 16-byte accesses of each thread to each operand.
+def launch_config(rows: int, hidden: int, itemsize: int, vectors: int) -> LaunchConfig:
+    """For `rows` rows of H = `hidden`, with `vectors` 16-byte accesses of each thread to each operand.
 
     A tile is as wide as one 16-byte vector of each of 128 threads (1024 columns in bfloat16: three tiles for H = 3072,
     two for 2048, with nothing left over), and `vectors` rows high. Programs so small leave room for 10 and more of them
@@ -54,7 +54,7 @@ def tiles(rows: int, hidden: int, itemsize: int, vectors: int) -> Tiles:
     rows_each = max(32, high)
     while rows_each < 128 and triton.cdiv(rows, 2 * rows_each) * triton.cdiv(hidden, columns) >= 1056:
         rows_each *= 2
-    return Tiles(high, columns, rows_each, gcd(hidden, wide))
+    return LaunchConfig(high, columns, rows_each, gcd(hidden, wide))
 
 
 #: 16-byte accesses of each thread to each operand: two operands are read forward and three backward.
@@ -184,12 +184,12 @@ def swiglu_fwd(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     hidden = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], hidden), dtype=gate_up.dtype, device=gate_up.device)
     rows = out.numel() // hidden
-    cut = tiles(rows, hidden, gate_up.element_size(), VECTORS["forward"])
-    chunks = triton.cdiv(hidden, cut.columns)
+    config = launch_config(rows, hidden, gate_up.element_size(), VECTORS["forward"])
+    chunks = triton.cdiv(hidden, config.columns)
     launch(
-        swiglu_fwd_kernel, (triton.cdiv(rows, cut.rows) * chunks,),
-        gate_up.contiguous(), None if bias is None else bias.contiguous(), out, rows, hidden // cut.vector, chunks,
-        VECTOR=cut.vector, ROWS=cut.rows, COLUMNS=cut.columns, BIASED=bias is not None, num_warps=cut.warps,
+        swiglu_fwd_kernel, (triton.cdiv(rows, config.rows) * chunks,),
+        gate_up.contiguous(), None if bias is None else bias.contiguous(), out, rows, hidden // config.vector, chunks,
+        VECTOR=config.vector, ROWS=config.rows, COLUMNS=config.columns, BIASED=bias is not None, num_warps=config.warps,
     )  # fmt: skip
     return out
 
@@ -201,17 +201,17 @@ def swiglu_bwd(
     """The gradients of `gate_up` and of `bias`; the latter empty unless `summed`."""
     hidden = gate_up.shape[-1] // 2
     rows = grad.numel() // hidden
-    cut = tiles(rows, hidden, gate_up.element_size(), VECTORS["backward"])
-    chunks = triton.cdiv(hidden, cut.columns)
-    parts = triton.cdiv(rows, cut.rows_each if summed else cut.rows)
+    config = launch_config(rows, hidden, gate_up.element_size(), VECTORS["backward"])
+    chunks = triton.cdiv(hidden, config.columns)
+    parts = triton.cdiv(rows, config.rows_each if summed else config.rows)
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     partial_sums = torch.empty((parts, 2 * hidden), device=grad.device) if summed else None
     launch(
         swiglu_bwd_kernel, (parts * chunks,),
         grad.contiguous(), gate_up.contiguous(), None if bias is None else bias.contiguous(), d_gate_up, partial_sums,
-        rows, hidden // cut.vector, chunks, cut.rows_each,
-        VECTOR=cut.vector, ROWS=cut.rows, COLUMNS=cut.columns, STAGES=cut.stages,
-        BIASED=bias is not None, SUMMED=summed, num_warps=cut.warps,
+        rows, hidden // config.vector, chunks, config.rows_each,
+        VECTOR=config.vector, ROWS=config.rows, COLUMNS=config.columns, STAGES=config.stages,
+        BIASED=bias is not None, SUMMED=summed, num_warps=config.warps,
     )  # fmt: skip
     if not summed:
         return d_gate_up, d_gate_up.new_empty(0)
@@ -240,5 +240,5 @@ BACKEND = backend(
     swiglu,
     unsupported,
     torch_ops=("ldit::swiglu_fwd", "ldit::swiglu_bwd"),
-    configs={direction: tiles(32_768, 3072, 2, vectors) for direction, vectors in VECTORS.items()},
+    configs={direction: launch_config(32_768, 3072, 2, vectors) for direction, vectors in VECTORS.items()},
 )

@@ -11,12 +11,12 @@ import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
-from kernels.linear_swiglu.triton_impl import Tile, with_bias
+from kernels.linear_swiglu.triton_impl import LaunchConfig, with_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_slope
 
 #: Its two products lie side by side. Compiles for sm_90 without spills, as does stages=3, for a GPU to
 #: judge.
-TILE = Tile()
+CONFIG = LaunchConfig()
 
 
 @triton.jit
@@ -81,17 +81,17 @@ def swiglu_linear_grad_2d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """On `[rows, D]` and `[rows, 2H]`; the gradient of the bias is empty without one."""
     (rows, width), hidden = d_output.shape, weight.shape[1]
-    d_gate_up, down = torch.empty_like(gate_up, memory_format=torch.contiguous_format), triton.cdiv(rows, TILE.rows)
+    d_gate_up, down = torch.empty_like(gate_up, memory_format=torch.contiguous_format), triton.cdiv(rows, CONFIG.rows)
     partial_sums = None if bias is None else torch.empty(down, 2 * hidden, device=d_output.device)
     halves = (*table(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
     launch(
         swiglu_linear_grad_kernel,
-        (min(down * triton.cdiv(hidden, 2 * TILE.columns), num_sms()),),
-        described(table(d_output), TILE.rows, TILE.depth), described(table(weight), TILE.depth, TILE.columns),
-        *(described(half, TILE.rows, TILE.columns // 2) for half in halves),
+        (min(down * triton.cdiv(hidden, 2 * CONFIG.columns), num_sms()),),
+        described(table(d_output), CONFIG.rows, CONFIG.depth), described(table(weight), CONFIG.depth, CONFIG.columns),
+        *(described(half, CONFIG.rows, CONFIG.columns // 2) for half in halves),
         None if bias is None else bias.contiguous(), partial_sums, rows, hidden, width,
-        ROWS=TILE.rows, COLUMNS=TILE.columns, DEPTH=TILE.depth, STAGES=TILE.stages, FLATTEN=TILE.flatten,
-        BIASED=bias is not None, num_warps=TILE.warps,
+        ROWS=CONFIG.rows, COLUMNS=CONFIG.columns, DEPTH=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
+        BIASED=bias is not None, num_warps=CONFIG.warps,
     )  # fmt: skip
     if bias is None:
         return d_gate_up, d_gate_up.new_empty(0)
@@ -108,4 +108,4 @@ def unsupported(d_output, weight, gate_up, *, bias=None):
     return reasons + misaligned(d_output.element_size(), d_output.shape[-1], weight.shape[1])
 
 
-BACKEND = backend(swiglu_linear_grad, unsupported, torch_op="ldit::swiglu_linear_grad", tile=TILE)
+BACKEND = backend(swiglu_linear_grad, unsupported, torch_op="ldit::swiglu_linear_grad", config=CONFIG)

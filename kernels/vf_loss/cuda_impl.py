@@ -18,7 +18,7 @@ from kernels.vf_loss.autograd import register_autograd
 
 
 @dataclass(frozen=True)
-class Config:
+class LaunchConfig:
     """What the kernels are compiled for: positions along a side of a forward tile, and of a backward panel."""
 
     tile: int
@@ -27,7 +27,7 @@ class Config:
 
 #: Tiles of 64 × 64 with 4 warps: ten for a sample of 256 positions, four at a time on a multiprocessor. A panel is what
 #: 256 positions need, so that their gradient takes no partial sums: 87 KB in 16 bits, with the stages of the products.
-SHAPE = Config(tile=64, panel=256)
+SHAPE = LaunchConfig(tile=64, panel=256)
 
 
 @operator("vf_loss_cuda_fwd")

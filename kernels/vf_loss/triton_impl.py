@@ -17,7 +17,7 @@ from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_l
 
 
 @dataclass(frozen=True)
-class TileConfig:
+class LaunchConfig:
     """Launch of a kernel that makes tiles of both matrices.
 
     Attributes:
@@ -36,7 +36,7 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class PositionsConfig:
+class PositionsLaunchConfig:
     """Launch of the pass over the vectors: positions of a program, channels of a step, warps."""
 
     positions: int
@@ -44,12 +44,12 @@ class PositionsConfig:
     warps: int
 
 
-def positions_config(channels: int, positions: int) -> PositionsConfig:
+def positions_config(channels: int, positions: int) -> PositionsLaunchConfig:
     """Steps of 64 × 32 with 4 warps: 16-byte loads along either dimension, 256 programs for a batch of 32."""
-    return PositionsConfig(block(positions, 32), block(channels, 64), 4)
+    return PositionsLaunchConfig(block(positions, 32), block(channels, 64), 4)
 
 
-def forward_config(dtype: torch.dtype, samples: int, positions: int, arch: int) -> TileConfig:
+def forward_config(dtype: torch.dtype, samples: int, positions: int, arch: int) -> LaunchConfig:
     """Square tiles, so that the symmetric half is left out: at 256 positions three of 128 × 128 for a sample.
 
     Two accumulators of 128 × 128 are half of a multiprocessor's registers; three stages of 64 KB are its shared memory.
@@ -58,22 +58,22 @@ def forward_config(dtype: torch.dtype, samples: int, positions: int, arch: int) 
     well, tiles are 64 × 64. float32 products have no tensor cores: four programs of 128 registers a multiprocessor.
     """
     if dtype == torch.float32:
-        return TileConfig(block(positions, 64), block(positions, 64), 16, 0, 4, 3)
+        return LaunchConfig(block(positions, 64), block(positions, 64), 16, 0, 4, 3)
     tiles = triton.cdiv(positions, 128)
     large = arch >= 90 and 2 * samples * tiles * (tiles + 1) // 2 >= 132
     side = block(positions, 128 if large else 64)
-    return TileConfig(side, side, 64, 0, 8 if large else 4, 3)
+    return LaunchConfig(side, side, 64, 0, 8 if large else 4, 3)
 
 
-def backward_config(dtype: torch.dtype, positions: int) -> TileConfig:
+def backward_config(dtype: torch.dtype, positions: int) -> LaunchConfig:
     """64 rows against 256 columns at once, so that a row's gradient at 256 positions is made without partial sums.
 
     Two accumulators of 64 × 256 are half of a multiprocessor's registers: one program each, with three stages of 40 KB.
     A float32 product holds its operands in registers: its tiles are 64 × 32, and partial sums are added up in memory.
     """
     if dtype == torch.float32:
-        return TileConfig(block(positions, 64), block(positions, 32), 16, 32, 8, 2)
-    return TileConfig(block(positions, 64), block(positions, 256), 32, 64, 8, 3)
+        return LaunchConfig(block(positions, 64), block(positions, 32), 16, 32, 8, 2)
+    return LaunchConfig(block(positions, 64), block(positions, 256), 32, 64, 8, 3)
 
 
 def block(size: int, most: int) -> int:

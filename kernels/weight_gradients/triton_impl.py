@@ -17,8 +17,8 @@ from kernels.weight_gradients import tokens as tokens_of
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How the launch is cut.
+class LaunchConfig:
+    """Launch configuration.
 
     Attributes:
         rows: of a program's tile, along O; a power of two, 64 for each four warps.
@@ -44,8 +44,8 @@ class Tile:
 
 
 #: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 SMs with nothing beyond an edge. Others
-#: that compile for sm_90 without spills, for a GPU to judge: Tile(128, 128, 128, stages=3), Tile(256, 64, 32).
-TILE = Tile()
+#: that compile for sm_90 without spills, to be timed on a GPU: (128, 128, 128, stages=3), (256, 64, 32).
+CONFIG = LaunchConfig()
 #: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
 PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
 #: As many as the kernel has arguments for.
@@ -54,11 +54,11 @@ MOST_LAYERS = 4
 SUM_BLOCK = 1024
 
 
-def parts(widths: list[tuple[int, int]], tokens: int, num_sms: int, tile: Tile = TILE) -> int:
+def parts(widths: list[tuple[int, int]], tokens: int, num_sms: int, config: LaunchConfig = CONFIG) -> int:
     """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
-    tiles = sum(tile.count(*pair) for pair in widths)
+    tiles = sum(config.count(*pair) for pair in widths)
     numbers = sum(out * inner for out, inner in widths)
-    seconds = 2 * tile.rows * tile.width * tokens * num_sms / PRODUCTS
+    seconds = 2 * config.rows * config.width * tokens * num_sms / PRODUCTS
 
     def cost(count: int) -> float:
         waves = -(-tiles * count // num_sms)
@@ -146,16 +146,16 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
     first, tokens = d_outputs[0], tokens_of(d_outputs[0])
     widths = _widths(d_outputs, inputs)
     numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, num_sms())
-    tokens_each = triton.cdiv(triton.cdiv(tokens, count), TILE.depth) * TILE.depth
+    tokens_each = triton.cdiv(triton.cdiv(tokens, count), CONFIG.depth) * CONFIG.depth
     result = torch.empty(numbers, dtype=first.dtype, device=first.device)
     partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
     layers = [value for pair in zip(d_outputs, inputs, strict=True) for value in _arguments(*pair)]
     layers += [None] * (MOST_LAYERS * 5 - len(layers))
     launch(
-        weight_gradients_kernel, (sum(TILE.count(*pair) for pair in widths), count),
+        weight_gradients_kernel, (sum(CONFIG.count(*pair) for pair in widths), count),
         *layers, partial_sums, tokens, tokens_each, numbers,
-        ROWS=TILE.rows, COLUMNS=TILE.columns, MORE=TILE.more_columns, DEPTH=TILE.depth, STAGES=TILE.stages,
-        num_warps=TILE.warps,
+        ROWS=CONFIG.rows, COLUMNS=CONFIG.columns, MORE=CONFIG.more_columns, DEPTH=CONFIG.depth, STAGES=CONFIG.stages,
+        num_warps=CONFIG.warps,
     )  # fmt: skip
     if count > 1:
         launch(
@@ -168,8 +168,8 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
 def _arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
     """What the kernel is told of a layer."""
     left, right = table(d_output), table(x)
-    blocks = ((left, TILE.rows), (right, TILE.columns), (right, TILE.more_columns))
-    return [*(described(rows, TILE.depth, columns) for rows, columns in blocks), left.shape[1], right.shape[1]]
+    blocks = ((left, CONFIG.rows), (right, CONFIG.columns), (right, CONFIG.more_columns))
+    return [*(described(rows, CONFIG.depth, columns) for rows, columns in blocks), left.shape[1], right.shape[1]]
 
 
 def _widths(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -193,9 +193,9 @@ def unsupported(d_outputs, inputs):
     reasons += misaligned(tensors[0].element_size(), *(tensor.shape[-1] for tensor in tensors))
     if len(d_outputs) > MOST_LAYERS:
         reasons.append(f"{len(d_outputs)} layers are more than {MOST_LAYERS}")
-    if tokens_of(tensors[0]) >= 2**31 - TILE.depth:
+    if tokens_of(tensors[0]) >= 2**31 - CONFIG.depth:
         reasons.append(f"{tokens_of(tensors[0])} tokens are more than 32-bit numbers count")
     return reasons
 
 
-BACKEND = backend(weight_gradients, unsupported, torch_op="ldit::weight_gradients", tile=TILE)
+BACKEND = backend(weight_gradients, unsupported, torch_op="ldit::weight_gradients", config=CONFIG)
