@@ -49,12 +49,12 @@ void swiglu_bwd(py::handle gate_up, py::handle bias, py::handle d_out, py::handl
       result(call, "d_gate_up", d_gate_up);
   SwigluSizes sizes = swiglu_sizes(call, packed, rows_per_block);
   Floats input = packed.floats();
-  Shape of_bias = {2 * sizes.width};
-  launch_swiglu_bwd(input, floats_or_none(call, "bias", bias, of_bias),
+  Shape bias_shape = {2 * sizes.width};
+  launch_swiglu_bwd(input, floats_or_none(call, "bias", bias, bias_shape),
                     upstream.counted(sizes.rows * sizes.width).typed(input.dtype).data(),
                     result.counted(packed.elements()).typed(input.dtype).data(),
                     partial_sums(call, partials, {sizes.parts(), 2 * sizes.width}),
-                    floats_or_none(call, "d_bias", d_bias, of_bias), sizes, call.stream());
+                    floats_or_none(call, "d_bias", d_bias, bias_shape), sizes, call.stream());
 }
 
 NormSizes norm_sizes(Call& call, const Tensor& x, std::int64_t tokens_per_block, double eps) {
@@ -231,7 +231,8 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
       sums(call, "lse", lse), gradient(call, "d_qkv", d_qkv);
   AttentionSizes sizes = attention_sizes(call, packed, queries, keys, warps);
   Floats input = packed.floats();
-  Shape flat = {sizes.samples, sizes.tokens, sizes.heads * sizes.width}, of_weight = {sizes.width};
+  Shape flat = {sizes.samples, sizes.tokens, sizes.heads * sizes.width},
+        weight_shape = {sizes.width};
   Floats sum_of_keys = floats_or_none(call, "scratch", scratch,
                                       {sizes.samples, sizes.heads, sizes.tokens, sizes.width});
   call.require(sum_of_keys.dtype == DType::float32, "scratch", "is not float32");
@@ -248,8 +249,8 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
                     "weight_partials"),
        partial_sums(call, bias_partials, {sizes.samples, 3, sizes.heads, sizes.width},
                     "bias_partials")},
-      {floats_or_none(call, "d_q_weight", d_q_weight, of_weight),
-       floats_or_none(call, "d_k_weight", d_k_weight, of_weight),
+      {floats_or_none(call, "d_q_weight", d_q_weight, weight_shape),
+       floats_or_none(call, "d_k_weight", d_k_weight, weight_shape),
        floats_or_none(call, "d_bias", d_bias, {3 * sizes.heads * sizes.width})},
       sizes, call.stream());
 }

@@ -132,8 +132,8 @@ struct Turn {
 // Partial sums of a block for the gradients of the vectors, float32, or null where they are not
 // asked for.
 struct VectorPartials {
-  float* of_weights = nullptr;  // [2, samples·heads, width]
-  float* of_bias = nullptr;     // [samples, 3, heads, width]
+  float* dw_partial = nullptr;  // [2, samples·heads, width]
+  float* db_partial = nullptr;  // [samples, 3, heads, width]
 };
 
 struct VectorGradients {

@@ -32,13 +32,13 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
            static_cast<T*>(d_qkv), scratch, partials, sizes, all);
   });
   std::int64_t heads = sizes.samples * sizes.heads;
-  if (partials.of_weights != nullptr) {
-    launch_column_sums(partials.of_weights, gradients.d_q_weight, heads, sizes.width, stream);
-    launch_column_sums(partials.of_weights + heads * sizes.width, gradients.d_k_weight, heads,
+  if (partials.dw_partial != nullptr) {
+    launch_column_sums(partials.dw_partial, gradients.d_q_weight, heads, sizes.width, stream);
+    launch_column_sums(partials.dw_partial + heads * sizes.width, gradients.d_k_weight, heads,
                        sizes.width, stream);
   }
-  if (partials.of_bias != nullptr) {
-    launch_column_sums(partials.of_bias, gradients.d_bias, sizes.samples,
+  if (partials.db_partial != nullptr) {
+    launch_column_sums(partials.db_partial, gradients.d_bias, sizes.samples,
                        3 * sizes.heads * sizes.width, stream);
   }
 }

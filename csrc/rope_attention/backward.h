@@ -276,7 +276,7 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
   using Sums = Vectors<width>;
   for (int i = threadIdx.x; i < Sums::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
-    float* to = which < 2 ? partials.of_weights : partials.of_bias;
+    float* to = which < 2 ? partials.dw_partial : partials.db_partial;
     if (to == nullptr || column >= head.width) continue;
     float sum = 0.f;
     for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * Sums::size + i];
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(256, 1)
     }
     __syncthreads();  // the keys have been read by all
     if (turn.bias.data != nullptr) {
-      add_columns<Shape::tiles>(sums.of_bias(2), [&](int t, int j) {
+      add_columns<Shape::tiles>(sums.db_partial(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
         for (int m = 0; m < Shape::m; ++m)

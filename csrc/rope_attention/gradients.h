@@ -77,11 +77,11 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float normed = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse,
-              &mine = d[t][2 * half + j], of_weight = mine * normed;
+              &mine = d[t][2 * half + j], dw = mine * normed;
         int column = 8 * t + member + j;
 #pragma unroll
-        for (int flip = 4; flip < kWarp; flip *= 2) of_weight += from_lane_across(of_weight, flip);
-        if (group_index() == 0) sums.of_weight(which)[column] += of_weight;
+        for (int flip = 4; flip < kWarp; flip *= 2) dw += from_lane_across(dw, flip);
+        if (group_index() == 0) sums.dw_partial(which)[column] += dw;
         mine *= *vectors.weight(which, column, 1);
         along += mine * normed;
       }
@@ -97,7 +97,7 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
     }
   }
   if (turn.bias.data != nullptr)
-    add_columns<tiles>(sums.of_bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
+    add_columns<tiles>(sums.db_partial(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 
 // Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there

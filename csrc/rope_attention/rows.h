@@ -75,8 +75,10 @@ struct Vectors {
   LDIT_DEVICE float* weight(int which, int column, int columns) const {
     return memory.span(which * width + column, columns);
   }
-  LDIT_DEVICE Shared<float> of_weight(int which) const { return memory.part(which * width, width); }
-  LDIT_DEVICE Shared<float> of_bias(int which) const {
+  LDIT_DEVICE Shared<float> dw_partial(int which) const {
+    return memory.part(which * width, width);
+  }
+  LDIT_DEVICE Shared<float> db_partial(int which) const {
     return memory.part((2 + which) * width, width);
   }
 

@@ -124,15 +124,15 @@ def rope_attention_bwd(
     d_qkv = qkv.new_empty(qkv.shape)
     summed_there = config.keys < tokens or held(width, qkv.element_size()) > 72
     scratch = lse.new_empty((samples, heads, tokens, width)) if summed_there else None
-    d_weights, d_bias, of_weights, of_bias = (None, None), None, None, None
+    d_weights, d_bias, dw_partial, db_partial = (None, None), None, None, None
     if q_weight is not None:
         d_weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
-        of_weights = lse.new_empty((2, samples * heads, width))
+        dw_partial = lse.new_empty((2, samples * heads, width))
     if summed:
-        d_bias, of_bias = torch.empty_like(bias), lse.new_empty((samples, 3, heads, width))
+        d_bias, db_partial = torch.empty_like(bias), lse.new_empty((samples, 3, heads, width))
     launch(
         "rope_attention_bwd", dense(d_out), dense(qkv), bias, table, q_weight, k_weight, out, lse, d_qkv, scratch,
-        of_weights, of_bias, *d_weights, d_bias, eps, config.queries, config.keys, config.warps,
+        dw_partial, db_partial, *d_weights, d_bias, eps, config.queries, config.keys, config.warps,
     )  # fmt: skip
     return d_qkv, *(qkv.new_empty(0) if gradient is None else gradient for gradient in (*d_weights, d_bias))
 

@@ -33,13 +33,13 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def store_turned_back(
-    d_first, d_rest, base, into, stride, into_stride, limit, table, weight, bias, of_weight, of_bias, eps,
+    d_first, d_rest, base, into, stride, into_stride, limit, table, weight, bias, dw_partial, db_partial, eps,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Take the gradient of the rows that `load_turned` gave back through rotation and norm, and store it.
 
-    `of_weight`, `of_bias`: where the gradients of `weight` and `bias` from these rows go, `D` float32 each.
+    `dw_partial`, `db_partial`: where the gradients of `weight` and `bias` from these rows go, `D` float32 each.
     """
     ROWS: tl.constexpr = d_first.shape[0]
     if BIASED and RAGGED:  # rows past the end hold the bias
@@ -54,11 +54,11 @@ def store_turned_back(
         first, rest = load_biased(base, stride, limit, bias, ROWS, D, MAIN, REST, BIASED, RAGGED)
         inverse = inverse_rms(first, rest, eps, D, REST)[:, None]
         first, rest = first * inverse, rest * inverse
-        store_columns(of_weight, tl.sum(d_first * first, axis=0), 0, D)
+        store_columns(dw_partial, tl.sum(d_first * first, axis=0), 0, D)
         d_first *= load_vector(weight, 0, MAIN, D)[None, :]
         along = tl.sum(d_first * first, axis=1)
         if REST:
-            store_columns(of_weight, tl.sum(d_rest * rest, axis=0), MAIN, D)
+            store_columns(dw_partial, tl.sum(d_rest * rest, axis=0), MAIN, D)
             d_rest *= load_vector(weight, MAIN, REST, D)[None, :]
             along += tl.sum(d_rest * rest, axis=1)
         along = along[:, None] / D
@@ -69,7 +69,7 @@ def store_turned_back(
     if REST:
         store(into, into_stride, limit, d_rest, MAIN, D, RAGGED)
     if SUMMED:
-        store_column_sums(of_bias, d_first, d_rest, D, MAIN, REST)
+        store_column_sums(db_partial, d_first, d_rest, D, MAIN, REST)
 
 
 @triton.jit
@@ -139,8 +139,8 @@ def add_to_dk_dv(
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
 def rope_attention_bwd_dq_kernel(
-    grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, of_weight, of_bias, eps, scale, tokens, parts,
-    tiles,
+    grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, dw_partial, db_partial, eps, scale, tokens,
+    parts, tiles,
     grad_b, stride_b, stride_3, stride_h,
     grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
@@ -150,7 +150,7 @@ def rope_attention_bwd_dq_kernel(
     """Each program: dq and delta = Σ out·grad of `tiles` tiles of `BQ` queries.
 
     The keys of the head stay in shared memory, in `BLOCKS` blocks of `BK`; or pass by for every tile if that is 0.
-    `of_weight` [samples, tiles, heads, D]: parts of the gradient of `q_weight`; `of_bias` [2, …]: of the bias of
+    `dw_partial` [samples, tiles, heads, D]: parts of the gradient of `q_weight`; `db_partial` [2, …]: of the bias of
     queries and of values.
     """
     part, head, sample = own_head(parts, heads)
@@ -193,8 +193,8 @@ def rope_attention_bwd_dq_kernel(
         at, left = tl.cast(start, tl.int64), tokens - start
         here = table + at * D if ROPE else table
         tile = (sample * parts * tiles + start // BQ) * cols + head * D
-        into_weight = of_weight + tile if NORM else of_weight
-        into_bias = of_bias + tile if SUMMED else of_bias
+        into_weight = dw_partial + tile if NORM else dw_partial
+        into_bias = db_partial + tile if SUMMED else db_partial
         do, do_rest = load_head(grad + at * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q)
         if SUMMED:
             of_values = into_bias + tl.num_programs(0).to(tl.int64) * tiles * D
@@ -311,7 +311,8 @@ def rope_attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
 def rope_attention_bwd_dkdv_kernel(
-    grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, of_weight, of_bias, eps, scale, tokens, parts, tiles,
+    grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, dw_partial, db_partial, eps, scale, tokens, parts,
+    tiles,
     grad_b, stride_b, stride_3, stride_h,
     grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
     REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
@@ -321,8 +322,8 @@ def rope_attention_bwd_dkdv_kernel(
     """Each program: dk and dv of `tiles` tiles of `BK` keys.
 
     The queries of the head and their upstream gradients stay in shared memory, in `BLOCKS` blocks of `BQ`; or pass by
-    for every tile if that is 0. `of_weight`, `of_bias` [samples, tiles, heads, D]: parts of the gradients of `k_weight`
-    and of the bias of keys.
+    for every tile if that is 0. `dw_partial`, `db_partial` [samples, tiles, heads, D]: parts of the gradients of
+    `k_weight` and of the bias of keys.
     """
     part, head, sample = own_head(parts, heads)
     queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
@@ -434,8 +435,8 @@ def rope_attention_bwd_dkdv_kernel(
             store(values_into, 3 * cols, left, dv_rest, MAIN, D, RAGGED_K)
         natural = scale * LN_2
         tile = (sample * parts * tiles + start // BK) * cols + head * D
-        into_weight = of_weight + tile if NORM else of_weight
-        into_bias = of_bias + tile if SUMMED else of_bias
+        into_weight = dw_partial + tile if NORM else dw_partial
+        into_bias = db_partial + tile if SUMMED else db_partial
         store_turned_back(
             dk * natural,
             dk_rest * natural,
