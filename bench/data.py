@@ -26,14 +26,14 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from bench.measure.rows import Log, Row, version
-from bench.measure.timing import Device, HostDevice, Lap, Timing, interleave
+from bench.measure.timing import Device, HostDevice, Iteration, Timing, interleave
 from launch.training.loader import SampleOrder, Split, micro_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
 
 SHAPE = (32, 16, 16)
 FOREVER = 10**9
-#: Batches of a lap: more than workers have ready when it begins.
+#: Batches of an iteration: more than workers have ready when it begins.
 BATCHES = 16
 OURS, PUBLISHED = "latents", "file-per-sample"
 
@@ -65,7 +65,7 @@ class FilePerSample(Dataset):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Provider:
     """One way to read, with so many workers."""
 
     name: str
@@ -78,12 +78,12 @@ class Contender:
         return f"{self.name}-{self.workers}"
 
 
-def contenders(workers: list[int]) -> list[Contender]:
+def providers(workers: list[int]) -> list[Provider]:
     """Both ways, each with every number of workers."""
     ours = partial(
-        Contender, OURS, includes="LatentDataset through launch.training.loader", package="torch", stream=_ours
+        Provider, OURS, includes="LatentDataset through launch.training.loader", package="torch", stream=_ours
     )
-    published = partial(Contender, PUBLISHED, includes="one file opened per sample; DataLoader, default collate",
+    published = partial(Provider, PUBLISHED, includes="one file opened per sample; DataLoader, default collate",
                         package="safetensors", stream=_published)  # fmt: skip
     return [way(workers=count) for way in (ours, published) for count in workers]
 
@@ -113,8 +113,8 @@ def disagreement(data: LatentDataset, published: Dataset, count: int = 64, seed:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """seconds: of samples, for each contender."""
+class LoaderComparison:
+    """seconds: of samples, for each provider."""
 
     device: Device
     log: Log
@@ -122,8 +122,8 @@ class Bench:
     seconds: float = 4.0
 
     def run(self, data: LatentDataset, workers: list[int]) -> list[Row]:
-        """A row for each contender, written to the log; without times where both ways disagree."""
-        present, machine = contenders(workers), host()
+        """A row for each provider, written to the log; without times where both ways disagree."""
+        present, machine = providers(workers), host()
         wrong = disagreement(data, FilePerSample(data))
         if wrong:
             return [self._write(c, machine, status="incorrect", reason=wrong) for c in present]
@@ -131,22 +131,22 @@ class Bench:
         size = 4 * int(np.prod(data.shape))
         return [self._write(c, machine, **figures(str(c), timings, size)) for c in present]
 
-    def _timings(self, data: LatentDataset, present: list[Contender]) -> dict[str, Timing]:
-        laps = {}
-        for contender in present:
-            stream = contender.stream(data, self.batch_size, contender.workers)
-            laps[str(contender)] = Lap(partial(read, stream), BATCHES * self.batch_size, method="host clock")
-        return interleave(laps, self.device, self.seconds)
+    def _timings(self, data: LatentDataset, present: list[Provider]) -> dict[str, Timing]:
+        iterations = {}
+        for provider in present:
+            stream = provider.stream(data, self.batch_size, provider.workers)
+            iterations[str(provider)] = Iteration(partial(read, stream), BATCHES * self.batch_size, method="host clock")
+        return interleave(iterations, self.device, self.seconds)
 
-    def _write(self, contender: Contender, machine: Row, **figures) -> Row:
-        row = {"kind": "data", "contender": contender.name, "workers": contender.workers, "status": "ok", "reason": "",
-               "batch_size": self.batch_size, "includes": contender.includes, "version": version(contender.package),
+    def _write(self, provider: Provider, machine: Row, **figures) -> Row:
+        row = {"kind": "data", "provider": provider.name, "workers": provider.workers, "status": "ok", "reason": "",
+               "batch_size": self.batch_size, "includes": provider.includes, "version": version(provider.package),
                "pinned": torch.cuda.is_available(), **machine}  # fmt: skip
         return self.log.write(row | figures)
 
 
 def read(stream: Iterator) -> None:
-    """One lap."""
+    """One iteration."""
     deque(islice(stream, BATCHES), maxlen=0)
 
 
@@ -178,13 +178,13 @@ def table(rows: list[Row]) -> str:
              f"{'':16} {'workers':>7} {'latents/s':>10} {'p20 to p80':>19} {'GB/s':>6}"]  # fmt: skip
     best: dict[str, float] = {}
     for row in rows:
-        head = f"{row['contender']:16} {row['workers']:7}"
+        head = f"{row['provider']:16} {row['workers']:7}"
         if row["status"] != "ok":
             lines.append(f"{head} {row['status']}: {row['reason']}")
             continue
         rate, between = row["latents_per_second"], f"{1e6 / row['p80_us']:,.0f} to {1e6 / row['p20_us']:,.0f}"
         lines.append(f"{head} {rate:10,.0f} {between:>19} {rate * row['bytes'] / 1e9:6.2f}")
-        best[row["contender"]] = max(rate, best.get(row["contender"], 0))
+        best[row["provider"]] = max(rate, best.get(row["provider"], 0))
     if len(best) == 2:
         lines.append(f"best against best: {best[OURS] / best[PUBLISHED]:.1f}x the way that opens one file per sample")
     return "\n".join(lines)
@@ -221,7 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=positive, default=8192, help="of the set made for the run (default 8192)")
     parser.add_argument("--batch-size", type=positive, default=128, help="of one process (default 128)")
     parser.add_argument("--workers", type=natural, action="append", help="repeatable (default: 0 and 2)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of samples for each contender (default 4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of samples for each provider (default 4)")
     parser.add_argument("--out", type=Path, help="append rows to this file")
     return parser.parse_args(argv)
 
@@ -229,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     device = HostDevice()
-    bench = Bench(device, Log(device.kind, options.out), options.batch_size, options.seconds)
+    bench = LoaderComparison(device, Log(device.kind, options.out), options.batch_size, options.seconds)
     with tempfile.TemporaryDirectory() as own:
         directory = options.directory or Path(own)
         if options.directory is None:

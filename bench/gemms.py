@@ -3,8 +3,8 @@
     python -m bench.gemms [--model NAME] [--batch N] [--only NAME] [--minutes M] [--out FILE]
 
 Each of a block's four linear layers makes three products in a step: forward, the gradient of its input (dgrad) and that
-of its weight (wgrad), in bfloat16. "torch" is what a training step runs, "cublaslt" asks torch for that library. Judged
-against float64; random numbers, as zeros draw less power and run faster.
+of its weight (wgrad), in bfloat16. "torch" is what a training step runs, "cublaslt" asks torch for that library.
+Results are checked against float64; numbers are random, as zeros draw less power and run faster.
 """
 
 import sys
@@ -16,15 +16,15 @@ from typing import ClassVar
 import torch
 
 from bench.measure import program
-from bench.measure.contest import Contest
+from bench.measure.comparison import Comparison
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
-from bench.measure.timing import Lap, lap_size
+from bench.measure.timing import Iteration, iteration_size
 from bench.step import PAPER
 from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 
-#: Contender → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.
+#: Provider → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.
 LIBRARIES = {"torch": "default", "cublaslt": "cublaslt"}
 LAYERS = ("qkv", "proj", "w12", "w3")
 DIRECTIONS = ("forward", "dgrad", "wgrad")
@@ -77,7 +77,7 @@ def products(config: ModelConfig, batch: int) -> Iterator[Product]:
 
 
 @dataclass(frozen=True)
-class Job:
+class GemmJob:
     """One product of a model's step, by several libraries."""
 
     model: str
@@ -90,33 +90,33 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Bench(Contest):
-    """Laps go over several pairs of operands, as CUDA graphs."""
+class GemmComparison(Comparison):
+    """Iterations go over several pairs of operands, as CUDA graphs."""
 
     kind: ClassVar[str] = "gemm"
 
-    def named(self, job: Job, name: str) -> Row:
+    def named(self, job: GemmJob, name: str) -> Row:
         product = job.product
         return {"model": job.model, "batch": job.batch, "layer": product.layer, "direction": product.direction,
-                "contender": name, "ours": False, "shape": product.shape}  # fmt: skip
+                "provider": name, "ours": False, "shape": product.shape}  # fmt: skip
 
-    def run(self, job: Job) -> list[Row]:
+    def run(self, job: GemmJob) -> list[Row]:
         with self.device.active():
             return super().run(job)
 
-    def set_up(self, job: Job) -> tuple[list, int]:
-        sets, calls = lap_size(job.product.moved, self.device.l2_bytes)
+    def set_up(self, job: GemmJob) -> tuple[list, int]:
+        sets, calls = iteration_size(job.product.moved, self.device.l2_bytes)
         return [job.product.operands(self.device.kind, seed) for seed in range(sets)], calls
 
-    def prepare(self, job: Job, name: str, shared: tuple[list, int]) -> Ready:
+    def prepare(self, job: GemmJob, name: str, shared: tuple[list, int]) -> Ready:
         pairs, calls = shared
         (value,) = self._multiplied(name, pairs, 1)
         run, method = self.device.replayable(partial(self._multiplied, name, pairs, calls))
         about = {"calls": calls, "sets": len(pairs), "method": method}
-        return Ready({"": Lap(run, calls, method=method)}, value, about)
+        return Ready({"": Iteration(run, calls, method=method)}, value, about)
 
     def _multiplied(self, name: str, pairs: list, calls: int) -> list[torch.Tensor]:
-        """The products of a lap; they stay until its end, so that results rotate too."""
+        """The products of an iteration; they stay until its end, so that results rotate too."""
         before = torch.backends.cuda.preferred_blas_library()
         try:
             torch.backends.cuda.preferred_blas_library(LIBRARIES[name])
@@ -124,14 +124,14 @@ class Bench(Contest):
         finally:
             torch.backends.cuda.preferred_blas_library(before)
 
-    def wrong(self, job: Job, values: Mapping[str, torch.Tensor], shared: tuple[list, int]) -> dict[str, str]:
+    def wrong(self, job: GemmJob, values: Mapping[str, torch.Tensor], shared: tuple[list, int]) -> dict[str, str]:
         """By the tests' rule, beside the exact product rounded once."""
         a, b = shared[0][0]
         exact = a.double() @ b.double()
         found = {name: mismatch("product", got, exact.bfloat16(), exact) for name, got in values.items()}
         return {name: why for name, why in found.items() if why}
 
-    def figures(self, job: Job, timed: Timed) -> Row:
+    def figures(self, job: GemmJob, timed: Timed) -> Row:
         flops, seconds = job.product.flops, timed.seconds()
         return {"flops": flops, "bytes": job.product.moved, "tflops": flops / seconds / 1e12,
                 **self.limits(flops / seconds)}  # fmt: skip
@@ -139,7 +139,7 @@ class Bench(Contest):
     def text(self, row: Row) -> str:
         shape = " x ".join(map(str, row["shape"]))
         of = f"{row['model']} batch {row['batch']} {row['layer']:4} {row['direction']:7}"
-        head = f"{of} {shape:20} {row['contender']:8}"
+        head = f"{of} {shape:20} {row['provider']:8}"
         if row["status"] != "ok":
             return f"{head} {row['status']}: {row['reason']}"
         part = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
@@ -151,14 +151,14 @@ class Bench(Contest):
 
 
 def means(rows: Iterable[Row]) -> dict[tuple[str, int, str], float]:
-    """(model, batch, contender) → TFLOP/s of all products together: their FLOPs over their time.
+    """(model, batch, provider) → TFLOP/s of all products together: their FLOPs over their time.
 
     "best" takes for each product the library that is fastest at it. Left out is who lacks a product.
     """
     found: dict[tuple[str, int, str], dict[tuple[str, str], Row]] = {}
     for row in (row for row in rows if row["status"] == "ok"):
         which = row["layer"], row["direction"]
-        for name in (row["contender"], "best"):
+        for name in (row["provider"], "best"):
             known = found.setdefault((row["model"], row["batch"], name), {})
             if which not in known or row["p50_ms"] < known[which]["p50_ms"]:
                 known[which] = row
@@ -171,12 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = program.parser("bench.gemms", __doc__, seconds=0.5)
     parser.add_argument("--model", choices=MODEL_NAMES, default="LightningDiT-XL/1", help="default: XL/1")
     parser.add_argument("--batch", type=int, default=128, help="images per step (default 128)")
-    parser.add_argument("--only", action="append", choices=LIBRARIES, help="a contender; repeatable")
+    parser.add_argument("--only", action="append", choices=LIBRARIES, help="a provider; repeatable")
     options = parser.parse_args(argv)
     config = named_config(options.model, input_size=16, in_channels=32, **PAPER)
     names = tuple(options.only or LIBRARIES)
-    todo = [Job(options.model, options.batch, product, names) for product in products(config, options.batch)]
-    return program.run("bench.gemms", options, Bench, todo)
+    todo = [GemmJob(options.model, options.batch, product, names) for product in products(config, options.batch)]
+    return program.run("bench.gemms", options, GemmComparison, todo)
 
 
 if __name__ == "__main__":

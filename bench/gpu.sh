@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within a time limit, the most telling first:
+# Everything that needs a GPU, within a time limit, the most representative first:
 #
 #     bash bench/gpu.sh OUT_DIR [MINUTES [OPTION …]]        (25 minutes unless said otherwise)
 #
 # Below 20 minutes this is python -m bench.triage, which takes the options; what follows is about longer runs.
 #
-# A build of csrc, the tests marked gpu, then python -m bench.step, the telling cases of bench.ops, bench.gemms,
+# A build of csrc, the tests marked gpu, then python -m bench.step, the representative cases of bench.ops, bench.gemms,
 # bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Below 40
 # minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets summary.txt, rows.jsonl, log.txt
 # and, in logs.tgz, what each part printed; each part stops in time by itself, leaves whole rows, and the next one runs

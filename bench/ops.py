@@ -2,8 +2,8 @@
 
     python -m bench.ops [OP …] [--quick] [--minutes M] [--out FILE] …
 
-No number without correctness: a contender whose results are wrong by the tests' rule is reported, not timed. The most
-telling cases come first. Ends with 1 if one of our backends is wrong or fails, with 2 if there is no GPU.
+No number without correctness: a provider whose results are wrong by the tests' rule is reported, not timed. The most
+representative cases come first. Ends with 1 if one of our backends is wrong or fails, with 2 if there is no GPU.
 """
 
 import argparse
@@ -20,22 +20,22 @@ import torch
 
 import kernels
 from bench import roofline
-from bench.baselines import Adapter, Contender
-from bench.entrants.contenders import Compiler, contenders_for, inductor, ours
+from bench.baselines import Adapter, Provider
 from bench.measure import program, timing
 from bench.measure.rows import Log, Row, clocks, version
 from bench.measure.timing import CudaDevice, Device, Timing
-from bench.measure.work import DIRECTIONS, Sets, Truth
+from bench.measure.work import DIRECTIONS, Reference, Sets
+from bench.workloads.providers import Compiler, inductor, ours, providers_for
 from kernels.backends.device import cuda_reasons
 from kernels.registry import BackendUnavailable, Op
 from kernels.testing.cases import Case
 
-#: dtype → how late it comes; all others of a case come two places after those of the most telling case.
+#: dtype → how late it comes; those of other cases come two places later.
 DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 3}
 
 
 @dataclass(frozen=True)
-class Job:
+class OpJob:
     """One op, case and dtype: what its rows share."""
 
     op: Op
@@ -44,8 +44,8 @@ class Job:
 
     @property
     def rank(self) -> int:
-        """0 for the most telling."""
-        return DTYPES[self.dtype] + (0 if self.case.id == telling(self.op) else 2)
+        """0 for the most representative."""
+        return DTYPES[self.dtype] + (0 if self.case.id == representative(self.op) else 2)
 
     @property
     def names(self) -> dict[str, str]:
@@ -55,28 +55,28 @@ class Job:
         return " ".join(self.names.values())
 
 
-def telling(op: Op) -> str:
+def representative(op: Op) -> str:
     """The id of the production case that says most of an op: the headline model's, or else the first."""
     production = [case.id for case in op.cases if case.production]
     return "XL" if "XL" in production else production[0]
 
 
-def jobs(ops: Iterable[Op], cases: Iterable[str] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[Job]:
-    """Every production case (of these ids, if any) and dtype, the most telling first."""
+def jobs(ops: Iterable[Op], cases: Iterable[str] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[OpJob]:
+    """Every production case (of these ids, if any) and dtype, the most representative first."""
     wanted = set(cases)
-    found = [Job(op, case, dtype) for op in ops for case in op.cases for dtype in dtypes
+    found = [OpJob(op, case, dtype) for op in ops for case in op.cases for dtype in dtypes
              if case.production and dtype in op.dtypes & case.dtypes and (not wanted or case.id in wanted)]  # fmt: skip
     return sorted(found, key=lambda job: job.rank)
 
 
 @dataclass(frozen=True)
-class Bench:
+class OpComparison:
     """How rows are measured.
 
     Attributes:
         ceilings: None on a CPU, whose rows state no fraction of a limit.
-        seconds: of samples, for each contender and direction.
-        invited: whether a contender of that name takes part.
+        seconds: of samples, for each provider and direction.
+        invited: whether a provider of that name takes part.
         emulated: lets backends take part that run in an emulator, to test the bench.
     """
 
@@ -89,7 +89,7 @@ class Bench:
     compiler: Compiler = inductor
     emulated: bool = False
 
-    def run(self, job: Job) -> list[Row]:
+    def run(self, job: OpJob) -> list[Row]:
         """All rows of a job, written to the log. Whatever fails is recorded in its row."""
         rows: list[Row] = []
         torch._dynamo.reset()  # it counts recompilations by function, and falls back to eager after a few
@@ -104,60 +104,60 @@ class Bench:
             torch.cuda.empty_cache()
         return rows
 
-    def _rows(self, job: Job) -> Iterator[Row]:
+    def _rows(self, job: OpJob) -> Iterator[Row]:
         inputs = job.case.inputs(job.dtype, self.device.kind)
-        truth, cost = Truth(job.op, inputs), job.op.cost(**inputs)
+        expected, cost = Reference(job.op, inputs), job.op.cost(**inputs)
         present = []
-        for contender in contenders_for(job.op, self.compiler, self.emulated):
-            if self.invited(contender.name):
-                adapter, status, why = ready(contender, inputs)
+        for provider in providers_for(job.op, self.compiler, self.emulated):
+            if self.invited(provider.name):
+                adapter, status, why = ready(provider, inputs)
                 if adapter is not None:
-                    present.append((contender, adapter))
+                    present.append((provider, adapter))
                 else:
-                    yield self._write(job, None, contender.name, status, why)
+                    yield self._write(job, None, provider.name, status, why)
         for direction in self.directions if job.op.differentiable else ("forward",):
-            yield from self._direction(job, truth, present, Work(cost, direction, job.dtype, self.ceilings))
+            yield from self._direction(job, expected, present, Work(cost, direction, job.dtype, self.ceilings))
 
-    def _direction(self, job: Job, truth: Truth, present: list, work: "Work") -> Iterator[Row]:
-        count, calls = timing.lap_size(work.moved, self.device.l2_bytes)
-        sets, laps = Sets(truth, count, calls), {}
-        for contender, adapter in present:
+    def _direction(self, job: OpJob, expected: Reference, present: list, work: "Work") -> Iterator[Row]:
+        count, calls = timing.iteration_size(work.moved, self.device.l2_bytes)
+        sets, iterations = Sets(expected, count, calls), {}
+        for provider, adapter in present:
             status, why = "incorrect", ""
             try:
-                why = "; ".join(truth.mismatches(adapter, work.direction))
+                why = "; ".join(expected.mismatches(adapter, work.direction))
                 if not why:
-                    laps[contender.name] = sets.lap(contender, adapter, work.direction, self.device)
+                    iterations[provider.name] = sets.iteration(provider, adapter, work.direction, self.device)
             except Exception as error:
                 status, why = "failed", reason(error)
             if why:
-                yield self._write(job, work.direction, contender.name, status, why)
+                yield self._write(job, work.direction, provider.name, status, why)
         timings = None
         while timings is None:
             try:
-                timings = timing.interleave(laps, self.device, self.seconds)
-            except timing.LapFailed as failure:  # the others start again, without it
-                del laps[failure.name]
+                timings = timing.interleave(iterations, self.device, self.seconds)
+            except timing.IterationFailed as failure:  # the others start again, without it
+                del iterations[failure.name]
                 yield self._write(job, work.direction, failure.name, "failed", reason(failure.__cause__))
         state = clocks() if self.device.kind == "cuda" else {}
-        for contender, _ in present:
-            if contender.name in timings:
-                told = {"includes": contender.includes, "version": version(contender.package), "clocks": state}
+        for provider, _ in present:
+            if provider.name in timings:
+                told = {"includes": provider.includes, "version": version(provider.package), "clocks": state}
                 size = {"sets": count, "footprint_mb": count * work.moved / 1e6}
-                measured = work.figures(contender.name, timings)
-                yield self._write(job, work.direction, contender.name, "ok", "", **told, **size, **measured)
+                measured = work.figures(provider.name, timings)
+                yield self._write(job, work.direction, provider.name, "ok", "", **told, **size, **measured)
 
-    def _write(self, job: Job, direction: str | None, name: str, status: str, why: str, **figures: Any) -> Row:
-        row = {"kind": "op", **job.names, "direction": direction, "contender": name, "status": status, "reason": why}
+    def _write(self, job: OpJob, direction: str | None, name: str, status: str, why: str, **figures: Any) -> Row:
+        row = {"kind": "op", **job.names, "direction": direction, "provider": name, "status": status, "reason": why}
         row = self.log.write(row | figures)
         print(text(row), flush=True)
         return row
 
 
-def ready(contender: Contender, inputs: dict) -> tuple[Adapter | None, str, str]:
+def ready(provider: Provider, inputs: dict) -> tuple[Adapter | None, str, str]:
     """Its adapter; or None, the status and the reason."""
     try:
-        adapter = contender.load()
-        reasons = contender.unsupported(**inputs)
+        adapter = provider.load()
+        reasons = provider.unsupported(**inputs)
     except BackendUnavailable as error:
         return None, "unavailable", "; ".join(error.reasons)
     except (ImportError, OSError) as error:
@@ -205,7 +205,7 @@ class Work:
 
 def text(row: Row) -> str:
     """A row as a line to read."""
-    head = f"{row['op']} {row['case']} {row['dtype']} {row['direction'] or '':8} {row['contender']:20}"
+    head = f"{row['op']} {row['case']} {row['dtype']} {row['direction'] or '':8} {row['provider']:20}"
     if row["status"] != "ok":
         return f"{head} {row['status']}: {row['reason']}"
     part = "" if row["fraction"] is None else f" {row['fraction']:6.1%} of the {row['bound']} limit"
@@ -224,11 +224,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", default=[], help="a production case's id; repeatable")
     parser.add_argument("--dtype", action="append", choices=names, help="repeatable")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="default: forward and backward")
-    parser.add_argument("--only", action="append", default=[], help="a contender's name; repeatable")
-    parser.add_argument("--without", action="append", default=[], help="a contender's name; repeatable")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of samples for each contender (default 0.5)")
+    parser.add_argument("--only", action="append", default=[], help="a provider's name; repeatable")
+    parser.add_argument("--without", action="append", default=[], help="a provider's name; repeatable")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of samples for each provider (default 0.5)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing that would end later")
-    parser.add_argument("--quick", action="store_true", help="the most telling case of each op, in bfloat16")
+    parser.add_argument("--quick", action="store_true", help="the representative case of each op, in bfloat16")
     parser.add_argument("--after-quick", action="store_true", help="everything that --quick leaves out")
     parser.add_argument("--out", type=Path, help="append rows to this file")
     program.add_ceilings(parser)
@@ -242,13 +242,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def plan(options: argparse.Namespace) -> list[Job]:
+def plan(options: argparse.Namespace) -> list[OpJob]:
     found = jobs([kernels.OPS[name] for name in options.op or kernels.OPS], options.case, options.dtypes)
     return [job for job in found if not ((options.quick and job.rank) or (options.after_quick and not job.rank))]
 
 
-def work_through(bench: Bench, todo: list[Job], minutes: float, clock: Callable[[], float] = time.monotonic) -> int:
-    """Run jobs until the time is up, judged by the longest so far; the exit status."""
+def work_through(
+    bench: OpComparison, todo: list[OpJob], minutes: float, clock: Callable[[], float] = time.monotonic
+) -> int:
+    """Run jobs until the time is up, estimated by the longest so far; the exit status."""
     start, longest, rows = clock(), 0.0, []
     for number, job in enumerate(todo):
         begun = clock()
@@ -263,7 +265,7 @@ def work_through(bench: Bench, todo: list[Job], minutes: float, clock: Callable[
 
 def alarming(row: Row) -> bool:
     """Whether one of our backends, or a job as a whole, is wrong or failed."""
-    mine = row["contender"] in ("all", *ours(kernels.OPS[row["op"]]))
+    mine = row["provider"] in ("all", *ours(kernels.OPS[row["op"]]))
     return mine and row["status"] in ("incorrect", "failed")
 
 
@@ -275,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     device = CudaDevice()
     log = Log(device.kind, options.out)
     ceilings = program.ceilings_of("bench.ops", options, device, log)
-    bench = Bench(
+    bench = OpComparison(
         device,
         log,
         ceilings,

@@ -40,12 +40,12 @@ def command(row: Row) -> list[str]:
                 *(word for choice in asked for word in ("--kernels", choice))]  # fmt: skip
     if row["kind"] == "sampling":
         return ["bench.sampling", "--model", row["model"], "--batch", str(row["batch"]), "--precision",
-                row["precision"], "--variant", row["contender"]]  # fmt: skip
+                row["precision"], "--variant", row["provider"]]  # fmt: skip
     if row["kind"] == "tokenizer":
         return ["bench.tokenizer", row["part"], "--batch", str(row["batch"]), "--precision", row["precision"],
-                "--variant", row["contender"]]  # fmt: skip
+                "--variant", row["provider"]]  # fmt: skip
     return ["bench.ops", row["op"], "--case", row["case"], "--dtype", row["dtype"], "--direction", row["direction"],
-            "--only", row["contender"]]  # fmt: skip
+            "--only", row["provider"]]  # fmt: skip
 
 
 def run_bench(root: Path, arguments: list[str], out: Path, timeout: float | None = None) -> int:

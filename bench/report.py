@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.measure.rows import ROOT
-from bench.pages import contest_tables, pictures, tables
+from bench.pages import comparison_tables, pictures, tables
 from bench.pages.measured import Measured, load
 from bench.pages.targets import missed
 
@@ -58,8 +58,8 @@ def _gpu(gpu: Measured, notes: Path) -> list[str]:
         ("Training steps", "step", tables.steps),
         ("Where the time of a step goes", "step", tables.breakdown),
         ("Longest kernels of a step", "step", tables.longest),
-        ("Matrix products of a step", "gemm", contest_tables.products),
-        ("Sampling", "sampling", contest_tables.sampling), ("Tokenizer", "tokenizer", contest_tables.tokenizer),
+        ("Matrix products of a step", "gemm", comparison_tables.products),
+        ("Sampling", "sampling", comparison_tables.sampling), ("Tokenizer", "tokenizer", comparison_tables.tokenizer),
         ("Every case of every op", "op", tables.every_op), ("Who else", "op", tables.every_peer),
         ("Latents loader", "data", tables.loaders), ("Not measured", "op", tables.lacking),
     ]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from bench.measure.rows import Log, Row, machine, read
-from bench.measure.timing import CudaDevice, Device, Lap, Timing, interleave
+from bench.measure.timing import CudaDevice, Device, Iteration, Timing, interleave
 from kernels.backends.device import cuda_reasons
 from kernels.testing.cases import Cost
 from lightningdit.config import named_config
@@ -143,7 +143,7 @@ def _copy(device: Device, seconds: float, copied: int) -> Timing:
         source = torch.randn(copied // 4, device=device.kind)
         target = torch.empty_like(source)
         run, method = device.replayable(lambda: target.copy_(source))
-        return interleave({"copy": Lap(run, method=method)}, device, seconds)["copy"]
+        return interleave({"copy": Iteration(run, method=method)}, device, seconds)["copy"]
 
 
 def _matmul(device: Device, seconds: float, size: int, dtype: torch.dtype) -> Timing:
@@ -153,7 +153,7 @@ def _matmul(device: Device, seconds: float, size: int, dtype: torch.dtype) -> Ti
         a, b = (torch.randn(size, size, device=device.kind).to(dtype) for _ in "ab")
         out = torch.empty_like(a)
         run, method = device.replayable(lambda: torch.mm(a, b, out=out))
-        return interleave({"matmul": Lap(run, method=method)}, device, seconds)["matmul"]
+        return interleave({"matmul": Iteration(run, method=method)}, device, seconds)["matmul"]
 
 
 def op_costs(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, Cost]]:

@@ -5,7 +5,7 @@
 The `sample` section is that of the published 64-epoch run: 250 points of Euler, guided from time 0.10 on; below it the
 unconditional half is not run. A measured call of each kind, guided and not, stands for all of that kind: what a row
 says of a whole sample is extrapolated. Its peer is the plain model under the plain loop, with both halves in all calls.
-First the latents of a short grid are judged beside those of the plain model, against float64.
+First the latents of a short grid are checked against float64, beside those of the plain model.
 """
 
 import sys
@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from bench.entrants import backends
 from bench.measure import program
-from bench.measure.contest import Contest, Varied
+from bench.measure.comparison import Comparison, Varied
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.step import PAPER
-from kernels.registry import Ops
+from bench.workloads.variants import SAMPLING, Variant
 from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
-    from bench.entrants.samplers import Sampler, Setting
+    from bench.workloads.samplers import Sampler, SamplingSetup
 
 F16D32 = AutoencoderConfig(size="f16d32")
 BATCH = 64  # `per_proc_batch_size` of the published run
@@ -36,44 +35,7 @@ QUICK = ("auto", "plain-eager")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to sample.
-
-    Attributes:
-        name: in rows.
-        engine: "ours" (the sampler of `python -m launch sample`) or "plain" (the peer).
-        kernels: "auto", "reference", or "cuda": those ops that have a CUDA kernel, the others as "auto".
-        compile: a mode of `bench.entrants.training.compiled`.
-    """
-
-    name: str
-    engine: str
-    kernels: str = "auto"
-    compile: str = "none"
-
-    def features(self) -> dict:
-        """What a row says of it."""
-        return {key: getattr(self, key) for key in ("engine", "kernels", "compile")}
-
-    def ops(self) -> Ops:
-        return backends.select(self.kernels, {})
-
-
-VARIANTS = {
-    v.name: v
-    for v in (
-        Variant("auto", "ours"),
-        Variant("auto-compile", "ours", compile="inductor"),
-        Variant("cuda", "ours", kernels="cuda"),
-        Variant("reference", "ours", kernels="reference"),
-        Variant("plain-eager", "plain", kernels="reference"),
-        Variant("plain-compile", "plain", kernels="reference", compile="inductor"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Job(Varied):
+class SamplingJob(Varied):
     """One model and batch, to be sampled in several ways by turns."""
 
     model: str
@@ -87,46 +49,46 @@ class Job(Varied):
         return f"{self.model} batch {self.batch} {self.precision}"
 
 
-def jobs(models: list[str], batches: list[int], precisions: list[str], names: list[str]) -> Iterator[Job]:
+def jobs(models: list[str], batches: list[int], precisions: list[str], names: list[str]) -> Iterator[SamplingJob]:
     for model in models:
         config = named_config(model, input_size=16, in_channels=32, **PAPER)
         for precision in precisions:
             for batch in batches:
-                yield Job(model, config, batch, precision, tuple(VARIANTS[name] for name in names))
+                yield SamplingJob(model, config, batch, precision, tuple(SAMPLING[name] for name in names))
 
 
 @dataclass(frozen=True)
-class Bench(Contest):
-    """A row is about whole samples of one batch; those they are judged by are the plain model's own."""
+class SamplingComparison(Comparison):
+    """A row is about whole samples of one batch; those they are checked against are the plain model's own."""
 
     kind: ClassVar[str] = "sampling"
 
-    def named(self, job: Job, name: str) -> Row:
+    def named(self, job: SamplingJob, name: str) -> Row:
         variant = job.variant(name)
-        return {"model": job.model, "batch": job.batch, "precision": job.precision, "contender": name,
-                "ours": variant.engine == "ours", "features": variant.features()}  # fmt: skip
+        return {"model": job.model, "batch": job.batch, "precision": job.precision, "provider": name,
+                "ours": variant.ours, "features": variant.features()}  # fmt: skip
 
-    def set_up(self, job: Job) -> "Setting":
-        from bench.entrants.samplers import Setting  # needs packages that a GPU machine may lack
+    def set_up(self, job: SamplingJob) -> "SamplingSetup":
+        from bench.workloads.samplers import SamplingSetup  # needs packages that a GPU machine may lack
 
-        return Setting(job.config, job.tokenizer, job.batch, job.precision, self.device.kind)
+        return SamplingSetup(job.config, job.tokenizer, job.batch, job.precision, self.device.kind)
 
-    def prepare(self, job: Job, name: str, shared: "Setting") -> Ready:
-        from bench.entrants.samplers import SAMPLERS
+    def prepare(self, job: SamplingJob, name: str, shared: "SamplingSetup") -> Ready:
+        from bench.workloads.samplers import SAMPLERS
 
         variant = job.variant(name)
         sampler = SAMPLERS[variant.engine](variant, shared)
-        for lap in sampler.laps.values():
-            lap.run()  # compiles, tunes, fills caches
+        for iteration in sampler.iterations.values():
+            iteration.run()  # compiles, tunes, fills caches
         about = {"settings": shared.settings.model_dump(), "decode_flops": shared.decode_flops}
-        return Ready(sampler.laps, sampler, about, sampler.times)
+        return Ready(sampler.iterations, sampler, about, sampler.times)
 
-    def wrong(self, job: Job, values: Mapping[str, "Sampler"], shared: "Setting") -> dict[str, str]:
+    def wrong(self, job: SamplingJob, values: Mapping[str, "Sampler"], shared: "SamplingSetup") -> dict[str, str]:
         """By the tests' rule: an error at most twice that of the plain model."""
         found = {n: mismatch("latents", sampler.samples, shared.eager, shared.exact) for n, sampler in values.items()}
         return {name: why for name, why in found.items() if why}
 
-    def figures(self, job: Job, timed: Timed) -> Row:
+    def figures(self, job: SamplingJob, timed: Timed) -> Row:
         """FLOPs are what samples need: the plain loop's halves that are thrown away do not count."""
         seconds, (guided, unguided) = timed.seconds(), timed.ready.value.calls
         decoding = timed.parts["decode"].median
@@ -141,7 +103,7 @@ class Bench(Contest):
         }  # fmt: skip
 
     def text(self, row: Row) -> str:
-        head = f"{row['model']} batch {row['batch']} {row['precision']} {row['contender']:13}"
+        head = f"{row['model']} batch {row['batch']} {row['precision']} {row['provider']:13}"
         if row["status"] != "ok":
             return f"{head} {row['status']}: {row['reason']}"
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
@@ -157,13 +119,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", action="append", type=int, help=f"samples at once; repeatable; default: {BATCH}")
     parser.add_argument("--precision", action="append", choices=("bfloat16", "float32"),
                         help="of the network; repeatable; default: bfloat16")  # fmt: skip
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
+    parser.add_argument("--variant", action="append", choices=SAMPLING, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)} alone")
     options = parser.parse_args(argv)
-    names = options.variant or list(QUICK if options.quick else VARIANTS)
+    names = options.variant or list(QUICK if options.quick else SAMPLING)
     models, precisions = options.model or ["LightningDiT-XL/1"], options.precision or ["bfloat16"]
     todo = list(jobs(models, options.batch or [BATCH], precisions, names))
-    return program.run("bench.sampling", options, Bench, todo)
+    return program.run("bench.sampling", options, SamplingComparison, todo)
 
 
 if __name__ == "__main__":

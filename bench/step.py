@@ -17,14 +17,15 @@ from typing import ClassVar
 
 import torch
 
-from bench.entrants.training import STEPS, VARIANTS, Variant
 from bench.measure import program
 from bench.measure.breakdown import where_time_goes
-from bench.measure.contest import Contest, Varied
-from bench.measure.losses import JUDGES, wrong_losses
+from bench.measure.comparison import Comparison, Varied
+from bench.measure.losses import LOSS_BASELINES, wrong_losses
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
-from bench.measure.timing import Lap
+from bench.measure.timing import Iteration
+from bench.workloads.training import STEPS
+from bench.workloads.variants import TRAINING, TrainingVariant
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 
@@ -35,28 +36,28 @@ QUICK = ("trainer", "bare", "plain-compile", "plain-eager")
 
 
 @dataclass(frozen=True)
-class Job(Varied):
+class StepJob(Varied):
     """One model and batch, to be trained in several ways."""
 
     model: str
     config: ModelConfig
     batch: int
-    variants: tuple[Variant, ...]
+    variants: tuple[TrainingVariant, ...]
 
     def __str__(self) -> str:
         return f"{self.model} batch {self.batch}"
 
 
-def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequence[str] = ()) -> Iterator[Job]:
+def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequence[str] = ()) -> Iterator[StepJob]:
     """The largest model first, each at its own batches unless some are given; `asked`: backends of other ops."""
     for model in models:
         config = named_config(model, input_size=16, in_channels=32, **PAPER)
         for batch in batches or BATCHES.get(model, (128,)):
-            yield Job(model, config, batch, tuple(VARIANTS[name].on(asked) for name in names))
+            yield StepJob(model, config, batch, tuple(TRAINING[name].on(asked) for name in names))
 
 
 @dataclass(frozen=True)
-class Bench(Contest):
+class StepComparison(Comparison):
     """make: variant, config, batch and device → a step to call.
 
     One variant is held at a time: the memory that the largest takes at batch 128 leaves an H100 none for another's
@@ -68,14 +69,14 @@ class Bench(Contest):
     kind: ClassVar[str] = "step"
     interleaved: ClassVar[bool] = False
 
-    def named(self, job: Job, name: str) -> Row:
+    def named(self, job: StepJob, name: str) -> Row:
         return {"model": job.model, "batch": job.batch, "variant": name, "features": job.variant(name).features()}
 
-    def order(self, job: Job) -> list[str]:
-        judge = next((name for name in JUDGES if name in job.names), None)
-        return sorted(job.names, key=lambda name: name != judge)
+    def order(self, job: StepJob) -> list[str]:
+        baseline = next((name for name in LOSS_BASELINES if name in job.names), None)
+        return sorted(job.names, key=lambda name: name != baseline)
 
-    def prepare(self, job: Job, name: str, shared: None) -> Ready:
+    def prepare(self, job: StepJob, name: str, shared: None) -> Ready:
         begun = time.perf_counter()
         with ExitStack() as failing:
             step = self.make(job.variant(name), job.config, job.batch, self.device.kind)
@@ -87,12 +88,12 @@ class Bench(Contest):
             for _ in range(2):  # compiles, tunes, fills caches
                 step()
             about["loss"] = None if first is None else float(first)
-            return Ready({"": Lap(step)}, about["loss"], about, close=failing.pop_all().close)
+            return Ready({"": Iteration(step)}, about["loss"], about, close=failing.pop_all().close)
 
-    def wrong(self, job: Job, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
+    def wrong(self, job: StepJob, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)
 
-    def figures(self, job: Job, timed: Timed) -> Row:
+    def figures(self, job: StepJob, timed: Timed) -> Row:
         rate, flops = job.batch / timed.seconds(), flops_per_image(job.config)[1]
         hours = IMAGES / (8 * rate) / 3600
         return {
@@ -100,8 +101,8 @@ class Bench(Contest):
             "extrapolated": {"gpus": 8, "epochs": 64, "hours": hours, "times_faster_than_10_hours": 10 / hours},
         }  # fmt: skip
 
-    def afterwards(self, job: Job, ready: Ready) -> Row:
-        return where_time_goes(ready.laps[""].run, self.device.kind)
+    def afterwards(self, job: StepJob, ready: Ready) -> Row:
+        return where_time_goes(ready.iterations[""].run, self.device.kind)
 
     def text(self, row: Row) -> str:
         return text(row)
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = program.parser("bench.step", __doc__, seconds=30.0)
     parser.add_argument("--model", action="append", choices=MODEL_NAMES, help="repeatable; default: XL/1, L/1, B/1")
     parser.add_argument("--batch", action="append", type=int, default=[], help="images per step; repeatable")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable; default: all")
+    parser.add_argument("--variant", action="append", choices=TRAINING, help="repeatable; default: all")
     parser.add_argument(
         "--kernels",
         action="append",
@@ -138,12 +139,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     models = options.model or (["LightningDiT-XL/1"] if options.quick else list(BATCHES))
     batches = options.batch or ([128] if options.quick else [])
-    names = options.variant or list(QUICK if options.quick else VARIANTS)
+    names = options.variant or list(QUICK if options.quick else TRAINING)
     try:
         todo = list(jobs(models, batches, names, options.kernels))
     except ValueError as error:
         parser.error(f"--kernels: {error}")
-    return program.run("bench.step", options, Bench, todo)
+    return program.run("bench.step", options, StepComparison, todo)
 
 
 if __name__ == "__main__":

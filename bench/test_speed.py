@@ -3,8 +3,8 @@
     pytest bench/ --benchmark-json=now.json [-k "swiglu and XL and bfloat16"]
     pytest-benchmark compare before.json now.json
 
-A test is one contender of a group that is measured together. All of it is judged as `python -m bench.ops` and
-`bench.step` judge: what is wrong is not timed.
+A test is one provider of a group that is measured together. All of it is checked as `python -m bench.ops` and
+`bench.step` check: what is wrong is not timed.
 """
 
 import pytest
@@ -13,22 +13,22 @@ pytest.importorskip("pytest_benchmark")
 
 import kernels
 from bench import roofline, step
-from bench.entrants.contenders import contenders_for
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice
-from bench.ops import DIRECTIONS, Job, jobs
+from bench.ops import DIRECTIONS, OpJob, jobs
 from bench.pages.measured import HEADLINE
 from bench.plugins.samples import REPLAY, Last, OpBench, StepBench, play, row_of
+from bench.workloads.providers import providers_for
 from kernels.backends.device import cuda_reasons
 
 NEEDS = cuda_reasons()
 pytestmark = [pytest.mark.skipif(bool(NEEDS), reason="; ".join(NEEDS)), pytest.mark.benchmark(timer=REPLAY)]
 
-CONTESTS = [
-    pytest.param(job, direction, contender.name, id="-".join([*job.names.values(), direction, contender.name]))
+COMPARISONS = [
+    pytest.param(job, direction, provider.name, id="-".join([*job.names.values(), direction, provider.name]))
     for job in jobs(kernels.OPS.values())
     for direction in (DIRECTIONS[:2] if job.op.differentiable else ("forward",))
-    for contender in contenders_for(job.op)
+    for provider in providers_for(job.op)
 ]  # fmt: skip
 STEPS = next(step.jobs([HEADLINE[0]], [HEADLINE[1]], list(step.QUICK)))
 
@@ -50,10 +50,10 @@ def measured_step(parts):
     return Last(StepBench(*parts).measured)
 
 
-@pytest.mark.parametrize(("job", "direction", "contender"), CONTESTS)
-def test_op(benchmark, measured_op, job: Job, direction: str, contender: str):
+@pytest.mark.parametrize(("job", "direction", "provider"), COMPARISONS)
+def test_op(benchmark, measured_op, job: OpJob, direction: str, provider: str):
     benchmark.group = f"{job} {direction}"
-    play(benchmark, *row_of(measured_op(job), direction, contender))
+    play(benchmark, *row_of(measured_op(job), direction, provider))
 
 
 @pytest.mark.parametrize("variant", [variant.name for variant in STEPS.variants])

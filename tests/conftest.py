@@ -26,7 +26,7 @@ LONGEST = (
     "test_step_guards.py", "test_models_on_kernels.py", "test_packaging.py", "test_damage.py", "test_full_disk.py",
     "test_csrc_setup.py", "test_launch_digits.py", "test_launch_evaluate.py", "test_csrc_resources.py",
     "test_launch_metrics.py", "test_kernels_registry.py", "test_bench_step.py", "test_bench_gpu_script.py",
-    "test_launch_quickstart.py", "test_bench_triage_rehearsal.py", "test_bench_contest.py",
+    "test_launch_quickstart.py", "test_bench_triage_rehearsal.py", "test_bench_comparison.py",
     "test_launch_deepspeed_options.py",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The adapters compute the ops: with stand-ins of the packages' signatures, judged as our own backends are."""
+"""The adapters compute the ops: with stand-ins of the packages' signatures, checked as our own backends are."""
 
 import sys
 
@@ -7,13 +7,13 @@ import torch
 
 import kernels
 from bench.baselines import BASELINES
-from bench.entrants.contenders import contenders_for
-from bench.measure.work import Truth
+from bench.measure.work import Reference
 from bench.ops import ready
+from bench.workloads.providers import providers_for
 from tests import stand_ins
 
 PACKAGES = ("liger_kernel", "apex", "quack", "flash_attn", "flash_attn_interface", "deepspeed")
-#: Contenders that torch serves on GPUs only.
+#: Providers that torch serves on GPUs only.
 DEVICE_ONLY = {"sdpa-cudnn", "sdpa-efficient"}
 #: Cases whose arguments tell wrong calls apart. Not all of an op's: libraries promise less than our backends.
 CASES = {"odd", "odd_no_shift", "XL_width", "strided", "transposed", "float32_stream", "bias",  # norms, swiglu
@@ -28,54 +28,54 @@ def packages(monkeypatch):
 
 
 def everyone() -> list:
-    return [pytest.param(kernels.OPS[op], contender, id=f"{op}-{contender.name}")
-            for op, contenders in BASELINES.items() for contender in contenders]  # fmt: skip
+    return [pytest.param(kernels.OPS[op], provider, id=f"{op}-{provider.name}")
+            for op, providers in BASELINES.items() for provider in providers]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "contender"), everyone())
-def test_an_adapter_computes_its_op(op, contender, packages):
-    if contender.name in DEVICE_ONLY:
+@pytest.mark.parametrize(("op", "provider"), everyone())
+def test_an_adapter_computes_its_op(op, provider, packages):
+    if provider.name in DEVICE_ONLY:
         pytest.skip("not on a CPU")
-    half = contender.name.startswith(("flash", "sdpa-flash"))
-    judged = 0
+    half = provider.name.startswith(("flash", "sdpa-flash"))
+    checked = 0
     for case in op.cases:
         if case.id not in CASES:
             continue
         inputs = case.inputs(torch.bfloat16 if half else torch.float32)
-        adapter, status, reason = ready(contender, inputs)
+        adapter, status, reason = ready(provider, inputs)
         if status == "unsupported":
             assert adapter is None and reason
             continue
         assert status == "ok", reason
         for direction in ("forward", "backward") if op.differentiable else ("forward",):
-            assert not Truth(op, inputs).mismatches(adapter, direction), f"{case.id} {direction}"
-            judged += 1
-    assert judged >= 4
+            assert not Reference(op, inputs).mismatches(adapter, direction), f"{case.id} {direction}"
+            checked += 1
+    assert checked >= 4
 
 
 @pytest.mark.parametrize("name", ["apex-fused-adam", "deepspeed-fused-adam", "torch-fused"])
 def test_optimizers_take_bfloat16_gradients(name, packages):
     op = kernels.OPS["adamw_ema_"]
-    contender = next(c for c in BASELINES["adamw_ema_"] if c.name == name)
+    provider = next(c for c in BASELINES["adamw_ema_"] if c.name == name)
     inputs = next(case for case in op.cases if case.id == "late").inputs(torch.bfloat16)
-    assert not Truth(op, inputs).mismatches(contender.load(), "forward")
+    assert not Reference(op, inputs).mismatches(provider.load(), "forward")
 
 
 def test_optimizers_refuse_a_step_to_skip(packages):
     inputs = next(c for c in kernels.OPS["adamw_ema_"].cases if c.id == "skipped").inputs(torch.float32)
-    for contender in BASELINES["adamw_ema_"]:
-        assert ready(contender, inputs)[1:] == ("unsupported", "the averages would be updated in a skipped step too")
+    for provider in BASELINES["adamw_ema_"]:
+        assert ready(provider, inputs)[1:] == ("unsupported", "the averages would be updated in a skipped step too")
 
 
 def test_packages_that_are_missing_are_said_to_be(monkeypatch):
     stand_ins.remove(monkeypatch, *PACKAGES)
     missing = set()
-    for op, contenders in BASELINES.items():
+    for op, providers in BASELINES.items():
         inputs = kernels.OPS[op].cases[0].inputs(torch.float16 if op == "rope_attention" else torch.float32)
-        for contender in contenders:
-            adapter, status, reason = ready(contender, inputs)
-            if not contender.name.startswith(("sdpa", "torch")):
-                assert (adapter, status) == (None, "unavailable") and reason.startswith("not installed: "), contender
+        for provider in providers:
+            adapter, status, reason = ready(provider, inputs)
+            if not provider.name.startswith(("sdpa", "torch")):
+                assert (adapter, status) == (None, "unavailable") and reason.startswith("not installed: "), provider
                 missing |= {package for package in PACKAGES if package in reason}
     assert missing == set(PACKAGES)
 
@@ -86,11 +86,11 @@ def test_no_package_is_imported_before_it_is_asked_for(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     import bench.ops
 
-    assert list(bench.ops.contenders_for(kernels.OPS["rope_attention"]))
+    assert list(bench.ops.providers_for(kernels.OPS["rope_attention"]))
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "module", "wrong", "fault"),
+    ("op", "name", "module", "wrong", "mismatch"),
     [
         ("adaln_rms_norm", "quack", "quack", {"rmsnorm": lambda x, weight, eps: stand_ins.rms(x, weight, 0.0)},
          "result 0: error"),  # eps dropped
@@ -107,20 +107,20 @@ def test_no_package_is_imported_before_it_is_asked_for(monkeypatch):
          {"FusedAdam": type("Wrong", (stand_ins.FusedAdam,), {"step": lambda self: None})}, "param: error"),
     ],
 )  # fmt: skip
-def test_a_wrong_peer_is_found(op, name, module, wrong, fault, packages, monkeypatch):
+def test_a_wrong_peer_is_found(op, name, module, wrong, mismatch, packages, monkeypatch):
     stand_ins.install(monkeypatch, {module: wrong})
-    contender = next(c for c in BASELINES[op] if c.name == name)
+    provider = next(c for c in BASELINES[op] if c.name == name)
     inputs = next(c for c in kernels.OPS[op].cases if c.id in ("odd", "late")).inputs(torch.float32)
-    faults = Truth(kernels.OPS[op], inputs).mismatches(contender.load(), "forward")
-    assert any(text.startswith(fault) for text in faults), faults
+    mismatches = Reference(kernels.OPS[op], inputs).mismatches(provider.load(), "forward")
+    assert any(text.startswith(mismatch) for text in mismatches), mismatches
 
 
 def test_compiled_baselines_take_part_beside_the_plain_ones():
-    names = [c.name for c in contenders_for(kernels.OPS["rope_attention"])]
+    names = [c.name for c in providers_for(kernels.OPS["rope_attention"])]
     for name in ("sdpa-flash", "sdpa-cudnn"):
         assert names.index(f"{name}-compile") == names.index(name) + 1
     compiled = []
-    found = {c.name: c for c in contenders_for(kernels.OPS["rope_attention"], lambda f: compiled.append(f) or f)}
+    found = {c.name: c for c in providers_for(kernels.OPS["rope_attention"], lambda f: compiled.append(f) or f)}
     found["sdpa-flash-compile"].load()
     found["compile"].load()
     assert len(compiled) == 2 and "torch.compile of" in found["sdpa-flash-compile"].includes

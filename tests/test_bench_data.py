@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import data as bench_data
-from bench.data import BATCHES, Bench, FilePerSample, contenders, disagreement, figures, host, make_set, table
+from bench.data import BATCHES, FilePerSample, LoaderComparison, disagreement, figures, host, make_set, providers, table
 from bench.measure import rows
 from bench.measure.timing import Timing
 from lightningdit.data import LatentDataset
@@ -18,7 +18,7 @@ PUBLISHED = ROOT / "06_latents_dir"
 
 
 class Told:
-    """A device whose contenders, in the order they come, take the seconds it was told; every lap is really run."""
+    """A device whose providers, in the order they come, take the seconds it was told; every iteration is really run."""
 
     kind = "cpu"
     l2_bytes = 0
@@ -26,9 +26,9 @@ class Told:
     def __init__(self, *seconds: float):
         self.told, self.known = seconds, {}
 
-    def seconds(self, lap, count):
-        each = self.known.setdefault(lap, self.told[len(self.known) % len(self.told)])
-        lap()
+    def seconds(self, iteration, count):
+        each = self.known.setdefault(iteration, self.told[len(self.known) % len(self.told)])
+        iteration()
         return [each] * count
 
 
@@ -83,21 +83,21 @@ def test_a_wrong_bit_label_row_or_mirroring_is_a_disagreement(latents, wrong, wh
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_contender_reads_whole_epochs_in_an_order_of_its_own(latents, workers):
-    for contender in contenders([workers]):
-        stream = contender.stream(latents, 14, workers)
+def test_every_provider_reads_whole_epochs_in_an_order_of_its_own(latents, workers):
+    for provider in providers([workers]):
+        stream = provider.stream(latents, 14, workers)
         labels = [(batch["y"] if isinstance(batch, dict) else batch[1]) for batch in islice(stream, 6)]
         first, second = torch.cat(labels[:3]), torch.cat(labels[3:])
-        assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(42)), str(contender)
+        assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(42)), str(provider)
         assert first.tolist() != second.tolist() != list(range(42))
         del stream
 
 
 def test_what_a_row_says(latents, tmp_path):
-    """Laps of 16 × 8 latents in 1, 2, 8 and 4 ms."""
+    """Iterations of 16 × 8 latents in 1, 2, 8 and 4 ms."""
     out = tmp_path / "rows.jsonl"
-    got = Bench(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), batch_size=8).run(latents, [0, 1])
-    assert [(row["contender"], row["workers"]) for row in got] == [
+    got = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), batch_size=8).run(latents, [0, 1])
+    assert [(row["provider"], row["workers"]) for row in got] == [
         ("latents", 0), ("latents", 1), ("file-per-sample", 0), ("file-per-sample", 1)]  # fmt: skip
     assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000])
     first = got[0]
@@ -115,13 +115,13 @@ def test_quantiles_of_a_time_are_those_of_the_rate_the_other_way_round():
     row = figures("a", timings, 100)
     assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (3e6, 6e6, 9e6)
     assert row["latents_per_second"] == 1 / 6 and row["spread"] == 1 and row["times_faster_than"] == {"b": 2}
-    shown = {"contender": "latents", "workers": 0, "batch_size": 8, "status": "ok", "p20_us": 20, "p80_us": 50}
+    shown = {"provider": "latents", "workers": 0, "batch_size": 8, "status": "ok", "p20_us": 20, "p80_us": 50}
     assert "20,000 to 50,000" in table([row | host() | shown])
 
 
 def test_no_time_beside_wrong_numbers(latents, monkeypatch, tmp_path):
     monkeypatch.setattr(bench_data, "disagreement", lambda data, published: "x differ")
-    got = Bench(Told(), rows.Log("cpu")).run(latents, [0])
+    got = LoaderComparison(Told(), rows.Log("cpu")).run(latents, [0])
     assert [(row["status"], row["reason"]) for row in got] == [("incorrect", "x differ")] * 2
     assert not any("p50_us" in row or "latents_per_second" in row for row in got)
     assert table(got).count("incorrect: x differ") == 2 and "best" not in table(got)

@@ -48,32 +48,32 @@ class Allocator:
 def raising():
     calls = []
 
-    def lap():
+    def iteration():
         calls.append(None)
         if len(calls) > 2:
             raise RuntimeError("operation not permitted when stream is capturing\ndetails")
 
-    return lap
+    return iteration
 
 
-@pytest.mark.parametrize(("lap", "ends", "method", "uses"), [
+@pytest.mark.parametrize(("iteration", "ends", "method", "uses"), [
     (lambda: "results", True, "graph", 1),
     (raising(), False, "events: operation not permitted when stream is capturing", 0),
     (raising(), True, "events: operation not permitted when stream is capturing", 1),
     (lambda: "results", False, "events: operation failed due to a previous error during capture", 0),
 ], ids=["captured", "broken", "raised", "not ended"])  # fmt: skip
-def test_a_capture_that_fails_leaves_the_allocator_as_it_was(lap, ends, method, uses, monkeypatch):
+def test_a_capture_that_fails_leaves_the_allocator_as_it_was(iteration, ends, method, uses, monkeypatch):
     """`uses`: of the pool, by a graph that will give it back."""
     allocator, device = Allocator(monkeypatch, ends), CudaDevice.__new__(CudaDevice)
     device.stream = None
-    run, told = device.replayable(lap)
+    run, told = device.replayable(iteration)
     assert told == method and not allocator.underway and allocator.uses == uses
-    assert (run is lap) == (method != "graph") and (method != "graph" or run.kept == "results")
+    assert (run is iteration) == (method != "graph") and (method != "graph" or run.kept == "results")
 
 
-def test_seconds_of_laps_are_the_milliseconds_between_events(monkeypatch):
-    """Laps of 2, 40 and 500 ms on a device whose clock runs on with each."""
-    clock, laps = [0.0], iter([0.002, 0.040, 0.500])
+def test_seconds_of_iterations_are_the_milliseconds_between_events(monkeypatch):
+    """Iterations of 2, 40 and 500 ms on a device whose clock runs on with each."""
+    clock, iterations = [0.0], iter([0.002, 0.040, 0.500])
 
     class Event:
         """As torch's: `elapsed_time` in milliseconds."""
@@ -87,12 +87,12 @@ def test_seconds_of_laps_are_the_milliseconds_between_events(monkeypatch):
         def elapsed_time(self, end):
             return (end.at - self.at) * 1e3
 
-    def lap():
-        clock[0] += next(laps)
+    def iteration():
+        clock[0] += next(iterations)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert CudaDevice.__new__(CudaDevice).seconds(lap, 3) == pytest.approx([0.002, 0.040, 0.500])
+    assert CudaDevice.__new__(CudaDevice).seconds(iteration, 3) == pytest.approx([0.002, 0.040, 0.500])
 
 
 def test_regions_are_no_kernels():

@@ -11,21 +11,21 @@ import torch
 
 import kernels
 from bench import ops, step
-from bench.baselines import Adapter, Contender
-from bench.entrants.contenders import contenders_for
-from bench.entrants.training import Variant
+from bench.baselines import Adapter, Provider
 from bench.measure import timing
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.plugins import samples
+from bench.workloads.providers import providers_for
+from bench.workloads.variants import TrainingVariant
 from kernels.backends.device import cuda_reasons
 from kernels.testing.tolerance import reference
 from lightningdit.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
-JOB = ops.Job(SWIGLU, next(case for case in SWIGLU.cases if case.id == "odd"), torch.float32)
-OK = {"status": "ok", "reason": "", "kind": "op", "contender": "triton", "fraction": 0.9, "method": "graph"}
+JOB = ops.OpJob(SWIGLU, next(case for case in SWIGLU.cases if case.id == "odd"), torch.float32)
+OK = {"status": "ok", "reason": "", "kind": "op", "provider": "triton", "fraction": 0.9, "method": "graph"}
 
 PLAYED = """
 import json
@@ -70,8 +70,8 @@ def test_its_statistics_are_of_our_samples(pytest_benchmark):
 
 
 def test_what_has_no_number_is_not_timed(pytest_benchmark, capsys):
-    lacking = OK | {"status": "unavailable", "reason": "not installed", "contender": "apex"}
-    peer = OK | {"status": "incorrect", "reason": "its result", "contender": "liger"}
+    lacking = OK | {"status": "unavailable", "reason": "not installed", "provider": "apex"}
+    peer = OK | {"status": "incorrect", "reason": "its result", "provider": "liger"}
     assert pytest_benchmark((lacking, []), (peer, [])) == (0, [])
     wrong = OK | {"status": "incorrect", "reason": "our result"}
     status, found = pytest_benchmark((lacking, []), (wrong, []))
@@ -84,11 +84,11 @@ def absent():
 
 def test_samples_of_an_op_are_kept(monkeypatch):
     monkeypatch.setattr(timing, "FOOTPRINT", 20_000)
-    monkeypatch.setattr(timing, "LAP", 60_000)
-    everybody = [Contender("eager", lambda: Adapter(reference(SWIGLU))),
-                 Contender("zeros", lambda: Adapter(lambda gate_up, bias=None: gate_up.chunk(2, -1)[0] * 0)),
-                 Contender("absent", absent)]  # fmt: skip
-    monkeypatch.setattr(ops, "contenders_for", lambda *_: everybody)
+    monkeypatch.setattr(timing, "ITERATION_BYTES", 60_000)
+    everybody = [Provider("eager", lambda: Adapter(reference(SWIGLU))),
+                 Provider("zeros", lambda: Adapter(lambda gate_up, bias=None: gate_up.chunk(2, -1)[0] * 0)),
+                 Provider("absent", absent)]  # fmt: skip
+    monkeypatch.setattr(ops, "providers_for", lambda *_: everybody)
     bench = samples.OpBench(HostDevice(), Log("cpu"), None, seconds=0.01)
     found = bench.measured(JOB)
     for direction in ("forward", "backward"):
@@ -101,11 +101,14 @@ def test_samples_of_an_op_are_kept(monkeypatch):
 
 
 def test_samples_of_a_step_are_kept():
-    variants = (Variant("plain-eager", "plain", compile="none"), Variant("bare", "bare", kernels="no such backend"))
+    variants = (
+        TrainingVariant("plain-eager", "plain", compile="none"),
+        TrainingVariant("bare", "bare", kernels="no such backend"),
+    )
     config = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=5,
                          use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
     bench = samples.StepBench(HostDevice(), Log("cpu"), None, seconds=0.01, rounds=2)
-    found = bench.measured(step.Job("tiny", config, 2, variants))
+    found = bench.measured(step.StepJob("tiny", config, 2, variants))
     row, kept = found["plain-eager"]
     assert kept.median * 1e3 == row["p50_ms"] and found["bare"][0]["status"] == "failed" and found["bare"][1] is None
 
@@ -116,14 +119,14 @@ def test_a_group_is_measured_once():
     assert [last("a"), last("a"), last("b"), last("a")] == [1, 1, 2, 3]
 
 
-def test_every_contender_of_every_contest_has_an_entry_and_without_a_gpu_it_is_skipped(capsys):
+def test_every_provider_of_every_comparison_has_an_entry_and_without_a_gpu_it_is_skipped(capsys):
     pytest.importorskip("pytest_benchmark")
     if not cuda_reasons():
         pytest.skip("there is a GPU")
     select = "[swiglu-XL-float32- or test_step"
     assert pytest.main([str(ROOT / "bench"), "-q", "-p", "no:cacheprovider", "-rs", "-k", select]) == 0
     skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SKIPPED")]
-    count = 2 * len(list(contenders_for(SWIGLU)))
+    count = 2 * len(list(providers_for(SWIGLU)))
     assert f"[{count}]" in skipped[0] and all("CUDA" in line for line in skipped)
     assert f"[{len(step.QUICK)}]" in skipped[1]
 

@@ -1,4 +1,4 @@
-"""The bench of matrix products, on a CPU with tiny layers: shapes, who is judged, the mean over a step."""
+"""The bench of matrix products, on a CPU with tiny layers: shapes, who is checked, the mean over a step."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import gemms
-from bench.gemms import LIBRARIES, Bench, Job, Product, means, products
+from bench.gemms import LIBRARIES, GemmComparison, GemmJob, Product, means, products
 from bench.measure import timing
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
@@ -22,8 +22,8 @@ TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, de
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "FOOTPRINT", 20_000)
-    monkeypatch.setattr(timing, "LAP", 60_000)
-    return Bench(HostDevice(), Log("cpu", tmp_path / "rows.jsonl"), None, seconds=0.02, rounds=2)
+    monkeypatch.setattr(timing, "ITERATION_BYTES", 60_000)
+    return GemmComparison(HostDevice(), Log("cpu", tmp_path / "rows.jsonl"), None, seconds=0.02, rounds=2)
 
 
 def test_the_products_are_those_of_a_block():
@@ -59,17 +59,17 @@ def test_the_products_are_nearly_all_of_a_step():
 
 def test_rows_of_a_product(bench, tmp_path, capsys):
     product = Product("w3", "wgrad", 32, 42, 16)
-    rows = bench.run(Job("tiny", 2, product))
+    rows = bench.run(GemmJob("tiny", 2, product))
     assert json.loads(json.dumps(rows)) == list(read(tmp_path / "rows.jsonl", "cpu"))
-    assert [row["contender"] for row in rows] == list(LIBRARIES) and {row["status"] for row in rows} == {"ok"}
+    assert [row["provider"] for row in rows] == list(LIBRARIES) and {row["status"] for row in rows} == {"ok"}
     first = rows[0]
     assert first["shape"] == (16, 42, 32) and first["flops"] == 2 * 16 * 42 * 32 and first["ours"] is False
     assert first["tflops"] == pytest.approx(first["flops"] / first["p50_ms"] / 1e9)
-    assert (first["sets"], first["calls"]) == timing.lap_size(product.moved, 0) and first["sets"] > 1
+    assert (first["sets"], first["calls"]) == timing.iteration_size(product.moved, 0) and first["sets"] > 1
     assert first["fraction"] is None and "TFLOP/s" in capsys.readouterr().out
 
 
-def test_a_lap_goes_over_all_its_operands(bench):
+def test_an_iteration_goes_over_all_its_operands(bench):
     product = Product("w3", "forward", 3, 4, 5)
     pairs, calls = [product.operands("cpu", seed) for seed in range(3)], 7
     results = bench._multiplied("torch", pairs, calls)
@@ -79,17 +79,17 @@ def test_a_lap_goes_over_all_its_operands(bench):
 
 
 def test_a_wrong_product_is_not_timed(bench, monkeypatch):
-    true = Bench._multiplied
+    true = GemmComparison._multiplied
 
     def wrong(self, name, pairs, calls):
         return [p * 1.1 if name == "cublaslt" else p for p in true(self, name, pairs, calls)]
 
-    monkeypatch.setattr(Bench, "_multiplied", wrong)
-    rows = bench.run(Job("tiny", 2, Product("proj", "dgrad", 32, 16, 16)))
-    assert {row["contender"]: row["status"] for row in rows} == {"torch": "ok", "cublaslt": "incorrect"}
+    monkeypatch.setattr(GemmComparison, "_multiplied", wrong)
+    rows = bench.run(GemmJob("tiny", 2, Product("proj", "dgrad", 32, 16, 16)))
+    assert {row["provider"]: row["status"] for row in rows} == {"torch": "ok", "cublaslt": "incorrect"}
 
 
-def test_a_contender_runs_with_its_library_and_leaves_torch_as_it_was(bench, monkeypatch):
+def test_a_provider_runs_with_its_library_and_leaves_torch_as_it_was(bench, monkeypatch):
     seen, mm, now = [], torch.mm, torch.backends.cuda.preferred_blas_library
     monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(now().name) or mm(a, b))
     before, pairs = now(), [Product("w3", "forward", 3, 4, 5).operands("cpu", 0)]
@@ -99,8 +99,8 @@ def test_a_contender_runs_with_its_library_and_leaves_torch_as_it_was(bench, mon
 
 
 def planted(slow: str = "", **times: float) -> list[dict]:
-    """Rows of every product at 1 TFLOP in so many ms for each contender, three times that in a slow direction."""
-    return [{"kind": "gemm", "model": "XL", "batch": 128, "layer": layer, "direction": direction, "contender": name,
+    """Rows of every product at 1 TFLOP in so many ms for each provider, three times that in a slow direction."""
+    return [{"kind": "gemm", "model": "XL", "batch": 128, "layer": layer, "direction": direction, "provider": name,
              "status": "ok", "flops": 10**12, "p50_ms": ms * (3 if direction == slow else 1)}
             for name, ms in times.items() for layer in gemms.LAYERS for direction in gemms.DIRECTIONS]  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_the_mean_over_a_step_is_by_time(capsys):
     assert found["XL", 128, "best"] == pytest.approx(12 / (8 * 2 + 4 * 4) * 1000)
     assert means(rows[1:12]) == {}, "one product is missing"
     assert means([rows[0] | {"status": "failed"}, *rows[1:12]]) == {}
-    Bench(HostDevice(), Log("cpu"), None).conclude(rows)
+    GemmComparison(HostDevice(), Log("cpu"), None).conclude(rows)
     assert "XL batch 128: 300.0 TFLOP/s mean over the step's products, torch" in capsys.readouterr().out
 
 

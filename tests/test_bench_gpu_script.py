@@ -191,7 +191,7 @@ sys.exit(pytest.main({command!r} + ["--collect-only"]))
     lines = done.stdout.splitlines()
     collected = [line for line in lines if "::" in line]
     assert len(collected) > 100 and "error" not in lines[-1]
-    assert "-XL-bfloat16-cuda" in collected[0], "the most telling first"
+    assert "-XL-bfloat16-cuda" in collected[0], "the most representative first"
 
 
 def test_no_file_with_gpu_tests_is_left_out(script):

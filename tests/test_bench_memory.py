@@ -1,4 +1,4 @@
-"""Contenders that memory does not hold together, or does not hold at all: what is given back, and when."""
+"""Providers that memory does not hold together, or does not hold at all: what is given back, and when."""
 
 import weakref
 from dataclasses import dataclass, field, replace
@@ -8,16 +8,16 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench.measure.contest import rests_on
+from bench.measure.comparison import coverage_text
 from bench.measure.failures import status_of
 from bench.measure.rows import Log, read
-from bench.measure.timing import Lap, LapFailed
-from tests.test_bench_contest import WHOLE, Job, Told, Toy, toy, until
+from bench.measure.timing import Iteration, IterationFailed
+from tests.test_bench_comparison import WHOLE, Job, Told, Toy, toy, until
 
 
 @dataclass(frozen=True)
 class OneByOne(Toy):
-    """Each takes memory: an object that its lap holds, in a circle as hooks make them."""
+    """Each takes memory: an object that its iteration holds, in a circle as hooks make them."""
 
     memory: list = field(default_factory=list)
     closed: list = field(default_factory=list)
@@ -33,8 +33,8 @@ class OneByOne(Toy):
         block = self.Block()
         self.memory.append(weakref.ref(block))
         ready = super().prepare(job, name, shared)
-        run = ready.laps["more"].run
-        ready.laps["more"] = Lap(lambda: (block, run())[1])
+        run = ready.iterations["more"].run
+        ready.iterations["more"] = Iteration(lambda: (block, run())[1])
         ready.close = lambda: self.closed.append(name)
         return ready
 
@@ -48,28 +48,28 @@ def test_one_after_the_other(tmp_path):
     bench = one_by_one(tmp_path / "rows.jsonl")
     rows = bench.run(Job())
     assert list(read(tmp_path / "rows.jsonl", "cpu")) == rows
-    rows = sorted(rows, key=lambda row: row["contender"])
+    rows = sorted(rows, key=lambda row: row["provider"])
     assert [row["p50_ms"] for row in rows] == pytest.approx([30, 60, 90])
-    assert all(row["rests_on"] == WHOLE | {"by_turns": False} and row["seen"] for row in rows)
-    assert rows[0]["times_faster_than"] == pytest.approx({"b": 2, "c": 3}) and rests_on(rows[0]) == ""
+    assert all(row["coverage"] == WHOLE | {"interleaved": False} and row["seen"] for row in rows)
+    assert rows[0]["times_faster_than"] == pytest.approx({"b": 2, "c": 3}) and coverage_text(rows[0]) == ""
     assert bench.closed == ["a", "b", "c"] and len(bench.memory) == 3
 
 
 def test_one_after_the_other_until_the_time_is_up(tmp_path):
-    """A start takes 6 bursts, and all of both parts 12: the second contender is cut off when it has two of each."""
+    """A start takes 6 rounds, and all of both parts 12: the second provider is cut off when it has two of each."""
     bench = one_by_one(tmp_path / "rows.jsonl")
     bench = replace(bench, until=until(18 + 6 + 4 + 4, bench.device))
-    rows = {row["contender"]: row for row in bench.run(Job())}
-    assert rows["a"]["rests_on"]["cut_off"] is None and "c" not in rows and bench.closed == ["a", "b"]
-    assert rests_on(rows["b"]) == "2 of 4 bursts, not by turns, cut off: the time is up"
+    rows = {row["provider"]: row for row in bench.run(Job())}
+    assert rows["a"]["coverage"]["cut_off"] is None and "c" not in rows and bench.closed == ["a", "b"]
+    assert coverage_text(rows["b"]) == "2 of 4 rounds, not by turns, cut off: the time is up"
     assert list(rows["a"]["times_faster_than"]) == ["b"], "its last row is of the end"
 
 
-@pytest.mark.parametrize("where", ["start", "first lap", "bursts"])
+@pytest.mark.parametrize("where", ["start", "first iteration", "rounds"])
 @pytest.mark.parametrize("make", [toy, one_by_one])
 def test_out_of_memory_gives_everything_back(where, make, monkeypatch):
     """Also what the frames of the error hold; whoever comes next has its place."""
-    taken, laps, true = [], [], Toy.prepare
+    taken, iterations, true = [], [], Toy.prepare
 
     def run_out():
         tensor = OneByOne.Block()
@@ -85,17 +85,17 @@ def test_out_of_memory_gives_everything_back(where, make, monkeypatch):
             run_out()
         return true(self, job, name, shared)
 
-    def lap(name):
-        laps.append(name)
-        if name == "b" and laps.count("b") == (1 if where == "first lap" else 40):
+    def iteration(name):
+        iterations.append(name)
+        if name == "b" and iterations.count("b") == (1 if where == "first iteration" else 40):
             run_out()
         return 0.01
 
     monkeypatch.setattr(Toy, "prepare", prepare)
-    bench = make(lap=lap)
+    bench = make(iteration=iteration)
     rows = bench.run(Job())
-    assert {row["contender"]: row["status"] for row in rows} == {"a": "ok", "b": "failed", "c": "ok"}
-    reason = next(row["reason"] for row in rows if row["contender"] == "b")
+    assert {row["provider"]: row["status"] for row in rows} == {"a": "ok", "b": "failed", "c": "ok"}
+    reason = next(row["reason"] for row in rows if row["provider"] == "b")
     assert reason == "OutOfMemoryError: CUDA out of memory. Tried to allocate 5.00 GiB"
     assert len(taken) == 1 and taken[0]() is None
     if make is one_by_one:
@@ -111,7 +111,7 @@ def test_out_of_memory_gives_everything_back(where, make, monkeypatch):
 ])  # fmt: skip
 def test_reasons(error, reason):
     assert status_of(error) == ("failed", reason)
-    failed = LapFailed("b")
+    failed = IterationFailed("b")
     failed.__cause__ = error
     assert status_of(failed) == ("failed", reason)
 

@@ -10,35 +10,35 @@ import torch.nn.functional as F
 
 import kernels
 from bench import ops, roofline
-from bench.baselines import Adapter, Contender
+from bench.baselines import Adapter, Provider
 from bench.measure import rows, timing
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
-from bench.measure.work import Sets, Truth
-from bench.ops import Bench, Job, alarming, jobs, parse, plan, text, work_through
+from bench.measure.work import Reference, Sets
+from bench.ops import OpComparison, OpJob, alarming, jobs, parse, plan, text, work_through
 from kernels.testing.tolerance import reference
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
 KEYS = {"format", "kind", "date", "device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton",
-        "revision", "run", "op", "case", "dtype", "direction", "contender", "status", "reason"}  # fmt: skip
+        "revision", "run", "op", "case", "dtype", "direction", "provider", "status", "reason"}  # fmt: skip
 FIGURES = {"includes", "version", "clocks", "p20_us", "p50_us", "p80_us", "spread", "samples", "calls", "sets"}
 FIGURES |= {"footprint_mb", "method", "bytes", "flops", "limit_us", "bound", "fraction", "times_faster_than"}
 
 
 class Millisecond(HostDevice):
-    """Laps take a millisecond each, whatever they do."""
+    """Iterations take a millisecond each, whatever they do."""
 
-    def seconds(self, lap, count):
-        lap()
+    def seconds(self, iteration, count):
+        iteration()
         return [0.001] * count
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few buffers and short laps."""
+    """Few buffers and short iterations."""
     monkeypatch.setattr(timing, "FOOTPRINT", 20_000)
-    monkeypatch.setattr(timing, "LAP", 60_000)
+    monkeypatch.setattr(timing, "ITERATION_BYTES", 60_000)
     monkeypatch.setattr(rows, "revision", lambda: "1234abc")
     rows.machine.cache_clear()
     yield
@@ -49,33 +49,33 @@ def case_of(op, name: str):
     return next(case for case in op.cases if case.id == name)
 
 
-def bench(path: Path | None = None, **settings) -> Bench:
+def bench(path: Path | None = None, **settings) -> OpComparison:
     """Without our own backends, which have an interpreter at most, and without Inductor."""
     defaults = {"seconds": 0.01, "ceilings": None, "compiler": lambda f: f}
     invited = {"invited": lambda name: name not in ("triton", "cuda")}
-    return Bench(Millisecond(), Log("cpu", path), **defaults | invited | settings)
+    return OpComparison(Millisecond(), Log("cpu", path), **defaults | invited | settings)
 
 
-def contenders(monkeypatch, **runs) -> None:
-    """Let these functions take part, and nobody else; one called `load` is the contender's own."""
+def providers(monkeypatch, **runs) -> None:
+    """Let these functions take part, and nobody else; one called `load` is the provider's own."""
     everybody = [
-        Contender(name, run if run.__name__ == "load" else lambda run=run: Adapter(run)) for name, run in runs.items()
+        Provider(name, run if run.__name__ == "load" else lambda run=run: Adapter(run)) for name, run in runs.items()
     ]
-    monkeypatch.setattr(ops, "contenders_for", lambda *_: everybody)
+    monkeypatch.setattr(ops, "providers_for", lambda *_: everybody)
 
 
 def test_rows_of_a_job(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    job = Job(SWIGLU, case_of(SWIGLU, "odd"), torch.float32)
+    job = OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32)
     written = bench(out, invited=lambda name: name in ("eager", "compile", "torch"), directions=ops.DIRECTIONS).run(job)
     assert [json.loads(line) for line in out.read_text().splitlines()] == written == list(rows.read(out, "cpu"))
-    assert {(r["direction"], r["contender"]) for r in written} == {
+    assert {(r["direction"], r["provider"]) for r in written} == {
         (direction, name) for direction in ops.DIRECTIONS for name in ("eager", "compile", "torch")
     }
     for row in written:
-        assert set(row) == KEYS | FIGURES and row["format"] == 1 and row["status"] == "ok"
+        assert set(row) == KEYS | FIGURES and row["format"] == 2 and row["status"] == "ok"
         assert (row["op"], row["case"], row["dtype"], row["revision"]) == ("swiglu", "odd", "float32", "1234abc")
-        assert set(row["times_faster_than"]) == {"eager", "compile", "torch"} - {row["contender"]}
+        assert set(row["times_faster_than"]) == {"eager", "compile", "torch"} - {row["provider"]}
         assert row["p20_us"] == row["p50_us"] == row["p80_us"] == pytest.approx(1000 / row["calls"])
         assert row["times_faster_than"].get("eager", 1.0) == 1.0
     forward, backward, both = (next(r for r in written if r["direction"] == d) for d in ops.DIRECTIONS)
@@ -83,27 +83,27 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert both["bytes"] == forward["bytes"] + backward["bytes"]
     for row in (forward, backward):
         assert row["footprint_mb"] == row["sets"] * row["bytes"] / 1e6 >= timing.FOOTPRINT / 1e6
-        assert row["calls"] * row["bytes"] >= timing.LAP and row["calls"] > row["sets"] > 1
+        assert row["calls"] * row["bytes"] >= timing.ITERATION_BYTES and row["calls"] > row["sets"] > 1
     assert "swiglu odd float32 forward  eager" in capsys.readouterr().out
 
 
 def test_a_row_from_a_cpu_does_not_look_like_one_from_a_gpu(tmp_path):
     out = tmp_path / "rows.jsonl"
-    row = bench(out, invited=lambda name: name == "eager").run(Job(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))[0]
+    row = bench(out, invited=lambda name: name == "eager").run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))[0]
     assert (row["device"], row["gpu"], row["driver"], row["fraction"], row["clocks"]) == ("cpu", None, None, None, {})
     assert list(rows.read(out)) == []
 
 
 def test_fraction_of_the_limit():
     ceilings = roofline.Ceilings(1e9, {torch.float32: 1e12})
-    job = Job(SWIGLU, case_of(SWIGLU, "odd"), torch.float32)
+    job = OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32)
     row = bench(ceilings=ceilings, invited=lambda name: name == "eager").run(job)[0]
     assert row["bound"] == "memory" and row["limit_us"] == pytest.approx(row["bytes"] / 1e3)
     assert row["fraction"] == pytest.approx(row["limit_us"] / row["p50_us"])
     assert f"{row['fraction']:.1%} of the memory limit" in text(row)
 
 
-def test_figures_of_a_contender_among_others():
+def test_figures_of_a_provider_among_others():
     cost = kernels.testing.cases.Cost(forward_bytes=6_000_000, backward_bytes=8_000_000, backward_flops=4_000_000_000)
     timings = {"ours": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6]), "theirs": timing.Timing(2, "graph", [12e-6])}
     ceilings = roofline.Ceilings(4e12, {torch.float16: 1e15})
@@ -115,7 +115,7 @@ def test_figures_of_a_contender_among_others():
     assert (got["bytes"], got["flops"]) == (8_000_000, 4_000_000_000)
 
 
-def test_incorrect_failing_and_missing_contenders_are_recorded_and_the_rest_is_timed(monkeypatch):
+def test_incorrect_failing_and_missing_providers_are_recorded_and_the_rest_is_timed(monkeypatch):
     def wrong(gate_up, *, bias=None):
         return torch.sigmoid(gate_up.chunk(2, -1)[0]) * gate_up.chunk(2, -1)[1]
 
@@ -136,10 +136,10 @@ def test_incorrect_failing_and_missing_contenders_are_recorded_and_the_rest_is_t
     def load():
         raise ImportError("No module named 'fast'")
 
-    contenders(monkeypatch, wrong=wrong, wrong_backward=wrong_backward, breaks=breaks, breaks_later=breaks_later,
+    providers(monkeypatch, wrong=wrong, wrong_backward=wrong_backward, breaks=breaks, breaks_later=breaks_later,
                missing=load, right=reference(SWIGLU))  # fmt: skip
-    written = bench().run(Job(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
-    status = {(r["direction"], r["contender"]): (r["status"], r["reason"]) for r in written}
+    written = bench().run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
+    status = {(r["direction"], r["provider"]): (r["status"], r["reason"]) for r in written}
     assert status[None, "missing"] == ("unavailable", "not installed: ImportError: No module named 'fast'")
     assert status["forward", "wrong"][0] == "incorrect" and "result 0: error" in status["forward", "wrong"][1]
     assert status["backward", "wrong"][0] == "incorrect"
@@ -149,15 +149,15 @@ def test_incorrect_failing_and_missing_contenders_are_recorded_and_the_rest_is_t
     assert status["forward", "breaks_later"] == ("failed", "RuntimeError: illegal address")
     assert status["forward", "right"] == status["backward", "right"] == ("ok", "")
     assert all("p50_us" not in row for row in written if row["status"] != "ok"), "no number without correctness"
-    assert [row["times_faster_than"].keys() for row in written if row["contender"] == "right"] == [
+    assert [row["times_faster_than"].keys() for row in written if row["provider"] == "right"] == [
         {"wrong_backward"}, set()
     ]  # fmt: skip
 
 
 def test_a_job_that_fails_as_a_whole_is_a_row(monkeypatch):
-    monkeypatch.setattr(ops, "Truth", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
-    (row,) = bench().run(Job(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
-    assert (row["contender"], row["status"], row["reason"]) == ("all", "failed", "OutOfMemoryError: no memory")
+    monkeypatch.setattr(ops, "Reference", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    (row,) = bench().run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
+    assert (row["provider"], row["status"], row["reason"]) == ("all", "failed", "OutOfMemoryError: no memory")
     assert alarming(row)
 
 
@@ -165,59 +165,61 @@ def test_a_job_that_fails_as_a_whole_is_a_row(monkeypatch):
 def test_our_backend_takes_part(name, monkeypatch):
     """In Triton's interpreter, when the tests' process runs it."""
     monkeypatch.setattr(timing, "FOOTPRINT", 0)
-    monkeypatch.setattr(timing, "LAP", 0)
+    monkeypatch.setattr(timing, "ITERATION_BYTES", 0)
     op = kernels.OPS[name]
     if "triton" not in op.backends or op.reasons("triton"):
         pytest.skip("no Triton backend here")
     case = next(case for case in op.cases if not case.production)
     invited = ("eager", "triton")
-    written = bench(invited=invited.__contains__, emulated=True, seconds=0.0).run(Job(op, case, torch.float32))
-    assert {row["contender"] for row in written if row["status"] == "ok"} == set(invited), written
+    written = bench(invited=invited.__contains__, emulated=True, seconds=0.0).run(OpJob(op, case, torch.float32))
+    assert {row["provider"] for row in written if row["status"] == "ok"} == set(invited), written
     if op.backend("triton").emulated:
-        refused = bench(invited=invited.__contains__).run(Job(op, case, torch.float32))
-        assert [r["reason"] for r in refused if r["contender"] == "triton"] == ["it would run in an emulator"]
+        refused = bench(invited=invited.__contains__).run(OpJob(op, case, torch.float32))
+        assert [r["reason"] for r in refused if r["provider"] == "triton"] == ["it would run in an emulator"]
 
 
-def test_laps_call_the_sets_in_turn_and_keep_the_results():
-    truth = Truth(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32))
+def test_iterations_call_the_sets_in_turn_and_keep_the_results():
+    expected = Reference(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32))
     seen = []
 
     def run(gate_up, *, bias=None):
         seen.append(gate_up.data_ptr())
         return reference(SWIGLU)(gate_up)
 
-    lap = Sets(truth, 3, 7).lap(Contender("one", None), Adapter(run), "forward", HostDevice())
+    iteration = Sets(expected, 3, 7).iteration(Provider("one", None), Adapter(run), "forward", HostDevice())
     seen.clear()
-    results = lap.run()
-    assert lap.calls == len(seen) == len(results) == 7 and len(set(seen)) == 3
+    results = iteration.run()
+    assert iteration.calls == len(seen) == len(results) == 7 and len(set(seen)) == 3
     assert all(seen[i] == seen[i - 3] for i in range(3, 7)), "in turn"
     assert len({result["result 0"].data_ptr() for result in results}) == 7
     assert not any(result["result 0"].requires_grad for result in results)
 
 
-def test_backward_laps_repeat_without_a_new_forward_pass():
-    truth, runs = Truth(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32)), []
+def test_backward_iterations_repeat_without_a_new_forward_pass():
+    expected, runs = Reference(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32)), []
     adapter = Adapter(lambda gate_up, *, bias=None: runs.append(1) or reference(SWIGLU)(gate_up))
-    lap = Sets(truth, 2, 5).lap(Contender("one", None), adapter, "backward", HostDevice())
+    iteration = Sets(expected, 2, 5).iteration(Provider("one", None), adapter, "backward", HostDevice())
     before = len(runs)
-    first, second = lap.run(), lap.run()
+    first, second = iteration.run(), iteration.run()
     assert len(runs) == before == 2
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
 
 
-def test_what_contenders_overwrite_is_their_own_and_put_back():
+def test_what_providers_overwrite_is_their_own_and_put_back():
     op = kernels.OPS["adamw_ema_"]
     inputs = case_of(op, "late").inputs(torch.float32)
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    lap = Sets(Truth(op, inputs), 2, 4).lap(Contender("one", None), Adapter(reference(op)), "forward", HostDevice())
-    lap.run()
+    iteration = Sets(Reference(op, inputs), 2, 4).iteration(
+        Provider("one", None), Adapter(reference(op)), "forward", HostDevice()
+    )
+    iteration.run()
     assert all(torch.equal(inputs[name], value) for name, value in before.items())
     seen = []
     spy = Adapter(lambda **given: seen.append(given["param"].clone()) or reference(op)(**given))
-    lap = Sets(Truth(op, inputs), 1, 1).lap(Contender("one", None), spy, "forward", HostDevice())
-    lap.run()
-    lap.restore()
-    lap.run()
+    iteration = Sets(Reference(op, inputs), 1, 1).iteration(Provider("one", None), spy, "forward", HostDevice())
+    iteration.run()
+    iteration.restore()
+    iteration.run()
     assert not torch.equal(seen[-2], before["param"]) and torch.equal(seen[-1], before["param"])
 
 
@@ -226,23 +228,23 @@ def test_gradients_that_overwrite_saved_tensors_are_put_back_too(monkeypatch):
     from tests import stand_ins
 
     stand_ins.install(monkeypatch, stand_ins.LIGER)
-    liger = next(c for c in ops.contenders_for(SWIGLU) if c.name == "liger")
-    truth = Truth(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32))
-    lap = Sets(truth, 1, 1).lap(liger, liger.load(), "backward", HostDevice())
-    lap.restore()
-    ((first, _),) = lap.run()
+    liger = next(c for c in ops.providers_for(SWIGLU) if c.name == "liger")
+    expected = Reference(SWIGLU, case_of(SWIGLU, "odd").inputs(torch.float32))
+    iteration = Sets(expected, 1, 1).iteration(liger, liger.load(), "backward", HostDevice())
+    iteration.restore()
+    ((first, _),) = iteration.run()
     first = first.clone()
-    ((drifted, _),) = lap.run()
+    ((drifted, _),) = iteration.run()
     assert not torch.equal(first, drifted)
-    lap.restore()
-    ((again, _),) = lap.run()
+    iteration.restore()
+    ((again, _),) = iteration.run()
     assert torch.equal(first, again)
 
 
 # The plan
 
 
-def test_the_most_telling_comes_first():
+def test_the_representative_case_comes_first():
     todo = jobs(kernels.OPS.values())
     assert [job.rank for job in todo] == sorted(job.rank for job in todo)
     first = [job for job in todo if job.rank == 0]
@@ -254,8 +256,8 @@ def test_the_most_telling_comes_first():
     assert len(todo) == len(set(map(str, todo))) > 60 and all(job.case.production for job in todo)
 
 
-def test_the_telling_case_is_the_headline_models_or_else_the_first():
-    found = {name: ops.telling(op) for name, op in kernels.OPS.items()}
+def test_the_representative_case_is_the_headline_models_or_else_the_first():
+    found = {name: ops.representative(op) for name, op in kernels.OPS.items()}
     assert all(case_of(kernels.OPS[name], case).production for name, case in found.items())
     want = {"swiglu": "XL", "vf_loss": "dinov2_large", "group_norm_silu": "f16_256", "adamw_ema_": "XL_eighth"}
     assert {name: found[name] for name in want} == want
@@ -291,7 +293,7 @@ class Recorder:
         return [self.row]
 
 
-OK = {"op": "swiglu", "contender": "triton", "status": "ok"}
+OK = {"op": "swiglu", "provider": "triton", "status": "ok"}
 
 
 def test_nothing_is_started_that_would_end_too_late(capsys):
@@ -307,8 +309,8 @@ def test_nothing_is_started_that_would_end_too_late(capsys):
 @pytest.mark.parametrize(
     ("changes", "status"),
     [({}, 0), ({"status": "incorrect"}, 1), ({"status": "failed"}, 1), ({"status": "unavailable"}, 0),
-     ({"status": "unsupported"}, 0), ({"status": "incorrect", "contender": "liger"}, 0),
-     ({"status": "failed", "contender": "cuda"}, 1), ({"status": "failed", "contender": "all"}, 1)],
+     ({"status": "unsupported"}, 0), ({"status": "incorrect", "provider": "liger"}, 0),
+     ({"status": "failed", "provider": "cuda"}, 1), ({"status": "failed", "provider": "all"}, 1)],
 )  # fmt: skip
 def test_exit_status(changes, status):
     recorder = Recorder([1], OK | changes)
@@ -346,7 +348,7 @@ def test_of_one_run_the_last_row_of_a_name_counts(tmp_path):
     first.write({"kind": "step", "model": "XL", "batch": 2, "variant": "a", "rate": 6})
     for rate in (7, 7):
         first.write({"kind": "other", "rate": rate})
-    old = {"format": 1, "kind": "step", "device": "cpu"}  # of before there were runs: so many measurements
+    old = {"format": 2, "kind": "step", "device": "cpu"}  # of before there were runs: so many measurements
     with out.open("a") as file:
         file.writelines(json.dumps(old | {"rate": rate}) + "\n" for rate in (8, 9))
     assert [row["rate"] for row in rows.read(out, "cpu")] == [2, 4, 5, 6, 7, 8, 9]
@@ -362,10 +364,10 @@ def test_a_run_cut_off_leaves_whole_rows(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "not a row"), ("[1]", "not a row"), ("{}", "not a row"),
-                                               ('{"format": 99}', "row format 99, this version reads 1")])  # fmt: skip
+                                               ('{"format": 99}', "row format 99, this version reads 2")])  # fmt: skip
 def test_lines_that_are_no_rows_are_refused(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"format": 1, "device": "cuda"}\n' + line + "\n")
+    path.write_text('{"format": 2, "device": "cuda"}\n' + line + "\n")
     with pytest.raises(ValueError, match=f"rows.jsonl, line 2: {message}"):
         list(rows.read(path))
 

@@ -1,4 +1,4 @@
-"""Programs of contests, and their ends: in time, told to stop, killed; and the ceilings that they are given."""
+"""Programs of comparisons, and their ends: in time, told to stop, killed; and the ceilings that they are given."""
 
 import signal
 import subprocess
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from bench import roofline
-from bench.measure import contest, program
-from bench.measure.contest import TIME_IS_UP, rests_on
+from bench.measure import comparison, program
+from bench.measure.comparison import TIME_IS_UP, coverage_text
 from bench.measure.cutoff import Deadline
 from bench.measure.program import work_through
 from bench.measure.progress import Ready
 from bench.measure.rows import Log, read
-from bench.measure.timing import HostDevice, Lap
-from tests.test_bench_contest import Job, Told, Toy, toy
+from bench.measure.timing import HostDevice, Iteration
+from tests.test_bench_comparison import Job, Told, Toy, toy
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,7 @@ import sys
 from bench import roofline
 from bench.measure import program
 from bench.measure.timing import HostDevice
-from tests.test_bench_contest import Job
+from tests.test_bench_comparison import Job
 from tests.test_bench_program import Slow
 program.cuda_reasons = list
 program.CudaDevice = HostDevice
@@ -63,7 +63,7 @@ class Slow(Toy):
 
     def prepare(self, job, name, shared):
         print("started", name, flush=True)
-        return Ready({part: Lap(lambda: time.sleep(0.02)) for part in ("", "more")}, 1)
+        return Ready({part: Iteration(lambda: time.sleep(0.02)) for part in ("", "more")}, 1)
 
 
 def test_a_program_that_is_told_to_stop(tmp_path):
@@ -77,7 +77,7 @@ def test_a_program_that_is_told_to_stop(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
     rows = list(read(out, "cpu"))
-    assert [row["contender"] for row in rows] == ["a"] and rows[0]["rests_on"]["cut_off"] == "SIGTERM"
+    assert [row["provider"] for row in rows] == ["a"] and rows[0]["coverage"]["cut_off"] == "SIGTERM"
     assert rows[0]["samples"] > 0 and "cut off by SIGTERM" in errors
 
 
@@ -91,21 +91,21 @@ def test_a_program_that_is_killed(tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     rows = list(read(out, "cpu"))
-    assert [row["contender"] for row in rows] == ["a", "b"] and {row["status"] for row in rows} == {"ok"}
-    assert all(row["samples"] > 0 and rests_on(row).endswith("cut off: the process ended") for row in rows)
+    assert [row["provider"] for row in rows] == ["a", "b"] and {row["status"] for row in rows} == {"ok"}
+    assert all(row["samples"] > 0 and coverage_text(row).endswith("cut off: the process ended") for row in rows)
 
 
 def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "cuda_reasons", list)
     monkeypatch.setattr(program, "CudaDevice", HostDevice)
     monkeypatch.setattr(roofline, "measure", lambda device: (None, []))
-    monkeypatch.setattr(contest, "EARLY", 0.05)
+    monkeypatch.setattr(comparison, "EARLY", 0.05)
     out = tmp_path / "rows.jsonl"
     words = ["--minutes", "0.08", "--seconds", "20", "--out", str(out)]
     options = program.parser("bench.toy", "", 0.2).parse_args(words)
     assert program.run("bench.toy", options, Slow, [Job()]) == 0
     rows = list(read(out, "cpu"))
-    assert rows and all(row["rests_on"]["cut_off"] == TIME_IS_UP for row in rows)
+    assert rows and all(row["coverage"]["cut_off"] == TIME_IS_UP for row in rows)
     monkeypatch.setattr(program, "cuda_reasons", lambda: ["no CUDA device"])
     assert program.run("bench.toy", options, Slow, [Job()]) == 2
 

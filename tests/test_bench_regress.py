@@ -25,7 +25,7 @@ MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cud
 
 def op(fraction: float | None = 0.9, *, status: str = "ok", spread: float = 0.01, **names) -> dict:
     row = {"kind": "op", "op": "swiglu", "case": "XL", "dtype": "bfloat16", "direction": "forward",
-           "contender": "triton", "status": status, "reason": "" if status == "ok" else "because"}  # fmt: skip
+           "provider": "triton", "status": status, "reason": "" if status == "ok" else "because"}  # fmt: skip
     return MACHINE | row | ({"fraction": fraction, "spread": spread} if status == "ok" else {}) | names
 
 
@@ -34,14 +34,14 @@ def step(fraction: float = 0.6, *, variant: str = "trainer", engine: str = "trai
                       "features": {"engine": engine}, "reason": "", "fraction": fraction, "spread": spread}  # fmt: skip
 
 
-def sampling(fraction: float = 0.5, *, contender: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
+def sampling(fraction: float = 0.5, *, provider: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
     return MACHINE | {"kind": "sampling", "model": "LightningDiT-XL/1", "batch": 64, "precision": "bfloat16",
-                      "contender": contender, "ours": ours, "status": "ok", "reason": "", "fraction": fraction,
+                      "provider": provider, "ours": ours, "status": "ok", "reason": "", "fraction": fraction,
                       "spread": spread}  # fmt: skip
 
 
-def tokenizer(fraction: float = 0.4, *, contender: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
-    return sampling(fraction, contender=contender, ours=ours, spread=spread) | {"kind": "tokenizer", "part": "encode"}
+def tokenizer(fraction: float = 0.4, *, provider: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
+    return sampling(fraction, provider=provider, ours=ours, spread=spread) | {"kind": "tokenizer", "part": "encode"}
 
 
 def write(path: Path, rows: Iterable[dict]) -> Path:
@@ -122,7 +122,7 @@ def test_a_row_that_turned_wrong_fails_without_further_measurements(status):
     bench = Bench(0.9, 0.9)
     assert verdicts([op()], [op(status=status)], bench) == ["broken"] and not bench.asked
     assert verdicts([op()], [op(status=status, direction=None)]) == ["broken"], "all directions at once"
-    assert verdicts([op()], [op(status=status, direction=None, contender="all")]) == ["broken"]
+    assert verdicts([op()], [op(status=status, direction=None, provider="all")]) == ["broken"]
     assert verdicts([op()], [op(), op(status=status)]) == ["broken"], "once is enough"
     assert verdicts([], [op(status=status)]) == ["broken"], "not in the baseline yet"
     assert verdicts([op(status=status)], [op(status=status)]) == ["unchanged"], "known before"
@@ -144,13 +144,13 @@ def test_what_the_run_lacks_needs_a_reason():
     assert finding.verdict == "left out" and finding.note == "unavailable: because" and not finding.failure
 
 
-def test_peers_are_not_judged():
-    before = [op(contender="eager"), op(contender="flash-attn"), step(variant="plain-eager", engine="plain")]
-    assert verdicts(before, [op(0.1, contender="eager")]) == []
-    assert verdicts(before, [op(contender="cuda")]) == ["new"]
-    peers = [sampling(contender="plain-eager", ours=False), tokenizer(contender="reference", ours=False),
+def test_peers_are_not_checked():
+    before = [op(provider="eager"), op(provider="flash-attn"), step(variant="plain-eager", engine="plain")]
+    assert verdicts(before, [op(0.1, provider="eager")]) == []
+    assert verdicts(before, [op(provider="cuda")]) == ["new"]
+    peers = [sampling(provider="plain-eager", ours=False), tokenizer(provider="reference", ours=False),
              MACHINE | {"kind": "gemm", "ours": False, "status": "ok", "fraction": 0.9, "model": "x", "batch": 1,
-                        "layer": "qkv", "direction": "wgrad", "contender": "torch"}]  # fmt: skip
+                        "layer": "qkv", "direction": "wgrad", "provider": "torch"}]  # fmt: skip
     assert verdicts(peers, []) == [] and verdicts([*peers, sampling()], []) == ["missing"]
     assert verdicts([sampling(), tokenizer()], [], partial=["sampling", "tokenizer"]) == ["left out"] * 2
 
@@ -195,7 +195,7 @@ def test_exit_statuses_and_the_table(files, capsys):
 
 
 def test_an_update_records_reason_revision_machine_and_versions(files, capsys):
-    rows = [op(), op(contender="eager"), MACHINE | {"kind": "ceiling", "ceiling": "copy", "rate": 4.3}]
+    rows = [op(), op(provider="eager"), MACHINE | {"kind": "ceiling", "ceiling": "copy", "rate": 4.3}]
     files(rows, "--update", "--reason", "first rows")
     newer = {"revision": "def", "torch": "2.12.0"}
     slower = [op(0.7) | newer, op(0.72) | newer, op(0.74) | newer]
@@ -206,18 +206,18 @@ def test_an_update_records_reason_revision_machine_and_versions(files, capsys):
     second = written[1]
     assert (second["revision"], second["torch"], second["gpu"], second["triton"]) == ("def", "2.12.0", GPU, "3.6.0")
     assert second["date"] > "2026" and {row["revision"] for row in written[2:]} == {"abc", "def"}
-    assert [row["fraction"] for row in written if row.get("contender") == "triton"] == [0.72]
-    assert files([op(0.72), op(contender="eager")]) == 0, "what was written is what is compared with"
+    assert [row["fraction"] for row in written if row.get("provider") == "triton"] == [0.72]
+    assert files([op(0.72), op(provider="eager")]) == 0, "what was written is what is compared with"
 
 
 def test_an_update_drops_what_newer_rows_replace_and_what_is_gone(files):
-    forward, backward = op(contender="cuda"), op(contender="cuda", direction="backward")
+    forward, backward = op(provider="cuda"), op(provider="cuda", direction="backward")
     files([op(), forward, backward, op(op="no_such_op"), op(case="no_such_case")], "--update", "--reason", "a")
-    files([op(status="unavailable", direction=None, contender="cuda")], "--update", "--reason", "b")
-    names = [(row["contender"], row["direction"]) for row in read(files.baseline) if row["kind"] == "op"]
+    files([op(status="unavailable", direction=None, provider="cuda")], "--update", "--reason", "b")
+    names = [(row["provider"], row["direction"]) for row in read(files.baseline) if row["kind"] == "op"]
     assert names == [("cuda", None), ("triton", "forward")]
     files([forward], "--update", "--reason", "c")
-    assert ("cuda", None) not in {(r["contender"], r["direction"]) for r in read(files.baseline) if r["kind"] == "op"}
+    assert ("cuda", None) not in {(r["provider"], r["direction"]) for r in read(files.baseline) if r["kind"] == "op"}
 
 
 @pytest.mark.parametrize("arguments", [
@@ -249,16 +249,16 @@ def test_measuring_again_asks_for_exactly_the_row(tmp_path, capsys):
 
 def test_measuring_again_plans_one_row(monkeypatch):
     planned = []
-    monkeypatch.setattr(program, "run", lambda module, options, make, todo: planned.extend(todo) or 0)
+    monkeypatch.setattr(program, "run", lambda module, options, *planned_by: planned.append(planned_by) or 0)
     other = step(variant="bare+cuda+swiglu=triton", engine="bare")
     for made, bench in ((step(), bench_step), (other, bench_step), (sampling(), bench_sampling),
                         (tokenizer(), bench_tokenizer)):  # fmt: skip
         planned.clear()
         bench.main(regress.command(made)[1:])
-        (job,) = planned
-        contest = bench.Bench(None, None, None)
+        ((make, (job,)),) = planned
+        comparison = make(None, None, None)
         (name,) = job.names
-        assert compare.key(made) == compare.key(contest.named(job, name) | {"kind": contest.kind})
+        assert compare.key(made) == compare.key(comparison.named(job, name) | {"kind": comparison.kind})
 
 
 def again(run, **other) -> regress.Again:
@@ -269,7 +269,7 @@ def again(run, **other) -> regress.Again:
 def test_measuring_again_gives_the_rows_of_that_name():
     def run(root, arguments, out, timeout):
         assert (root / "bench").is_dir() and arguments[0] == "bench.ops"
-        write(out, [MACHINE | {"kind": "ceiling", "ceiling": "copy", "rate": 4.3}, op(0.77), op(contender="eager")])
+        write(out, [MACHINE | {"kind": "ceiling", "ceiling": "copy", "rate": 4.3}, op(0.77), op(provider="eager")])
         return 0
 
     assert again(run)(op()) == [op(0.77)]

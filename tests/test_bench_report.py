@@ -12,7 +12,7 @@ from bench import report
 from bench.gemms import DIRECTIONS, LAYERS
 from bench.measure.rows import FORMAT, ROOT
 from bench.pages import pictures, tables
-from bench.pages.measured import Measured, load, telling
+from bench.pages.measured import Measured, load, representative
 from bench.pages.targets import TARGETS, gemm_rate, missed, verdict
 
 MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": "NVIDIA H200",
@@ -21,9 +21,9 @@ MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cud
 SPENT = {"optimizer": 8.0, "attention": 20.0, "gemm": 125.0, "communication": 0.0, "memory": 30.0, "idle": 2.0}
 
 
-def op(job, direction: str, contender: str, p50_us: float, fraction: float, **others: float) -> dict:
+def op(job, direction: str, provider: str, p50_us: float, fraction: float, **others: float) -> dict:
     return MACHINE | {
-        "kind": "op", **job.names, "direction": direction, "contender": contender, "status": "ok", "reason": "",
+        "kind": "op", **job.names, "direction": direction, "provider": provider, "status": "ok", "reason": "",
         "includes": "", "version": "1", "p20_us": p50_us, "p50_us": p50_us, "p80_us": p50_us, "spread": 0.01,
         "bytes": 10**8, "flops": 4 * 10**9, "limit_us": p50_us * fraction, "bound": "memory", "fraction": fraction,
         "times_faster_than": others,
@@ -38,30 +38,31 @@ def step(variant: str, rate: float, **more) -> dict:
     } | more  # fmt: skip
 
 
-def contest(kind: str, rate: float, **more) -> dict:
+def comparison(kind: str, rate: float, **more) -> dict:
     """A row of sampling or of the tokenizer."""
     return MACHINE | {
-        "kind": kind, "contender": "auto", "batch": 64, "precision": "bfloat16", "status": "ok", "reason": "",
+        "kind": kind, "provider": "auto", "batch": 64, "precision": "bfloat16", "status": "ok", "reason": "",
         "ours": True, "images_per_second": rate, "p50_ms": 64e3 / rate, "spread": 0.01, "fraction": 0.55,
         "peak_gb": 20.0, "times_faster_than": {},
     } | more  # fmt: skip
 
 
-def contests() -> list[dict]:
+def comparisons() -> list[dict]:
     """Sampling at 4.5 images/s; a tokenizer that encodes, whose decoding was cut off, and that cannot train."""
     parts = {"guided": 60.25, "unguided": 30.5, "decode": 320.0, "noise": 4.0}
-    cut = {"bursts": 1, "of": 4, "by_turns": False, "cut_off": "SIGTERM"}
-    xl, plain = {"model": "LightningDiT-XL/1"}, {"contender": "plain-eager", "ours": False}
+    cut = {"rounds": 1, "of": 4, "interleaved": False, "cut_off": "SIGTERM"}
+    xl, plain = {"model": "LightningDiT-XL/1"}, {"provider": "plain-eager", "ours": False}
     ours, theirs = ({"extrapolated": {"parts_ms": found}} for found in (parts, {"guided": 120.0}))
-    rows = [contest("sampling", 4.5, **xl, latents_per_second=4.75, **ours, times_faster_than={"plain-eager": 2.25}),
-            contest("sampling", 2.0, **xl, **plain, latents_per_second=2.1, **theirs),
-            contest("sampling", 90.0, model="LightningDiT-B/1", latents_per_second=99, **ours),
-            contest("tokenizer", 2100.0, part="encode", breakdown_ms=SPENT, times_faster_than={"reference": 1.75}),
-            contest("tokenizer", 2900.0, part="encode", contender="reference", ours=False),
-            contest("tokenizer", 900.0, part="decode", rests_on=cut),
-            contest("tokenizer", 1.0, part="train", status="unavailable", reason="not installed: lpips")]  # fmt: skip
+    rows = [comparison("sampling", 4.5, **xl, latents_per_second=4.75, **ours, times_faster_than={"plain-eager": 2.25}),
+            comparison("sampling", 2.0, **xl, **plain, latents_per_second=2.1, **theirs),
+            comparison("sampling", 90.0, model="LightningDiT-B/1", latents_per_second=99, **ours),
+            comparison("tokenizer", 2100.0, part="encode", breakdown_ms=SPENT, times_faster_than={"reference": 1.75}),
+            comparison("tokenizer", 2900.0, part="encode", provider="reference", ours=False),
+            comparison("tokenizer", 900.0, part="decode", coverage=cut),
+            comparison("tokenizer", 1.0, part="train", status="unavailable",
+                       reason="not installed: lpips")]  # fmt: skip
     products = [MACHINE | {"kind": "gemm", "model": "LightningDiT-XL/1", "batch": 128, "layer": layer, "ours": False,
-                           "direction": direction, "contender": name, "shape": [32768, 3456, 1152], "status": "ok",
+                           "direction": direction, "provider": name, "shape": [32768, 3456, 1152], "status": "ok",
                            "reason": "", "flops": 10**12, "p50_ms": ms, "tflops": 1e3 / ms, "spread": 0.01,
                            "fraction": 0.9} for name, ms in (("torch", 1.6), ("cublaslt", 1.25)) for layer in LAYERS
                 for direction in DIRECTIONS]  # fmt: skip
@@ -75,16 +76,18 @@ def planted() -> list[dict]:
                                "sheet": 4.8, "source": "a data sheet", "method": "graph"})  # fmt: skip
     for name, declared in kernels.OPS.items():
         for direction in ("forward", "backward") if declared.differentiable else ("forward",):
-            job = telling(name)
+            job = representative(name)
             rows += [op(job, direction, "cuda", 30.0, 0.8, triton=0.9, eager=5.0, compile=1.4),
                      op(job, direction, "triton", 27.0, 0.89, cuda=1.11, eager=5.5, compile=1.5),
                      op(job, direction, "compile", 40.0, 0.6), op(job, direction, "eager", 150.0, 0.16)]  # fmt: skip
-    rows.append(op(telling("swiglu"), "forward", "liger", 0, 0) | {"status": "incorrect", "reason": "its result"})
+    rows.append(
+        op(representative("swiglu"), "forward", "liger", 0, 0) | {"status": "incorrect", "reason": "its result"}
+    )
     rows += [step("trainer", 640.0, breakdown_ms=SPENT, longest=[{"kernel": "nvjet", "kind": "gemm", "calls": 336,
                                                                   "ms": 125.0}]),
              step("plain-eager", 180.0, breakdown_ms=SPENT),
              step("bare", 1.0) | {"status": "failed", "reason": "out of memory"}]  # fmt: skip
-    return rows + contests()
+    return rows + comparisons()
 
 
 def gpu() -> Measured:
@@ -200,7 +203,7 @@ def test_targets_by_hand():
     assert len({target.name for target in TARGETS}) == len(TARGETS)
 
 
-def test_the_tables_of_contests(tmp_path):
+def test_the_tables_of_comparisons(tmp_path):
     page = report.page([gpu()], tmp_path)
     xl = "| LightningDiT-XL/1 | 64 | bfloat16 |"
     assert f"{xl} auto | 4.50 | 1.0 % | 4.75 | 55.0 % | 2.25 |  | 60.25 | 30.50 | 320.00 | 4.00 |  |" in page
@@ -208,7 +211,7 @@ def test_the_tables_of_contests(tmp_path):
     encode = "| encode | bfloat16 | 64 | auto | 2,100.0 | 1.0 % | 55.0 % | 20.0 GB | 1.75 |  |"
     assert f"{encode} 30.5 | 125.0 | 30.0 | 2.0 |  |" in page
     assert page.index("| reference | 2,900.0 |") < page.index("| auto | 2,100.0 |"), "the fastest first"
-    assert "| 1 of 4 bursts, not by turns, cut off: SIGTERM |" in page
+    assert "| 1 of 4 rounds, not by turns, cut off: SIGTERM |" in page
     assert "| train | bfloat16 | 64 | auto |  |  |  |  |  |  |  |  |  |  | unavailable: not installed: lpips |" in page
     assert "| qkv | wgrad | 32768 × 3456 × 1152 | cublaslt | 800.0 | 1.0 % | 90.0 % |  |" in page
     assert "| all | mean over a step |  | torch | 625.0 |" in page and "| best | 800.0 |" in page
@@ -219,20 +222,20 @@ def test_the_tables_of_contests(tmp_path):
 
 
 def test_a_step_that_was_cut_off_says_so():
-    rests = {"bursts": 2, "of": 4, "by_turns": True, "cut_off": "SIGTERM"}
-    row = tables.training([Measured("x", (step("trainer", 640.0, rests_on=rests),))]).splitlines()[2]
-    assert row.startswith("| NVIDIA H200 | trainer (2 of 4 bursts, cut off: SIGTERM) | 640")
+    rests = {"rounds": 2, "of": 4, "interleaved": True, "cut_off": "SIGTERM"}
+    row = tables.training([Measured("x", (step("trainer", 640.0, coverage=rests),))]).splitlines()[2]
+    assert row.startswith("| NVIDIA H200 | trainer (2 of 4 rounds, cut off: SIGTERM) | 640")
 
 
 def test_the_loader_is_read_from_its_rows(tmp_path):
     row = MACHINE | {"kind": "data", "workers": 0, "batch_size": 128, "status": "ok", "device": "cpu", "gpu": None,
                      "cpu": "a CPU", "cores": 2, "spread": 0.1, "bytes": 32768, "times_faster_than": {}}  # fmt: skip
     slower = {"times_faster_than": {"file-per-sample-0": 0.5}}
-    rows = [row | {"contender": "latents", "latents_per_second": 60_000.0},
-            row | {"contender": "latents", "latents_per_second": 70_000.0, "workers": 2} | slower,
-            row | {"contender": "file-per-sample", "latents_per_second": 140_000.0}]  # fmt: skip
+    rows = [row | {"provider": "latents", "latents_per_second": 60_000.0},
+            row | {"provider": "latents", "latents_per_second": 70_000.0, "workers": 2} | slower,
+            row | {"provider": "file-per-sample", "latents_per_second": 140_000.0}]  # fmt: skip
     target = next(target for target in TARGETS if target.name == "latents-host")
-    rows.append(op(telling("swiglu"), "forward", "eager", 1, 1) | {"device": "cpu"})
+    rows.append(op(representative("swiglu"), "forward", "eager", 1, 1) | {"device": "cpu"})
     (tmp_path / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (cpu,) = load(tmp_path)
     assert target.read(cpu) == 70_000.0 and cpu.gpu == "a CPU, 2 cores"

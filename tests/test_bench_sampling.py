@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from bench import sampling as bench_sampling
-from bench.entrants import samplers
-from bench.entrants.plain import plain_euler
-from bench.entrants.samplers import JUDGED_POINTS, Setting
-from bench.entrants.tokenizers import flops_per_image
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
-from bench.sampling import QUICK, VARIANTS, Bench, Job, Variant, jobs
+from bench.sampling import QUICK, SamplingComparison, SamplingJob, jobs
+from bench.workloads import samplers
+from bench.workloads.plain import plain_euler
+from bench.workloads.samplers import CHECKED_POINTS, SamplingSetup
+from bench.workloads.tokenizers import flops_per_image
+from bench.workloads.variants import SAMPLING, Variant
 from kernels import OPS, select
 from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image as model_flops
@@ -25,24 +26,24 @@ TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, de
 TOKENIZER = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
                               resolution=8)  # fmt: skip
 OURS = Variant("reference", "ours", kernels="reference")
-PLAIN = VARIANTS["plain-eager"]
+PLAIN = SAMPLING["plain-eager"]
 
 
-def job(precision: str, *variants: Variant) -> Job:
-    return Job("tiny", TINY, 3, precision, variants, TOKENIZER)
+def job(precision: str, *variants: Variant) -> SamplingJob:
+    return SamplingJob("tiny", TINY, 3, precision, variants, TOKENIZER)
 
 
-def setting(precision: str = "float32") -> Setting:
-    return Setting(TINY, TOKENIZER, 3, precision, "cpu")
+def setup(precision: str = "float32") -> SamplingSetup:
+    return SamplingSetup(TINY, TOKENIZER, 3, precision, "cpu")
 
 
-def bench(path=None, **settings) -> Bench:
-    return Bench(HostDevice(), Log("cpu", path), None, seconds=0.02, rounds=2, **settings)
+def bench(path=None, **settings) -> SamplingComparison:
+    return SamplingComparison(HostDevice(), Log("cpu", path), None, seconds=0.02, rounds=2, **settings)
 
 
 def test_the_plain_loop_is_our_sampler():
     """In float32, over the whole published grid: three guided channels, all of them conditional below the interval."""
-    made = setting()
+    made = setup()
     settings = made.settings
     assert (settings.num_sampling_steps, settings.cfg_scale, settings.cfg_interval_start) == (250, 10.0, 0.1)
     assert (settings.timestep_shift, settings.cfg_channels, settings.sampling_method) == (0.3, 3, "euler")
@@ -57,20 +58,20 @@ def test_the_plain_loop_is_our_sampler():
     assert (unguided - got).abs().max() > 0.05, "guidance matters here"
 
 
-def test_contenders_are_judged_on_calls_of_both_kinds():
-    made = setting()
-    below = [t < made.settings.cfg_interval_start for t in time_grid(0.0, 1.0, JUDGED_POINTS, 0.3)[:-1].tolist()]
+def test_providers_are_checked_on_calls_of_both_kinds():
+    made = setup()
+    below = [t < made.settings.cfg_interval_start for t in time_grid(0.0, 1.0, CHECKED_POINTS, 0.3)[:-1].tolist()]
     assert below == [True, True, False, False]
     assert made.exact.dtype == torch.float64 and made.eager.dtype == torch.float32
     close("float32 and float64", made.eager, made.exact.float(), atol=2e-5)
-    assert not torch.equal(setting("bfloat16").eager, made.eager)
+    assert not torch.equal(setup("bfloat16").eager, made.eager)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_rows_of_a_job(precision, tmp_path, capsys):
     rows = bench(tmp_path / "rows.jsonl").run(job(precision, OURS, PLAIN))
     assert list(read(tmp_path / "rows.jsonl", "cpu")) == json.loads(json.dumps(rows))
-    assert [(row["contender"], row["status"], row["ours"]) for row in rows] == [
+    assert [(row["provider"], row["status"], row["ours"]) for row in rows] == [
         ("reference", "ok", True), ("plain-eager", "ok", False)]  # fmt: skip
     first, plain = rows
     assert first["extrapolated"]["times"] == {"guided": 181, "unguided": 68}
@@ -83,24 +84,24 @@ def test_rows_of_a_job(precision, tmp_path, capsys):
     assert first["times_faster_than"] == pytest.approx({"plain-eager": plain["p50_ms"] / first["p50_ms"]})
     flops = (2 * 181 + 68) * model_flops(TINY)[0] + flops_per_image(TOKENIZER, 8)["decode"]
     assert first["flops"] == plain["flops"] == 3 * flops and first["fraction"] is None
-    assert first["settings"]["precision"] == precision and first["rests_on"]["by_turns"]
+    assert first["settings"]["precision"] == precision and first["coverage"]["interleaved"]
     assert "extrapolated from ms" in capsys.readouterr().out
 
 
-def test_what_a_lap_runs():
+def test_what_an_iteration_runs():
     """The updates are the sampler's own, and what is decoded are images."""
-    made = setting()
+    made = setup()
     ours, plain = samplers.OurSampler(OURS, made), samplers.PlainSampler(PLAIN, made)
     network, z = made.network(select("reference")), made.noise()
     zero, null = torch.zeros(3), torch.full((3,), 5)
     cond, uncond = network(z, zero, made.y), network(z, zero, null)
     guided = torch.cat([uncond[:, :3] + 10 * (cond[:, :3] - uncond[:, :3]), cond[:, 3:]], dim=1)
-    close("guided", ours.laps["guided"].run(), z + guided, atol=1e-4)
-    close("unguided", ours.laps["unguided"].run(), z + cond, atol=1e-4)
-    close("plain, below the interval", plain.laps["guided"].run(), z + cond, atol=1e-4)
-    images = ours.laps["decode"].run()
+    close("guided", ours.iterations["guided"].run(), z + guided, atol=1e-4)
+    close("unguided", ours.iterations["unguided"].run(), z + cond, atol=1e-4)
+    close("plain, below the interval", plain.iterations["guided"].run(), z + cond, atol=1e-4)
+    images = ours.iterations["decode"].run()
     assert images.shape == (3, 8, 8, 3) and images.dtype.name == "uint8" and images.std() > 0
-    assert torch.equal(ours.laps["noise"].run(), z)
+    assert torch.equal(ours.iterations["noise"].run(), z)
     assert ours.calls == plain.calls == (181, 68)
 
 
@@ -114,15 +115,15 @@ def test_another_sample_is_incorrect_and_not_timed(monkeypatch):
 
     monkeypatch.setitem(samplers.SAMPLERS, "ours", wrong)
     rows = bench().run(job("float32", OURS, PLAIN))
-    assert {row["contender"]: row["status"] for row in rows} == {"reference": "incorrect", "plain-eager": "ok"}
+    assert {row["provider"]: row["status"] for row in rows} == {"reference": "incorrect", "plain-eager": "ok"}
     assert "latents: error" in rows[0]["reason"] and "p50_ms" not in rows[0]
 
 
-def test_contenders_of_a_run():
-    made = next(jobs(["LightningDiT-XL/1"], [64], ["bfloat16"], list(VARIANTS)))
-    assert made.names == tuple(VARIANTS) and str(made) == "LightningDiT-XL/1 batch 64 bfloat16"
-    assert set(QUICK) < set(VARIANTS) and made.tokenizer.downsample_ratio * made.config.input_size == 256
-    table = VARIANTS["cuda"].ops().table()
+def test_providers_of_a_run():
+    made = next(jobs(["LightningDiT-XL/1"], [64], ["bfloat16"], list(SAMPLING)))
+    assert made.names == tuple(SAMPLING) and str(made) == "LightningDiT-XL/1 batch 64 bfloat16"
+    assert set(QUICK) < set(SAMPLING) and made.tokenizer.downsample_ratio * made.config.input_size == 256
+    table = SAMPLING["cuda"].ops().table()
     assert all((row["backend"] == "cuda") == ("cuda" in OPS[name].backends) for name, row in table.items())
 
 
@@ -130,7 +131,7 @@ def test_without_its_packages_or_a_gpu_it_says_so(monkeypatch, capsys):
     def lacking(*arguments):
         raise ModuleNotFoundError("No module named 'torchdiffeq'")
 
-    monkeypatch.setattr(samplers, "Setting", lacking)
+    monkeypatch.setattr(samplers, "SamplingSetup", lacking)
     rows = bench().run(job("float32", OURS))
     assert [(row["status"], row["reason"]) for row in rows] == [
         ("unavailable", "not installed: No module named 'torchdiffeq'")]  # fmt: skip

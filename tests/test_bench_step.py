@@ -12,25 +12,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import step as bench_step
-from bench.entrants import backends
-from bench.entrants.plain import PlainLightningDiT
-from bench.entrants.training import (
+from bench.measure.breakdown import Interval, breakdown, kind_of, longest
+from bench.measure.rows import Log, read
+from bench.measure.timing import HostDevice
+from bench.step import StepComparison, StepJob, jobs, text, wrong_losses
+from bench.workloads import backends
+from bench.workloads.plain import PlainLightningDiT
+from bench.workloads.training import (
     BETAS,
     EMA_DECAY,
     EPS,
     LR,
-    VARIANTS,
     BareStep,
     Inputs,
     PlainStep,
-    Variant,
     make_network,
     seeded,
 )
-from bench.measure.breakdown import Interval, breakdown, kind_of, longest
-from bench.measure.rows import Log, read
-from bench.measure.timing import HostDevice
-from bench.step import Bench, Job, jobs, text, wrong_losses
+from bench.workloads.variants import TRAINING, TrainingVariant
 from kernels import OPS, select
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
@@ -41,8 +40,8 @@ from vavae.model import AutoencoderKL
 ROOT = Path(__file__).parents[1]
 TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
                    use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
-BARE = Variant("bare", "bare", kernels="reference", compile="none")
-PLAIN = Variant("plain-eager", "plain", compile="none")
+BARE = TrainingVariant("bare", "bare", kernels="reference", compile="none")
+PLAIN = TrainingVariant("plain-eager", "plain", compile="none")
 
 
 def test_the_plain_peer_is_our_network():
@@ -128,12 +127,12 @@ def test_models_can_be_made_on_a_device(make):
     assert {p.device.type for p in model.parameters() if p.requires_grad} == {"cuda"}, "tables may be moved there"
 
 
-def bench(path=None, **settings) -> Bench:
-    return Bench(HostDevice(), Log("cpu", path), None, seconds=0.01, rounds=2, **settings)
+def bench(path=None, **settings) -> StepComparison:
+    return StepComparison(HostDevice(), Log("cpu", path), None, seconds=0.01, rounds=2, **settings)
 
 
 def test_rows_of_a_job(tmp_path, capsys):
-    job = Job("tiny", TINY, 4, (BARE, PLAIN))
+    job = StepJob("tiny", TINY, 4, (BARE, PLAIN))
     rows = bench(tmp_path / "rows.jsonl").run(job)
     written = list(read(tmp_path / "rows.jsonl", "cpu"))
     assert [row["variant"] for row in written] == ["bare", "plain-eager"] and written[0]["device"] == "cpu"
@@ -144,7 +143,7 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert first["extrapolated"]["hours"] == pytest.approx(hours)
     assert first["times_faster_than"]["plain-eager"] == pytest.approx(rows[1]["p50_ms"] / first["p50_ms"])
     assert first["mfu"] is None and first["peak_gb"] is None, "a CPU's rows claim no part of a GPU"
-    assert first["rests_on"] == {"bursts": 2, "of": 2, "by_turns": False, "cut_off": None}
+    assert first["coverage"] == {"rounds": 2, "of": 2, "interleaved": False, "cut_off": None}
     assert first["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
     assert first["seconds_to_first_step"] > first["p20_ms"] / 1e3, "it has made the model too"
     assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
@@ -158,8 +157,8 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on():
             raise RuntimeError("out of memory")
         return PlainStep(PLAIN, *arguments)
 
-    variants = (VARIANTS["trainer"], VARIANTS["bare-eager"], PLAIN)
-    rows = {row["variant"]: row for row in bench(make=make).run(Job("tiny", TINY, 2, variants))}
+    variants = (TRAINING["trainer"], TRAINING["bare-eager"], PLAIN)
+    rows = {row["variant"]: row for row in bench(make=make).run(StepJob("tiny", TINY, 2, variants))}
     assert {name: row["status"] for name, row in rows.items()} == {
         "trainer": "unavailable", "bare-eager": "failed", "plain-eager": "ok"}  # fmt: skip
     assert "deepspeed" in rows["trainer"]["reason"]
@@ -184,8 +183,8 @@ def test_one_variant_is_held_at_a_time():
         def close(self):
             held.remove(self.name)
 
-    variants = (VARIANTS["trainer"], VARIANTS["bare-eager"], PLAIN, VARIANTS["bare"])
-    rows = bench(make=Step).run(Job("tiny", TINY, 2, variants))
+    variants = (TRAINING["trainer"], TRAINING["bare-eager"], PLAIN, TRAINING["bare"])
+    rows = bench(make=Step).run(StepJob("tiny", TINY, 2, variants))
     assert [row["status"] for row in rows].count("ok") == 3 and most == [1] * 4 and not held
 
 
@@ -199,7 +198,7 @@ def test_another_loss_is_incorrect_and_not_timed():
         step = PlainStep(PLAIN, *arguments)
         return (lambda: step() * 1.1) if variant.name == "bare" else step
 
-    rows = bench(make=make).run(Job("tiny", TINY, 2, (VARIANTS["bare"], PLAIN)))
+    rows = bench(make=make).run(StepJob("tiny", TINY, 2, (TRAINING["bare"], PLAIN)))
     assert {row["variant"]: row["status"] for row in rows} == {"bare": "incorrect", "plain-eager": "ok"}
 
 
@@ -235,9 +234,9 @@ def test_ops_in_graphs_are_asked_for_by_name_only():
 
 
 def test_backends_of_a_variant_are_added_to_its_own():
-    grouped = VARIANTS["bare-grouped"].on(["cuda"])
+    grouped = TRAINING["bare-grouped"].on(["cuda"])
     assert grouped.named == {"weight_gradients": "triton"} and grouped.kernels == "cuda"
-    assert VARIANTS["bare-reference"].on(["swiglu=cuda"]).features()["kernels"] == "reference"
+    assert TRAINING["bare-reference"].on(["swiglu=cuda"]).features()["kernels"] == "reference"
 
 
 @pytest.mark.parametrize(("asked", "message"), [
@@ -255,8 +254,8 @@ def test_backends_that_are_not_there_are_refused(asked, message, capsys):
     assert stopped.value.code == 2 and f"--kernels: {message}" in capsys.readouterr().err
 
 
-def test_the_one_that_others_are_judged_by_starts_first():
-    """Else a run that is cut off has timed contenders and nobody to judge them by."""
+def test_the_one_that_others_are_checked_against_starts_first():
+    """Else a run that is cut off has timed providers and nobody to check them against."""
     job = next(jobs(["LightningDiT-XL/1"], [128], list(bench_step.QUICK)))
     assert bench().order(job) == ["plain-eager", "trainer", "bare", "plain-compile"]
     job = next(jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-compile"]))
@@ -300,9 +299,10 @@ def test_kinds_of_kernels(name, kind):
 
 
 TRAINER = """
-from bench.entrants.training import TrainerStep, Variant
+from bench.workloads.training import TrainerStep
+from bench.workloads.variants import TrainingVariant
 from tests.test_bench_step import TINY
-variant = Variant("trainer", "trainer", kernels="reference", compile="none", recompute="pointwise")
+variant = TrainingVariant("trainer", "trainer", kernels="reference", compile="none", recompute="pointwise")
 import gc, weakref
 step = TrainerStep(variant, TINY, 8, "cpu", images=64, workers=0, steps=5)
 for _ in range(3):
@@ -317,11 +317,11 @@ del step, trainer, network
 gc.collect()
 assert not [ref for ref in memory if ref() is not None], "weights or optimizer live on"
 
-from bench.tokenizer import Variant
-from bench.entrants.tokenizer_training import Setting, TrainerStep
+from bench.workloads.variants import TokenizerVariant
+from bench.workloads.tokenizer_training import TrainerStep, TrainingSetup
 from tests.test_bench_tokenizer import OVERRIDES
-setting = Setting(4, "cpu", (*OVERRIDES, "loss.perceptual=none"), images=8)
-step = TrainerStep(Variant("trainer", "trainer", kernels="reference"), setting)
+setup = TrainingSetup(4, "cpu", (*OVERRIDES, "loss.perceptual=none"), images=8)
+step = TrainerStep(TokenizerVariant("trainer", "trainer", kernels="reference"), setup)
 assert step() is None and step() is None
 engines = step._trainer.engines
 assert {name: e.optimizer.read_counters()["applied"] for name, e in engines.items()} == {

@@ -8,28 +8,28 @@ import torch
 from bench import roofline
 from bench.measure import timing
 from bench.measure.rows import Log, read
-from bench.measure.timing import HostDevice, Lap, Timing, interleave, lap_size
+from bench.measure.timing import HostDevice, Iteration, Timing, interleave, iteration_size
 
 
 class Scripted:
-    """A device whose laps take the seconds that their own script says, over and over; it notes who ran."""
+    """A device whose iterations take the seconds that their own script says, over and over; it notes who ran."""
 
     kind = "cpu"
     l2_bytes = 0
 
     def __init__(self, **scripts: list[float]):
-        self.scripts, self.ran, self.bursts = scripts, [], []
+        self.scripts, self.ran, self.rounds = scripts, [], []
 
-    def lap(self, name: str, **settings) -> Lap:
-        return Lap(lambda: self.ran.append(name), **settings)
+    def iteration(self, name: str, **settings) -> Iteration:
+        return Iteration(lambda: self.ran.append(name), **settings)
 
-    def seconds(self, lap, count):
+    def seconds(self, iteration, count):
         found = []
         for _ in range(count):
-            lap()
+            iteration()
             script = self.scripts[self.ran[-1]]
             found.append(script[(self.ran.count(self.ran[-1]) - 1) % len(script)])
-        self.bursts.append((self.ran[-1], count))
+        self.rounds.append((self.ran[-1], count))
         return found
 
 
@@ -39,45 +39,47 @@ def test_quantiles_and_spread():
     assert measured.spread == 1.0
 
 
-def test_a_sample_is_a_lap_over_its_calls():
+def test_a_sample_is_an_iteration_over_its_calls():
     device = Scripted(a=[0.012])
-    got = interleave({"a": device.lap("a", calls=4, method="graph")}, device, seconds=0.1, rounds=2)["a"]
+    got = interleave({"a": device.iteration("a", calls=4, method="graph")}, device, seconds=0.1, rounds=2)["a"]
     assert set(got.samples) == {0.003} and (got.calls, got.method) == (4, "graph")
 
 
-def test_contenders_alternate_and_each_round_begins_with_another():
+def test_providers_alternate_and_each_round_begins_with_another():
     device = Scripted(a=[0.01], b=[0.02], c=[0.04])
-    interleave({name: device.lap(name) for name in "abc"}, device, seconds=0.12, rounds=3)
-    bursts = device.bursts[-9:]
-    assert "".join(name for name, _ in bursts) == "abc" + "bca" + "cab"
-    # Equal time for each, 0.04 s in a round, and one lap more that does not count.
-    assert {name: count for name, count in bursts} == {"a": 5, "b": 3, "c": 2}
+    interleave({name: device.iteration(name) for name in "abc"}, device, seconds=0.12, rounds=3)
+    rounds = device.rounds[-9:]
+    assert "".join(name for name, _ in rounds) == "abc" + "bca" + "cab"
+    # Equal time for each, 0.04 s in a round, and one iteration more that does not count.
+    assert {name: count for name, count in rounds} == {"a": 5, "b": 3, "c": 2}
 
 
-def test_warm_up_and_the_first_lap_of_a_burst_do_not_count():
-    # A burst of three laps: one of 9 s that is dropped, two that count. Before them two to estimate, 20 to warm up.
+def test_warm_up_and_the_first_iteration_of_a_round_do_not_count():
+    # A round of three: one of 9 s that is dropped, two that count. Before them two to estimate, 20 to warm up.
     device = Scripted(a=[9.0, 0.01] + [9.0] * 20 + [9.0, 1.0, 2.0])
     device.scripts["a"] += [9.0, 3.0, 4.0]
-    got = interleave({"a": device.lap("a")}, device, seconds=0.04, rounds=2)["a"]
-    assert device.bursts == [("a", 2), ("a", 20), ("a", 3), ("a", 3)]
+    got = interleave({"a": device.iteration("a")}, device, seconds=0.04, rounds=2)["a"]
+    assert device.rounds == [("a", 2), ("a", 20), ("a", 3), ("a", 3)]
     assert got.samples == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_lap_that_fails_is_named():
+def test_an_iteration_that_fails_is_named():
     device = Scripted(a=[0.01], b=[0.01])
-    laps = {"a": device.lap("a"), "b": Lap(lambda: 1 / 0)}
-    with pytest.raises(timing.LapFailed) as failed:
-        interleave(laps, device, seconds=0.01)
+    iterations = {"a": device.iteration("a"), "b": Iteration(lambda: 1 / 0)}
+    with pytest.raises(timing.IterationFailed) as failed:
+        interleave(iterations, device, seconds=0.01)
     assert failed.value.name == "b" and isinstance(failed.value.__cause__, ZeroDivisionError)
     assert interleave({}, device, seconds=0.01) == {}
 
 
-def test_what_is_overwritten_is_put_back_before_every_burst():
+def test_what_is_overwritten_is_put_back_before_every_round():
     device, order = Scripted(a=[0.01]), []
-    lap = Lap(lambda: (order.append("run"), device.ran.append("a")), restore=lambda: order.append("restore"))
-    interleave({"a": lap}, device, seconds=0.03, rounds=2)
+    iteration = Iteration(
+        lambda: (order.append("run"), device.ran.append("a")), restore=lambda: order.append("restore")
+    )
+    interleave({"a": iteration}, device, seconds=0.03, rounds=2)
     assert order[0] == "restore" and order.count("restore") == 3
-    assert order[-3:] == ["restore", "run", "run"], "one lap to drop, one that counts"
+    assert order[-3:] == ["restore", "run", "run"], "one iteration to drop, one that counts"
 
 
 @pytest.mark.parametrize(
@@ -93,8 +95,8 @@ def test_what_is_overwritten_is_put_back_before_every_burst():
         (0, 0, timing.MOST_CALLS, timing.MOST_CALLS),
     ],
 )
-def test_buffers_exceed_the_l2_and_laps_a_millisecond(call, l2, sets, calls):
-    assert lap_size(call, l2) == (sets, calls)
+def test_buffers_exceed_the_l2_and_iterations_a_millisecond(call, l2, sets, calls):
+    assert iteration_size(call, l2) == (sets, calls)
     if sets < timing.MOST_CALLS:
         assert sets * call >= max(150_000_000, 2 * l2)
     if calls < timing.MOST_CALLS:
@@ -147,11 +149,11 @@ def test_data_sheets_state_what_the_vendor_states(name, bfloat16, float8, bandwi
 
 
 def test_ceilings_are_rates_of_what_was_moved_and_multiplied():
-    """With a lap of 1 ms: 2 × 4 KB copied, 2 · 16³ FLOPs."""
+    """With an iteration of 1 ms: 2 × 4 KB copied, 2 · 16³ FLOPs."""
 
     class Slow(HostDevice):
-        def seconds(self, lap, count):
-            lap()
+        def seconds(self, iteration, count):
+            iteration()
             return [0.001] * count
 
     ceilings, rows = roofline.measure(Slow(), seconds=0.01, size=16, copied=4096)

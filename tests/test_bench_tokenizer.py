@@ -1,4 +1,4 @@
-"""The bench of the tokenizer, on a CPU with tiny networks: who is judged by what, and the arithmetic of its rows."""
+"""The bench of the tokenizer, on a CPU with tiny networks: what is checked against what, and its rows."""
 
 import json
 from types import SimpleNamespace
@@ -7,12 +7,20 @@ import pytest
 import torch
 
 from bench import tokenizer as bench_tokenizer
-from bench.entrants import tokenizer_training, tokenizers
-from bench.entrants.tokenizer_training import Setting
-from bench.entrants.tokenizers import PASSES, Truth, draw, flops_per_image, make_tokenizer
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
-from bench.tokenizer import JUDGED_LOSSES, QUICK, VARIANTS, Bench, Job, Variant, jobs, wrong_losses
+from bench.tokenizer import (
+    CHECKED_LOSSES,
+    QUICK,
+    TokenizerComparison,
+    TokenizerJob,
+    jobs,
+    wrong_losses,
+)
+from bench.workloads import tokenizer_training, tokenizers
+from bench.workloads.tokenizer_training import TrainingSetup
+from bench.workloads.tokenizers import PASSES, PassSetup, draw, flops_per_image, make_tokenizer
+from bench.workloads.variants import TOKENIZER, TokenizerVariant
 from kernels import select
 from tests.golden import close
 from vavae.config import AutoencoderConfig
@@ -27,14 +35,14 @@ OVERRIDES = (
     "resolution: 16}", "data.image_size=16", "data.num_workers=0", "loss.disc_ndf=8", "loss.disc_n_layers=1",
     "foundation.model_name=vit_tiny_patch16_224", f"foundation.model_args={VIT}",
 )  # fmt: skip
-REFERENCE = Variant("reference", "pass", kernels="reference")
-LAST = Variant("reference-channels-last", "pass", kernels="reference", channels_last=True)
-GRAPH = Variant("reference-compile", "pass", kernels="reference", compile="inductor")
-BARE = Variant("reference", "bare", kernels="reference")
+REFERENCE = TokenizerVariant("reference", "pass", kernels="reference")
+LAST = TokenizerVariant("reference-channels-last", "pass", kernels="reference", channels_last=True)
+GRAPH = TokenizerVariant("reference-compile", "pass", kernels="reference", compile="inductor")
+BARE = TokenizerVariant("reference", "bare", kernels="reference")
 
 
-def bench(path=None) -> Bench:
-    return Bench(HostDevice(), Log("cpu", path), None, seconds=0.02, rounds=2)
+def bench(path=None) -> TokenizerComparison:
+    return TokenizerComparison(HostDevice(), Log("cpu", path), None, seconds=0.02, rounds=2)
 
 
 def test_flops_are_those_of_the_published_limits():
@@ -57,21 +65,21 @@ def test_what_a_step_has_to_close_is_closed_with_it():
         def __call__(self):
             return None
 
-    shared = SimpleNamespace(contender=lambda variant: (Step(), None), flops=1, about={})
-    ready = bench().prepare(Job("train", "bfloat16", 2, (BARE,)), "reference", shared)
+    shared = SimpleNamespace(provider=lambda variant: (Step(), None), flops=1, about={})
+    ready = bench().prepare(TokenizerJob("train", "bfloat16", 2, (BARE,)), "reference", shared)
     assert not closed
     ready.release()
-    assert closed == ["step"] and not ready.laps
+    assert closed == ["step"] and not ready.iterations
 
 
 @pytest.mark.parametrize(("part", "precision"), [("encode", "float32"), ("decode", "bfloat16")])
 def test_rows_of_a_pass(part, precision, tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(tokenizers, "compiled", lambda function, mode, **options: seen.append(mode) or function)
-    job = Job(part, precision, 3, (REFERENCE, LAST, GRAPH), TINY, 16)
+    job = TokenizerJob(part, precision, 3, (REFERENCE, LAST, GRAPH), TINY, 16)
     rows = bench(tmp_path / "rows.jsonl").run(job)
     assert list(read(tmp_path / "rows.jsonl", "cpu")) == json.loads(json.dumps(rows))
-    assert [row["contender"] for row in rows] == ["reference", "reference-channels-last", "reference-compile"]
+    assert [row["provider"] for row in rows] == ["reference", "reference-channels-last", "reference-compile"]
     assert {(row["status"], row["ours"]) for row in rows} == {("ok", False)}
     first = rows[0]
     assert (first["part"], first["precision"], first["batch"], first["kind"]) == (part, precision, 3, "tokenizer")
@@ -92,53 +100,53 @@ def test_passes_are_those_of_extraction_and_sampling():
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 16, 16) and pixels.float().std() > 0
 
 
-def test_a_contender_has_the_layout_and_precision_it_is_named_for():
-    truth = Truth("decode", TINY, 16, 3, torch.bfloat16, "cpu")
-    assert truth.exact.dtype == torch.float64 and truth.eager.dtype == torch.bfloat16 and len(truth.exact) == 2
-    run, value = truth.contender(LAST)
+def test_a_provider_has_the_layout_and_precision_it_is_named_for():
+    expected = PassSetup("decode", TINY, 16, 3, torch.bfloat16, "cpu")
+    assert expected.exact.dtype == torch.float64 and expected.eager.dtype == torch.bfloat16 and len(expected.exact) == 2
+    run, value = expected.provider(LAST)
     assert run.inputs.is_contiguous(memory_format=torch.channels_last) and not run.inputs.is_contiguous()
     weight = run.tokenizer.decoder.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and weight.dtype == torch.bfloat16
-    assert value.shape == truth.exact.shape and 0 < (value.double() - truth.exact).abs().max() < 0.1
-    assert truth.contender(REFERENCE)[0].inputs.is_contiguous()
+    assert value.shape == expected.exact.shape and 0 < (value.double() - expected.exact).abs().max() < 0.1
+    assert expected.provider(REFERENCE)[0].inputs.is_contiguous()
 
 
 def test_a_wrong_pass_is_not_timed(monkeypatch):
-    true = Truth.contender
+    true = PassSetup.provider
 
     def wrong(self, variant):
         run, value = true(self, variant)
         return run, value * 1.1 if variant.channels_last else value
 
-    monkeypatch.setattr(Truth, "contender", wrong)
-    rows = bench().run(Job("encode", "float32", 2, (REFERENCE, LAST), TINY, 16))
-    assert {row["contender"]: row["status"] for row in rows} == {
+    monkeypatch.setattr(PassSetup, "provider", wrong)
+    rows = bench().run(TokenizerJob("encode", "float32", 2, (REFERENCE, LAST), TINY, 16))
+    assert {row["provider"]: row["status"] for row in rows} == {
         "reference": "ok", "reference-channels-last": "incorrect"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def setting():
-    return Setting(4, "cpu", OVERRIDES, images=6)
+def setup():
+    return TrainingSetup(4, "cpu", OVERRIDES, images=6)
 
 
-def test_the_run_that_is_trained_has_every_term(setting):
+def test_the_run_that_is_trained_has_every_term(setup):
     """Frozen networks are read from files as a user names them, and do something."""
-    run = setting.run
+    run = setup.run
     assert run.loss.use_vf and run.loss.use_gan and run.loss.perceptual == "lpips" and run.loss.disc_start == 0
     assert run.train.precision == "bfloat16" and run.train.global_batch_size == 4
-    step, losses = setting.contender(BARE)
-    assert set(JUDGED_LOSSES) | {"perceptual", "g_loss"} <= set(losses) and all(losses[k] != 0 for k in JUDGED_LOSSES)
+    step, losses = setup.provider(BARE)
+    assert set(CHECKED_LOSSES) | {"perceptual", "g_loss"} <= set(losses) and all(losses[k] != 0 for k in CHECKED_LOSSES)
     x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
     perceptual = Perceptual(run.loss.perceptual_weights)
     assert 1e-3 < float(perceptual(x, y)) < 1e3
     assert 0.05 < perceptual.net.net(x)[-1].std() < 20, "activations neither vanish nor explode"
     assert len(step._task.batches) == 6 and step._batch["image"].shape == (4, 3, 16, 16)
     assert 0.2 < step._batch["image"].std() < 1
-    assert setting.flops > 3 * flops_per_image(TINY, 16)["decode"]
+    assert setup.flops > 3 * flops_per_image(TINY, 16)["decode"]
 
 
-def test_a_step_trains_both_networks(setting):
-    step, _ = setting.contender(BARE)
+def test_a_step_trains_both_networks(setup):
+    step, _ = setup.provider(BARE)
     assert set(step._optimizers) == {"autoencoder", "discriminator"}
     before = {name: optimizer.master.clone() for name, optimizer in step._optimizers.items()}
     first = [float(step()["rec"]) for _ in range(3)]
@@ -151,42 +159,44 @@ def test_a_step_trains_both_networks(setting):
 def test_rows_of_a_training_step(monkeypatch):
     seen = []
     monkeypatch.setattr(tokenizer_training, "compiled", lambda function, mode, **options: seen.append(mode) or function)
-    last = Variant("bare-channels-last", "bare", kernels="reference", compile="inductor", channels_last=True)
-    rows = bench().run(Job("train", "bfloat16", 2, (last, BARE), overrides=(*OVERRIDES, "loss.perceptual=none")))
-    assert {row["contender"]: row["status"] for row in rows} == {"bare-channels-last": "ok", "reference": "ok"}, rows
+    last = TokenizerVariant("bare-channels-last", "bare", kernels="reference", compile="inductor", channels_last=True)
+    rows = bench().run(
+        TokenizerJob("train", "bfloat16", 2, (last, BARE), overrides=(*OVERRIDES, "loss.perceptual=none"))
+    )
+    assert {row["provider"]: row["status"] for row in rows} == {"bare-channels-last": "ok", "reference": "ok"}, rows
     assert rows[0]["frozen_weights"] == "random" and rows[0]["flops"] > 0
     assert rows[1]["images_per_second"] == pytest.approx(2e3 / rows[1]["p50_ms"])
     assert seen == ["none"] * 6 + ["inductor"] * 6, "two levels and a middle each of encoder and decoder"
 
 
 def test_another_loss_is_incorrect():
-    truth = dict.fromkeys(JUDGED_LOSSES, 2.0)
-    assert wrong_losses({"reference": truth, "bare": truth | {"kl": 2.03}, "trainer": None}) == {}
-    found = wrong_losses({"reference": truth, "bare": truth | {"kl": 2.05, "nll": float("nan")}})
+    expected = dict.fromkeys(CHECKED_LOSSES, 2.0)
+    assert wrong_losses({"reference": expected, "bare": expected | {"kl": 2.03}, "trainer": None}) == {}
+    found = wrong_losses({"reference": expected, "bare": expected | {"kl": 2.05, "nll": float("nan")}})
     assert found == {"bare": "first losses beside the reference ops': nll nan for 2, kl 2.05 for 2"}
-    assert wrong_losses({"bare": truth}) == {}, "nobody to compare with"
+    assert wrong_losses({"bare": expected}) == {}, "nobody to compare with"
 
 
-def test_contenders_of_a_run():
+def test_providers_of_a_run():
     found = list(jobs(["encode", "train"], [], ["bfloat16", "float32"], [], quick=False))
     assert [str(job) for job in found[:3]] == [
         "encode batch 32 bfloat16", "encode batch 32 float32", "train batch 32 bfloat16"]  # fmt: skip
-    assert len(found) == 2 * 3 + 2 and found[0].names == tuple(VARIANTS["encode"])
-    found = list(jobs(list(VARIANTS), [], ["bfloat16"], [], quick=True))
+    assert len(found) == 2 * 3 + 2 and found[0].names == tuple(TOKENIZER["encode"])
+    found = list(jobs(list(TOKENIZER), [], ["bfloat16"], [], quick=True))
     assert [job.part for job in found] == ["encode", "decode", "train"]
     assert {name for job in found for name in job.names} == set(QUICK)
     (job,) = jobs(["encode", "train"], [7], ["float32"], ["trainer"], quick=False)
     assert (job.part, job.batch, job.precision, job.names) == ("train", 7, "bfloat16", ("trainer",))
     job = next(jobs(["train"], [], [], [], quick=False))
-    assert bench().order(job)[0] == "reference", "by whom the others are judged"
+    assert bench().order(job)[0] == "reference", "whom the others are checked against"
 
 
 def test_without_its_packages_or_a_gpu_it_says_so(monkeypatch, capsys):
     def lacking(*arguments):
         raise ModuleNotFoundError("No module named 'lpips'")
 
-    monkeypatch.setattr(tokenizer_training, "Setting", lacking)
-    rows = bench().run(Job("train", "bfloat16", 2, (BARE,)))
+    monkeypatch.setattr(tokenizer_training, "TrainingSetup", lacking)
+    rows = bench().run(TokenizerJob("train", "bfloat16", 2, (BARE,)))
     assert [(row["status"], row["reason"]) for row in rows] == [
         ("unavailable", "not installed: No module named 'lpips'")]  # fmt: skip
     with pytest.raises(SystemExit):

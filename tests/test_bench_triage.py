@@ -53,7 +53,7 @@ class Stage:
         script = self.scripts.get(label, Script())
         words = dict(pairwise(command))
         if "--out" in words:
-            some = [row("data", contender=label, workers=0, batch_size=1)]
+            some = [row("data", provider=label, workers=0, batch_size=1)]
             rows = some if script.rows is None else script.rows
             Path(words["--out"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if "--result" in words and script.result is not None:
@@ -117,11 +117,11 @@ def row(kind: str, **keys) -> dict:
 def step_row(variant: str, ms: float, batch: int = 128, **keys) -> dict:
     return row("step", **{"model": tasks.MODEL, "batch": batch, "variant": variant, "p50_ms": ms, "fraction": 0.4,
                           "images_per_second": batch / ms * 1e3, "peak_gb": 55.0, "loss": 2.0, "times_faster_than": {},
-                          "rests_on": None, **keys})  # fmt: skip
+                          "coverage": None, **keys})  # fmt: skip
 
 
-def op_row(op: str, contender: str, fraction: float, direction: str = "forward", **keys) -> dict:
-    return row("op", **{"op": op, "case": "XL", "dtype": "bfloat16", "direction": direction, "contender": contender,
+def op_row(op: str, provider: str, fraction: float, direction: str = "forward", **keys) -> dict:
+    return row("op", **{"op": op, "case": "XL", "dtype": "bfloat16", "direction": direction, "provider": provider,
                         "fraction": fraction, "bound": "memory", "p50_us": 100.0, "times_faster_than": {"eager": 4.0},
                         **keys})  # fmt: skip
 
@@ -321,7 +321,7 @@ def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_s
 def test_what_a_killed_run_has_left_is_no_hindrance(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "rows.partial").write_text("{")
-    (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 1, "ki')
+    (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 2, "ki')
     (tmp_path / "out" / "logs.tgz").write_bytes(b"\x1f\x8b cut")
     run(tmp_path / "out", (BARE,), {"bare-bare": Script(rows=[step_row("bare", 200.0)])})
     assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()

@@ -13,11 +13,11 @@ import torch
 import kernels
 from bench import gemms, ops, roofline, sampling, tokenizer
 from bench import step as bench_step
-from bench.entrants.contenders import ours
 from bench.triage import check, profile, second, summary
 from bench.triage.parts import chosen, parts
 from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
 from bench.triage.tasks import sampling as sampling_task
+from bench.workloads.providers import ours
 from kernels import registry
 from kernels.testing.tolerance import reference, tensors_of
 from tests.test_bench_triage import FACTS, checked, op_row, row, step_row
@@ -186,11 +186,11 @@ def test_the_next_thing_to_do(rows, advice):
 
 
 def test_the_summary_shows_what_was_measured():
-    gemm = [row("gemm", contender="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
+    gemm = [row("gemm", provider="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
             for layer, ms in (("qkv", 2.0), ("w3", 6.0))]  # fmt: skip
     rows = [MACHINE, *HEADLINE, checked("swiglu", "triton", "ok"), checked("swiglu", "cuda", "skipped"), *gemm,
             op_row("swiglu", "triton", 0.9), op_row("swiglu", "eager", 0.1), op_row("vf_loss", "cuda", 0.3),
-            row("tokenizer", part="encode", contender="auto", images_per_second=2100.0, fraction=0.4),
+            row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
             told("others", "skipped", "no time: 1 s are left", "sampling")]  # fmt: skip
     text = summary.text(rows)
     assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text
@@ -220,7 +220,7 @@ def test_a_profile_sees_one_call_after_the_others(direction, marked, monkeypatch
     op = replace(kernels.OPS["swiglu"], check=lambda gate_up, *, bias=None: None)
     backend = replace(op.backend("reference"), run=lambda gate_up, *, bias=None: Counted.apply(gate_up))
     monkeypatch.setattr(type(op), "backend", lambda self, name: backend)
-    monkeypatch.setattr(profile, "telling", lambda op: "odd")
+    monkeypatch.setattr(profile, "representative", lambda op: "odd")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda: marks.append(len(seen)))
@@ -233,7 +233,7 @@ def test_a_profile_sees_one_call_after_the_others(direction, marked, monkeypatch
 def test_a_check_takes_fewer_samples_of_everything(name):
     """Shapes only: the numbers of samples agree, and nothing else is cut."""
     op = kernels.OPS[name]
-    case = next(case for case in op.cases if case.id == ops.telling(op))
+    case = next(case for case in op.cases if case.id == ops.representative(op))
     whole, less = (tensors_of(made.inputs(torch.bfloat16, "meta")) for made in (case, check.fewer_samples(case, 32)))
     if name == "adamw_ema_":
         assert [t.shape for t in whole] == [t.shape for t in less], "it has no samples"

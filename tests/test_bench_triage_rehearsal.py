@@ -55,9 +55,9 @@ def test_what_was_measured_is_in_the_rows_and_in_the_summary(rehearsed):
     assert steps["bare"]["fraction"] and steps["bare"]["child"] == "bare/bare", "of another child's ceilings"
     assert len([row for row in rows if row["kind"] == "ceiling"]) == 4, "measured once"
     assert len([row for row in rows if row["kind"] == "gemm"]) == 12
-    timed = {(row["op"], row["contender"]) for row in rows if row["kind"] == "op" and row["status"] == "ok"}
+    timed = {(row["op"], row["provider"]) for row in rows if row["kind"] == "op" and row["status"] == "ok"}
     graph = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
-    assert timed == {(op, contender) for op in graph for contender in ("triton", "eager")}
+    assert timed == {(op, provider) for op in graph for provider in ("triton", "eager")}
     assert {row["part"] for row in rows if row["kind"] == "tokenizer"} == {"encode"}
     text = (out / "summary.txt").read_text()
     assert "triton right, cuda right" in text and "x plain-eager" in text and "TFLOP/s mean of 12 products" in text

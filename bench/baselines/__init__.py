@@ -1,10 +1,10 @@
-"""Baselines by op: other people's kernels behind the interface of a contender. Each imports its package when loaded."""
+"""Baselines by op: other people's kernels behind the interface of a provider. Each imports its package when loaded."""
 
 from bench.baselines import activations, attention, norms, optimizers
-from bench.baselines.interface import Adapter, Contender
+from bench.baselines.interface import Adapter, Provider
 
 #: Op name → who else computes it.
-BASELINES: dict[str, tuple[Contender, ...]] = {
+BASELINES: dict[str, tuple[Provider, ...]] = {
     "adaln_rms_norm": norms.ADALN,
     "gated_residual_adaln_rms_norm": norms.GATED,
     "group_norm_silu": norms.GROUP_NORM,
@@ -13,4 +13,4 @@ BASELINES: dict[str, tuple[Contender, ...]] = {
     "adamw_ema_": optimizers.OPTIMIZERS,
 }
 
-__all__ = ["BASELINES", "Adapter", "Contender"]
+__all__ = ["BASELINES", "Adapter", "Provider"]

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bench.baselines.interface import Adapter, Contender
+from bench.baselines.interface import Adapter, Provider
 from kernels.testing.tolerance import Tensors
 
 
@@ -37,9 +37,9 @@ def _no_bias(gate_up, *, bias=None) -> list[str]:
 
 
 SWIGLU = (
-    Contender("torch", torch_swiglu, includes="two kernels: SiLU, product; a bias is a third"),
+    Provider("torch", torch_swiglu, includes="two kernels: SiLU, product; a bias is a third"),
     # Its backward pass writes the gradients over the saved halves.
-    Contender(
+    Provider(
         "liger", liger_swiglu, _no_bias, "from two tensors instead of a packed one", "liger-kernel", overwrites=True
     ),
 )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.baselines.interface import Adapter, Contender
+from bench.baselines.interface import Adapter, Provider
 from kernels.rope_attention.reference import rotate
 
 
@@ -73,7 +73,7 @@ def _half_precision_only(qkv, **rest) -> list[str]:
 _EAGER = "bias, norm and rotation by torch, op by op"
 ATTENTION = (
     *(
-        Contender(f"sdpa-{name}", lambda backend=backend: sdpa(backend), unsupported, _EAGER, also_compiled=compiled)
+        Provider(f"sdpa-{name}", lambda backend=backend: sdpa(backend), unsupported, _EAGER, also_compiled=compiled)
         for name, backend, unsupported, compiled in (
             ("flash", SDPBackend.FLASH_ATTENTION, _half_precision_only, True),
             ("cudnn", SDPBackend.CUDNN_ATTENTION, _half_precision_only, True),
@@ -81,14 +81,14 @@ ATTENTION = (
             ("math", SDPBackend.MATH, lambda **inputs: [], False),
         )
     ),
-    Contender(
+    Provider(
         "flash-attn-2",
         flash_attn_2,
         _half_precision_only,
         "bias and norm by torch, rotation by its own kernel",
         "flash-attn",
     ),
-    Contender(
+    Provider(
         "flash-attn-3",
         flash_attn_3,
         _half_precision_only,

@@ -1,4 +1,4 @@
-"""What a contender in a row is: an op as somebody computes it."""
+"""What a provider in a row is: an op as somebody computes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ def _serves_all(**inputs: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a contender computes an op.
+    """How a provider computes an op.
 
     Attributes:
         run: called with what `arrange` returns, returns what the op returns. All of it is timed.
         arrange: the op's arguments → those of `run`, before the clock starts: what a user has ready anyway, such as
             another memory layout or an optimizer object.
         differentiable: names of `run`'s arguments that gradients flow to; None for those of the op.
-        merge: gradients by those names → gradients by the op's names, to be judged; not timed.
+        merge: gradients by those names → gradients by the op's names, to be checked; not timed.
     """
 
     run: Callable[..., Any]
@@ -34,7 +34,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Provider:
     """Somebody who may take part.
 
     Attributes:
@@ -44,7 +44,7 @@ class Contender:
         unsupported: called with a call's arguments, reasons why it cannot serve them.
         includes: what its time covers, and how it rounds, where that is not plain.
         package: the distribution whose version the row states.
-        overwrites: it writes to its arguments, which therefore are its own and are put back between bursts.
+        overwrites: it writes to its arguments, which therefore are its own and are put back between rounds.
         also_compiled: it takes part a second time under torch.compile.
     """
 

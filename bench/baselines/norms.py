@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.baselines.interface import Adapter, Contender
+from bench.baselines.interface import Adapter, Provider
 
 #: (x, weight, eps) → the RMS norm of x
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -161,10 +161,10 @@ _NORMS = (
 )
 ADALN = (
     *(
-        Contender(name, lambda load=load: adaln(load()), includes=_REST, package=package)
+        Provider(name, lambda load=load: adaln(load()), includes=_REST, package=package)
         for name, load, package in _NORMS
     ),
-    Contender(
+    Provider(
         "liger-modulated",
         liger_modulated_adaln,
         includes="norm and modulation in one kernel, float atomics backward",
@@ -173,24 +173,24 @@ ADALN = (
 )
 GATED = (
     *(
-        Contender(name, lambda load=load: gated(load()), includes=_REST, package=package)
+        Provider(name, lambda load=load: gated(load()), includes=_REST, package=package)
         for name, load, package in _NORMS[:-1]
     ),
-    Contender(
+    Provider(
         "liger-modulated",
         liger_modulated_gated,
         includes="gate and residual by torch; float atomics backward",
         package="liger-kernel",
     ),
-    Contender("quack", quack_gated, includes="gate and modulation by torch", package="quack-kernels"),
+    Provider("quack", quack_gated, includes="gate and modulation by torch", package="quack-kernels"),
 )
 GROUP_NORM = (
-    Contender("torch", torch_group_norm, includes="two kernels: group norm, SiLU"),
-    Contender(
+    Provider("torch", torch_group_norm, includes="two kernels: group norm, SiLU"),
+    Provider(
         "liger",
         liger_group_norm,
         includes="from a contiguous tensor, as its kernel takes; SiLU by torch",
         package="liger-kernel",
     ),
-    Contender("apex", apex_group_norm, _channels_last_only, "SiLU in its kernel", "apex"),
+    Provider("apex", apex_group_norm, _channels_last_only, "SiLU in its kernel", "apex"),
 )

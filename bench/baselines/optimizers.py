@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from bench.baselines.interface import Adapter, Contender
+from bench.baselines.interface import Adapter, Provider
 from kernels.testing.tolerance import Inputs
 
 
@@ -97,17 +97,17 @@ def _never_skips(skip, **rest) -> list[str]:
 
 _THREE = "AdamW, moving average and bfloat16 copy, each a pass"
 OPTIMIZERS = (
-    Contender(
+    Provider(
         "torch-fused",
         torch_fused,
         _never_skips,
         f"{_THREE}; the scaled gradient is written back; a bfloat16 gradient is cast first",
         overwrites=True,
     ),
-    Contender(
+    Provider(
         "apex-fused-adam", apex_adam, _never_skips, f"{_THREE}; one more to scale the gradient", "apex", overwrites=True
     ),
-    Contender(
+    Provider(
         "deepspeed-fused-adam",
         deepspeed_adam,
         _never_skips,

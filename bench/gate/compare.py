@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import median, median_low
 
 import kernels
-from bench.entrants.contenders import ours
 from bench.measure.rows import Key, Row, key
+from bench.workloads.providers import ours
 
 #: Kind of row → the part of its fraction that may be lost. Products are a library's, loaders have no limit.
 TOLERANCE = {"op": 0.05, "step": 0.03, "sampling": 0.03, "tokenizer": 0.03}
@@ -51,7 +51,7 @@ def mine(row: Row) -> bool:
     if "ours" in row:
         return row["ours"]
     backends = {name for op in kernels.OPS.values() for name in ours(op)}
-    return row["kind"] == "op" and row["contender"] in backends | {"all"}
+    return row["kind"] == "op" and row["provider"] in backends | {"all"}
 
 
 def counts(row: Row) -> bool:
@@ -98,7 +98,7 @@ def compare(baseline: Iterable[Row], run: Iterable[Row], again: Again, partial: 
             place = next((k for k in covering(name) if k in found), None)
             used.add(place)
             findings.append(_missing(name, measured, partial) if place is None
-                            else _judged(name, measured, found[place], again))  # fmt: skip
+                            else _verdict(name, measured, found[place], again))  # fmt: skip
     findings += [_fresh(name, known.get(name, []), rows) for name, rows in found.items() if name not in used]
     order = (*FAILURES, "improved", "left out", "new", "unchanged")
     return sorted(findings, key=lambda finding: order.index(finding.verdict))
@@ -120,7 +120,7 @@ def _missing(name: Key, measured: list[Row], partial: Collection[str]) -> Findin
     return Finding(name, verdict, fraction(measured), None, why)
 
 
-def _judged(name: Key, known: list[Row], rows: list[Row], again: Again) -> Finding:
+def _verdict(name: Key, known: list[Row], rows: list[Row], again: Again) -> Finding:
     """One row that both have; measured again where it seems slower, or where its noise hides whether it is."""
     before, tolerance, note = fraction(known), TOLERANCE[name[0]], ""
     if (early := _without_number(name, before, rows)) is not None:

@@ -1,1 +1,1 @@
-"""How anything is measured: the clock, laps, contests of several entrants, the breakdown of a step, and rows."""
+"""The clock, timed iterations, comparisons of several providers, the breakdown of a step, and the row format."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.measure.timing import LapFailed
+from bench.measure.timing import IterationFailed
 
 #: What a driver or a library says in the place of torch's own error when the memory of the device has run out.
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -12,7 +12,7 @@ NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 def status_of(error: BaseException) -> tuple[str, str]:
     """The status and the reason of a row; where memory ran out the reason begins with "OutOfMemoryError"."""
-    if isinstance(error, LapFailed):
+    if isinstance(error, IterationFailed):
         error = error.__cause__
     if isinstance(error, ImportError):
         return "unavailable", f"not installed: {error}"

@@ -1,15 +1,15 @@
-"""When the first loss of a training step is wrong. Needs no torch: whoever starts steps judges them with it."""
+"""Checks of the first losses of training steps. Needs no torch, as `bench.triage` checks with it too."""
 
 from collections.abc import Mapping
 
-JUDGES = ("plain-eager", "plain-compile")  # whose first loss the others' are compared with
+LOSS_BASELINES = ("plain-eager", "plain-compile")  # whose first loss the others' are compared with
 #: How far the loss of the first step may be from the plain model's in float32: bfloat16 keeps 8 bits.
 LOSS_TOLERANCE = 0.02
 
 
 def wrong_losses(losses: Mapping[str, float | None]) -> dict[str, str]:
     """Variant → what is wrong with its first loss, next to the plain model's; the trainer draws noise of its own."""
-    plain = next((losses[name] for name in JUDGES if losses.get(name) is not None), None)
+    plain = next((losses[name] for name in LOSS_BASELINES if losses.get(name) is not None), None)
     if plain is None:
         return {}
     return {

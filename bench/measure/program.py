@@ -1,4 +1,4 @@
-"""What the programs of contests share: their options, the GPU they need, ceilings, and an end in order."""
+"""What the programs of comparisons share: their options, the GPU they need, ceilings, and an end in order."""
 
 import argparse
 import sys
@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from bench import roofline
-from bench.measure.contest import Contest
+from bench.measure.comparison import Comparison
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice, Device
 from kernels.backends.device import cuda_reasons
 
-#: Kinds of contenders compile the same functions, each for itself.
+#: Kinds of providers compile the same functions, each for itself.
 RECOMPILE_LIMIT = 64
 #: Exit status of a program that was asked wrongly, where 2 says that there is no GPU.
 USAGE = 64
 
 
 def parser(module: str, description: str, seconds: float) -> argparse.ArgumentParser:
-    """With the options of every contest; seconds: the default of samples."""
+    """With the options of every comparison; seconds: the default of samples."""
     made = argparse.ArgumentParser(prog=f"python -m {module}", description=description,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     made.add_argument("--seconds", type=float, default=seconds, help=f"of samples (default {seconds:g})")
@@ -47,14 +47,14 @@ def ceilings_of(module: str, options: argparse.Namespace, device: Device, log: L
         sys.exit(USAGE)
 
 
-def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], todo: list[Any]) -> int:
+def run(module: str, options: argparse.Namespace, make: Callable[..., Comparison], todo: list[Any]) -> int:
     """Measure or read the ceilings, then measure the jobs; the exit status.
 
     Args:
-        make: of device, log, ceilings, seconds and `until`, the contest.
+        make: of device, log, ceilings, seconds and `until`, the comparison.
 
     Returns:
-        1 if a contender is wrong or fails, 2 if there is no GPU, 128 and its number after a signal. A wrong
+        1 if a provider is wrong or fails, 2 if there is no GPU, 128 and its number after a signal. A wrong
         `--ceilings` ends the program with `USAGE`.
     """
     if reasons := cuda_reasons():
@@ -73,15 +73,15 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Contest], 
         return 128 + cut.number
 
 
-def work_through(contest: Contest, todo: list[Any]) -> int:
-    """Run jobs until the time is up, judged by the longest so far; the exit status: 1 if a contender of ours failed."""
-    clock, longest, rows = contest.until.clock, 0.0, []
+def work_through(comparison: Comparison, todo: list[Any]) -> int:
+    """Run jobs until the time is up, by the longest so far; the exit status: 1 if a provider was wrong or failed."""
+    clock, longest, rows = comparison.until.clock, 0.0, []
     for number, job in enumerate(todo):
         begun = clock()
-        if contest.until.passed(longest):
+        if comparison.until.passed(longest):
             print(f"time is up, not measured: {', '.join(map(str, todo[number:]))}")
             break
-        rows += contest.run(job)
+        rows += comparison.run(job)
         longest = max(longest, clock() - begun)
-    contest.conclude(rows)
+    comparison.conclude(rows)
     return int(any(row["status"] in ("incorrect", "failed") for row in rows))

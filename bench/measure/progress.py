@@ -1,4 +1,4 @@
-"""How far a contest has come: contenders that have started, what was timed of them, the memory they took."""
+"""How far a comparison has come: providers that have started, what was timed of them, the memory they took."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.measure.rows import Row
-from bench.measure.timing import Lap, Timing
+from bench.measure.timing import Iteration, Timing
 
 Parts = dict[str, Timing]
 #: What a row rests on that is in the file when the process ends without a word: nothing has replaced it.
@@ -16,18 +16,18 @@ ENDED = "the process ended"
 
 @dataclass
 class Ready:
-    """A contender that has started.
+    """A provider that has started.
 
     Attributes:
-        laps: part → what is timed; the one part of most contenders is called "".
+        iterations: part → what is timed; the one part of most providers is called "".
         times: part → how often the whole that a row is about needs it; once where nothing is said.
-        close: gives back what does not go by itself when `laps` do.
-        value: what contenders are judged by, such as a first loss; None where there is nothing to compare.
+        close: gives back what does not go by itself when `iterations` do.
+        value: what providers are checked against, such as a first loss; None where there is nothing to compare.
         about: further keys of its row.
         peak_gb: gigabytes of device memory that starting it took at most; None on a CPU.
     """
 
-    laps: dict[str, Lap]
+    iterations: dict[str, Iteration]
     value: Any = None
     about: Row = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
@@ -36,14 +36,14 @@ class Ready:
 
     def release(self) -> None:
         """Let go of what is timed, and of its memory."""
-        self.laps.clear()
+        self.iterations.clear()
         close, self.close = self.close, lambda: None
         close()
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A contender and the times of its parts; `early`: just after it had started."""
+    """A provider and the times of its parts; `early`: just after it had started."""
 
     name: str
     ready: Ready
@@ -51,8 +51,8 @@ class Timed:
     early: bool = False
 
     @property
-    def bursts(self) -> int:
-        return min(part.bursts for part in self.parts.values())
+    def rounds(self) -> int:
+        return min(part.rounds for part in self.parts.values())
 
     def seconds(self, q: float = 0.5) -> float:
         """Of the whole, at that quantile of its parts."""
@@ -64,13 +64,13 @@ class Progress:
     """How far a job has come: who has started, what was timed of whom, and what has been written of it.
 
     Attributes:
-        shared: lives as long; contenders may read files that go with it.
+        shared: lives as long; providers may read files that go with it.
         ready: everybody who has started and was not found wrong, also those whose memory has been given back.
-        early: contender → times just after it had started.
-        late: (contender, part) → times of all bursts so far.
+        early: provider → times just after it had started.
+        late: (provider, part) → times of all rounds so far.
         stopped: why nothing more is timed.
-        rows: contender → its row as last written.
-        told: contender → the figures in it.
+        rows: provider → its row as last written.
+        told: provider → the figures in it.
     """
 
     shared: Any = None
@@ -83,19 +83,19 @@ class Progress:
 
     def held(self) -> dict[str, Ready]:
         """Those that can be timed."""
-        return {name: ready for name, ready in self.ready.items() if ready.laps}
+        return {name: ready for name, ready in self.ready.items() if ready.iterations}
 
     def values(self) -> dict[str, Any]:
         return {name: ready.value for name, ready in self.ready.items()}
 
     def drop(self, name: str) -> Ready | None:
-        """Take a contender out."""
+        """Take a provider out."""
         self.late = {key: timing for key, timing in self.late.items() if key[0] != name}
         self.early.pop(name, None)
         return self.ready.pop(name, None)
 
     def timed(self) -> dict[str, Timed]:
-        """Contender → its times of all bursts, or else the early ones; without those that have neither."""
+        """Provider → its times of all rounds, or else the early ones; without those that have neither."""
         found = {}
         for name, ready in self.ready.items():
             parts = {part: timing for (whose, part), timing in self.late.items() if whose == name}

@@ -17,20 +17,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 STATUSES = ("ok", "incorrect", "unavailable", "unsupported", "failed")
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 Key = tuple
 #: Kind of row → what names one. Rows of other kinds are kept in a baseline and not compared.
 NAMES = {
-    "op": ("op", "case", "dtype", "direction", "contender"),
+    "op": ("op", "case", "dtype", "direction", "provider"),
     "step": ("model", "batch", "variant"),
-    "sampling": ("model", "batch", "precision", "contender"),
-    "tokenizer": ("part", "precision", "batch", "contender"),
-    "gemm": ("model", "batch", "layer", "direction", "contender"),
+    "sampling": ("model", "batch", "precision", "provider"),
+    "tokenizer": ("part", "precision", "batch", "provider"),
+    "gemm": ("model", "batch", "layer", "direction", "provider"),
     "ceiling": ("ceiling",),
-    "data": ("contender", "workers", "batch_size"),
+    "data": ("provider", "workers", "batch_size"),
 }
 
 

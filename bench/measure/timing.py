@@ -1,9 +1,9 @@
-"""The one clock: laps of several contenders by turns, on a device that can be replaced.
+"""The one clock: iterations of several providers by turns, on a device that can be replaced.
 
-A lap calls the work with several sets of buffers in turn, so that a set that comes again has left the L2 cache, and
-often enough that the gap between two laps does not matter. The clock times whole laps, each contender's in bursts that
-alternate with the others', and drops the first lap of each burst. What is random in the machine thus falls on all
-contenders alike.
+An iteration calls the work with several sets of buffers in turn, so that a set that comes again has left the L2 cache,
+and often enough that the gap between two iterations does not matter. The clock times whole iterations, each provider's
+in rounds that alternate with the others', and drops the first iteration of each round. What is random in the machine
+thus falls on all providers alike.
 """
 
 import math
@@ -22,16 +22,16 @@ import torch
 FOOTPRINT = 300_000_000
 #: … and this many times the L2, where that is more.
 TIMES_L2 = 5
-#: Bytes that a lap moves at least, about a millisecond's: between two replays of a graph the device idles a little.
-LAP = 3_000_000_000
+#: Bytes that an iteration moves at least, about a millisecond's: between two replays of a graph the device idles.
+ITERATION_BYTES = 3_000_000_000
 MOST_CALLS = 640
 ROUNDS = 8
-#: Seconds of laps before the first that counts: clocks rise, handles and caches fill.
+#: Seconds of iterations before the first that counts: clocks rise, handles and caches fill.
 WARM_UP = 0.2
 
 
 class Device(Protocol):
-    """Where laps run, and what times them."""
+    """Where iterations run, and what times them."""
 
     kind: str
     l2_bytes: int
@@ -39,15 +39,15 @@ class Device(Protocol):
     def active(self) -> AbstractContextManager:
         """Everything that belongs to a measurement is made and run in this context."""
 
-    def replayable(self, lap: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
-        """A lap to run again and again, and how it is run: "graph", "events: why no graph" or "host clock"."""
+    def replayable(self, iteration: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
+        """An iteration to run again and again, and how it is run: "graph", "events: why no graph" or "host clock"."""
 
-    def seconds(self, lap: Callable[[], Any], count: int) -> list[float]:
-        """Run the lap `count` times; the seconds of each."""
+    def seconds(self, iteration: Callable[[], Any], count: int) -> list[float]:
+        """Run the iteration `count` times; the seconds of each."""
 
 
 @dataclass(frozen=True)
-class Lap:
+class Iteration:
     """What is timed: `run` makes `calls` calls; `restore`, never timed, puts back what they have overwritten."""
 
     run: Callable[[], Any]
@@ -58,12 +58,12 @@ class Lap:
 
 @dataclass
 class Timing:
-    """Seconds of one call, from laps of `calls` calls each, made in so many bursts."""
+    """Seconds of one call, from iterations of `calls` calls each, made in so many rounds."""
 
     calls: int
     method: str
     samples: list[float] = field(default_factory=list)
-    bursts: int = 0
+    rounds: int = 0
 
     def quantile(self, q: float) -> float:
         return float(np.quantile(self.samples, q))
@@ -78,50 +78,54 @@ class Timing:
         return (self.quantile(0.8) - self.quantile(0.2)) / self.median
 
 
-class LapFailed(RuntimeError):
-    """A contender's lap raised: `name` says whose, the cause says what."""
+class IterationFailed(RuntimeError):
+    """A provider's iteration raised: `name` says whose, the cause says what."""
 
     def __init__(self, name: Any):
         self.name = name
-        super().__init__(f"the lap of {name} failed")
+        super().__init__(f"the iteration of {name} failed")
 
 
-def lap_size(moved: int, l2_bytes: int) -> tuple[int, int]:
-    """Sets of buffers and calls of a lap whose calls move so many bytes each; neither is more than `MOST_CALLS`."""
+def iteration_size(moved: int, l2_bytes: int) -> tuple[int, int]:
+    """Sets of buffers, and calls of an iteration, where a call moves so many bytes; neither is above `MOST_CALLS`."""
     moved = max(1, moved)
     sets = min(MOST_CALLS, max(1, math.ceil(max(FOOTPRINT, TIMES_L2 * l2_bytes) / moved)))
-    return sets, min(MOST_CALLS, max(sets, math.ceil(LAP / moved)))
+    return sets, min(MOST_CALLS, max(sets, math.ceil(ITERATION_BYTES / moved)))
 
 
-def interleave(laps: Mapping[Any, Lap], device: Device, seconds: float, rounds: int = ROUNDS) -> dict[Any, Timing]:
-    """Time the laps by turns; about `seconds` of samples for each, in `rounds` bursts.
+def interleave(
+    iterations: Mapping[Any, Iteration], device: Device, seconds: float, rounds: int = ROUNDS
+) -> dict[Any, Timing]:
+    """Time the iterations by turns; about `seconds` of samples for each, in `rounds` rounds.
 
     Raises:
-        LapFailed: a lap raised.
+        IterationFailed: an iteration raised.
     """
-    return deque(bursts(laps, device, seconds, rounds), maxlen=1)[0]
+    return deque(time_rounds(iterations, device, seconds, rounds), maxlen=1)[0]
 
 
-def bursts(laps: Mapping[Any, Lap], device: Device, seconds: float, rounds: int) -> Iterator[dict[Any, Timing]]:
-    """The same burst by burst: all that has been timed, first after the warm-up (nothing yet), then after each burst.
+def time_rounds(
+    iterations: Mapping[Any, Iteration], device: Device, seconds: float, rounds: int
+) -> Iterator[dict[Any, Timing]]:
+    """The same round by round: all that has been timed, first after the warm-up (nothing yet), then after each round.
 
-    Each round begins with another contender, so that none always follows the same one.
+    Each round begins with another provider, so that none always follows the same one.
     """
     counts: dict[Any, int] = {}
-    timings = {name: Timing(lap.calls, lap.method) for name, lap in laps.items()}
-    names = list(laps)
+    timings = {name: Timing(iteration.calls, iteration.method) for name, iteration in iterations.items()}
+    names = list(iterations)
     for name in names:
         with _named(name):
-            counts[name] = _count(laps[name], device, seconds / rounds, len(laps))
+            counts[name] = _count(iterations[name], device, seconds / rounds, len(iterations))
     yield timings
     for turn in range(rounds if names else 0):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             with _named(name):
-                _restore(laps[name])
-                samples = device.seconds(laps[name].run, counts[name] + 1)[1:]
-            timings[name].samples += [sample / laps[name].calls for sample in samples]
-            timings[name].bursts += 1
+                _restore(iterations[name])
+                samples = device.seconds(iterations[name].run, counts[name] + 1)[1:]
+            timings[name].samples += [sample / iterations[name].calls for sample in samples]
+            timings[name].rounds += 1
             yield timings
 
 
@@ -130,24 +134,24 @@ def _named(name: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise LapFailed(name) from error
+        raise IterationFailed(name) from error
 
 
-def _count(lap: Lap, device: Device, seconds: float, contenders: int) -> int:
-    """Warm the lap up, and say how many fit into `seconds`."""
-    _restore(lap)
-    once = max(device.seconds(lap.run, 2)[1], 1e-7)
-    device.seconds(lap.run, max(1, math.ceil(WARM_UP / contenders / once)))
+def _count(iteration: Iteration, device: Device, seconds: float, providers: int) -> int:
+    """Warm the iteration up, and say how many fit into `seconds`."""
+    _restore(iteration)
+    once = max(device.seconds(iteration.run, 2)[1], 1e-7)
+    device.seconds(iteration.run, max(1, math.ceil(WARM_UP / providers / once)))
     return max(1, int(seconds / once))
 
 
-def _restore(lap: Lap) -> None:
-    if lap.restore is not None:
-        lap.restore()
+def _restore(iteration: Iteration) -> None:
+    if iteration.restore is not None:
+        iteration.restore()
 
 
 class CudaDevice:
-    """Laps as CUDA graphs, where they can be captured, between CUDA events."""
+    """Iterations as CUDA graphs, where they can be captured, between CUDA events."""
 
     kind = "cuda"
 
@@ -158,26 +162,26 @@ class CudaDevice:
     def active(self) -> AbstractContextManager:
         return torch.cuda.stream(self.stream)
 
-    def replayable(self, lap):
+    def replayable(self, iteration):
         for _ in range(2):  # compiles, tunes, fills caches: none of it can be captured
-            lap()
+            iteration()
         torch.cuda.synchronize()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool, self.stream):
-                kept = lap()
+                kept = iteration()
         except RuntimeError as error:
             _end_allocations(pool)
             torch.cuda.synchronize()
-            first = error.__context__ or error  # what the lap raised, before the capture could not be ended
-            return lap, f"events: {str(first).splitlines()[0]}"
+            first = error.__context__ or error  # what the iteration raised, before the capture could not be ended
+            return iteration, f"events: {str(first).splitlines()[0]}"
         return _Replay(graph, kept), "graph"
 
-    def seconds(self, lap, count):
+    def seconds(self, iteration, count):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         marks[0].record()
         for mark in marks[1:]:
-            lap()
+            iteration()
             mark.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
@@ -192,7 +196,7 @@ def _end_allocations(pool: tuple[int, int]) -> None:
 
 @dataclass(frozen=True)
 class _Replay:
-    """A captured lap with its results, whose memory the graph writes."""
+    """A captured iteration with its results, whose memory the graph writes."""
 
     graph: Any
     kept: Any
@@ -202,7 +206,7 @@ class _Replay:
 
 
 class HostDevice:
-    """A CPU and the host's clock around each lap. For tests of the bench; its rows say "cpu"."""
+    """A CPU and the host's clock around each iteration. For tests of the bench; its rows say "cpu"."""
 
     kind = "cpu"
     l2_bytes = 0
@@ -210,14 +214,14 @@ class HostDevice:
     def active(self) -> AbstractContextManager:
         return nullcontext()
 
-    def replayable(self, lap):
-        lap()
-        return lap, "host clock"
+    def replayable(self, iteration):
+        iteration()
+        return iteration, "host clock"
 
-    def seconds(self, lap, count):
+    def seconds(self, iteration, count):
         found = []
         for _ in range(count):
             start = time.perf_counter()
-            lap()
+            iteration()
             found.append(time.perf_counter() - start)
         return found

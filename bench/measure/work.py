@@ -1,12 +1,12 @@
-"""What a contender is given: whether it computes the op at all, then laps of calls over sets of buffers."""
+"""What a provider is given: whether it computes the op at all, then iterations of calls over sets of buffers."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.baselines.interface import Adapter, Contender
-from bench.measure.timing import Device, Lap
+from bench.baselines.interface import Adapter, Provider
+from bench.measure.timing import Device, Iteration
 from kernels.registry import Op
 from kernels.testing.tolerance import (
     Inputs,
@@ -27,8 +27,8 @@ from kernels.testing.tolerance import (
 DIRECTIONS = ("forward", "backward", "both")
 
 
-class Truth:
-    """The results of one set of arguments that a contender is judged by, as `kernels.testing.tolerance` says,
+class Reference:
+    """The results of one set of arguments that a provider is checked against, as `kernels.testing.tolerance` says,
     and the upstream gradients they belong to."""
 
     def __init__(self, op: Op, inputs: Inputs):
@@ -43,7 +43,7 @@ class Truth:
             self._exact_gradients = gradients(op, reference(op), wide, as_float64(self.upstream))
 
     def mismatches(self, adapter: Adapter, direction: str) -> list[str]:
-        """What is wrong with a contender's results in that direction; empty if it may be timed."""
+        """What is wrong with a provider's results in that direction; empty if it may be timed."""
         call = Call(self.op, adapter, copied(self.inputs))
         with torch.set_grad_enabled(bool(self.op.differentiable)):
             results = call.results()
@@ -60,7 +60,7 @@ class Truth:
 
 
 class Call:
-    """One call of a contender with arguments of its own arrangement."""
+    """One call of a provider with arguments of its own arrangement."""
 
     def __init__(self, op: Op, adapter: Adapter, inputs: Inputs):
         self.inputs = inputs
@@ -91,28 +91,28 @@ class Call:
 
 
 class Sets:
-    """Several sets of the same arguments and upstream gradients, in memory of their own; contenders share them.
+    """Several sets of the same arguments and upstream gradients, in memory of their own; providers share them.
 
-    A lap makes `calls` calls, each with the next set.
+    An iteration makes `calls` calls, each with the next set.
     """
 
-    def __init__(self, truth: Truth, count: int, calls: int):
-        self.op = truth.op
+    def __init__(self, expected: Reference, count: int, calls: int):
+        self.op = expected.op
         self._calls = calls
-        self._inputs = [truth.inputs, *(copied(truth.inputs) for _ in range(count - 1))]
-        self._upstreams = [truth.upstream, *(copied(truth.upstream) for _ in range(count - 1))]
+        self._inputs = [expected.inputs, *(copied(expected.inputs) for _ in range(count - 1))]
+        self._upstreams = [expected.upstream, *(copied(expected.upstream) for _ in range(count - 1))]
 
-    def lap(self, contender: Contender, adapter: Adapter, direction: str, device: Device) -> Lap:
-        """A lap of a contender, ready to be repeated; results stay until its end, so that they rotate too.
+    def iteration(self, provider: Provider, adapter: Adapter, direction: str, device: Device) -> Iteration:
+        """An iteration of a provider, ready to be repeated; results stay until its end, so that they rotate too.
 
         Backward, the forward passes have been made before; forward, they save what a backward pass needs, as in
         training.
         """
-        own = contender.overwrites or bool(self.op.mutates)
+        own = provider.overwrites or bool(self.op.mutates)
         calls = [Call(self.op, adapter, copied(inputs) if own else inputs) for inputs in self._inputs]
         restorers = [call.restorer() for call in calls] if own else []
         run, method = device.replayable(self._run(calls, direction))
-        return Lap(run, self._calls, (lambda: [restore() for restore in restorers]) if own else None, method)
+        return Iteration(run, self._calls, (lambda: [restore() for restore in restorers]) if own else None, method)
 
     def _run(self, calls: list[Call], direction: str) -> Callable[[], Any]:
         turns = [number % len(calls) for number in range(self._calls)]

@@ -8,14 +8,14 @@ from pathlib import Path
 import kernels
 from bench.gate import baseline, compare
 from bench.measure.rows import Row
-from bench.ops import Job, jobs
+from bench.ops import OpJob, jobs
 
 HEADLINE = ("LightningDiT-XL/1", 128)
 BATCH = HEADLINE[1]
 NOT_YET = "not measured yet"
 
 
-def telling(name: str) -> Job:
+def representative(name: str) -> OpJob:
     """The case and dtype that stand for an op in short tables."""
     return min(jobs([kernels.OPS[name]]), key=lambda job: job.rank)
 
@@ -56,28 +56,28 @@ class Measured:
         return sorted(steps, key=lambda row: -row["images_per_second"])
 
     @cached_property
-    def contests(self) -> dict[tuple[str, ...], dict[str, Row]]:
-        """(op, case, dtype, direction) → contender → row with a number."""
+    def comparisons(self) -> dict[tuple[str, ...], dict[str, Row]]:
+        """(op, case, dtype, direction) → provider → row with a number."""
         found: dict[tuple[str, ...], dict[str, Row]] = {}
         for row in self.numbers("op"):
-            found.setdefault(compare.key(row)[1:5], {})[row["contender"]] = row
+            found.setdefault(compare.key(row)[1:5], {})[row["provider"]] = row
         return found
 
-    def best(self, *contest: str) -> Row | None:
+    def best(self, *comparison: str) -> Row | None:
         """The fastest of our backends in an (op, case, dtype, direction)."""
-        rows = [row for row in self.contests.get(contest, {}).values() if compare.mine(row)]
+        rows = [row for row in self.comparisons.get(comparison, {}).values() if compare.mine(row)]
         return min(rows, key=lambda row: row["p50_us"], default=None)
 
-    def telling(self, op: str, direction: str) -> Row | None:
+    def representative(self, op: str, direction: str) -> Row | None:
         """The best of ours in the case that stands for an op."""
-        names = telling(op).names
+        names = representative(op).names
         return self.best(op, names["case"], names["dtype"], direction)
 
 
 def peers(row: Row) -> dict[str, float]:
-    """Contender that is not ours → how many times faster this row is, the fastest contender first."""
+    """Provider that is not ours → how many times faster this row is, the fastest provider first."""
     others = {name: ratio for name, ratio in row["times_faster_than"].items()
-              if not compare.mine(row | {"contender": name})}  # fmt: skip
+              if not compare.mine(row | {"provider": name})}  # fmt: skip
     return dict(sorted(others.items(), key=lambda item: item[1]))
 
 

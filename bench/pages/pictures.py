@@ -26,8 +26,8 @@ def roofline(gpu: Measured, axes) -> None:
     axes.annotate(f"matmul {matmul:.0f} TFLOP/s", (matmul / copy, copy), (4, 4), textcoords="offset points", fontsize=8)
     for number, name in enumerate(kernels.OPS):
         for direction, full in (("forward", "full"), ("backward", "none")):
-            rows = [gpu.best(*contest) for contest in gpu.contests
-                    if contest[0] == name and contest[2:] == ("bfloat16", direction)]  # fmt: skip
+            rows = [gpu.best(*comparison) for comparison in gpu.comparisons
+                    if comparison[0] == name and comparison[2:] == ("bfloat16", direction)]  # fmt: skip
             if not (rows := [row for row in rows if row]):
                 continue
             axes.plot([row["flops"] / row["bytes"] for row in rows],
@@ -41,7 +41,7 @@ def roofline(gpu: Measured, axes) -> None:
 def ratios(gpu: Measured, axes) -> None:
     """How many times faster the best of ours is than everybody else, in the case that stands for an op."""
     bars = [(f"{name} {direction}: {peer}", ratio) for name in kernels.OPS for direction in ("forward", "backward")
-            if (row := gpu.telling(name, direction)) for peer, ratio in peers(row).items()]  # fmt: skip
+            if (row := gpu.representative(name, direction)) for peer, ratio in peers(row).items()]  # fmt: skip
     names, values = zip(*reversed(bars), strict=True)
     axes.barh(range(len(bars)), values, color=["#003f5c" if value >= 1 else "#ef5675" for value in values])
     axes.set_yticks(range(len(bars)), names, fontsize=6)
@@ -84,8 +84,8 @@ def _profiled(gpu: Measured) -> list[Row]:
 
 #: Name → what it shows, whether there is anything to draw, and how.
 PICTURES: dict[str, tuple[str, Callable[[Measured], object], Callable]] = {
-    "roofline": ("roofline with every op on it", lambda gpu: gpu.contests and gpu.of("ceiling"), roofline),
-    "ratios": ("ratios to peers", lambda gpu: any(gpu.telling(name, "forward") for name in kernels.OPS), ratios),
+    "roofline": ("roofline with every op on it", lambda gpu: gpu.comparisons and gpu.of("ceiling"), roofline),
+    "ratios": ("ratios to peers", lambda gpu: any(gpu.representative(name, "forward") for name in kernels.OPS), ratios),
     "breakdown": ("where the time of a step goes", _profiled, breakdown),
     "throughput": ("throughput against the line of 10 hours", Measured.headline, throughput),
 }

@@ -7,9 +7,9 @@ from functools import partial
 import kernels
 from bench.gate import compare
 from bench.measure.breakdown import KINDS, OTHER
-from bench.measure.contest import rests_on
+from bench.measure.comparison import coverage_text
 from bench.measure.rows import Row
-from bench.pages.measured import HEADLINE, NOT_YET, Measured, backlog, peers, telling, tflops
+from bench.pages.measured import HEADLINE, NOT_YET, Measured, backlog, peers, representative, tflops
 from bench.pages.targets import TARGETS, Target, verdict
 from bench.step import IMAGES
 
@@ -58,7 +58,7 @@ def _ratios(which: str) -> list[str]:
 def _step(gpu: Measured, row: Row) -> list[str]:
     ratio = row["times_faster_than"]
     memory = f"{row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-    rests = f" ({why})" if (why := rests_on(row)) else ""
+    rests = f" ({why})" if (why := coverage_text(row)) else ""
     rate = f"{row['images_per_second']:.0f} (±{percent(row['spread'] / 2)})"
     return [row["variant"] + rests, rate, percent(row["fraction"]), percent(row["mfu"]),
             times(ratio.get("plain-eager")), times(ratio.get("plain-compile")), memory,
@@ -68,9 +68,9 @@ def _step(gpu: Measured, row: Row) -> list[str]:
 def ops(results: list[Measured]) -> str:
     """Every op in the case that stands for it: part of the limit, and the ratio to the fastest of all others."""
     head = ["op", "GPU", "forward, of the limit", "× fastest other", "backward, of the limit", "× fastest other"]
-    lines = [[f"`{name}` {telling(name).names['case']}", gpu.gpu, *_both(gpu, name)]
-             for name in kernels.OPS for gpu in results if gpu.contests]  # fmt: skip
-    empty = [[f"`{name}` {telling(name).names['case']}", NOT_YET, "", "", "", ""] for name in kernels.OPS]
+    lines = [[f"`{name}` {representative(name).names['case']}", gpu.gpu, *_both(gpu, name)]
+             for name in kernels.OPS for gpu in results if gpu.comparisons]  # fmt: skip
+    empty = [[f"`{name}` {representative(name).names['case']}", NOT_YET, "", "", "", ""] for name in kernels.OPS]
     return table(head, lines or empty)
 
 
@@ -79,8 +79,8 @@ def _both(gpu: Measured, name: str) -> list[str]:
     for direction in DIRECTIONS[:2]:
         if direction == "backward" and not kernels.OPS[name].differentiable:
             cells += ["–", "–"]
-        elif row := gpu.telling(name, direction):
-            cells += [f"{percent(row['fraction'])} {row['bound']} ({row['contender']})", _fastest(row)]
+        elif row := gpu.representative(name, direction):
+            cells += [f"{percent(row['fraction'])} {row['bound']} ({row['provider']})", _fastest(row)]
         else:
             cells += [NOT_YET, ""]
     return cells
@@ -147,12 +147,12 @@ def every_op(gpu: Measured) -> str:
     head = ["op", "case", "dtype", "direction", "backend", "µs", "spread", "of the limit", "", "× eager", "× compile",
             "× fastest other"]  # fmt: skip
     lines = []
-    for contest in _ordered(gpu):
-        for row in filter(compare.mine, gpu.contests[contest].values()):
+    for comparison in _ordered(gpu):
+        for row in filter(compare.mine, gpu.comparisons[comparison].values()):
             rate = f"{tflops(row):.0f} TFLOP/s" if row["bound"] == "compute" or row["op"] == "rope_attention" else (
                 f"{row['bytes'] / row['p50_us'] / 1e6:.2f} TB/s")  # fmt: skip
             others = row["times_faster_than"]
-            lines.append([*contest, row["contender"], microseconds(row["p50_us"]), percent(row["spread"]),
+            lines.append([*comparison, row["provider"], microseconds(row["p50_us"]), percent(row["spread"]),
                           f"{percent(row['fraction'])} {row['bound']}", rate, times(others.get("eager")),
                           times(others.get("compile")), _fastest(row)])  # fmt: skip
     return table(head, lines)
@@ -160,36 +160,40 @@ def every_op(gpu: Measured) -> str:
 
 def _ordered(gpu: Measured) -> list[tuple[str, ...]]:
     place = {name: number for number, name in enumerate(kernels.OPS)}
-    return sorted(gpu.contests, key=lambda c: (place.get(c[0], len(place)), *c[:3], DIRECTIONS.index(c[3])))
+    return sorted(gpu.comparisons, key=lambda c: (place.get(c[0], len(place)), *c[:3], DIRECTIONS.index(c[3])))
 
 
 def every_peer(gpu: Measured) -> str:
     """Whoever else computes an op, in the case that stands for it, next to the best of ours."""
     lines = []
-    for contest in _ordered(gpu):
-        ours = gpu.best(*contest)
-        if ours and contest[0] in kernels.OPS and contest[1:3] == tuple(telling(contest[0]).names.values())[1:]:
+    for comparison in _ordered(gpu):
+        ours = gpu.best(*comparison)
+        if (
+            ours
+            and comparison[0] in kernels.OPS
+            and comparison[1:3] == tuple(representative(comparison[0]).names.values())[1:]
+        ):
             for name, ratio in peers(ours).items():
-                row = gpu.contests[contest].get(name, {})
-                lines.append([contest[0], contest[3], name, row.get("version") or "", f"{ratio:.2f}", ours["contender"],
-                              row.get("includes") or ""])  # fmt: skip
-    return table(["op", "direction", "contender", "version", "× slower than ours", "ours", "its time covers"], lines)
+                row = gpu.comparisons[comparison].get(name, {})
+                lines.append([comparison[0], comparison[3], name, row.get("version") or "", f"{ratio:.2f}",
+                              ours["provider"], row.get("includes") or ""])  # fmt: skip
+    return table(["op", "direction", "provider", "version", "× slower than ours", "ours", "its time covers"], lines)
 
 
 def loaders(gpu: Measured) -> str:
     """Latents of the loader and of the published way to read them, by processes that read."""
-    return table(["contender", "workers", "latents/s", "spread", "GB/s", "cores", "× slower than the fastest"], [
-        [row["contender"], str(row["workers"]), f"{row['latents_per_second']:,.0f}", percent(row["spread"]),
+    return table(["provider", "workers", "latents/s", "spread", "GB/s", "cores", "× slower than the fastest"], [
+        [row["provider"], str(row["workers"]), f"{row['latents_per_second']:,.0f}", percent(row["spread"]),
          f"{row['latents_per_second'] * row['bytes'] / 1e9:.2f}", str(row["cores"]),
          times(1 / min([1.0, *row["times_faster_than"].values()]))] for row in gpu.numbers("data")])  # fmt: skip
 
 
 def lacking(gpu: Measured) -> str:
-    """Contenders without a number: how many rows of each reason."""
-    counted = Counter((row["op"], row["contender"], row["status"], row["reason"])
+    """Providers without a number: how many rows of each reason."""
+    counted = Counter((row["op"], row["provider"], row["status"], row["reason"])
                       for row in gpu.of("op") if row["status"] != "ok")  # fmt: skip
-    return table(["op", "contender", "status", "rows", "reason"],
-                 [[op, contender, status, str(count), why] for (op, contender, status, why), count
+    return table(["op", "provider", "status", "rows", "reason"],
+                 [[op, provider, status, str(count), why] for (op, provider, status, why), count
                   in sorted(counted.items())])  # fmt: skip
 
 

@@ -48,18 +48,18 @@ def ratio(peer: str, measured: Measured) -> float | None:
 
 
 def of_copy(op: str, direction: str, measured: Measured) -> float | None:
-    row = measured.telling(op, direction)
+    row = measured.representative(op, direction)
     return row and row["fraction"]
 
 
 def attention(direction: str, measured: Measured) -> float | None:
-    row = measured.telling("rope_attention", direction)
+    row = measured.representative("rope_attention", direction)
     return row and tflops(row)
 
 
 def loss_ratio(measured: Measured) -> float | None:
     """Forward and backward together, as a training step has them."""
-    rows = [measured.telling("vf_loss", direction) for direction in ("forward", "backward")]
+    rows = [measured.representative("vf_loss", direction) for direction in ("forward", "backward")]
     if not all(row and "eager" in row["times_faster_than"] for row in rows):
         return None
     return sum(row["p50_us"] * row["times_faster_than"]["eager"] for row in rows) / sum(row["p50_us"] for row in rows)
@@ -94,7 +94,7 @@ def _fastest(rows: Iterable[Row]) -> float | None:
 
 
 def loader(measured: Measured) -> float | None:
-    rows = [row for row in measured.numbers("data") if row["contender"] == "latents"]
+    rows = [row for row in measured.numbers("data") if row["provider"] == "latents"]
     return max((row["latents_per_second"] for row in rows), default=None)
 
 

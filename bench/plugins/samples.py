@@ -1,6 +1,6 @@
 """What the one clock measured, given to pytest-benchmark sample by sample, for its comparison tools.
 
-pytest-benchmark would call a function again and again from Python, one contender after another; here contenders run by
+pytest-benchmark would call a function again and again from Python, one provider after another; here providers run by
 turns, in graphs, and between events of the device. So the measuring is done before, and its samples are played back.
 """
 
@@ -63,21 +63,21 @@ class Last:
 
 
 @dataclass(frozen=True)
-class OpBench(ops.Bench):
-    """Keeps the samples of (direction, contender)."""
+class OpBench(ops.OpComparison):
+    """Keeps the samples of (direction, provider)."""
 
     kept: dict[tuple[str, str], Timing] = field(default_factory=dict)
 
-    def measured(self, job: ops.Job) -> dict[tuple[str | None, str], tuple[Row, Timing | None]]:
-        """(direction, contender) → row, and its samples if it has some."""
+    def measured(self, job: ops.OpJob) -> dict[tuple[str | None, str], tuple[Row, Timing | None]]:
+        """(direction, provider) → row, and its samples if it has some."""
         self.kept.clear()
         rows = self.run(job)
-        return {(row["direction"], row["contender"]): (row, self.kept.get((row["direction"], row["contender"])))
+        return {(row["direction"], row["provider"]): (row, self.kept.get((row["direction"], row["provider"])))
                 for row in rows}  # fmt: skip
 
-    def _direction(self, job: ops.Job, truth: Any, present: list, work: ops.Work) -> Iterator[Row]:
+    def _direction(self, job: ops.OpJob, expected: Any, present: list, work: ops.Work) -> Iterator[Row]:
         keeping = _Work(work.cost, work.direction, work.dtype, work.ceilings, kept=self.kept)
-        return super()._direction(job, truth, present, keeping)
+        return super()._direction(job, expected, present, keeping)
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,23 @@ class _Work(ops.Work):
         return super().figures(name, timings)
 
 
-def row_of(found: dict, direction: str, contender: str) -> tuple[Row, Timing | None]:
-    """What was measured of a contender in a direction, or what was said of all its directions, or of the whole job."""
-    keys = ((direction, contender), (None, contender), (None, "all"))
+def row_of(found: dict, direction: str, provider: str) -> tuple[Row, Timing | None]:
+    """What was measured of a provider in a direction, or what was said of all its directions, or of the whole job."""
+    keys = ((direction, provider), (None, provider), (None, "all"))
     return next(found[key] for key in keys if key in found)
 
 
 @dataclass(frozen=True)
-class StepBench(step.Bench):
+class StepBench(step.StepComparison):
     """Keeps the samples of variants."""
 
     kept: dict[str, Timing] = field(default_factory=dict)
 
-    def measured(self, job: step.Job) -> dict[str, tuple[Row, Timing | None]]:
+    def measured(self, job: step.StepJob) -> dict[str, tuple[Row, Timing | None]]:
         """Variant → row, and its samples if it has some."""
         self.kept.clear()
         return {row["variant"]: (row, self.kept.get(row["variant"])) for row in self.run(job)}
 
-    def figures(self, job: step.Job, timed: Timed) -> Row:
+    def figures(self, job: step.StepJob, timed: Timed) -> Row:
         self.kept[timed.name] = timed.parts[""]
         return super().figures(job, timed)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import kernels
 from bench.measure.rows import machine
-from bench.ops import telling
+from bench.ops import representative
 from bench.triage.verdicts import FOUND_WRONG, OK, SKIPPED, WRONG
 from bench.triage.writing import write
 from kernels.registry import Backend, Op
@@ -56,7 +56,7 @@ def fewer_samples(case: Case, batch: int) -> Case:
 def cases(op: Op, backend: Backend, device: str, samples: int) -> Iterator[tuple[Case, torch.dtype]]:
     """What is checked: the headline case with so many samples (not at 0), and two small ones that are served."""
     if samples:
-        yield fewer_samples(next(case for case in op.cases if case.id == telling(op)), samples), torch.bfloat16
+        yield fewer_samples(next(case for case in op.cases if case.id == representative(op)), samples), torch.bfloat16
     found = [case for case in op.cases if not case.production]
     found.sort(key=lambda case: (case.id not in SMALL, -len(op.cases) + op.cases.index(case)))
     orders = (torch.float32, torch.float16), (torch.bfloat16 if device == "cuda" else torch.float16, torch.float32)

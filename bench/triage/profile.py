@@ -11,7 +11,7 @@ import torch
 import kernels
 from bench.baselines import Adapter
 from bench.measure.work import Call
-from bench.ops import telling
+from bench.ops import representative
 from kernels.testing.tolerance import random_like
 
 WARM_UP = 3
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
     op = kernels.OPS[options.op]
-    case = next(case for case in op.cases if case.id == telling(op))
+    case = next(case for case in op.cases if case.id == representative(op))
     call = Call(op, Adapter(op.bind(op.backend(options.backend))), case.inputs(torch.bfloat16, options.device))
     upstream = {name: random_like(result) for name, result in call.results().items()}
     for number in range(WARM_UP + 1):

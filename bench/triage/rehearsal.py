@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from bench import gemms, ops, roofline, sampling, step, tokenizer
-from bench.entrants import training
-from bench.entrants.contenders import contenders_for
 from bench.measure import program, timing
 from bench.measure.timing import HostDevice
+from bench.workloads import training, variants
+from bench.workloads.providers import providers_for
 from lightningdit.config import ModelConfig
 from vavae.config import AutoencoderConfig
 
@@ -57,25 +57,25 @@ def stand_in() -> None:
         module.CudaDevice = HostDevice
     torch.cuda.get_device_name = lambda device=None: "a CPU"
     timing.WARM_UP = 0.0
-    timing.lap_size = gemms.lap_size = lambda moved, l2_bytes: (2, 2)
+    timing.iteration_size = gemms.iteration_size = lambda moved, l2_bytes: (2, 2)
     roofline.measure = partial(roofline.measure, size=64, copied=1 << 16)
     for module in (step, gemms, sampling):
         module.named_config = lambda name, **given: TINY
-    for name, variant in training.VARIANTS.items():
-        training.VARIANTS[name] = replace(variant, compile="none", in_graph=())
+    for name, variant in variants.TRAINING.items():
+        variants.TRAINING[name] = replace(variant, compile="none", in_graph=())
     training.STEPS["trainer"] = partial(training.TrainerStep, images=8 * BATCH, workers=0)
-    ops.contenders_for = lambda op, compiler, emulated: contenders_for(op, lambda function: function, emulated=True)
+    ops.providers_for = lambda op, compiler, emulated: providers_for(op, lambda function: function, emulated=True)
     ops.plan = planned
     sampling.jobs = fewer(sampling.jobs, tokenizer=TOKENIZER, batch=BATCH)
     tokenizer.jobs = fewer(tokenizer.jobs, config=TOKENIZER, batch=BATCH, size=16)
 
 
-def planned(options: Any) -> list[ops.Job]:
+def planned(options: Any) -> list[ops.OpJob]:
     """A small case of each op that was asked for, in 16 bits where the interpreter has them."""
     found = [ops.kernels.OPS[name] for name in options.op]
     dtypes = [torch.float16 if torch.float16 in op.dtypes else torch.float32 for op in found]
     cases = [next(case for case in op.cases if not case.production) for op in found]
-    return [ops.Job(*job) for job in zip(found, cases, dtypes, strict=True)]
+    return [ops.OpJob(*job) for job in zip(found, cases, dtypes, strict=True)]
 
 
 def fewer(jobs: Callable[..., Iterable], **sizes: Any) -> Callable[..., Iterator]:

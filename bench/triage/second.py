@@ -30,7 +30,7 @@ def parts(rows: Iterable[Row]) -> tuple[Part, ...]:
         tasks = tuple(sanitized(row["op"], row["backend"], name) for name in ("memcheck", "racecheck"))
         found.append(Part("sanitizer", 120, tasks, essential=True))
     if (row := slowest(rows)) is not None:
-        found.append(Part("ncu", 60, (profiled(row["op"], row["contender"], row["direction"]),)))
+        found.append(Part("ncu", 60, (profiled(row["op"], row["provider"], row["direction"]),)))
     found.append(Part("graphs", 60, (replace(step("bare-cudagraphs", STEP_SECONDS), ceilings=False),)))
     return tuple(found)
 

@@ -60,7 +60,7 @@ def next_step(rows: Sequence[Row]) -> str:
     if skipped := [row["part"] for row in told.values() if row["reason"].startswith("no time")]:
         return f"what there was no time for: {again}{''.join(f' --only {part}' for part in dict.fromkeys(skipped))}"
     if (row := slowest(rows)) is not None:
-        if looked := _looked(told, "ncu/", f"{row['op']} {row['contender']} {row['direction']}"):
+        if looked := _looked(told, "ncu/", f"{row['op']} {row['provider']} {row['direction']}"):
             return f"read why {_op(row)} is at {row['fraction']:.1%} of its limit: {looked[0]} in logs.tgz"
         return f"{_op(row)} is farthest from its limit, at {row['fraction']:.1%}: {again} --second runs it under ncu"
     return f"everything measured is well: {again} --second measures CUDA graphs"
@@ -116,7 +116,7 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
                          if name in row["times_faster_than"])  # fmt: skip
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-        cut = ", cut off" if (row.get("rests_on") or {}).get("cut_off") else ""
+        cut = ", cut off" if (row.get("coverage") or {}).get("cut_off") else ""
         note = f" ({row['note']})" if row.get("note") else ""
         yield (f"{row['variant']:28} batch {row['batch']:3} {row['images_per_second']:7.1f} images/s{share}{memory}"
                f"{ratios}{cut}{note}")  # fmt: skip
@@ -124,8 +124,8 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
 
 def _products(rows: Sequence[Row]) -> Iterator[str]:
     """The mean is that of all FLOPs over all their time."""
-    for name in dict.fromkeys(row["contender"] for row in _ok(rows, "gemm")):
-        mine = sorted((row for row in _ok(rows, "gemm") if row["contender"] == name), key=lambda row: row["tflops"])
+    for name in dict.fromkeys(row["provider"] for row in _ok(rows, "gemm")):
+        mine = sorted((row for row in _ok(rows, "gemm") if row["provider"] == name), key=lambda row: row["tflops"])
         mean = sum(row["flops"] for row in mine) / sum(row["p50_ms"] for row in mine) / 1e9
         slow = mine[0]
         yield (f"{mean:.1f} TFLOP/s mean of {len(mine)} products, {name}; the slowest: {slow['layer']} "
@@ -143,7 +143,7 @@ def _others(rows: Sequence[Row]) -> Iterator[str]:
     for row in (*_ok(rows, "sampling"), *_ok(rows, "tokenizer")):
         part = row.get("part", "sampling")
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
-        yield f"{part:10} {row['contender']:28} {row['images_per_second']:8.2f} images/s{share}"
+        yield f"{part:10} {row['provider']:28} {row['images_per_second']:8.2f} images/s{share}"
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:
@@ -161,11 +161,11 @@ def _ok(rows: Iterable[Row], kind: str) -> list[Row]:
 
 
 def _ours(rows: Iterable[Row]) -> list[Row]:
-    return [row for row in _ok(rows, "op") if row["contender"] in FILES and row["fraction"]]
+    return [row for row in _ok(rows, "op") if row["provider"] in FILES and row["fraction"]]
 
 
 def _op(row: Row) -> str:
-    return f"{row['op']} {row['case']} {row['direction']} {row['contender']}"
+    return f"{row['op']} {row['case']} {row['direction']} {row['provider']}"
 
 
 def _label(row: Row) -> str:

@@ -70,7 +70,7 @@ def about(row: Row) -> str:
     """What a row of an op is about, before its reason; empty for rows that the child's name tells of."""
     if row["kind"] != "op":
         return ""
-    return " ".join(str(row[key]) for key in ("op", "case", "direction", "contender") if row[key]) + ": "
+    return " ".join(str(row[key]) for key in ("op", "case", "direction", "provider") if row[key]) + ": "
 
 
 def _signal(number: int) -> str:

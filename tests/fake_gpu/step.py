@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from bench.entrants.plain import PlainLightningDiT
+from bench.workloads.plain import PlainLightningDiT
 from kernels.compile.compilation import compile_module, compiled
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig, named_config

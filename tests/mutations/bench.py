@@ -5,24 +5,25 @@ from tests.mutations import Mistake
 MISTAKES = {
     "milliseconds_of_events_for_seconds": Mistake(
         "bench/measure/timing.py", "start.elapsed_time(end) / 1000 for", "start.elapsed_time(end) for",
-        "test_bench_device.py::test_seconds_of_laps_are_the_milliseconds_between_events",
+        "test_bench_device.py::test_seconds_of_iterations_are_the_milliseconds_between_events",
     ),
-    "a_lap_for_a_call": Mistake(
-        "bench/measure/timing.py", "sample / laps[name].calls for sample in samples", "sample for sample in samples",
-        "test_bench_timing.py::test_a_sample_is_a_lap_over_its_calls",
+    "an_iteration_for_a_call": Mistake(
+        "bench/measure/timing.py", "sample / iterations[name].calls for sample in samples",
+        "sample for sample in samples",
+        "test_bench_timing.py::test_a_sample_is_an_iteration_over_its_calls",
     ),
-    "first_lap_of_a_burst_counts": Mistake(
-        "bench/measure/timing.py", "device.seconds(laps[name].run, counts[name] + 1)[1:]",
-        "device.seconds(laps[name].run, counts[name] + 1)",
-        "test_bench_timing.py::test_warm_up_and_the_first_lap_of_a_burst_do_not_count",
+    "first_iteration_of_a_round_counts": Mistake(
+        "bench/measure/timing.py", "device.seconds(iterations[name].run, counts[name] + 1)[1:]",
+        "device.seconds(iterations[name].run, counts[name] + 1)",
+        "test_bench_timing.py::test_warm_up_and_the_first_iteration_of_a_round_do_not_count",
     ),
     "buffers_that_stay_in_the_l2": Mistake(
         "bench/measure/timing.py", "max(FOOTPRINT, TIMES_L2 * l2_bytes) / moved", "FOOTPRINT / moved",
-        "test_bench_timing.py::test_buffers_exceed_the_l2_and_laps_a_millisecond",
+        "test_bench_timing.py::test_buffers_exceed_the_l2_and_iterations_a_millisecond",
     ),
     "nothing_put_back": Mistake(
-        "bench/measure/timing.py", "                _restore(laps[name])\n", "",
-        "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_burst",
+        "bench/measure/timing.py", "                _restore(iterations[name])\n", "",
+        "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_round",
     ),
     "bandwidth_of_an_h200": Mistake(
         "bench/roofline.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
@@ -41,9 +42,9 @@ MISTAKES = {
         "test_bench_timing.py::test_limits_and_what_binds",
     ),
     "fraction_upside_down": Mistake(
-        "bench/measure/contest.py", "flops_per_second / self.ceilings.matmul[dtype]}",
+        "bench/measure/comparison.py", "flops_per_second / self.ceilings.matmul[dtype]}",
         "self.ceilings.matmul[dtype] / flops_per_second}",
-        "test_bench_contest.py::test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run",
+        "test_bench_comparison.py::test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run",
     ),
     "hours_of_one_gpu": Mistake(
         "bench/step.py", "hours = IMAGES / (8 * rate) / 3600", "hours = IMAGES / rate / 3600",
@@ -54,8 +55,8 @@ MISTAKES = {
         "test_bench_sampling.py::test_rows_of_a_job",
     ),
     "times_faster_upside_down": Mistake(
-        "bench/measure/contest.py", "{name: seconds / middle for", "{name: middle / seconds for",
-        "test_bench_contest.py::test_a_whole_job",
+        "bench/measure/comparison.py", "{name: seconds / middle for", "{name: middle / seconds for",
+        "test_bench_comparison.py::test_a_whole_job",
     ),
     "losses_of_speed_let_through": Mistake(
         "bench/gate/compare.py", '"op": 0.05,', '"op": 0.5,',
@@ -68,7 +69,7 @@ MISTAKES = {
     "wrong_results_timed": Mistake(
         "bench/measure/work.py", '        if direction != "forward":\n            found',
         '        if direction == "everything":\n            found',
-        "test_bench_ops.py::test_incorrect_failing_and_missing_contenders_are_recorded_and_the_rest_is_timed",
+        "test_bench_ops.py::test_incorrect_failing_and_missing_providers_are_recorded_and_the_rest_is_timed",
     ),
     "rows_of_an_earlier_moment_count": Mistake(
         "bench/measure/rows.py", "name = (row[\"run\"], key(row)) if row.get(\"run\") else number", "name = number",

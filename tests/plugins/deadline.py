@@ -1,4 +1,4 @@
-"""A pytest plugin for a limited time on a GPU: the most telling tests first, and none that begins when it is up.
+"""A pytest plugin for a limited time on a GPU: the most representative tests first, and none that begins when it is up.
 
     pytest -p tests.plugins.deadline --minutes 4 -m gpu …
 
@@ -31,15 +31,15 @@ def pytest_configure_node(node) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not telling(item))
+    items.sort(key=lambda item: not representative(item))
 
 
-def telling(item: pytest.Item) -> bool:
-    """Whether it is about what `bench.ops --quick` measures: the most telling case of an op, in bfloat16."""
-    from bench.ops import DTYPES, Job  # not before the conftest of the tests, which says how Triton is to be imported
+def representative(item: pytest.Item) -> bool:
+    """Whether it is about what `bench.ops --quick` measures: the representative case of an op, in bfloat16."""
+    from bench.ops import DTYPES, OpJob  # not before the conftest of the tests, which says how Triton is to be imported
 
     about = subject(item)
-    return about is not None and about.dtype in DTYPES and Job(*about).rank == 0
+    return about is not None and about.dtype in DTYPES and OpJob(*about).rank == 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers to be timed: random weights, the same for everybody, and the passes that a lap makes."""
+"""Tokenizers to be timed: random weights, the same for everybody, and the passes that an iteration makes."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -7,16 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench.entrants.training import seeded
-from bench.tokenizer import Variant
+from bench.workloads.training import seeded
+from bench.workloads.variants import TokenizerVariant
 from kernels.compile.compilation import compiled
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 
-#: Images of a batch whose results are judged.
-JUDGED = 2
+#: Images of a batch whose results are checked.
+CHECKED_IMAGES = 2
 
 
 def set_numerics() -> None:
@@ -57,7 +57,7 @@ class Encode:
     @staticmethod
     @torch.no_grad()
     def result(tokenizer: AutoencoderKL, inputs: torch.Tensor) -> torch.Tensor:
-        """What contenders are judged by."""
+        """What providers are checked against."""
         return tokenizer.moments(inputs)
 
 
@@ -85,8 +85,8 @@ class Decode:
 PASSES: dict[str, type[Encode] | type[Decode]] = {"encode": Encode, "decode": Decode}
 
 
-class Truth:
-    """What contenders of a pass share: inputs, and the first results of the reference ops, judged by their own in
+class PassSetup:
+    """What providers of a pass share: inputs, and the first results of the reference ops, checked against their own in
     float64.
 
     Attributes:
@@ -101,13 +101,13 @@ class Truth:
         set_numerics()
         self._way, self._config, self._dtype = PASSES[part], config, dtype
         self._inputs = draw(self._way.shape(config, batch, size), device)
-        tokenizer, few = make_tokenizer(config, kernels.select("reference"), device), self._inputs[:JUDGED]
+        tokenizer, few = make_tokenizer(config, kernels.select("reference"), device), self._inputs[:CHECKED_IMAGES]
         self.exact = self._way.result(tokenizer.double(), few)
         tokenizer = make_tokenizer(config, kernels.select("reference"), device).to(dtype)
         self.eager = self._way.result(tokenizer, few)
         self.flops, self.about = flops_per_image(config, size)[part], {}
 
-    def contender(self, variant: Variant) -> tuple[Encode | Decode, torch.Tensor]:
+    def provider(self, variant: TokenizerVariant) -> tuple[Encode | Decode, torch.Tensor]:
         """What is timed, and its first results."""
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels), self._inputs.device)
@@ -115,7 +115,7 @@ class Truth:
         for half in (tokenizer.encoder, tokenizer.decoder):
             half.forward = compiled(half.forward, variant.compile, deterministic=variant.ours)
         run = self._way(tokenizer, self._inputs.contiguous(memory_format=layout))
-        return run, self._way.result(tokenizer, run.inputs)[:JUDGED]
+        return run, self._way.result(tokenizer, run.inputs)[:CHECKED_IMAGES]
 
 
 @cache

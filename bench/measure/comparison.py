@@ -1,9 +1,9 @@
-"""Contenders of one job, judged, then timed by turns, and a row for each, also where the run is cut off.
+"""Providers of one job, checked, then timed by turns, and a row for each, also where the run is cut off.
 
-`bench.step`, `bench.sampling`, `bench.tokenizer` and `bench.gemms` are such contests: each says how a contender is
-made, when it is wrong, and what its row states. A contender is timed for a moment as soon as it has started, later all
+`bench.step`, `bench.sampling`, `bench.tokenizer` and `bench.gemms` are such comparisons: each says how a provider is
+made, when it is wrong, and what its row states. A provider is timed for a moment as soon as it has started, later all
 of them by turns, or one after the other where memory cannot hold them together. Whoever has been timed has a row in the
-file from then on, which says what it rests on and is replaced when there is more: what ends the process loses nothing.
+file from then on, which says what it covers and is replaced when there is more: what ends the process loses nothing.
 """
 
 import gc
@@ -22,19 +22,19 @@ from bench.measure.progress import ENDED, PeakMemory, Progress, Ready, Timed
 from bench.measure.rows import Log, Row, clocks
 from bench.measure.timing import Device
 
-#: Most seconds of laps right after a contender has started: its row rests on them until it has been timed for long.
+#: Most seconds of iterations right after a provider has started: all that its row covers until the rounds begin.
 EARLY = 1.0
 TIME_IS_UP = "the time is up"
 
 
 class Job(Protocol):
-    """What the rows of a contest share; its text says what is measured."""
+    """What the rows of a comparison share; its text says what is measured."""
 
     names: tuple[str, ...]
 
 
 class Varied:
-    """A job whose contenders are named variants."""
+    """A job whose providers are named variants."""
 
     variants: tuple[Any, ...]
 
@@ -47,13 +47,13 @@ class Varied:
 
 
 @dataclass(frozen=True)
-class Contest(ABC):
+class Comparison(ABC):
     """How rows are measured.
 
     Attributes:
         ceilings: None on a CPU, whose rows state no fraction of a limit.
-        seconds: of samples, for each part of each contender.
-        rounds: bursts that these are cut into, alternating with the others'.
+        seconds: of samples, for each part of each provider.
+        rounds: rounds that these are cut into, alternating with the others'.
         until: when to stop, in the middle of a job if need be.
     """
 
@@ -65,7 +65,7 @@ class Contest(ABC):
     until: Deadline = NEVER
 
     kind: ClassVar[str]
-    #: Whether all contenders are held and timed by turns; else the memory of each is given back before the next starts,
+    #: Whether all providers are held and timed by turns; else the memory of each is given back before the next starts,
     #: and what `prepare` gives as its value has to be small.
     interleaved: ClassVar[bool] = True
 
@@ -73,22 +73,22 @@ class Contest(ABC):
 
     @abstractmethod
     def named(self, job: Any, name: str) -> Row:
-        """The keys that name a row, and what else is known of a contender before it starts."""
+        """The keys that name a row, and what else is known of a provider before it starts."""
 
     def set_up(self, job: Any) -> Any:
-        """What the contenders of a job share; given to `prepare` and `wrong`."""
+        """What the providers of a job share; given to `prepare` and `wrong`."""
         return None
 
     def order(self, job: Any) -> Iterable[str]:
-        """In which order contenders start: those the others are judged by first."""
+        """In which order providers start: those the others are checked against first."""
         return job.names
 
     @abstractmethod
     def prepare(self, job: Any, name: str, shared: Any) -> Ready:
-        """Make a contender and warm it up. ImportError: it is not installed here."""
+        """Make a provider and warm it up. ImportError: it is not installed here."""
 
     def wrong(self, job: Any, values: Mapping[str, Any], shared: Any) -> dict[str, str]:
-        """Contender → what is wrong with its value."""
+        """Provider → what is wrong with its value."""
         return {}
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Contest(ABC):
     def run(self, job: Any) -> list[Row]:
         """All rows of a job, written to the log; what cannot run is recorded with its reason.
 
-        A row is written when its contender has been timed for a moment, and again when there is more to say.
+        A row is written when its provider has been timed for a moment, and again when there is more to say.
 
         Raises:
             CutOff: a signal came; the rows of whoever had been timed are written.
@@ -155,7 +155,7 @@ class Contest(ABC):
         self._time(job, progress)
 
     def _enter(self, job: Any, name: str, progress: Progress) -> None:
-        """Start a contender, and write its first row."""
+        """Start a provider, and write its first row."""
         failed = self._start(job, name, progress)
         if failed is not None:
             self._drop(job, progress, name, *failed)
@@ -163,7 +163,7 @@ class Contest(ABC):
             self._report(job, progress, name)
 
     def _start(self, job: Any, name: str, progress: Progress) -> tuple[str, str] | None:
-        """Make, judge and time a contender for a moment; status and reason where that fails.
+        """Make, check and time a provider for a moment; status and reason where that fails.
 
         No error outlives this: its frames hold the memory that ran out.
         """
@@ -176,7 +176,7 @@ class Contest(ABC):
                 self._drop(job, progress, other, "incorrect", why)
             if name in progress.ready:
                 seconds = min(EARLY, self.seconds / self.rounds)
-                progress.early[name] = timing.interleave(ready.laps, self.device, seconds, rounds=1)
+                progress.early[name] = timing.interleave(ready.iterations, self.device, seconds, rounds=1)
         except Exception as error:
             return status_of(error)
         return None
@@ -184,26 +184,30 @@ class Contest(ABC):
     def _time(self, job: Any, progress: Progress) -> None:
         """Time all that are held; where one of them fails, the others begin anew, without it."""
         while progress.held() and not self.until.passed():
-            failed = self._all_bursts(progress)
+            failed = self._all_rounds(progress)
             if failed is None:
                 return
             self._drop(job, progress, *failed)
 
-    def _all_bursts(self, progress: Progress) -> tuple[str, str, str] | None:
-        """Fill `progress.late` until the time is up; name, status and reason of a contender that failed."""
-        laps = {(name, part): lap for name, ready in progress.held().items() for part, lap in ready.laps.items()}
+    def _all_rounds(self, progress: Progress) -> tuple[str, str, str] | None:
+        """Fill `progress.late` until the time is up; name, status and reason of a provider that failed."""
+        iterations = {
+            (name, part): iteration
+            for name, ready in progress.held().items()
+            for part, iteration in ready.iterations.items()
+        }
         try:
-            for timings in timing.bursts(laps, self.device, self.seconds, self.rounds):
+            for timings in timing.time_rounds(iterations, self.device, self.seconds, self.rounds):
                 progress.late |= timings
                 if self.until.passed():
                     progress.stopped = TIME_IS_UP
                     break
-        except timing.LapFailed as failure:
+        except timing.IterationFailed as failure:
             return failure.name[0], *status_of(failure)
         return None
 
     def _drop(self, job: Any, progress: Progress, name: str, status: str, why: str) -> None:
-        """Take a contender out that is wrong or has failed, and give back its memory."""
+        """Take a provider out that is wrong or has failed, and give back its memory."""
         ready = progress.drop(name)
         self._say(self._write(job, progress, name, status, why))
         if ready is not None:
@@ -221,7 +225,7 @@ class Contest(ABC):
     def _last_rows(self, job: Any, progress: Progress, look: bool) -> None:
         """Write the last rows of all that was timed; look: there is time for what is looked at afterwards."""
         for name, timed in sorted(progress.timed().items(), key=lambda item: job.names.index(item[0])):
-            if look and timed.ready.laps:
+            if look and timed.ready.iterations:
                 self._look(job, timed.ready)
             self._report(job, progress, name, last=True)
 
@@ -233,10 +237,10 @@ class Contest(ABC):
             ready.about["afterwards"] = ": ".join(status_of(error))
 
     def _report(self, job: Any, progress: Progress, name: str, last: bool = False) -> None:
-        """Write the row of a contender that was timed, unless it is written as it is."""
+        """Write the row of a provider that was timed, unless it is written as it is."""
         everybody = progress.timed()
         mine = everybody[name]
-        told = self._figures(job, mine, everybody) | {"rests_on": self._rests_on(mine, progress)}
+        told = self._figures(job, mine, everybody) | {"coverage": self._coverage(mine, progress)}
         told |= {"peak_gb": mine.ready.peak_gb, "clocks": {}, **mine.ready.about}
         if told != progress.told.get(name):
             self._write(job, progress, name, "ok", "", **told)
@@ -253,9 +257,9 @@ class Contest(ABC):
             **self.figures(job, mine),
         }  # fmt: skip
 
-    def _rests_on(self, timed: Timed, progress: Progress) -> Row:
-        whole = not timed.early and timed.bursts == self.rounds
-        return {"bursts": timed.bursts, "of": self.rounds, "by_turns": self.interleaved and not timed.early,
+    def _coverage(self, timed: Timed, progress: Progress) -> Row:
+        whole = not timed.early and timed.rounds == self.rounds
+        return {"rounds": timed.rounds, "of": self.rounds, "interleaved": self.interleaved and not timed.early,
                 "cut_off": None if whole else progress.stopped or ENDED}  # fmt: skip
 
     def limits(self, flops_per_second: float, dtype: torch.dtype = torch.bfloat16) -> Row:
@@ -285,16 +289,16 @@ class Contest(ABC):
 
     def _say(self, row: Row, last: bool = True) -> None:
         text = self.text(row)
-        print("; ".join(filter(None, (text, rests_on(row)))) if last else f"so far: {text}", flush=True)
+        print("; ".join(filter(None, (text, coverage_text(row)))) if last else f"so far: {text}", flush=True)
 
 
-def rests_on(row: Row) -> str:
+def coverage_text(row: Row) -> str:
     """In words, what a row rests on whose run was cut off; empty for others."""
-    rests = row.get("rests_on") or {}
+    rests = row.get("coverage") or {}
     if not rests.get("cut_off"):
         return ""
-    turns = "" if rests["by_turns"] else ", not by turns"
-    return f"{rests['bursts']} of {rests['of']} bursts{turns}, cut off: {rests['cut_off']}"
+    turns = "" if rests["interleaved"] else ", not by turns"
+    return f"{rests['rounds']} of {rests['of']} rounds{turns}, cut off: {rests['cut_off']}"
 
 
 def _give_back(ready: Ready) -> None:

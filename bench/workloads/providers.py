@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.baselines import BASELINES, Adapter, Contender
+from bench.baselines import BASELINES, Adapter, Provider
 from kernels.registry import BackendUnavailable, Op
 from kernels.testing.tolerance import reference
 
@@ -21,19 +21,19 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def contenders_for(op: Op, compiler: Compiler = inductor, emulated: bool = False) -> Iterator[Contender]:
+def providers_for(op: Op, compiler: Compiler = inductor, emulated: bool = False) -> Iterator[Provider]:
     """Everybody who computes this op: our backends, "eager" and "compile" (the reference), the baselines.
 
     emulated: let backends take part that run in an emulator, to test the bench.
     """
     for name in ours(op):
-        yield Contender(
+        yield Provider(
             name,
             partial(_backend, op, name, emulated),
             partial(_unsupported, op, name),
             package="triton" if name == "triton" else "torch",
         )
-    eager = Contender("eager", lambda: Adapter(reference(op)), includes="the reference, op by op")
+    eager = Provider("eager", lambda: Adapter(reference(op)), includes="the reference, op by op")
     yield eager
     yield _compiled(eager, compiler, "compile")
     for baseline in BASELINES.get(op.name, ()):
@@ -48,14 +48,14 @@ def ours(op: Op) -> list[str]:
     return sorted(having, key=lambda name: op.order.index(name) if name in op.order else len(op.order))
 
 
-def _compiled(contender: Contender, compiler: Compiler, name: str) -> Contender:
+def _compiled(provider: Provider, compiler: Compiler, name: str) -> Provider:
     """The same under torch.compile, which fuses what is around its library call."""
 
     def load() -> Adapter:
-        adapter = contender.load()
+        adapter = provider.load()
         return replace(adapter, run=compiler(adapter.run))
 
-    return replace(contender, name=name, load=load, includes=f"torch.compile of: {contender.includes}")
+    return replace(provider, name=name, load=load, includes=f"torch.compile of: {provider.includes}")
 
 
 def _backend(op: Op, name: str, emulated: bool) -> Adapter:

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 import kernels
-from bench.entrants.plain import PlainLightningDiT, plain_euler
-from bench.entrants.tokenizers import flops_per_image, make_tokenizer, set_numerics
-from bench.entrants.training import CONFIG, make_network
-from bench.measure.timing import Lap
-from bench.sampling import Variant
+from bench.measure.timing import Iteration
+from bench.workloads.plain import PlainLightningDiT, plain_euler
+from bench.workloads.tokenizers import flops_per_image, make_tokenizer, set_numerics
+from bench.workloads.training import CONFIG, make_network
+from bench.workloads.variants import Variant
 from kernels.compile.compilation import compiled
 from kernels.registry import Ops
 from launch.config import load
@@ -26,8 +26,8 @@ from lightningdit.model import LightningDiT
 from lightningdit.sampler import Denoiser, Guidance, sample, sample_noise, sample_ode, time_grid
 from vavae.config import AutoencoderConfig
 
-#: Points of the grid by which contenders are judged: on it the first two of four calls lie below the interval.
-JUDGED_POINTS = 5
+#: Points of the grid on which samples are checked: on it the first two of four calls lie below the interval.
+CHECKED_POINTS = 5
 
 
 def published_settings(precision: str) -> tuple[SampleConfig, Transport]:
@@ -36,8 +36,8 @@ def published_settings(precision: str) -> tuple[SampleConfig, Transport]:
     return run.sampling(), Transport.from_config(run.transport)
 
 
-class Setting:
-    """What all ways to sample a model share: weights, settings, labels, and the results that they are judged by."""
+class SamplingSetup:
+    """What all samplers of a model share: weights, settings, labels, and the results that they are checked against."""
 
     def __init__(self, config: ModelConfig, tokenizer: AutoencoderConfig, batch: int, precision: str,
                  device: torch.device | str):  # fmt: skip
@@ -52,8 +52,8 @@ class Setting:
         torch.nn.init.normal_(labels, generator=torch.Generator(device).manual_seed(0))
         self._weights = network.state_dict()
         narrow = getattr(torch, precision)
-        self.eager = self.judged_plain(self.plain(None if narrow == torch.float32 else narrow))
-        self.exact = self.judged_plain(self.plain(None).double(), torch.float64)
+        self.eager = self.baseline_samples(self.plain(None if narrow == torch.float32 else narrow))
+        self.exact = self.baseline_samples(self.plain(None).double(), torch.float64)
 
     def network(self, ops: Ops) -> LightningDiT:
         """A network with the shared weights, float32, not to be trained."""
@@ -68,12 +68,12 @@ class Setting:
         """Where all samples of the batch start."""
         return sample_noise(self.settings.seed, range(len(self.y)), self.shape, device=self.y.device)
 
-    def judged(self) -> SampleConfig:
-        """The settings on the grid that contenders are judged by."""
-        return self.settings.model_copy(update={"num_sampling_steps": JUDGED_POINTS})
+    def checked_settings(self) -> SampleConfig:
+        """The settings with the short grid on which samples are checked."""
+        return self.settings.model_copy(update={"num_sampling_steps": CHECKED_POINTS})
 
-    def judged_plain(self, network: PlainLightningDiT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        times = time_grid(0.0, 1.0, JUDGED_POINTS, self.settings.timestep_shift).to(self.y.device)
+    def baseline_samples(self, network: PlainLightningDiT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        times = time_grid(0.0, 1.0, CHECKED_POINTS, self.settings.timestep_shift).to(self.y.device)
         return self.plain_samples(network, self.noise().to(dtype), times)
 
     def plain_samples(self, network: Callable, z: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -90,16 +90,16 @@ class Setting:
 
 
 class Sampler:
-    """A way to sample, made from a `Setting`.
+    """A way to sample, made from a `SamplingSetup`.
 
     Attributes:
-        laps: part → what is timed. "noise" and "decode" are of the whole batch, the others of one call and its update.
+        iterations: part → what is timed: "noise" and "decode" of the whole batch, others of one call and its update.
         times: part → how often a batch of samples needs it.
         calls: (guided, unguided) calls that a whole sample needs.
-        samples: latents of the batch on the grid that contenders are judged by, [B, C, S, S] float32.
+        samples: latents of the batch on the short grid, to be checked, [B, C, S, S] float32.
     """
 
-    laps: dict[str, Lap]
+    iterations: dict[str, Iteration]
     times: dict[str, float]
     calls: tuple[int, int]
     samples: torch.Tensor
@@ -108,44 +108,46 @@ class Sampler:
 class OurSampler(Sampler):
     """`launch.sample.Generator` as the program makes it, but for the weights."""
 
-    def __init__(self, variant: Variant, setting: Setting):
-        ops, s = variant.ops(), setting.settings
-        tokenizer = make_tokenizer(setting.tokenizer, ops, setting.device)
-        statistics = LatentStatistics.neutral(setting.config.in_channels)
-        generator = Generator(setting.network(ops), tokenizer, statistics, setting.transport, s)
-        generator.to(setting.y.device)
-        model, null = compiled(generator.model, variant.compile), setting.config.null_label
-        indices = range(len(setting.y))
-        self.samples = sample(model, setting.transport, setting.judged(), setting.y, indices, shape=setting.shape,
+    def __init__(self, variant: Variant, setup: SamplingSetup):
+        ops, s = variant.ops(), setup.settings
+        tokenizer = make_tokenizer(setup.tokenizer, ops, setup.device)
+        statistics = LatentStatistics.neutral(setup.config.in_channels)
+        generator = Generator(setup.network(ops), tokenizer, statistics, setup.transport, s)
+        generator.to(setup.y.device)
+        model, null = compiled(generator.model, variant.compile), setup.config.null_label
+        indices = range(len(setup.y))
+        self.samples = sample(model, setup.transport, setup.checked_settings(), setup.y, indices, shape=setup.shape,
                               null_label=null).latents  # fmt: skip
-        z, always = setting.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
-        guided, unguided = (partial(self._update, setting, Denoiser(model, setting.y, g), z) for g in (always, None))
-        self.laps = {"noise": Lap(setting.noise), "guided": Lap(guided), "unguided": Lap(unguided),
-                     "decode": Lap(partial(generator.pixels, self.samples))}  # fmt: skip
-        self.calls = setting.calls()
+        z, always = setup.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
+        guided, unguided = (partial(self._update, setup, Denoiser(model, setup.y, g), z) for g in (always, None))
+        parts = {"noise": setup.noise, "guided": guided, "unguided": unguided,
+                 "decode": partial(generator.pixels, self.samples)}  # fmt: skip
+        self.iterations = {name: Iteration(part) for name, part in parts.items()}
+        self.calls = setup.calls()
         self.times = dict(zip(("guided", "unguided"), self.calls, strict=True))
 
     @torch.no_grad()
-    def _update(self, setting: Setting, predict: Denoiser, z: torch.Tensor) -> torch.Tensor:
-        return sample_ode(setting.transport, predict, z, method=setting.settings.sampling_method, steps=2)
+    def _update(self, setup: SamplingSetup, predict: Denoiser, z: torch.Tensor) -> torch.Tensor:
+        return sample_ode(setup.transport, predict, z, method=setup.settings.sampling_method, steps=2)
 
 
 class PlainSampler(Sampler):
     """The peer, both halves in every call; its images come from the tokenizer with the reference ops."""
 
-    def __init__(self, variant: Variant, setting: Setting):
-        s, narrow = setting.settings, getattr(torch, setting.settings.precision)
-        plain = setting.plain(None if narrow == torch.float32 else narrow)
+    def __init__(self, variant: Variant, setup: SamplingSetup):
+        s, narrow = setup.settings, getattr(torch, setup.settings.precision)
+        plain = setup.plain(None if narrow == torch.float32 else narrow)
         network = compiled(plain, variant.compile, deterministic=False)
-        self.samples = setting.judged_plain(network)
-        statistics = LatentStatistics.neutral(setting.config.in_channels)
-        tokenizer = make_tokenizer(setting.tokenizer, variant.ops(), setting.device)
-        generator = Generator(network, tokenizer, statistics, setting.transport, s)
-        ends, z = torch.tensor([0.0, 1.0], device=setting.y.device), setting.noise()
-        self.laps = {"noise": Lap(setting.noise), "guided": Lap(partial(setting.plain_samples, network, z, ends)),
-                     "decode": Lap(partial(generator.pixels, self.samples))}  # fmt: skip
-        self.calls = setting.calls()
+        self.samples = setup.baseline_samples(network)
+        statistics = LatentStatistics.neutral(setup.config.in_channels)
+        tokenizer = make_tokenizer(setup.tokenizer, variant.ops(), setup.device)
+        generator = Generator(network, tokenizer, statistics, setup.transport, s)
+        ends, z = torch.tensor([0.0, 1.0], device=setup.y.device), setup.noise()
+        parts = {"noise": setup.noise, "guided": partial(setup.plain_samples, network, z, ends),
+                 "decode": partial(generator.pixels, self.samples)}  # fmt: skip
+        self.iterations = {name: Iteration(part) for name, part in parts.items()}
+        self.calls = setup.calls()
         self.times = {"guided": sum(self.calls)}
 
 
-SAMPLERS: dict[str, Callable[[Variant, Setting], Sampler]] = {"ours": OurSampler, "plain": PlainSampler}
+SAMPLERS: dict[str, Callable[[Variant, SamplingSetup], Sampler]] = {"ours": OurSampler, "plain": PlainSampler}

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import kernels
-from bench.entrants.tokenizers import set_numerics
-from bench.entrants.training import FlatAdamW
-from bench.tokenizer import Variant
+from bench.workloads.tokenizers import set_numerics
+from bench.workloads.training import FlatAdamW
+from bench.workloads.variants import TokenizerVariant
 from common.tensors import write_tensors
 from kernels.compile.compilation import compiled
 from launch.config import VavaeRun, load
@@ -31,7 +31,7 @@ CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2
 IMAGES, FOREVER = 256, 1_000_000
 
 
-class Setting:
+class TrainingSetup:
     """What all ways to train share: a run file, random weights and images on disk.
 
     Attributes:
@@ -58,7 +58,7 @@ class Setting:
         self.flops = flops_per_image(run)
         self.about = {"frozen_weights": "random", "images": "random pictures, JPEG"}
 
-    def contender(self, variant: Variant) -> tuple[Callable[[], object], dict[str, float] | None]:
+    def provider(self, variant: TokenizerVariant) -> tuple[Callable[[], object], dict[str, float] | None]:
         """A step to call, and the losses of the first one where it tells them."""
         step = {"trainer": TrainerStep, "bare": BareStep}[variant.engine](variant, self)
         losses = step()
@@ -68,11 +68,11 @@ class Setting:
 class TrainerStep:
     """The trainer's own loop, with DeepSpeed and the loader; its losses are those of noise and images of its own."""
 
-    def __init__(self, variant: Variant, setting: Setting):
+    def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
         from launch.train import make_trainer
         from launch.training.engine import start_processes
 
-        run = setting.run.model_copy(update={"kernels": variant.kernels})
+        run = setup.run.model_copy(update={"kernels": variant.kernels})
         self._trainer = make_trainer(run, "vavae", start_processes())
         self._stream = self._trainer.stream()
 
@@ -87,13 +87,13 @@ class TrainerStep:
 class BareStep:
     """The task's step on images that are on the device, weights in bfloat16, one optimizer pass for each network."""
 
-    def __init__(self, variant: Variant, setting: Setting):
-        run, ops = setting.run, kernels.select(variant.kernels)
+    def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
+        run, ops = setup.run, kernels.select(variant.kernels)
         self._size = run.train.global_batch_size
         self._task = VavaeTask(model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
                                seed=run.train.global_seed, global_batch_size=self._size)  # fmt: skip
-        self._task.to(setting.device)
-        self._networks = {name: network.to(setting.device).train() for name, network in self._task.networks.items()}
+        self._task.to(setup.device)
+        self._networks = {name: network.to(setup.device).train() for name, network in self._task.networks.items()}
         self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}
         for module in self._networks["autoencoder"].modules():
             if isinstance(module, Level | Middle):
@@ -101,7 +101,7 @@ class BareStep:
         if variant.compile != "none":  # a term's gradient at one layer is asked for before the backward pass
             torch._functorch.config.donated_buffer = False
         first = torch.arange(self._size)
-        image = self._task.batches.batch(torch.zeros_like(first), first)["image"].to(setting.device)
+        image = self._task.batches.batch(torch.zeros_like(first), first)["image"].to(setup.device)
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         self._batch, self._step = {"image": image.contiguous(memory_format=layout)}, 0
 

@@ -6,16 +6,16 @@ and times, and make one optimizer step with the moving average in each call.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import kernels
-from bench.entrants import backends
-from bench.entrants.plain import PlainLightningDiT
+from bench.workloads import backends
+from bench.workloads.plain import PlainLightningDiT
+from bench.workloads.variants import TrainingVariant
 from kernels.compile.compilation import compile_module
 from kernels.registry import Ops
 from lightningdit import latents_writer
@@ -25,80 +25,6 @@ from lightningdit.model import LightningDiT
 
 LR, BETAS, EPS, EMA_DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
 NORMALS = 8  # sets of latents and noise that steps go through by turns
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train.
-
-    Attributes:
-        name: in rows.
-        engine: "trainer" (DeepSpeed, loader and all), "bare" (neither) or "plain" (the peer).
-        kernels: "auto", or the backend of all ops that have it (`bench.entrants.backends`); of no meaning to the peer.
-        in_graph: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
-        compile: a mode of `train.compile`.
-        residual: dtype of the residual stream.
-        recompute: `use_checkpoint` of the network.
-        per_op: (op, backend) of the ops that have another one than `kernels`.
-        deterministic: `train.deterministic`; the peers are compiled as fast as the compiler can.
-    """
-
-    name: str
-    engine: str
-    kernels: str = "auto"
-    in_graph: tuple[str, ...] = ()
-    compile: str = "inductor"
-    residual: str = "float32"
-    recompute: bool | str = False
-    per_op: tuple[tuple[str, str], ...] = ()
-    deterministic: bool = True
-
-    def features(self) -> dict:
-        """What a row says of it."""
-        names = ("engine", "kernels", "in_graph", "compile", "residual", "recompute", "deterministic")
-        return {name: getattr(self, name) for name in names} | {"per_op": dict(self.per_op)}
-
-    def on(self, asked: Iterable[str]) -> "Variant":
-        """The same on other backends, BACKEND or OP=BACKEND each, which its name says after a "+"; the peer as it is.
-
-        Raises:
-            ValueError: as `backends.parse`.
-        """
-        backend, named = backends.parse(asked)
-        words = [*([backend] if backend else []), *(f"{op}={name}" for op, name in named.items())]
-        if self.engine == "plain" or not words:
-            return self
-        name = "+".join([self.name, *words])
-        return replace(self, name=name, kernels=backend or self.kernels, per_op=tuple(named.items()))
-
-    @property
-    def named(self) -> dict[str, str]:
-        """Backends of ops by name, where they are others than `kernels`."""
-        return dict.fromkeys(self.in_graph, "triton") | dict(self.per_op)
-
-    def ops(self) -> Ops:
-        return backends.select(self.kernels, self.named)
-
-
-VARIANTS = {
-    v.name: v
-    for v in (
-        Variant("trainer", "trainer"),
-        Variant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
-        Variant("bare", "bare"),
-        Variant("bare-eager", "bare", compile="none"),
-        Variant("bare-grouped", "bare", in_graph=("weight_gradients",)),
-        Variant("bare-folded", "bare", in_graph=("linear_swiglu", "swiglu_linear_grad")),
-        Variant("bare-reference", "bare", kernels="reference"),
-        Variant("bare-cudagraphs", "bare", compile="cudagraphs"),
-        Variant("bare-regional", "bare", compile="regional"),
-        Variant("bare-by-timing", "bare", deterministic=False),
-        Variant("bare-bfloat16-stream", "bare", residual="bfloat16"),
-        Variant("bare-pointwise", "bare", recompute="pointwise"),
-        Variant("plain-eager", "plain", compile="none"),
-        Variant("plain-compile", "plain", deterministic=False),
-    )
-}
 
 
 class Inputs:
@@ -181,7 +107,7 @@ class FlatAdamW:
 class BareStep:
     """The network without DeepSpeed: weights in bfloat16, the optimizer and the average in one pass."""
 
-    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
+    def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str):
         ops = variant.ops()
         config = config.model_copy(update={"use_checkpoint": variant.recompute})
         network = make_network(config, ops, device, getattr(torch, variant.residual))
@@ -200,7 +126,7 @@ class BareStep:
 class PlainStep:
     """The peer, with torch's fused AdamW where there is one (on CUDA) and a moving average over lists of tensors."""
 
-    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str):
+    def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str):
         network = make_network(config, kernels.select("reference"), device)
         self.inputs = Inputs(config, batch, device)
         self._parameters = [p for p in network.parameters() if p.requires_grad]
@@ -230,7 +156,7 @@ class TrainerStep:
     losses are those of other noise.
     """
 
-    def __init__(self, variant: Variant, config: ModelConfig, batch: int, device: torch.device | str,
+    def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str,
                  images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
         from launch.config import load
         from launch.train import make_trainer

@@ -1,7 +1,7 @@
 """Markdown tables of sampling, of the tokenizer and of matrix products, for one GPU's page."""
 
 from bench import gemms
-from bench.measure.contest import rests_on
+from bench.measure.comparison import coverage_text
 from bench.measure.rows import Row
 from bench.pages.measured import Measured
 from bench.pages.tables import percent, table, times
@@ -12,7 +12,7 @@ PARTS = ("guided", "unguided", "decode", "noise")
 
 def remark(row: Row) -> str:
     """Why a row has no number, or what it rests on where the run was cut off."""
-    return rests_on(row) if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+    return coverage_text(row) if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
 
 
 def sampling(gpu: Measured) -> str:
@@ -22,7 +22,7 @@ def sampling(gpu: Measured) -> str:
             *(f"{part}, ms" for part in PARTS), ""]  # fmt: skip
     lines = []
     for row in _ordered(gpu, "sampling", "model", "batch", "precision"):
-        line = [row["model"], str(row["batch"]), row["precision"], row["contender"], *[""] * 10]
+        line = [row["model"], str(row["batch"]), row["precision"], row["provider"], *[""] * 10]
         if row["status"] == "ok":
             parts, ratio = row["extrapolated"]["parts_ms"], row["times_faster_than"]
             line[4:] = [f"{row['images_per_second']:.2f}", percent(row["spread"]), f"{row['latents_per_second']:.2f}",
@@ -38,7 +38,7 @@ def tokenizer(gpu: Measured) -> str:
             "× reference, compiled", "whole, ms", "products, ms", "memory, ms", "idle, ms", ""]  # fmt: skip
     lines = []
     for row in _ordered(gpu, "tokenizer", "part", "precision", "batch"):
-        line = [row["part"], row["precision"], str(row["batch"]), row["contender"], *[""] * 10]
+        line = [row["part"], row["precision"], str(row["batch"]), row["provider"], *[""] * 10]
         if row["status"] == "ok":
             ratio, spent = row["times_faster_than"], row.get("breakdown_ms", {})
             kinds = (f"{spent[kind]:.1f}" if kind in spent else "" for kind in ("gemm", "memory", "idle"))
@@ -56,7 +56,7 @@ def products(gpu: Measured) -> str:
     lines = []
     for row in gpu.of("gemm"):
         line = [row["model"], str(row["batch"]), row["layer"], row["direction"], " × ".join(map(str, row["shape"])),
-                row["contender"], "", "", ""]  # fmt: skip
+                row["provider"], "", "", ""]  # fmt: skip
         if row["status"] == "ok":
             line[6:] = [f"{row['tflops']:.1f}", percent(row["spread"]), percent(row["fraction"])]
         lines.append([*line, remark(row)])

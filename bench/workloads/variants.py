@@ -1,0 +1,157 @@
+"""Variants of the workloads: which engine, backends, compilation and layouts a row of a comparison stands for.
+
+Kept apart from the workloads themselves, whose packages a GPU machine may lack.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from bench.workloads import backends
+from kernels.registry import Ops
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a workload.
+
+    Attributes:
+        name: in rows and on the command line.
+        engine: of training, "trainer" (the trainer's loop, with DeepSpeed and the loader), "bare" (neither) or "plain"
+            (the plain model); of sampling, "ours" (the sampler of `python -m launch sample`) or "plain"; "pass" encodes
+            or decodes.
+        kernels: "auto", or the backend of all ops that have it (`bench.workloads.backends`); of no meaning to "plain".
+        compile: a mode of `kernels.compile.compilation`.
+    """
+
+    name: str
+    engine: str
+    kernels: str = "auto"
+    compile: str = "none"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it runs this project's code rather than a baseline."""
+        return self.engine != "plain"
+
+    def features(self) -> dict[str, Any]:
+        """All but the name, for its row."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
+
+    def ops(self) -> Ops:
+        return backends.select(self.kernels, {})
+
+
+@dataclass(frozen=True)
+class TrainingVariant(Variant):
+    """One way to train LightningDiT.
+
+    Attributes:
+        in_graph: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
+        residual: dtype of the residual stream.
+        recompute: `use_checkpoint` of the network.
+        per_op: (op, backend) of the ops that have another one than `kernels`.
+        deterministic: `train.deterministic`; the plain model is compiled as fast as the compiler can.
+    """
+
+    compile: str = "inductor"
+    in_graph: tuple[str, ...] = ()
+    residual: str = "float32"
+    recompute: bool | str = False
+    per_op: tuple[tuple[str, str], ...] = ()
+    deterministic: bool = True
+
+    def features(self) -> dict[str, Any]:
+        return super().features() | {"per_op": dict(self.per_op)}
+
+    def on(self, asked: Iterable[str]) -> "TrainingVariant":
+        """The same on other backends, BACKEND or OP=BACKEND each, which its name says after a "+"; "plain" as it is.
+
+        Raises:
+            ValueError: as `backends.parse`.
+        """
+        backend, named = backends.parse(asked)
+        words = [*([backend] if backend else []), *(f"{op}={name}" for op, name in named.items())]
+        if self.engine == "plain" or not words:
+            return self
+        name = "+".join([self.name, *words])
+        return replace(self, name=name, kernels=backend or self.kernels, per_op=tuple(named.items()))
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Backends of ops by name, where they are others than `kernels`."""
+        return dict.fromkeys(self.in_graph, "triton") | dict(self.per_op)
+
+    def ops(self) -> Ops:
+        return backends.select(self.kernels, self.named)
+
+
+@dataclass(frozen=True)
+class TokenizerVariant(Variant):
+    """One way to run the tokenizer; in training, `compile` is of the levels of encoder and decoder.
+
+    Attributes:
+        channels_last: memory format of what comes in, and of the weights where they are not trained.
+    """
+
+    channels_last: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.kernels != "reference"
+
+
+V = TypeVar("V", bound=Variant)
+
+
+def _by_name(*variants: V) -> dict[str, V]:
+    return {variant.name: variant for variant in variants}
+
+
+TRAINING = _by_name(
+    TrainingVariant("trainer", "trainer"),
+    TrainingVariant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
+    TrainingVariant("bare", "bare"),
+    TrainingVariant("bare-eager", "bare", compile="none"),
+    TrainingVariant("bare-grouped", "bare", in_graph=("weight_gradients",)),
+    TrainingVariant("bare-folded", "bare", in_graph=("linear_swiglu", "swiglu_linear_grad")),
+    TrainingVariant("bare-reference", "bare", kernels="reference"),
+    TrainingVariant("bare-cudagraphs", "bare", compile="cudagraphs"),
+    TrainingVariant("bare-regional", "bare", compile="regional"),
+    TrainingVariant("bare-by-timing", "bare", deterministic=False),
+    TrainingVariant("bare-bfloat16-stream", "bare", residual="bfloat16"),
+    TrainingVariant("bare-pointwise", "bare", recompute="pointwise"),
+    TrainingVariant("plain-eager", "plain", compile="none"),
+    TrainingVariant("plain-compile", "plain", deterministic=False),
+)
+SAMPLING = _by_name(
+    Variant("auto", "ours"),
+    Variant("auto-compile", "ours", compile="inductor"),
+    Variant("cuda", "ours", kernels="cuda"),
+    Variant("reference", "ours", kernels="reference"),
+    Variant("plain-eager", "plain", kernels="reference"),
+    Variant("plain-compile", "plain", kernels="reference", compile="inductor"),
+)
+_PASSES = _by_name(
+    TokenizerVariant("auto", "pass"),
+    TokenizerVariant("auto-channels-last", "pass", channels_last=True),
+    TokenizerVariant("auto-compile-channels-last", "pass", compile="inductor", channels_last=True),
+    TokenizerVariant("reference", "pass", kernels="reference"),
+    TokenizerVariant("reference-channels-last", "pass", kernels="reference", channels_last=True),
+    TokenizerVariant("reference-compile", "pass", kernels="reference", compile="inductor"),
+    TokenizerVariant(
+        "reference-compile-channels-last", "pass", kernels="reference", compile="inductor", channels_last=True
+    ),
+)
+#: Part → its variants; "trainer" and "auto" are what the programs run.
+TOKENIZER = {
+    "encode": _PASSES,
+    "decode": _PASSES,
+    "train": _by_name(
+        TokenizerVariant("trainer", "trainer"),
+        TokenizerVariant("bare", "bare"),
+        TokenizerVariant("bare-channels-last", "bare", channels_last=True),
+        TokenizerVariant("reference", "bare", kernels="reference"),
+        TokenizerVariant("reference-compile", "bare", kernels="reference", compile="inductor"),
+    ),
+}
