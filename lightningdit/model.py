@@ -1,15 +1,15 @@
-"""LightningDiT: a transformer that turns a noisy latent, a time and a label into a velocity (arXiv 2501.01423).
+"""The LightningDiT network: blocks, attention, feed-forward layers, adaLN-zero, final layer (arXiv 2501.01423).
 
-The model is given its ops. Each branch's gated residual is added by the norm that follows it, in the same pass: the
-attention branch by its block's norm2, the feed-forward branch by norm1 of the next block, or by the final layer's
-norm. Blocks therefore pass on the stream and a `PendingResidual`: the branch not yet added to it, the bias of the
-projection that made the branch, and the branch's gate. Biases are added where the next op reads the product, because
-their gradients, sums over all tokens, cost nothing there and a pass over memory of their own elsewhere. The vectors
-that modulate the blocks are computed for all of them before the first. Where parameters exist only while their own
-module runs (ZeRO 3), `params_gathered=False` leaves each bias and each block's modulation to its module.
+It maps a noisy latent, a time and a label to a velocity, and is given its ops. Each branch's gated residual is added by
+the norm that follows it, in the same pass: the attention branch by its block's norm2, the feed-forward branch by norm1
+of the next block or by the final layer's norm. Blocks therefore pass on the stream and a `PendingResidual`: the branch
+not yet added to it, the bias of the projection that made the branch, and the branch's gate. Biases are added where the
+next op reads the product: their gradients, sums over all tokens, cost nothing there and a pass over memory of
+their own elsewhere. The modulation vectors of all blocks are computed before the first. Where parameters exist only
+while their own module runs (ZeRO 3), `params_gathered=False` leaves biases and modulations to their modules.
 
-Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, H heads, d head_dim,
-F feed-forward width.
+Shapes: B samples, C latent channels, S input_size, P patch_size, N = (S / P)² tokens, D hidden_size, H heads,
+d head_dim, M feed-forward width (`mlp_hidden`).
 """
 
 import math
@@ -36,11 +36,11 @@ EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-
 
 
 class PendingResidual(NamedTuple):
-    """What a stream [B, N, D] is to gain: `gate · (branch + bias)`; branch [B, N, D], bias [D] or None, gate [B, D]."""
+    """A residual that is not yet added to the stream [B, N, D]: `gate · (branch + bias)`."""
 
-    branch: Tensor
-    bias: Tensor | None
-    gate: Tensor
+    branch: Tensor  # [B, N, D]
+    bias: Tensor | None  # [D]
+    gate: Tensor  # [B, D]
 
 
 class DeferredBiasLinear(nn.Linear):
@@ -61,17 +61,19 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class ModulatedRMSNorm(nn.Module):
-    """Adds the pending branch to the stream, then normalises and modulates: both in one pass of one op."""
+    """Adds the pending residual to the stream, then RMSNorm, scale and shift: both in one pass of one op."""
 
     def __init__(self, hidden_size: int, ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.ops = ops
 
-    def forward(self, x, shift, scale, pending: PendingResidual | None = None):
-        """Stream x [B, N, D], vectors [B, D] → (new stream, its modulated norm in scale's dtype)."""
+    def forward(
+        self, x: Tensor, shift: Tensor | None, scale: Tensor, pending: PendingResidual | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Stream x [B, N, D], shift and scale [B, D] → (new stream, its modulated norm in scale's dtype) [B, N, D]."""
         if pending is None:
-            y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)
+            y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)  # [B, N, D]
             return x, y
         branch, bias, gate = pending
         return self.ops.gated_residual_adaln_rms_norm(x, branch, gate, self.weight, shift, scale, EPS, branch_bias=bias)
@@ -80,13 +82,16 @@ class ModulatedRMSNorm(nn.Module):
 class ModulatedLayerNorm(nn.Module):
     """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
 
-    def forward(self, x, shift, scale, pending: PendingResidual | None = None):
+    def forward(
+        self, x: Tensor, shift: Tensor | None, scale: Tensor, pending: PendingResidual | None = None
+    ) -> tuple[Tensor, Tensor]:
         acc_dtype = at_least_float32(x.dtype)
         if pending is not None:
-            branch, gate = pending.branch.to(acc_dtype), pending.gate.to(acc_dtype)
+            branch, gate = pending.branch.to(acc_dtype), pending.gate.to(acc_dtype)  # [B, N, D], [B, D]
             branch = branch if pending.bias is None else branch + pending.bias.to(acc_dtype)
-            x = (x.to(acc_dtype) + gate[:, None] * branch).to(x.dtype)
-        y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], eps=EPS) * (1 + scale[:, None].to(acc_dtype))
+            x = (x.to(acc_dtype) + gate[:, None] * branch).to(x.dtype)  # [B, N, D]
+        y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], eps=EPS)  # [B, N, D]
+        y = y * (1 + scale[:, None].to(acc_dtype))
         if shift is not None:
             y = y + shift[:, None].to(acc_dtype)
         return x, y.to(scale.dtype)
@@ -97,7 +102,7 @@ def modulated_norm(config: ModelConfig, ops) -> nn.Module:
 
 
 class QKRMSNorm(nn.Module):
-    """The weight of a QK RMSNorm; `rope_attention` applies it on the way."""
+    """The weight of a QK RMSNorm, which the op `rope_attention` applies."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -105,9 +110,9 @@ class QKRMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of all tokens, with rotary positions and optional QK norm; the bias of `proj` is left to be added.
+    """Self-attention with 2-D RoPE and optional QK norm; the next norm adds the bias of `proj`.
 
-    That of `qkv` is left to the op, unless a LayerNorm reads queries and keys before.
+    The op adds the bias of `qkv`, unless a LayerNorm reads queries and keys before it.
     """
 
     def __init__(self, config: ModelConfig, ops):
@@ -120,21 +125,23 @@ class Attention(nn.Module):
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
         self.k_norm = norm(config.head_dim) if config.use_qknorm else None
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:  # x [B, N, D], tables [N, d]
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        """x [B, N, D], RoPE tables [N, d] → [B, N, D], without the bias of `proj` where that is deferred."""
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)  # [B, N, 3, H, d]
         bias = self.qkv.deferred_bias if isinstance(self.qkv, DeferredBiasLinear) else None
         q_weight = k_weight = None
         if isinstance(self.q_norm, QKRMSNorm):
-            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight
+            q_weight, k_weight = self.q_norm.weight, self.k_norm.weight  # [d]
         elif self.q_norm is not None:
-            q, k, v = qkv.unbind(2)
-            qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)
-        return self.proj(self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias))
+            q, k, v = qkv.unbind(2)  # [B, N, H, d] each
+            qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)  # [B, N, 3, H, d]
+        out = self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias)  # [B, N, D]
+        return self.proj(out)
 
 
 class SwiGLUMLP(nn.Module):
-    """The gated feed-forward network (arXiv 2002.05202); the bias of its last layer is left to be added."""
+    """SwiGLU feed-forward layer (arXiv 2002.05202); the next norm adds the bias of its last linear layer."""
 
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
@@ -147,11 +154,13 @@ class SwiGLUMLP(nn.Module):
         return self.w3
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.ops.swiglu(self.w12(x), bias=self.w12.deferred_bias))
+        gate_up = self.w12(x)  # [B, N, 2M]
+        activated = self.ops.swiglu(gate_up, bias=self.w12.deferred_bias)  # [B, N, M]
+        return self.w3(activated)  # [B, N, D]
 
 
 class GELUMLP(nn.Module):
-    """The feed-forward network of DiT (arXiv 2212.09748); the bias of its last layer is left to be added."""
+    """GELU feed-forward layer of DiT (arXiv 2212.09748); the next norm adds the bias of its last linear layer."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -163,11 +172,12 @@ class GELUMLP(nn.Module):
         return self.fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        activated = F.gelu(self.fc1(x), approximate="tanh")  # [B, N, M]
+        return self.fc2(activated)  # [B, N, D]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each normalised and modulated before and gated after (adaLN-zero)."""
+    """Transformer block with adaLN-zero: attention and feed-forward layer, each modulated before and gated after."""
 
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
@@ -180,23 +190,23 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, pending: PendingResidual | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
     ) -> tuple[Tensor, PendingResidual]:
-        """Stream x [B, N, D] and what it is to gain (None at the first block) → the same for the next.
+        """Stream x [B, N, D] and its pending residual (None at the first block) → both for the next block.
 
-        modulation: what this block's `adaLN_modulation` gives for the condition.
+        modulation: the output of this block's `adaLN_modulation`, vectors [B, D]. cos, sin: RoPE tables [N, d].
         """
         if len(modulation) == 6:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         else:
             shift_attn = shift_mlp = None
             scale_attn, gate_attn, scale_mlp, gate_mlp = modulation
-        x, y = self.norm1(x, shift_attn, scale_attn, pending)
+        x, y = self.norm1(x, shift_attn, scale_attn, pending)  # [B, N, D] both
         attention = PendingResidual(self.attn(y, cos, sin), self.attn.proj.deferred_bias, gate_attn)
-        x, y = self.norm2(x, shift_mlp, scale_mlp, attention)
+        x, y = self.norm2(x, shift_mlp, scale_mlp, attention)  # [B, N, D] both
         return x, PendingResidual(self.mlp(y), self.mlp.last.deferred_bias, gate_mlp)
 
 
 class FinalLayer(nn.Module):
-    """The last gated residual, norm and modulation, then the projection to patches."""
+    """The last gated residual, norm and modulation, then the linear layer from tokens to patches."""
 
     def __init__(self, config: ModelConfig, ops):
         super().__init__()
@@ -204,9 +214,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.hidden_size, 2)
 
-    def forward(self, x: Tensor, pending: PendingResidual, c: Tensor) -> Tensor:  # → [B, N, P·P·channels]
-        shift, scale = self.adaLN_modulation(c)
-        return self.linear(self.norm_final(x, shift, scale, pending)[1])
+    def forward(self, x: Tensor, pending: PendingResidual, c: Tensor) -> Tensor:
+        """Stream x [B, N, D], condition c [B, D] → [B, N, P·P·out_channels]."""
+        shift, scale = self.adaLN_modulation(c)  # [B, D] both
+        _, y = self.norm_final(x, shift, scale, pending)  # [B, N, D]
+        return self.linear(y)
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
@@ -219,8 +231,8 @@ def unpatchify(x: Tensor, patch_size: int) -> Tensor:
 class LightningDiT(KeepsFloat32):
     """The network of `config`, computing with `ops` (`kernels.select`); keys and shapes as published.
 
-    residual_dtype: dtype of the residual stream; one narrower than the weights' is raised to theirs. Weights may be
-    cast to bfloat16 or float16 as a whole: timestep embedding, condition, norms, RoPE and the output stay float32.
+    residual_dtype: dtype of the residual stream, at least as wide as the weights'. The module may be cast to bfloat16
+    or float16: timestep embedding, condition, norms, RoPE and the output stay float32.
     params_gathered: whether every parameter is whole at any time; false under ZeRO 3, which gathers a module's
     parameters only while it runs.
     """
@@ -246,15 +258,15 @@ class LightningDiT(KeepsFloat32):
 
     @property
     def regions(self) -> list[nn.Module]:
-        """What a compiler may take one by one instead of the whole.
+        """Modules for regional compilation, each compiled by itself.
 
-        The rest runs operator by operator: the position table's addition, the label's vector, all modulations' product.
+        The rest runs eagerly: the addition of `pos_embed`, the label embedding, the modulations of all blocks.
         """
         return [self.x_embedder, self.t_embedder, *self.blocks, self.final_layer]
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights afresh from torch's default generator: the network starts as the zero function."""
+        """Draw the weights from torch's default generator; the network then computes zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -268,27 +280,28 @@ class LightningDiT(KeepsFloat32):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x [B, C, S, S] any float, t [B] in [0, 1], y [B] int64 labels → [B, C, S, S], float32 or wider.
 
-        Draws nothing and never waits for the device: labels out of range are the data's to find.
+        Draws no random numbers and never waits for the device: that labels are in range is checked with the data.
         """
         self._check(x, t, y)
         weights_dtype = self.x_embedder.proj.weight.dtype
         acc_dtype = at_least_float32(weights_dtype)
         rope = self.feat_rope
-        cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)
+        cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)  # [N, d]
         c = self.t_embedder(t.to(acc_dtype)) + self.y_embedder(y).to(acc_dtype)  # [B, D]
         x = self.x_embedder(x.to(weights_dtype)) + self.pos_embed.to(acc_dtype)  # [B, N, D]
         x = x.to(torch.promote_types(weights_dtype, self.residual_dtype))
-        pending = None
+        pending: PendingResidual | None = None
         for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
                 x, pending = recomputed(block, self.config.use_checkpoint, x, pending, modulation, cos, sin)
             else:
                 x, pending = block(x, pending, modulation, cos, sin)
-        x = unpatchify(self.final_layer(x, pending, c), self.config.patch_size).to(acc_dtype)
-        return x[:, : self.config.in_channels]
+        x = self.final_layer(x, pending, c)  # [B, N, P·P·out_channels]
+        x = unpatchify(x, self.config.patch_size).to(acc_dtype)  # [B, out_channels, S, S]
+        return x[:, : self.config.in_channels]  # [B, C, S, S]
 
     def _modulations(self, c: Tensor) -> Iterable[Vectors]:
-        """Those of each block for the condition c [B, D]."""
+        """The modulation vectors [B, D] of each block for the condition c [B, D]."""
         layers = [block.adaLN_modulation for block in self.blocks]
         return modulations(layers, c) if self.params_gathered else (layer(c) for layer in layers)
 
@@ -311,21 +324,21 @@ class LightningDiT(KeepsFloat32):
         cfg_interval_start: float | None = None,
         cfg_channels: int | None = None,
     ) -> Tensor:
-        """Guidance on a doubled batch, with the meaning of the published method and no look at the device.
+        """Classifier-free guidance on a doubled batch, as the published method of this name, without host reads.
 
-        The first half of y are labels, the second null labels; the second half of x [2B, C, S, S] is ignored. The first
-        `cfg_channels` channels (None: all; published: 3) of both halves of the result are
-        `uncond + cfg_scale·(cond - uncond)`, or cond where cfg_interval is on and t < cfg_interval_start; the other
-        channels stay each half's own.
+        The first half of y [2B] are labels, the second null labels; the second half of x [2B, C, S, S] is ignored. In
+        the first `cfg_channels` channels (None: all; published: 3) both halves of the result are
+        `uncond + cfg_scale·(cond - uncond)`, or cond where cfg_interval is on and t < cfg_interval_start; in the other
+        channels each half keeps its own prediction.
         """
         if x.shape[0] % 2:
             raise ValueError(f"forward_with_cfg takes an even batch, got {x.shape[0]}")
         if cfg_interval and cfg_interval_start is None:
             raise ValueError("cfg_interval needs cfg_interval_start")
-        half = x[: x.shape[0] // 2]
-        output = self(torch.cat([half, half]), t, y)
+        half = x[: x.shape[0] // 2]  # [B, C, S, S]
+        output = self(torch.cat([half, half]), t, y)  # [2B, C, S, S]
         channels = output.shape[1] if cfg_channels is None else cfg_channels
-        cond, uncond = output[:, :channels].chunk(2)
+        cond, uncond = output[:, :channels].chunk(2)  # [B, channels, S, S] both
         guided = uncond + cfg_scale * (cond - uncond)
         if cfg_interval:
             below = t[: len(half)].reshape(-1, 1, 1, 1) < cfg_interval_start
