@@ -1,4 +1,4 @@
-"""What a model costs before it runs: FLOPs and activation memory per image, from its shape alone."""
+"""FLOPs and activation memory of a LightningDiT per image, computed from its config."""
 
 from lightningdit.config import ModelConfig
 
@@ -6,12 +6,12 @@ from lightningdit.config import ModelConfig
 def flops_per_image(config: ModelConfig) -> tuple[int, int]:
     """(forward, training) FLOPs of one image: every matrix product, a multiply-add counted as two.
 
-    Training counts twice the forward's again for the backward; recomputation under `use_checkpoint` is not counted,
-    as it should not raise a utilisation. LightningDiT-XL/1 on 16 × 16 × 32 latents: 237.25 and 711.76 GFLOP.
+    Training is three times the forward: the backward has twice its FLOPs. Recomputation under `use_checkpoint` is not
+    counted, as it should not raise a utilisation. LightningDiT-XL/1 on 16 × 16 × 32 latents: 237.25 and 711.76 GFLOP.
     """
-    N, D, F = config.num_tokens, config.hidden_size, config.mlp_hidden
+    N, D, M = config.num_tokens, config.hidden_size, config.mlp_hidden
     patch = config.patch_size**2
-    feed_forward = D * F * (3 if config.use_swiglu else 2)
+    feed_forward = D * M * (3 if config.use_swiglu else 2)
     per_token = 4 * D * D + feed_forward + 2 * N * D  # projections, feed-forward, attention's two products
     per_block = N * per_token + config.modulation_parts * D * D
     ends = N * D * patch * (config.in_channels + config.out_channels)
@@ -21,17 +21,17 @@ def flops_per_image(config: ModelConfig) -> tuple[int, int]:
 
 
 def activation_bytes_per_image(config: ModelConfig, *, weight_bytes: int = 2, residual_bytes: int = 4) -> int:
-    """Bytes that the blocks leave in memory between forward and backward, per image, with ops that save their inputs.
+    """Bytes that the blocks keep for the backward pass, per image, with ops that save their inputs.
 
     weight_bytes: size of the computing dtype (2 for bfloat16). residual_bytes: of the residual stream.
-    Under `use_checkpoint`, what enters each block plus one block at work; under "pointwise", what enters a block and
-    its matrix products. LightningDiT-XL/1 on 16 × 16 × 32 latents: 330 MB, 220 MB under "pointwise".
+    Under `use_checkpoint`, the inputs of all blocks and the activations of one; under "pointwise", the inputs and the
+    matrix products of all. LightningDiT-XL/1 on 16 × 16 × 32 latents: 330 MB, 220 MB under "pointwise".
     """
-    N, D, F = config.num_tokens, config.hidden_size, config.mlp_hidden
-    gate_up = 2 * F if config.use_swiglu else F
-    products = 3 * D + D + 2 * D + gate_up  # packed q, k, v; attention's output; both branches; what is activated
-    pointwise = 2 * D + F  # outputs of both norms, inner product
-    if config.use_checkpoint == "pointwise":  # the stream after attention's branch is computed again too
+    N, D, M = config.num_tokens, config.hidden_size, config.mlp_hidden
+    gate_up = 2 * M if config.use_swiglu else M
+    products = 3 * D + D + 2 * D + gate_up  # packed q, k, v; attention's output; both branches; SwiGLU's input
+    pointwise = 2 * D + M  # outputs of both norms and of the activation
+    if config.use_checkpoint == "pointwise":  # the stream between both branches is recomputed too
         return config.depth * N * (D * residual_bytes + weight_bytes * products)
     per_block = N * (2 * D * residual_bytes + weight_bytes * (products + pointwise))
     if not config.use_checkpoint:

@@ -1,4 +1,4 @@
-"""What enters the transformer and where it is: patches, times, labels, and the two fixed position tables.
+"""Embeddings of patches, timesteps and labels, and the fixed tables of positions: sin-cos and 2-D RoPE.
 
 Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hidden_size, d head_dim.
 """
@@ -13,33 +13,35 @@ from torch import Tensor, nn
 from lightningdit.config import ModelConfig
 
 
-class KeepsFloat32(nn.Module):
-    """A module whose named tables stay float32 (or wider) when `.bfloat16()`, `.half()` or `.to(dtype)` narrows it."""
+class Float32Tables(nn.Module):
+    """A module whose named tables stay float32 (or float64) when `.bfloat16()`, `.half()` or `.to(dtype)` casts it."""
 
     tables: tuple[str, ...] = ()
 
     def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name).detach() for name in self.tables}
+        originals = {name: getattr(self, name).detach() for name in self.tables}
         super()._apply(fn, recurse)
-        for name, table in before.items():
-            after = getattr(self, name)
-            if after.dtype.itemsize < 4:
-                after.data = table.to(after.device)
+        for name, original in originals.items():
+            cast = getattr(self, name)
+            if cast.dtype.itemsize < 4:
+                cast.data = original.to(cast.device)
         return self
 
 
 class PatchProjection(nn.Conv2d):
     """A convolution with stride = kernel, written as a matrix product over patches: the same sums, deterministic."""
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, S, S] → [B, N, D]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, S, S] → [B, N, D], row by row."""
         B, C, S, _ = x.shape
         P = self.kernel_size[0]
-        x = x.reshape(B, C, S // P, P, S // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        x = x.reshape(B, C, S // P, P, S // P, P)
+        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)  # [B, N, C·P·P]
+        return F.linear(x, self.weight.flatten(1), self.bias)  # [B, N, D]
 
 
 class PatchEmbed(nn.Module):
-    """Latents [B, C, S, S] → tokens [B, N, D], row by row; around the projection for the published key's sake."""
+    """Latents [B, C, S, S] → tokens [B, N, D]; holds the projection under its published key `x_embedder.proj`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -47,11 +49,11 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(config.in_channels, config.hidden_size, size, stride=size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        return self.proj(x)  # [B, N, D]
 
 
 class CastLinear(nn.Linear):
-    """A linear layer that computes in its input's dtype, whatever it stores its weights in."""
+    """A linear layer that casts its weights to its input's dtype: an input in float32 is multiplied in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
@@ -61,7 +63,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     """Sinusoids of times t [B] → [B, dim]: cosines, then sines, then a zero where dim is odd. t is used unscaled."""
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half)
-    angles = t[:, None] * exponents.exp().to(t.dtype)
+    angles = t[:, None] * exponents.exp().to(t.dtype)  # [B, dim / 2]
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
@@ -76,11 +78,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequencies))
+        return self.mlp(timestep_embedding(t, self.frequencies))  # [B, D]
 
 
-class Lookup(torch.autograd.Function):
-    """Rows of a table [rows, D] by index [B] → [B, D], with a gradient that is the same each time.
+class DeterministicEmbedding(torch.autograd.Function):
+    """Rows of a table [rows, D] by index [B] → [B, D], with a deterministic gradient.
 
     On a GPU that of `F.embedding` may add up the rows of an index that repeats (the null label is in nearly every
     batch) by atomics, in whatever order they arrive. Here it is a product of one-hot rows, [rows, B] by [B, D]: the
@@ -89,7 +91,7 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(table: Tensor, index: Tensor) -> Tensor:
-        return F.embedding(index, table)
+        return F.embedding(index, table)  # [B, D]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -105,10 +107,10 @@ class Lookup(torch.autograd.Function):
 
 
 class LabelTable(nn.Embedding):
-    """A table of vectors [rows, D], read by `Lookup`."""
+    """nn.Embedding [rows, D] with the gradient of `DeterministicEmbedding`."""
 
-    def forward(self, y: Tensor) -> Tensor:  # [B] → [B, D]
-        return Lookup.apply(self.weight, y)
+    def forward(self, y: Tensor) -> Tensor:
+        return DeterministicEmbedding.apply(self.weight, y)  # [B, D]
 
 
 class LabelEmbedder(nn.Module):
@@ -120,24 +122,25 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = LabelTable(rows, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        return self.embedding_table(y)  # [B, D]
 
 
 def rope_tables(head_dim: int, grid_size: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos, sin [N, d] float32 of 2-D RoPE: the first half of d turns with the row, the second with the column.
+    """cos, sin [N, d] float32 of 2-D RoPE: angles follow the row in the first half of d, the column in the second.
 
     Within a half, neighbouring entries form a pair and share an angle, position · theta^(-2k / (d / 2)).
     """
     half = head_dim // 2
-    rates = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
-    angles = torch.outer(torch.arange(grid_size, dtype=torch.float32, device="cpu"), rates).repeat_interleave(2, dim=1)
+    frequencies = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)  # [d / 4]
+    positions = torch.arange(grid_size, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, frequencies).repeat_interleave(2, dim=1)  # [grid, d / 2]
     rows, columns = angles[:, None].expand(-1, grid_size, -1), angles[None].expand(grid_size, -1, -1)
-    angles = torch.cat([rows, columns], dim=-1).reshape(grid_size**2, head_dim)
+    angles = torch.cat([rows, columns], dim=-1).reshape(grid_size**2, head_dim)  # [N, d]
     return angles.cos(), angles.sin()
 
 
-class RotaryTables(KeepsFloat32):
-    """The RoPE tables, in the state dict as published."""
+class RotaryTables(Float32Tables):
+    """The RoPE tables [N, d] as buffers, which the published state dict has too."""
 
     tables = ("freqs_cos", "freqs_sin")
 
@@ -151,8 +154,8 @@ class RotaryTables(KeepsFloat32):
 def position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     """Fixed sin-cos embedding [1, N, D] float32: first half by column, second by row, in each sines, then cosines."""
     quarter = hidden_size // 4
-    rates = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
-    angles = np.outer(np.arange(grid_size, dtype=np.float64), rates)
+    frequencies = 1.0 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)  # [D / 4]
+    angles = np.outer(np.arange(grid_size, dtype=np.float64), frequencies)  # [grid, D / 4]
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [grid, D / 2]
-    columns, rows = np.tile(line, (grid_size, 1)), np.repeat(line, grid_size, axis=0)
+    columns, rows = np.tile(line, (grid_size, 1)), np.repeat(line, grid_size, axis=0)  # [N, D / 2] both
     return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()[None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import (
-    KeepsFloat32,
+    Float32Tables,
     LabelEmbedder,
     PatchEmbed,
     RotaryTables,
@@ -228,7 +228,7 @@ def unpatchify(x: Tensor, patch_size: int) -> Tensor:
     return x.reshape(B, grid, grid, P, P, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, grid * P, grid * P)
 
 
-class LightningDiT(KeepsFloat32):
+class LightningDiT(Float32Tables):
     """The network of `config`, computing with `ops` (`kernels.select`); keys and shapes as published.
 
     residual_dtype: dtype of the residual stream, at least as wide as the weights'. The module may be cast to bfloat16

@@ -132,8 +132,8 @@ MISTAKES = {
         "torch.cat([angles.sin(), angles.cos()], dim=1)", "test_lightningdit_model.py::test_timestep_embedding",
     ),
     "tables_rounded": Mistake(
-        "lightningdit/embeddings.py", "            if after.dtype.itemsize < 4:\n",
-        "            if after.dtype.itemsize < 2:\n",
+        "lightningdit/embeddings.py", "            if cast.dtype.itemsize < 4:\n",
+        "            if cast.dtype.itemsize < 2:\n",
         "test_lightningdit_model.py::test_tables_stay_float32",
     ),
     "null_label_is_a_class": Mistake(
