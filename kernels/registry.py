@@ -110,6 +110,11 @@ class Op:
         return import_module(self._module("cases")).cost(**inputs)
 
     @property
+    def expectations(self):
+        """The `kernels.testing.expectations.Expectations` that tests hold the op and its backends to."""
+        return import_module(self._module("expectations")).EXPECTATIONS
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Names of the backends this op has a file for."""
         return tuple(name for name, file in FILES.items() if find_spec(self._module(file)) is not None)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import triton
 
+import kernels
 from kernels.testing import emulation
-from tests.cuda_ceilings import CEILINGS
 
+#: Kernel → its limits, from the folders of the ops.
+LIMITS = {name: limits for op in kernels.OPS.values() for name, limits in op.expectations.cuda.items()}
 SOURCES = sorted(source.stem for source in emulation.CSRC.glob("*.cu") if source.stem != "device")
 #: Architecture → bytes of shared memory that the system keeps of each block, which cuobjdump counts as the kernel's.
 ARCHITECTURES = {"sm_80": 0, "sm_90a": 1024}
@@ -24,8 +26,8 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 
 
 def kernel(mangled: str) -> str:
-    """The one of `CEILINGS` that a symbol is an instance of; the symbol itself if there is none."""
-    plain = {name for name in CEILINGS if f"{len(name)}{name}" in mangled}
+    """The one of `LIMITS` that a symbol is an instance of; the symbol itself if there is none."""
+    plain = {name for name in LIMITS if f"{len(name)}{name}" in mangled}
     return max(plain, key=len, default=mangled)
 
 
@@ -79,22 +81,31 @@ def instructions(name: str, architecture: str) -> dict[str, list[set[str]]]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SOURCES)
-def test_kernels_stay_below_their_ceilings(name, architecture):
+def test_kernels_stay_within_their_limits(name, architecture):
     entries = usage(name, architecture)
     assert entries
     for symbol, registers, stack, shared in entries:
-        ceiling = CEILINGS.get(kernel(symbol))
-        assert ceiling is not None, f"no ceiling for {symbol}"
+        limit = LIMITS.get(kernel(symbol))
+        assert limit is not None, f"no limits for {symbol}"
         assert stack == 0, f"{symbol} spills into {stack} bytes of stack"
-        assert registers <= ceiling.registers, f"{symbol}: {registers} registers"
-        assert shared <= ceiling.shared, f"{symbol}: {shared} bytes of shared memory"
+        assert registers <= limit.registers, f"{symbol}: {registers} registers"
+        assert shared <= limit.shared_bytes, f"{symbol}: {shared} bytes of shared memory"
     for which, instances in instructions(name, architecture).items():
         wide = sum(any("LDG" in each and ".128" in each for each in used) for used in instances)
         products = sum(any(each.startswith("HMMA") for each in used) for used in instances)
-        assert wide >= CEILINGS[which].wide_loads, f"{which}: {wide} of {len(instances)} instances load 128 bits"
-        assert products >= CEILINGS[which].hmma, f"{which}: {products} of {len(instances)} instances use HMMA"
+        assert wide >= LIMITS[which].instances_loading_128_bits, (
+            f"{which}: {wide} of {len(instances)} instances load 128 bits"
+        )
+        assert products >= LIMITS[which].instances_with_mma, (
+            f"{which}: {products} of {len(instances)} instances use HMMA"
+        )
 
 
-def test_every_ceiling_belongs_to_a_kernel():
+def test_every_limit_belongs_to_a_kernel():
     found = {kernel(symbol) for name in SOURCES for symbol, *_ in usage(name, "sm_80")}
-    assert found == set(CEILINGS)
+    assert found == set(LIMITS)
+
+
+def test_a_kernel_of_several_ops_has_the_same_limits_in_each():
+    for op in kernels.OPS.values():
+        assert {name: LIMITS[name] for name in op.expectations.cuda} == op.expectations.cuda

@@ -37,6 +37,7 @@ def modules_after(statement: str) -> set[str]:
 def test_what_an_import_brings(statement):
     loaded = modules_after(statement)
     assert {name for name in HEAVY if name in loaded} <= COSTS[statement]
+    assert not [name for name in loaded if name.startswith("kernels.") and name.endswith((".cases", ".expectations"))]
 
 
 def test_what_is_brought_is_seen():

@@ -12,7 +12,6 @@ import pytest
 
 import kernels
 from tests.ahead_of_time import architectures
-from tests.kernel_ceilings import CEILINGS
 
 ROOT = Path(__file__).parents[1]
 OPS = [name for name, op in kernels.OPS.items() if "triton" in op.backends]
@@ -34,19 +33,16 @@ def rows(op: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_kernels_stay_below_their_ceilings(name):
-    found = reports()[name].result()
+def test_kernels_stay_within_their_limits(name):
+    found, limits = reports()[name].result(), kernels.OPS[name].expectations.triton
     assert {row["architecture"] for row in found} == set(architectures(kernels.OPS[name].backend("triton")))
     for row in found:
-        ceiling, where = CEILINGS.get(row["kernel"]), f"{row}"
-        assert ceiling is not None, f"no ceiling for {where}"
-        assert row["registers"] <= ceiling.registers and row["shared"] <= ceiling.shared, f"{ceiling} but {where}"
-        assert row["stack"] <= (ceiling.stack if row["dtype"] == "float32" else 0), f"spills: {where}"
-        wide = ceiling.wide_loads and row["case"] not in ceiling.narrow
-        assert not wide or "128" in row["load_bits"], f"no 128-bit load: {where}"
-        if ceiling.wgmma and row["architecture"] == 90 and row["dtype"] != "float32":
+        limit, where = limits.get(row["kernel"]), f"{row}"
+        assert limit is not None, f"no limits for {where}"
+        assert row["registers"] <= limit.registers and row["shared"] <= limit.shared_bytes, f"{limit} but {where}"
+        assert row["stack"] <= (limit.float32_spills if row["dtype"] == "float32" else 0), f"spills: {where}"
+        aligned = limit.loads_128_bits and row["case"] not in limit.unaligned_cases
+        assert not aligned or "128" in row["load_bits"], f"no 128-bit load: {where}"
+        if limit.wgmma and row["architecture"] == 90 and row["dtype"] != "float32":
             assert row["wgmma"], f"no wgmma: {where}"
-
-
-def test_every_ceiling_belongs_to_a_kernel():
-    assert {row["kernel"] for future in reports().values() for row in future.result()} == set(CEILINGS)
+    assert {row["kernel"] for row in found} == set(limits), "every limit belongs to a kernel"

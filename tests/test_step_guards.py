@@ -40,20 +40,6 @@ BACKWARD = {
     "ldit.swiglu_bwd.default": 1,
 }
 
-#: Kernels of one call, forward and backward, at production shapes.
-LAUNCHES = {
-    "adaln_rms_norm": (1, 2),
-    "gated_residual_adaln_rms_norm": (1, 2),
-    "swiglu": (1, 2),
-    "rope_attention": (1, 4),  # the third and fourth for the weights of QK norm and for the bias
-    "vf_loss": (3, 2),
-    "group_norm_silu": (2, 2),
-    "adamw_ema_": (1, 0),
-    "linear_swiglu": (1, 0),
-    "swiglu_linear_grad": (2, 0),  # the second for the bias
-    "weight_gradients": (2, 0),  # the second where sums are cut in parts
-}
-
 
 def graphs(depth: int, residual: torch.dtype, ops=None, **changes):
     """Those of a float16 network on Triton ops."""
@@ -170,4 +156,4 @@ def test_kernels_launched_by_an_op(name):
     dtype = torch.float32 if torch.float32 in backend.dtypes else torch.float16
     cases = [case for case in op.cases if case.production and not backend.unsupported(**case.inputs(dtype, "meta"))]
     counts = [tuple(map(len, launches(op, case, dtype))) for case in cases]
-    assert max(counts) == LAUNCHES[name]
+    assert max(counts) == op.expectations.triton_launches
