@@ -7,7 +7,7 @@ from torch.distributions import Normal, kl_divergence
 import kernels
 from tests.golden import G, J, close, close_grads
 from vavae.config import AutoencoderConfig
-from vavae.model import AutoencoderKL, Downsample, Posterior, doubled
+from vavae.model import AutoencoderKL, Downsample, Posterior, upsample_nearest_2x
 
 OPS = kernels.select("reference")
 TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])
@@ -86,9 +86,9 @@ def test_channels_last_computes_the_same(golden):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 3, 1, 1)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_doubling_is_interpolation_by_nearest_neighbours(layout, shape):
+def test_upsampling_is_interpolation_by_nearest_neighbours(layout, shape):
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    got, want = doubled(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    got, want = upsample_nearest_2x(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
     assert torch.equal(got, want) and 0 not in got.stride()
     assert got.is_contiguous(memory_format=layout) or shape[-1] == 1
     upstream = torch.randn_like(want)

@@ -1,8 +1,10 @@
 """The KL autoencoder of VA-VAE (arXiv 2501.01423; the convolutional design of latent diffusion, arXiv 2112.10752).
 
-Parameter names and layout are the published checkpoints'. Shapes: B batch, C channels, H and W the image, h and w the
-latents (H / downsample_ratio). Every GroupNorm followed by SiLU is the op `group_norm_silu`; the memory format of the
-input (contiguous or channels-last) is kept throughout.
+Parameter names and layout are the published checkpoints'. Every GroupNorm followed by SiLU is the op
+`group_norm_silu`; the memory format of the input (contiguous or channels-last) is kept throughout.
+
+Shapes: B batch, C channels, H and W height and width of what a layer is given (at the ends, of the image), h and w of
+the latents (H / downsample_ratio), Z z_channels, E embed_dim.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ class GroupNormSilu(nn.Module):
         self.ops = ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.group_norm_silu(x, self.weight, self.bias, GROUPS, EPS)
+        return self.ops.group_norm_silu(x, self.weight, self.bias, GROUPS, EPS)  # [B, C, H, W]
 
 
 class ResnetBlock(nn.Module):
@@ -46,13 +48,13 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h)))
+        h = self.conv1(self.norm1(x))  # [B, out_channels, H, W]
+        h = self.conv2(self.dropout(self.norm2(h)))  # [B, out_channels, H, W]
         return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all positions, one head as wide as the channels."""
+    """Self-attention over all positions with a single head of C channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -63,53 +65,55 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.norm(x)
+        y = self.norm(x)  # [B, C, H, W]
+        # [B, 1, H·W, C] each
         q, k, v = (conv(y).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h·w, C]
-        return x + self.proj_out(y.squeeze(1).transpose(1, 2).reshape(x.shape))
+        y = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H·W, C]
+        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, H, W]
+        return x + self.proj_out(y)
 
 
 class Downsample(nn.Module):
-    """Halve the size by a strided 3×3 convolution; the one row and column of padding are below and on the right."""
+    """Halves the size by a strided 3×3 convolution, padded by one row below and one column on the right."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # [B, C, H / 2, W / 2]
 
 
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    """Every pixel four times: [B, C, H, W] → [B, C, 2H, 2W] in the same memory format.
+def upsample_nearest_2x(x: torch.Tensor) -> torch.Tensor:
+    """Nearest-neighbour upsampling [B, C, H, W] → [B, C, 2H, 2W] in the same memory format.
 
-    As `F.interpolate` by nearest neighbours, whose gradient a compiler turns into atomic additions; this one's is a
-    sum of four numbers, the same each time.
+    The same numbers as `F.interpolate`, whose gradient a compiler turns into atomic additions; this one's is a sum over
+    an axis of expanded copies, which is deterministic.
     """
     B, C, H, W = x.shape
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
-        grown = pixels.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
-        return grown.contiguous(memory_format=torch.channels_last)
-    # Of one pixel the reshaped tensor is a view still, of the same number four times.
+        upsampled = pixels.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)  # [B, C, 2H, 2W]
+        return upsampled.contiguous(memory_format=torch.channels_last)
+    # contiguous(): for H = W = 1 the reshape is still an expanded view.
     return x[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W).contiguous()
 
 
 class Upsample(nn.Module):
-    """Double the size by repeating pixels, then a 3×3 convolution."""
+    """Doubles the size by nearest-neighbour upsampling, then a 3×3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(doubled(x))
+        return self.conv(upsample_nearest_2x(x))  # [B, C, 2H, 2W]
 
 
 class Level(nn.Module):
-    """What happens at one size: residual blocks, each followed by attention if asked for.
+    """The layers at one resolution: residual blocks, each followed by attention if `attention`.
 
-    Encoder and decoder put their resampling to the next size in the place of one of the identities.
+    Encoder and decoder replace one of the identities by their resampling to the next resolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float, ops: Any):
@@ -123,12 +127,12 @@ class Level(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block, attn in zip(self.block, self.attn, strict=True):
-            x = attn(block(x))
+            x = attn(block(x))  # [B, out_channels, H, W]
         return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
-    """Residual block, attention, residual block, at the smallest size."""
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the latents' resolution."""
 
     def __init__(self, channels: int, dropout: float, ops: Any):
         super().__init__()
@@ -137,11 +141,11 @@ class Middle(nn.Module):
         self.block_2 = ResnetBlock(channels, channels, dropout, ops)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        return self.block_2(self.attn_1(self.block_1(x)))  # [B, C, h, w]
 
 
 class Encoder(nn.Module):
-    """Images [B, in_channels, H, W] → [B, 2·z_channels, h, w]."""
+    """Images [B, in_channels, H, W] → [B, 2Z, h, w]."""
 
     def __init__(self, config: AutoencoderConfig, ops: Any):
         super().__init__()
@@ -154,19 +158,20 @@ class Encoder(nn.Module):
             if index < len(config.ch_mult) - 1:
                 level.downsample = Downsample(widths[index + 1])
             self.down.append(level)
-        self.mid = Middle(widths[-1], config.dropout, ops)
+        self.mid = MidBlock(widths[-1], config.dropout, ops)
         self.norm_out = GroupNormSilu(widths[-1], ops)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # [B, ch, H, W]
         for level in self.down:
-            x = level(x)
-        return self.conv_out(self.norm_out(self.mid(x)))
+            x = level(x)  # [B, ch · ch_mult[level], H / 2, W / 2], the last at h and w as its input
+        x = self.mid(x)  # [B, ch · ch_mult[-1], h, w]
+        return self.conv_out(self.norm_out(x))  # [B, 2Z, h, w]
 
 
 class Decoder(nn.Module):
-    """[B, z_channels, h, w] → images [B, out_ch, H, W]. `up` is indexed as `down`: the last runs first."""
+    """[B, Z, h, w] → images [B, out_ch, H, W]. `up` is indexed as `down`: the last runs first."""
 
     def __init__(self, config: AutoencoderConfig, ops: Any):
         super().__init__()
@@ -175,7 +180,7 @@ class Decoder(nn.Module):
         widths = [config.ch * multiple for multiple in config.ch_mult]
         widths.append(widths[-1])
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.dropout, ops)
+        self.mid = MidBlock(widths[-1], config.dropout, ops)
         self.up = nn.ModuleList()
         for index, size in enumerate(config.level_resolutions):
             attention = size in resolutions
@@ -187,26 +192,24 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z))  # [B, ch · ch_mult[-1], h, w]
         for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(self.norm_out(x))
+            x = level(x)  # [B, ch · ch_mult[level], 2H, 2W], the last (`up[0]`) at H and W as its input
+        return self.conv_out(self.norm_out(x))  # [B, out_ch, H, W]
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Gaussian over latents, kept in float32 or wider.
+    """A diagonal Gaussian over latents, in float32 or float64."""
 
-    Fields (all [B, C, h, w]): `mean`; `logvar`, clamped to [−30, 20].
-    """
-
-    mean: torch.Tensor
-    logvar: torch.Tensor
+    mean: torch.Tensor  # [B, E, h, w]
+    logvar: torch.Tensor  # [B, E, h, w], clamped to [−30, 20]
 
     @classmethod
     def from_moments(cls, moments: torch.Tensor) -> "Posterior":
-        """From mean and unclamped log variance stacked along the channels, [B, 2·C, h, w] of any float dtype."""
-        mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+        """From mean and unclamped log variance stacked along the channels, [B, 2E, h, w] of any float dtype."""
+        moments = moments.to(torch.promote_types(moments.dtype, torch.float32))
+        mean, logvar = moments.chunk(2, dim=1)  # [B, E, h, w] both
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
     @property
@@ -218,7 +221,7 @@ class Posterior:
         return torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None, *, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """`mean + std·noise`; the standard normal noise is the one given, or drawn from the generator."""
+        """`mean + std·noise` [B, E, h, w]; the standard normal noise is the one given, or drawn from the generator."""
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.dtype)
@@ -242,11 +245,11 @@ class Posterior:
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the 1×1 convolutions between them and the latents.
+    """The tokenizer: encoder, decoder and the 1×1 convolutions between them and the latents.
 
     Args:
         config: sizes.
-        ops: a bundle of `kernels.select(...)`; `group_norm_silu` is used.
+        ops: of `kernels.select(...)`; `group_norm_silu` is used.
     """
 
     def __init__(self, config: AutoencoderConfig, ops: Any):
@@ -258,7 +261,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def moments(self, images: torch.Tensor) -> torch.Tensor:
-        """Posterior mean and log variance of images in [−1, 1], stacked: [B, 2·embed_dim, h, w], the weights' dtype.
+        """Posterior mean and log variance of images in [−1, 1], stacked: [B, 2E, h, w] in the weights' dtype.
 
         Raises:
             ValueError: images of another number of channels, or of a size that is no multiple of the down-sampling.
@@ -267,19 +270,22 @@ class AutoencoderKL(nn.Module):
         if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % ratio or images.shape[3] % ratio:
             want = f"[B, {channels}, H, W] with H and W multiples of {ratio}"
             raise ValueError(f"expected images {want}, got {list(images.shape)}")
-        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        h = self.encoder(images.to(self.quant_conv.weight.dtype))  # [B, 2Z, h, w]
+        return self.quant_conv(h)  # [B, 2E, h, w]
 
     def encode(self, images: torch.Tensor) -> Posterior:
         """The posterior of images [B, in_channels, H, W] in [−1, 1]."""
         return Posterior.from_moments(self.moments(images))
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Images [B, out_ch, H, W] of latents [B, embed_dim, h, w]: about [−1, 1], not clamped, the weights' dtype."""
+        """Images [B, out_ch, H, W] of latents [B, E, h, w]: about [−1, 1], not clamped, in the weights' dtype."""
         if z.ndim != 4 or z.shape[1] != self.config.embed_dim:
             raise ValueError(f"expected latents [B, {self.config.embed_dim}, h, w], got {list(z.shape)}")
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))  # [B, Z, h, w]
+        return self.decoder(z)  # [B, out_ch, H, W]
 
     def forward(self, images: torch.Tensor, *, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Posterior]:
         """Reconstructions, from the posterior's sample under `noise` or from its mode without, and the posterior."""
         posterior = self.encode(images)
-        return self.decode(posterior.mode() if noise is None else posterior.sample(noise=noise)), posterior
+        z = posterior.mode() if noise is None else posterior.sample(noise=noise)  # [B, E, h, w]
+        return self.decode(z), posterior

@@ -24,7 +24,7 @@ from launch.config import VavaeRun, load
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel
 from vavae.loss import lpips_network
-from vavae.model import Level, Middle
+from vavae.model import Level, MidBlock
 from vavae.task import VavaeTask
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
@@ -96,7 +96,7 @@ class BareStep:
         self._networks = {name: network.to(setup.device).train() for name, network in self._task.networks.items()}
         self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}
         for module in self._networks["autoencoder"].modules():
-            if isinstance(module, Level | Middle):
+            if isinstance(module, Level | MidBlock):
                 module.forward = compiled(module.forward, variant.compile, deterministic=variant.ours)
         if variant.compile != "none":  # a term's gradient at one layer is asked for before the backward pass
             torch._functorch.config.donated_buffer = False
