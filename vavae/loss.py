@@ -1,7 +1,9 @@
 """The tokenizer's loss: reconstruction, perceptual, KL, GAN and VF terms (arXiv 2501.01423, 3.2; arXiv 2112.10752).
 
-All terms are computed in float32 (or wider) whatever the networks' dtype. Gradients of two terms at one layer balance
-the GAN and VF terms against the reconstruction; taking them adds nothing to any `.grad`.
+All terms are computed in float32 (or float64) whatever the networks' dtype. Adaptive weights, ratios of the gradients'
+norms at one layer, balance the GAN and VF terms against the reconstruction; they add nothing to any `.grad`.
+
+Shapes: B images, H and W of the images, C channels, h and w of latents and features.
 """
 
 import math
@@ -24,12 +26,12 @@ from vavae.model import Posterior
 
 Logs = dict[str, torch.Tensor]
 VGG = VGG16_Weights.IMAGENET1K_V1
-GAN_LIMIT = 1e4
-VF_LIMIT = 1e8
+MAX_GAN_WEIGHT = 1e4
+MAX_VF_WEIGHT = 1e8
 
 
 class Perceptual(nn.Module):
-    """LPIPS on VGG-16 (arXiv 1801.03924), frozen; distances [B, 1, 1, 1] between two batches of images in [−1, 1].
+    """Frozen LPIPS on VGG-16 (arXiv 1801.03924): distances [B, 1, 1, 1] between batches [B, 3, H, W] in [−1, 1].
 
     Args:
         backbone: local VGG-16 weights in torchvision's layout; None downloads torchvision's ImageNet weights.
@@ -55,11 +57,11 @@ class Perceptual(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.net(x, y)
+        return self.net(x, y)  # [B, 1, 1, 1]
 
 
 def lpips_network(device: torch.device | str) -> lpips.LPIPS:
-    """LPIPS with its weights not filled in: initialising the VGG-16 it is cut from would take seconds."""
+    """LPIPS with uninitialised weights: initialising the whole VGG-16 that it is cut from would take seconds."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # torchvision's, about an argument that lpips still uses
         net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
@@ -69,7 +71,7 @@ def lpips_network(device: torch.device | str) -> lpips.LPIPS:
 
 
 def to_download(loss: LossConfig) -> str | None:
-    """What `Perceptual` would download for a loss, in words; None where it is a file, or downloaded before."""
+    """Description of what `Perceptual` would download for a loss; None for a local file or one in the cache."""
     if loss.perceptual != "lpips" or loss.perceptual_weights is not None or is_downloaded(VGG.url):
         return None
     return "VGG-16 for LPIPS (or name a local copy in loss.perceptual_weights)"
@@ -86,15 +88,15 @@ def _download_vgg() -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """What one pass of the autoencoder gives the loss.
+class AutoencoderOutput:
+    """One forward pass of the autoencoder, as the loss takes it.
 
     Fields:
         images, reconstruction: [B, 3, H, W].
         posterior: of the images.
-        latents, features: the two sides of the VF loss after the projection, [B, C, h, w]; None without it.
-        encoder_layer, decoder_layer: weights at which gradients are compared, `encoder.conv_out.weight` and
-            `decoder.conv_out.weight`.
+        latents, features: the arguments of the VF loss after the projection, [B, C, h, w]; None without it.
+        encoder_layer, decoder_layer: weights whose gradients the adaptive weights compare, `encoder.conv_out.weight`
+            and `decoder.conv_out.weight`.
     """
 
     images: torch.Tensor
@@ -114,17 +116,17 @@ def reconstruction_nll(
 ) -> tuple[torch.Tensor, Logs]:
     """Negative log likelihood of each image, [B], and the mean errors to log.
 
-    `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, added (or averaged, see `LossConfig.reconstruction`)
-    over pixels and channels.
+    `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, summed (or averaged, see
+    `LossConfig.reconstruction`) over pixels and channels.
     """
     images, reconstruction = _upcast(images), _upcast(reconstruction)
-    error = (images - reconstruction).abs()
+    error = (images - reconstruction).abs()  # [B, 3, H, W]
     logs = {"rec": error.detach().mean()}
     if perceptual is not None and config.perceptual_weight > 0:
-        distance = perceptual(images, reconstruction)
+        distance = perceptual(images, reconstruction)  # [B, 1, 1, 1]
         logs["perceptual"] = distance.detach().mean()
         error = error + config.perceptual_weight * distance
-    nll = error * math.exp(-config.logvar) + config.logvar
+    nll = error * math.exp(-config.logvar) + config.logvar  # [B, 3, H, W]
     return (nll.sum if config.reconstruction == "sum" else nll.mean)(dim=(1, 2, 3)), logs
 
 
@@ -143,7 +145,7 @@ def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, layer: torch.Te
 
 def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
     """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
-    distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)
+    distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)  # scalars
     distmat, cos = _upcast(distmat), _upcast(cos)
     logs = {"vf_distmat": distmat.detach(), "vf_cos": cos.detach()}
     return config.distmat_weight * distmat + config.cos_weight * cos, logs
@@ -152,7 +154,7 @@ def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch
 def generator_loss(
     config: LossConfig,
     ops: Any,
-    step: Forward,
+    output: AutoencoderOutput,
     perceptual: Callable[..., torch.Tensor] | None,
     discriminator: Callable[..., torch.Tensor] | None,
 ) -> tuple[torch.Tensor, Logs]:
@@ -160,25 +162,25 @@ def generator_loss(
 
     Args:
         config: weights of the terms.
-        ops: bundle; `vf_loss` is used where `step` has features.
-        step: the pass; its graph must reach both layers.
+        ops: of `kernels.select`; `vf_loss` is used where `output` has features.
+        output: of the autoencoder; its graph must reach both layers.
         perceptual: distances [B, 1, 1, 1] between two batches; None without the term.
-        discriminator: logits of images, its parameters frozen; None while or where there is no GAN term.
+        discriminator: logits of images, its parameters frozen; None without the GAN term or before it begins.
     """
-    nll, logs = reconstruction_nll(config, step.images, step.reconstruction, perceptual)
-    nll, kl = nll.mean(), kl_term(config, step.posterior)
+    nll, logs = reconstruction_nll(config, output.images, output.reconstruction, perceptual)
+    nll, kl = nll.mean(), kl_term(config, output.posterior)
     logs |= {"nll": nll.detach(), "kl": kl.detach()}
     total = nll + config.kl_weight * kl
-    if step.latents is not None:
-        vf, vf_logs = vf_term(config, ops, step.latents, step.features)
+    if output.latents is not None:
+        vf, vf_logs = vf_term(config, ops, output.latents, output.features)
         weight = torch.full_like(vf, config.vf_weight)
         if config.adaptive_vf:
-            weight = weight * adaptive_weight(nll, vf, step.encoder_layer, VF_LIMIT)
+            weight = weight * adaptive_weight(nll, vf, output.encoder_layer, MAX_VF_WEIGHT)
         total = total + weight * vf
         logs |= vf_logs | {"vf_weight": weight}
     if discriminator is not None:
-        gan = -_upcast(discriminator(step.reconstruction)).mean()
-        weight = config.disc_weight * adaptive_weight(nll, gan, step.decoder_layer, GAN_LIMIT)
+        gan = -_upcast(discriminator(output.reconstruction)).mean()
+        weight = config.disc_weight * adaptive_weight(nll, gan, output.decoder_layer, MAX_GAN_WEIGHT)
         total = total + config.disc_factor * weight * gan
         logs |= {"g_loss": gan.detach(), "d_weight": weight}
     return total, logs | {"loss": total.detach()}

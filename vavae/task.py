@@ -1,4 +1,4 @@
-"""Training a tokenizer, as the loop sees it: networks, batches, draws, one step of both networks."""
+"""The tokenizer's training task: networks, batches, random draws, the training step of both networks."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
 from vavae.images import psnr, to_uint8
 from vavae.loss import (
-    Forward,
+    AutoencoderOutput,
     Logs,
     Perceptual,
     discriminator_loss,
@@ -39,7 +39,7 @@ from vavae.model import AutoencoderKL
 from vavae.weights import log_dropped, split_tokenizer
 
 Tensors = dict[str, torch.Tensor]
-Criterion = Callable[[Forward], tuple[torch.Tensor, Logs]]
+Criterion = Callable[[AutoencoderOutput], tuple[torch.Tensor, Logs]]
 
 
 class AlignedAutoencoder(AutoencoderKL):
@@ -47,59 +47,60 @@ class AlignedAutoencoder(AutoencoderKL):
 
     Args:
         config, ops: as for `AutoencoderKL`.
-        width: channels of the features; None without a foundation model (then there is no projection).
-        reverse: project latents to `width` channels (no bias); else features to `embed_dim` (with bias).
+        feature_dim: channels F of the features; None without a foundation model (then there is no projection).
+        reverse: project latents to `feature_dim` channels (no bias); else features to `embed_dim` (with bias).
         fixed: the projection is not trained.
     """
 
-    def __init__(self, config: AutoencoderConfig, ops: Any, width: int | None, *, reverse: bool, fixed: bool):
+    def __init__(self, config: AutoencoderConfig, ops: Any, feature_dim: int | None, *, reverse: bool, fixed: bool):
         super().__init__(config, ops)
         self.reverse = reverse
-        if width is not None:
-            ends = (config.embed_dim, width) if reverse else (width, config.embed_dim)
-            self.linear_proj = nn.Conv2d(*ends, 1, bias=not reverse).requires_grad_(not fixed)
+        if feature_dim is not None:
+            channels = (config.embed_dim, feature_dim) if reverse else (feature_dim, config.embed_dim)
+            self.linear_proj = nn.Conv2d(*channels, 1, bias=not reverse).requires_grad_(not fixed)
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None, criterion: Criterion
     ) -> tuple[torch.Tensor, torch.Tensor, Logs]:
         """One pass and its loss.
 
-        The loss is taken in here because it needs gradients at inner layers, and a network under DeepSpeed hooks every
-        gradient that passes its outputs: taken outside, the balancing gradients would look like training ones.
+        The loss is computed in here because it needs gradients at inner layers, and a network under DeepSpeed hooks
+        every gradient that passes its outputs: computed outside, those of the adaptive weights would look like training
+        ones.
 
         Args:
             images: [B, in_channels, H, W] in [−1, 1].
             noise: [B, embed_dim, h, w], standard normal.
-            features: [B, width, h, w] of a foundation model, or None.
-            criterion: of the pass, the loss and scalars to log.
+            features: [B, feature_dim, h, w] of a foundation model, or None.
+            criterion: from the pass to the loss and scalars to log.
 
         Returns:
-            The loss, the reconstructions (detached) and the scalars.
+            The loss, the reconstructions [B, out_ch, H, W] (detached) and the scalars.
         """
         posterior = self.encode(images)
-        latents = posterior.sample(noise=noise)
-        reconstruction = self.decode(latents)
-        sides = (None, None) if features is None else self._project(latents, features)
+        z = posterior.sample(noise=noise)  # [B, embed_dim, h, w]
+        reconstruction = self.decode(z)  # [B, out_ch, H, W]
+        latents = None if features is None else z
+        if features is not None:
+            dtype = self.linear_proj.weight.dtype
+            if self.reverse:
+                latents = self.linear_proj(z.to(dtype))  # [B, feature_dim, h, w]
+            else:
+                features = self.linear_proj(features.to(dtype))  # [B, embed_dim, h, w]
         layers = (self.encoder.conv_out.weight, self.decoder.conv_out.weight)
-        loss, logs = criterion(Forward(images, reconstruction, posterior, *sides, *layers))
+        loss, logs = criterion(AutoencoderOutput(images, reconstruction, posterior, latents, features, *layers))
         return loss, reconstruction.detach(), logs
-
-    def _project(self, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype = self.linear_proj.weight.dtype
-        if self.reverse:
-            return self.linear_proj(latents.to(dtype)), features
-        return latents, self.linear_proj(features.to(dtype))
 
 
 class VavaeTask:
-    """Everything the loop needs to train a tokenizer.
+    """The training task of a tokenizer.
 
     Args:
         model, foundation, loss, data: the sections of the run; `foundation` is None where the loss uses no VF term.
-        ops: bundle for the networks and the VF loss.
+        ops: of `kernels.select`, for the networks and the VF loss.
         seed: of initial weights, crops and noise.
         global_batch_size: images per step, which turns steps into epochs for the stages.
-        stages: changes of the loss over the epochs; none for one loss all along.
+        stages: changes of the loss over the epochs; empty for a constant loss.
 
     Attributes:
         networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
@@ -141,21 +142,21 @@ class VavaeTask:
 
     def to(self, device: torch.device) -> None:
         """Move the frozen networks."""
-        for helper in (self.foundation, self.perceptual):
-            if helper is not None:
-                helper.to(device)
+        for network in (self.foundation, self.perceptual):
+            if network is not None:
+                network.to(device)
 
     def state_dict(self) -> dict:
-        """Nothing but the networks has a state; the classes are kept to be compared."""
+        """The names of the classes, which `load_state_dict` compares; networks and optimizers are the engines'."""
         return {"classes": list(self.batches.classes)}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError where the checkpoint was trained on other classes, as far as it names them."""
-        theirs, ours = state.get("classes"), list(self.batches.classes)
-        if theirs is not None and theirs != ours:
+        saved, present = state.get("classes"), list(self.batches.classes)
+        if saved is not None and saved != present:
             raise ValueError(
-                f"the checkpoint was trained on {len(theirs):,} other classes ({shortened(theirs, 5)}) "
-                f"than the {len(ours):,} of {self.batches.root} ({shortened(ours, 5)})"
+                f"the checkpoint was trained on {len(saved):,} other classes ({shortened(saved, 5)}) "
+                f"than the {len(present):,} of {self.batches.root} ({shortened(present, 5)})"
             )
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
@@ -184,7 +185,7 @@ class VavaeTask:
         """One micro-batch through the autoencoder and, once the GAN has begun, through the discriminator.
 
         Args:
-            networks: what to call for each of `self.networks`: the module itself or an engine around it.
+            networks: for each of `self.networks` the callable: the module itself or the engine that wraps it.
             batch: as `ImageFolder.batch` gives it, on the device.
             draws: this micro-batch's part of `draw`.
             step: of the run, from 1.
@@ -219,11 +220,11 @@ class VavaeTask:
         _, reconstruction, logs = networks["autoencoder"](*inputs)
         return logs | {"psnr": psnr(to_uint8(images), to_uint8(reconstruction.float())).mean()}
 
-    def _measure(self, step: Forward) -> tuple[torch.Tensor, Logs]:
-        nll, logs = reconstruction_nll(self.loss, step.images, step.reconstruction, self.perceptual)
-        logs |= {"nll": nll.mean(), "kl": kl_term(self.loss, step.posterior)}
-        if step.latents is not None:
-            logs |= vf_term(self.loss, self.ops, step.latents, step.features)[1]
+    def _measure(self, output: AutoencoderOutput) -> tuple[torch.Tensor, Logs]:
+        nll, logs = reconstruction_nll(self.loss, output.images, output.reconstruction, self.perceptual)
+        logs |= {"nll": nll.mean(), "kl": kl_term(self.loss, output.posterior)}
+        if output.latents is not None:
+            logs |= vf_term(self.loss, self.ops, output.latents, output.features)[1]
         return nll.mean(), logs
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
@@ -231,16 +232,16 @@ class VavaeTask:
 
 
 def build_networks(
-    model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int, width: int | None
+    model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int, feature_dim: int | None
 ) -> dict[str, nn.Module]:
     """The trained networks by name; their initial weights depend on the seed alone.
 
     Args:
-        width: channels of the foundation model's features, or None without one.
+        feature_dim: channels of the foundation model's features, or None without one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, seeds.INITIAL_WEIGHTS))
-        autoencoder = AlignedAutoencoder(model, ops, width, reverse=loss.reverse_proj, fixed=loss.proj_fix)
+        autoencoder = AlignedAutoencoder(model, ops, feature_dim, reverse=loss.reverse_proj, fixed=loss.proj_fix)
         networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.use_gan:
             networks["discriminator"] = NLayerDiscriminator(model.out_ch, loss.disc_ndf, loss.disc_n_layers)

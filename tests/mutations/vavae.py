@@ -94,8 +94,8 @@ MISTAKES = {
         "test_vavae_loss.py::test_adaptive_weights_match_the_recorded",
     ),
     "vf_bounded_as_the_gan_is": Mistake(
-        "vavae/loss.py", "adaptive_weight(nll, vf, step.encoder_layer, VF_LIMIT)",
-        "adaptive_weight(nll, vf, step.encoder_layer, GAN_LIMIT)",
+        "vavae/loss.py", "adaptive_weight(nll, vf, output.encoder_layer, MAX_VF_WEIGHT)",
+        "adaptive_weight(nll, vf, output.encoder_layer, MAX_GAN_WEIGHT)",
         "test_vavae_loss.py::test_balancing_weights_have_the_published_limits",
     ),
     "generator_rewarded_for_being_found": Mistake(
