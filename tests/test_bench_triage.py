@@ -131,7 +131,7 @@ def checked(op: str, backend: str, verdict: str) -> dict:
 
 
 MACHINE = Part("machine", 12, (own("machine", "machine"),))
-CEILINGS = Part("ceilings", 8, (Task("ceilings", "bench.roofline", ceilings=False, minutes=False),))
+CEILINGS = Part("ceilings", 8, (Task("ceilings", "bench.roofline", takes=("--out",)),))
 OPS = Part("ops", 55, tuple(check(op, name) for op in ("swiglu", "vf_loss") for name in ("triton", "cuda")), at_once=3)
 BARE = Part("bare", 45, (step("bare", 8),), essential=True)
 PLAIN = Part("plain-eager", 25, (step("plain-eager", 8),), essential=True)
@@ -273,7 +273,7 @@ def test_ceilings_are_measured_once_and_read_by_the_others(tmp_path):
 
 
 def test_the_extension_is_built_only_where_the_one_here_does_not_run(tmp_path):
-    building = Part("build", 60, (tasks.build(),))
+    building = Part("build", 60, (tasks.BUILD,))
     _, told, _ = run(tmp_path / "out", (MACHINE, building), {"machine-machine": WELL})
     assert set(told) == {"machine/machine"}
     lacking = Script(result={**FACTS, "verdict": "ok", "reason": "", "extension": ["not built"]})
@@ -308,7 +308,7 @@ def test_a_second_run_into_the_folder_keeps_what_it_does_not_replace(tmp_path):
 
 
 def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_so(tmp_path):
-    part = Part("others", 30, (Task("none", "m"), Task("some", "m"), Task("told", "m", rows=False)))
+    part = Part("others", 30, (Task("none", "m"), Task("some", "m"), Task("told", "m", takes=())))
     some = Script(rows=[op_row("swiglu", "triton", 0.9)], log="time is up, not measured: vf_loss dinov2_large\n")
     none = Script(rows=[], log="so it is\n")
     _, told, _ = run(tmp_path / "out", (part,), {"others-none": none, "others-some": some})
@@ -320,7 +320,7 @@ def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_s
 
 def test_what_a_killed_run_has_left_is_no_hindrance(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "rows.partial").write_text("{")
+    (tmp_path / "out" / ".rows.jsonl.tmp").write_text("{")
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 2, "ki')
     (tmp_path / "out" / "logs.tgz").write_bytes(b"\x1f\x8b cut")
     run(tmp_path / "out", (BARE,), {"bare-bare": Script(rows=[step_row("bare", 200.0)])})

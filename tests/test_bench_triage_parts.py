@@ -13,10 +13,9 @@ import torch
 import kernels
 from bench import gemms, ops, roofline, sampling, tokenizer
 from bench import step as bench_step
-from bench.triage import check, profile, second, summary
-from bench.triage.parts import chosen, parts
-from bench.triage.tasks import FILES, Known, backends, encode, fractions, step
-from bench.triage.tasks import sampling as sampling_task
+from bench.triage import check, parts, profile, summary
+from bench.triage.parts import first_parts, second_parts, select_parts
+from bench.triage.tasks import ENCODE, FILES, SAMPLING, Findings, Fractions, backends, step
 from bench.workloads.providers import ours
 from kernels import registry
 from kernels.testing.tolerance import reference, tensors_of
@@ -26,9 +25,9 @@ ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
 
 
-def known(**verdicts: str) -> Known:
+def findings(**verdicts: str) -> Findings:
     """op__backend → verdict."""
-    return Known([checked(*name.split("__"), verdict) for name, verdict in verdicts.items()])
+    return Findings([checked(*name.split("__"), verdict) for name, verdict in verdicts.items()])
 
 
 def options(task, name: str) -> list[str]:
@@ -39,21 +38,21 @@ def options(task, name: str) -> list[str]:
 def test_every_op_and_backend_is_checked():
     found = {name: tuple(b for b in op.backends if b in FILES) for name, op in kernels.OPS.items()}
     assert backends() == found and all(registry.FILES[name] + ".py" == file for name, file in FILES.items())
-    tasks = next(part for part in parts() if part.name == "ops").tasks
+    tasks = next(part for part in first_parts() if part.name == "ops").tasks
     assert {(dict(task.about)["op"], dict(task.about)["backend"]) for task in tasks} == {
         (op, name) for op, names in found.items() for name in names}  # fmt: skip
-    timed = [op for part in parts() if part.name == "fractions" for task in part.tasks
-             for child in task.adapted(known()) for op in child.arguments if op in kernels.OPS]  # fmt: skip
+    timed = [op for part in first_parts() if part.name == "fractions" for task in part.tasks
+             for child in task.adapted(findings()) for op in child.arguments if op in kernels.OPS]  # fmt: skip
     assert sorted(timed) == sorted(kernels.OPS)
     assert all(sorted(ours(op)) == sorted(found[name]) for name, op in kernels.OPS.items()), "bench.ops times the same"
 
 
 def test_the_order_and_the_budgets():
-    found = {part.name: part.budget for part in parts()}
+    found = {part.name: part.budget for part in first_parts()}
     assert found == {"machine": 12, "build": 60, "ceilings": 8, "ops": 55, "bare": 45, "plain-eager": 25, "gemms": 15,
                      "trainer": 60, "plain-compile": 100, "fractions": 55, "variants": 90, "others": 35}  # fmt: skip
     assert list(found)[:2] == ["machine", "build"] and list(found)[-1] == "others"
-    assert [part.name for part in parts() if part.at_once > 1] == ["ops"], "what is timed runs alone"
+    assert [part.name for part in first_parts() if part.at_once > 1] == ["ops"], "what is timed runs alone"
 
 
 def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_path):
@@ -65,14 +64,18 @@ def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_p
     mains = {f"bench.{module.__name__.split('.')[-1]}": module.main
              for module in (bench_step, gemms, ops, roofline, sampling, tokenizer)}  # fmt: skip
     ran = set()
-    broken = known(swiglu__triton="timeout", swiglu__cuda="wrong", group_norm_silu__triton="failed")
-    for part in (*parts(), *second.parts([])):
+    broken = findings(swiglu__triton="timeout", swiglu__cuda="wrong", group_norm_silu__triton="failed")
+    for part in (*first_parts(), *second_parts([])):
         for task in part.tasks:
-            for child in (*task.adapted(known()), *task.adapted(broken)):
+            for child in (*task.adapted(findings()), *task.adapted(broken)):
                 if child.module in mains:
-                    more = ["--ceilings", str(tmp_path / "c")] if child.ceilings else []
-                    more += ["--minutes", "1"] if child.minutes else []
-                    status = mains[child.module]([*child.arguments, *more, "--out", str(tmp_path / "rows.jsonl")])
+                    values = {
+                        "--ceilings": str(tmp_path / "c"),
+                        "--minutes": "1",
+                        "--out": str(tmp_path / "rows.jsonl"),
+                    }
+                    more = [word for name in child.takes for word in (name, values[name])]
+                    status = mains[child.module]([*child.arguments, *more])
                     assert status == (0 if child.module == "bench.roofline" else 2)
                     ran.add(child.module)
     assert ran == set(mains)
@@ -80,31 +83,31 @@ def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_p
 
 def test_a_crashed_op_runs_on_another_backend_in_steps():
     bare, cuda = step("bare", 8), step("bare", 8, backend="cuda")
-    assert bare.adapted(known(swiglu__triton="ok", rope_attention__triton="wrong")) == [bare], "wrong is not crashed"
-    (child,) = bare.adapted(known(swiglu__triton="signal SIGSEGV"))
+    assert bare.adapted(findings(swiglu__triton="ok", rope_attention__triton="wrong")) == [bare], "wrong is not crashed"
+    (child,) = bare.adapted(findings(swiglu__triton="signal SIGSEGV"))
     assert options(child, "--kernels") == ["swiglu=cuda"] and child.note == "swiglu on cuda: it crashed on triton"
     assert options(child.smaller, "--kernels") == ["swiglu=cuda"] and options(child.smaller, "--batch") == ["64"]
     assert child.smaller.note == "at batch 64: out of memory at 128; swiglu on cuda: it crashed on triton"
-    (child,) = bare.adapted(known(swiglu__triton="timeout", swiglu__cuda="failed"))
+    (child,) = bare.adapted(findings(swiglu__triton="timeout", swiglu__cuda="failed"))
     assert options(child, "--kernels") == ["swiglu=reference"]
-    (child,) = cuda.adapted(known(swiglu__triton="timeout", rope_attention__cuda="failed"))
+    (child,) = cuda.adapted(findings(swiglu__triton="timeout", rope_attention__cuda="failed"))
     assert options(child, "--kernels") == ["cuda", "rope_attention=triton"]
     plain = step("plain-eager", 8)
-    assert plain.adapted(known(swiglu__triton="timeout")) == [plain]
+    assert plain.adapted(findings(swiglu__triton="timeout")) == [plain]
 
 
 def test_a_crashed_op_of_a_graph_takes_its_variant_along():
     grouped = step("bare-grouped", 8, in_graph=("weight_gradients",))
-    assert grouped.adapted(known(weight_gradients__triton="failed"))[0].skip == "weight_gradients crashed on triton"
-    assert not grouped.adapted(known(linear_swiglu__triton="failed"))[0].skip
+    assert grouped.adapted(findings(weight_gradients__triton="failed"))[0].skip == "weight_gradients crashed on triton"
+    assert not grouped.adapted(findings(linear_swiglu__triton="failed"))[0].skip
 
 
 def test_only_what_is_not_wrong_is_timed():
-    task = fractions("step", ("swiglu", "rope_attention", "adamw_ema_"), 0.2)
-    (child,) = task.adapted(known())
+    task = Fractions("step", "bench.ops", ops=("swiglu", "rope_attention", "adamw_ema_"))
+    (child,) = task.adapted(findings())
     assert child.arguments[:3] == ("swiglu", "rope_attention", "adamw_ema_")
     assert options(child, "--only") == ["triton", "cuda", "eager"]
-    first, other = task.adapted(known(rope_attention__cuda="wrong"))
+    first, other = task.adapted(findings(rope_attention__cuda="wrong"))
     assert first.arguments[:2] == ("swiglu", "adamw_ema_") and options(first, "--only") == ["triton", "cuda", "eager"]
     assert other.arguments[0] == "rope_attention" and options(other, "--only") == ["triton", "eager"]
     assert other.name != first.name and "cuda" in other.note
@@ -113,42 +116,42 @@ def test_only_what_is_not_wrong_is_timed():
 def test_sampling_and_encoding_do_without_what_crashed():
     found = [options(child, "--variant") for verdicts in ({}, {"swiglu__triton": "failed"},
              {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"}, {"adamw_ema___triton": "failed"})
-             for child in sampling_task(1.0).adapted(known(**verdicts))]  # fmt: skip
+             for child in SAMPLING.adapted(findings(**verdicts))]  # fmt: skip
     assert [variants[-1] for variants in found] == ["auto", "cuda", "reference", "auto"]
-    (child,) = encode(1.0).adapted(known(group_norm_silu__triton="failed"))
+    (child,) = ENCODE.adapted(findings(group_norm_silu__triton="failed"))
     assert options(child, "--variant") == ["reference", "reference-channels-last"]
-    assert not options(encode(1.0).adapted(known())[0], "--variant")
+    assert not options(ENCODE.adapted(findings())[0], "--variant")
 
 
-def test_chosen_parts():
-    found = chosen(parts(), ["gemms", "ops/rope"])
+def test_selected_parts():
+    found = select_parts(first_parts(), ["gemms", "ops/rope"])
     assert [part.name for part in found] == ["ceilings", "ops", "gemms"], "what reads ceilings has them measured"
     assert {task.name for task in found[1].tasks} == {"rope_attention triton", "rope_attention cuda"}
     assert found[1].budget == pytest.approx(55 / 4) and found[1].at_once == 5
-    assert [part.name for part in chosen(parts(), ["machine"])] == ["machine"]
+    assert [part.name for part in select_parts(first_parts(), ["machine"])] == ["machine"]
     refused = {"step": "no part is called 'step'; allowed: machine", "ops/x": "ops has no 'x'; allowed: rope"}
     for wrong, said in refused.items():
         with pytest.raises(ValueError, match=said):
-            chosen(parts(), [wrong])
+            select_parts(first_parts(), [wrong])
 
 
 def test_what_three_minutes_are_for(monkeypatch):
-    monkeypatch.setattr(second, "tool", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(parts, "find_tool", lambda name: f"/bin/{name}")
     verdicts = {("swiglu", "triton"): "ok", ("swiglu", "cuda"): "wrong", ("vf_loss", "cuda"): "timeout"}
-    parts = {("swiglu", "triton"): 0.9, ("swiglu", "cuda"): 0.2, ("vf_loss", "triton"): 0.7}
+    fractions = {("swiglu", "triton"): 0.9, ("swiglu", "cuda"): 0.2, ("vf_loss", "triton"): 0.7}
     rows = [checked(*which, verdict) for which, verdict in verdicts.items()]
-    rows += [op_row(*which, fraction) for which, fraction in parts.items()]
-    first, ncu, graphs = second.parts(rows)
+    rows += [op_row(*which, fraction) for which, fraction in fractions.items()]
+    first, ncu, graphs = second_parts(rows)
     assert [task.name for task in first.tasks] == ["memcheck vf_loss cuda", "racecheck vf_loss cuda"], "a crash first"
-    assert first.tasks[0].under[2:5] == ("/bin/compute-sanitizer", "--tool", "memcheck")
+    assert first.tasks[0].wrapper[2:5] == ("/bin/compute-sanitizer", "--tool", "memcheck")
     assert first.tasks[0].arguments[:2] == ("vf_loss", "cuda")
     assert ncu.tasks[0].arguments == ("vf_loss", "triton", "forward"), "of the best backends, the worst"
-    assert ncu.tasks[0].under[:3] == ("/bin/ncu", "--clock-control", "none")
+    assert ncu.tasks[0].wrapper[:3] == ("/bin/ncu", "--clock-control", "none")
     assert graphs.tasks[0].arguments[5] == "bare-cudagraphs"
-    assert [part.name for part in second.parts(rows[:1])] == ["graphs"]
-    assert second.parts([checked("swiglu", "cuda", "wrong")])[0].tasks[1].arguments[:2] == ("swiglu", "cuda")
-    monkeypatch.setattr(second, "tool", lambda name: None)
-    skips = [task.skip for part in second.parts(rows) for task in part.tasks]
+    assert [part.name for part in second_parts(rows[:1])] == ["graphs"]
+    assert second_parts([checked("swiglu", "cuda", "wrong")])[0].tasks[1].arguments[:2] == ("swiglu", "cuda")
+    monkeypatch.setattr(parts, "find_tool", lambda name: None)
+    skips = [task.skip for part in second_parts(rows) for task in part.tasks]
     assert skips == ["compute-sanitizer is not installed"] * 2 + ["ncu is not installed", ""]
 
 

@@ -160,7 +160,7 @@ from bench.triage.parts import Part
 from bench.triage.processes import Child
 from bench.triage.tasks import Task
 program.Triage = partial(program.Triage, start=partial(Child, grace=0.3))
-program.parts = lambda: (Part("first", 20, (Task("deaf", "deaf", rows=False, ceilings=False, minutes=False),)),
+program.first_parts = lambda: (Part("first", 20, (Task("deaf", "deaf", takes=()),)),
                          Part("second", 20, (Task("next", "deaf"),)))
 sys.exit(program.main([{str(out)!r}]))
 """

@@ -1,5 +1,4 @@
-"""The first minutes on a GPU: everything that has to be known of this tree there, in processes that may die.
+"""The first minutes on a GPU: checks and measurements of this tree, each in a process that may die.
 
-Nothing that runs in the coordinating process imports torch: what breaks a device, an interpreter or a compiler breaks a
-child of its own.
+The coordinating process imports no torch: a fault that breaks a device, an interpreter or a compiler breaks one child.
 """

@@ -1,9 +1,9 @@
-"""What has to be known of this tree on a GPU, in eight minutes, whatever crashes or hangs.
+"""Check and measure this tree on a GPU in eight minutes, whatever crashes or hangs.
 
     python -m bench.triage OUT [--minutes M] [--only PART[/TASK]] [--second] [--from ROWS] [--rehearse]
 
 `bash bench/gpu.sh OUT MINUTES` calls it for less than 20 minutes. OUT gets rows.jsonl, summary.txt (to be read first),
-log.txt and logs.tgz, and nothing else; what is there of an earlier run is kept where this one says nothing newer. Ends
+log.txt and logs.tgz, and nothing else; rows of an earlier run are kept where this one has none that replace them. Ends
 with 1 if something failed or was wrong, with 2 if there is no GPU, with 128 and its number after a signal.
 """
 
@@ -13,9 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from bench.triage import second
 from bench.triage.coordinator import Triage
-from bench.triage.parts import chosen, parts
+from bench.triage.parts import first_parts, second_parts, select_parts
 from bench.triage.processes import command
 from bench.triage.records import read_rows
 
@@ -28,8 +27,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="a folder, made if it is not there")
     parser.add_argument("--minutes", type=float, default=8.0, help="in all (default 8)")
     parser.add_argument("--only", action="append", default=[], metavar="PART[/TASK]",
-                        help=f"repeatable; parts: {', '.join(part.name for part in parts())}")  # fmt: skip
-    parser.add_argument("--second", action="store_true", help="what the rows of a first run ask for")
+                        help=f"repeatable; parts: {', '.join(part.name for part in first_parts())}")  # fmt: skip
+    parser.add_argument("--second", action="store_true", help="three more minutes, by the rows of a first run")
     parser.add_argument("--from", dest="earlier", type=Path, metavar="ROWS",
                         help="rows of an earlier run, to be read besides those in OUT")  # fmt: skip
     parser.add_argument(
@@ -53,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.rehearse and any(row.get("gpu") for row in earlier):
         parser.error(f"--rehearse: {options.out} holds rows of a GPU, which a CPU's would replace; name another folder")
     try:
-        options.parts = chosen(parts(), options.only)
+        options.parts = select_parts(first_parts(), options.only)
     except ValueError as error:
         parser.error(f"--only: {error}")
     return options
@@ -61,22 +60,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    triage = Triage(options.out, options.minutes, read_rows(options.earlier) if options.earlier else (),
-                    command=rehearsed if options.rehearse else command)  # fmt: skip
-    heard: list[int] = []
+    earlier = read_rows(options.earlier) if options.earlier else ()
+    triage = Triage(options.out, options.minutes, earlier, command=rehearsed if options.rehearse else command)
+    signals: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        heard.append(number)
+        signals.append(number)
         triage.stop(signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
-    well = triage.run(second.parts(triage.rows) if options.second else options.parts)
-    with suppress(OSError):  # whoever read this may be gone
+    succeeded = triage.run(second_parts(triage.rows) if options.second else options.parts)
+    with suppress(OSError):  # the reader of the pipe may be gone
         print((options.out / "summary.txt").read_text(encoding="utf-8"), flush=True)
-    if heard:
-        return 128 + heard[0]
-    return NO_DEVICE if triage.no_device else int(not well)
+    if signals:
+        return 128 + signals[0]
+    return NO_DEVICE if triage.no_device else int(not succeeded)
 
 
 def rehearsed(module: str, arguments: list[str], limit: float) -> list[str]:

@@ -1,9 +1,9 @@
-"""A child: whether one backend computes an op, by the rule of the tests.
+"""A child that checks one backend of an op by the rule of the tests.
 
     python -m bench.triage.check OP BACKEND --result FILE [--samples N] [--device cpu]
 
-Forward, gradients, and the same bits twice, for the headline production case in bfloat16 at a batch that leaves
-memory to others, and for two small cases. Each is printed before it begins, so that the log of a crash ends with it.
+Forward, gradients, and the same bits twice, for the representative case in bfloat16 at a batch that leaves memory
+to others, and for two small cases. Each is printed before it begins, so that the log of a crash ends with it.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import kernels
 from bench.measure.rows import machine
 from bench.ops import representative
 from bench.triage.verdicts import FOUND_WRONG, OK, SKIPPED, WRONG
-from bench.triage.writing import write
+from common.files import write_json
 from kernels.registry import Backend, Op
 from kernels.testing import checks
 from kernels.testing.cases import Case
 from kernels.testing.tolerance import tensors_of
 
-#: Samples of the headline case: five processes check at once.
+#: Samples of the representative case: five processes check at once.
 BATCH = 32
 #: Small cases that are taken where an op has them: masked edges, and memory with gaps.
 SMALL = ("odd", "strided")
@@ -54,32 +54,31 @@ def fewer_samples(case: Case, batch: int) -> Case:
 
 
 def cases(op: Op, backend: Backend, device: str, samples: int) -> Iterator[tuple[Case, torch.dtype]]:
-    """What is checked: the headline case with so many samples (not at 0), and two small ones that are served."""
+    """The representative case with so many samples (not at 0), and two small ones that the backend supports."""
     if samples:
         yield fewer_samples(next(case for case in op.cases if case.id == representative(op)), samples), torch.bfloat16
-    found = [case for case in op.cases if not case.production]
-    found.sort(key=lambda case: (case.id not in SMALL, -len(op.cases) + op.cases.index(case)))
+    found = sorted((case for case in op.cases if not case.production), key=lambda case: case.id not in SMALL)
     orders = (torch.float32, torch.float16), (torch.bfloat16 if device == "cuda" else torch.float16, torch.float32)
-    served: list[tuple[Case, torch.dtype]] = []
+    supported: list[tuple[Case, torch.dtype]] = []
     for case in found:
-        dtypes = [dtype for dtype in orders[len(served)] if dtype in op.dtypes & case.dtypes & backend.dtypes
-                  and not refused(backend, case, dtype, device)]  # fmt: skip
-        served += [(case, dtypes[0])] if dtypes else []
-        if len(served) == 2:
+        dtypes = [dtype for dtype in orders[len(supported)] if dtype in op.dtypes & case.dtypes & backend.dtypes
+                  and not unsupported_reasons(backend, case, dtype, device)]  # fmt: skip
+        supported += [(case, dtypes[0])] if dtypes else []
+        if len(supported) == 2:
             break
-    yield from served
+    yield from supported
 
 
-def refused(backend: Backend, case: Case, dtype: torch.dtype, device: str) -> list[str]:
+def unsupported_reasons(backend: Backend, case: Case, dtype: torch.dtype, device: str) -> list[str]:
     return backend.unsupported(**case.inputs(dtype, device)) if backend.unsupported is not None else []
 
 
 def faults(op: Op, backend: Backend, device: str, samples: int) -> tuple[list[str], int]:
-    """What is wrong, and how many cases were served at all."""
+    """What is wrong, and how many cases the backend supports."""
     wrong, count = [], 0
     for case, dtype in cases(op, backend, device, samples):
-        if case.production and (reasons := refused(backend, case, dtype, device)):
-            print(f"{case.id} {dtype}: not served: {'; '.join(reasons)}", flush=True)
+        if case.production and (reasons := unsupported_reasons(backend, case, dtype, device)):
+            print(f"{case.id} {dtype}: not supported: {'; '.join(reasons)}", flush=True)
             continue
         count += 1
         for name, check in CHECKS.items():
@@ -104,19 +103,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("op", choices=kernels.OPS)
     parser.add_argument("backend")
     parser.add_argument("--result", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=BATCH, help=f"of the headline case (default {BATCH}); 0: not it")
+    parser.add_argument("--samples", type=int, default=BATCH, help=f"of the large case (default {BATCH}); 0: not it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
     op = kernels.OPS[options.op]
-    told: dict[str, Any] = dict(machine(options.device)) if options.device == "cpu" or torch.cuda.is_available() else {}
+    present = options.device == "cpu" or torch.cuda.is_available()
+    report: dict[str, Any] = dict(machine(options.device)) if present else {}
     if reasons := op.reasons(options.backend):
-        write(options.result, told | {"verdict": SKIPPED, "reason": "; ".join(reasons)})
+        write_json(options.result, report | {"verdict": SKIPPED, "reason": "; ".join(reasons)})
         print("; ".join(reasons))
         return 0
-    write(options.result, told)
+    write_json(options.result, report)
     wrong, count = faults(op, op.backend(options.backend), options.device, options.samples)
-    verdict, reason = (WRONG, "; ".join(wrong)) if wrong else (OK, "") if count else (SKIPPED, "no case is served here")
-    write(options.result, told | {"verdict": verdict, "reason": reason})
+    verdict = WRONG if wrong else OK if count else SKIPPED
+    reason = "; ".join(wrong) if count else "no case is supported here"
+    write_json(options.result, report | {"verdict": verdict, "reason": reason})
     return FOUND_WRONG if wrong else 0
 
 

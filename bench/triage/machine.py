@@ -1,9 +1,9 @@
-"""A child: what this machine has, and whether the least of it works.
+"""A child that reports what this machine has, and whether the least of it works.
 
     python -m bench.triage.machine --result FILE [--device cpu]
 
-Packages, driver, the CUDA extension on a small call, NCCL on one process. The file is written after each of them: what
-hangs takes nothing of the others with it.
+Packages, driver, the CUDA extension on a small call, NCCL on one process. The file is written after each of them:
+what hangs costs nothing of the others.
 """
 
 import argparse
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from bench.measure.rows import machine, version
 from bench.triage.verdicts import FAILED, OK
-from bench.triage.writing import write
+from common.files import write_json
 from kernels import OPS
 from kernels.backends.device import EXTENSION, cuda_reasons, extension_reasons
 
@@ -42,8 +43,6 @@ def extension_faults(device: str) -> list[str]:
 
 def collective_faults(device: str) -> list[str]:
     """Why a sum over one process fails, as every training step makes it."""
-    import torch.distributed as dist
-
     try:
         dist.init_process_group("gloo" if device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
         ones = torch.ones(4, device=device)
@@ -60,18 +59,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(argv)
-    told: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}}
+    report: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}}
     lacking = [] if options.device == "cpu" else cuda_reasons()
-    told |= {"no_device": lacking} if lacking else machine(options.device)
-    write(options.result, told)
+    report |= {"no_device": lacking} if lacking else machine(options.device)
+    write_json(options.result, report)
     if not lacking:
         for name, find in (("extension", extension_faults), ("collectives", collective_faults)):
-            told[name] = find(options.device)
-            write(options.result, told)
-    faults = {name: told[name] for name in ("no_device", "extension", "collectives") if told.get(name)}
+            report[name] = find(options.device)
+            write_json(options.result, report)
+    faults = {name: report[name] for name in ("no_device", "extension", "collectives") if report.get(name)}
     reason = "; ".join(f"{name.replace('_', ' ')}: {', '.join(texts)}" for name, texts in faults.items())
-    failed = faults.keys() - {"extension"}  # which is built next
-    write(options.result, told | {"verdict": FAILED if failed else OK, "reason": reason})
+    failed = faults.keys() - {"extension"}  # the extension is built next
+    write_json(options.result, report | {"verdict": FAILED if failed else OK, "reason": reason})
     print(reason or "the device, the extension and collectives work")
     return 0
 

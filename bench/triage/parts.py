@@ -1,13 +1,21 @@
-"""What a triage runs: parts in their order, and what each may cost."""
+"""The parts of a triage in their order, and the time that each may take."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
-from bench.triage.tasks import STEP_OPS, Task, backends, build, check, encode, fractions, own, sampling, step
+from bench.measure.rows import Row
+from bench.triage.summary import slowest, worst_check
+from bench.triage.tasks import BUILD, ENCODE, SAMPLING, STEP_OPS, Fractions, Task, backends, check, own, step
 
 #: Seconds that a step is timed for: a few dozen of the slowest.
 STEP_SECONDS = 8.0
+#: Where compute-sanitizer and ncu are, if they are not on the PATH.
+TOOLKIT = Path("/usr/local/cuda/bin")
+#: Of the representative case under a sanitizer, which makes kernels ten to a hundred times slower.
+SANITIZED_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -28,20 +36,16 @@ class Part:
 
     @property
     def share(self) -> float:
-        """What of the budget is for one task."""
-        return self.budget / max(1, self._waves(len(self.tasks)))
+        """Seconds of the budget for one task."""
+        return self.budget / max(1, ceil(len(self.tasks) / self.at_once))
 
     def limit(self, waiting: int, left: float) -> float:
-        """Seconds for the next of so many tasks, where the part has so many left.
+        """Seconds for the next of `waiting` tasks, where the part has `left` seconds.
 
-        All but the shares of those that have to wait for it; an equal part where even those are not left.
+        All but the shares of the tasks that have to wait for it; an equal part where even those are not left.
         """
-        waves = self._waves(waiting)
-        return max(left / waves, left - (waves - 1) * self.share)
-
-    def _waves(self, tasks: int) -> int:
-        """How often processes start, if all tasks take equally long."""
-        return ceil(tasks / self.at_once)
+        batches = ceil(waiting / self.at_once)
+        return max(left / batches, left - (batches - 1) * self.share)
 
 
 def allowance(part: Part, later: Sequence[Part], left: float) -> float:
@@ -53,32 +57,73 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
     return min(left, max(part.budget, min(2 * part.budget + 20, spare)))
 
 
-def parts() -> tuple[Part, ...]:
-    """500 s if every budget is used up; those of a machine with everything in its caches are not."""
-    having = backends()
+def first_parts() -> tuple[Part, ...]:
+    """500 s if every budget is used up; a machine with everything in its caches needs less."""
+    existing = backends()
     in_graph = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
-    others = tuple(op for op in having if op not in (*STEP_OPS, *in_graph))
-    ceilings = Task("ceilings", "bench.roofline", ("--seconds", "0.15"), ceilings=False, minutes=False)
+    others = tuple(op for op in existing if op not in (*STEP_OPS, *in_graph))
+    quick = ("--quick", "--seconds", "0.2")
+    timed = (("step", STEP_OPS), ("graph", in_graph), ("others", others))
     return (
         Part("machine", 12, (own("machine", "machine"),)),
-        Part("build", 60, (build(),)),
-        Part("ceilings", 8, (ceilings,)),
-        Part("ops", 55, tuple(check(op, name) for op, names in having.items() for name in names), at_once=5),
+        Part("build", 60, (BUILD,)),
+        Part("ceilings", 8, (Task("ceilings", "bench.roofline", ("--seconds", "0.15"), takes=("--out",)),)),
+        Part("ops", 55, tuple(check(op, name) for op, names in existing.items() for name in names), at_once=5),
         Part("bare", 45, (step("bare", STEP_SECONDS),), essential=True),
         Part("plain-eager", 25, (step("plain-eager", STEP_SECONDS),), essential=True),
         Part("gemms", 15, (Task("gemms", "bench.gemms", ("--only", "torch", "--seconds", "0.15")),)),
         Part("trainer", 60, (step("trainer", STEP_SECONDS),), essential=True),
         Part("plain-compile", 100, (step("plain-compile", STEP_SECONDS),), essential=True),
-        Part("fractions", 55, (fractions("step", STEP_OPS, 0.2), fractions("graph", in_graph, 0.2),
-                               fractions("others", others, 0.2))),
+        Part("fractions", 55, tuple(Fractions(name, "bench.ops", quick, ops=ops) for name, ops in timed)),
         Part("variants", 90, (step("bare-grouped", STEP_SECONDS, in_graph=in_graph[2:]),
                               step("bare-folded", STEP_SECONDS, in_graph=in_graph[:2]),
                               step("bare", STEP_SECONDS, backend="cuda"))),
-        Part("others", 35, (sampling(1.0), encode(1.0))),
+        Part("others", 35, (SAMPLING, ENCODE)),
     )  # fmt: skip
 
 
-def chosen(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part, ...]:
+def second_parts(rows: Iterable[Row]) -> tuple[Part, ...]:
+    """Three more minutes, by the rows of a first run: each part gets the time that those before it have left.
+
+    compute-sanitizer on the op that crashed or was wrong; ncu on the op farthest from its limit; CUDA graphs.
+    """
+    rows, found = list(rows), []
+    if (row := worst_check(rows)) is not None:
+        tasks = tuple(sanitized(row["op"], row["backend"], name) for name in ("memcheck", "racecheck"))
+        found.append(Part("sanitizer", 120, tasks, essential=True))
+    if (row := slowest(rows)) is not None:
+        found.append(Part("ncu", 60, (profiled(row["op"], row["provider"], row["direction"]),)))
+    graphs = replace(step("bare-cudagraphs", STEP_SECONDS), takes=("--minutes", "--out"))
+    return (*found, Part("graphs", 60, (graphs,)))
+
+
+def sanitized(op: str, backend: str, tool: str) -> Task:
+    # Memory that torch keeps hides what lies just outside of a tensor.
+    environment = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")
+    options = ("--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
+    task = check(op, backend, "--samples", str(SANITIZED_SAMPLES))
+    return under("compute-sanitizer", options, replace(task, name=f"{tool} {op} {backend}"), environment)
+
+
+def profiled(op: str, backend: str, direction: str) -> Task:
+    # The clocks of a measurement, not the lower ones that ncu would fix.
+    options = ("--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--target-processes", "all")
+    task = own(f"{op} {backend} {direction}", "profile", op, backend, direction)
+    return under("ncu", options, replace(task, takes=()))
+
+
+def under(tool: str, options: tuple[str, ...], task: Task, environment: tuple[str, ...] = ()) -> Task:
+    """The task, run by a tool of the CUDA toolkit; skipped where that is not installed."""
+    path = find_tool(tool)
+    skip = "" if path else f"{tool} is not installed"
+    return replace(task, wrapper=(*environment, path or tool, *options), skip=skip)
+
+
+def find_tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=str(TOOLKIT))
+
+
+def select_parts(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part, ...]:
     """The parts of these names, and of PART/TASK those tasks whose names begin so; ceilings for those that read them.
 
     Raises:
@@ -86,24 +131,22 @@ def chosen(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part, ...]:
     """
     if not only:
         return tuple(everything)
+    parts = {part.name: part for part in everything}
     wanted: dict[str, set[Task]] = {}
     for text in only:
         name, slash, prefix = text.partition("/")
-        part = next((part for part in everything if part.name == name), None)
-        if part is None:
-            raise ValueError(f"no part is called {name!r}; allowed: {', '.join(part.name for part in everything)}")
-        tasks = [task for task in part.tasks if not slash or task.name.startswith(prefix)]
+        if name not in parts:
+            raise ValueError(f"no part is called {name!r}; allowed: {', '.join(parts)}")
+        tasks = [task for task in parts[name].tasks if not slash or task.name.startswith(prefix)]
         if not tasks:
-            raise ValueError(f"{name} has no {prefix!r}; allowed: {', '.join(task.name for task in part.tasks)}")
+            raise ValueError(f"{name} has no {prefix!r}; allowed: {', '.join(task.name for task in parts[name].tasks)}")
         wanted.setdefault(name, set()).update(tasks)
-    if any(task.ceilings for tasks in wanted.values() for task in tasks):
-        wanted.setdefault("ceilings", set()).update(next(p for p in everything if p.name == "ceilings").tasks)
-    if "build" in wanted:  # which is decided by what the first child says of the extension
-        wanted.setdefault("machine", set()).update(next(p for p in everything if p.name == "machine").tasks)
+    if any("--ceilings" in task.takes for tasks in wanted.values() for task in tasks):
+        wanted["ceilings"] = set(parts["ceilings"].tasks)
+    if "build" in wanted:  # decided by what the first child says of the extension
+        wanted["machine"] = set(parts["machine"].tasks)
     found = []
     for part in everything:
-        tasks = tuple(task for task in part.tasks if task in wanted.get(part.name, ()))
-        budget = part.share * ceil(len(tasks) / part.at_once)
-        if tasks:
-            found.append(Part(part.name, budget, tasks, part.at_once, part.essential))
+        if tasks := tuple(task for task in part.tasks if task in wanted.get(part.name, ())):
+            found.append(replace(part, budget=part.share * ceil(len(tasks) / part.at_once), tasks=tasks))
     return tuple(found)

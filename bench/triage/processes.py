@@ -1,4 +1,4 @@
-"""A child process that cannot outlive its limit, nor can anything it starts."""
+"""Child processes with a time limit, which neither they nor anything they start can outlive."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from bench.measure.rows import ROOT
 
 #: Seconds between SIGTERM and SIGKILL: a bench writes what it has measured, a compiler may not listen.
 GRACE = 10.0
-#: A child prints where it is this long before its limit, as far as the limit allows.
+#: A child prints its tracebacks this long before its limit, as far as the limit allows.
 NOTICE = 2.0
 
 
@@ -34,9 +34,9 @@ class Ended:
 
 
 def command(module: str, arguments: Sequence[str], limit: float) -> list[str]:
-    """What runs a module under `bench.triage.child`, which says where it is before the limit."""
+    """The command that runs a module under `bench.triage.run_module`, which prints tracebacks before the limit."""
     notice = max(limit - NOTICE, 0.8 * limit)
-    return [sys.executable, "-m", "bench.triage.child", f"{notice:.2f}", module, *arguments]
+    return [sys.executable, "-m", "bench.triage.run_module", f"{notice:.2f}", module, *arguments]
 
 
 class Child:
@@ -62,7 +62,7 @@ class Child:
         """How it ended; None while it runs."""
         now = self._clock()
         if self._over():
-            self._kill()  # whatever it has left behind, which would keep memory of the device
+            self._kill()  # processes it has left behind would keep memory of the device
             return Ended(self._process.wait(), now - self._begun, self._why)
         if not self._why and now - self._begun >= self._limit:
             self._end("timeout")
@@ -97,5 +97,5 @@ class Child:
         if self._process.returncode is None:
             try:
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):  # there is nobody left in it
+            except (ProcessLookupError, PermissionError):  # the group is empty
                 return

@@ -1,4 +1,4 @@
-"""A child: one call of an op's headline case in bfloat16 between the marks of a profiler.
+"""A child that makes one call of an op's representative case in bfloat16 between the marks of a profiler.
 
 ncu --profile-from-start off python -m bench.triage.profile OP BACKEND forward|backward
 """

@@ -1,11 +1,14 @@
-"""The rows of a triage: added as they come, later ones in the place of earlier ones with the same names."""
+"""The rows of a triage, later ones in the place of earlier ones with the same names, and comparisons between steps."""
 
 import json
-import os
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
+from bench.measure.losses import wrong_losses
 from bench.measure.rows import FORMAT, NAMES, Key, Row, key, now
 from bench.triage.verdicts import SKIPPED
+from common.files import write_text
 
 #: What all rows of a run say of the machine.
 FACTS = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
@@ -14,7 +17,7 @@ FACTS = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "tr
 class Records:
     """`rows` are those of the file, earlier runs' too, without those that a later one has replaced.
 
-    `facts` are those of the machine, from the first row that has them: whoever writes verdicts has no torch to ask.
+    `facts` are those of the machine, from the first row that has them: this process has no torch to ask.
     """
 
     def __init__(self, path: Path):
@@ -27,17 +30,17 @@ class Records:
         return list(self._rows.values())
 
     def learn(self, facts: Row) -> None:
-        """Take the facts of the machine from what has them."""
+        """Take the facts of the machine from a row that has them."""
         if not self.facts and facts.get("device"):
             self.facts = {name: facts.get(name) for name in FACTS}
 
     def add(self, row: Row) -> Row:
         """Keep and write a row at once, completed by what all rows of the run say.
 
-        What was skipped says nothing: it does not take the place of a verdict that an earlier run came to.
+        A skipped task does not take the place of a verdict that an earlier run came to.
         """
         self.learn(row)
-        full = {"format": FORMAT, "kind": row["kind"], "date": now(), **self._facts(), **row}
+        full = {"format": FORMAT, "kind": row["kind"], "date": now(), **dict.fromkeys(FACTS), **self.facts, **row}
         known = self._rows.get(_name(full), {})
         if full.get("verdict") == SKIPPED and known.get("verdict", SKIPPED) != SKIPPED:
             return full
@@ -48,20 +51,13 @@ class Records:
 
     def settle(self) -> None:
         """Write the file anew: one row of each name, with the facts of the machine that came after it."""
-        lines = []
         for row in self._rows.values():
             if "device" in row and row["device"] is None:
-                row.update(self._facts())
-            lines.append(_line(row))
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        os.replace(partial, self._path)
+                row.update(self.facts)
+        write_text(self._path, "".join(map(_line, self._rows.values())))
 
     def of(self, kind: str) -> list[Row]:
         return [row for row in self._rows.values() if row["kind"] == kind]
-
-    def _facts(self) -> Row:
-        return self.facts or dict.fromkeys(FACTS)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -77,6 +73,29 @@ def read_rows(path: Path) -> list[Row]:
         if isinstance(row, dict) and row.get("format") == FORMAT and "kind" in row:
             found.append(row)
     return found
+
+
+def compare_steps(rows: Iterable[Row]) -> list[Row]:
+    """Rows of steps that change when they are compared: wrong first losses, and ratios of times.
+
+    Each step was timed in a process of its own. Only steps of the same model and batch on the same machine are
+    compared: others see other latents, and times of other images.
+    """
+    groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            groups[row["model"], row["batch"], row["gpu"], row["revision"]][row["variant"]] = row
+    changed = []
+    for steps in groups.values():
+        wrong = wrong_losses({name: row.get("loss") for name, row in steps.items()})
+        right = {name: row for name, row in steps.items() if name not in wrong}
+        for name, row in steps.items():
+            ratios = {other: there["p50_ms"] / row["p50_ms"] for other, there in right.items() if other != name}
+            if name in wrong:
+                changed.append(row | {"status": "incorrect", "reason": wrong[name], "times_faster_than": {}})
+            elif ratios != row["times_faster_than"]:
+                changed.append(row | {"times_faster_than": ratios})
+    return changed
 
 
 def _name(row: Row) -> Key:

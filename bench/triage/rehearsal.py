@@ -1,9 +1,9 @@
-"""A child on a CPU: the same module, with stand-ins for the device and sizes that a CPU can bear.
+"""A child on a CPU: the same module, with stand-ins for the device and tiny sizes.
 
     python -m bench.triage.rehearsal MODULE [ARGUMENT …]
 
-Triton runs in its interpreter, the emulation of CUDA's kernels stands for them, nothing is compiled. What is rehearsed
-is that children start, write, end and are read; their figures mean nothing, and their rows say "cpu".
+Triton runs in its interpreter, CUDA's kernels in their emulation, nothing is compiled. Rehearsed is that children
+start, write, end and are read; their figures mean nothing, and their rows say "cpu".
 """
 
 import os
@@ -37,7 +37,7 @@ SECONDS = 0.02
 
 
 def small(module: str, arguments: list[str]) -> list[str]:
-    """The arguments of a child, with fewer images and seconds, and with what stands for CUDA's kernels."""
+    """The arguments of a child, with fewer images and seconds, and the emulation for CUDA's kernels."""
     words = list(arguments)
     for name, value in (("--batch", BATCH), ("--seconds", SECONDS)):
         for place in (i for i, word in enumerate(words) if word == name):

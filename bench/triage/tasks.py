@@ -1,7 +1,8 @@
-"""One child to run, and what is left of it when ops have crashed."""
+"""Tasks of a triage: a module to run as a child process, and its adaptation to ops that have crashed before."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Self
 
 from bench.measure.rows import ROOT, Row
 from bench.triage.verdicts import OK, SKIPPED, crashed
@@ -10,7 +11,7 @@ MODEL = "LightningDiT-XL/1"
 #: Ops of a training step; the others belong to graphs and to the tokenizer.
 STEP_OPS = ("rope_attention", "adaln_rms_norm", "gated_residual_adaln_rms_norm", "swiglu", "adamw_ema_")
 SAMPLED_OPS = STEP_OPS[:-1]
-#: Backend → the file of an op's folder that holds it, as in `kernels.registry.FILES`.
+#: Backend → its file in an op's folder, as in `kernels.registry.FILES`.
 FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py"}
 
 
@@ -21,13 +22,13 @@ def backends() -> dict[str, tuple[str, ...]]:
     return {name: tuple(b for b, file in FILES.items() if (folders[name] / file).exists()) for name in names}
 
 
-class Known:
+class Findings:
     """What the rows say of ops and of the machine so far."""
 
     def __init__(self, rows: Iterable[Row]):
-        told = [row for row in rows if row["kind"] == "triage"]
-        self._verdicts = {(row["op"], row["backend"]): row["verdict"] for row in told if row["part"] == "ops"}
-        machine = next((row for row in reversed(told) if row["part"] == "machine"), {})
+        outcomes = [row for row in rows if row["kind"] == "triage"]
+        self._verdicts = {(row["op"], row["backend"]): row["verdict"] for row in outcomes if row["part"] == "ops"}
+        machine = next((row for row in reversed(outcomes) if row["part"] == "machine"), {})
         self.extension_faults: list[str] = machine.get("extension") or []
 
     def crashed(self, op: str, backend: str) -> bool:
@@ -37,7 +38,7 @@ class Known:
         """Whether nothing is known against it."""
         return self._verdicts.get((op, backend), OK) in (OK, SKIPPED)
 
-    def instead(self, op: str, backend: str) -> str:
+    def fallback(self, op: str, backend: str) -> str:
         """The first other backend of the op that has not crashed."""
         others = [name for name in backends()[op] if name != backend and not self.crashed(op, name)]
         return (others or ["reference"])[0]
@@ -49,118 +50,125 @@ class Task:
 
     Attributes:
         name: unique within its part.
-        rows, result: whether it takes `--out FILE` for rows, and `--result FILE` for what it says of itself.
-        ceilings, minutes: whether it takes `--ceilings FILE`, and `--minutes` to end by itself.
+        takes: options it is given values for: `--out FILE` for rows, `--result FILE` for its own verdict,
+            `--ceilings FILE` of an earlier child, `--minutes` to end by itself.
         about: keys of its verdict's row.
         note: what its rows have to say of how they came about.
-        under: a program that runs it, such as a sanitizer, with its options.
+        wrapper: a program that runs it, such as a sanitizer, with its options.
         skip: why it is not to be run.
-        adapt: what is left of it when ops have crashed.
         smaller: what is run where this is out of memory.
     """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
-    rows: bool = True
-    result: bool = False
-    ceilings: bool = True
-    minutes: bool = True
+    takes: tuple[str, ...] = ("--minutes", "--ceilings", "--out")
     about: tuple[tuple[str, str], ...] = ()
     note: str = ""
-    under: tuple[str, ...] = ()
+    wrapper: tuple[str, ...] = ()
     skip: str = ""
-    adapt: Callable[["Task", Known], list["Task"]] = lambda task, known: [task]
-    smaller: "Task | None" = None
+    smaller: "Self | None" = None
 
-    def adapted(self, known: Known) -> list["Task"]:
-        return self.adapt(self, known)
+    def adapted(self, findings: Findings) -> "list[Task]":
+        """The tasks to run in its place when some ops have crashed: none, itself, others, or several."""
+        return [self]
 
 
-def own(name: str, module: str, *arguments: str, about: tuple[tuple[str, str], ...] = (), **more) -> Task:
-    """A child of this package, which says itself what became of it."""
-    return Task(name, f"bench.triage.{module}", arguments, rows=False, result=True, ceilings=False, minutes=False,
-                about=about, **more)  # fmt: skip
+def own(name: str, module: str, *arguments: str, **more) -> Task:
+    """A child of this package, which reports its own verdict."""
+    return Task(name, f"bench.triage.{module}", arguments, takes=("--result",), **more)
 
 
 def check(op: str, backend: str, *options: str, **more) -> Task:
     return own(f"{op} {backend}", "check", op, backend, *options, about=(("op", op), ("backend", backend)), **more)
 
 
-def step(variant: str, seconds: float, backend: str = "auto", in_graph: tuple[str, ...] = (), batch: int = 128) -> Task:
-    """One way to train. In memory that is too small for 128 images it is tried with 64."""
-    arguments = ("--model", MODEL, "--batch", str(batch), "--variant", variant, "--seconds", f"{seconds:g}")
-    if backend != "auto":
-        arguments += ("--kernels", backend)
-    name = variant if backend == "auto" else f"{variant}+{backend}"
-    smaller = None
-    if batch == 128:
-        less = step(variant, seconds, backend, in_graph, batch=64)
-        smaller = replace(less, name=f"{name} at 64", note="at batch 64: out of memory at 128")
-    if variant.startswith("plain"):
-        return Task(name, "bench.step", arguments, smaller=smaller)
+@dataclass(frozen=True)
+class Step(Task):
+    """Training steps of one variant.
 
-    def adapt(task: Task, known: Known) -> list[Task]:
-        preferred = "triton" if backend == "auto" else backend
-        if lost := [op for op in in_graph if known.crashed(op, "triton")]:
-            return [replace(task, skip=f"{' and '.join(lost)} crashed on triton")]
-        named = {op: known.instead(op, preferred) for op in STEP_OPS if known.crashed(op, preferred)}
+    Attributes:
+        backend: that of the ops, "auto" for the default choice.
+        in_graph: ops that the variant puts into its graphs, by Triton.
+    """
+
+    backend: str = "auto"
+    in_graph: tuple[str, ...] = ()
+
+    def adapted(self, findings: Findings) -> list[Task]:
+        """With other backends for ops that have crashed, skipped where an op of its graphs has."""
+        if self.name.startswith("plain"):
+            return [self]
+        preferred = "triton" if self.backend == "auto" else self.backend
+        if lost := [op for op in self.in_graph if findings.crashed(op, "triton")]:
+            return [replace(self, skip=f"{' and '.join(lost)} crashed on triton")]
+        named = {op: findings.fallback(op, preferred) for op in STEP_OPS if findings.crashed(op, preferred)}
         if not named:
-            return [task]
+            return [self]
         words = tuple(word for op, other in named.items() for word in ("--kernels", f"{op}={other}"))
-        notes = [task.note, *(f"{op} on {other}: it crashed on {preferred}" for op, other in named.items())]
-        less = None if task.smaller is None else adapt(task.smaller, known)[0]
-        return [replace(task, arguments=task.arguments + words, note="; ".join(filter(None, notes)), smaller=less)]
+        notes = [self.note, *(f"{op} on {other}: it crashed on {preferred}" for op, other in named.items())]
+        smaller = None if self.smaller is None else self.smaller.adapted(findings)[0]
+        note = "; ".join(filter(None, notes))
+        return [replace(self, arguments=self.arguments + words, note=note, smaller=smaller)]
 
-    return Task(name, "bench.step", arguments, adapt=adapt, smaller=smaller)
+
+def step(variant: str, seconds: float, backend: str = "auto", in_graph: tuple[str, ...] = ()) -> Step:
+    """A variant at 128 images a step, and at 64 where memory is too small."""
+    chosen = () if backend == "auto" else ("--kernels", backend)
+    name = "+".join((variant, *chosen[1:]))
+
+    def at(batch: int, name: str, **more) -> Step:
+        arguments = ("--model", MODEL, "--batch", str(batch), "--variant", variant, "--seconds", f"{seconds:g}")
+        return Step(name, "bench.step", arguments + chosen, backend=backend, in_graph=in_graph, **more)
+
+    return at(128, name, smaller=at(64, f"{name} at 64", note="at batch 64: out of memory at 128"))
 
 
-def fractions(name: str, ops: tuple[str, ...], seconds: float) -> Task:
-    """The headline case of each op in bfloat16, on the backends that were not wrong, beside the reference."""
+@dataclass(frozen=True)
+class Fractions(Task):
+    """The representative case of each of `ops` in bfloat16, beside the reference."""
 
-    def adapt(task: Task, known: Known) -> list[Task]:
+    ops: tuple[str, ...] = ()
+
+    def adapted(self, findings: Findings) -> list[Task]:
+        """One child for each set of backends that were not wrong."""
         groups: dict[tuple[str, ...], list[str]] = {}
-        for op in ops:
-            unusable = tuple(backend for backend in backends()[op] if not known.usable(op, backend))
+        for op in self.ops:
+            unusable = tuple(backend for backend in backends()[op] if not findings.usable(op, backend))
             groups.setdefault(unusable, []).append(op)
-        found = []
-        for unusable, members in groups.items():
-            invited = [backend for backend in (*FILES, "eager") if backend not in unusable]
-            only = tuple(word for backend in invited for word in ("--only", backend))
+        found: list[Task] = []
+        for unusable, ops in groups.items():
+            only = (word for name in (*FILES, "eager") if name not in unusable for word in ("--only", name))
             note = f"without {' and '.join(unusable)}, as they were not right" if unusable else ""
-            label = " without ".join([name, *([" ".join(unusable)] if unusable else [])])
-            found.append(replace(task, name=label, arguments=(*members, *task.arguments, *only), note=note))
+            name = f"{self.name} without {' '.join(unusable)}" if unusable else self.name
+            found.append(replace(self, name=name, arguments=(*ops, *self.arguments, *only), note=note))
         return found
 
-    return Task(name, "bench.ops", ("--quick", "--seconds", f"{seconds:g}"), adapt=adapt)
 
-
-def sampling(seconds: float) -> Task:
-    def adapt(task: Task, known: Known) -> list[Task]:
+class Sampling(Task):
+    def adapted(self, findings: Findings) -> list[Task]:
+        """Beside the plain model one variant whose ops have not crashed."""
         ways = {"auto": "triton", "cuda": "cuda"}
-        variant = next((v for v, b in ways.items() if not any(known.crashed(op, b) for op in SAMPLED_OPS)), "reference")
+        sound = (v for v, b in ways.items() if not any(findings.crashed(op, b) for op in SAMPLED_OPS))
+        variant = next(sound, "reference")
         note = "" if variant == "auto" else f"with the ops of {variant}, as some crashed on triton"
-        return [replace(task, arguments=(*task.arguments, "--variant", variant), note=note)]
-
-    arguments = ("--variant", "plain-eager", "--seconds", f"{seconds:g}")
-    return Task("sampling", "bench.sampling", arguments, adapt=adapt)
+        return [replace(self, arguments=(*self.arguments, "--variant", variant), note=note)]
 
 
-def encode(seconds: float) -> Task:
-    def adapt(task: Task, known: Known) -> list[Task]:
-        if not known.crashed("group_norm_silu", "triton"):
-            return [task]
+class Encode(Task):
+    def adapted(self, findings: Findings) -> list[Task]:
+        if not findings.crashed("group_norm_silu", "triton"):
+            return [self]
         variants = ("--variant", "reference", "--variant", "reference-channels-last")
-        return [replace(task, arguments=task.arguments + variants, note="group_norm_silu crashed on triton")]
-
-    return Task("encode", "bench.tokenizer", ("encode", "--quick", "--seconds", f"{seconds:g}"), adapt=adapt)
+        return [replace(self, arguments=self.arguments + variants, note="group_norm_silu crashed on triton")]
 
 
-def build() -> Task:
-    """The CUDA extension, where the one that is there does not run, or there is none."""
+class Build(Task):
+    def adapted(self, findings: Findings) -> list[Task]:
+        """Itself where the extension that is there does not run, or there is none."""
+        return [replace(self, note="; ".join(findings.extension_faults))] if findings.extension_faults else []
 
-    def adapt(task: Task, known: Known) -> list[Task]:
-        return [replace(task, note="; ".join(known.extension_faults))] if known.extension_faults else []
 
-    return Task("extension", "setup", ("--quiet", "build_ext", "--inplace"), rows=False, ceilings=False, minutes=False,
-                adapt=adapt)  # fmt: skip
+SAMPLING = Sampling("sampling", "bench.sampling", ("--variant", "plain-eager", "--seconds", "1"))
+ENCODE = Encode("encode", "bench.tokenizer", ("encode", "--quick", "--seconds", "1"))
+BUILD = Build("extension", "setup", ("--quiet", "build_ext", "--inplace"), takes=())

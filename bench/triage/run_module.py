@@ -1,9 +1,9 @@
-"""Run a module as `python -m` does, and say where it is when its time is nearly up.
+"""Run a module as `python -m` does, and print tracebacks when its time is nearly up.
 
-    python -m bench.triage.child SECONDS MODULE [ARGUMENT …]
+    python -m bench.triage.run_module SECONDS MODULE [ARGUMENT …]
 
 After so many seconds the tracebacks of all threads go to stderr, and the module runs on: a compiler that hangs in C++
-hears no signal, and is killed soon after. Whoever started it may be killed too: then it ends with it.
+hears no signal, and is killed soon after. The process ends when the one that started it ends.
 """
 
 import ctypes
