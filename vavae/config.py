@@ -1,6 +1,6 @@
-"""What a tokenizer run may say: typed, frozen sections that know no unknown key.
+"""Config sections of a tokenizer run: typed, frozen, without unknown keys.
 
-Values are checked when they are made; nothing here touches a file or a device. The published tokenizer YAML is read by
+Values are checked on construction; nothing here touches a file or a device. The published tokenizer YAML is read by
 `vavae.published`.
 """
 
@@ -29,7 +29,7 @@ from common.sections import (
 
 GROUPS = 32  # of every GroupNorm in the autoencoder
 MAX_WIDTH = 65_536
-LPIPS_LEAST_SIZE = 16
+LPIPS_MIN_SIZE = 16
 
 
 class AutoencoderConfig(Section):
@@ -164,7 +164,7 @@ class LossConfig(Section):
             averaged too, and twice as large).
         logvar: constant log variance of the reconstruction likelihood.
         disc_start: the GAN terms begin after this many ITERATIONS of the run (batches, not optimizer steps).
-        disc_start, vf_weight: null where a file leaves them open; training refuses that.
+        disc_start, vf_weight: null where a file does not set them; training refuses that.
         disc_weight, disc_factor: the GAN term is `disc_weight × adaptive weight × disc_factor`; 0 trains without one.
         perceptual_weights: local VGG-16 weights (torchvision layout) for LPIPS; null downloads torchvision's.
         reverse_proj: project latents to the features' width (true) or features to the latents' (false).
@@ -199,7 +199,7 @@ class LossConfig(Section):
 
 
 class StageLoss(Section):
-    """What a stage changes in the loss; null keeps the run's value."""
+    """Overrides of the loss in a stage; null keeps the run's value."""
 
     kl_weight: NonNegative | None = None
     perceptual_weight: NonNegative | None = None
@@ -211,14 +211,14 @@ class StageLoss(Section):
 
 
 class StageConfig(Section):
-    """A part of the run: so many epochs under a changed loss."""
+    """A stage of the run: `epochs` epochs with overrides of the loss."""
 
     epochs: Count
     loss: StageLoss = StageLoss()
 
 
 def loss_at(loss: LossConfig, stages: Iterable[StageConfig], epoch: float) -> LossConfig:
-    """The loss in force after `epoch` epochs (a fraction is fine); the last stage goes on for ever."""
+    """The loss after `epoch` epochs, which may be a fraction; the last stage has no end."""
     changes, end = {}, 0
     for stage in stages:
         changes, end = stage.loss.model_dump(exclude_none=True), end + stage.epochs
@@ -234,10 +234,10 @@ class DataConfig(Section):
         data_path: null where a file is read for its weights alone.
         crop: `random` resizes the short side to `image_size` and crops anywhere; `center` is ADM's centre crop;
             `published_eval` is the crop under which the published tokenizers were evaluated.
-        num_classes: what the number of sub-folders must be; null accepts any.
+        num_classes: required number of sub-folders; null accepts any.
         on_unreadable: `error` stops at a broken file and names it; `skip` takes the next readable image and counts it.
         cache: keep all decoded images in memory (small sets).
-        num_images: what a plan assumes where there is no data to count.
+        num_images: assumed by a dry run where there is no data to count.
     """
 
     data_path: PathText | None = None
@@ -258,7 +258,7 @@ class DataConfig(Section):
         return self.data_path
 
 
-# Key of ours that a published file may leave open → its name there.
+# Key that a published file may not set → its name there.
 _PUBLISHED = {
     "data.data_path": "data.params.train.params.data_root",
     "loss.vf_weight": "model.params.lossconfig.params.vf_weight",
@@ -277,15 +277,15 @@ def check_sections(
     data: DataConfig,
     stages: Iterable[StageConfig] = (),
 ) -> None:
-    """Raise ValueError, naming the keys, where sections of a training run contradict each other or leave one open."""
+    """Raise ValueError, naming the keys, where sections of a training run contradict each other or lack a value."""
     weights = [loss_at(loss, [stage], 0).vf_weight for stage in stages] or [loss.vf_weight]
-    needed = {
+    missing = {
         "data.data_path": data.data_path is None,
         "loss.vf_weight": loss.use_vf and None in weights,
         "loss.disc_start": loss.use_gan and loss.disc_start is None,
     }
-    if any(needed.values()):
-        raise _not_set(*(key for key, open in needed.items() if open))
+    if any(missing.values()):
+        raise _not_set(*(key for key, is_missing in missing.items() if is_missing))
     if data.image_size % model.downsample_ratio:
         raise ValueError(
             f"data.image_size {data.image_size} is not a multiple of the tokenizer's down-sampling "
@@ -296,14 +296,14 @@ def check_sections(
     if loss.use_vf and foundation is None:
         raise ValueError("loss.use_vf is true, but the run has no foundation section: add one or set loss.use_vf false")
     # Each strided convolution of the discriminator halves the image, rounding down; two more take off 1 each.
-    least = 3 * 2**loss.disc_n_layers
-    if loss.use_gan and data.image_size < least:
+    min_size = 3 * 2**loss.disc_n_layers
+    if loss.use_gan and data.image_size < min_size:
         raise ValueError(
             f"data.image_size {data.image_size} is too small for a discriminator with loss.disc_n_layers "
-            f"{loss.disc_n_layers}, which needs {least}: use fewer layers, or loss.disc_weight 0"
+            f"{loss.disc_n_layers}, which needs {min_size}: use fewer layers, or loss.disc_weight 0"
         )
-    if loss.perceptual == "lpips" and data.image_size < LPIPS_LEAST_SIZE:
+    if loss.perceptual == "lpips" and data.image_size < LPIPS_MIN_SIZE:
         raise ValueError(
             f"data.image_size {data.image_size} is too small for LPIPS, which halves images "
-            f"four times: at least {LPIPS_LEAST_SIZE}, or loss.perceptual none"
+            f"four times: at least {LPIPS_MIN_SIZE}, or loss.perceptual none"
         )

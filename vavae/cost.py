@@ -1,4 +1,4 @@
-"""What a tokenizer costs, counted by running one image through the training step without memory (the meta device)."""
+"""FLOPs, parameters and saved activations of a tokenizer, counted in a training step on the meta device."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,14 +19,14 @@ from vavae.task import build_networks
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network.
+    """Cost of one network.
 
     Fields:
-        parameters, trainable: how many it has, and how many of them are trained.
+        parameters, trainable: number of all and of the trained ones.
         flops: of a training step's passes through it, per image (a multiply-add is two; norms and activations are not
             counted). The autoencoder's include LPIPS, the VF loss, the discriminator's pass that the GAN term takes,
             and the passes that balance the terms.
-        saved_elements: numbers kept for the backward pass, per image, by the reference ops without recomputation.
+        saved_elements: numbers saved for the backward pass, per image, by the reference ops without recomputation.
     """
 
     parameters: int
@@ -38,7 +38,7 @@ class Cost:
 def training_cost(
     model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig, image_size: int
 ) -> dict[str, Cost]:
-    """Costs of the trained networks by name (with the GAN running, if the loss has one) and of the `frozen` ones.
+    """Costs of the trained networks by name (with the GAN terms, if the loss has them) and of the `frozen` ones.
 
     No weights are read and nothing is downloaded.
     """
@@ -49,28 +49,28 @@ def training_cost(
         networks = build_networks(model, loss, ops, 0, vit.width if vit else None)
     perceptual = lpips_network("meta").requires_grad_(False) if loss.perceptual == "lpips" else None
     autoencoder, discriminator = networks["autoencoder"], networks.get("discriminator")
-    helpers = [helper for helper in (vit, perceptual) if helper is not None]
+    frozen_networks = [network for network in (vit, perceptual) if network is not None]
     features = None if vit is None else vit(images)
-    costs = {"frozen": _count(helpers, lambda: None if vit is None else vit(images))}
+    costs = {"frozen": _count(frozen_networks, lambda: None if vit is None else vit(images))}
 
-    def generate() -> None:
+    def generator_step() -> None:
         criterion = partial(generator_loss, loss, ops, perceptual=perceptual, discriminator=discriminator)
         autoencoder(images, noise, features, criterion)[0].backward()
 
-    def discriminate() -> None:
+    def discriminator_step() -> None:
         discriminator_loss(loss, discriminator(images), discriminator(images))[0].backward()
 
     with frozen(discriminator) if discriminator is not None else nullcontext():
-        costs["autoencoder"] = _count([autoencoder], generate)
+        costs["autoencoder"] = _count([autoencoder], generator_step)
     if discriminator is not None:
-        costs["discriminator"] = _count([discriminator], discriminate)
+        costs["discriminator"] = _count([discriminator], discriminator_step)
     return costs
 
 
 def _count(modules: list[nn.Module], run: Callable[[], None]) -> Cost:
-    """Count what `run` does, charged to `modules`."""
+    """Cost of `run`, with the parameters of `modules`."""
     parameters = [p for module in modules for p in module.parameters()]
-    own = {p.untyped_storage()._cdata for p in parameters}
+    parameter_storages = {p.untyped_storage()._cdata for p in parameters}
     saved: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no storage is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,6 +79,7 @@ def _count(modules: list[nn.Module], run: Callable[[], None]) -> Cost:
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         run()
-    elements = sum(t.untyped_storage().nbytes() // t.element_size() for key, t in saved.items() if key not in own)
+    activations = [tensor for storage, tensor in saved.items() if storage not in parameter_storages]
+    elements = sum(t.untyped_storage().nbytes() // t.element_size() for t in activations)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return Cost(sum(p.numel() for p in parameters), trainable, counter.get_total_flops(), elements)

@@ -1,4 +1,4 @@
-"""A folder of images, one sub-folder a class, as training batches: each a pure function of (seed, epoch, index)."""
+"""Training batches from a folder of images, one sub-folder a class; samples are functions of (seed, epoch, index)."""
 
 import logging
 import os
@@ -62,7 +62,7 @@ class ImageFolder:
                 f"{shortened(self.classes, 5)}"
             )
         self._cache: dict[int, torch.Tensor | np.ndarray] | None = {} if cache else None
-        if cache:  # now, so that loader processes share one copy
+        if cache:  # filled before loader processes are forked, so that they share one copy
             for index in range(len(self.paths)):
                 self._load(index)
 
@@ -104,7 +104,7 @@ class ImageFolder:
         return batch
 
     def _readable(self, index: int) -> tuple[int, torch.Tensor | np.ndarray]:
-        """The image at `index`, or the next that can be read, and where it was found."""
+        """(source, pixels): the image at `index`, or the next that can be read."""
         for source in (*range(index, len(self)), *range(index)):
             pixels = self._load(source)
             if pixels is not None:
@@ -137,7 +137,7 @@ class ImageFolder:
         return np.asarray(scale(image, self.image_size))
 
     def _finish(self, pixels: torch.Tensor | np.ndarray, epoch: int, index: int) -> torch.Tensor:
-        """Crop where the place in training says, and go to [−1, 1]."""
+        """Random crop of (seed, epoch, index), converted to float32 [3, S, S] in [−1, 1]."""
         if isinstance(pixels, torch.Tensor):
             return pixels
         size = self.image_size
@@ -174,7 +174,7 @@ def _scan(root: Path, on_unreadable: str) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def _describe(listing: ImageListing, classes: tuple[str, ...], paths: list[str]) -> str:
-    """What a run trains on, in a line: enough to see that it is not what was meant."""
+    """One line on the data, with warnings about folders that are probably not what was meant."""
     text = f"{len(paths):,} images in {len(classes):,} classes ({shortened(classes, 3)})"
     if listing.linked:
         text += f", {listing.linked:,} of them links"

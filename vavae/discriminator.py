@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose arithmetic and running statistics are float32 (or wider), whatever its weights and input are.
+    """BatchNorm whose arithmetic and running statistics are float32 (or float64), whatever its weights and input are.
 
-    In bfloat16 a running mean with momentum 0.1 would stop moving once its updates round to nothing.
+    In bfloat16 a running mean with momentum 0.1 stops moving once its updates round to nothing.
     """
 
     def _apply(self, fn, recurse=True):
@@ -19,7 +19,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         for name, value in statistics.items():
             moved = getattr(self, name)
             if torch.finfo(moved.dtype).bits < 32:
-                setattr(self, name, value.to(moved.device))  # the cast's rounding has not touched it
+                setattr(self, name, value.to(moved.device))  # from before the cast, not rounded
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,9 +45,9 @@ class NLayerDiscriminator(nn.Module):
     Args:
         in_channels: of the images.
         ndf: width of the first convolution; it doubles with every layer, up to eight times.
-        n_layers: strided convolutions.
+        n_layers: number of strided convolutions.
 
-    BatchNorm statistics are each process's own. Weights start at N(0, 0.02), BatchNorm gains at N(1, 0.02).
+    BatchNorm statistics are local to a process. Weights start at N(0, 0.02), BatchNorm gains at N(1, 0.02).
     """
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3):
@@ -66,7 +66,7 @@ class NLayerDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.main(images.to(self.main[0].weight.dtype))
+        return self.main(images.to(self.main[0].weight.dtype))  # [B, 1, about H/8, about W/8]
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def adopt_weight(weight: float, iteration: int, threshold: int) -> float:
 
 @contextmanager
 def frozen(module: nn.Module):
-    """Inside, gradients flow through the module but not to its parameters (those that had any have them after it)."""
+    """Within the context, gradients flow through the module but not to its parameters; afterwards as before."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)

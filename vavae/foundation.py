@@ -1,4 +1,4 @@
-"""The frozen vision transformer (DINOv2, MAE or any ViT of timm) whose features guide the latents.
+"""The frozen vision transformer (DINOv2, MAE or any ViT of timm) whose features the latents are aligned to.
 
 The only file that imports timm.
 """
@@ -22,8 +22,8 @@ from vavae.config import FoundationConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # that timm looks for, in this order
-#: What timm and its layers raise for sizes that do not go together; a download raises others.
-OF_ARGUMENTS = (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, LookupError)
+#: Raised by timm and its layers for sizes that do not fit together; a download raises others.
+ARGUMENT_ERRORS = (TypeError, AssertionError, ValueError, ArithmeticError, AttributeError, LookupError)
 VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
@@ -72,16 +72,17 @@ class FoundationModel(nn.Module):
 
     @classmethod
     def classifier(cls, config: FoundationConfig, grid: int, num_classes: int) -> "FoundationModel":
-        """An untrained, trainable model with a classification head, for `logits`; `save` keeps what it learnt."""
+        """A trainable model with fresh weights and a classification head, for `logits` and `save`."""
         vit = _create(config, num_classes=num_classes, download=False)
         return cls(vit, _input_size(config, vit, grid), config.normalization)
 
     @property
     def width(self) -> int:
+        """Channels of the features."""
         return self.vit.embed_dim
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [−1, 1] as the transformer wants them: resized and normalised, its weights' dtype."""
+        """Images [B, 3, H, W] in [−1, 1] → resized, normalised [B, 3, input_size, input_size] in the weights' dtype."""
         images = images * self.scale + self.shift
         if images.shape[-2:] != (self.input_size, self.input_size):
             images = F.interpolate(images, size=self.input_size, mode="bilinear", align_corners=False)
@@ -102,7 +103,7 @@ class FoundationModel(nn.Module):
 
 
 def to_download(config: FoundationConfig) -> str | None:
-    """What `FoundationModel.from_config` would download, in words; None where it is a file, or downloaded before.
+    """Description of what `FoundationModel.from_config` would download; None for a local file or one in the cache.
 
     Raises ValueError: timm has no such model, or no weights of it.
     """
@@ -110,11 +111,11 @@ def to_download(config: FoundationConfig) -> str | None:
         return None
     _check_name(config.model_name)
     source = _source(config.model_name)
-    here = _is_kept(source.hf_hub_id) if source.hf_hub_id else is_downloaded(source.url)
-    return None if here else f"the weights of {config.model_name} (or name a local copy in foundation.weights)"
+    cached = _is_cached(source.hf_hub_id) if source.hf_hub_id else is_downloaded(source.url)
+    return None if cached else f"the weights of {config.model_name} (or name a local copy in foundation.weights)"
 
 
-def _is_kept(repository: str) -> bool:
+def _is_cached(repository: str) -> bool:
     """Whether the hub's cache has the weights of a repository."""
     for name in HUB_FILES:
         with suppress(OSError):
@@ -138,7 +139,7 @@ def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn
     try:
         vit = timm.create_model(config.model_name, pretrained=download, num_classes=num_classes, **arguments)
     except Exception as error:
-        if not download or isinstance(error, OF_ARGUMENTS):
+        if not download or isinstance(error, ARGUMENT_ERRORS):
             reason = str(error) or "they contradict each other"
             raise ValueError(f"foundation.model_args {arguments} do not fit {config.model_name}: {reason}") from error
         raise DownloadError(

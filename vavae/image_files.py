@@ -1,4 +1,4 @@
-"""Image files: which files of a folder are images, and their pixels as 8-bit RGB."""
+"""Image files: listing those of a folder, and decoding them to 8-bit RGB."""
 
 import os
 import stat
@@ -12,20 +12,37 @@ from common.files import FileError, open_regular, refuse_stand_ins
 from common.text import printable, shortened
 
 FORMATS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM",
-    ".tif": "TIFF", ".tiff": "TIFF",
-}  # fmt: skip
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 EXTENSIONS = frozenset(FORMATS)
-# By content, so that a name decides nothing: some of Pillow's other formats run programs.
-_KNOWN = tuple(sorted(set(FORMATS.values())))
-# What systems and archives leave in folders, in lower case; names that begin with a dot besides.
-_OF_SYSTEMS = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "thumbs.db", "desktop.ini",
-                         "system volume information"})  # fmt: skip
+# Files are recognised by content, and only as these: some of Pillow's other formats run programs.
+_PILLOW_FORMATS = tuple(sorted(set(FORMATS.values())))
+# Files that operating systems and archivers leave in folders, in lower case; hidden like names that begin with a dot.
+_SYSTEM_FILES = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "#recycle",
+        "$recycle.bin",
+        "lost+found",
+        "thumbs.db",
+        "desktop.ini",
+        "system volume information",
+    }
+)
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _TIFF_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2
 _NO_RANGE = "whose black and white nothing says; save it in 8 or 16 bits without a sign"
 _FOLDER_LINK, _EMPTY = "link to a folder", "empty file"
-_NAMED, _KINDS_NAMED = 2, 8  # paths of a kind, and kinds, in a message
+_MAX_PATHS, _MAX_KINDS = 2, 8  # named in a message: paths of a kind, and kinds
 
 
 class UnreadableImage(FileError):
@@ -49,22 +66,22 @@ def open_image(path: str | Path) -> Image.Image:
             if not begin:
                 raise FileError(f"{path} is empty")
             refuse_stand_ins(path, begin)
-            with Image.open(file, formats=_KNOWN) as image:
+            with Image.open(file, formats=_PILLOW_FORMATS) as image:
                 return _rgb(image)
     except FileError as error:
         raise UnreadableImage(f"cannot read image: {error}") from None
     except UnidentifiedImageError:
-        found = f"it begins with {begin[:12]!r}, so it is none of {', '.join(_KNOWN)}, or damaged"
+        found = f"it begins with {begin[:12]!r}, so it is none of {', '.join(_PILLOW_FORMATS)}, or damaged"
         raise UnreadableImage(f"cannot read image {path}: {found}") from None
-    except Exception as error:  # decoders meet damage with errors of every kind
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
         raise UnreadableImage(f"cannot read image {path}: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    # Pillow reads 8 bits with a sign as if they had none.
+    # Pillow reads signed 8-bit samples as unsigned.
     if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,)):
         raise ValueError(f"its pixels are numbers with a sign, {_NO_RANGE}")
-    # Pillow has 16-bit PPM as 32-bit numbers. (Its own conversion cuts at 255 whatever the range.)
+    # Pillow decodes 16-bit PPM to 32-bit integers. (Its own conversion clips at 255 whatever the range.)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -76,7 +93,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """Grey [H, W] of more than 8 bits, scaled by its range."""
     white, inverted = 65535, False
-    if image.format == "TIFF":  # its numbers are as in the file
+    if image.format == "TIFF":  # decoded values are as stored in the file
         white = 2 ** image.tag_v2[_TIFF_BITS][0] - 1
         inverted = image.tag_v2[_TIFF_PHOTOMETRIC] == _WHITE_IS_ZERO
     values = np.asarray(image).astype(np.uint32)
@@ -86,10 +103,10 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 
 
 class ImageListing:
-    """What lies in a folder: its images, and everything else by kind.
+    """The content of a folder: its images, and everything else by kind.
 
-    Names that begin with a dot or that systems leave behind are no images and are not looked into. Links to files are
-    followed wherever they lead, links to folders only where they are class folders.
+    Names that begin with a dot or that systems leave behind are no images, and such folders are not listed. Links to
+    files are followed wherever they lead, links to folders only where they are class folders.
 
     Attributes:
         left_out: kind → paths relative to the root, as far as `classes` and `images` came across them.
@@ -139,10 +156,10 @@ class ImageListing:
         return found
 
     def _entries(self, folder: str):
-        """What a folder holds, but for what is hidden."""
+        """The entries of a folder that are not hidden."""
         with os.scandir(self.root / folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name.lower() in _OF_SYSTEMS:
+                if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
                     self.left_out["hidden"].append(os.path.join(folder, entry.name))
                 else:
                     yield entry
@@ -157,9 +174,9 @@ class ImageListing:
         """Such as `; left out: 3 × .gif (a/x.gif, a/y.gif, …), 1 × hidden (.git)`; empty where nothing is."""
         kinds = sorted(self.left_out.items(), key=lambda item: (-len(item[1]), item[0]))
         parts = [
-            f"{len(paths):,} × {kind} ({shortened(sorted(paths), _NAMED)})" for kind, paths in kinds[:_KINDS_NAMED]
+            f"{len(paths):,} × {kind} ({shortened(sorted(paths), _MAX_PATHS)})" for kind, paths in kinds[:_MAX_KINDS]
         ]
-        if others := sum(len(paths) for _, paths in kinds[_KINDS_NAMED:]):
+        if others := sum(len(paths) for _, paths in kinds[_MAX_KINDS:]):
             parts.append(f"{others:,} of other kinds")
         return f"; left out: {', '.join(parts)}" if parts else ""
 

@@ -1,4 +1,4 @@
-"""Pixels: crops, and the way between 8-bit images and the networks' [−1, 1]."""
+"""Crops, PSNR, and conversions between 8-bit images and float images in [−1, 1]."""
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return 20.0 * torch.log10(255.0 / mse.sqrt())
 
 
-MOST_STRETCHED = 32  # times as long as wide
+MAX_ASPECT_RATIO = 32
 
 
-def _bounded(image: Image.Image) -> Image.Image:
-    """The image, or its middle where it is longer than `MOST_STRETCHED` times its width: a row of 2,000 pixels, scaled
-    to 256 rows, would take a gigabyte."""
-    most = MOST_STRETCHED * min(image.size)
-    width, height = (min(side, most) for side in image.size)
+def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    """The image, or its middle where its long side is more than `MAX_ASPECT_RATIO` times the short one: a row of 2,000
+    pixels, scaled to 256 rows, would take a gigabyte."""
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
     if (width, height) == image.size:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -46,7 +46,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halving averages (BOX), scaling is BICUBIC; odd margins leave the larger part at the bottom and on the right.
     """
-    image = _bounded(image)
+    image = _limit_aspect_ratio(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -58,9 +58,9 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     """Scale (bilinear) so that the short side is `size`; the long side is rounded down.
 
-    Of an image more than `MOST_STRETCHED` times as long as wide only the middle is kept.
+    Only the middle is kept of an image beyond `MAX_ASPECT_RATIO`.
     """
-    image = _bounded(image)
+    image = _limit_aspect_ratio(image)
     short = min(image.size)
     if short == size:
         return image
@@ -69,5 +69,5 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 def published_eval_crop(image: Image.Image, size: int) -> torch.Tensor:
     """Float32 [3, size, size] in [−1, 1] as the published tokenizers were evaluated: scaled and cropped as floats."""
-    scaled = TF.resize(TF.to_tensor(_bounded(image)), size, antialias=True)
+    scaled = TF.resize(TF.to_tensor(_limit_aspect_ratio(image)), size, antialias=True)
     return TF.center_crop(scaled, size).sub_(0.5).div_(0.5)

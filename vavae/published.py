@@ -1,4 +1,4 @@
-"""Reads the published tokenizer YAML (LDM style) as the sections of a run file of ours."""
+"""Translation of the published tokenizer YAML (LDM style) into the sections of a run file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,12 +22,22 @@ _DDCONFIG = (
 )
 # Published name → ours, where the meaning is the same.
 _LOSS = {
-    "kl_weight": "kl_weight", "disc_weight": "disc_weight", "disc_factor": "disc_factor", "disc_loss": "disc_loss",
-    "disc_num_layers": "disc_n_layers", "disc_ndf": "disc_ndf", "perceptual_weight": "perceptual_weight",
-    "logvar_init": "logvar", "vf_weight": "vf_weight", "adaptive_vf": "adaptive_vf", "cos_margin": "cos_margin",
-    "distmat_margin": "distmat_margin", "distmat_weight": "distmat_weight", "cos_weight": "cos_weight",
-}  # fmt: skip
-# What the published loss takes where a file says nothing, or null.
+    "kl_weight": "kl_weight",
+    "disc_weight": "disc_weight",
+    "disc_factor": "disc_factor",
+    "disc_loss": "disc_loss",
+    "disc_num_layers": "disc_n_layers",
+    "disc_ndf": "disc_ndf",
+    "perceptual_weight": "perceptual_weight",
+    "logvar_init": "logvar",
+    "vf_weight": "vf_weight",
+    "adaptive_vf": "adaptive_vf",
+    "cos_margin": "cos_margin",
+    "distmat_margin": "distmat_margin",
+    "distmat_weight": "distmat_weight",
+    "cos_weight": "cos_weight",
+}
+# Defaults of the published loss, also for null.
 _LOSS_DEFAULTS = {"distmat_margin": 0.0, "cos_margin": 0.0, "adaptive_vf": False, "disc_weight": 1.0, "kl_weight": 1.0}
 
 
@@ -42,7 +52,7 @@ def disc_start_in_iterations(published: int) -> int:
 
 
 class _Reader:
-    """Takes keys out of nested mappings, and says which are unknown and which it ignored."""
+    """Reads nested mappings, refuses unknown keys and notes ignored ones."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -55,7 +65,7 @@ class _Reader:
             raise ValueError(f"{where}{key}: expected a mapping, got {value!r}")
         return value
 
-    def whole(self, section: Mapping[str, Any], key: str, where: str) -> int:
+    def integer(self, section: Mapping[str, Any], key: str, where: str) -> int:
         """A whole number; 1 where the key is absent or null."""
         value = section.get(key)
         if value is None:
@@ -150,7 +160,7 @@ def _loss(read: _Reader, params: Mapping[str, Any]) -> dict[str, Any]:
     loss.setdefault("vf_weight", None)
     loss["disc_start"] = None
     if given.get("disc_start") is not None:
-        start = read.whole(given, "disc_start", where)
+        start = read.integer(given, "disc_start", where)
         loss["disc_start"] = disc_start_in_iterations(start)
         read.notes.append(f"disc_start {start} counts steps of both optimizers: {loss['disc_start']} iterations")
     return loss
@@ -179,8 +189,8 @@ def _data_and_train(read: _Reader, document: Mapping[str, Any]) -> tuple[dict[st
         raise ValueError(f"{where}precision: {precision!r} is not one of {', '.join(map(repr, PRECISIONS))}")
     train = {"max_epochs": trainer.get("max_epochs"), "precision": PRECISIONS[precision]}
     if params.get("batch_size") is not None:
-        per_gpu = read.whole(params, "batch_size", "data.params.")
-        devices, nodes = read.whole(trainer, "devices", where), read.whole(trainer, "num_nodes", where)
+        per_gpu = read.integer(params, "batch_size", "data.params.")
+        devices, nodes = read.integer(trainer, "devices", where), read.integer(trainer, "num_nodes", where)
         total = train["global_batch_size"] = per_gpu * devices * nodes
         read.notes.append(f"global batch {per_gpu} per GPU × {devices} devices × {nodes} nodes = {total}")
     return ours, train

@@ -1,4 +1,4 @@
-"""The sizes of a tokenizer, read off the shapes of its tensors: published weights say nothing else about them."""
+"""Inference of a tokenizer's config from the shapes of its tensors, as published weights come without one."""
 
 import re
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ _DIFFUSERS = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.\d+\.")
 def infer_config(tensors: Mapping[str, torch.Tensor], source: str | Path) -> AutoencoderConfig:
     """The config of a tokenizer with these tensors; `source` names them.
 
-    Dropout cannot be told and is left at 0; `resolution` serves only to say which levels have attention, as they do at
-    any size of image.
+    Dropout leaves no trace in the weights and is set to 0; `resolution` serves only to name the levels with attention,
+    which those have at any image size.
 
     Raises:
         WeightsError: tensors of no such tokenizer.

@@ -63,12 +63,12 @@ MISTAKES = {
         "test_vavae_image_files.py::test_what_cannot_be_shown_rightly_is_refused_by_name",
     ),
     "any_format_of_pillow": Mistake(
-        "vavae/image_files.py", "Image.open(file, formats=_KNOWN)", "Image.open(file)",
+        "vavae/image_files.py", "Image.open(file, formats=_PILLOW_FORMATS)", "Image.open(file)",
         "test_vavae_image_files.py::test_an_eps_under_another_name_starts_no_program",
     ),
     "folders_of_systems_are_classes": Mistake(
-        "vavae/image_files.py", 'if entry.name.startswith(".") or entry.name.lower() in _OF_SYSTEMS:',
-        "if entry.name.lower() in _OF_SYSTEMS:",
+        "vavae/image_files.py", 'if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:',
+        "if entry.name.lower() in _SYSTEM_FILES:",
         "test_vavae_image_files.py::test_a_listing_finds_images_and_counts_all_else_by_kind",
     ),
     # Loss.
