@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,6 +77,16 @@ Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sequence)]
 Text = Annotated[str, AfterValidator(plain_text)]
 #: A file or directory, with `~` expanded.
 PathText = Annotated[Text, AfterValidator(expand_home)]
+
+
+def _recompute(value: Any) -> Any:
+    if isinstance(value, bool) or value == "pointwise":
+        return value
+    raise ValueError(f"allowed are false, true and 'pointwise' (got {value!r})")
+
+
+#: What the backward pass computes again: nothing, whole blocks, or norms and activations between matrix products.
+Recompute = Annotated[bool | Literal["pointwise"], BeforeValidator(_recompute)]
 
 
 class Section(BaseModel):

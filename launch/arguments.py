@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.sections import expand_home, plain_text
-from launch.config import LightningDiTRun, VavaeRun, load
+from launch.config import Run, load
 from launch.runtime import launcher
 
 
@@ -30,7 +30,7 @@ def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, re
     )
 
 
-def load_run(config: Path, overrides: Iterable[str], kind: str) -> LightningDiTRun | VavaeRun:
+def load_run(config: Path, overrides: Iterable[str], kind: str) -> Run:
     """The run that a command line names; the main process says what of a published file was converted or ignored."""
     run, notes = load(config, overrides, kind=kind)
     if launcher.rank() == 0:

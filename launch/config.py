@@ -6,12 +6,11 @@ Sections that a model understands are that model's (`lightningdit.config`, `vava
 running: steps, batches, precision, optimizer, DeepSpeed, kernels.
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 import kernels
 import lightningdit.config as dit
@@ -19,110 +18,19 @@ import vavae.config as vae
 from common.sections import (
     AboveZero,
     Count,
-    CountFrom0,
     Few,
-    Float,
-    NonNegative,
     PathText,
     Probability,
     Section,
-    Size,
     Text,
     describe,
     short,
 )
 from kernels.registry import check_names
 from launch.config_files import ConfigError, find_config, merge, parse_value, read_mapping, which_config
+from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig
 from vavae.published import from_published
-
-
-def _below_output_dir(name: str) -> str:
-    if not name or name.startswith(("/", "~")) or ".." in PurePath(name).parts:
-        raise ValueError(f"{name!r} is no name of a folder below output_dir")
-    return name
-
-
-RunName = Annotated[Text, AfterValidator(_below_output_dir)]
-
-
-class TrainConfig(Section):
-    """The `train` section: published keys, and ours from `max_epochs` on.
-
-    `ckpt` names a checkpoint to go on from; otherwise, with `resume`, the newest of the output directory is taken.
-    `weight_init` starts from weights alone; training takes one of the two. `global_batch_size` counts images per
-    optimizer step over all processes.
-    `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
-    "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
-    of half a minute (`kernels.compile.compilation`). `deterministic` keeps Inductor from choosing by timing what
-    changes last bits, so that another run on the same GPUs gives the same; its cost in speed is not measured yet.
-    """
-
-    max_steps: Count | None = None
-    global_batch_size: Count = 1024
-    global_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    output_dir: PathText = "output"
-    exp_name: RunName | None = None
-    ckpt: PathText | None = None
-    log_every: Count = 100
-    ckpt_every: Count = 20_000
-    weight_init: PathText | None = None
-    resume: bool = True
-    use_checkpoint: dit.Recompute = False
-    max_epochs: Count | None = None
-    micro_batch_size: Size | None = None
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    residual_dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["auto", "none", "inductor", "regional", "cudagraphs", "aot_eager"] = "auto"
-    deterministic: bool = True
-    keep_checkpoints: Count | None = None
-    valid_every: Count | None = None
-    valid_batches: Count = 8
-    max_skipped_in_a_row: Count = 20
-    tensorboard: bool = True
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.max_steps is not None and self.max_epochs is not None:
-            raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
-        return self
-
-    def validating(self, valid_path: str | None) -> "TrainConfig":
-        """The section with `valid_every` as it is meant: by default at every checkpoint, where there is data for it."""
-        if valid_path is None and self.valid_every is not None:
-            raise ConfigError(f"train.valid_every is {self.valid_every}, but data.valid_path names no data for it")
-        every = None if valid_path is None else self.valid_every or self.ckpt_every
-        return self.model_copy(update={"valid_every": every})
-
-    def steps(self, num_images: int) -> int:
-        """Optimizer steps of the run: `max_steps`, or what `max_epochs` epochs of `num_images` come to."""
-        if self.max_steps is not None:
-            return self.max_steps
-        if self.max_epochs is None:
-            raise ConfigError("train: give max_steps or max_epochs")
-        return -(-self.max_epochs * num_images // self.global_batch_size)
-
-
-class OptimizerConfig(Section):
-    """AdamW and the moving average. Published: `lr`, `beta2`, `max_grad_norm` (0: no clipping)."""
-
-    lr: AboveZero = 2e-4
-    beta1: Probability = 0.9
-    beta2: Probability = 0.95
-    eps: Annotated[Float, Field(ge=1e-30)] = 1e-8  # in float32 a smaller one vanishes beside a small gradient's root
-    weight_decay: NonNegative = 0.0
-    max_grad_norm: NonNegative = 0.0
-    ema_decay: Probability = 0.9999
-    warmup_steps: CountFrom0 = 0
-    final_lr_fraction: Annotated[Float, Field(ge=0, le=1)] = 1.0
-
-    def lr_at(self, step: int, last_step: int) -> float:
-        """Learning rate of a step (from 1): linear warm-up, then a cosine to `final_lr_fraction` (1: constant)."""
-        if step <= self.warmup_steps:
-            return self.lr * step / self.warmup_steps
-        done = (step - self.warmup_steps) / max(last_step - self.warmup_steps, 1)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return self.lr * (self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)
 
 
 class TokenizerSection(Section):
@@ -283,6 +191,7 @@ class VavaeRun(Section):
         return self.foundation
 
 
+Run = LightningDiTRun | VavaeRun
 KINDS = {"lightningdit": LightningDiTRun, "vavae": VavaeRun}
 NAMES = {"lightningdit": "LightningDiT", "vavae": "tokenizer"}
 

@@ -18,8 +18,8 @@ from common.files import is_there, place_new, require_writable, sync_directory
 from common.tensors import model_of, read_entry, save_pickled
 from launch.arguments import load_run, local_path
 from launch.config import ConfigError, select_ops, stored_run
-from launch.trained import build_diffusion, diffusion_weights, find_checkpoint, from_checkpoint
-from launch.training.checkpoint import Checkpoint
+from launch.trained import build_diffusion, diffusion_weights, from_checkpoint
+from launch.training.checkpoint import Checkpoint, find_checkpoint
 from lightningdit.weights import save_export, save_published
 from vavae.sizes import infer_config
 from vavae.weights import build_tokenizer, write_export

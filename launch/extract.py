@@ -25,7 +25,7 @@ from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
 from launch.runtime.read_ahead import read_in_processes
 from launch.runtime.run_lock import owning
-from launch.trained import find_checkpoint
+from launch.training.checkpoint import find_checkpoint
 from lightningdit.latents import STATISTICS_FILE
 from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
 from vavae import seeds

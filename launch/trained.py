@@ -5,37 +5,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from common.files import FileError, is_there, read_json
 from common.sections import describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
-from launch.training.checkpoint import Checkpoint, CheckpointError, newest
+from launch.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from lightningdit.latents import LatentStatistics, StatisticsRecord, read_statistics
 from lightningdit.model import LightningDiT
 from lightningdit.weights import Export, export_paths, read_export, read_weights
 from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint `path` is, or the newest of the run whose directory it is; raises ValueError on neither."""
-    if not path.is_dir():
-        what = "is no directory, which a checkpoint is" if path.exists() else "does not exist"
-        raise ConfigError(f"{path} {what}")
-    if is_there(path / "manifest.json") and not _is_latents(path):
-        return Checkpoint(path)
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
-        raise ConfigError(f"{path} is no checkpoint and has no complete one below it")
-    return found
-
-
-def _is_latents(path: Path) -> bool:
-    """Whether the manifest there is that of a latents directory; a damaged one may be anything."""
-    try:
-        return "shards" in read_json(path / "manifest.json")
-    except (FileError, TypeError):
-        return False
 
 
 def diffusion_weights(run: LightningDiTRun, which: str = "ema") -> Export:

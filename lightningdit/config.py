@@ -5,9 +5,9 @@ understands (`model`, `transport`, `sample`, `data`), under the published key na
 A wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from common.sections import (
     AboveZero,
@@ -19,6 +19,7 @@ from common.sections import (
     NonNegative,
     PathText,
     Probability,
+    Recompute,
     Section,
     Size,
     Text,
@@ -27,16 +28,6 @@ from common.sections import (
 
 MAX_POSITIONS = 2**27  # numbers in the table of positions: 65,536 tokens of the widest named model, and some
 MlpRatio = Annotated[Float, Field(gt=0, le=256)]
-
-
-def _recompute(value: Any) -> Any:
-    if isinstance(value, bool) or value == "pointwise":
-        return value
-    raise ValueError(f"allowed are false, true and 'pointwise' (got {value!r})")
-
-
-#: What the backward pass computes again: nothing, whole blocks, or norms and activations between matrix products.
-Recompute = Annotated[bool | Literal["pointwise"], BeforeValidator(_recompute)]
 
 
 class ModelConfig(Section):

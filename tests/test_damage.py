@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from common.files import FileError
-from launch.trained import find_checkpoint
 from launch.training import checkpoint
+from launch.training.checkpoint import find_checkpoint
 from lightningdit.config import ModelConfig
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentStatistics

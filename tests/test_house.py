@@ -63,6 +63,28 @@ def test_imports_point_downwards_only(package):
     assert not {path: names for path, names in wrong.items() if names}
 
 
+def reached(module: str) -> set[str]:
+    """Names of a module's imports, whole, and of those of all modules of its package that it imports."""
+    package, found, waiting = module.partition(".")[0], set(), {module}
+    while waiting:
+        path = ROOT / (waiting.pop().replace(".", "/") + ".py")
+        for node in ast.walk(ast.parse(path.read_text())) if path.is_file() else ():
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+            if isinstance(node, ast.ImportFrom):
+                names = {node.module, *(f"{node.module}.{name}" for name in names)}
+            waiting |= {name for name in names - found if name.startswith(f"{package}.")}
+            found |= names
+    return found
+
+
+def test_the_trainer_imports_no_model():
+    """Nor does what it imports of `launch`: a model comes to it through `launch.training.task` alone."""
+    names = reached("launch.training.trainer")
+    assert {"launch.training.task", "launch.training.restore", "launch.config_files"} <= names
+    assert not [name for name in names if name.startswith(("lightningdit", "vavae"))]
+    assert "lightningdit.task" in reached("launch.training.build")  # one that does is seen
+
+
 @pytest.mark.parametrize("library", HOME)
 def test_a_library_is_imported_in_its_one_place(library):
     users = [str(p.relative_to(ROOT)) for package in PACKAGES for p in sources(package) if library in imported(p)]

@@ -10,12 +10,12 @@ import torch
 
 from launch.__main__ import main
 from launch.config import load
-from launch.train import make_trainer
 from launch.trained import from_checkpoint
 from launch.training import checkpoint
+from launch.training.build import make_trainer
 from launch.training.checkpoint import Checkpoint, CheckpointError
 from launch.training.engine import start_processes
-from launch.training.progress import Meter
+from launch.training.log import Meter
 from tests import toy
 
 SKIPPED = {"step": 2, "network": "model", "not_finite": "loss", "ranks": [0]}

@@ -8,10 +8,9 @@ import pytest
 import torch
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
-from launch import train
 from launch.__main__ import main
 from launch.config import ConfigError, load
-from launch.training import engine
+from launch.training import dry_run, engine
 from launch.training.checks import check_directory, check_output_file, check_run, network_on_meta
 from tests import toy
 
@@ -171,7 +170,7 @@ def test_where_the_profiler_may_write(tmp_path, monkeypatch):
 
 def test_a_plan_says_what_the_run_would_download(tmp_path, run_file, monkeypatch, capsys):
     """What is named or in a cache would not be."""
-    monkeypatch.setattr(train, "_vavae_costs", lambda run: ((), 0, None))
+    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run: ((), 0, None))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
     (tmp_path / "x.pt").touch()
@@ -214,7 +213,7 @@ def test_a_plan_does_not_decode_images_to_keep(tmp_path, run_file, monkeypatch):
 
     toy.write_images(tmp_path / "images")
     monkeypatch.setattr(ImageFolder, "_load", None)
-    monkeypatch.setattr(train, "_vavae_costs", lambda run: ((), 0, None))
+    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run: ((), 0, None))
     assert main(["train", "vavae", str(run_file("vavae")), "--dry-run", "data.cache=true"]) == 0
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from launch.__main__ import main
-from launch.config import ConfigError, OptimizerConfig, TrainConfig, load
+from launch.config import ConfigError, load
 from launch.config_files import merge
+from launch.training.config import OptimizerConfig, TrainConfig
 from tests.published import LIGHTNINGDIT_OPTIONAL, LIGHTNINGDIT_YAML, TOKENIZER_OPTIONAL, TOKENIZER_YAML
 
 CONFIGS = Path(__file__).parent.parent / "launch" / "configs"

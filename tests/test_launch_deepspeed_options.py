@@ -15,8 +15,9 @@ import kernels
 from launch.__main__ import main
 from launch.config import ConfigError, load
 from launch.config_files import merge
-from launch.train import make_trainer, run_training
+from launch.train import run_training
 from launch.training import checkpoint
+from launch.training.build import make_trainer
 from launch.training.checks import check_run
 from launch.training.deepspeed_options import (
     DataTypes,

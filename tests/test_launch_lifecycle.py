@@ -18,8 +18,8 @@ from launch.config import load
 from launch.runtime import launcher, lifetime, processes
 from launch.runtime.launcher import LaunchError, Place, place
 from launch.runtime.lifetime import StopRequest
-from launch.train import make_trainer
 from launch.training import checkpoint
+from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from tests import toy
 from tests.children import Moment, alive, launch

@@ -7,9 +7,10 @@ import torch
 import yaml
 
 import kernels
-from launch import extract, train
+from launch import extract
 from launch.__main__ import main
 from launch.config import load
+from launch.training import dry_run
 from tests import toy
 from tests.published import FILES, kind_of
 from vavae.config import AutoencoderConfig, LossConfig
@@ -84,14 +85,14 @@ def test_what_only_other_programs_read_is_named_and_ignored(tmp_path):
 
 @pytest.mark.parametrize(("stem", "overrides", "asks"), TRAINING)
 def test_training_asks_for_what_a_file_and_its_overrides_leave_open(tmp_path, monkeypatch, stem, overrides, asks):
-    monkeypatch.setattr(train, "_vavae_costs", lambda run: ((), 0, None))  # seconds each
+    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run: ((), 0, None))  # seconds each
     path = written(tmp_path, named(stem))
     run, _ = load(path, overrides, kind="vavae")
     if asks is None:
-        assert train.plan(run, "vavae", 32).lines()
+        assert dry_run.plan_run(run, "vavae", 32).lines()
     else:
         with pytest.raises(ValueError, match=asks):
-            train.plan(run, "vavae", 32)
+            dry_run.plan_run(run, "vavae", 32)
 
 
 @pytest.mark.parametrize("stem", ["vavae_f16d32", "vavae_experimentals", "f16d32_vfdinov2_long"])

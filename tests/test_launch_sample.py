@@ -18,8 +18,9 @@ from launch.config import LightningDiTRun
 from launch.export import export
 from launch.runtime import processes
 from launch.runtime.run_lock import InUse, owning
-from launch.trained import find_checkpoint, from_checkpoint
+from launch.trained import from_checkpoint
 from launch.training import checkpoint, engine
+from launch.training.checkpoint import find_checkpoint
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample as sample_latents

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from launch.config import load
 from launch.runtime.processes import Processes
-from launch.train import make_trainer, run_training
+from launch.train import run_training
 from launch.training import checkpoint
+from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from launch.training.loader import SampleOrder
 from launch.training.optimizer import NonFinite

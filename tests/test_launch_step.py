@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from launch.config import load
-from launch.train import make_trainer
+from launch.training.build import make_trainer
 from launch.training.deepspeed_options import deepspeed_config
 from launch.training.engine import Engine, compile_mode, start_processes
 from launch.training.optimizer import AdamWEma

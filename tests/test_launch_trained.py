@@ -10,7 +10,8 @@ from common.files import FileError
 from common.tensors import WeightsError
 from launch.__main__ import main
 from launch.config import LightningDiTRun
-from launch.trained import diffusion_weights, find_checkpoint, from_checkpoint
+from launch.trained import diffusion_weights, from_checkpoint
+from launch.training.checkpoint import find_checkpoint
 from lightningdit.weights import save_export
 from tests import toy
 from tests.tiny_weights import document, write_weights

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from launch.config import load
-from launch.train import make_trainer
 from launch.training import checkpoint, trainer
+from launch.training.build import make_trainer
 from launch.training.engine import start_processes
-from launch.training.progress import Clock
+from launch.training.log import Clock
 from tests import toy
 from tests.children import launch
 

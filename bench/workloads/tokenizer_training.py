@@ -69,7 +69,7 @@ class TrainerStep:
     """The trainer's own loop, with DeepSpeed and the loader; its losses are those of noise and images of its own."""
 
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
-        from launch.train import make_trainer
+        from launch.training.build import make_trainer
         from launch.training.engine import start_processes
 
         run = setup.run.model_copy(update={"kernels": variant.kernels})

@@ -159,7 +159,7 @@ class TrainerStep:
     def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str,
                  images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
         from launch.config import load
-        from launch.train import make_trainer
+        from launch.training.build import make_trainer
         from launch.training.engine import start_processes
 
         self._directory = tempfile.TemporaryDirectory()

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from common.files import FileError, open_regular
-from launch.config import ConfigError, LightningDiTRun, VavaeRun, select_ops
-from launch.trained import find_checkpoint
+from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
+from launch.training.checkpoint import find_checkpoint
 from lightningdit.model import LightningDiT
 from vavae.config import check_sections
 
 
-def check_run(run: LightningDiTRun | VavaeRun) -> None:
+def check_run(run: Run) -> None:
     """Raise ValueError, naming the key, for what would end training at its start or once its turn comes.
 
     Opens no data, whose absence a plan may bear, and loads no weights, whose presence is enough here.
@@ -35,7 +35,7 @@ def check_run(run: LightningDiTRun | VavaeRun) -> None:
     check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
 
 
-def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
+def _check_profiling(run: Run, options: dict) -> None:
     """Refuse DeepSpeed's profiler and clock for networks that they cannot follow."""
     profiler = options.get("flops_profiler", {})
     asked = {"flops_profiler": profiler.get("enabled"), "wall_clock_breakdown": options.get("wall_clock_breakdown")}
@@ -56,7 +56,7 @@ def _check_profiling(run: LightningDiTRun | VavaeRun, options: dict) -> None:
             check_output_file("deepspeed: flops_profiler.output_file", Path(profiler["output_file"]))
 
 
-def _check_module_depth(run: LightningDiTRun | VavaeRun, depth: int) -> None:
+def _check_module_depth(run: Run, depth: int) -> None:
     """Refuse to have levels of modules summed up that the network has not; DeepSpeed would look for them in a step."""
     if depth > 0 and depth > (levels := _levels(network_on_meta(run))):
         raise ConfigError(
@@ -65,7 +65,7 @@ def _check_module_depth(run: LightningDiTRun | VavaeRun, depth: int) -> None:
         )
 
 
-def network_on_meta(run: LightningDiTRun | VavaeRun) -> nn.Module:
+def network_on_meta(run: Run) -> nn.Module:
     """The run's network, without memory; of a tokenizer the autoencoder."""
     ops = select_ops("reference")
     with torch.device("meta"):
@@ -80,7 +80,7 @@ def _levels(module: nn.Module) -> int:
     return 1 + max(map(_levels, module.children()), default=0)
 
 
-def _weights(run: LightningDiTRun | VavaeRun) -> dict[str, str]:
+def _weights(run: Run) -> dict[str, str]:
     """The weights files that training reads, by the key that names each."""
     named = {"train.weight_init": run.train.weight_init}
     if isinstance(run, VavaeRun):

@@ -89,6 +89,17 @@ class Split:
         return start, start + self.micro_batch_size
 
 
+def samples_of_step(order: SampleOrder, split: Split, step: int) -> dict[str, list[list[int]]]:
+    """`epochs` and indices (`samples`) of the samples of a step, one list for each process."""
+    found = {"epochs": [], "samples": []}
+    for rank in range(split.world_size):
+        cuts = [split.bounds(micro, rank) for micro in range(split.accumulation)]
+        epochs, indices = zip(*(order.slice(step, *cut) for cut in cuts), strict=True)
+        found["epochs"].append(torch.cat(epochs).tolist())
+        found["samples"].append(torch.cat(indices).tolist())
+    return found
+
+
 class _MicroBatches(Dataset):
     """Micro-batches by step and number. options: for `batch`."""
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from launch.runtime.processes import Processes
+from launch.training.optimizer import COUNTERS
 
 
 class Skips:
@@ -47,3 +48,13 @@ class Skips:
             cause = "loss" if ranks else "gradient"
             found.append({"step": number, "network": name, "not_finite": cause, "ranks": ranks})
         return found
+
+
+def only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
+    """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
+    nothing = dict.fromkeys(COUNTERS, 0.0)
+    earlier = {name: before.get(name, nothing) for name in after}
+    return any(
+        c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
+        for name, c in after.items()
+    )

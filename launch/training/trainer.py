@@ -1,79 +1,38 @@
-"""The one loop, for every task: steps, accumulation, logging, validation, checkpoints, signals. It knows no model."""
+"""The training loop of every model: steps, accumulation, logging, validation, checkpoints, signals."""
 
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
-from typing import Protocol
 
 import torch
 from torch import nn
 
-from common.files import is_there, write_json
-from common.tensors import load_strict
+from common.files import write_json
 from kernels.compile.compilation import cache_directory
 from kernels.registry import Ops
-from launch.config import OptimizerConfig, TrainConfig
 from launch.runtime import launcher
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
-from launch.trained import find_checkpoint
 from launch.training import checkpoint
+from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
-from launch.training.loader import Batches, SampleOrder, Split, micro_batches
-from launch.training.optimizer import COUNTERS, AdamWEma, NonFinite
-from launch.training.progress import Clock, Log, Meter
-from launch.training.skips import Skips
-
-Tensors = dict[str, torch.Tensor]
-
-
-class Task(Protocol):
-    """What the loop asks of a model package.
-
-    `networks` are the trained networks by name, float32 and on the CPU when built; each gets an engine of its own.
-    """
-
-    networks: dict[str, nn.Module]
-    batches: Batches
-
-    def to(self, device: torch.device) -> None:
-        """Move frozen helpers to the device."""
-
-    def draw(self, step: int, batch_size: int, device: torch.device, into: Tensors | None = None) -> Tensors:
-        """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
-
-        They are written into those of an earlier call, so that each step finds its own at the same addresses.
-        """
-
-    def train_step(
-        self,
-        networks: Mapping[str, Callable],
-        batch: Tensors,
-        draws: Tensors,
-        step: int,
-        backward: Callable[[str, torch.Tensor], None],
-    ) -> Tensors:
-        """Losses of one micro-batch; calls `backward(name, loss)` for each network it steps; returns scalars to log."""
-
-    def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
-        """Scalars of one micro-batch of validation data, without gradients."""
-
-    def state_dict(self) -> dict:
-        """What a checkpoint must also hold (JSON), such as the latents' statistics."""
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take it back; raises ValueError where it contradicts the run."""
+from launch.training.loader import Batches, SampleOrder, Split, Tensors, micro_batches, samples_of_step
+from launch.training.log import Clock, Log, Meter
+from launch.training.optimizer import AdamWEma, NonFinite
+from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
+from launch.training.skips import Skips, only_skipped
+from launch.training.task import Task
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run as the loop sees it: what to train how long, and where to put it."""
+class TrainerConfig:
+    """What a trainer needs to know of a run: what to train how long, and where to put it."""
 
     kind: str
     directory: Path
@@ -81,19 +40,21 @@ class Plan:
     train: TrainConfig
     optimizer: OptimizerConfig
     deepspeed: DeepSpeedConfig
-    config: dict = field(repr=False)  # the whole run file, for the record
+    run: dict = field(repr=False)  # the whole run file, for the record
 
 
 class Trainer:
-    """Train `task` as `plan` says, from the newest checkpoint of its directory or from the start.
+    """Train `task` as `config` says, from the newest checkpoint of its directory or from the start.
 
     Args:
         validation: batches to validate on every `train.valid_every` steps, or None.
     """
 
-    def __init__(self, task: Task, plan: Plan, processes: Processes, ops: Ops, validation: Batches | None = None):
-        self.task, self.plan, self.processes, self._ops = task, plan, processes, ops
-        train = plan.train
+    def __init__(
+        self, task: Task, config: TrainerConfig, processes: Processes, ops: Ops, validation: Batches | None = None
+    ):
+        self.task, self.config, self.processes, self._ops = task, config, processes, ops
+        train = config.train
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
         self.split = Split(train.global_batch_size, processes.world_size, micro)
         self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
@@ -101,14 +62,16 @@ class Trainer:
         self._meter, self._clock = Meter(), Clock()
         self._draws: Tensors | None = None
         self.step = 0
-        start = self._agree_on_start()
+        start = agree_on_start(self._checkpoints, train, processes)
         if start is not None:
-            self._load_weights(start)
+            self.step = load_weights(start, task, {"kind": config.kind, **self._identity()})
         task.to(processes.device)
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
         self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
         if start is not None:
-            self._load_states(start)
+            load_optimizer_states(start, task.networks, self.engines)
+            self._restore_row(start)
+            self._print_resumed(start)
         self._skips = Skips(self.engines, self.step, train.log_every, processes.device)
         self._start_counters = self._read_counters()
 
@@ -118,8 +81,9 @@ class Trainer:
         Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of one
         network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
         """
-        plan, main = self.plan, self.processes.is_main
-        log = Log(plan.directory, self.step, plan.last_step, tensorboard=plan.train.tensorboard) if main else None
+        config, log = self.config, None
+        if self.processes.is_main:
+            log = Log(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
         try:
             with StopRequest() as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
@@ -133,10 +97,10 @@ class Trainer:
             engine.close()
 
     def _loop(self, stream: Iterator[Tensors], log: Log | None, stop: StopRequest) -> int | None:
-        train, last = self.plan.train, self.plan.last_step
+        train, last = self.config.train, self.config.last_step
         self._clock.start(self.step)
         if self.step >= last:
-            if _only_skipped({}, self._start_counters):
+            if only_skipped({}, self._start_counters):
                 raise NonFinite(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
             if log is not None:
                 print(f"already at step {self.step} of {last}: nothing to train")
@@ -164,7 +128,7 @@ class Trainer:
         return None
 
     def _validates_now(self) -> bool:
-        every = self.plan.train.valid_every
+        every = self.config.train.valid_every
         return self._validation is not None and every is not None and self.step % every == 0
 
     def stream(self) -> Generator[Tensors]:
@@ -177,17 +141,17 @@ class Trainer:
             self.split,
             self.processes.rank,
             first_step=self.step + 1,
-            last_step=self.plan.last_step,
-            num_workers=self._num_workers,
+            last_step=self.config.last_step,
+            num_workers=self.config.run["data"]["num_workers"],
             pin_memory=self.processes.device.type == "cuda",
         )
 
     def train_step(self, stream: Iterator[Tensors]) -> None:
         """One optimizer step on the next micro-batches of the stream; waits for no device."""
         self.step += 1
-        optimizer = self.plan.optimizer
+        optimizer = self.config.optimizer
         for engine in self.engines.values():
-            engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))
+            engine.optimizer.set_lr(optimizer.lr_at(self.step, self.config.last_step))
         draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device, self._draws)
         self._draws = draws
         for micro in range(self.split.accumulation):
@@ -220,9 +184,9 @@ class Trainer:
         row = {
             **self._where(),
             **means,
-            "lr": self.plan.optimizer.lr_at(self.step, self.plan.last_step),
+            "lr": self.config.optimizer.lr_at(self.step, self.config.last_step),
             "skipped": int(sum(c["skipped"] for c in counters.values())),
-            **self._clock.read(self.step, self.plan.last_step, self.split.global_batch_size),
+            **self._clock.read(self.step, self.config.last_step, self.split.global_batch_size),
         }
         if log is not None:
             log.row(row)
@@ -237,10 +201,10 @@ class Trainer:
         for engine in self.engines.values():
             engine.optimizer.forget_most_skipped()
         most = int(max(c["most_skipped_in_a_row"] for c in counters.values()))
-        if most >= self.plan.train.max_skipped_in_a_row:
-            allowed = f"allowed: {self.plan.train.max_skipped_in_a_row - 1}"
+        if most >= self.config.train.max_skipped_in_a_row:
+            allowed = f"allowed: {self.config.train.max_skipped_in_a_row - 1}"
             self._give_up(row, most, f"{most} steps in a row up to step {self.step}", allowed)
-        if self.step == self.plan.last_step and _only_skipped(self._start_counters, counters):
+        if self.step == self.config.last_step and only_skipped(self._start_counters, counters):
             self._give_up(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
         going_on = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
         self._skipped_steps = [each for each in self._skipped_steps if each["step"] > going_on[each["network"]]]
@@ -249,7 +213,7 @@ class Trainer:
         images = self.step * self.split.global_batch_size
         return {
             "step": self.step,
-            "last_step": self.plan.last_step,
+            "last_step": self.config.last_step,
             "epoch": images / len(self.task.batches),
             "images": images,
             "global_batch_size": self.split.global_batch_size,
@@ -259,28 +223,18 @@ class Trainer:
         """What must not change for a step to mean the same images and the same noise."""
         return {
             "global_batch_size": self.split.global_batch_size,
-            "seed": self.plan.train.global_seed,
+            "seed": self.config.train.global_seed,
             "num_samples": len(self.task.batches),
         }
 
     def _give_up(self, row: dict, in_a_row: int, which: str, why: str) -> None:
         """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
-        report = self.plan.directory / f"nonfinite_step_{self.step:07d}.json"
+        report = self.config.directory / f"nonfinite_step_{self.step:07d}.json"
         if self.processes.is_main:
-            steps = [each | self._samples(each["step"]) for each in self._skipped_steps]
+            steps = [each | samples_of_step(self.order, self.split, each["step"]) for each in self._skipped_steps]
             write_json(report, {"row": row, "skipped_in_a_row": in_a_row, "steps": steps})
         self.save()
         raise NonFinite(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
-
-    def _samples(self, step: int) -> dict[str, list]:
-        """Epochs and indices of the samples of a step, one list for each process."""
-        found = {"epochs": [], "samples": []}
-        for rank in range(self.processes.world_size):
-            cuts = [self.split.bounds(micro, rank) for micro in range(self.split.accumulation)]
-            epochs, indices = zip(*(self.order.slice(step, *cut) for cut in cuts), strict=True)
-            found["epochs"].append(torch.cat(epochs).tolist())
-            found["samples"].append(torch.cat(indices).tolist())
-        return found
 
     @torch.no_grad()
     def _validate(self, log: Log | None) -> None:
@@ -289,7 +243,7 @@ class Trainer:
         meter = Meter()
         for engine in self.engines.values():
             engine.train(False)
-        for number in range(self.plan.train.valid_batches):
+        for number in range(self.config.train.valid_batches):
             first = (number * self.processes.world_size + self.processes.rank) * size
             indices = torch.arange(first, first + size) % len(self._validation)
             batch = self._to_device(self._validation.batch(torch.zeros_like(indices), indices))
@@ -312,13 +266,13 @@ class Trainer:
         self._skipped_steps += self._skips.read(self.step, self.processes)
         if self.processes.is_main:
             state = {
-                "kind": self.plan.kind,
+                "kind": self.config.kind,
                 **self._where(),
                 **self._identity(),
                 "counters": counters,
                 "task": self.task.state_dict(),
                 "ops": self._ops.table(),
-                "config": self.plan.config,
+                "config": self.config.run,
                 "versions": {
                     "python": platform.python_version(),
                     "torch": torch.__version__,
@@ -328,114 +282,31 @@ class Trainer:
                 "since_last_row": {"meters": meters, "skipped_steps": self._skipped_steps},
             }
             checkpoint.save(self._checkpoints, state, networks)
-            if self.plan.train.keep_checkpoints:
-                checkpoint.prune(self._checkpoints, self.plan.train.keep_checkpoints)
+            if self.config.train.keep_checkpoints:
+                checkpoint.prune(self._checkpoints, self.config.train.keep_checkpoints)
             launcher.warn_of_grace(time.perf_counter() - begin)
         self.processes.barrier()
 
     @property
     def _checkpoints(self) -> Path:
-        return self.plan.directory / "checkpoints"
+        return self.config.directory / "checkpoints"
 
-    @property
-    def _num_workers(self) -> int:
-        return self.plan.config["data"]["num_workers"]
-
-    def _find_start(self) -> Path | None:
-        """The newest checkpoint of this run's directory, else the one that `train.ckpt` names, else None.
-
-        Raises ValueError where going on from there would lose what is there, or is not what the user asked for.
-        """
-        train, own = self.plan.train, checkpoint.newest(self._checkpoints)
-        named = None if train.ckpt is None else find_checkpoint(Path(train.ckpt)).path
-        if own is None:
-            self._refuse_foreign()
-            if named is not None:
-                print(f"starting from {named}, as train.ckpt says")
-            return named
-        if not train.resume:
-            raise ValueError(
-                f"{self._checkpoints} already holds step {own.step} and train.resume is false; "
-                "give another train.exp_name or output_dir, or remove it"
-            )
-        if named is not None and named.resolve() != own.path.resolve():
-            if named.resolve().parent == self._checkpoints.resolve():
-                raise ValueError(
-                    f"train.ckpt is {named}, but this run has gone on to {own.path.name}: to branch off, "
-                    "give another train.exp_name; to go on, leave train.ckpt out"
-                )
-            print(f"train.ckpt {named} was this run's start; now its own newest checkpoint is")
-        if train.weight_init is not None:
-            print(f"train.weight_init {train.weight_init} was this run's start; now its newest checkpoint is")
-        return own.path
-
-    def _refuse_foreign(self) -> None:
-        """Do not start over among another program's checkpoints, such as those of the published code."""
-        files = self._checkpoints.iterdir() if is_there(self._checkpoints) else ()
-        foreign = sorted(p.name for p in files if p.suffix in (".pt", ".pth", ".ckpt"))
-        if foreign:
-            raise ValueError(
-                f"{self._checkpoints} holds {foreign[-1]}, of another program: name it in "
-                "train.weight_init, which takes its weights, and give another train.exp_name"
-            )
-
-    def _agree_on_start(self) -> checkpoint.Checkpoint | None:
-        """What the main process finds, on every process; each raises what that raised, or where it cannot see it."""
-        path = error = None
-        if self.processes.is_main:
-            try:
-                path = self._tidy_and_find()
-            except (ValueError, OSError) as e:
-                error = e
-        self.processes.raise_together(error)
-        path = self.processes.share(path)
-        if self.processes.any(path is not None and not path.is_dir()):
-            raise checkpoint.CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
-        return path and checkpoint.Checkpoint(path)
-
-    def _tidy_and_find(self) -> Path | None:
-        if self._checkpoints.is_dir():
-            checkpoint.tidy(self._checkpoints)
-            if self.plan.train.keep_checkpoints:
-                checkpoint.prune(self._checkpoints, self.plan.train.keep_checkpoints)
-        return self._find_start()
-
-    def _load_weights(self, start: checkpoint.Checkpoint) -> None:
-        state = start.state
-        for key, ours in {"kind": self.plan.kind, **self._identity()}.items():
-            if state[key] != ours:
-                raise checkpoint.CheckpointError(
-                    f"{start.path} was trained with {key} {state[key]!r}, this run has "
-                    f"{ours!r}: its steps would not mean the same images"
-                )
-        self.step = state["step"]
-        self.task.load_state_dict(state["task"])
-        for name, network in self.task.networks.items():
-            load_strict(network, start.tensors(name), start.path / name)
-
-    def _load_states(self, start: checkpoint.Checkpoint) -> None:
-        for name, engine in self.engines.items():
-            trained = [(n, p) for n, p in self.task.networks[name].named_parameters() if p.requires_grad]
-            shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in trained}  # ZeRO 3 leaves none in the parameter
-            for key, tensors in start.states(name, shapes):
-                engine.load_states({key: tensors})
-            engine.optimizer.set_counters(start.state["counters"][name])
-        self._resume_row(start)
-        if self.processes.is_main:
-            print(f"resuming from {start.path} after step {self.step}")
-            for change in config_changes(start.state["config"], self.plan.config):
-                print(f"resuming with a changed config: {change}")
-
-    def _resume_row(self, start: checkpoint.Checkpoint) -> None:
-        """Take back what belongs to the row that was not yet due; checkpoints of before this was kept have none."""
+    def _restore_row(self, start: checkpoint.Checkpoint) -> None:
+        """Restore what belongs to the row of the log that was not yet due; earlier checkpoints have none."""
         kept = start.state.get("since_last_row")
         if kept is not None:
             processes = self.processes
             self._meter.load_state_dicts(kept["meters"], processes.rank, processes.world_size, processes.device)
             self._skipped_steps = [each for each in kept["skipped_steps"] if each["network"] in self.engines]
 
+    def _print_resumed(self, start: checkpoint.Checkpoint) -> None:
+        if self.processes.is_main:
+            print(f"resuming from {start.path} after step {self.step}")
+            for change in config_changes(start.state["config"], self.config.run):
+                print(f"resuming with a changed config: {change}")
+
     def _make_engine(self, network: nn.Module) -> Engine:
-        o, train, ds = self.plan.optimizer, self.plan.train, self.plan.deepspeed
+        o, train, ds = self.config.optimizer, self.config.train, self.config.deepspeed
         config = deepspeed_config(
             stage=ds.zero_stage,
             bf16=train.precision == "bfloat16",
@@ -467,25 +338,3 @@ class Trainer:
 
     def _to_device(self, batch: Tensors) -> Tensors:
         return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
-
-
-def _only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
-    """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
-    nothing = dict.fromkeys(COUNTERS, 0.0)
-    earlier = {name: before.get(name, nothing) for name in after}
-    return any(
-        c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
-        for name, c in after.items()
-    )
-
-
-def config_changes(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """'key: old → new' for every key in which two run files differ."""
-    changes = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += config_changes(a, b, f"{prefix}{key}.")
-        elif a != b:
-            changes.append(f"{prefix}{key}: {a!r} → {b!r}")
-    return changes

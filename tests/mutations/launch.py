@@ -7,7 +7,7 @@ SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
 WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
 EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
 TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
-CLOCK = "test_launch_progress.py::test_every_figure_of_the_clock"
+CLOCK = "test_launch_log.py::test_every_figure_of_the_clock"
 MODES = "test_launch_validation.py::test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode"
 ONE_SIGNAL = "test_launch_lifecycle.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
 VALIDATED = "test_launch_validation.py::test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch"
@@ -51,24 +51,24 @@ MISTAKES = {
         ONE_SIGNAL,
     ),
     "meter_of_one_process": Mistake(
-        "launch/training/progress.py", "            dist.all_reduce(sums)\n", "            pass\n",
+        "launch/training/log.py", "            dist.all_reduce(sums)\n", "            pass\n",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     # Resume.
     "train_ckpt_taken_again": Mistake(
-        "launch/training/trainer.py", "        return own.path\n", "        return named or own.path\n",
+        "launch/training/restore.py", "    return own.path\n", "    return named or own.path\n",
         "test_launch_train.py::test_a_run_begins_from_another_runs_checkpoint_once",
     ),
     "weight_init_ignored": Mistake(
-        "launch/train.py", '        task.load_weights(run.train.weight_init, "model"', '        ("model"',
+        "launch/training/build.py", '        task.load_weights(run.train.weight_init, "model"', '        ("model"',
         "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[lightningdit-default-ema]",
     ),
     "weight_init_of_a_tokenizer_ignored": Mistake(
-        "launch/train.py", "        task.load_weights(run.train.weight_init)\n", "        pass\n",
+        "launch/training/build.py", "        task.load_weights(run.train.weight_init)\n", "        pass\n",
         "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[vavae-default-ema]",
     ),
     "weight_init_of_the_average_in_the_paper_s_preset": Mistake(
-        "launch/train.py", '"model" if run.preset == "paper" else "ema")', '"ema")',
+        "launch/training/build.py", '"model" if run.preset == "paper" else "ema")', '"ema")',
         "test_launch_train.py::test_a_run_begins_from_the_weights_that_it_names[lightningdit-paper-model]",
     ),
     "moments_not_taken_back": Mistake(
@@ -77,7 +77,7 @@ MISTAKES = {
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "counters_not_taken_back": Mistake(
-        "launch/training/trainer.py", '            engine.optimizer.set_counters(start.state["counters"][name])\n', "",
+        "launch/training/restore.py", '        engine.optimizer.set_counters(start.state["counters"][name])\n', "",
         "test_launch_train.py::test_sigterm_ends_after_a_checkpoint",
     ),
     "resumed_a_step_late": Mistake(
@@ -111,7 +111,7 @@ MISTAKES = {
         "test_launch_checkpoint_state.py::test_values_that_contradict_each_other_are_named",
     ),
     "parts_of_steps_counted": Mistake(
-        "launch/training/checkpoint.py", "    if not value.is_integer():\n", "    if value != value:\n",
+        "launch/training/checkpoint_state.py", "    if not value.is_integer():\n", "    if value != value:\n",
         "test_launch_checkpoint_state.py::test_a_value_that_no_run_leaves_is_named_with_its_key",
     ),
     "skips_of_a_network_that_is_gone_kept": Mistake(
@@ -119,7 +119,7 @@ MISTAKES = {
         "test_launch_checkpoint_state.py::test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped",
     ),
     "names_of_counts_without_sums_kept": Mistake(
-        "launch/training/progress.py", 'set(names) & set(states[0]["counts"])', 'set(states[0]["counts"])',
+        "launch/training/log.py", 'set(names) & set(states[0]["counts"])', 'set(states[0]["counts"])',
         "test_launch_checkpoint_state.py::test_names_of_before_a_reading_make_no_counts_of_means",
     ),
     "average_exported_as_weights": Mistake(
@@ -172,18 +172,18 @@ MISTAKES = {
     ),
     # Clock and schedule.
     "seconds_of_all_steps": Mistake(
-        "launch/training/progress.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
+        "launch/training/log.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
         CLOCK,
     ),
     "eta_from_the_start": Mistake(
-        "launch/training/progress.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
+        "launch/training/log.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
     ),
     "milliseconds_for_seconds": Mistake(
-        "launch/training/progress.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
+        "launch/training/log.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
         CLOCK,
     ),
     "images_of_one_process_per_second": Mistake(
-        "launch/training/progress.py", '"images_per_second": global_batch_size / per_step,',
+        "launch/training/log.py", '"images_per_second": global_batch_size / per_step,',
         '"images_per_second": 1 / per_step,',
         CLOCK,
     ),
@@ -195,20 +195,21 @@ MISTAKES = {
                 self._clock''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
     ),
     "learning_rate_of_the_step_before": Mistake(
-        "launch/training/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.plan.last_step))",
-        "engine.optimizer.set_lr(optimizer.lr_at(self.step - 1, self.plan.last_step))",
+        "launch/training/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.config.last_step))",
+        "engine.optimizer.set_lr(optimizer.lr_at(self.step - 1, self.config.last_step))",
         "test_launch_train.py::test_the_optimizer_is_given_the_rate_that_the_log_says",
     ),
     "warm_up_from_zero": Mistake(
-        "launch/config.py", "return self.lr * step / self.warmup_steps",
+        "launch/training/config.py", "return self.lr * step / self.warmup_steps",
         "return self.lr * (step - 1) / self.warmup_steps",
         SCHEDULE,
     ),
     "cosine_without_a_floor": Mistake(
-        "launch/config.py", "(self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)", "cosine", SCHEDULE,
+        "launch/training/config.py", "(self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine)", "cosine",
+        SCHEDULE,
     ),
     "epochs_rounded_down": Mistake(
-        "launch/config.py", "return -(-self.max_epochs * num_images // self.global_batch_size)",
+        "launch/training/config.py", "return -(-self.max_epochs * num_images // self.global_batch_size)",
         "return self.max_epochs * num_images // self.global_batch_size",
         "test_launch_config.py::test_the_last_step_of_so_many_epochs_ends_them",
     ),
@@ -346,12 +347,12 @@ MISTAKES = {
         "v", "test_launch_config.py::test_merge_goes_down",
     ),
     "gib_of_ten_to_the_nine": Mistake(
-        "launch/training/plan.py", "GIB = 2**30", "GIB = 10**9",
-        "test_launch_plan.py::test_memory_is_said_in_units_of_1024_cubed",
+        "launch/training/dry_run.py", "GIB = 2**30", "GIB = 10**9",
+        "test_launch_dry_run.py::test_memory_is_said_in_units_of_1024_cubed",
     ),
     "plan_without_master_weights": Mistake(
-        "launch/training/plan.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
-        "test_launch_plan.py::test_float32_keeps_a_master_copy_only_where_it_is_sharded",
+        "launch/training/dry_run.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
+        "test_launch_dry_run.py::test_float32_keeps_a_master_copy_only_where_it_is_sharded",
     ),
     "other_packages_taken_for_ours": Mistake(
         "launch/runtime/packages.py", 'if MARKS.get(name, b"") not in content:', "if not content:",

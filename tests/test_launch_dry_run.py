@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.training.plan import Network, RunPlan, latents_bytes, state_bytes
+from launch.training.dry_run import NetworkCost, RunPlan, latents_bytes, state_bytes
 
 P = 1_000
 
@@ -27,7 +27,7 @@ def test_latents_on_disk():
 def test_lines_say_what_is_assumed_and_add_up():
     plan = RunPlan(
         title="t",
-        networks=(Network("model", 10 * P, 9 * P, 3e9, 2.0**30),),
+        networks=(NetworkCost("model", 10 * P, 9 * P, 3e9, 2.0**30),),
         frozen_parameters=0,
         num_images=1000,
         images_assumed=False,
@@ -50,7 +50,7 @@ def test_memory_is_said_in_units_of_1024_cubed():
     """64 · 2³⁰ parameters in float32, 20 bytes each (weights, gradients, three states), and 5 images of 1 GiB."""
     plan = RunPlan(
         title="t",
-        networks=(Network("model", 2**36, 2**36, 1e9, 2.0**30),),
+        networks=(NetworkCost("model", 2**36, 2**36, 1e9, 2.0**30),),
         frozen_parameters=2**34,
         num_images=1_000_000,
         images_assumed=True,

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import WriteError
-from launch.training.progress import Clock, Log, Meter, cut_rows, describe
+from launch.training.log import Clock, Log, Meter, cut_rows, describe
 
 
 def rows(path):

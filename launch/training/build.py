@@ -1,0 +1,106 @@
+"""Build the trainer of a run: the task of its model, its data, and where it is written."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from launch.config import LightningDiTRun, Run, VavaeRun, select_ops
+from lightningdit.data import LatentDataset
+from lightningdit.task import LightningDiTTask, check_classes, check_latents
+
+if TYPE_CHECKING:
+    from launch.runtime.processes import Processes
+    from launch.training.trainer import Trainer
+    from vavae.data import ImageFolder
+    from vavae.task import VavaeTask
+
+
+def name_run(run: Run, kind: str, processes: "Processes") -> Run:
+    """The run with a name: one without `train.exp_name` gets it from the main process's time and the model."""
+    if run.train.exp_name is not None:
+        return run
+    model = (getattr(run.model, "model_type", None) or kind).replace("/", "-")
+    name = processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
+    if processes.is_main:
+        print(f"no train.exp_name: this is a new run; to resume it, say train.exp_name={name}")
+    return run.model_copy(update={"train": run.train.model_copy(update={"exp_name": name})})
+
+
+def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
+    """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
+    from launch.training.trainer import Trainer, TrainerConfig
+
+    run = name_run(run, kind, processes)
+    train = run.train.validating(run.data.valid_path)
+    ops = select_ops(run.kernels)
+    task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
+    directory = Path(train.output_dir) / train.exp_name
+    config = TrainerConfig(
+        kind=kind,
+        directory=directory,
+        last_step=train.steps(len(task.batches)),
+        train=train,
+        optimizer=run.optimizer,
+        deepspeed=run.deepspeed,
+        run=run.model_dump(mode="json"),
+    )
+    trainer = Trainer(task, config, processes, ops, validation)
+    if processes.is_main:
+        print(
+            f"training {kind} in {directory}: {config.last_step:,} steps of {train.global_batch_size} images, "
+            f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}"
+        )
+    return trainer
+
+
+def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
+    from vavae.task import VavaeTask  # imports timm and lpips: seconds of their own
+
+    task = VavaeTask(
+        model=run.model,
+        foundation=run.features(),
+        loss=run.loss,
+        data=run.data,
+        ops=ops,
+        seed=run.train.global_seed,
+        global_batch_size=run.train.global_batch_size,
+        stages=run.stages,
+    )
+    if run.train.weight_init is not None:
+        task.load_weights(run.train.weight_init)
+    return task, None if run.data.valid_path is None else open_dataset(run, run.data.valid_path)
+
+
+def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
+    seed = run.train.global_seed
+    task = LightningDiTTask(
+        run.network(),
+        run.transport,
+        run.data,
+        ops,
+        seed=seed,
+        residual_dtype=getattr(torch, run.train.residual_dtype),
+        params_gathered=run.deepspeed.zero_stage < 3,
+    )
+    if run.train.weight_init is not None:
+        # As published: its training went on from `model`. The average is the better network to start from.
+        task.load_weights(run.train.weight_init, "model" if run.preset == "paper" else "ema")
+    if run.data.valid_path is None:
+        return task, None
+    validation = open_dataset(run, run.data.valid_path)
+    check_classes(task.batches, validation)
+    return task, validation
+
+
+def open_dataset(run: Run, folder: str) -> "LatentDataset | ImageFolder":
+    """The data in a folder as validation takes it, fit for the run's model; raises ValueError where it is not."""
+    seed = run.train.global_seed
+    if isinstance(run, VavaeRun):
+        from vavae.data import ImageFolder  # imports torchvision: seconds of its own
+
+        return ImageFolder.from_config(run.data.model_copy(update={"data_path": folder, "crop": "center"}), seed)
+    latents = LatentDataset.from_config(run.data.model_copy(update={"data_path": folder}), seed)
+    check_latents(latents, run.network())
+    return latents

@@ -1,0 +1,47 @@
+"""The interface between the trainer and a model package."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from launch.training.loader import Batches, Tensors
+
+
+class Task(Protocol):
+    """What the loop asks of a model package.
+
+    `networks` are the trained networks by name, float32 and on the CPU when built; each gets an engine of its own.
+    """
+
+    networks: dict[str, nn.Module]
+    batches: Batches
+
+    def to(self, device: torch.device) -> None:
+        """Move frozen helpers to the device."""
+
+    def draw(self, step: int, batch_size: int, device: torch.device, into: Tensors | None = None) -> Tensors:
+        """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
+
+        They are written into those of an earlier call, so that each step finds its own at the same addresses.
+        """
+
+    def train_step(
+        self,
+        networks: Mapping[str, Callable],
+        batch: Tensors,
+        draws: Tensors,
+        step: int,
+        backward: Callable[[str, torch.Tensor], None],
+    ) -> Tensors:
+        """Losses of one micro-batch; calls `backward(name, loss)` for each network it steps; returns scalars to log."""
+
+    def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
+        """Scalars of one micro-batch of validation data, without gradients."""
+
+    def state_dict(self) -> dict:
+        """What a checkpoint must also hold (JSON), such as the latents' statistics."""
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take it back; raises ValueError where it contradicts the run."""
