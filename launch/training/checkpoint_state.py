@@ -46,7 +46,7 @@ class Counters(Record):
 
 
 class MeterState(Record):
-    """What one process had added to its `Meter` (`launch.training.progress`); `counts`: the names of integers."""
+    """What one process had added to its `Meter` (`launch.training.log`); `counts`: the names of integers."""
 
     sums: dict[str, tuple[float, Annotated[float, Field(ge=0)]]]
     counts: tuple[str, ...]
