@@ -81,7 +81,7 @@ def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
 def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:
     data = run.data
     if not data.latent_norm:
-        return LatentStatistics.neutral(run.model.in_chans, data.latent_multiplier)
+        return LatentStatistics.identity(run.model.in_chans, data.latent_multiplier)
     return read_statistics(Path(data.data_path), run.model.in_chans, data.latent_multiplier)
 
 

@@ -1,10 +1,14 @@
-"""The latents format: what a tokenizer's extraction writes (`lightningdit.latents_writer`) and a diffusion run reads.
+"""The latents format: shard headers, manifest, statistics, and the checks of a directory before it is read.
 
-A directory of safetensors shards `latents_rank{RR}_shard{SSS}.safetensors` (those of each rank numbered from 0), each
-with `latents` and `latents_flip` (the mirrored images') [N, C, H, W] float32 and `labels` [N] int64; `latents_stats.pt`
-with `mean` and `std` [1, C, 1, 1]; and, in ours, `manifest.json` with counts, checksums, names of the classes, where
-the latents come from, and the statistics.
-Sample i of a set is row i of its shards in the order of their names. The published latents are of this format.
+Extraction writes it (`lightningdit.latents_writer`), training reads it (`lightningdit.data`). It is a directory of
+
+* safetensors shards `latents_rank{RR}_shard{SSS}.safetensors`, those of each rank numbered from 0, each with `latents`
+  and `latents_flip` (of the mirrored images) [N, C, H, W] float32 and `labels` [N] int64,
+* `latents_stats.pt` with `mean` and `std` [1, C, 1, 1],
+* and, unlike the published sets, `manifest.json`: counts, checksums, names of the classes, the latents' origin and
+  statistics.
+
+Sample i of a set is row i of its shards, sorted by name.
 """
 
 import json
@@ -32,9 +36,9 @@ log = logging.getLogger(__name__)
 # At least two and three digits, more where the number has more: `shard_name` writes no other.
 SHARD_NAME = re.compile(r"latents_rank([0-9]{2}|[1-9][0-9]{2,})_shard([0-9]{3}|[1-9][0-9]{3,})\.safetensors")
 STATISTICS_FILE, MANIFEST_FILE = "latents_stats.pt", "manifest.json"
-UNFINISHED_FILE = "unfinished"  # from an extraction's begin to its end: published latents have no manifest either
-VERIFY_BELOW = 4 * 2**30  # bytes: seconds of reading
-HEADER_LIMIT = 2**20  # bytes; that of a shard has some hundred
+UNFINISHED_FILE = "unfinished"  # from start to end of an extraction, as published sets have no manifest either
+VERIFY_BELOW = 4 * 2**30  # bytes of which checksums take seconds
+MAX_HEADER_BYTES = 2**20  # the header of a shard has some hundred
 _DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
 
 
@@ -43,7 +47,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class LatentsError(FileError):
-    """A latents directory that is not what it should be; the message names the file."""
+    """An invalid latents directory; the message names the file."""
 
 
 class StatisticsRecord(Record):
@@ -100,9 +104,9 @@ class Manifest(Record):
         return self
 
     def check(self, directory: Path, *, checksums: bool | None) -> None:
-        """Raise LatentsError where a listed file is missing or of another size, or a shard is there that is not listed.
+        """Raise LatentsError where a listed file is missing or of another size, or where a shard is not listed.
 
-        checksums: compare them, which reads everything; None: where that takes seconds.
+        checksums: whether to compare them, which reads everything; None does so for sets below 4 GiB.
         """
         listed = self.files | {shard.file: shard for shard in self.shards}
         if checksums is None:
@@ -123,15 +127,15 @@ def shard_name(rank: int, number: int) -> str:
 
 
 def named_as_shards(directory: Path) -> list[Path]:
-    """What in a directory is called as a shard is, in the order of names."""
+    """The files of a directory whose names are those of shards, sorted by name."""
     return sorted(path for path in directory.glob("*.safetensors") if SHARD_NAME.fullmatch(path.name))
 
 
 def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
-    """The shards of a set, in the order of their names; files of other names are no part of it, which is logged.
+    """The shards of a set, sorted by name; safetensors files of other names are left out, which is logged.
 
-    manifest: the set's, against which it has been checked. Raises LatentsError where there is none and a shard is
-    missing as far as the names tell.
+    manifest: the set's, against which it has been checked. Without one, raises LatentsError where the names of the
+    shards leave a gap.
     """
     shards = named_as_shards(directory)
     others = sorted({path.name for path in directory.glob("*.safetensors")} - {path.name for path in shards})
@@ -141,12 +145,12 @@ def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
     if others:
         log.info("%s: left out %s, not called as shards are", directory, shortened(others, 5))
     if manifest is None:
-        _require_unbroken(directory, shards)
+        _require_no_gaps(directory, shards)
     return shards
 
 
-def _require_unbroken(directory: Path, shards: Sequence[Path]) -> None:
-    """Ranks are numbered from 0, and so are the shards of each; only what is missing at an end leaves no gap."""
+def _require_no_gaps(directory: Path, shards: Sequence[Path]) -> None:
+    """Ranks are numbered from 0, and so are the shards of each. A shard missing at the end leaves no gap."""
     numbers = defaultdict(set)
     for path in shards:
         rank, number = map(int, SHARD_NAME.fullmatch(path.name).groups())
@@ -161,7 +165,7 @@ def _require_unbroken(directory: Path, shards: Sequence[Path]) -> None:
 
 
 def damage_of(path: Path, entry: FileRecord, *, checksum: bool = True) -> str:
-    """What is wrong with a file that a manifest or record describes, or ""."""
+    """Error message on a file that differs from its entry in a manifest or record; "" where it does not."""
     if path.stat().st_size != entry.bytes:
         return f"{path} is truncated or damaged: {path.stat().st_size:,} bytes, the manifest says {entry.bytes:,}"
     if checksum and (found := sha256(path)) != entry.sha256:
@@ -181,9 +185,12 @@ class LatentStatistics:
     def checked(
         cls, mean: torch.Tensor, std: torch.Tensor, multiplier: float, *, channels: int, source: Path | str
     ) -> "LatentStatistics":
-        """Of what a file holds; raises LatentsError, naming `source`, where latents [B, channels, H, W] cannot be
-        normalised with it: real numbers [channels] or [1, channels, 1, 1], finite, std and multiplier above 0.
-        [channels, 1, 1] and [1, channels] say the same."""
+        """Statistics of the values in a file, checked for latents [B, channels, H, W].
+
+        mean, std: floats [channels] or [1, channels, 1, 1]; [channels, 1, 1] and [1, channels] are taken too. Raises
+        LatentsError, naming `source`, for other shapes, for numbers that are not finite, and for a std or multiplier
+        that is not above 0.
+        """
         c = channels
         for name, value in (("mean", mean), ("std", std)):
             if not value.is_floating_point() or tuple(value.shape) not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1)):
@@ -201,7 +208,7 @@ class LatentStatistics:
         return found
 
     @classmethod
-    def neutral(cls, channels: int, multiplier: float = 1.0) -> "LatentStatistics":
+    def identity(cls, channels: int, multiplier: float = 1.0) -> "LatentStatistics":
         """Mean 0 and std 1, for latents that are only scaled."""
         return cls(torch.zeros(channels), torch.ones(channels), multiplier)
 
@@ -212,27 +219,27 @@ class LatentStatistics:
         return cls.checked(mean, std, record.multiplier, channels=channels, source=source)
 
     def to_json(self) -> dict:
-        """{"mean": [C], "std": [C], "multiplier": float}, exact."""
+        """{"mean": [C], "std": [C], "multiplier": float}, without rounding."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist(), "multiplier": self.multiplier}
 
     def denormalise(self, z: torch.Tensor) -> torch.Tensor:
-        """From latents [B, C, H, W] as the network sees them to the tokenizer's own, `z · std / multiplier + mean`."""
-        mean, std = (v.to(z).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        """Normalised latents [B, C, H, W] → the tokenizer's, `z · std / multiplier + mean`."""
+        mean, std = (v.to(z).view(1, -1, 1, 1) for v in (self.mean, self.std))  # [1, C, 1, 1]
         return z * std / self.multiplier + mean
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one shard holds, and where in its file the tensors begin: name → byte offset."""
+    """A shard of `count` latents of `shape`; `offsets`: the byte in the file at which each tensor begins, by name."""
 
     path: Path
     count: int
     shape: tuple[int, int, int]
-    places: dict[str, int]
+    offsets: dict[str, int]
 
     @classmethod
     def read(cls, path: Path) -> "Shard":
-        """Parse the safetensors header; raises LatentsError where the file is cut short or holds something else."""
+        """Parse the safetensors header; raises LatentsError where the file is truncated or no shard of latents."""
         with open_shard(path) as f:
             size = os.fstat(f.fileno()).st_size
             begin = f.read(8)
@@ -240,7 +247,7 @@ class Shard:
             if size < 8 or 8 + length > size:
                 refuse_stand_ins(path, begin + f.read(100))
                 raise LatentsError(f"{path} is truncated: {size:,} bytes do not hold its header")
-            if length > HEADER_LIMIT:
+            if length > MAX_HEADER_BYTES:
                 raise LatentsError(f"{path} is no latents shard: its header has {length:,} bytes")
             text = f.read(length)
         header = _parse_header(path, text)
@@ -250,29 +257,29 @@ class Shard:
             if name not in header or header[name].dtype != dtype:
                 raise LatentsError(f"{path} holds {_describe(header)}; a latents shard has {name} as {dtype}")
         entries = {name: header[name] for name in _DTYPES}
-        places = {name: 8 + length + entry.data_offsets[0] for name, entry in entries.items()}
+        offsets = {name: 8 + length + entry.data_offsets[0] for name, entry in entries.items()}
         shape, flipped, labels = (entry.shape for entry in entries.values())
         sizes = [end - start for start, end in (entry.data_offsets for entry in entries.values())]
         values = [4 * math.prod(shape), 4 * math.prod(flipped), 8 * math.prod(labels)]
         if len(shape) != 4 or 0 in shape or shape != flipped or labels != shape[:1] or sizes != values:
             raise LatentsError(f"{path} holds {_describe(entries)}: these do not fit together")
-        if any(place % 4 for place in places.values()):
-            found = f"tensors that begin at bytes {places}, not at multiples of 4"
+        if any(offset % 4 for offset in offsets.values()):
+            found = f"tensors that begin at bytes {offsets}, not at multiples of 4"
             raise LatentsError(f"{path} has {found}; loaded and saved by safetensors 0.3 or later it will do")
-        return cls(path, labels[0], shape[1:], places)
+        return cls(path, labels[0], shape[1:], offsets)
 
     def latents(self) -> torch.Tensor:
-        """The plain latents, [N, C, H, W] float32, read whole."""
+        """The latents [N, C, H, W] float32 without the mirrored ones, read into memory."""
         return self._tensor("latents", np.float32).view(self.count, *self.shape)
 
     def labels(self) -> torch.Tensor:
-        """[N] int64."""
+        """Labels [N] int64, read into memory."""
         return self._tensor("labels", np.int64)
 
     def _tensor(self, name: str, dtype: type) -> torch.Tensor:
         count = self.count * (1 if name == "labels" else math.prod(self.shape))
         with open_shard(self.path) as f:
-            f.seek(self.places[name])
+            f.seek(self.offsets[name])
             return torch.from_numpy(np.fromfile(f, dtype, count))
 
 
@@ -309,9 +316,9 @@ def _describe(entries: "dict[str, HeaderEntry]") -> str:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest, or None where there is none, as with published latents.
+    """The manifest; None without one, as in published sets.
 
-    Raises LatentsError where it is damaged, or its extraction has not come to an end.
+    Raises LatentsError where it is damaged or the extraction has not finished.
     """
     manifest = manifest_in(directory)
     if manifest is None and is_there(directory / UNFINISHED_FILE):
@@ -320,6 +327,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def manifest_in(directory: Path) -> Manifest | None:
+    """The manifest as `read_manifest`, also of an extraction that has not finished."""
     path = directory / MANIFEST_FILE
     return read_latents_record(path, Manifest) if is_there(path) else None
 

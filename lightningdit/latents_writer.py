@@ -1,4 +1,4 @@
-"""Writes latents directories (`lightningdit.latents`): shards that go on after a kill, statistics, and the manifest."""
+"""Writer of latents directories (`lightningdit.latents`): resumable shards, statistics, manifest."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Moments(Record):
-    """What the statistics of one shard's latents come from: count, mean and sum of squared deviations per channel."""
+    """Moments of a shard's latents, per channel: count, mean and sum of squared deviations m2."""
 
     count: Positive
     mean: tuple[float, ...]
@@ -43,7 +43,7 @@ class Moments(Record):
 
 
 class FinishedShard(ShardRecord):
-    """The JSON beside a shard of an extraction that has not ended."""
+    """The JSON beside a shard of an extraction that has not finished."""
 
     shape: tuple[Positive, Positive, Positive]
     moments: Moments
@@ -62,7 +62,7 @@ class FinishedShard(ShardRecord):
 
 
 class LatentsWriter:
-    """One process's part of a latents directory: full shards, each complete or not there at all.
+    """Writer of one process's shards of a latents directory; each shard appears complete or not at all.
 
         writer = LatentsWriter(directory, rank=rank, identity={...})
         for batch in images[writer.position:]: writer.add(latents, latents_flip, labels)
@@ -81,17 +81,17 @@ class LatentsWriter:
         for leftover in self.directory.glob(f".latents_rank{rank:02d}_*.tmp"):
             leftover.unlink()
         counts = self._finished_shards()
-        _claim(self.directory)
+        _mark_unfinished(self.directory)
         self.position = self._next_shard = self._filled = 0
         while (name := shard_name(self.rank, self._next_shard)) in counts:
             self.position, self._next_shard = self.position + counts[name], self._next_shard + 1
         self._buffers: dict[str, torch.Tensor] = {}
 
     def _finished_shards(self) -> dict[str, int]:
-        """Name → latents of each whole shard; raises LatentsError where another extraction made one.
+        """Name → number of latents of each complete shard; raises LatentsError where another extraction made one.
 
-        Where an extraction has not ended, a shard of this process that was cut short or changed since counts for
-        nothing; where it has, that is an error.
+        A shard of this process that is truncated or was changed since is not counted while the extraction has not
+        finished; afterwards it is an error.
         """
         if (manifest := manifest_in(self.directory)) is not None:
             manifest.check(self.directory, checksums=None)
@@ -105,10 +105,10 @@ class LatentsWriter:
                     f"{self.directory / shard.file} belongs to another extraction: {identity}, this one is "
                     f"{self._identity}. Give an empty directory, or delete that one"
                 )
-        counted = [s for s in shards if manifest or s.rank != self.rank or self._is_whole(s)]
+        counted = [s for s in shards if manifest or s.rank != self.rank or self._is_intact(s)]
         return {shard.file: shard.count for shard in counted}
 
-    def _is_whole(self, shard: "FinishedShard") -> bool:
+    def _is_intact(self, shard: "FinishedShard") -> bool:
         path = self.directory / shard.file
         damage = damage_of(path, shard)
         if damage:
@@ -132,7 +132,7 @@ class LatentsWriter:
                 self._write_shard()
 
     def close(self) -> None:
-        """Write what is left as a last, shorter shard."""
+        """Write the remaining latents as a last, shorter shard."""
         if self._filled:
             self._write_shard()
         self._buffers = {}
@@ -167,17 +167,17 @@ def finish(
     expected: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> Manifest:
-    """Make a directory of closed writers a complete set: statistics file, then `manifest.json` → the manifest.
+    """Complete a directory of closed writers with the statistics file, then `manifest.json` → the manifest.
 
     The statistics are over all plain latents (not the mirrored ones), std unbiased, merged from float64 sums.
-    tokenizer: what made the latents (any JSON, such as name and hash). classes: names of the labels. Raises
+    tokenizer: the tokenizer of the latents (any JSON, such as name and hash). classes: names of the labels. Raises
     LatentsError where shards of a rank are missing, do not fit together, or do not add up to `expected`. Calling it
     again changes nothing.
     """
     directory = Path(directory)
     if (manifest := manifest_in(directory)) is not None:
         manifest.check(directory, checksums=None)
-        _tidy(directory, manifest)  # a kill may have come before it
+        _remove_records(directory, manifest)  # an earlier call may have been killed before it
         return manifest
     records = _records(directory)
     known = {record.file for record in records}
@@ -201,7 +201,7 @@ def finish(
         "shards": [record.model_dump(include=set(ShardRecord.model_fields)) for record in records],
     })  # fmt: skip
     manifest = manifest_in(directory)
-    _tidy(directory, manifest)
+    _remove_records(directory, manifest)
     return manifest
 
 
@@ -211,15 +211,15 @@ def write_statistics(directory: Path, statistics: dict) -> None:
     save_pickled(directory / STATISTICS_FILE, tensors)
 
 
-def _tidy(directory: Path, manifest: Manifest) -> None:
-    """Remove what a complete set has no use for."""
+def _remove_records(directory: Path, manifest: Manifest) -> None:
+    """Remove the records beside the shards and the marker of an unfinished set: the manifest replaces them."""
     for shard in manifest.shards:
         (directory / shard.file).with_suffix(".json").unlink(missing_ok=True)
     (directory / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def _records(directory: Path) -> "list[FinishedShard]":
-    """What is known of the complete shards of an extraction that goes on, in the order of their names."""
+    """The records of the complete shards of an unfinished extraction, sorted by the shards' names."""
     paths = [p for p in named_as_shards(directory) if is_there(p.with_suffix(".json"))]
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
@@ -228,8 +228,8 @@ def _records(directory: Path) -> "list[FinishedShard]":
     return records
 
 
-def _claim(directory: Path) -> None:
-    """Mark a directory as one that an extraction is writing, unless that has ended."""
+def _mark_unfinished(directory: Path) -> None:
+    """Mark a directory as one that an extraction is writing, unless it is marked or has finished."""
     marker = directory / UNFINISHED_FILE
     if is_there(marker) or is_there(directory / MANIFEST_FILE):
         return
@@ -239,7 +239,7 @@ def _claim(directory: Path) -> None:
 
 
 def _finite(shard: Shard) -> torch.Tensor:
-    """Its plain latents; raises LatentsError where one is not finite."""
+    """The shard's latents without the mirrored ones; raises LatentsError where one is not finite."""
     latents = shard.latents()
     if not torch.isfinite(latents).all():
         raise LatentsError(f"{shard.path} has latents that are not finite")
@@ -250,7 +250,7 @@ def _moments(x: torch.Tensor) -> Moments:
     """Count, mean and sum of squared deviations per channel of [N, C, H, W], in float64."""
     x = x.transpose(0, 1).flatten(1)
     means, deviations = [], []
-    for channel in x:  # one at a time: the whole in float64 would double the memory of a shard
+    for channel in x:  # one at a time: all in float64 would take twice the memory of the shard
         channel = channel.double()
         means.append(float(channel.mean()))
         deviations.append(float((channel - channel.mean()).square().sum()))

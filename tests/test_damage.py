@@ -43,7 +43,7 @@ def read_latents(directory: Path) -> list:
 
 def make_export(directory: Path) -> None:
     state = {"a.weight": torch.arange(6.0).view(3, 2)}  # whether they fit a network is asked where they are loaded
-    save_export(directory / "x", Export(ModelConfig(), state, 20, "ema", LatentStatistics.neutral(4), {"note": "x"}))
+    save_export(directory / "x", Export(ModelConfig(), state, 20, "ema", LatentStatistics.identity(4), {"note": "x"}))
 
 
 def read_exported(directory: Path) -> list:

@@ -202,5 +202,5 @@ def test_a_shard_cut_short_while_it_is_read_is_named(tmp_path, threads):
     with cut.open("r+b") as f:
         f.truncate(300)
     everything = torch.arange(len(data))
-    with ThreadPoolExecutor(threads) as pool, pytest.raises(LatentsError, match=f"{cut.name} has been cut short"):
+    with ThreadPoolExecutor(threads) as pool, pytest.raises(LatentsError, match=f"{cut.name} has been truncated"):
         list(pool.map(lambda _: data.batch(torch.zeros_like(everything), everything), range(threads)))

@@ -111,7 +111,7 @@ class OurSampler(Sampler):
     def __init__(self, variant: Variant, setup: SamplingSetup):
         ops, s = variant.ops(), setup.settings
         tokenizer = make_tokenizer(setup.tokenizer, ops, setup.device)
-        statistics = LatentStatistics.neutral(setup.config.in_channels)
+        statistics = LatentStatistics.identity(setup.config.in_channels)
         generator = Generator(setup.network(ops), tokenizer, statistics, setup.transport, s)
         generator.to(setup.y.device)
         model, null = compiled(generator.model, variant.compile), setup.config.null_label
@@ -139,7 +139,7 @@ class PlainSampler(Sampler):
         plain = setup.plain(None if narrow == torch.float32 else narrow)
         network = compiled(plain, variant.compile, deterministic=False)
         self.samples = setup.baseline_samples(network)
-        statistics = LatentStatistics.neutral(setup.config.in_channels)
+        statistics = LatentStatistics.identity(setup.config.in_channels)
         tokenizer = make_tokenizer(setup.tokenizer, variant.ops(), setup.device)
         generator = Generator(network, tokenizer, statistics, setup.transport, s)
         ends, z = torch.tensor([0.0, 1.0], device=setup.y.device), setup.noise()

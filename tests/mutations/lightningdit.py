@@ -194,7 +194,7 @@ MISTAKES = {
         "test_lightningdit_latents.py::test_flipped_bit",
     ),
     "gap_between_shards_not_noticed": Mistake(
-        "lightningdit/latents.py", "        _require_unbroken(directory, shards)\n", "        pass\n",
+        "lightningdit/latents.py", "        _require_no_gaps(directory, shards)\n", "        pass\n",
         "test_lightningdit_latents_shards.py::test_a_shard_that_is_missing_without_a_manifest_is_named",
     ),
     "shards_begin_where_they_begin": Mistake(
