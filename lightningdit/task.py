@@ -61,16 +61,16 @@ class LightningDiTTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the networks, which their engine moves, lives on the device."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
+    def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
-        A function of (seed, step) and the kind of device: whoever slices it sees the same run. With `into`, the result
+        A function of (seed, step) and the kind of device: whoever slices it sees the same run. With `out`, the result
         of an earlier call of the same sizes, its tensors are overwritten and returned.
         """
         config = self.config
         noise, times, drops = (generator(self._seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
         shape = (batch_size, config.in_channels, config.input_size, config.input_size)
-        draws = into or {
+        draws = out or {
             "noise": torch.empty(shape, device=device),
             "t": torch.empty(batch_size, device=device),
             "drop": torch.empty(batch_size, dtype=torch.bool, device=device),

@@ -76,7 +76,7 @@ def test_draws_are_of_seed_and_step_alone(latents, ops):
     again, seeded = t.draw(5, 8, "cpu"), task(latents, ops, seed=1).draw(5, 8, "cpu")
     for name, shape in (("noise", (8, 4, 4, 4)), ("t", (8,)), ("drop", (8,))):
         assert first[name].shape == shape and torch.equal(first[name], again[name])
-    rewritten = t.draw(6, 8, "cpu", into=again)
+    rewritten = t.draw(6, 8, "cpu", out=again)
     assert all(rewritten[name] is again[name] for name in ("noise", "t", "drop"))
     assert all(torch.equal(rewritten[name], value) for name, value in other.items())
     for different in (other, seeded):

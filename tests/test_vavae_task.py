@@ -185,7 +185,7 @@ def test_draws_are_of_seed_and_step_for_the_whole_batch(files):
     for differs in (task.draw(4, 6, "cpu"), make(files, seed=1).draw(3, 6, "cpu"), task.draw(-1, 6, "cpu")):
         assert not torch.equal(noise, differs["noise"])
     buffer = task.draw(4, 6, "cpu")
-    assert task.draw(3, 6, "cpu", into=buffer)["noise"] is buffer["noise"] and torch.equal(buffer["noise"], noise)
+    assert task.draw(3, 6, "cpu", out=buffer)["noise"] is buffer["noise"] and torch.equal(buffer["noise"], noise)
     many = task.draw(1, 400, "cpu")["noise"]
     assert abs(many.mean().item()) < 0.02 and abs(many.std().item() - 1) < 0.02
 

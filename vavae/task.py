@@ -159,14 +159,14 @@ class VavaeTask:
                 f"than the {len(present):,} of {self.batches.root} ({shortened(present, 5)})"
             )
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str, into: Tensors | None = None) -> Tensors:
+    def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
         """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32.
 
-        With `into`, the result of an earlier call of the same sizes, its tensor is overwritten and returned.
+        With `out`, the result of an earlier call of the same sizes, its tensor is overwritten and returned.
         """
         shape = (batch_size, self.model.embed_dim, self.grid, self.grid)
         noise = generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
-        draws = into or {"noise": torch.empty(shape, device=device)}
+        draws = out or {"noise": torch.empty(shape, device=device)}
         draws["noise"].normal_(generator=noise)
         return draws
 

@@ -21,10 +21,11 @@ class Task(Protocol):
     def to(self, device: torch.device) -> None:
         """Move frozen helpers to the device."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device, into: Tensors | None = None) -> Tensors:
+    def draw(self, step: int, batch_size: int, device: torch.device, out: Tensors | None = None) -> Tensors:
         """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
 
-        They are written into those of an earlier call, so that each step finds its own at the same addresses.
+        With `out`, the result of an earlier call, its tensors are overwritten, so that every step finds them at the
+        same addresses (CUDA graphs).
         """
 
     def train_step(
