@@ -1,8 +1,8 @@
-"""What a LightningDiT run can be told: frozen, strictly typed sections, checked when they are built.
+"""Config sections of a LightningDiT run: frozen, strictly typed, checked on construction.
 
-`ModelConfig` is the network alone. The other sections are those of the published YAML files that this library
-understands (`model`, `transport`, `sample`, `data`), under the published key names with our own keys beside them.
-A wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
+`ModelConfig` describes the network alone. The other sections are those of the published YAML files (`model`,
+`transport`, `sample`, `data`), under the published key names, with keys of this project beside them, marked "Ours". A
+wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
 """
 
 from typing import Annotated, Literal
@@ -26,15 +26,15 @@ from common.sections import (
     nearest,
 )
 
-MAX_POSITIONS = 2**27  # numbers in the table of positions: 65,536 tokens of the widest named model, and some
+MAX_POSITIONS = 2**27  # elements of `pos_embed`: enough for 65,536 tokens of the widest named model
 MlpRatio = Annotated[Float, Field(gt=0, le=256)]
 
 
 class ModelConfig(Section):
     """The network's shape, under the names and with the defaults of the published constructor (arXiv 2501.01423).
 
-    `input_size` is the latent's height and width; a `class_dropout_prob` of 0 leaves the label table without its row
-    for the null label, which is `num_classes`.
+    `input_size` is the latent's height and width. The null label is `num_classes`; with a `class_dropout_prob` of 0
+    there is none, nor its row in the label table.
     """
 
     input_size: Size = 32
@@ -88,7 +88,7 @@ class ModelConfig(Section):
 
     @property
     def out_channels(self) -> int:
-        """Channels the last layer writes; with learn_sigma the second half is dropped after it."""
+        """Channels of the last layer's output; with learn_sigma the second half of them is dropped."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
@@ -99,16 +99,16 @@ class ModelConfig(Section):
 
     @property
     def modulation_parts(self) -> int:
-        """Vectors of hidden_size per block that the condition gives: shift, scale, gate for both branches."""
+        """adaLN vectors of hidden_size per block: shift (unless wo_shift), scale and gate for both branches."""
         return 4 if self.wo_shift else 6
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for 'no class', or None where the model has no such row."""
+        """The label of the unconditional model; None for a model without one."""
         return self.num_classes if self.class_dropout_prob > 0 else None
 
 
-# depth, hidden_size, num_heads (arXiv 2501.01423; S is ours, with the ratios of DiT-S)
+# depth, hidden_size, num_heads (arXiv 2501.01423; S is not in it and has the ratios of DiT-S)
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -122,7 +122,7 @@ MODEL_NAMES = tuple(f"LightningDiT-{size}/{patch}" for size in SIZES for patch i
 
 
 def named_config(name: str, **fields) -> ModelConfig:
-    """The model of a registered name such as 'LightningDiT-XL/1'; `fields` sets the rest of `ModelConfig`.
+    """The config of a registered model such as 'LightningDiT-XL/1'; `fields` are the other fields of `ModelConfig`.
 
     Raises ValueError on an unknown name (the nearest one is suggested) and on a field that the name already fixes.
     """
@@ -131,14 +131,16 @@ def named_config(name: str, **fields) -> ModelConfig:
     size, patch = name.removeprefix("LightningDiT-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
     fixed = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
-    twice = sorted(fixed.keys() & fields.keys())
-    if twice:
-        raise ValueError(f"{', '.join(twice)}: already fixed by the name {name}; leave the name out for a custom model")
+    duplicates = sorted(fixed.keys() & fields.keys())
+    if duplicates:
+        raise ValueError(
+            f"{', '.join(duplicates)}: already fixed by the name {name}; leave the name out for a custom model"
+        )
     return ModelConfig(**fixed, **fields)
 
 
 class ModelSection(Section):
-    """The `model` section: a registered `model_type`, or the four sizes of a model of one's own."""
+    """The `model` section: a registered `model_type`, or the four sizes of a custom model."""
 
     model_type: Text | None = None
     hidden_size: Size | None = None
@@ -161,7 +163,7 @@ class ModelSection(Section):
         missing = [key for key in ("hidden_size", "depth", "num_heads", "patch_size") if getattr(self, key) is None]
         if self.model_type is None and missing:
             raise ValueError(f"give model_type (one of {', '.join(MODEL_NAMES)}) or also {', '.join(missing)}")
-        # Impossible sizes are found here, not when a model is built.
+        # Raises on impossible sizes, before a model is built.
         self.resolve(input_size=16 * (self.patch_size or 1), num_classes=1)
         return self
 
@@ -173,7 +175,7 @@ class ModelSection(Section):
     def resolve(self, input_size: int, num_classes: int) -> ModelConfig:
         """The `ModelConfig` of this section for latents of `input_size`² and `num_classes` labels.
 
-        Raises ValueError where there is none.
+        Raises ValueError where the sizes do not fit together.
         """
         given = self.model_dump(exclude={"model_type", "in_chans"}, exclude_none=True)
         given |= dict(input_size=input_size, num_classes=num_classes, in_channels=self.in_chans)
@@ -183,8 +185,8 @@ class ModelSection(Section):
 class TransportConfig(Section):
     """The `transport` section: path, prediction and loss of flow matching (see `lightningdit.flow`).
 
-    Ours: `lognorm_until_step`, the last optimizer step whose timesteps are logit-normal (the published 800-epoch run
-    goes back to uniform ones at 600,000); None keeps `use_lognorm` for the whole run.
+    Ours: `lognorm_until_step`, the last optimizer step with logit-normal timesteps (the published 800-epoch run
+    switches to uniform ones at 600,000); None keeps `use_lognorm` for the whole run.
     """
 
     path_type: Literal["Linear", "GVP", "VP"] = "Linear"
@@ -216,10 +218,10 @@ LAST_STEPS = ("Mean", "Tweedie", "Euler")
 class SampleConfig(Section):
     """The `sample` section. `num_sampling_steps` counts grid points: 250 are 249 Euler updates, as published.
 
-    Ours: `cfg_channels` (how many leading channels are guided, None for all; the published code guides 3), `seed`,
-    `precision` of the network, and the choices of the SDE. Guidance is off at `cfg_scale` 1 and below time
-    `cfg_interval_start`. `likelihood`: also say how likely the model finds each sample, which takes a second, longer
-    solve and is defined for its own, unguided ODE.
+    Ours: `cfg_channels` (the number of leading channels that are guided, None for all; the published code guides 3),
+    `seed`, `precision` of the network, and the options of the SDE. Guidance is off at `cfg_scale` 1 and below time
+    `cfg_interval_start`. `likelihood`: also compute the log-likelihood of each sample, which takes a second, longer
+    solve and is defined for the unguided ODE.
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
@@ -267,9 +269,9 @@ def paper_sample(section: SampleConfig) -> SampleConfig:
 class DataConfig(Section):
     """The `data` section.
 
-    Ours: `latent_flip`, whether half of the samples come mirrored (as published; false where left and right differ in
-    meaning), `verify`, whether every checksum of the manifest is compared when the data is opened (null: where that
-    takes seconds, below 4 GiB), and `num_images`, what a plan assumes where there is no data to count.
+    Ours: `latent_flip`, whether half of the samples are mirrored (as published; false where left and right differ in
+    meaning), `verify`, whether every checksum of the manifest is compared when the data is opened (null: for less than
+    4 GiB, where that takes seconds), and `num_images`, assumed by a dry run where there is no data to count.
     """
 
     data_path: PathText

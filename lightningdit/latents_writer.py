@@ -194,12 +194,18 @@ def finish(
         )
     statistics = merge_moments(record.moments for record in records)
     write_statistics(directory, statistics)
-    write_sealed(directory / MANIFEST_FILE, {
-        "format": 1, "count": count, "shape": records[0].shape, "tokenizer": tokenizer,
-        "identity": records[0].identity, "classes": None if classes is None else list(classes),
-        "statistics": statistics, "files": {STATISTICS_FILE: file_entry(directory / STATISTICS_FILE)},
+    content = {
+        "format": 1,
+        "count": count,
+        "shape": records[0].shape,
+        "tokenizer": tokenizer,
+        "identity": records[0].identity,
+        "classes": None if classes is None else list(classes),
+        "statistics": statistics,
+        "files": {STATISTICS_FILE: file_entry(directory / STATISTICS_FILE)},
         "shards": [record.model_dump(include=set(ShardRecord.model_fields)) for record in records],
-    })  # fmt: skip
+    }
+    write_sealed(directory / MANIFEST_FILE, content)
     manifest = manifest_in(directory)
     _remove_records(directory, manifest)
     return manifest

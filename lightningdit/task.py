@@ -1,4 +1,4 @@
-"""What the training loop needs to train a LightningDiT: its network, its data, one step of flow matching."""
+"""The training task of LightningDiT: network, latents, random draws, the training step of flow matching."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -50,22 +50,22 @@ class LightningDiTTask:
             self.networks = {"model": LightningDiT(model, ops, residual_dtype, params_gathered)}
 
     def load_weights(self, path: str, which: str = "ema") -> None:
-        """Start from the weights of an export or a published `.pt` instead; raises WeightsError on a misfit.
+        """Replace the initial weights by those of an export or a published `.pt`; raises WeightsError on a mismatch.
 
-        Of a file that holds both, `which` ("ema" or "model") is taken; which it was is logged.
+        Of a file with several entries, `which` ("ema" or "model") is taken if it is there; the entry is logged.
         """
         tensors, taken = read_weights(path, which)
         load_strict(self.networks["model"], tensors, path)
         log.info("starting from the %s weights of %s", taken, path)
 
     def to(self, device: torch.device) -> None:
-        """Nothing but the networks, which their engine moves, lives on the device."""
+        """Nothing to do: the task has no frozen networks, and the engine moves the trained one."""
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
-        A function of (seed, step) and the kind of device: whoever slices it sees the same run. With `out`, the result
-        of an earlier call of the same sizes, its tensors are overwritten and returned.
+        A function of (seed, step) and the type of device, to be sliced by process and micro-batch. With `out`, the
+        result of an earlier call of the same sizes, its tensors are overwritten and returned.
         """
         config = self.config
         noise, times, drops = (generator(self._seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
@@ -100,13 +100,13 @@ class LightningDiTTask:
         y = batch["y"]
         if self.config.null_label is not None:
             y = y.masked_fill(draws["drop"], self.config.null_label)
-        losses = self._losses(networks["model"], batch["x"], y, draws)
+        losses = self._losses(networks["model"], batch["x"], y, draws)  # scalars
         backward("model", losses["loss"])
         return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
-        """The same losses without gradients, every sample with its own label."""
+        """The losses of `train_step` without gradients and without label drops."""
         return self._losses(networks["model"], batch["x"], batch["y"], draws)
 
     def _losses(self, model: Callable, x: torch.Tensor, y: torch.Tensor, draws: Tensors) -> Tensors:
@@ -118,18 +118,19 @@ class LightningDiTTask:
         return {"loss": mse + cosine, "mse": mse, "cos_loss": cosine}
 
     def state_dict(self) -> dict:
-        """How the latents were normalised, how many there are and, where known, the names of their classes: a
-        checkpoint is of no use without."""
+        """Statistics and number of the latents and, where known, the names of their classes, as JSON."""
         state = {"latents": self.batches.statistics.to_json(), "num_images": len(self.batches)}
         return state if self.batches.classes is None else state | {"classes": list(self.batches.classes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError where the checkpoint's latents are not this run's. Names of classes that only one of them
-        has, such as latents or checkpoints from before names were kept, are no difference."""
-        own = self.state_dict()
+        """Raises ValueError where the checkpoint was trained on other latents than this run's.
+
+        Class names are compared where both have them: published latents and older checkpoints have none.
+        """
+        present = self.state_dict()
         if "classes" not in state:
-            own.pop("classes", None)
-        different = [f"{key}: {state.get(key)} there, {own[key]} here" for key in own if state.get(key) != own[key]]
+            present.pop("classes", None)
+        different = [f"{k}: {state.get(k)} there, {present[k]} here" for k in present if state.get(k) != present[k]]
         if different:
             found = "; ".join(different)
             raise ValueError(f"the checkpoint was trained on other latents than {self.batches.path}: {found}")
@@ -137,16 +138,17 @@ class LightningDiTTask:
 
 def check_latents(latents: LatentDataset, model: ModelConfig) -> None:
     """Raise ValueError, naming the folder, where latents are not of the shape that the model takes."""
-    wanted = (model.in_channels, model.input_size, model.input_size)
-    if latents.shape != wanted:
-        raise ValueError(f"{latents.path} has latents of {latents.shape}; the model takes (C, H, W) = {wanted}")
+    expected = (model.in_channels, model.input_size, model.input_size)
+    if latents.shape != expected:
+        raise ValueError(f"{latents.path} has latents of {latents.shape}; the model takes (C, H, W) = {expected}")
 
 
 def check_classes(training: LatentDataset, validation: LatentDataset) -> None:
-    """Raise ValueError, naming both folders, where a label is another class in one than in the other."""
-    theirs, ours = validation.classes, training.classes
-    if theirs is not None and ours is not None and theirs != ours:
-        label = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-        what = f"{len(ours)} and {len(theirs)} classes" if label is None else f"{ours[label]!r} and {theirs[label]!r}"
-        where = "" if label is None else f" for label {label}"
-        raise ValueError(f"{training.path} and {validation.path} are of other classes: {what}{where}")
+    """Raise ValueError, naming both folders, where a label stands for different classes in them."""
+    a, b = training.classes, validation.classes
+    if a is not None and b is not None and a != b:
+        label = next((i for i, (name_a, name_b) in enumerate(zip(a, b, strict=False)) if name_a != name_b), None)
+        found = (
+            f"{len(a)} and {len(b)} classes" if label is None else f"{a[label]!r} and {b[label]!r} for label {label}"
+        )
+        raise ValueError(f"{training.path} and {validation.path} are of other classes: {found}")

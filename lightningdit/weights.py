@@ -1,6 +1,6 @@
-"""Weights in and out: published `.pt` files, safetensors, and exports (`<name>.safetensors` with `<name>.json`).
+"""Reading and writing weights: published `.pt` files, safetensors, exports (`<name>.safetensors` and `<name>.json`).
 
-All files hold the published key layout. Reading, strict loading and writing are `common.tensors`.
+All files have the published keys. The checks of files and tensors are those of `common.tensors`.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ KIND = "lightningdit"
 
 
 def read_weights(path: Path | str, which: str = "ema") -> tuple[Tensors, str]:
-    """The tensors of a weights file by published key, on the CPU, and which they are; see `common.tensors`.
+    """(tensors by published key, on the CPU; name of their entry) of a weights file; see `common.tensors`.
 
-    Of a file with several entries `which` ("ema" or "model") is taken; where it has only another one, that one. What
-    they are is that entry, or "unnamed" where the file holds them by name itself.
+    Of a file with several entries `which` ("ema" or "model") is taken; where it has only another one, that one. The
+    name is "unnamed" where the tensors are at the top of the file.
     """
     entry, tensors = read_entry(path, (which, "state_dict", "model", "ema"))
     if model_of(tensors) == "tokenizer":
@@ -33,8 +33,11 @@ def read_weights(path: Path | str, which: str = "ema") -> tuple[Tensors, str]:
 
 @dataclass(frozen=True, eq=False)
 class Export:
-    """What an export holds. step: None where unknown. weights: the entry they are of, such as "ema", or "unnamed".
-    latents: how to undo the latents' normalisation. extra: whatever else its JSON says."""
+    """Content of an export.
+
+    step: None where unknown. weights: the entry that `state` comes from, such as "ema", or "unnamed". latents: undoes
+    the latents' normalisation. extra: the other entries of the JSON.
+    """
 
     config: ModelConfig
     state: Tensors
@@ -66,20 +69,21 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
     with replacing(tensors_path) as f:
         write_safetensors(f, as_float32(export.state))
         f.flush()
-        # First, as it is the one that may still fail: then the old pair is left.
-        write_sealed(json_path, export.extra | {
+        facts = {
             "kind": KIND,
             "config": export.config.model_dump(),
             "step": export.step,
             "weights": export.weights,
             "latents": export.latents.to_json(),
             "sha256": sha256(f.name),
-        })  # fmt: skip
+        }
+        # Before the tensors are in place: if this fails, the old pair is still there.
+        write_sealed(json_path, export.extra | facts)
     return tensors_path, json_path
 
 
 def read_export(path: Path | str) -> Export:
-    """Read an export by its name, with or without either suffix; raises WeightsError unless it is whole and ours."""
+    """Read an export by its name, with or without either suffix; raises WeightsError on a damaged or other file."""
     tensors_path, json_path = export_paths(path)
     for part in (tensors_path, json_path):
         if not part.is_file():

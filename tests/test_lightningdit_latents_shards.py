@@ -1,4 +1,4 @@
-"""Which files of a directory are its shards, which are missing, and the names of the classes that they hold."""
+"""Finding the shards of a latents directory and gaps between them; names of the classes."""
 
 import json
 import logging

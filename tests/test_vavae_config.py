@@ -1,4 +1,4 @@
-"""What tokenizer runs may say, the published YAML, and the stages of the released recipe."""
+"""Config sections of tokenizer runs, the published YAML, and the stages of the released recipe."""
 
 import re
 from pathlib import Path

@@ -158,7 +158,7 @@ def generator_loss(
     perceptual: Callable[..., torch.Tensor] | None,
     discriminator: Callable[..., torch.Tensor] | None,
 ) -> tuple[torch.Tensor, Logs]:
-    """What the autoencoder minimises, and its terms to log (detached scalars).
+    """The autoencoder's loss, and its terms to log (detached scalars).
 
     Args:
         config: weights of the terms.
@@ -187,7 +187,7 @@ def generator_loss(
 
 
 def discriminator_loss(config: LossConfig, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, Logs]:
-    """What the discriminator minimises, of its logits for images and for reconstructions, and its terms to log."""
+    """The discriminator's loss, from its logits for images and for reconstructions, and its terms to log."""
     loss = config.disc_factor * DISCRIMINATOR_LOSSES[config.disc_loss](real, fake)
     means = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
     return loss, {"d_loss": loss.detach(), **means}

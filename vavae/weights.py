@@ -1,4 +1,4 @@
-"""Weights of a tokenizer: the parts of a file, strict loading, exports (`<name>.safetensors` with `<name>.json`).
+"""Weights of a tokenizer: splitting a file into networks, strict loading, exports (`.safetensors` and `.json`).
 
 A published tokenizer holds, under `state_dict` or at the top, `encoder. decoder. quant_conv. post_quant_conv.`; a
 published training checkpoint adds `linear_proj.`, the frozen `foundation_model.` and the whole `loss.` (LPIPS,
@@ -39,7 +39,7 @@ class TokenizerWeights:
     Fields:
         autoencoder: keys as in `AutoencoderKL`, with `linear_proj.` where the file has it.
         discriminator: keys as in `NLayerDiscriminator`; empty where the file has none.
-        dropped: number of tensors left out, by what they belong to.
+        dropped: number of tensors left out, by prefix.
     """
 
     autoencoder: Tensors
@@ -48,7 +48,7 @@ class TokenizerWeights:
 
 
 def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> TokenizerWeights:
-    """Sort the tensors of a tokenizer file by what they belong to; those of frozen networks are dropped and counted.
+    """Split the tensors of a tokenizer file by network; those of frozen networks are dropped and counted.
 
     Raises:
         WeightsError: naming `source`; a key that belongs to no known part, or the keys of another library.
@@ -72,12 +72,12 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
 
 
 def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None = None) -> AutoencoderKL:
-    """A tokenizer to encode and decode with, in evaluation mode, from an export of ours or a published checkpoint.
+    """A tokenizer in evaluation mode, without gradients, from an export or a published checkpoint.
 
     Args:
         path: weights file; an export has its `.json` beside it.
-        ops: bundle for the model.
-        config: sizes; without it those of the JSON beside the file, else those that the tensors' shapes tell.
+        ops: of `kernels.select`.
+        config: by default that of the JSON beside the file, else the one inferred from the tensors' shapes.
 
     Raises:
         WeightsError: unreadable, or not exactly this model's weights.
@@ -91,25 +91,25 @@ def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None 
 def build_tokenizer(
     tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any, source: str | Path
 ) -> AutoencoderKL:
-    """A tokenizer to encode and decode with, of a training run's tensors or a tokenizer's; `source` names them.
+    """A tokenizer in evaluation mode, without gradients, from tensors of `source`; those of other networks are dropped.
 
     Raises:
         WeightsError: not exactly this model's weights.
     """
     parts = split_tokenizer(tensors, source)
-    own = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
+    autoencoder = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
     model = AutoencoderKL(config, ops)
-    load_strict(model, own, f"{source} as a tokenizer")
-    projection, discriminator = len(parts.autoencoder) - len(own), len(parts.discriminator)
+    load_strict(model, autoencoder, f"{source} as a tokenizer")
+    projection, discriminator = len(parts.autoencoder) - len(autoencoder), len(parts.discriminator)
     log_dropped(source, parts.dropped | {PROJECTION_PREFIX: projection, DISCRIMINATOR_PREFIX: discriminator})
     return model.eval().requires_grad_(False)
 
 
 def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
-    """Say which parts of a file were not used."""
-    used = {prefix: count for prefix, count in dropped.items() if count}
-    if used:
-        log.info("%s: left out %s", source, ", ".join(f"{count} tensors {prefix}*" for prefix, count in used.items()))
+    """Log the number of dropped tensors by prefix, where there are any."""
+    parts = [f"{count} tensors {prefix}*" for prefix, count in dropped.items() if count]
+    if parts:
+        log.info("%s: left out %s", source, ", ".join(parts))
 
 
 def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any):
@@ -121,7 +121,7 @@ def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: 
     with replacing(path) as f:
         write_safetensors(f, tensors)
         f.flush()
-        # First, as it is the one that may still fail: then the old pair is left.
+        # Before the tensors are in place: if this fails, the old pair is still there.
         write_sealed(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
 
 
@@ -148,7 +148,7 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (hexadecimal) of a model's tensors by name: the same for the same weights in whatever file."""
+    """SHA-256 (hexadecimal) of a model's tensors and their names, independent of the file they come from."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         value = value.detach().cpu().contiguous()
