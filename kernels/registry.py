@@ -79,7 +79,7 @@ class Op:
         dtypes: dtypes of the main input that `check` lets through.
         order: backends in the order "auto" prefers them.
         graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
-            (`kernels.compile.rewriting`).
+            (`kernels.compile.graph_passes`).
         package: import path of the folder, `kernels.<name>` if empty.
     """
 

@@ -11,11 +11,11 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import kernels
-from kernels.compile.compilation import compiled
+from kernels.compile.modes import compiled
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT, SwiGLUMLP
 
-rewriting = pytest.importorskip("kernels.compile.rewriting")
+graph_passes = pytest.importorskip("kernels.compile.graph_passes")
 graph_pass = pytest.importorskip("kernels.weight_gradients.graph_pass")
 GRAPH_PASS_OPS = [name for name, op in kernels.OPS.items() if op.graph_pass]
 for op in ("swiglu", *GRAPH_PASS_OPS):
@@ -64,7 +64,7 @@ def passed(module: nn.Module, ops: kernels.Ops, inputs=INPUTS) -> tuple[dict[str
     found = Counter()
 
     def compiler(graph: fx.GraphModule, example_inputs):
-        for option in rewriting.inductor_options(ops).values():
+        for option in graph_passes.inductor_options(ops).values():
             option(graph.graph)
         graph.graph.lint()
         graph.recompile()
@@ -159,12 +159,12 @@ def slope_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
         nodes[name] = graph.placeholder(name)
         nodes[name].meta["val"] = torch.empty(shape, dtype=torch.float16, device="meta")
     empty = nodes["bias"].meta["val"].new_empty
-    nodes["product"] = rewriting.call(graph, PRODUCT, nodes["d_output"], nodes["weight"], value=empty(24, 32))
-    viewed = rewriting.reshaped(graph, nodes["product"], (2, 12, 32))
+    nodes["product"] = graph_passes.call(graph, PRODUCT, nodes["d_output"], nodes["weight"], value=empty(24, 32))
+    viewed = graph_passes.reshaped(graph, nodes["product"], (2, 12, 32))
     values = empty(2, 12, 64), empty(64)
-    slope = rewriting.call(graph, SLOPE, viewed, nodes["gate_up"], nodes["bias"], True, value=values)
+    slope = graph_passes.call(graph, SLOPE, viewed, nodes["gate_up"], nodes["bias"], True, value=values)
     nodes["slope"] = slope
-    nodes["results"] = [rewriting.call(graph, operator.getitem, slope, i, value=values[i]) for i in range(2)]
+    nodes["results"] = [graph_passes.call(graph, operator.getitem, slope, i, value=values[i]) for i in range(2)]
     return graph, nodes
 
 
@@ -172,11 +172,11 @@ def slope_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
 def test_a_product_that_somebody_else_wants_is_not_folded(wanted):
     graph, nodes = slope_graph()
     graph.output((*nodes["results"], *([nodes["product"]] if wanted else [])))
-    rewriting.Rewriting({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
+    graph_passes.GraphPasses({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
     found = Counter(node.target for node in graph.nodes if node.op == "call_function")
     assert (found[BACKWARD], found[SLOPE], found[PRODUCT]) == ((0, 1, 1) if wanted else (1, 0, 0))
     (results,) = graph.output_node().args
-    assert [rewriting.value(node).shape for node in results[:2]] == [(2, 12, 64), (64,)]
+    assert [graph_passes.value(node).shape for node in results[:2]] == [(2, 12, 64), (64,)]
     graph.lint()
 
 
@@ -184,7 +184,7 @@ def test_a_bias_whose_gradient_nobody_asks_for_is_left_alone():
     graph, nodes = slope_graph()
     nodes["slope"].update_arg(3, False)
     graph.output(tuple(nodes["results"]))
-    rewriting.Rewriting({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
+    graph_passes.GraphPasses({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
     assert SLOPE in {node.target for node in graph.nodes}
 
 
@@ -192,9 +192,9 @@ def test_what_is_a_transpose():
     graph, aten = fx.Graph(), torch.ops.aten
     a = graph.placeholder("a")
     for target, dims in ((aten.t.default, ()), (aten.permute.default, ([1, 0],)), (aten.transpose.int, (1, 0))):
-        assert rewriting.turned(graph.call_function(target, (a, *dims))) is a
+        assert graph_passes.transpose_input(graph.call_function(target, (a, *dims))) is a
     for target, dims in ((aten.permute.default, ([0, 1],)), (aten.transpose.int, (0, 2)), (aten.neg.default, ())):
-        assert rewriting.turned(graph.call_function(target, (a, *dims))) is None
+        assert graph_passes.transpose_input(graph.call_function(target, (a, *dims))) is None
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_checkpoint": True}, {"use_checkpoint": "pointwise"}], ids=str)
@@ -219,7 +219,7 @@ def test_all_of_them_together(hopper):
     assert_near(got, passed(module, on_triton("swiglu"))[0])
 
 
-def test_what_a_rewriting_must_not_take(hopper):
+def test_what_a_graph_pass_must_not_take(hopper):
     """A product that is wanted elsewhere, a layer that adds its own bias, rows that begin anywhere."""
     folded = on_triton("swiglu", "linear_swiglu", "swiglu_linear_grad")
 
@@ -244,14 +244,14 @@ def test_with_inductor(hopper):
     """Its decompositions, its own passes and its cache's key."""
     every = on_triton("swiglu", *GRAPH_PASS_OPS)
     two = nn.Sequential(feed_forward(hopper, every), feed_forward(hopper, every))
-    calls, rewrite = Counter(), rewriting.Rewriting.__call__
+    calls, rewrite = Counter(), graph_passes.GraphPasses.__call__
 
     def counted(self, graph):
         rewrite(self, graph)
         calls.update(node.target for node in graph.nodes if node.target in (TOGETHER, FORWARD, BACKWARD))
 
     with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
-        patch.setattr(rewriting.Rewriting, "__call__", counted)
+        patch.setattr(graph_passes.GraphPasses, "__call__", counted)
         torch._dynamo.reset()
         got = gradients(two, compiled(two, "inductor", every), ROWS)
     assert calls == {TOGETHER: 1, FORWARD: 2, BACKWARD: 2}
@@ -261,8 +261,8 @@ def test_with_inductor(hopper):
 def test_who_is_asked(hopper):
     """Only a bundle whose backends can serve changes what Inductor does; the pass names the code it stands for."""
     for choice in ("auto", "reference", "cuda"):
-        assert rewriting.inductor_options(kernels.select(choice)) == {}, choice
-    one, three = (rewriting.inductor_options(on_triton(*names)) for names in (("weight_gradients",), GRAPH_PASS_OPS))
+        assert graph_passes.inductor_options(kernels.select(choice)) == {}, choice
+    one, three = (graph_passes.inductor_options(on_triton(*names)) for names in (("weight_gradients",), GRAPH_PASS_OPS))
     (one,), (three,) = one.values(), three.values()
     assert list(one.backends) == ["weight_gradients"] and list(three.backends) == GRAPH_PASS_OPS
     assert pickle.loads(pickle.dumps(one.uuid())) == one.uuid() != three.uuid()

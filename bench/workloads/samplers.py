@@ -15,7 +15,7 @@ from bench.workloads.plain import PlainLightningDiT, plain_euler
 from bench.workloads.tokenizers import flops_per_image, make_tokenizer, set_numerics
 from bench.workloads.training import CONFIG, make_network
 from bench.workloads.variants import Variant
-from kernels.compile.compilation import compiled
+from kernels.compile.modes import compiled
 from kernels.registry import Ops
 from launch.config import load
 from launch.sample import Generator

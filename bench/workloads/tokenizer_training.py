@@ -19,7 +19,7 @@ from bench.workloads.tokenizers import set_numerics
 from bench.workloads.training import FlatAdamW
 from bench.workloads.variants import TokenizerVariant
 from common.tensors import write_tensors
-from kernels.compile.compilation import compiled
+from kernels.compile.modes import compiled
 from launch.config import VavaeRun, load
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from bench.workloads.training import seeded
 from bench.workloads.variants import TokenizerVariant
-from kernels.compile.compilation import compiled
+from kernels.compile.modes import compiled
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8

@@ -16,7 +16,7 @@ import kernels
 from bench.workloads import backends
 from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.variants import TrainingVariant
-from kernels.compile.compilation import compile_module
+from kernels.compile.modes import compile_module
 from kernels.registry import Ops
 from lightningdit import latents_writer
 from lightningdit.config import ModelConfig

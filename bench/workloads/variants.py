@@ -21,7 +21,7 @@ class Variant:
             (the plain model); of sampling, "ours" (the sampler of `python -m launch sample`) or "plain"; "pass" encodes
             or decodes.
         kernels: "auto", or the backend of all ops that have it (`bench.workloads.backends`); of no meaning to "plain".
-        compile: a mode of `kernels.compile.compilation`.
+        compile: a mode of `kernels.compile.modes`.
     """
 
     name: str

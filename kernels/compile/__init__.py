@@ -1,1 +1,1 @@
-"""`torch.compile` around the ops: its modes, the passes over a graph, activation checkpointing."""
+"""`torch.compile` of networks that call the ops: modes, graph passes, recomputation policy."""

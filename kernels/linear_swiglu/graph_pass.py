@@ -6,14 +6,14 @@ import torch
 from torch import fx
 
 import kernels.swiglu.triton_impl  # noqa: F401  registers the operator looked for
-from kernels.compile.rewriting import aten, before_views, call, operator, reshaped, turned, value
+from kernels.compile.graph_passes import aten, call, operator, reshaped, through_views, transpose_input, value
 from kernels.registry import Backend
 
 
 def rewrite(graph: fx.Graph, backend: Backend) -> None:
     for activation in graph.find_nodes(op="call_function", target=torch.ops.ldit.swiglu_fwd.default):
-        *_, product = before_views(activation.args[0])
-        if product.target is aten.mm.default and (weight := turned(product.args[1])) is not None:
+        *_, product = through_views(activation.args[0])
+        if product.target is aten.mm.default and (weight := transpose_input(product.args[1])) is not None:
             x, bias = product.args[0], activation.args[1]
             vector = None if bias is None else value(bias)
             if not backend.unsupported(value(x), value(weight), bias=vector):

@@ -6,14 +6,14 @@ import torch
 from torch import fx
 
 import kernels.swiglu.triton_impl  # noqa: F401  registers the operator looked for
-from kernels.compile.rewriting import aten, before_views, call, operator, reshaped, value
+from kernels.compile.graph_passes import aten, call, operator, reshaped, through_views, value
 from kernels.registry import Backend
 
 
 def rewrite(graph: fx.Graph, backend: Backend) -> None:
     for slope in graph.find_nodes(op="call_function", target=torch.ops.ldit.swiglu_bwd.default):
         grad, gate_up, bias, summed = slope.args
-        chain = list(before_views(grad))
+        chain = list(through_views(grad))
         product = chain[-1]
         if product.target is not aten.mm.default or any(len(node.users) > 1 for node in chain):
             continue  # somebody else wants the product

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from kernels.compile.rewriting import aten, call, leads_out, operator, reshaped, turned, value
+from kernels.compile.graph_passes import aten, call, only_returned, operator, reshaped, transpose_input, value
 from kernels.registry import Backend
 
 #: Layers taken together: in the order of a backward pass, those of a transformer block.
@@ -40,12 +40,12 @@ def groups(graph: fx.Graph, backend: Backend) -> Iterator[list[fx.Node]]:
 
 
 def is_weight_gradient(node: fx.Node) -> bool:
-    return node.target is aten.mm.default and turned(node.args[0]) is not None and leads_out(node)
+    return node.target is aten.mm.default and transpose_input(node.args[0]) is not None and only_returned(node)
 
 
 def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The gradient of a layer's result and its input, `[tokens, width]` each."""
-    return turned(product.args[0]), product.args[1]
+    return transpose_input(product.args[0]), product.args[1]
 
 
 def _replace(graph: fx.Graph, products: list[fx.Node], backend: Backend) -> None:

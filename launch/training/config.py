@@ -39,7 +39,7 @@ class TrainConfig(Section):
     optimizer step over all processes.
     `compile` names what `torch.compile` makes of the networks: "auto" is "inductor" on a GPU below ZeRO 3, else "none";
     "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
-    of half a minute (`kernels.compile.compilation`). `deterministic` keeps Inductor from choosing by timing what
+    of half a minute (`kernels.compile.modes`). `deterministic` keeps Inductor from choosing by timing what
     changes last bits, so that another run on the same GPUs gives the same; its cost in speed is not measured yet.
     """
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernels.compile.compilation import compile_module
+from kernels.compile.modes import compile_module
 from kernels.registry import Ops
 from launch.runtime import launcher
 from launch.runtime.processes import Processes, meet, own_gpu
@@ -100,7 +100,7 @@ class Engine:
         module: the network, float32, with the weights to start from already in it.
         make_optimizer: from the trainable parameters and whether processes hold parts of the gradients, the optimizer.
         config: as made by `launch.training.deepspeed_options.deepspeed_config`.
-        compile, ops, deterministic: as `kernels.compile.compilation.compile_module` takes them.
+        compile, ops, deterministic: as `kernels.compile.modes.compile_module` takes them.
     """
 
     def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict, compile: str = "none",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.files import write_json
-from kernels.compile.compilation import cache_directory
+from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
 from launch.runtime import launcher
 from launch.runtime.lifetime import StopRequest

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.backends import operators
-from kernels.compile import checkpointing
+from kernels.compile import recompute_policy
 from lightningdit import embeddings, model
 from lightningdit.flow import Transport
 
@@ -57,7 +57,7 @@ def saved_float32() -> None:
 
 def block_outputs_not_saved() -> None:
     """Activation checkpointing as the partitioner makes it of operators with several results."""
-    checkpointing.SaveBlockOutputs.__call__ = lambda self, graph: None
+    recompute_policy.SaveBlockOutputs.__call__ = lambda self, graph: None
 
 
 def no_lowerings() -> None:

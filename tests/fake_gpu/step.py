@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from bench.workloads.plain import PlainLightningDiT
-from kernels.compile.compilation import compile_module, compiled
+from kernels.compile.modes import compile_module, compiled
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig, named_config
 from lightningdit.flow import Transport
@@ -47,7 +47,7 @@ class Variant:
     Attributes:
         ops: as `kernels.select` takes it; "cuda" only for those that have CUDA kernels.
         graph_pass: ops that take the place of nodes of the compiled graph, on Triton.
-        mode: of `kernels.compile.compilation`.
+        mode: of `kernels.compile.modes`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
         network: "lightningdit", "plain" (the peer), "sampler" (without gradients), "encoder" or "decoder".

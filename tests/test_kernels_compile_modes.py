@@ -14,8 +14,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 import kernels
 from kernels.backends.device import cuda_reasons
 from kernels.backends.operators import operator
-from kernels.compile import compilation
-from kernels.compile.compilation import compiled
+from kernels.compile import modes
+from kernels.compile.modes import compiled
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 
@@ -74,7 +74,7 @@ torch.compile(kernels.select("triton").swiglu, fullgraph=True, backend=look)(tor
 def test_modes_without_inductor_do_not_import_it(mode):
     code = f"""
 import sys, torch
-from kernels.compile.compilation import compiled
+from kernels.compile.modes import compiled
 from kernels.backends.device import cuda_reasons
 compiled(torch.nn.Identity(), {mode!r})
 print("torch._inductor.lowering" in sys.modules)
@@ -85,21 +85,21 @@ print("torch._inductor.lowering" in sys.modules)
 
 KEPT = """
 import json, torch
-import kernels, kernels.compile.compilation
+import kernels, kernels.compile.modes
 from torch._dynamo.utils import counters
 
-kernels.compile.compilation.sources = lambda: SOURCES
-function = kernels.compile.compilation.compiled(kernels.select("triton").swiglu, "inductor")
+kernels.compile.modes.source_hash = lambda: SOURCES
+function = kernels.compile.modes.compiled(kernels.select("triton").swiglu, "inductor")
 function(torch.ones(2, 16))
 print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss", "bypass")}))
 """
 
 
-def kept(sources: str, folder: Path) -> dict[str, int]:
-    """What a new process finds of an op that was compiled before, by a version with those sources."""
-    environment = {name: value for name, value in os.environ.items() if name != compilation.DIRECTORY}
+def kept(source_hash: str, folder: Path) -> dict[str, int]:
+    """What a new process finds of an op that was compiled before, by a version whose sources have that hash."""
+    environment = {name: value for name, value in os.environ.items() if name != modes.DIRECTORY}
     environment |= {"XDG_CACHE_HOME": str(folder), "TRITON_INTERPRET": "1"}
-    code = KEPT.replace("SOURCES", repr(sources))
+    code = KEPT.replace("SOURCES", repr(source_hash))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -113,20 +113,20 @@ def test_the_next_process_finds_what_was_compiled_unless_the_kernels_changed(tmp
 
 
 def test_whoever_names_a_cache_keeps_it(monkeypatch, tmp_path):
-    monkeypatch.setenv(compilation.DIRECTORY, str(tmp_path))
-    assert compilation.cache_directory() == tmp_path
+    monkeypatch.setenv(modes.DIRECTORY, str(tmp_path))
+    assert modes.cache_directory() == tmp_path
 
 
 @pytest.mark.parametrize("home", ["file", "read-only", "", "relative"])
 def test_a_home_that_cannot_be_used_leaves_inductor_its_own_folder(monkeypatch, tmp_path, home):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(compilation.DIRECTORY, default_cache_dir())
+    monkeypatch.setenv(modes.DIRECTORY, default_cache_dir())
     monkeypatch.setenv("HOME", "")
     (tmp_path / "file").write_text("no folder")
     if home == "read-only":
         monkeypatch.setattr(os, "access", lambda *asked: False)  # root may write anywhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / home) if home in ("file", "read-only") else home)
-    assert compilation.cache_directory() == Path(default_cache_dir())
+    assert modes.cache_directory() == Path(default_cache_dir())
     assert not (tmp_path / "relative").exists()
 
 
@@ -135,8 +135,8 @@ def test_a_user_without_a_name_may_compile(monkeypatch):
         raise KeyError("getpwuid(): uid not found: 12345")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    monkeypatch.setenv(compilation.DIRECTORY, "/named")
-    assert compilation.cache_directory() == Path("/named")
+    monkeypatch.setenv(modes.DIRECTORY, "/named")
+    assert modes.cache_directory() == Path("/named")
 
 
 class Two(torch.nn.Module):
@@ -158,14 +158,14 @@ def test_regions_of_one_kind_are_compiled_once():
     x = torch.randn(4, 3, requires_grad=True)
     want = module(x)
     counters.clear()
-    compilation.compile_module(module, "regional")
+    modes.compile_module(module, "regional")
     assert torch.allclose(module(x), want, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_only_modules_with_regions_are_compiled_by_region():
     with pytest.raises(ValueError, match="'regional', but Linear names no regions"):
-        compilation.compile_module(torch.nn.Linear(2, 2), "regional")
+        modes.compile_module(torch.nn.Linear(2, 2), "regional")
     with pytest.raises(ValueError, match="compile mode is 'regional'; allowed: none, inductor, cudagraphs"):
         compiled(print, "regional")
 
@@ -183,7 +183,7 @@ def gradients(mode: str, device: str = "cpu", dtype: torch.dtype = torch.float32
     torch.nn.init.normal_(network.final_layer.linear.weight)
     network = network.to(device, dtype)
     x, t, y = torch.randn(4, 4, 4, 4), torch.rand(4), torch.tensor([1000, 2, 1000, 1000])
-    compilation.compile_module(network, mode, ops)
+    modes.compile_module(network, mode, ops)
     network(x.to(device), t.to(device), y.to(device)).square().mean().backward()
     return [p.grad for p in network.parameters() if p.requires_grad]
 

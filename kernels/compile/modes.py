@@ -1,4 +1,4 @@
-"""`torch.compile` in the modes that a run file names, with what the ops of a network add to the compiler.
+"""The compile modes that a run file names, and the options that the ops give to `torch.compile`.
 
 "inductor" compiles a network whole: one graph forward and one backward, which CUDA graphs ("cudagraphs") can hold.
 "regional" compiles each kind of block once, whatever the depth: the first step comes earlier, and every block of a step
@@ -25,14 +25,15 @@ DIRECTORY, TAG = "TORCHINDUCTOR_CACHE_DIR", "TORCH_COMPILE_CACHE_KEY_TAG"
 
 
 def cache_directory() -> Path | None:
-    """Where Inductor keeps what it has compiled for the next process: what `TORCHINDUCTOR_CACHE_DIR` says, else a
-    folder of the user's cache. Its own default lies among temporary files, which do not outlive a machine's restart;
-    it stays (and None comes back) where the user has no cache that can be written.
+    """The folder of Inductor's cache on disk: `TORCHINDUCTOR_CACHE_DIR` where it is set, else one in the user's cache.
+
+    Inductor's own default lies among temporary files, which do not outlive a machine's restart; it stays (and None is
+    returned) where the user has no cache that can be written.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     chosen = os.environ.get(DIRECTORY)
-    with suppress(OSError, KeyError, RuntimeError):  # no home, nobody of that name, nothing to be written there
+    with suppress(OSError, KeyError, RuntimeError):  # no home folder, no such user, not writable
         if chosen in (None, "", default_cache_dir()):  # Inductor sets the variable to that where nobody has
             roots = (os.environ.get("XDG_CACHE_HOME", ""), os.environ.get("HOME") and str(Path.home() / ".cache"))
             for root in filter(os.path.isabs, filter(None, roots)):
@@ -45,8 +46,8 @@ def cache_directory() -> Path | None:
 
 
 @cache
-def sources() -> str:
-    """A hash of this package. Kept graphs call its operators by name: they are of no use to another version of it."""
+def source_hash() -> str:
+    """A hash of this package. Cached graphs call its operators by name, so another version must not reuse them."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
@@ -54,11 +55,11 @@ def sources() -> str:
 
 
 def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, deterministic: bool = True) -> None:
-    """Let `module.forward` run in a mode; a graph break is an error.
+    """Compile `module.forward` in a mode; a graph break is an error.
 
-    Not the call around it: hooks on the module, such as DeepSpeed's, cannot be traced. With "cudagraphs", forward and
-    backward are a graph each: weights are read where they lie, at the same addresses after each step, and the inputs
-    are copied in.
+    Only `forward`, not `__call__`: hooks on the module, such as DeepSpeed's, cannot be traced. With "cudagraphs",
+    forward and backward are a graph each: weights are read in place, at the same addresses after each step, and the
+    inputs are copied in.
 
     Args:
         mode: one of `MODES`; "regional" needs a module with the attribute `regions`, the parts that are compiled each
@@ -87,7 +88,7 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
     Args:
         mode: one of `MODES` but "regional", which is for modules; "none" gives the function itself.
         ops: those that the function computes with; under Inductor, some take the place of nodes of the graph
-            (`kernels.compile.rewriting`).
+            (`kernels.compile.graph_passes`).
         deterministic: keep Inductor from choosing by timing what changes a result's last bits, such as how a sum is
             cut in parts: a choice that another process, compiling the same, may make otherwise.
 
@@ -102,14 +103,14 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
     options: dict[str, Any] | None = None
     if mode != "aot_eager":
         cache_directory()
-        torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + sources()
+        torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + source_hash()
         register_lowerings()
-        from kernels.compile.checkpointing import SaveBlockOutputs
+        from kernels.compile.recompute_policy import SaveBlockOutputs
 
         options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs",
                    "joint_custom_pre_pass": SaveBlockOutputs()}  # fmt: skip
         if ops is not None:
-            from kernels.compile.rewriting import inductor_options
+            from kernels.compile.graph_passes import inductor_options
 
             options |= inductor_options(ops)
     backend = mode if mode == "aot_eager" else "inductor"

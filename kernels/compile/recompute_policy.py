@@ -1,4 +1,4 @@
-"""What activation checkpointing means in a compiled graph whose blocks end in operators with several results.
+"""Activation checkpointing in compiled graphs whose blocks end in operators with several results.
 
 `torch.utils.checkpoint` marks the operators that the backward pass is to compute again, and the partitioner of AOT
 Autograd is to save what lies between one checkpointed block and the next. It marks such tensors, but then lets views
@@ -16,16 +16,16 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-BLOCK, POLICY = "ac_graph_id", "recompute"  # how `torch.utils.checkpoint` calls its marks
+BLOCK, POLICY = "ac_graph_id", "recompute"  # keys under which `torch.utils.checkpoint` marks nodes
 RECOMPUTED = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 class SaveBlockOutputs(CustomGraphPass):
-    """Has the operators saved whose results a later checkpointed block reads, with all their results."""
+    """Marks the operators whose results a later checkpointed block reads as saved, with all their results."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            if node.meta.get(POLICY) in RECOMPUTED and not free(node) and read_by_later_block(node):
+            if node.meta.get(POLICY) in RECOMPUTED and not is_free(node) and read_by_later_block(node):
                 for saved in (node, *(user for user in node.users if user.target is operator.getitem)):
                     saved.meta[POLICY] = CheckpointPolicy.MUST_SAVE
 
@@ -34,18 +34,18 @@ class SaveBlockOutputs(CustomGraphPass):
 
 
 def read_by_later_block(node: fx.Node) -> bool:
-    return any(user.meta.get(BLOCK, -1) > node.meta[BLOCK] for user in readers(node))
+    return any(user.meta.get(BLOCK, -1) > node.meta[BLOCK] for user in users_through_views(node))
 
 
-def readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who uses the node or, through nodes that cost nothing, what comes from it."""
+def users_through_views(node: fx.Node) -> Iterator[fx.Node]:
+    """Users of the node and, through nodes that cost nothing, of what comes from it."""
     for user in node.users:
         yield user
-        if free(user):
-            yield from readers(user)
+        if is_free(user):
+            yield from users_through_views(user)
 
 
-def free(node: fx.Node) -> bool:
+def is_free(node: fx.Node) -> bool:
     """Whether the node only names one of several results, or another view of the same memory."""
     view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
     return node.op == "call_function" and (node.target is operator.getitem or view)

@@ -1,7 +1,7 @@
-"""What ops make of a compiled graph: some take the place of nodes that no function of a model has together.
+"""The graph pass that puts ops in the place of nodes of a compiled graph that no function of a model has together.
 
-Such an op's folder has a file `graph_pass.py`, whose `rewrite(graph, backend)` finds those nodes and puts calls of the
-backend's operator in their place. It is asked once for the graph of each pass, forward and backward.
+Such an op's folder has a file `graph_pass.py`, whose `rewrite(graph, backend)` finds those nodes and replaces them by
+calls of the backend's operator. It is called once for the graph of each pass, forward and backward.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from kernels import OPS
 from kernels.registry import Backend, Ops
 
 aten = torch.ops.aten
-#: What only says how memory is read.
+#: Operators that return a view of the same elements in the same order.
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-TURNS = (aten.t.default, aten.permute.default, aten.transpose.int)
+TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 
 
-class Rewriting(CustomGraphPass):
-    """The pass that Inductor is given: `backends` by op, each of which registers one operator."""
+class GraphPasses(CustomGraphPass):
+    """The pass given to Inductor: the `graph_pass.py` of every op in `backends`, each registering one operator."""
 
     def __init__(self, backends: Mapping[str, Backend]):
         self.backends = dict(backends)
@@ -35,17 +35,17 @@ class Rewriting(CustomGraphPass):
         stable_topological_sort(graph)
 
     def uuid(self) -> Any:
-        """Of the code that rewrites, by which Inductor knows graphs it has compiled before."""
+        """A hash of the code of the passes, by which Inductor finds graphs that it has compiled before."""
         here = Path(__file__)
         files = [here, *(file for name in self.backends for file in sorted((here.parents[1] / name).glob("*.py")))]
         return get_hash_for_files(tuple(map(str, files))), tuple(self.backends)
 
 
 def inductor_options(ops: Ops) -> dict[str, Any]:
-    """What `torch.compile` with Inductor is told: nothing where the bundle has no kernels for such ops."""
+    """Options for `torch.compile` with Inductor; none where the bundle has no kernels for such ops."""
     chosen = {name: ops.backend(name) for name, op in OPS.items() if op.graph_pass}
     backends = {name: backend for name, backend in chosen.items() if backend is not None and backend.torch_ops}
-    return {"post_grad_custom_pre_pass": Rewriting(backends)} if backends else {}
+    return {"post_grad_custom_pre_pass": GraphPasses(backends)} if backends else {}
 
 
 def operator(name: str) -> torch._ops.OpOverload:
@@ -62,7 +62,7 @@ def call(graph: fx.Graph, target: Any, *args: Any, value: Any) -> fx.Node:
 
 
 def value(node: fx.Node) -> torch.Tensor:
-    """A tensor without memory that tells what the node gives."""
+    """The node's result as a tensor without memory: its shape, dtype and strides."""
     return node.meta["val"]
 
 
@@ -70,22 +70,24 @@ def reshaped(graph: fx.Graph, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
     return call(graph, aten.view.default, node, list(shape), value=value(node).view(shape))
 
 
-def turned(node: fx.Node) -> fx.Node | None:
-    """The matrix that this node is the transpose of; None if it is no transpose."""
+def transpose_input(node: fx.Node) -> fx.Node | None:
+    """The matrix that this node transposes; None if it is no transpose."""
     dims = node.args[1:]
-    if node.target is aten.t.default or (node.target in TURNS and (dims == ([1, 0],) or sorted(dims) == [0, 1])):
+    if node.target is aten.t.default or (node.target in TRANSPOSES and (dims == ([1, 0],) or sorted(dims) == [0, 1])):
         return node.args[0]
     return None
 
 
-def before_views(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and, as far as it is a view that leaves the last dimension as it is, those it is a view of."""
+def through_views(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and, while it is a view that keeps the last dimension, the nodes it is a view of."""
     yield node
     while node.target in VIEWS and value(node.args[0]).shape[-1] == value(node).shape[-1]:
         node = node.args[0]
         yield node
 
 
-def leads_out(node: fx.Node) -> bool:
-    """Whether nothing in the graph reads its values."""
-    return all(user.op == "output" or (user.target in VIEWS + TURNS and leads_out(user)) for user in node.users)
+def only_returned(node: fx.Node) -> bool:
+    """Whether the graph returns the node, through views at most, and no node of it reads its values."""
+    return all(
+        user.op == "output" or (user.target in VIEWS + TRANSPOSES and only_returned(user)) for user in node.users
+    )
