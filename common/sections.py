@@ -4,15 +4,13 @@ Whole numbers have upper limits far above what anybody trains, so that a typing 
 run. Needs no torch.
 """
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from common.text import printable
+from common.text import nearest, printable
 
 # YAML 1.1 reads 1e-4 as text: it wants the dot of 1.0e-4.
 _DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -23,12 +21,6 @@ NAME_LIMIT, PATH_LIMIT = 255, 4095  # bytes, of Linux
 
 class SectionError(ValueError):
     """Values that make no section; names the keys, the values got and what is allowed."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean …?)' with the closest of `known`, or an empty string where none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def plain_text(text: str) -> str:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Signature, signature
@@ -11,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from common.text import nearest
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,8 @@ class Ops:
         return None if self._ops[name].reasons(chosen) else self._ops[name].backend(chosen)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        raise AttributeError(f"no op is called {name!r}{nearest(name, vars(self)['_ops'])}")
+        known = vars(self)["_ops"]
+        raise AttributeError(f"no op is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
 
     def __setattr__(self, name: str, value: Any = None) -> None:
         raise AttributeError(f"a bundle of ops is immutable; use kernels.select(…, {name}=…) for another choice")
@@ -234,13 +236,6 @@ class Ops:
         return "Ops({})".format(", ".join(f"{name}={row['backend']!r}" for name, row in self._table.items()))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all of them."""
-    known = list(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
-
-
 def load_ops(*names: str) -> dict[str, Op]:
     """Op name → the `OP` that the folder `kernels/<name>` declares."""
     return {name: import_module(f"kernels.{name}").OP for name in names}
@@ -250,11 +245,13 @@ def check_names(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) 
     """Raise ValueError, giving the nearest known name, where an op or a backend is called what none is."""
     for name in per_op:
         if name not in ops:
-            raise ValueError(f"no op is called {name!r}{nearest(name, ops)}")
+            raise ValueError(f"no op is called {name!r}{nearest(name, ops)}; known: {', '.join(ops)}")
     choices = ("auto", *FILES)
     for value in (backend, *per_op.values()):
         if value not in choices:
-            raise ValueError(f"no backend is called {value!r}{nearest(str(value), choices)}")
+            raise ValueError(
+                f"no backend is called {value!r}{nearest(str(value), choices)}; known: {', '.join(choices)}"
+            )
 
 
 def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Ops:

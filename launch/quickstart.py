@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import write_json
 from launch import evaluate, extract, pictures, sample, train
 from launch import export as exporting
 from launch.arguments import local_path
@@ -28,7 +29,7 @@ from launch.digits_demo import dataset
 from launch.digits_demo.classifier import LIMITS, DigitClassifier, failures, reconstruction_report, samples_report
 from launch.digits_demo.foundation import train_foundation
 from launch.evaluation import features, runner
-from launch.training.checkpoint import newest, write_json
+from launch.training.checkpoint import newest
 from launch.training.engine import uses_cuda
 from vavae.weights import load_tokenizer
 

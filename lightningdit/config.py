@@ -23,8 +23,8 @@ from common.sections import (
     Section,
     Size,
     Text,
-    nearest,
 )
+from common.text import nearest
 
 MAX_POSITIONS = 2**27  # elements of `pos_embed`: enough for 65,536 tokens of the widest named model
 MlpRatio = Annotated[Float, Field(gt=0, le=256)]

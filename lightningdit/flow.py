@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.sections import nearest
+from common.text import nearest
 from lightningdit.config import DIFFUSION_FORMS, TransportConfig
 
 V = TypeVar("V")

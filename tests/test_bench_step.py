@@ -240,8 +240,8 @@ def test_backends_of_a_variant_are_added_to_its_own():
 
 
 @pytest.mark.parametrize(("asked", "message"), [
-    (["swigl=cuda"], "no op is called 'swigl'; did you mean 'swiglu'?"),
-    (["cudda"], "no backend is called 'cudda'; did you mean 'cuda'?"),
+    (["swigl=cuda"], "no op is called 'swigl' (did you mean 'swiglu'?)"),
+    (["cudda"], "no backend is called 'cudda' (did you mean 'cuda'?)"),
     (["emulated"], "no backend is called 'emulated'"),
     (["swiglu="], "no backend is called ''"),
     (["group_norm_silu=cuda"], "group_norm_silu has no cuda backend, only auto, reference, triton"),

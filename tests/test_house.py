@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "kernels", "lightningdit", "vavae", "launch")
 ALLOWED = {
     "common": {"common"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "common"},
     "lightningdit": {"lightningdit", "kernels", "common"},
     "vavae": {"vavae", "kernels", "common"},
     "launch": {"launch", "lightningdit", "vavae", "kernels", "common"},

@@ -140,7 +140,7 @@ def test_a_wrong_value_is_said_in_plain_words_with_its_key(section):
             {"model": {"hidden_size": 10, "depth": 1, "num_heads": 3, "patch_size": 1}},
             "model: hidden_size 10 is not a multiple of num_heads 3",
         ),
-        ({"kernels": {"swigl": "cuda"}}, "kernels: no op is called 'swigl'; did you mean 'swiglu'?"),
+        ({"kernels": {"swigl": "cuda"}}, "kernels: no op is called 'swigl' (did you mean 'swiglu'?)"),
         ({"deepspeed": {"overrides": 5}}, "deepspeed.overrides: a mapping of keys to values is wanted (got 5)"),
         (
             {"deepspeed": {"overrides": {1: 2}}},

@@ -81,10 +81,10 @@ def test_disc_start_counts_both_optimizers(start, iterations):
         (["data", "params", "train", "params", "data_roots"], 1, r"data_roots \(did you mean 'data_root'"),
         (["lightning", "trainer", "max_epoch"], 1, r"max_epoch \(did you mean 'max_epochs'"),
         (["model", "params", "use_vf"], "dinov3", r"use_vf: 'dinov3' is not one of dinov2, mae"),
-        (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: expected a whole number"),
-        (["data", "params", "batch_size"], 8.5, r"batch_size: expected a whole number, got 8.5"),
+        (["model", "params", "lossconfig", "params", "disc_start"], "soon", "disc_start: a whole number is wanted"),
+        (["data", "params", "batch_size"], 8.5, r"batch_size: a whole number is wanted \(got 8.5"),
         (["lightning", "trainer", "precision"], 16, r"precision: 16 is not one of"),
-        (["model", "params"], "none", r"model\.params: expected a mapping, got 'none'"),
+        (["model", "params"], "none", r"model\.params: a mapping of keys to values is wanted \(got 'none'"),
     ],
 )
 def test_faults_of_a_published_yaml_are_named(path, value, error):

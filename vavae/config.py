@@ -24,8 +24,8 @@ from common.sections import (
     Size,
     Sizes,
     Text,
-    nearest,
 )
+from common.text import nearest
 
 GROUPS = 32  # of every GroupNorm in the autoencoder
 MAX_WIDTH = 65_536

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.files import DownloadError
-from common.sections import nearest
 from common.tensors import is_downloaded, load_strict, read_tensors, write_tensors
+from common.text import nearest
 from vavae.config import FoundationConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -46,14 +46,15 @@ class Perceptual(nn.Module):
     def __init__(self, backbone: str | None):
         super().__init__()
         vgg = read_tensors(backbone) if backbone is not None else _download_vgg()
-        heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
+        shipped = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+        heads = read_tensors(shipped)
         self.net = lpips_network("cpu")
         # torchvision's `features.<layer>.<kind>` is here `slice<n>.<layer>.<kind>`.
         names = {key: f"features.{key.split('.', 1)[1]}" for key in self.net.net.state_dict()}
         convolutions = {key: vgg[name] for key, name in names.items() if name in vgg}
         load_strict(self.net.net, convolutions, f"{backbone or 'of torchvision'} as VGG-16")
         for index, head in enumerate(self.net.lins):
-            head.load_state_dict({"model.1.weight": heads[f"lin{index}.model.1.weight"]})
+            load_strict(head, {"model.1.weight": heads[f"lin{index}.model.1.weight"]}, shipped)
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

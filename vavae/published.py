@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from common.sections import nearest
+from common.sections import short
+from common.text import nearest
 
 FOUNDATION_MODELS = {"dinov2": "vit_large_patch14_dinov2.lvd142m", "mae": "vit_large_patch16_224.mae"}
 PRECISIONS = {32: "float32", "32": "float32", "32-true": "float32", "bf16": "bfloat16", "bf16-mixed": "bfloat16"}
@@ -62,7 +63,7 @@ class _Reader:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}{key}: expected a mapping, got {value!r}")
+            raise ValueError(f"{where}{key}: a mapping of keys to values is wanted (got {short(value)})")
         return value
 
     def integer(self, section: Mapping[str, Any], key: str, where: str) -> int:
@@ -71,7 +72,7 @@ class _Reader:
         if value is None:
             return 1
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{where}{key}: expected a whole number, got {value!r}")
+            raise ValueError(f"{where}{key}: a whole number is wanted (got {short(value)})")
         return value
 
     def allow(self, section: Mapping[str, Any], where: str, used: tuple[str, ...], ignored: tuple[str, ...] = ()):

@@ -1,7 +1,6 @@
 """Committed rows of a GPU, `bench/results/<gpu>.jsonl`: a line for each time they were written says why, then rows."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import kernels
 from bench.gate import compare
 from bench.measure.rows import FORMAT, NAMES, ROOT, Row, now, read
+from common.files import make_directory, write_text
 
 RESULTS = ROOT / "bench" / "results"
 VERSIONS = ("gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
@@ -55,11 +55,8 @@ def update(path: Path, rows: list[Row], reason: str) -> Row:
     gone = replaced(fresh)
     kept = [row for row in old if row["kind"] != "baseline" and exists(row) and not gone(row)]
     ordered = sorted(kept + fresh, key=lambda row: tuple(map(str, compare.key(row))))
-    temporary = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in reasons + ordered]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    make_directory(path.parent)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in reasons + ordered))
     return said
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 import kernels
-from kernels.registry import FILES, Ops, nearest
+from common.text import nearest
+from kernels.registry import FILES, Ops
 
 #: What can be asked for by name; "emulated" computes on a CPU whatever the device is.
 CHOICES = ("auto", *(name for name in FILES if name != "emulated"))
@@ -46,12 +47,12 @@ def parse(texts: Iterable[str]) -> tuple[str | None, dict[str, str]]:
 
 def _check_backend(name: str) -> None:
     if name not in CHOICES:
-        raise ValueError(f"no backend is called {name!r}{nearest(name, CHOICES)}")
+        raise ValueError(f"no backend is called {name!r}{nearest(name, CHOICES)}; known: {', '.join(CHOICES)}")
 
 
 def _check_op(name: str, backend: str) -> None:
     if name not in kernels.OPS:
-        raise ValueError(f"no op is called {name!r}{nearest(name, kernels.OPS)}")
+        raise ValueError(f"no op is called {name!r}{nearest(name, kernels.OPS)}; known: {', '.join(kernels.OPS)}")
     _check_backend(backend)
     having = ("auto", *kernels.OPS[name].backends)
     if backend not in having:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.files import write_json
 from launch.digits_demo.dataset import CLASSES, Digits
-from launch.training.checkpoint import write_json
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 from vavae.images import to_float_batch

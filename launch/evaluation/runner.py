@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.files import sha256
 from common.seeds import generator
 from launch.evaluation.features import Extractor
 from launch.evaluation.image_source import ImageSource, image_sides, image_size, npz_names, open_images, read_npz
@@ -23,7 +24,6 @@ from launch.evaluation.metrics import (
     require_moments,
     ssim,
 )
-from launch.training.checkpoint import sha256
 from vavae import seeds
 from vavae.images import to_float_batch, to_uint8
 from vavae.loss import Perceptual

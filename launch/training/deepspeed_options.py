@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from common.sections import Count, NonNegative, PathText, Section, describe, nearest
+from common.sections import Count, NonNegative, PathText, Section, describe
+from common.text import nearest
 from launch.config_files import ConfigError, find_config, merge, read_mapping, which_config
 
 DEEPSPEED_FILES = Path(__file__).parents[1] / "deepspeed"
