@@ -190,8 +190,8 @@ AttentionSizes attention_sizes(Call& call, const Tensor& qkv, int queries, int k
   return {qkv.size(0), qkv.size(1), qkv.size(3), qkv.size(4), queries, keys, warps};
 }
 
-Turn turn(Call& call, py::handle bias, py::handle table, py::handle q_weight, py::handle k_weight,
-          double eps, const AttentionSizes& sizes) {
+QkvPrologue qkv_prologue(Call& call, py::handle bias, py::handle table, py::handle q_weight,
+                         py::handle k_weight, double eps, const AttentionSizes& sizes) {
   Floats angles = floats_or_none(call, "table", table, {sizes.tokens, sizes.width / 2, 2});
   call.require(angles.dtype == DType::float32, "table", "is not float32");
   call.require(angles.data == nullptr || sizes.width % 2 == 0, "table",
@@ -213,7 +213,7 @@ void rope_attention_fwd(py::handle qkv, py::handle bias, py::handle table, py::h
   AttentionSizes sizes = attention_sizes(call, packed, queries, keys, warps);
   Floats input = packed.floats();
   launch_rope_attention_fwd(
-      input, turn(call, bias, table, q_weight, k_weight, eps, sizes),
+      input, qkv_prologue(call, bias, table, q_weight, k_weight, eps, sizes),
       result.shaped({sizes.samples, sizes.tokens, sizes.heads * sizes.width})
           .typed(input.dtype)
           .data(),
@@ -240,7 +240,7 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
       upstream.shaped(flat).typed(input.dtype).data(), input,
       result.shaped(flat).typed(input.dtype).data(),
       sums.shaped({sizes.samples, sizes.heads, sizes.tokens}).as<float>(DType::float32),
-      turn(call, bias, table, q_weight, k_weight, eps, sizes),
+      qkv_prologue(call, bias, table, q_weight, k_weight, eps, sizes),
       gradient.shaped({sizes.samples, sizes.tokens, 3, sizes.heads, sizes.width})
           .typed(input.dtype)
           .data(),

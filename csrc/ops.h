@@ -122,7 +122,8 @@ struct AttentionSizes {
 
 constexpr std::int64_t kMaxHeadWidth = 128;
 
-struct Turn {
+// Applied to qkv as it is loaded: + bias, then for queries and keys the RMS norm and RoPE.
+struct QkvPrologue {
   const float* table = nullptr;
   Floats q_weight, k_weight;  // both or neither
   Floats bias;                // [3, heads, width], or null
@@ -142,13 +143,13 @@ struct VectorGradients {
 
 // out [samples, tokens, heads·width] of the dtype of qkv; lse float32 [samples, heads, tokens],
 // log2 Σ exp of the scores.
-void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse,
+void launch_rope_attention_fwd(Floats qkv, const QkvPrologue& prologue, void* out, float* lse,
                                const AttentionSizes& sizes, Stream stream);
 
 // `scratch` float32 [samples, heads, tokens, width], or null where `keys` holds all tokens and
 // heads are at most 72 wide.
 void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse,
-                               const Turn& turn, void* d_qkv, float* scratch,
+                               const QkvPrologue& prologue, void* d_qkv, float* scratch,
                                const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream);
 

@@ -7,10 +7,10 @@
 namespace ldit {
 
 void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, const float* lse,
-                               const Turn& turn, void* d_qkv, float* scratch,
+                               const QkvPrologue& prologue, void* d_qkv, float* scratch,
                                const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream) {
-  bool all = whole_chunks(sizes, {d_out, qkv.data, out, turn.table, d_qkv});
+  bool all = whole_chunks(sizes, {d_out, qkv.data, out, prologue.table, d_qkv});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
   with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
     using T = typename decltype(tag)::type;
@@ -28,7 +28,7 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
     launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream,
             Shape::shared(sizes)},
            rope_attention_bwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(d_out),
-           static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, turn,
+           static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, prologue,
            static_cast<T*>(d_qkv), scratch, partials, sizes, all);
   });
   std::int64_t heads = sizes.samples * sizes.heads;

@@ -6,9 +6,9 @@
 
 namespace ldit {
 
-void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* lse,
+void launch_rope_attention_fwd(Floats qkv, const QkvPrologue& prologue, void* out, float* lse,
                                const AttentionSizes& sizes, Stream stream) {
-  bool all = whole_chunks(sizes, {qkv.data, turn.table, out});
+  bool all = whole_chunks(sizes, {qkv.data, prologue.table, out});
   bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
   with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
     using T = typename decltype(tag)::type;
@@ -19,14 +19,14 @@ void launch_rope_attention_fwd(Floats qkv, const Turn& turn, void* out, float* l
     check(sizes.queries % Shape::rows == 0 && sizes.keys % Shape::keys == 0,
           "queries or keys fill no tiles");
     check(Chosen::whole || sizes.queries <= sizes.warps * Shape::rows,
-          "warps take turns while keys pass by");
+          "warps would need a second pass over the keys");
     check(sizes.warps * kWarp <= Shape::threads, "too many warps");
     std::int64_t parts = (sizes.tokens + sizes.queries - 1) / sizes.queries;
     std::size_t shared = (Rows::size(sizes.queries) + 2 * Rows::size(sizes.keys)) * sizeof(T);
     launch({name, blocks(name, sizes.heads * parts, sizes.samples), unsigned(sizes.warps * kWarp),
             stream, shared},
            rope_attention_fwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(qkv.data),
-           turn, static_cast<T*>(out), lse, sizes, all);
+           prologue, static_cast<T*>(out), lse, sizes, all);
   });
 }
 

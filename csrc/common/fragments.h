@@ -176,8 +176,8 @@ LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 be
 LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b,
                               [[maybe_unused]] Site site = Site::here()) {
 #ifdef LDIT_EMULATED
-  // The same sums, in the same order, in one turn of each lane instead of 32 (tests/csrc/helpers.cu
-  // compares them).
+  // The same sums, in the same order, in one exchange between the lanes instead of 32
+  // (tests/csrc/helpers.cu compares them).
   float2 a[2] = {above, below};
   emulated_mma<float, 8>("multiply_add", d, a, &b, site);
 #else

@@ -316,17 +316,17 @@ void free_all_shared() {
 
 // --- A block from its first thread to its last.
 
-void arrange(std::vector<unsigned>& turns) {
+void arrange(std::vector<unsigned>& sequence) {
   Machine& m = machine();
-  if (m.order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), m.random);
+  if (m.order == Order::shuffled) std::shuffle(sequence.begin(), sequence.end(), m.random);
 }
 
 std::vector<unsigned> numbers(std::size_t count) {
-  std::vector<unsigned> turns(count);
+  std::vector<unsigned> sequence(count);
   bool down = machine().order == Order::descending;
-  for (std::size_t i = 0; i < count; ++i) turns[i] = down ? count - 1 - i : i;
-  arrange(turns);
-  return turns;
+  for (std::size_t i = 0; i < count; ++i) sequence[i] = down ? count - 1 - i : i;
+  arrange(sequence);
+  return sequence;
 }
 
 void start_threads() {
@@ -349,12 +349,12 @@ void start_threads() {
 bool run_warp(unsigned warp) {
   Machine& m = machine();
   unsigned first = 32 * warp, count = std::min(32u, m.count - first);
-  std::vector<unsigned> turns = numbers(count);
+  std::vector<unsigned> sequence = numbers(count);
   bool moved = false, again = true;
   while (again) {
     again = false;
-    arrange(turns);
-    for (unsigned lane : turns) {
+    arrange(sequence);
+    for (unsigned lane : sequence) {
       Thread& thread = m.threads[first + lane];
       if (thread.state != State::ready) continue;
       moved = again = true;
@@ -371,11 +371,11 @@ void run_block(std::size_t dynamic_bytes) {
   Machine& m = machine();
   start_threads();
   m.dynamic = allocate_shared(dynamic_bytes, Site::here());
-  std::vector<unsigned> turns = numbers((m.count + 31) / 32);
+  std::vector<unsigned> sequence = numbers((m.count + 31) / 32);
   while (!m.failed) {
     bool moved = false;
-    arrange(turns);
-    for (unsigned warp : turns) {
+    arrange(sequence);
+    for (unsigned warp : sequence) {
       moved |= run_warp(warp);
       if (m.failed) break;
     }

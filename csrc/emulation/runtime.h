@@ -45,8 +45,7 @@ extern Coordinates now;
 
 enum class Order { ascending, descending, shuffled };
 
-// In which order the threads of a block take their turns, and the blocks of a grid theirs, from now
-// on.
+// The order in which the threads of a block run, and the blocks of a grid, from now on.
 void set_order(Order order, std::uint64_t seed);
 
 // Runs `body(closure)` once for each thread of the grid. Throws Error.

@@ -3,8 +3,8 @@
 // multiply the queries' rows from registers; they go to shared memory once, from where all warps
 // together make the gradient of a block of queries: five matrix products, and no sum over blocks.
 //
-// Where not all keys fit in shared memory, the block takes them in turns, and sums the gradient of
-// the queries in `scratch`, as it always does where heads are wide.
+// Where not all keys fit in shared memory, the block takes a part of them at a time, and sums the
+// gradient of the queries in `scratch`, as it always does where heads are wide.
 #pragma once
 
 #include "gradients.h"
@@ -190,8 +190,8 @@ struct KeyGradients {
   }
 };
 
-// The gradient of 16 turned queries, columns [column, column + 16) of the d_scores, from the first
-// `count` keys: its columns from `first` on.
+// The gradient of 16 normed and rotated queries, columns [column, column + 16) of the d_scores,
+// from the first `count` keys: its columns from `first` on.
 template <int tiles, class T, int width, bool whole>
 LDIT_DEVICE void query_gradients(float (&d)[tiles][4],
                                  const BackwardMemory<T, width, whole>& memory, int column,
@@ -227,7 +227,7 @@ LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<wi
 // block is the `columns` rows in memory from `block` on.
 template <class T, int width, bool whole>
 LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv,
-                                const Head<width, whole>& head, const Turn& turn,
+                                const Head<width, whole>& head, const QkvPrologue& prologue,
                                 const Vectors<width>& vectors, T* d_qkv, float* scratch, int first,
                                 int block, int columns, int key, int count, float scale) {
   const bool last = key + count >= head.tokens;
@@ -245,7 +245,8 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
       query_gradients(d, memory, column, count, 0);
       if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
       if (!last) continue;
-      turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
+      norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, scale,
+                         memory.sums_of(warp_index()));
       store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token,
                  head);
     }
@@ -256,13 +257,14 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
 // memory.
 template <class T, int width, bool whole>
 LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv,
-                                     const Head<width, whole>& head, const Turn& turn,
+                                     const Head<width, whole>& head, const QkvPrologue& prologue,
                                      const Vectors<width>& vectors, T* d_qkv, float* scratch,
                                      float scale) {
   for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
     float d[width / 8][4] = {};
     add_scratch(d, scratch, head, token, 0, true, false);
-    turn_back(d, qkv, head, turn, vectors, 0, token, scale, memory.sums_of(warp_index()));
+    norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, scale,
+                       memory.sums_of(warp_index()));
     store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token),
                head.tokens - token, head);
   }
@@ -293,9 +295,9 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
 template <class T, int width, bool whole>
 __global__ void __launch_bounds__(256, 1)
     rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv,
-                       const T* __restrict__ out, const float* __restrict__ lse, Turn turn,
-                       T* __restrict__ d_qkv, float* scratch, VectorPartials partials,
-                       AttentionSizes sizes, bool all) {
+                       const T* __restrict__ out, const float* __restrict__ lse,
+                       QkvPrologue prologue, T* __restrict__ d_qkv, float* scratch,
+                       VectorPartials partials, AttentionSizes sizes, bool all) {
   using Shape = BackwardShape<T, width, whole>;
   DynamicShared dynamic;
   LDIT_SHARED(float, of_queries, 2 * Shape::most);  // at an address that takes no register
@@ -305,20 +307,21 @@ __global__ void __launch_bounds__(256, 1)
   const int row = warp_index() * Shape::rows;  // of this warp's keys
   LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
   const Vectors<width> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
-  stage_vectors(turn, head, vectors);
+  stage_norm_and_bias(prologue, head, vectors);
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
 
   for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
     const int count = whole ? head.tokens : min(sizes.keys, head.tokens - key);
     __syncthreads();
-    stage_values(qkv, head, key, sizes.keys, memory.values);
-    if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, memory.queries, memory.keys);
-    else stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, memory.keys);
+    stage_v(qkv, head, key, sizes.keys, memory.values);
+    if (whole) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, memory.queries, memory.keys);
+    else stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, memory.keys);
     KeyGradients<T, width, whole> gradients;
     for (int query = 0; query < (whole ? 1 : head.tokens); query += whole ? 1 : sizes.queries) {
       if (query > 0) __syncthreads();
-      if (!whole) stage_turned(qkv, head, turn, vectors, 0, query, sizes.queries, memory.queries);
+      if (!whole)
+        stage_q_or_k(qkv, head, prologue, vectors, 0, query, sizes.queries, memory.queries);
       stage_upstream(memory, d_out, out, lse, head, vectors, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
@@ -331,12 +334,12 @@ __global__ void __launch_bounds__(256, 1)
           gradients.add(memory, row, count - row, block + column, column, scale);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, turn, vectors, d_qkv, whole ? nullptr : scratch, query,
-                       block, columns, key, count, scale * kLn2);
+        finish_queries(memory, qkv, head, prologue, vectors, d_qkv, whole ? nullptr : scratch,
+                       query, block, columns, key, count, scale * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all
-    if (turn.bias.data != nullptr) {
+    if (prologue.bias.data != nullptr) {
       add_columns<Shape::tiles>(sums.db_partial(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
@@ -351,14 +354,15 @@ __global__ void __launch_bounds__(256, 1)
       if (at >= count) continue;
       store_tile(gradients.values[m], memory.values, at, d_qkv + head.in_packed(2, token),
                  head.tokens - token, head);
-      turn_back(gradients.keys[m], qkv, head, turn, vectors, 1, token, scale * kLn2, sums);
+      norm_rope_backward(gradients.keys[m], qkv, head, prologue, vectors, 1, token, scale * kLn2,
+                         sums);
       store_tile(gradients.keys[m], memory.keys, at, d_qkv + head.in_packed(1, token),
                  head.tokens - token, head);
     }
   }
   __syncthreads();
   if constexpr (Shape::wide) {
-    finish_from_scratch(memory, qkv, head, turn, vectors, d_qkv, scratch, scale * kLn2);
+    finish_from_scratch(memory, qkv, head, prologue, vectors, d_qkv, scratch, scale * kLn2);
     __syncthreads();
   }
   store_sums(memory, partials, head, sizes);

@@ -77,7 +77,7 @@ struct Seen {
   }
 
  private:
-  // Turns the scores of a row, in each lane of four, into weights, and shrinks what was summed for
+  // Replaces the scores of a row, in each lane of four, by weights, and shrinks what was summed for
   // a lower maximum.
   LDIT_DEVICE void weigh(float (&scores)[Shape::n][4], int m, int half, float scale) {
     float highest = -INFINITY;
@@ -138,10 +138,10 @@ LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& ow
 // A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2
 // cache. `queries` and `keys` of the sizes are multiples of Shape::rows and Shape::keys. `whole`:
 // one block holds the head, as many queries as keys, of just this width, and accesses are whole;
-// else all warps take one turn.
+// else each warp takes one tile of queries.
 template <class T, int width, bool whole>
 __global__ void __launch_bounds__(128, 2)
-    rope_attention_fwd(const T* __restrict__ qkv, Turn turn, T* __restrict__ out,
+    rope_attention_fwd(const T* __restrict__ qkv, QkvPrologue prologue, T* __restrict__ out,
                        float* __restrict__ lse, AttentionSizes sizes, bool all) {
   using Shape = ForwardShape<T, width>;
   using Rows = Tile<T, width>;
@@ -157,11 +157,11 @@ __global__ void __launch_bounds__(128, 2)
   const int first = part * sizes.queries;
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
 
-  if (whole) stage_values(qkv, head, 0, sizes.keys, values);
-  stage_vectors(turn, head, vectors);
+  if (whole) stage_v(qkv, head, 0, sizes.keys, values);
+  stage_norm_and_bias(prologue, head, vectors);
   __syncthreads();
-  if (whole) stage_both(qkv, head, turn, vectors, sizes.keys, queries, keys);
-  else stage_turned(qkv, head, turn, vectors, 0, first, sizes.queries, queries);
+  if (whole) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, queries, keys);
+  else stage_q_or_k(qkv, head, prologue, vectors, 0, first, sizes.queries, queries);
   wait_copies<0>();
   __syncthreads();
   for (int row = warp_index() * Shape::rows; row < sizes.queries;
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(128, 2)
     for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
       if (!whole) {
         __syncthreads();
-        stage_values(qkv, head, key, sizes.keys, values);
-        stage_turned(qkv, head, turn, vectors, 1, key, sizes.keys, keys);
+        stage_v(qkv, head, key, sizes.keys, values);
+        stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, keys);
         wait_copies<0>();
         __syncthreads();
       }

@@ -36,25 +36,27 @@ LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
   }
 }
 
-// Takes the gradient of 16 turned rows from `token` on, queries or keys (`which` 0 or 1), back
-// through rotation and norm. `sums`, of this warp: where the gradients of the vectors are summed.
+// Takes the gradient of 16 normed and rotated rows from `token` on, queries or keys (`which` 0 or
+// 1), back through rotation and norm. `sums`, of this warp: where the gradients of the vectors are
+// summed.
 template <class T, int width, bool exact>
-LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<width, exact>& head,
-                           const Turn& turn, const Vectors<width>& vectors, int which, int token,
-                           float scale, const Vectors<width>& sums) {
+LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
+                                    const Head<width, exact>& head, const QkvPrologue& prologue,
+                                    const Vectors<width>& vectors, int which, int token,
+                                    float scale, const Vectors<width>& sums) {
   constexpr int tiles = width / 8;
-  const bool normed = turn.q_weight.data != nullptr;
+  const bool normed = prologue.q_weight.data != nullptr;
   const int member = 2 * member_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int at = token + group_index() + 8 * half;
     bool there = at < head.tokens;
-    const float* angles = turn.table + std::int64_t(at) * head.width + member;
-    bool turned = turn.table && there;
+    const float* angles = prologue.table + std::int64_t(at) * head.width + member;
+    bool rotated = prologue.table && there;
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       Raw<float, 2> angle{};
-      bool here = turned && head.left(8 * t + member, 2);
+      bool here = rotated && head.left(8 * t + member, 2);
       if (here) angle = load<2>(angles + 8 * t);
       float cos = here ? angle[0] * scale : scale, sin = here ? angle[1] * scale : 0.f;
       float even = d[t][2 * half], odd = d[t][2 * half + 1];
@@ -71,7 +73,7 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
       auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
       squares += pair[0] * pair[0] + pair[1] * pair[1];
     }
-    float inverse = inverse_rms(squares, head, turn);
+    float inverse = inverse_rms(squares, head, prologue);
 #pragma unroll
     for (int t = 0; t < tiles; ++t)
 #pragma unroll
@@ -96,7 +98,7 @@ LDIT_DEVICE void turn_back(float (&d)[width / 8][4], const T* qkv, const Head<wi
       }
     }
   }
-  if (turn.bias.data != nullptr)
+  if (prologue.bias.data != nullptr)
     add_columns<tiles>(sums.db_partial(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 

@@ -1,5 +1,5 @@
-// How rows of a head come from global memory, queries and keys turned (with their bias, normed,
-// then rotated), and how they go back.
+// Loads of rows of a head from global memory into shared memory, with bias, RMS norm and RoPE
+// applied on the way (the prologue), and stores of rows of results.
 //
 // Columns that do not exist are 0 in shared memory, and so are rows but for a bias, so that any
 // product with them is finite. Weights between queries and keys are 0 where one of both does not
@@ -96,22 +96,24 @@ struct Vectors {
 };
 
 template <int width, bool exact>
-LDIT_DEVICE void stage_vectors(const Turn& turn, const Head<width, exact>& head,
-                               const Vectors<width>& vectors) {
+LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue, const Head<width, exact>& head,
+                                     const Vectors<width>& vectors) {
   for (int i = threadIdx.x; i < Vectors<width>::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
-    const Floats from = which == 0 ? turn.q_weight : which == 1 ? turn.k_weight : turn.bias;
+    const Floats from = which == 0   ? prologue.q_weight
+                        : which == 1 ? prologue.k_weight
+                                     : prologue.bias;
     const std::int64_t at = which < 2 ? column : (which - 2) * head.row() + head.first() + column;
     vectors.memory[i] = from.data != nullptr && column < head.width ? load_float(from, at) : 0.f;
   }
 }
 
-// Eight columns of a turned row, rounded once. `inverse`: of the root mean square; `factors`: of
-// the norm.
+// Eight columns of a row, normed and rotated, rounded once. `inverse`: of the root mean square;
+// `factors`: of the norm.
 template <class T>
-LDIT_DEVICE Raw<T, kChunk> turned(const Raw<float, kChunk>& raw, bool normed, float inverse,
-                                  const Raw<float, kChunk>& factors, bool rotated,
-                                  const Raw<float, kChunk>& angles) {
+LDIT_DEVICE Raw<T, kChunk> apply_norm_rope(const Raw<float, kChunk>& raw, bool normed,
+                                           float inverse, const Raw<float, kChunk>& factors,
+                                           bool rotated, const Raw<float, kChunk>& angles) {
   float values[kChunk];
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) values[j] = normed ? raw[j] * inverse * factors[j] : raw[j];
@@ -133,17 +135,19 @@ LDIT_DEVICE float sum_of_squares(const Raw<float, kChunk>& raw) {
 }
 
 template <int width, bool exact>
-LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head, const Turn& turn) {
-  return fast_rsqrt(warp_sum(squares, 4) / static_cast<float>(head.width) + turn.eps);
+LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head,
+                              const QkvPrologue& prologue) {
+  return fast_rsqrt(warp_sum(squares, 4) / static_cast<float>(head.width) + prologue.eps);
 }
 
-// Turns rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1) into
-// shared memory; four threads share a row. In few registers: sums of products occupy most of them.
+// Loads rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1), normed
+// and rotated, into shared memory; four threads share a row. In few registers: sums of products
+// occupy most of them.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, const Turn& turn,
-                              const Vectors<width>& vectors, int which, int first, int rows,
-                              const Tile<T, width>& to) {
-  const bool normed = turn.q_weight.data != nullptr;
+LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, exact>& head,
+                              const QkvPrologue& prologue, const Vectors<width>& vectors, int which,
+                              int first, int rows, const Tile<T, width>& to) {
+  const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -156,19 +160,19 @@ LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, cons
             head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0);
         squares += sum_of_squares(vectors.add_bias(raw, which, column));
       }
-      inverse = inverse_rms(squares, head, turn);
+      inverse = inverse_rms(squares, head, prologue);
     }
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
       int valid = there ? head.left(column, kChunk) : 0;
       auto raw =
           vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
       Raw<float, kChunk> angles{}, factors{};
-      if (turn.table)
+      if (prologue.table)
         angles = head.template load_some<kChunk>(
-            turn.table + std::int64_t(token) * head.width + column, valid);
+            prologue.table + std::int64_t(token) * head.width + column, valid);
       if (normed) factors = load<kChunk>(vectors.weight(which, column, kChunk));
       store(to.at(row, column, kChunk),
-            turned<T>(raw, normed, inverse, factors, turn.table != nullptr, angles));
+            apply_norm_rope<T>(raw, normed, inverse, factors, prologue.table != nullptr, angles));
     }
   }
 }
@@ -176,11 +180,11 @@ LDIT_DEVICE void stage_turned(const T* qkv, const Head<width, exact>& head, cons
 // The same for the first rows of queries and keys at once, which reads the table once, and asks for
 // a whole row at a time.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const Turn& turn,
-                            const Vectors<width>& vectors, int rows, const Tile<T, width>& queries,
-                            const Tile<T, width>& keys) {
+LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, exact>& head,
+                               const QkvPrologue& prologue, const Vectors<width>& vectors, int rows,
+                               const Tile<T, width>& queries, const Tile<T, width>& keys) {
   constexpr int pieces = (width / kChunk + 3) / 4;
-  const bool normed = turn.q_weight.data != nullptr;
+  const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     bool there = row < head.tokens;
     Raw<T, kChunk> raw[2][pieces];
@@ -191,9 +195,9 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         raw[i][p] = head.template load_some<kChunk>(qkv + head.in_packed(i, row) + column, valid);
-      if (turn.table)
+      if (prologue.table)
         angles[p] = head.template load_some<kChunk>(
-            turn.table + std::int64_t(row) * head.width + column, valid);
+            prologue.table + std::int64_t(row) * head.width + column, valid);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -205,7 +209,7 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
           int column = kChunk * (member_index() + 4 * p);
           if (column < width) squares += sum_of_squares(vectors.add_bias(raw[i][p], i, column));
         }
-        inverse = inverse_rms(squares, head, turn);
+        inverse = inverse_rms(squares, head, prologue);
       }
 #pragma unroll
       for (int p = 0; p < pieces; ++p) {
@@ -214,8 +218,8 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
         Raw<float, kChunk> factors{};
         if (normed) factors = load<kChunk>(vectors.weight(i, column, kChunk));
         store((i == 0 ? queries : keys).at(row, column, kChunk),
-              turned<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors,
-                        turn.table != nullptr, angles[p]));
+              apply_norm_rope<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors,
+                                 prologue.table != nullptr, angles[p]));
       }
     }
   }
@@ -223,8 +227,8 @@ LDIT_DEVICE void stage_both(const T* qkv, const Head<width, exact>& head, const 
 
 // Starts to copy the values of rows [first, first + rows); wait_copies<0>() and a barrier end it.
 template <class T, int width, bool exact>
-LDIT_DEVICE void stage_values(const T* qkv, const Head<width, exact>& head, int first, int rows,
-                              const Tile<T, width>& to, Site site = Site::here()) {
+LDIT_DEVICE void stage_v(const T* qkv, const Head<width, exact>& head, int first, int rows,
+                         const Tile<T, width>& to, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     int row = i / units, column = i % units * count, token = first + row;
@@ -243,7 +247,8 @@ template <class T, int width, bool exact>
 LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stride, int exist,
                             const Head<width, exact>& head, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
-#pragma unroll 1  // the addresses of all turns at once would take registers from sums of products
+  // The addresses of all iterations at once would take registers from the accumulators.
+#pragma unroll 1
   for (int i = lane_index(); i < 16 * units; i += kWarp) {
     int down = i / units, column = i % units * count, valid = head.left(column, count);
     if (down >= exist || valid == 0) continue;
