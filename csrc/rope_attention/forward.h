@@ -17,29 +17,33 @@ struct ForwardShape {
   static constexpr int threads = 128;
 };
 
-// What a warp knows of its queries after some keys: scores in units of log 2, the largest so far;
-// sums, of each lane's columns, of 2^(score − largest), and of that times the values.
+// The state of a warp's 16·m queries after some keys, for scores s = q·kᵀ·scale in units of log 2:
+//
+//   row_max [16·m]         m_i, the largest score so far; the same in the four lanes of a row
+//   row_sum [16·m]         l_i = Σ_j 2^(s_ij − m_i), of each lane only over its own columns
+//   acc     [16·m, width]  Σ_j 2^(s_ij − m_i)·v_j, in fragments of D (common/mma.h)
 template <class T, int width>
-struct Seen {
+struct OnlineSoftmax {
   using Shape = ForwardShape<T, width>;
-  float top[Shape::m][2], total[Shape::m][2], sums[Shape::m][Shape::tiles][4];
+  float row_max[Shape::m][2], row_sum[Shape::m][2], acc[Shape::m][Shape::tiles][4];
 
-  LDIT_DEVICE Seen() {
+  LDIT_DEVICE OnlineSoftmax() {
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) top[m][half] = -INFINITY, total[m][half] = 0.f;
+      for (int half = 0; half < 2; ++half) row_max[m][half] = -INFINITY, row_sum[m][half] = 0.f;
 #pragma unroll
       for (int t = 0; t < Shape::tiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][t][i] = 0.f;
+        for (int i = 0; i < 4; ++i) acc[m][t][i] = 0.f;
     }
   }
 
-  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `top` is
-  // finite.
-  LDIT_DEVICE void see(const Word<T> (&q)[Shape::m][2 * Shape::tiles], const Tile<T, width>& keys,
-                       const Tile<T, width>& values, int first, int left, float scale) {
+  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `row_max`
+  // is finite.
+  LDIT_DEVICE void update(const Word<T> (&q)[Shape::m][2 * Shape::tiles],
+                          const Tile<T, width>& keys, const Tile<T, width>& values, int first,
+                          int left, float scale) {
     float scores[Shape::m][Shape::n][4] = {};
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n) {
@@ -61,7 +65,7 @@ struct Seen {
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) weigh(scores[m], m, half, scale);
+      for (int half = 0; half < 2; ++half) softmax_row(scores[m], m, half, scale);
 #pragma unroll
     for (int n = 0; n < Shape::n; n += 2) {
       Word<T> b[Shape::tiles][2];
@@ -71,60 +75,60 @@ struct Seen {
         Word<T> a[4];
         as_a<T>(a, scores[m][n], scores[m][n + 1]);
 #pragma unroll
-        for (int t = 0; t < Shape::tiles; ++t) multiply<T>(sums[m][t], a, b[t]);
+        for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], a, b[t]);
       }
     }
   }
 
  private:
-  // Replaces the scores of a row, in each lane of four, by weights, and shrinks what was summed for
-  // a lower maximum.
-  LDIT_DEVICE void weigh(float (&scores)[Shape::n][4], int m, int half, float scale) {
-    float highest = -INFINITY;
+  // Replaces the scores of a row, in each of its four lanes, by p = 2^(s − m_i), and rescales what
+  // was summed with a lower maximum.
+  LDIT_DEVICE void softmax_row(float (&scores)[Shape::n][4], int m, int half, float scale) {
+    float new_max = -INFINITY;
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n)
-      highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    highest = fmaxf(top[m][half], warp_max(highest, 4) * scale);
-    float shrink = fast_exp2(top[m][half] - highest), sum = 0.f;
-    top[m][half] = highest;
+      new_max = fmaxf(new_max, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    new_max = fmaxf(row_max[m][half], warp_max(new_max, 4) * scale);
+    float rescale = fast_exp2(row_max[m][half] - new_max), sum = 0.f;
+    row_max[m][half] = new_max;
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n)
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = fast_exp2(scores[n][i] * scale - highest);
+        scores[n][i] = fast_exp2(scores[n][i] * scale - new_max);
         sum += scores[n][i];
       }
-    total[m][half] = total[m][half] * shrink + sum;
+    row_sum[m][half] = row_sum[m][half] * rescale + sum;
 #pragma unroll
     for (int t = 0; t < Shape::tiles; ++t)
-      sums[m][t][2 * half] *= shrink, sums[m][t][2 * half + 1] *= shrink;
+      acc[m][t][2 * half] *= rescale, acc[m][t][2 * half + 1] *= rescale;
   }
 };
 
-// Divides by the sums of weights, adds the bias of the values and stores 16·m rows, by way of the
+// Divides by the row sums, adds the bias of the values and stores 16·m rows, by way of the
 // rows of `own` that nobody else needs any more.
 template <class T, int width, bool exact>
-LDIT_DEVICE void store_seen(const Seen<T, width>& seen, const Tile<T, width>& own, int row,
-                            int token, T* out, float* lse, const Head<width, exact>& head,
-                            const Vectors<width>& vectors) {
+LDIT_DEVICE void store_result(const OnlineSoftmax<T, width>& softmax, const Tile<T, width>& own,
+                              int row, int token, T* out, float* lse,
+                              const Head<width, exact>& head, const Vectors<width>& vectors) {
   using Shape = ForwardShape<T, width>;
   __syncwarp();  // all lanes have their fragments of the queries that were here
 #pragma unroll
   for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = warp_sum(seen.total[m][half], 4), inverse = 1.f / total;
+      float row_sum = warp_sum(softmax.row_sum[m][half], 4), inverse = 1.f / row_sum;
       int down = 16 * m + 8 * half + group_index();
 #pragma unroll
       for (int t = 0; t < Shape::tiles; ++t) {
         const int column = 8 * t + 2 * member_index();
         Raw<float, 2> pair;
-        for (int j = 0; j < 2; ++j) pair.set(j, seen.sums[m][t][2 * half + j] * inverse);
+        for (int j = 0; j < 2; ++j) pair.set(j, softmax.acc[m][t][2 * half + j] * inverse);
         pair = vectors.add_bias(pair, 2, column);
         own.set_pair(row + down, column, word<T>(pair[0], pair[1]));
       }
       if (member_index() == 0 && token + down < head.tokens) {
-        lse[head.in_heads(token + down)] = seen.top[m][half] + fast_log(total) * kLog2E;
+        lse[head.in_heads(token + down)] = softmax.row_max[m][half] + fast_log(row_sum) * kLog2E;
       }
     }
   __syncwarp();
@@ -170,7 +174,7 @@ __global__ void __launch_bounds__(128, 2)
     Word<T> q[Shape::m][2 * Shape::tiles];
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<Shape::tiles>(q[m], queries, row + 16 * m, 0);
-    Seen<T, width> seen;
+    OnlineSoftmax<T, width> softmax;
     for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
       if (!whole) {
         __syncthreads();
@@ -181,9 +185,9 @@ __global__ void __launch_bounds__(128, 2)
       }
       int count = min(sizes.keys, head.tokens - key);
       for (int i = 0; active && i < count; i += Shape::keys)
-        seen.see(q, keys, values, i, count - i, scale);
+        softmax.update(q, keys, values, i, count - i, scale);
     }
-    if (active) store_seen(seen, queries, row, first + row, out, lse, head, vectors);
+    if (active) store_result(softmax, queries, row, first + row, out, lse, head, vectors);
   }
 }
 
