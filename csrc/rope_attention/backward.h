@@ -1,7 +1,7 @@
 // The backward kernel: a block takes a head, and each warp some of its keys, whose gradients it
-// sums in registers. Scores stand transposed, keys by queries, so that weights and their gradients
-// multiply the queries' rows from registers; they go to shared memory once, from where all warps
-// together make the gradient of a block of queries: five matrix products, and no sum over blocks.
+// sums in registers. Scores stand transposed, keys by queries, so that p and ds multiply the
+// queries' rows from registers; ds goes to shared memory once, from where all warps together make
+// the gradient of a block of queries: five matrix products, and no sum over blocks.
 //
 // Where not all keys fit in shared memory, the block takes a part of them at a time, and sums the
 // gradient of the queries in `scratch`, as it always does where heads are wide.
@@ -23,12 +23,12 @@ struct BackwardShape {
   static constexpr int most = whole ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
-  using Scores = Tile<T, block>;
-  using Sums = Vectors<width>;  // of a warp
+  using Ds = Tile<T, block>;
+  using VectorSums = Vectors<width>;  // of a warp
   static std::size_t shared(const AttentionSizes& sizes) {
     std::size_t rows =
-        2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Scores::size(sizes.keys);
-    return rows * sizeof(T) + 4 * sizes.warps * Sums::size;
+        2 * Rows::size(sizes.keys) + 2 * Rows::size(sizes.queries) + Ds::size(sizes.keys);
+    return rows * sizeof(T) + 4 * sizes.warps * VectorSums::size;
   }
 };
 
@@ -36,32 +36,32 @@ struct BackwardShape {
 template <class T, int width, bool whole>
 struct BackwardMemory {
   using Shape = BackwardShape<T, width, whole>;
-  typename Shape::Rows keys, values, queries, upstream;
-  typename Shape::Scores d_scores;  // rows are keys, columns queries of a block
-  Shared<float> of_queries;         // 8 at a time: their lse, then their deltas
-  Shared<float> sums;               // [warps, …]: what the gradients of the vectors sum
+  typename Shape::Rows keys, values, queries, d_out;
+  typename Shape::Ds ds;        // dsᵀ: rows are keys, columns queries of a block
+  Shared<float> lse_and_delta;  // 8 at a time: their lse, then their deltas
+  Shared<float> sums;           // [warps, …]: what the gradients of the vectors sum
 
-  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const Shared<float>& of_queries,
+  LDIT_DEVICE BackwardMemory(DynamicShared& dynamic, const Shared<float>& lse_and_delta,
                              const AttentionSizes& sizes)
       : keys{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
         values{dynamic.take<T>(Shape::Rows::size(sizes.keys))},
         queries{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
-        upstream{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
-        d_scores{dynamic.take<T>(Shape::Scores::size(sizes.keys))}, of_queries(of_queries),
-        sums(dynamic.take<float>(sizes.warps * Shape::Sums::size)) {}
+        d_out{dynamic.take<T>(Shape::Rows::size(sizes.queries))},
+        ds{dynamic.take<T>(Shape::Ds::size(sizes.keys))}, lse_and_delta(lse_and_delta),
+        sums(dynamic.take<float>(sizes.warps * Shape::VectorSums::size)) {}
 
-  LDIT_DEVICE typename Shape::Sums sums_of(int warp) const {
-    return {sums.part(warp * Shape::Sums::size, Shape::Sums::size)};
+  LDIT_DEVICE typename Shape::VectorSums sums_of(int warp) const {
+    return {sums.part(warp * Shape::VectorSums::size, Shape::VectorSums::size)};
   }
 };
 
 // Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and
-// delta = Σ upstream·result, the latter without the bias of the values, as these are. Queries that
-// do not exist get an infinite sum: their weights are 0.
+// delta = Σ d_out·out, of out without the bias of the values, as these are in shared memory.
+// Queries that do not exist get an lse of infinity, so that their p is 0.
 template <class T, int width, bool whole>
-LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, const T* d_out,
-                                const T* out, const float* lse, const Head<width, whole>& head,
-                                const Vectors<width>& vectors, int first, int rows) {
+LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, whole>& memory, const T* d_out,
+                             const T* out, const float* lse, const Head<width, whole>& head,
+                             const Vectors<width>& vectors, int first, int rows) {
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -70,18 +70,18 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, c
 #pragma unroll
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
       int valid = there ? head.left(column, kChunk) : 0;
-      auto upstream = head.template load_some<kChunk>(d_out + at + column, valid);
+      auto d_row = head.template load_some<kChunk>(d_out + at + column, valid);
       auto result = head.template load_some<kChunk>(out + at + column, valid);
-      store(memory.upstream.at(row, column, kChunk), upstream);
-      auto plain = vectors.add_bias(result, 2, column, -1.f);
+      store(memory.d_out.at(row, column, kChunk), d_row);
+      auto without_bias = vectors.add_bias(result, 2, column, -1.f);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) delta += upstream[j] * plain[j];
+      for (int j = 0; j < kChunk; ++j) delta += d_row[j] * without_bias[j];
     }
     delta = warp_sum(delta, 4);
     if (member_index() == 0) {
       const int at = 16 * (row / 8) + row % 8;
-      memory.of_queries[at] = there ? lse[head.in_heads(token)] : INFINITY;
-      memory.of_queries[at + 8] = delta;
+      memory.lse_and_delta[at] = there ? lse[head.in_heads(token)] : INFINITY;
+      memory.lse_and_delta[at + 8] = delta;
     }
   }
 }
@@ -90,23 +90,22 @@ LDIT_DEVICE void stage_upstream(const BackwardMemory<T, width, whole>& memory, c
 template <class T, int width, bool whole>
 struct KeyGradients {
   using Shape = BackwardShape<T, width, whole>;
-  float keys[Shape::m][Shape::tiles][4] = {}, values[Shape::m][Shape::tiles][4] = {};
+  float dk[Shape::m][Shape::tiles][4] = {}, dv[Shape::m][Shape::tiles][4] = {};
 
-  // Adds what 8·n queries from `query` on give, and leaves the gradients of their scores in shared
-  // memory, from `column` on. Of the keys, in rows from `row` on, `left` exist.
+  // Adds what 8·n queries from `query` on give, and leaves their ds in shared memory, from `column`
+  // on. Of the keys, in rows from `row` on, `left` exist.
   LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query,
                        int column, float scale) {
     constexpr int M = Shape::m, N = Shape::n;
-    float weights[M][N][4] = {};
-    multiply_rows<N>(weights, memory.keys, row, memory.queries, query);
+    float p[M][N][4] = {};
+    dot_nt<N>(p, memory.keys, row, memory.queries, query);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      auto sums = load<2>(memory.of_queries.span(2 * (query + 8 * n) + 2 * member_index(), 2));
+      auto lse = load<2>(memory.lse_and_delta.span(2 * (query + 8 * n) + 2 * member_index(), 2));
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          weights[m][n][i] = fast_exp2(weights[m][n][i] * scale - sums[i % 2]);
+        for (int i = 0; i < 4; ++i) p[m][n][i] = fast_exp2(p[m][n][i] * scale - lse[i % 2]);
     }
     if (left < Shape::rows) {
 #pragma unroll
@@ -115,54 +114,53 @@ struct KeyGradients {
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (16 * m + 8 * (i / 2) + group_index() >= left) weights[m][n][i] = 0.f;
+            if (16 * m + 8 * (i / 2) + group_index() >= left) p[m][n][i] = 0.f;
     }
 #pragma unroll
-    for (int n = 0; n < N; n += 2) accumulate(values, weights, n, memory.upstream, query + 8 * n);
+    for (int n = 0; n < N; n += 2) accumulate(dv, p, n, memory.d_out, query + 8 * n);
     // Of two tiles at a time, because there are no registers for more.
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      float d_weights[M][2][4] = {};
-      multiply_rows<2>(d_weights, memory.values, row, memory.upstream, query + 8 * n);
+      float dp[M][2][4] = {};
+      dot_nt<2>(dp, memory.values, row, memory.d_out, query + 8 * n);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        auto deltas =
-            load<2>(memory.of_queries.span(2 * (query + 8 * (n + j)) + 8 + 2 * member_index(), 2));
+        auto deltas = load<2>(
+            memory.lse_and_delta.span(2 * (query + 8 * (n + j)) + 8 + 2 * member_index(), 2));
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          float (&mine)[4] = weights[m][n + j];
+          float (&ds)[4] = p[m][n + j];  // ds = p·(dp − delta), in place
 #pragma unroll
-          for (int i = 0; i < 4; ++i) mine[i] *= d_weights[m][j][i] - deltas[i % 2];
+          for (int i = 0; i < 4; ++i) ds[i] *= dp[m][j][i] - deltas[i % 2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            memory.d_scores.set_pair(row + 16 * m + 8 * half + group_index(),
-                                     column + 8 * (n + j) + 2 * member_index(),
-                                     word<T>(mine[2 * half], mine[2 * half + 1]));
+            memory.ds.set_pair(row + 16 * m + 8 * half + group_index(),
+                               column + 8 * (n + j) + 2 * member_index(),
+                               word<T>(ds[2 * half], ds[2 * half + 1]));
           }
         }
       }
-      accumulate(keys, weights, n, memory.queries, query + 8 * n);
+      accumulate(dk, p, n, memory.queries, query + 8 * n);
     }
   }
 
  private:
-  // product = rows of `a` from `row` on, times 8·count of `b` from `query` on, transposed.
+  // product = a·bᵀ, for 16·m rows of `a` from `row` on and 8·count rows of `b` from `query` on.
   template <int count>
-  LDIT_DEVICE static void multiply_rows(float (&product)[Shape::m][count][4],
-                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
-                                        int query) {
+  LDIT_DEVICE static void dot_nt(float (&product)[Shape::m][count][4], const Tile<T, width>& a,
+                                 int row, const Tile<T, width>& b, int query) {
     constexpr int deep = 2;  // tiles of k at a time: few registers for fragments
 #pragma unroll
     for (int t = 0; t + deep <= Shape::tiles; t += deep)
-      multiply_part<deep>(product, a, row, b, query, 8 * t);
+      dot_nt_slice<deep>(product, a, row, b, query, 8 * t);
     if constexpr (Shape::tiles % deep > 0)
-      multiply_part<1>(product, a, row, b, query, 8 * (Shape::tiles - 1));
+      dot_nt_slice<1>(product, a, row, b, query, 8 * (Shape::tiles - 1));
   }
 
   template <int deep, int count>
-  LDIT_DEVICE static void multiply_part(float (&product)[Shape::m][count][4],
-                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
-                                        int query, int column) {
+  LDIT_DEVICE static void dot_nt_slice(float (&product)[Shape::m][count][4],
+                                       const Tile<T, width>& a, int row, const Tile<T, width>& b,
+                                       int query, int column) {
     Word<T> left[Shape::m][2 * deep];
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<deep>(left[m], a, row + 16 * m, column);
@@ -175,34 +173,34 @@ struct KeyGradients {
     }
   }
 
-  // sums += columns 8·n to 8·n + 16 of weights [keys, queries] · rows of `b` from `query` on.
-  LDIT_DEVICE static void accumulate(float (&sums)[Shape::m][Shape::tiles][4],
-                                     const float (&weights)[Shape::m][Shape::n][4], int n,
+  // acc += pᵀ·b, for columns 8·n to 8·n + 16 of pᵀ [keys, queries] and 16 rows of `b` from `query`
+  // on.
+  LDIT_DEVICE static void accumulate(float (&acc)[Shape::m][Shape::tiles][4],
+                                     const float (&p)[Shape::m][Shape::n][4], int n,
                                      const Tile<T, width>& b, int query) {
     Word<T> left[Shape::m][4], right[Shape::tiles][2];
     load_b_transposed(right, b, query, 0);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
-      as_a<T>(left[m], weights[m][n], weights[m][n + 1]);
+      as_a<T>(left[m], p[m][n], p[m][n + 1]);
 #pragma unroll
-      for (int t = 0; t < Shape::tiles; ++t) multiply<T>(sums[m][t], left[m], right[t]);
+      for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], left[m], right[t]);
     }
   }
 };
 
-// The gradient of 16 normed and rotated queries, columns [column, column + 16) of the d_scores,
-// from the first `count` keys: its columns from `first` on.
+// dq += ds·k, of normed and rotated queries and keys: for 16 queries, which are columns [column,
+// column + 16) of dsᵀ, the first `count` keys, and columns of dq from `first` on.
 template <int tiles, class T, int width, bool whole>
-LDIT_DEVICE void query_gradients(float (&d)[tiles][4],
-                                 const BackwardMemory<T, width, whole>& memory, int column,
-                                 int count, int first) {
+LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4], const BackwardMemory<T, width, whole>& memory,
+                          int column, int count, int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
     Word<T> left[4], right[tiles][2];
-    load_a_transposed(left, memory.d_scores, key, column);
+    load_a_transposed(left, memory.ds, key, column);
     load_b_transposed(right, memory.keys, key, first);
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) multiply<T>(d[t], left, right[t]);
+    for (int t = 0; t < tiles; ++t) multiply<T>(dq[t], left, right[t]);
   }
 }
 
@@ -223,7 +221,7 @@ LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<wi
     }
 }
 
-// The gradients of a block's queries, d_scores being those of `count` keys, from `key` on; the
+// The gradients of a block's queries, ds being those of `count` keys, from `key` on; the
 // block is the `columns` rows in memory from `block` on.
 template <class T, int width, bool whole>
 LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv,
@@ -237,12 +235,12 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
 #pragma unroll 1
       for (int part = 0; part < width; part += width / 2) {
         float d[width / 16][4] = {};
-        query_gradients(d, memory, column, count, part);
+        dot_ds_k(d, memory, column, count, part);
         add_scratch(d, scratch, head, token, part, key > 0, true);
       }
     } else {
       float d[width / 8][4] = {};
-      query_gradients(d, memory, column, count, 0);
+      dot_ds_k(d, memory, column, count, 0);
       if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
       if (!last) continue;
       norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, scale,
@@ -275,13 +273,13 @@ template <class T, int width, bool whole>
 LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
                             const VectorPartials& partials, const Head<width, whole>& head,
                             const AttentionSizes& sizes) {
-  using Sums = Vectors<width>;
-  for (int i = threadIdx.x; i < Sums::size; i += blockDim.x) {
+  using VectorSums = Vectors<width>;
+  for (int i = threadIdx.x; i < VectorSums::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
     float* to = which < 2 ? partials.dw_partial : partials.db_partial;
     if (to == nullptr || column >= head.width) continue;
     float sum = 0.f;
-    for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * Sums::size + i];
+    for (int warp = 0; warp < sizes.warps; ++warp) sum += memory.sums[warp * VectorSums::size + i];
     std::int64_t at =
         which < 2 ? ((which * sizes.samples + head.sample) * sizes.heads + head.head) * head.width
                   : (std::int64_t(head.sample) * 3 + which - 2) * head.row() + head.first();
@@ -300,8 +298,8 @@ __global__ void __launch_bounds__(256, 1)
                        VectorPartials partials, AttentionSizes sizes, bool all) {
   using Shape = BackwardShape<T, width, whole>;
   DynamicShared dynamic;
-  LDIT_SHARED(float, of_queries, 2 * Shape::most);  // at an address that takes no register
-  const BackwardMemory<T, width, whole> memory(dynamic, of_queries, sizes);
+  LDIT_SHARED(float, lse_and_delta, 2 * Shape::most);  // at an address that takes no register
+  const BackwardMemory<T, width, whole> memory(dynamic, lse_and_delta, sizes);
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x, all);
   const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
@@ -322,7 +320,7 @@ __global__ void __launch_bounds__(256, 1)
       if (query > 0) __syncthreads();
       if (!whole)
         stage_q_or_k(qkv, head, prologue, vectors, 0, query, sizes.queries, memory.queries);
-      stage_upstream(memory, d_out, out, lse, head, vectors, query, sizes.queries);
+      stage_d_out(memory, d_out, out, lse, head, vectors, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
       const int queries = whole ? head.tokens : min(sizes.queries, head.tokens - query);
@@ -343,8 +341,7 @@ __global__ void __launch_bounds__(256, 1)
       add_columns<Shape::tiles>(sums.db_partial(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
-        for (int m = 0; m < Shape::m; ++m)
-          sum += gradients.values[m][t][j] + gradients.values[m][t][2 + j];
+        for (int m = 0; m < Shape::m; ++m) sum += gradients.dv[m][t][j] + gradients.dv[m][t][2 + j];
         return sum;
       });
     }
@@ -352,11 +349,11 @@ __global__ void __launch_bounds__(256, 1)
     for (int m = 0; m < Shape::m; ++m) {
       const int at = row + 16 * m, token = key + at;
       if (at >= count) continue;
-      store_tile(gradients.values[m], memory.values, at, d_qkv + head.in_packed(2, token),
+      store_tile(gradients.dv[m], memory.values, at, d_qkv + head.in_packed(2, token),
                  head.tokens - token, head);
-      norm_rope_backward(gradients.keys[m], qkv, head, prologue, vectors, 1, token, scale * kLn2,
+      norm_rope_backward(gradients.dk[m], qkv, head, prologue, vectors, 1, token, scale * kLn2,
                          sums);
-      store_tile(gradients.keys[m], memory.keys, at, d_qkv + head.in_packed(1, token),
+      store_tile(gradients.dk[m], memory.keys, at, d_qkv + head.in_packed(1, token),
                  head.tokens - token, head);
     }
   }

@@ -2,10 +2,10 @@
 // applied on the way (the prologue), and stores of rows of results.
 //
 // Columns that do not exist are 0 in shared memory, and so are rows but for a bias, so that any
-// product with them is finite. Weights between queries and keys are 0 where one of both does not
-// exist; no other mask is needed.
+// product with them is finite. p is 0 where the query or the key does not exist; no other mask is
+// needed.
 //
-// The values keep out of shared memory's rows what their bias is: weights that sum to 1 take it to
+// The bias of the values is not added in shared memory: each row of p sums to 1 and so takes it to
 // the result as it is.
 #pragma once
 
