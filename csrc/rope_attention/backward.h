@@ -107,15 +107,7 @@ struct KeyGradients {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[m][n][i] = fast_exp2(p[m][n][i] * scale - lse[i % 2]);
     }
-    if (left < Shape::rows) {
-#pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (16 * m + 8 * (i / 2) + group_index() >= left) p[m][n][i] = 0.f;
-    }
+    if (left < Shape::rows) mask_p(p, left);
 #pragma unroll
     for (int n = 0; n < N; n += 2) accumulate(dv, p, n, memory.d_out, query + 8 * n);
     // Of two tiles at a time, because there are no registers for more.
@@ -145,6 +137,17 @@ struct KeyGradients {
   }
 
  private:
+  // p of keys from number `left` on becomes 0.
+  LDIT_DEVICE static void mask_p(float (&p)[Shape::m][Shape::n][4], int left) {
+#pragma unroll
+    for (int m = 0; m < Shape::m; ++m)
+#pragma unroll
+      for (int n = 0; n < Shape::n; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (16 * m + 8 * (i / 2) + group_index() >= left) p[m][n][i] = 0.f;
+  }
+
   // product = a·bᵀ, for 16·m rows of `a` from `row` on and 8·count rows of `b` from `query` on.
   template <int count>
   LDIT_DEVICE static void dot_nt(float (&product)[Shape::m][count][4], const Tile<T, width>& a,

@@ -52,16 +52,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) multiply<T>(scores[m][n], q[m], b);
     }
-    if (left < Shape::keys) {
-#pragma unroll
-      for (int n = 0; n < Shape::n; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (8 * n + 2 * member_index() + i % 2 >= left) {
-#pragma unroll
-            for (int m = 0; m < Shape::m; ++m) scores[m][n][i] = -INFINITY;
-          }
-    }
+    if (left < Shape::keys) mask_scores(scores, left);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
@@ -81,6 +72,18 @@ struct OnlineSoftmax {
   }
 
  private:
+  // Scores of keys from number `left` on become −∞.
+  LDIT_DEVICE static void mask_scores(float (&scores)[Shape::m][Shape::n][4], int left) {
+#pragma unroll
+    for (int n = 0; n < Shape::n; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (8 * n + 2 * member_index() + i % 2 >= left) {
+#pragma unroll
+          for (int m = 0; m < Shape::m; ++m) scores[m][n][i] = -INFINITY;
+        }
+  }
+
   // Replaces the scores of a row, in each of its four lanes, by p = 2^(s − m_i), and rescales what
   // was summed with a lower maximum.
   LDIT_DEVICE void softmax_row(float (&scores)[Shape::n][4], int m, int half, float scale) {
