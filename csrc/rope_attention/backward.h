@@ -95,7 +95,7 @@ struct KeyGradients {
   // Adds what 8·n queries from `query` on give, and leaves their ds in shared memory, from `column`
   // on. Of the keys, in rows from `row` on, `left` exist.
   LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query,
-                       int column, float scale) {
+                       int column, float softmax_scale_log2) {
     constexpr int M = Shape::m, N = Shape::n;
     float p[M][N][4] = {};
     dot_nt<N>(p, memory.keys, row, memory.queries, query);
@@ -105,7 +105,8 @@ struct KeyGradients {
 #pragma unroll
       for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[m][n][i] = fast_exp2(p[m][n][i] * scale - lse[i % 2]);
+        for (int i = 0; i < 4; ++i)
+          p[m][n][i] = fast_exp2(p[m][n][i] * softmax_scale_log2 - lse[i % 2]);
     }
     if (left < Shape::rows) mask_p(p, left);
 #pragma unroll
@@ -230,7 +231,7 @@ template <class T, int width, bool whole>
 LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv,
                                 const Head<width, whole>& head, const QkvPrologue& prologue,
                                 const Vectors<width>& vectors, T* d_qkv, float* scratch, int first,
-                                int block, int columns, int key, int count, float scale) {
+                                int block, int columns, int key, int count, float softmax_scale) {
   const bool last = key + count >= head.tokens;
   for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
     const int at = block + column, token = first + at;
@@ -246,7 +247,7 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
       dot_ds_k(d, memory, column, count, 0);
       if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
       if (!last) continue;
-      norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, scale,
+      norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, softmax_scale,
                          memory.sums_of(warp_index()));
       store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token,
                  head);
@@ -260,11 +261,11 @@ template <class T, int width, bool whole>
 LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv,
                                      const Head<width, whole>& head, const QkvPrologue& prologue,
                                      const Vectors<width>& vectors, T* d_qkv, float* scratch,
-                                     float scale) {
+                                     float softmax_scale) {
   for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
     float d[width / 8][4] = {};
     add_scratch(d, scratch, head, token, 0, true, false);
-    norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, scale,
+    norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, softmax_scale,
                        memory.sums_of(warp_index()));
     store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token),
                head.tokens - token, head);
@@ -304,7 +305,8 @@ __global__ void __launch_bounds__(256, 1)
   LDIT_SHARED(float, lse_and_delta, 2 * Shape::most);  // at an address that takes no register
   const BackwardMemory<T, width, whole> memory(dynamic, lse_and_delta, sizes);
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x, all);
-  const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
+  // Of scores in units of log 2, so that exp is one instruction, exp2.
+  const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
   LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
   const Vectors<width> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
@@ -332,11 +334,11 @@ __global__ void __launch_bounds__(256, 1)
         // The gradients of scores of the block before have been read.
         if (block > 0) __syncthreads();
         for (int column = 0; row < count && column < columns; column += 8 * Shape::n) {
-          gradients.add(memory, row, count - row, block + column, column, scale);
+          gradients.add(memory, row, count - row, block + column, column, softmax_scale_log2);
         }
         __syncthreads();
         finish_queries(memory, qkv, head, prologue, vectors, d_qkv, whole ? nullptr : scratch,
-                       query, block, columns, key, count, scale * kLn2);
+                       query, block, columns, key, count, softmax_scale_log2 * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all
@@ -354,15 +356,16 @@ __global__ void __launch_bounds__(256, 1)
       if (at >= count) continue;
       store_tile(gradients.dv[m], memory.values, at, d_qkv + head.in_packed(2, token),
                  head.tokens - token, head);
-      norm_rope_backward(gradients.dk[m], qkv, head, prologue, vectors, 1, token, scale * kLn2,
-                         sums);
+      norm_rope_backward(gradients.dk[m], qkv, head, prologue, vectors, 1, token,
+                         softmax_scale_log2 * kLn2, sums);
       store_tile(gradients.dk[m], memory.keys, at, d_qkv + head.in_packed(1, token),
                  head.tokens - token, head);
     }
   }
   __syncthreads();
   if constexpr (Shape::wide) {
-    finish_from_scratch(memory, qkv, head, prologue, vectors, d_qkv, scratch, scale * kLn2);
+    finish_from_scratch(memory, qkv, head, prologue, vectors, d_qkv, scratch,
+                        softmax_scale_log2 * kLn2);
     __syncthreads();
   }
   store_sums(memory, partials, head, sizes);

@@ -17,7 +17,7 @@ struct ForwardShape {
   static constexpr int threads = 128;
 };
 
-// The state of a warp's 16·m queries after some keys, for scores s = q·kᵀ·scale in units of log 2:
+// The state of a warp's 16·m queries after some keys, for scores s = q·kᵀ·softmax_scale_log2:
 //
 //   row_max [16·m]         m_i, the largest score so far; the same in the four lanes of a row
 //   row_sum [16·m]         l_i = Σ_j 2^(s_ij − m_i), of each lane only over its own columns
@@ -43,7 +43,7 @@ struct OnlineSoftmax {
   // is finite.
   LDIT_DEVICE void update(const Word<T> (&q)[Shape::m][2 * Shape::tiles],
                           const Tile<T, width>& keys, const Tile<T, width>& values, int first,
-                          int left, float scale) {
+                          int left, float softmax_scale_log2) {
     float scores[Shape::m][Shape::n][4] = {};
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n) {
@@ -56,7 +56,7 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) softmax_row(scores[m], m, half, scale);
+      for (int half = 0; half < 2; ++half) softmax_row(scores[m], m, half, softmax_scale_log2);
 #pragma unroll
     for (int n = 0; n < Shape::n; n += 2) {
       Word<T> b[Shape::tiles][2];
@@ -86,19 +86,20 @@ struct OnlineSoftmax {
 
   // Replaces the scores of a row, in each of its four lanes, by p = 2^(s − m_i), and rescales what
   // was summed with a lower maximum.
-  LDIT_DEVICE void softmax_row(float (&scores)[Shape::n][4], int m, int half, float scale) {
+  LDIT_DEVICE void softmax_row(float (&scores)[Shape::n][4], int m, int half,
+                               float softmax_scale_log2) {
     float new_max = -INFINITY;
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n)
       new_max = fmaxf(new_max, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-    new_max = fmaxf(row_max[m][half], warp_max(new_max, 4) * scale);
+    new_max = fmaxf(row_max[m][half], warp_max(new_max, 4) * softmax_scale_log2);
     float rescale = fast_exp2(row_max[m][half] - new_max), sum = 0.f;
     row_max[m][half] = new_max;
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n)
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        scores[n][i] = fast_exp2(scores[n][i] * scale - new_max);
+        scores[n][i] = fast_exp2(scores[n][i] * softmax_scale_log2 - new_max);
         sum += scores[n][i];
       }
     row_sum[m][half] = row_sum[m][half] * rescale + sum;
@@ -162,7 +163,8 @@ __global__ void __launch_bounds__(128, 2)
             part = blockIdx.x % parts;
   const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x / parts, all);
   const int first = part * sizes.queries;
-  const float scale = kLog2E / sqrtf(static_cast<float>(head.width));
+  // Of scores in units of log 2, so that exp is one instruction, exp2.
+  const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
 
   if (whole) stage_v(qkv, head, 0, sizes.keys, values);
   stage_norm_and_bias(prologue, head, vectors);
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(128, 2)
       }
       int count = min(sizes.keys, head.tokens - key);
       for (int i = 0; active && i < count; i += Shape::keys)
-        softmax.update(q, keys, values, i, count - i, scale);
+        softmax.update(q, keys, values, i, count - i, softmax_scale_log2);
     }
     if (active) store_result(softmax, queries, row, first + row, out, lse, head, vectors);
   }

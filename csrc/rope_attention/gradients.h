@@ -43,7 +43,7 @@ template <class T, int width, bool exact>
 LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
                                     const Head<width, exact>& head, const QkvPrologue& prologue,
                                     const Vectors<width>& vectors, int which, int token,
-                                    float scale, const Vectors<width>& sums) {
+                                    float softmax_scale, const Vectors<width>& sums) {
   constexpr int tiles = width / 8;
   const bool normed = prologue.q_weight.data != nullptr;
   const int member = 2 * member_index();
@@ -58,7 +58,8 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
       Raw<float, 2> angle{};
       bool here = rotated && head.left(8 * t + member, 2);
       if (here) angle = load<2>(angles + 8 * t);
-      float cos = here ? angle[0] * scale : scale, sin = here ? angle[1] * scale : 0.f;
+      float cos = here ? angle[0] * softmax_scale : softmax_scale,
+            sin = here ? angle[1] * softmax_scale : 0.f;
       float even = d[t][2 * half], odd = d[t][2 * half + 1];
       d[t][2 * half] = even * cos + odd * sin;
       d[t][2 * half + 1] = odd * cos - even * sin;
