@@ -223,8 +223,8 @@ void rope_attention_fwd(py::handle qkv, py::handle bias, py::handle table, py::h
 
 void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::handle table,
                         py::handle q_weight, py::handle k_weight, py::handle out, py::handle lse,
-                        py::handle d_qkv, py::handle scratch, py::handle weight_partials,
-                        py::handle bias_partials, py::handle d_q_weight, py::handle d_k_weight,
+                        py::handle d_qkv, py::handle scratch, py::handle dw_partial,
+                        py::handle db_partial, py::handle d_q_weight, py::handle d_k_weight,
                         py::handle d_bias, double eps, int queries, int keys, int warps) {
   Call call("rope_attention_bwd");
   Tensor upstream(call, "d_out", d_out), packed(call, "qkv", qkv), result(call, "out", out),
@@ -245,10 +245,8 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
           .typed(input.dtype)
           .data(),
       static_cast<float*>(sum_of_keys.data),
-      {partial_sums(call, weight_partials, {2, sizes.samples * sizes.heads, sizes.width},
-                    "weight_partials"),
-       partial_sums(call, bias_partials, {sizes.samples, 3, sizes.heads, sizes.width},
-                    "bias_partials")},
+      {partial_sums(call, dw_partial, {2, sizes.samples * sizes.heads, sizes.width}, "dw_partial"),
+       partial_sums(call, db_partial, {sizes.samples, 3, sizes.heads, sizes.width}, "db_partial")},
       {floats_or_none(call, "d_q_weight", d_q_weight, weight_shape),
        floats_or_none(call, "d_k_weight", d_k_weight, weight_shape),
        floats_or_none(call, "d_bias", d_bias, {3 * sizes.heads * sizes.width})},

@@ -164,7 +164,7 @@ template <int kinds>
 __global__ void __launch_bounds__(kSumThreads)
     reduce_modulation(const float* __restrict__ partials, Modulation modulation, Residual residual,
                       ModulationGradients gradients, NormSizes sizes) {
-  LDIT_SHARED(float, dw_partial, kSumThreads);
+  LDIT_SHARED(float, dw_sums, kSumThreads);
   int side = threadIdx.x / kSumColumns;
   std::int64_t column = std::int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
   std::int64_t chunks = sizes.chunks();
@@ -192,11 +192,11 @@ __global__ void __launch_bounds__(kSumThreads)
     float scale = load_float(modulation.scale.array, sample * modulation.scale.stride + column);
     weight_sum += (1.f + scale) * sums[kOfUpstreamTimesNormed];
   }
-  weight_sum = sum_sides(dw_partial, weight_sum);
+  weight_sum = sum_sides(dw_sums, weight_sum);
   if (side == 0 && mine) store_float(gradients.weight, column, weight_sum);
   if constexpr (kinds > kOfStream) {
-    LDIT_SHARED(float, db_partial, kSumThreads);
-    bias_sum = sum_sides(db_partial, bias_sum);
+    LDIT_SHARED(float, db_sums, kSumThreads);
+    bias_sum = sum_sides(db_sums, bias_sum);
     if (side == 0 && mine) store_float(gradients.bias, column, bias_sum);
   }
 }

@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(256, 1)
     }
     __syncthreads();  // the keys have been read by all
     if (prologue.bias.data != nullptr) {
-      add_columns<Shape::tiles>(sums.db_partial(2), [&](int t, int j) {
+      add_columns<Shape::tiles>(sums.bias(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll
         for (int m = 0; m < Shape::m; ++m) sum += gradients.dv[m][t][j] + gradients.dv[m][t][2 + j];

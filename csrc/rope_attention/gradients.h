@@ -84,8 +84,8 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
         int column = 8 * t + member + j;
 #pragma unroll
         for (int flip = 4; flip < kWarp; flip *= 2) dw += from_lane_across(dw, flip);
-        if (group_index() == 0) sums.dw_partial(which)[column] += dw;
-        mine *= *vectors.weight(which, column, 1);
+        if (group_index() == 0) sums.weight(which)[column] += dw;
+        mine *= *vectors.weight_at(which, column, 1);
         along += mine * normed;
       }
     along = warp_sum(along, 4) / static_cast<float>(head.width);
@@ -100,7 +100,7 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
     }
   }
   if (prologue.bias.data != nullptr)
-    add_columns<tiles>(sums.db_partial(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
+    add_columns<tiles>(sums.bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 
 // Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there

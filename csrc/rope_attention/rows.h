@@ -72,13 +72,11 @@ struct Vectors {
   static constexpr int size = 5 * width;
   Shared<float> memory;
 
-  LDIT_DEVICE float* weight(int which, int column, int columns) const {
+  LDIT_DEVICE float* weight_at(int which, int column, int columns) const {
     return memory.span(which * width + column, columns);
   }
-  LDIT_DEVICE Shared<float> dw_partial(int which) const {
-    return memory.part(which * width, width);
-  }
-  LDIT_DEVICE Shared<float> db_partial(int which) const {
+  LDIT_DEVICE Shared<float> weight(int which) const { return memory.part(which * width, width); }
+  LDIT_DEVICE Shared<float> bias(int which) const {
     return memory.part((2 + which) * width, width);
   }
 
@@ -170,7 +168,7 @@ LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, exact>& head,
       if (prologue.table)
         angles = head.template load_some<kChunk>(
             prologue.table + std::int64_t(token) * head.width + column, valid);
-      if (normed) factors = load<kChunk>(vectors.weight(which, column, kChunk));
+      if (normed) factors = load<kChunk>(vectors.weight_at(which, column, kChunk));
       store(to.at(row, column, kChunk),
             apply_norm_rope<T>(raw, normed, inverse, factors, prologue.table != nullptr, angles));
     }
@@ -216,7 +214,7 @@ LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, exact>& head,
         int column = kChunk * (member_index() + 4 * p);
         if (column >= width) continue;
         Raw<float, kChunk> factors{};
-        if (normed) factors = load<kChunk>(vectors.weight(i, column, kChunk));
+        if (normed) factors = load<kChunk>(vectors.weight_at(i, column, kChunk));
         store((i == 0 ? queries : keys).at(row, column, kChunk),
               apply_norm_rope<T>(vectors.add_bias(raw[i][p], i, column), normed, inverse, factors,
                                  prologue.table != nullptr, angles[p]));
