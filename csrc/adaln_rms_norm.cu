@@ -11,7 +11,7 @@ template <class X>
 constexpr int kRowsForward = sizeof(X) == 2 ? 4 : 2;
 constexpr int kRowsBackward = 2;
 
-template <class X, class Y, bool all>
+template <class X, class Y, bool aligned>
 __global__ void __launch_bounds__(kNormThreads)
     adaln_rms_norm_fwd(const X* __restrict__ x, Modulation modulation, Y* __restrict__ y,
                        NormSizes sizes) {
@@ -21,22 +21,22 @@ __global__ void __launch_bounds__(kNormThreads)
   const Sums sums(memory);
   const Part part(sizes);
   float factor[kColumns], shift[kColumns];
-  load_factor<all>(modulation, part, factor);
-  load_shift<all>(modulation, part, shift);
+  load_factor<aligned>(modulation, part, factor);
+  load_shift<aligned>(modulation, part, shift);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
     Raw<X, kColumns> rows[steps];
     float squares[steps];
 #pragma unroll
-    for (int i = 0; i < steps; ++i) rows[i] = load_columns<all>(x, sizes, part, token + i);
+    for (int i = 0; i < steps; ++i) rows[i] = load_columns<aligned>(x, sizes, part, token + i);
 #pragma unroll
     for (int i = 0; i < steps; ++i) squares[i] = sum_of_squares(rows[i]);
     sums(squares, round);
-    store_modulated<all>(y, rows, squares, factor, shift, sizes, part, token);
+    store_modulated<aligned>(y, rows, squares, factor, shift, sizes, part, token);
   }
 }
 
-template <class X, class Y, bool all>
+template <class X, class Y, bool aligned>
 __global__ void __launch_bounds__(kNormThreads)
     adaln_rms_norm_bwd(const X* __restrict__ x, Modulation modulation, const Y* __restrict__ d_y,
                        X* __restrict__ d_x, float* __restrict__ partials, NormSizes sizes) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const Sums sums(memory);
   const Part part(sizes);
   float factor[kColumns], of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
-  load_factor<all>(modulation, part, factor);
+  load_factor<aligned>(modulation, part, factor);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += kRowsBackward, round ^= 1) {
     Raw<X, kColumns> rows[kRowsBackward];
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kNormThreads)
     float both[2 * kRowsBackward];  // Σx² and Σg·x of each row
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
-      rows[i] = load_columns<all>(x, sizes, part, token + i);
-      upstream[i] = load_columns<all>(d_y, sizes, part, token + i);
+      rows[i] = load_columns<aligned>(x, sizes, part, token + i);
+      upstream[i] = load_columns<aligned>(d_y, sizes, part, token + i);
     }
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i)
@@ -72,21 +72,23 @@ __global__ void __launch_bounds__(kNormThreads)
         of_upstream[j] += d;
         of_upstream_times_normed[j] += d * value * r;
       }
-      if (d_x != nullptr) store_some<all>(d_x + part.offset(sizes, token + i), result, part.valid);
+      if (d_x != nullptr)
+        store_some<aligned>(d_x + part.offset(sizes, token + i), result, part.valid);
     }
   }
   if (partials != nullptr) {
-    store_partial<all>(partials, 2, kOfUpstream, sizes, part, of_upstream);
-    store_partial<all>(partials, 2, kOfUpstreamTimesNormed, sizes, part, of_upstream_times_normed);
+    store_partial<aligned>(partials, 2, kOfUpstream, sizes, part, of_upstream);
+    store_partial<aligned>(partials, 2, kOfUpstreamTimesNormed, sizes, part,
+                           of_upstream_times_normed);
   }
 }
 
-// Calls `use(X, Y, all)`, as types, for the dtypes and for whether whole accesses are possible.
+// Calls `use(X, Y, aligned)`, as types.
 template <class Use>
-void with_types(DType x, DType y, bool all, Use&& use) {
+void with_types(DType x, DType y, bool aligned, Use&& use) {
   dispatch(x, [&](auto x_tag) {
     dispatch(y, [&](auto y_tag) {
-      if (all) use(x_tag, y_tag, std::true_type{});
+      if (aligned) use(x_tag, y_tag, std::true_type{});
       else use(x_tag, y_tag, std::false_type{});
     });
   });
@@ -96,13 +98,14 @@ void with_types(DType x, DType y, bool all, Use&& use) {
 
 void launch_adaln_rms_norm_fwd(Floats x, const Modulation& modulation, Floats y,
                                const NormSizes& sizes, Stream stream) {
-  bool all = whole(x, sizes.width) && whole(y, sizes.width) && whole(modulation, sizes.width);
-  with_types(x.dtype, y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+  bool aligned = rows_aligned(x, sizes.width) && rows_aligned(y, sizes.width) &&
+                 rows_aligned(modulation, sizes.width);
+  with_types(x.dtype, y.dtype, aligned, [&](auto x_tag, auto y_tag, auto aligned) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "adaln_rms_norm_fwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           adaln_rms_norm_fwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
+           adaln_rms_norm_fwd<X, Y, decltype(aligned)::value>, static_cast<const X*>(x.data),
            modulation, static_cast<Y*>(y.data), sizes);
   });
 }
@@ -110,14 +113,15 @@ void launch_adaln_rms_norm_fwd(Floats x, const Modulation& modulation, Floats y,
 void launch_adaln_rms_norm_bwd(Floats x, const Modulation& modulation, Floats d_y, Floats d_x,
                                float* partials, Floats d_weight, Floats d_scale, Floats d_shift,
                                const NormSizes& sizes, Stream stream) {
-  bool all = whole(x, sizes.width) && whole(d_y, sizes.width) && whole(d_x, sizes.width) &&
-             aligned(partials) && whole(modulation, sizes.width);
-  with_types(x.dtype, d_y.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+  bool aligned = rows_aligned(x, sizes.width) && rows_aligned(d_y, sizes.width) &&
+                 rows_aligned(d_x, sizes.width) && is_aligned(partials) &&
+                 rows_aligned(modulation, sizes.width);
+  with_types(x.dtype, d_y.dtype, aligned, [&](auto x_tag, auto y_tag, auto aligned) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "adaln_rms_norm_bwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           adaln_rms_norm_bwd<X, Y, decltype(all)::value>, static_cast<const X*>(x.data),
+           adaln_rms_norm_bwd<X, Y, decltype(aligned)::value>, static_cast<const X*>(x.data),
            modulation, static_cast<const Y*>(d_y.data), static_cast<X*>(d_x.data), partials, sizes);
   });
   if (partials != nullptr) {

@@ -78,20 +78,20 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < steps; ++i, begin += kVectors * stride) {
     Raw<float, count> param[kVectors], exp_avg[kVectors], exp_avg_sq[kVectors], ema[kVectors];
     Raw<G, count> gradient[kVectors];
-    auto access = [&](std::int64_t at, auto whole, auto tail) {
-      if (at + count <= numbers) whole();
+    auto access = [&](std::int64_t at, auto full, auto tail) {
+      if (at + count <= numbers) full();
       else if (at < numbers) tail(numbers - at);
     };
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       std::int64_t at = begin + k * stride;
-      auto fetch = [&](auto all, std::int64_t valid) {
-        constexpr bool whole = decltype(all)::value;
-        param[k] = load_some<whole, count>(arrays.param + at, valid);
-        gradient[k] = load_some<whole, count>(grad + at, valid);
-        exp_avg[k] = load_some<whole, count>(arrays.exp_avg + at, valid);
-        exp_avg_sq[k] = load_some<whole, count>(arrays.exp_avg_sq + at, valid);
-        ema[k] = load_some<whole, count>(arrays.ema + at, valid);
+      auto fetch = [&](auto tag, std::int64_t valid) {
+        constexpr bool aligned = decltype(tag)::value;
+        param[k] = load_some<aligned, count>(arrays.param + at, valid);
+        gradient[k] = load_some<aligned, count>(grad + at, valid);
+        exp_avg[k] = load_some<aligned, count>(arrays.exp_avg + at, valid);
+        exp_avg_sq[k] = load_some<aligned, count>(arrays.exp_avg_sq + at, valid);
+        ema[k] = load_some<aligned, count>(arrays.ema + at, valid);
       };
       access(
           at, [&] { fetch(std::true_type{}, count); },
@@ -114,13 +114,13 @@ __global__ void __launch_bounds__(kThreads)
         ema[k].set(j, blend(ema[k][j], p, rates.ema_decay, rates.ema_rest));
         copy.set(j, p);
       }
-      auto put = [&](auto all, std::int64_t valid) {
-        constexpr bool whole = decltype(all)::value;
-        store_some<whole>(arrays.param + at, param[k], valid);
-        store_some<whole>(arrays.exp_avg + at, exp_avg[k], valid);
-        store_some<whole>(arrays.exp_avg_sq + at, exp_avg_sq[k], valid);
-        store_some<whole>(arrays.ema + at, ema[k], valid);
-        if (arrays.copy != nullptr) store_some<whole>(arrays.copy + at, copy, valid);
+      auto put = [&](auto tag, std::int64_t valid) {
+        constexpr bool aligned = decltype(tag)::value;
+        store_some<aligned>(arrays.param + at, param[k], valid);
+        store_some<aligned>(arrays.exp_avg + at, exp_avg[k], valid);
+        store_some<aligned>(arrays.exp_avg_sq + at, exp_avg_sq[k], valid);
+        store_some<aligned>(arrays.ema + at, ema[k], valid);
+        if (arrays.copy != nullptr) store_some<aligned>(arrays.copy + at, copy, valid);
       };
       access(
           at, [&] { put(std::true_type{}, count); },
@@ -135,9 +135,9 @@ void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
                       const AdamWSettings& settings, std::int64_t numbers,
                       std::int64_t numbers_per_block, Stream stream) {
   bool narrow = arrays.grad.dtype == DType::bfloat16;
-  bool vectors = aligned(arrays.param) && aligned(arrays.exp_avg) && aligned(arrays.exp_avg_sq) &&
-                 aligned(arrays.ema) && aligned(arrays.grad.data, narrow ? 8 : 16) &&
-                 aligned(arrays.bf16_param, 8);
+  bool aligned = is_aligned(arrays.param) && is_aligned(arrays.exp_avg) &&
+                 is_aligned(arrays.exp_avg_sq) && is_aligned(arrays.ema) &&
+                 is_aligned(arrays.grad.data, narrow ? 8 : 16) && is_aligned(arrays.bf16_param, 8);
   Pointers pointers{arrays.param, arrays.exp_avg,   arrays.exp_avg_sq,
                     arrays.ema,   arrays.grad.data, static_cast<bf16*>(arrays.bf16_param)};
   auto run = [&](auto kernel, int count) {
@@ -146,8 +146,8 @@ void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
     launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings),
            numbers, int(steps));
   };
-  if (narrow) vectors ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);
-  else vectors ? run(adamw_ema<float, 4>, 4) : run(adamw_ema<float, 1>, 1);
+  if (narrow) aligned ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);
+  else aligned ? run(adamw_ema<float, 4>, 4) : run(adamw_ema<float, 1>, 1);
 }
 
 }  // namespace ldit

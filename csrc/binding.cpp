@@ -93,14 +93,14 @@ void adaln_rms_norm_bwd(py::handle x, py::handle weight, py::handle scale, py::h
   Call call("adaln_rms_norm_bwd");
   Tensor input(call, "x", x), upstream(call, "d_y", d_y);
   NormSizes sizes = norm_sizes(call, input, tokens_per_block, eps);
-  Shape whole = {sizes.samples, sizes.tokens, sizes.width},
+  Shape x_shape = {sizes.samples, sizes.tokens, sizes.width},
         of_sample = {sizes.samples, sizes.width};
-  Floats d_input = floats_or_none(call, "d_x", d_x, whole);
+  Floats d_input = floats_or_none(call, "d_x", d_x, x_shape);
   call.require(d_input.data == nullptr || d_input.dtype == input.dtype(), "d_x",
                "has another dtype than x");
   launch_adaln_rms_norm_bwd(
       input.floats(), modulation(call, weight, scale, py::none(), sizes),
-      upstream.shaped(whole).floats(), d_input,
+      upstream.shaped(x_shape).floats(), d_input,
       partial_sums(call, partials, {sizes.samples, sizes.chunks(), 2, sizes.width}),
       floats_or_none(call, "d_weight", d_weight, {sizes.width}),
       floats_or_none(call, "d_scale", d_scale, of_sample),
@@ -315,21 +315,21 @@ void vf_loss_bwd(py::handle z, py::handle f, py::handle z_norms, py::handle f_no
   Tensor first(call, "z", z), second(call, "f", f), result(call, "d_z", d_z);
   VfSizes sizes = vf_sizes(call, first, distmat_margin, cos_margin);
   Floats input = first.floats();
-  Shape whole = {sizes.samples, sizes.channels, sizes.positions};
+  Shape z_shape = {sizes.samples, sizes.channels, sizes.positions};
   auto numbers = [&](const char* name, py::handle object, const Shape& shape) {
     return Tensor(call, name, object).shaped(shape).as<float>(DType::float32);
   };
   Shape of_positions = {sizes.samples, sizes.positions};
-  Floats sums = floats_or_none(call, "partial", partial, whole);
+  Floats sums = floats_or_none(call, "partial", partial, z_shape);
   call.require(sums.dtype == DType::float32, "partial", "is not float32");
   call.require(sums.data != nullptr || sizes.positions <= kVfPanel, "partial",
                "is needed for so many positions");
-  launch_vf_loss_bwd(input, second.shaped(whole).typed(input.dtype).data(),
+  launch_vf_loss_bwd(input, second.shaped(z_shape).typed(input.dtype).data(),
                      numbers("z_norms", z_norms, of_positions),
                      numbers("f_norms", f_norms, of_positions),
                      numbers("inner", inner, of_positions), numbers("d_distmat", d_distmat, {}),
                      numbers("d_cos", d_cos, {}), static_cast<float*>(sums.data),
-                     result.shaped(whole).typed(input.dtype).data(), sizes, call.stream());
+                     result.shaped(z_shape).typed(input.dtype).data(), sizes, call.stream());
 }
 
 }  // namespace

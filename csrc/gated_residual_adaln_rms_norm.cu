@@ -9,21 +9,21 @@ namespace {
 // Tokens in flight in each thread: 64 to 128 bytes of x and branch forward, as much or more of four
 // arrays backward.
 constexpr int kRowsForward = 2;
-template <class X, bool all>
-constexpr int kRowsBackward = sizeof(X) == 2 && all ? 2 : 1;
+template <class X, bool aligned>
+constexpr int kRowsBackward = sizeof(X) == 2 && aligned ? 2 : 1;
 
-template <bool all>
+template <bool aligned>
 LDIT_DEVICE void load_gate(const Residual& residual, const Part& part, float (&gate)[kColumns]) {
-  load_floats<all>(residual.gate.array, part.sample * residual.gate.stride + part.column,
-                   part.valid, gate);
+  load_floats<aligned>(residual.gate.array, part.sample * residual.gate.stride + part.column,
+                       part.valid, gate);
 }
 
 // Half a thread's gate lies beside that of its neighbour: a warp then writes and reads without bank
 // conflicts.
-template <bool all>
+template <bool aligned>
 LDIT_DEVICE void keep_gate(const Residual& residual, const Part& part, const Shared<float>& gates) {
   float gate[kColumns];
-  load_gate<all>(residual, part, gate);
+  load_gate<aligned>(residual, part, gate);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Raw<float, kColumns / 2> raw;
@@ -45,7 +45,7 @@ LDIT_DEVICE Raw<float, kColumns> kept_gate(const Shared<float>& gates) {
   return gate;
 }
 
-template <class X, class Y, bool all>
+template <class X, class Y, bool aligned>
 __global__ void __launch_bounds__(kNormThreads)
     gated_residual_adaln_rms_norm_fwd(const X* __restrict__ x, const Y* __restrict__ branch,
                                       Residual residual, Modulation modulation,
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(kNormThreads)
   const Sums sums(memory);
   const Part part(sizes);
   float gate[kColumns], bias[kColumns], factor[kColumns], shift[kColumns];
-  load_gate<all>(residual, part, gate);
-  load_floats<all>(residual.bias, part.column, part.valid, bias);
-  load_factor<all>(modulation, part, factor);
-  load_shift<all>(modulation, part, shift);
+  load_gate<aligned>(residual, part, gate);
+  load_floats<aligned>(residual.bias, part.column, part.valid, bias);
+  load_factor<aligned>(modulation, part, factor);
+  load_shift<aligned>(modulation, part, shift);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
     Raw<X, kColumns> rows[steps];
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kNormThreads)
     float squares[steps];
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
-      rows[i] = load_columns<all>(x, sizes, part, token + i);
-      added[i] = load_columns<all>(branch, sizes, part, token + i);
+      rows[i] = load_columns<aligned>(x, sizes, part, token + i);
+      added[i] = load_columns<aligned>(branch, sizes, part, token + i);
     }
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
@@ -77,22 +77,22 @@ __global__ void __launch_bounds__(kNormThreads)
         rows[i].set(j, rows[i][j] + gate[j] * (added[i][j] + bias[j]));
       squares[i] = sum_of_squares(rows[i]);  // of x' as it is returned, rounded
       if (part.has(token + i))
-        store_some<all>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
+        store_some<aligned>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
     }
     sums(squares, round);
-    store_modulated<all>(y, rows, squares, factor, shift, sizes, part, token);
+    store_modulated<aligned>(y, rows, squares, factor, shift, sizes, part, token);
   }
 }
 
 // The gradient of the norm joins that of x': d_x; then d_branch = gate·d_x.
-template <class X, class Y, bool all>
+template <class X, class Y, bool aligned>
 __global__ void __launch_bounds__(kNormThreads)
     gated_residual_adaln_rms_norm_bwd(const X* __restrict__ x_new, const Y* __restrict__ branch,
                                       Residual residual, Modulation modulation,
                                       const X* __restrict__ d_x_new, const Y* __restrict__ d_y,
                                       X* __restrict__ d_x, Y* __restrict__ d_branch,
                                       float* __restrict__ partials, int kinds, NormSizes sizes) {
-  constexpr int steps = kRowsBackward<X, all>;
+  constexpr int steps = kRowsBackward<X, aligned>;
   using Sums = BlockSums<2 * steps>;
   LDIT_SHARED(float, memory, Sums::size);
   // Each thread keeps the gate of its columns here: there are not enough registers.
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kNormThreads)
   float factor[kColumns];
   float of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
   float of_stream_times_branch[kColumns] = {}, of_stream[kColumns] = {};
-  keep_gate<all>(residual, part, gates);
-  load_factor<all>(modulation, part, factor);
+  keep_gate<aligned>(residual, part, gates);
+  load_factor<aligned>(modulation, part, factor);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
     Raw<X, kColumns> rows[steps], stream[steps];
@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(kNormThreads)
     float both[2 * steps];  // Σx'² and Σg·x' of each row
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
-      rows[i] = load_columns<all>(x_new, sizes, part, token + i);
-      upstream[i] = load_if_given<all>(d_y, sizes, part, token + i);
-      stream[i] = load_if_given<all>(d_x_new, sizes, part, token + i);
-      added[i] = load_if_given<all>(branch, sizes, part, token + i);
+      rows[i] = load_columns<aligned>(x_new, sizes, part, token + i);
+      upstream[i] = load_if_given<aligned>(d_y, sizes, part, token + i);
+      stream[i] = load_if_given<aligned>(d_x_new, sizes, part, token + i);
+      added[i] = load_if_given<aligned>(branch, sizes, part, token + i);
     }
 #pragma unroll
     for (int i = 0; i < steps; ++i)
@@ -138,25 +138,27 @@ __global__ void __launch_bounds__(kNormThreads)
         of_stream_times_branch[j] += total * added[i][j];
         of_stream[j] += total;
       }
-      store_some<all>(d_x + part.offset(sizes, token + i), of_x, part.valid);
-      store_some<all>(d_branch + part.offset(sizes, token + i), of_branch, part.valid);
+      store_some<aligned>(d_x + part.offset(sizes, token + i), of_x, part.valid);
+      store_some<aligned>(d_branch + part.offset(sizes, token + i), of_branch, part.valid);
     }
   }
   if (partials != nullptr) {
-    store_partial<all>(partials, kinds, kOfUpstream, sizes, part, of_upstream);
-    store_partial<all>(partials, kinds, kOfUpstreamTimesNormed, sizes, part,
-                       of_upstream_times_normed);
-    store_partial<all>(partials, kinds, kOfStreamTimesBranch, sizes, part, of_stream_times_branch);
-    if (kinds > kOfStream) store_partial<all>(partials, kinds, kOfStream, sizes, part, of_stream);
+    store_partial<aligned>(partials, kinds, kOfUpstream, sizes, part, of_upstream);
+    store_partial<aligned>(partials, kinds, kOfUpstreamTimesNormed, sizes, part,
+                           of_upstream_times_normed);
+    store_partial<aligned>(partials, kinds, kOfStreamTimesBranch, sizes, part,
+                           of_stream_times_branch);
+    if (kinds > kOfStream)
+      store_partial<aligned>(partials, kinds, kOfStream, sizes, part, of_stream);
   }
 }
 
-// Calls `use(X, Y, all)`, as types: the stream has the dtype of the branch, or float32.
+// Calls `use(X, Y, aligned)`, as types: the stream has the dtype of the branch, or float32.
 template <class Use>
-void with_types(DType stream, DType branch, bool all, Use&& use) {
+void with_types(DType stream, DType branch, bool aligned, Use&& use) {
   dispatch(branch, [&](auto y_tag) {
     auto call = [&](auto x_tag) {
-      if (all) use(x_tag, y_tag, std::true_type{});
+      if (aligned) use(x_tag, y_tag, std::true_type{});
       else use(x_tag, y_tag, std::false_type{});
     };
     if (stream == branch) call(y_tag);
@@ -164,8 +166,9 @@ void with_types(DType stream, DType branch, bool all, Use&& use) {
   });
 }
 
-bool whole(const Residual& residual, std::int64_t width) {
-  return whole(residual.gate.array, residual.gate.stride) && whole(residual.bias, width);
+bool rows_aligned(const Residual& residual, std::int64_t width) {
+  return rows_aligned(residual.gate.array, residual.gate.stride) &&
+         rows_aligned(residual.bias, width);
 }
 
 }  // namespace
@@ -173,14 +176,15 @@ bool whole(const Residual& residual, std::int64_t width) {
 void launch_gated_residual_adaln_rms_norm_fwd(Floats x, Floats branch, const Residual& residual,
                                               const Modulation& modulation, void* x_new, void* y,
                                               const NormSizes& sizes, Stream stream) {
-  bool all = whole(x, sizes.width) && whole(branch, sizes.width) && aligned(x_new) && aligned(y) &&
-             whole(residual, sizes.width) && whole(modulation, sizes.width);
-  with_types(x.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+  bool aligned = rows_aligned(x, sizes.width) && rows_aligned(branch, sizes.width) &&
+                 is_aligned(x_new) && is_aligned(y) && rows_aligned(residual, sizes.width) &&
+                 rows_aligned(modulation, sizes.width);
+  with_types(x.dtype, branch.dtype, aligned, [&](auto x_tag, auto y_tag, auto aligned) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "gated_residual_adaln_rms_norm_fwd";
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           gated_residual_adaln_rms_norm_fwd<X, Y, decltype(all)::value>,
+           gated_residual_adaln_rms_norm_fwd<X, Y, decltype(aligned)::value>,
            static_cast<const X*>(x.data), static_cast<const Y*>(branch.data), residual, modulation,
            static_cast<X*>(x_new), static_cast<Y*>(y), sizes);
   });
@@ -191,18 +195,19 @@ void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const
                                               const void* d_y, void* d_x, void* d_branch,
                                               float* partials, const ModulationGradients& gradients,
                                               const NormSizes& sizes, Stream stream) {
-  bool all = whole(x_new, sizes.width) && whole(branch, sizes.width) && aligned(d_x_new) &&
-             aligned(d_y) && aligned(d_x) && aligned(d_branch) && aligned(partials) &&
-             whole(residual, sizes.width) && whole(modulation, sizes.width);
+  bool aligned = rows_aligned(x_new, sizes.width) && rows_aligned(branch, sizes.width) &&
+                 is_aligned(d_x_new) && is_aligned(d_y) && is_aligned(d_x) &&
+                 is_aligned(d_branch) && is_aligned(partials) &&
+                 rows_aligned(residual, sizes.width) && rows_aligned(modulation, sizes.width);
   int kinds = residual.bias.data == nullptr ? 3 : 4;
-  with_types(x_new.dtype, branch.dtype, all, [&](auto x_tag, auto y_tag, auto all) {
+  with_types(x_new.dtype, branch.dtype, aligned, [&](auto x_tag, auto y_tag, auto aligned) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
     constexpr const char* name = "gated_residual_adaln_rms_norm_bwd";
     // Only for the gradient of gate.
     const Y* added = partials == nullptr ? nullptr : static_cast<const Y*>(branch.data);
     launch({name, blocks(name, sizes.samples * sizes.chunks()), norm_threads(sizes.width), stream},
-           gated_residual_adaln_rms_norm_bwd<X, Y, decltype(all)::value>,
+           gated_residual_adaln_rms_norm_bwd<X, Y, decltype(aligned)::value>,
            static_cast<const X*>(x_new.data), added, residual, modulation,
            static_cast<const X*>(d_x_new), static_cast<const Y*>(d_y), static_cast<X*>(d_x),
            static_cast<Y*>(d_branch), partials, kinds, sizes);

@@ -10,12 +10,12 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
                                const QkvPrologue& prologue, void* d_qkv, float* scratch,
                                const VectorPartials& partials, const VectorGradients& gradients,
                                const AttentionSizes& sizes, Stream stream) {
-  bool all = whole_chunks(sizes, {d_out, qkv.data, out, prologue.table, d_qkv});
-  bool whole = all && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
-  with_instance(qkv.dtype, sizes.width, whole, [&](auto tag, auto instance) {
+  bool aligned = rows_aligned(sizes, {d_out, qkv.data, out, prologue.table, d_qkv});
+  bool head_in_smem = aligned && sizes.keys >= sizes.tokens && sizes.queries == sizes.keys;
+  with_instance(qkv.dtype, sizes.width, head_in_smem, [&](auto tag, auto instance) {
     using T = typename decltype(tag)::type;
     using Chosen = decltype(instance);
-    using Shape = BackwardShape<T, Chosen::width, Chosen::whole>;
+    using Shape = BackwardShape<T, Chosen::width, Chosen::head_in_smem>;
     constexpr const char* name = "rope_attention_bwd";
     check(sizes.keys == sizes.warps * Shape::rows, "keys are not those of the warps");
     check(sizes.queries % (8 * Shape::n) == 0 &&
@@ -27,9 +27,9 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
           "too many warps or queries");
     launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream,
             Shape::shared(sizes)},
-           rope_attention_bwd<T, Chosen::width, Chosen::whole>, static_cast<const T*>(d_out),
+           rope_attention_bwd<T, Chosen::width, Chosen::head_in_smem>, static_cast<const T*>(d_out),
            static_cast<const T*>(qkv.data), static_cast<const T*>(out), lse, prologue,
-           static_cast<T*>(d_qkv), scratch, partials, sizes, all);
+           static_cast<T*>(d_qkv), scratch, partials, sizes, aligned);
   });
   std::int64_t heads = sizes.samples * sizes.heads;
   if (partials.dw_partial != nullptr) {

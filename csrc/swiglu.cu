@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
 int access_bytes(std::int64_t row_bytes, std::initializer_list<const void*> arrays) {
   for (int bytes : {16, 4}) {
     bool divides = row_bytes % bytes == 0;
-    for (const void* array : arrays) divides = divides && aligned(array, bytes);
+    for (const void* array : arrays) divides = divides && is_aligned(array, bytes);
     if (divides) return bytes;
   }
   return 1;

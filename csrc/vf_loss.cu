@@ -110,7 +110,7 @@ template <class T>
 struct Sample {
   const T* start;
   std::int64_t channels, positions;
-  bool whole;  // whether 16 bytes can be read from every kVector<T>-th position of a channel on
+  bool aligned;  // whether 16 bytes can be read from every kVector<T>-th position of a channel on
 };
 
 // Channels [channel, channel + count) of the positions from `position` on, 0 where there are none.
@@ -124,7 +124,7 @@ LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::i
     int valid = channel + row < from.channels && left > 0 ? int(left) : 0;
     const T* source =
         valid ? from.start + (channel + row) * from.positions + position + column : from.start;
-    if (from.whole) copy16(to.at(row, column, step), source, valid * int(sizeof(T)));
+    if (from.aligned) copy16(to.at(row, column, step), source, valid * int(sizeof(T)));
     else store(to.at(row, column, step), load_tail<step>(source, valid));
   }
 }
@@ -304,7 +304,7 @@ static_assert(kSide == kVfTile);
 template <class T>
 __global__ void __launch_bounds__(Square<T>::threads, 4)
     vf_loss_tiles(const T* __restrict__ z, const T* __restrict__ f, const float* __restrict__ kept,
-                  float* __restrict__ tile_sums, VfSizes sizes, bool whole) {
+                  float* __restrict__ tile_sums, VfSizes sizes, bool aligned) {
   using B = Square<T>;
   LDIT_SHARED(T, memory, 2 * B::stage);
   LDIT_SHARED(float, totals, BlockSums<1>::size);
@@ -317,8 +317,8 @@ __global__ void __launch_bounds__(Square<T>::threads, 4)
                first_column = first_row + std::int64_t(index) * kSide;
   std::int64_t offset = sample * sizes.channels * positions;
   float zz[2][4][4] = {}, ff[2][4][4] = {}, total[1] = {0.f};
-  products<B>(Sample<T>{z + offset, sizes.channels, positions, whole},
-              Sample<T>{f + offset, sizes.channels, positions, whole}, first_row, first_column,
+  products<B>(Sample<T>{z + offset, sizes.channels, positions, aligned},
+              Sample<T>{f + offset, sizes.channels, positions, aligned}, first_row, first_column,
               memory, zz, ff);
   Norms norms{kept + sample * positions, kept + (sizes.samples + sample) * positions, positions};
   differences<B>(norms, first_row, first_column, zz, ff, [&](int, int, int, int, float difference) {
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
                      const float* __restrict__ z_norms, const float* __restrict__ f_norms,
                      const float* __restrict__ inner, const float* __restrict__ d_distmat,
                      const float* __restrict__ d_cos, float* partial, T* __restrict__ d_z,
-                     VfSizes sizes, bool whole) {
+                     VfSizes sizes, bool aligned) {
   using B = Panel<T>;
   DynamicShared dynamic;
   const Shared<T> memory = dynamic.template take<T>(2 * B::stage);
@@ -400,8 +400,8 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   unsigned tiles = unsigned((positions + B::rows - 1) / B::rows);
   std::int64_t sample = blockIdx.x / tiles, first_row = std::int64_t(blockIdx.x % tiles) * B::rows;
   std::int64_t offset = sample * channels * positions;
-  const Sample<T> of_z{z + offset, channels, positions, whole},
-      of_f{f + offset, channels, positions, whole};
+  const Sample<T> of_z{z + offset, channels, positions, aligned},
+      of_f{f + offset, channels, positions, aligned};
   const Norms norms{z_norms + sample * positions, f_norms + sample * positions, positions};
   // A vector of zeros pulls nothing: its weight must not be the one that the others are scaled by.
   auto weight = [&](std::int64_t j) {
@@ -510,15 +510,15 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   }
 }
 
-bool whole(const VfSizes& sizes, DType dtype, const void* z, const void* f) {
-  return sizes.positions % (dtype == DType::float32 ? 4 : 8) == 0 && aligned(z) && aligned(f);
+bool rows_aligned(const VfSizes& sizes, DType dtype, const void* z, const void* f) {
+  return sizes.positions % (dtype == DType::float32 ? 4 : 8) == 0 && is_aligned(z) && is_aligned(f);
 }
 
 }  // namespace
 
 void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, float* tile_sums,
                         float* distmat, float* cos, const VfSizes& sizes, Stream stream) {
-  bool all = whole(sizes, z.dtype, z.data, f);
+  bool aligned = rows_aligned(sizes, z.dtype, z.data, f);
   std::int64_t cos_parts = 0;
   dispatch(z.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -529,11 +529,11 @@ void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, f
       launch({"vf_loss_positions", grid, kPositionsThreads, stream}, kernel, of_z, of_f, kept,
              cos_sums, sizes);
     };
-    if (all) positions(vf_loss_positions<T, kVector<T>>, kVector<T>);
+    if (aligned) positions(vf_loss_positions<T, kVector<T>>, kVector<T>);
     else positions(vf_loss_positions<T, 1>, 1);
     dim3 grid = blocks("vf_loss_tiles", sizes.tile_parts());
     launch({"vf_loss_tiles", grid, Square<T>::threads, stream}, vf_loss_tiles<T>, of_z, of_f, kept,
-           tile_sums, sizes, all);
+           tile_sums, sizes, aligned);
   });
   launch({"vf_loss_means", dim3(1), kMeansThreads, stream}, vf_loss_means, tile_sums, cos_sums,
          distmat, cos, sizes.tile_parts(), cos_parts, sizes.pairs(), sizes.vectors());
@@ -542,7 +542,7 @@ void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, f
 void launch_vf_loss_bwd(Floats z, const void* f, const float* z_norms, const float* f_norms,
                         const float* inner, const float* d_distmat, const float* d_cos,
                         float* partial, void* d_z, const VfSizes& sizes, Stream stream) {
-  bool all = whole(sizes, z.dtype, z.data, f);
+  bool aligned = rows_aligned(sizes, z.dtype, z.data, f);
   dispatch(z.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using B = Panel<T>;
@@ -550,7 +550,7 @@ void launch_vf_loss_bwd(Floats z, const void* f, const float* z_norms, const flo
         blocks("vf_loss_gradient", sizes.samples * ((sizes.positions + B::rows - 1) / B::rows));
     launch({"vf_loss_gradient", grid, B::threads, stream, B::shared}, vf_loss_gradient<T>,
            static_cast<const T*>(z.data), static_cast<const T*>(f), z_norms, f_norms, inner,
-           d_distmat, d_cos, partial, static_cast<T*>(d_z), sizes, all);
+           d_distmat, d_cos, partial, static_cast<T*>(d_z), sizes, aligned);
   });
 }
 

@@ -26,10 +26,10 @@ LDIT_DEVICE void copy16(void* to, const void* from, int valid = 16,
   auto* bytes = static_cast<volatile unsigned char*>(to);
   for (int i = 0; i < 16; ++i) bytes[i] = 0xff;
   emulation::copy_start(to, from, 16, valid,
-                        [](void* to, const void* from, std::size_t whole, std::size_t valid) {
+                        [](void* to, const void* from, std::size_t bytes, std::size_t valid) {
                           auto* destination = static_cast<volatile unsigned char*>(to);
                           auto* source = static_cast<const volatile unsigned char*>(from);
-                          for (std::size_t i = 0; i < whole; ++i)
+                          for (std::size_t i = 0; i < bytes; ++i)
                             destination[i] = i < valid ? source[i] : 0;
                         });
 #else

@@ -8,27 +8,28 @@ namespace ldit {
 
 namespace detail {
 
-template <bool all, class T, int count>
+template <bool aligned, class T, int count>
 LDIT_DEVICE void widen(const void* array, std::int64_t offset, int valid, float (&to)[count]) {
-  auto raw = load_some<all, count>(static_cast<const T*>(array) + offset, valid);
+  auto raw = load_some<aligned, count>(static_cast<const T*>(array) + offset, valid);
 #pragma unroll
   for (int j = 0; j < count; ++j) to[j] = raw[j];
 }
 
 }  // namespace detail
 
-// The first `valid` of `count` neighbours, all if `all` says so and `valid` is not 0; the others,
+// The first `valid` of `count` neighbours; `aligned`: `valid` is `count` or 0, and the address a
+// multiple of one access. The others,
 // and a null array, are 0.
-template <bool all, int count>
+template <bool aligned, int count>
 LDIT_DEVICE void load_floats(const Floats& array, std::int64_t offset, int valid,
                              float (&to)[count]) {
 #pragma unroll
   for (int j = 0; j < count; ++j) to[j] = 0.f;
   if (valid == 0 || array.data == nullptr) return;
   switch (array.dtype) {
-    case DType::float32: return detail::widen<all, float>(array.data, offset, valid, to);
-    case DType::float16: return detail::widen<all, fp16>(array.data, offset, valid, to);
-    case DType::bfloat16: return detail::widen<all, bf16>(array.data, offset, valid, to);
+    case DType::float32: return detail::widen<aligned, float>(array.data, offset, valid, to);
+    case DType::float16: return detail::widen<aligned, fp16>(array.data, offset, valid, to);
+    case DType::bfloat16: return detail::widen<aligned, bf16>(array.data, offset, valid, to);
   }
 }
 

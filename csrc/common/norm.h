@@ -20,14 +20,14 @@ inline unsigned norm_threads(std::int64_t width) {
   return static_cast<unsigned>((width + kColumns * kWarp - 1) / (kColumns * kWarp) * kWarp);
 }
 
-// Whether every thread's columns of `array` can be accessed whole, by 16 bytes: `width` and the
-// pointer allow it.
-inline bool whole(const Floats& array, std::int64_t stride) {
-  return aligned(array.data) && stride % kColumns == 0;
+// Whether every thread's columns of `array` can be accessed by 16 bytes at a time: the pointer and
+// the stride of the rows allow it.
+inline bool rows_aligned(const Floats& array, std::int64_t stride) {
+  return is_aligned(array.data) && stride % kColumns == 0;
 }
-inline bool whole(const Modulation& m, std::int64_t width) {
-  return whole(m.weight, width) && whole(m.scale.array, m.scale.stride) &&
-         whole(m.shift.array, m.shift.stride);
+inline bool rows_aligned(const Modulation& m, std::int64_t width) {
+  return rows_aligned(m.weight, width) && rows_aligned(m.scale.array, m.scale.stride) &&
+         rows_aligned(m.shift.array, m.shift.stride);
 }
 
 // The part of the tokens that a block walks over, and the columns of its thread.
@@ -52,34 +52,36 @@ struct Part {
 };
 
 // Loads the thread's columns of a token, zeros where there are none.
-template <bool all, class T>
+template <bool aligned, class T>
 LDIT_DEVICE Raw<T, kColumns> load_columns(const T* array, const NormSizes& sizes, const Part& part,
                                           std::int64_t token) {
   if (!part.has(token)) return Raw<T, kColumns>{};
-  return load_some<all, kColumns>(array + part.offset(sizes, token), part.valid);
+  return load_some<aligned, kColumns>(array + part.offset(sizes, token), part.valid);
 }
 
 // Zeros for a null array as well.
-template <bool all, class T>
+template <bool aligned, class T>
 LDIT_DEVICE Raw<T, kColumns> load_if_given(const T* array, const NormSizes& sizes, const Part& part,
                                            std::int64_t token) {
   if (array == nullptr) return Raw<T, kColumns>{};
-  return load_columns<all>(array, sizes, part, token);
+  return load_columns<aligned>(array, sizes, part, token);
 }
 
 // weight·(1 + scale) of the thread's columns.
-template <bool all>
+template <bool aligned>
 LDIT_DEVICE void load_factor(const Modulation& m, const Part& part, float (&factor)[kColumns]) {
   float scale[kColumns];
-  load_floats<all>(m.weight, part.column, part.valid, factor);
-  load_floats<all>(m.scale.array, part.sample * m.scale.stride + part.column, part.valid, scale);
+  load_floats<aligned>(m.weight, part.column, part.valid, factor);
+  load_floats<aligned>(m.scale.array, part.sample * m.scale.stride + part.column, part.valid,
+                       scale);
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) factor[j] *= 1.f + scale[j];
 }
 
-template <bool all>
+template <bool aligned>
 LDIT_DEVICE void load_shift(const Modulation& m, const Part& part, float (&shift)[kColumns]) {
-  load_floats<all>(m.shift.array, part.sample * m.shift.stride + part.column, part.valid, shift);
+  load_floats<aligned>(m.shift.array, part.sample * m.shift.stride + part.column, part.valid,
+                       shift);
 }
 
 LDIT_DEVICE float inverse_rms(float sum_of_squares, const NormSizes& sizes) {
@@ -97,7 +99,7 @@ LDIT_DEVICE float sum_of_squares(const Raw<X, kColumns>& x) {
 
 // Writes y = x / rms(x)·factor + shift, rounded once, of rows from `token` on; `squares` are their
 // Σx².
-template <bool all, class X, class Y, int count>
+template <bool aligned, class X, class Y, int count>
 LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
                                  const float (&squares)[count], const float (&factor)[kColumns],
                                  const float (&shift)[kColumns], const NormSizes& sizes,
@@ -113,7 +115,7 @@ LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
     Raw<Y, kColumns> result;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) result.set(j, row[j] * r * factor[j] + shift[j]);
-    store_some<all>(y + part.offset(sizes, token + i), result, part.valid);
+    store_some<aligned>(y + part.offset(sizes, token + i), result, part.valid);
   }
 }
 
@@ -146,7 +148,7 @@ struct RowGradient {
 // Which sums lie in `partials` [samples, chunks, kinds, width], in this order.
 enum Sum { kOfUpstream, kOfUpstreamTimesNormed, kOfStreamTimesBranch, kOfStream };
 
-template <bool all>
+template <bool aligned>
 LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const NormSizes& sizes,
                                const Part& part, const float (&sum)[kColumns]) {
   if (part.valid == 0) return;
@@ -155,7 +157,7 @@ LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const Norm
   for (int j = 0; j < kColumns; ++j) raw.set(j, sum[j]);
   float* row =
       partials + ((part.sample * sizes.chunks() + part.chunk) * kinds + which) * sizes.width;
-  store_some<all>(row + part.column, raw, part.valid);
+  store_some<aligned>(row + part.column, raw, part.valid);
 }
 
 // The second stage. A block owns `kSumColumns` columns of all samples, so the sums over samples

@@ -17,7 +17,7 @@ struct alignas(sizeof(T) * count) Packed {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements in 16 bytes
 
-inline bool aligned(const void* pointer, std::int64_t bytes = 16) {
+inline bool is_aligned(const void* pointer, std::int64_t bytes = 16) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
@@ -26,7 +26,8 @@ namespace detail {
 template <class T, int count>
 LDIT_DEVICE Packed<T, count> load_packed(const T* from, Site site) {
 #ifdef LDIT_EMULATED
-  if (!aligned(from, sizeof(T) * count)) emulation::fail("a load from a misaligned address", site);
+  if (!is_aligned(from, sizeof(T) * count))
+    emulation::fail("a load from a misaligned address", site);
 #endif
   return *reinterpret_cast<const Packed<T, count>*>(from);
 }
@@ -34,7 +35,7 @@ LDIT_DEVICE Packed<T, count> load_packed(const T* from, Site site) {
 template <class T, int count>
 LDIT_DEVICE void store_packed(T* to, const Packed<T, count>& packed, Site site) {
 #ifdef LDIT_EMULATED
-  if (!aligned(to, sizeof(T) * count)) emulation::fail("a store to a misaligned address", site);
+  if (!is_aligned(to, sizeof(T) * count)) emulation::fail("a store to a misaligned address", site);
 #endif
   *reinterpret_cast<Packed<T, count>*>(to) = packed;
 }
@@ -94,17 +95,18 @@ LDIT_DEVICE void store_tail(T* to, const Raw<T, count>& raw, std::int64_t valid)
     if (i < valid) to[i] = raw.pieces[i / raw.piece].value[i % raw.piece];
 }
 
-// Loads `count` elements, whole if `whole` says so at compile time, else the first `valid`.
-template <bool whole, int count, class T>
+// Loads `count` elements in vectors if `aligned` says at compile time that the address allows it,
+// else the first `valid` one by one.
+template <bool aligned, int count, class T>
 LDIT_DEVICE Raw<T, count> load_some(const T* from, std::int64_t valid, Site site = Site::here()) {
-  if constexpr (whole) return load<count>(from, site);
+  if constexpr (aligned) return load<count>(from, site);
   else return load_tail<count>(from, valid);
 }
 
-template <bool whole, class T, int count>
+template <bool aligned, class T, int count>
 LDIT_DEVICE void store_some(T* to, const Raw<T, count>& raw, std::int64_t valid,
                             Site site = Site::here()) {
-  if constexpr (whole) store(to, raw, site);
+  if constexpr (aligned) store(to, raw, site);
   else store_tail(to, raw, valid);
 }
 

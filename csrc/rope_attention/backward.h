@@ -11,16 +11,16 @@
 
 namespace ldit {
 
-template <class T, int width, bool whole>
+template <class T, int width, bool head_in_smem>
 struct BackwardShape {
-  static constexpr int m = whole ? 2 : 1;         // tiles of 16 keys of a warp
-  static constexpr int n = width <= 72 ? 4 : 2;   // tiles of 8 queries at a time
-  static constexpr int block = whole ? 128 : 64;  // queries whose gradient is made at a time
+  static constexpr int m = head_in_smem ? 2 : 1;         // tiles of 16 keys of a warp
+  static constexpr int n = width <= 72 ? 4 : 2;          // tiles of 8 queries at a time
+  static constexpr int block = head_in_smem ? 128 : 64;  // queries whose gradient is made at a time
   static constexpr int rows = 16 * m, tiles = width / 8;
   static constexpr int threads = 256;
-  // Registers do not hold whole gradients of queries beside those of keys.
+  // Registers do not hold 16 rows of dq at full width beside dk and dv.
   static constexpr bool wide = width > 72;
-  static constexpr int most = whole ? 256 : 64;  // queries in shared memory
+  static constexpr int most = head_in_smem ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
   using Ds = Tile<T, block>;
@@ -33,9 +33,9 @@ struct BackwardShape {
 };
 
 // What all warps share.
-template <class T, int width, bool whole>
+template <class T, int width, bool head_in_smem>
 struct BackwardMemory {
-  using Shape = BackwardShape<T, width, whole>;
+  using Shape = BackwardShape<T, width, head_in_smem>;
   typename Shape::Rows keys, values, queries, d_out;
   typename Shape::Ds ds;        // dsᵀ: rows are keys, columns queries of a block
   Shared<float> lse_and_delta;  // 8 at a time: their lse, then their deltas
@@ -58,9 +58,9 @@ struct BackwardMemory {
 // Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and
 // delta = Σ d_out·out, of out without the bias of the values, as these are in shared memory.
 // Queries that do not exist get an lse of infinity, so that their p is 0.
-template <class T, int width, bool whole>
-LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, whole>& memory, const T* d_out,
-                             const T* out, const float* lse, const Head<width, whole>& head,
+template <class T, int width, bool head_in_smem>
+LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memory, const T* d_out,
+                             const T* out, const float* lse, const Head<width, head_in_smem>& head,
                              const Vectors<width>& vectors, int first, int rows) {
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
@@ -87,15 +87,15 @@ LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, whole>& memory, cons
 }
 
 // The gradients of a warp's keys and values.
-template <class T, int width, bool whole>
+template <class T, int width, bool head_in_smem>
 struct KeyGradients {
-  using Shape = BackwardShape<T, width, whole>;
+  using Shape = BackwardShape<T, width, head_in_smem>;
   float dk[Shape::m][Shape::tiles][4] = {}, dv[Shape::m][Shape::tiles][4] = {};
 
   // Adds what 8·n queries from `query` on give, and leaves their ds in shared memory, from `column`
   // on. Of the keys, in rows from `row` on, `left` exist.
-  LDIT_DEVICE void add(const BackwardMemory<T, width, whole>& memory, int row, int left, int query,
-                       int column, float softmax_scale_log2) {
+  LDIT_DEVICE void add(const BackwardMemory<T, width, head_in_smem>& memory, int row, int left,
+                       int query, int column, float softmax_scale_log2) {
     constexpr int M = Shape::m, N = Shape::n;
     float p[M][N][4] = {};
     dot_nt<N>(p, memory.keys, row, memory.queries, query);
@@ -195,9 +195,10 @@ struct KeyGradients {
 
 // dq += ds·k, of normed and rotated queries and keys: for 16 queries, which are columns [column,
 // column + 16) of dsᵀ, the first `count` keys, and columns of dq from `first` on.
-template <int tiles, class T, int width, bool whole>
-LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4], const BackwardMemory<T, width, whole>& memory,
-                          int column, int count, int first) {
+template <int tiles, class T, int width, bool head_in_smem>
+LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4],
+                          const BackwardMemory<T, width, head_in_smem>& memory, int column,
+                          int count, int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
     Word<T> left[4], right[tiles][2];
@@ -209,9 +210,10 @@ LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4], const BackwardMemory<T, width, 
 }
 
 // d = scratch + d, or scratch = d, for 16 rows and the columns from `first` on.
-template <int tiles, int width, bool exact>
-LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<width, exact>& head,
-                             int token, int first, bool add, bool keep) {
+template <int tiles, int width, bool full_width>
+LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch,
+                             const Head<width, full_width>& head, int token, int first, bool add,
+                             bool keep) {
 #pragma unroll
   for (int t = 0; t < tiles; ++t)
 #pragma unroll
@@ -227,15 +229,15 @@ LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch, const Head<wi
 
 // The gradients of a block's queries, ds being those of `count` keys, from `key` on; the
 // block is the `columns` rows in memory from `block` on.
-template <class T, int width, bool whole>
-LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, const T* qkv,
-                                const Head<width, whole>& head, const QkvPrologue& prologue,
+template <class T, int width, bool head_in_smem>
+LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, head_in_smem>& memory, const T* qkv,
+                                const Head<width, head_in_smem>& head, const QkvPrologue& prologue,
                                 const Vectors<width>& vectors, T* d_qkv, float* scratch, int first,
                                 int block, int columns, int key, int count, float softmax_scale) {
   const bool last = key + count >= head.tokens;
   for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
     const int at = block + column, token = first + at;
-    if constexpr (BackwardShape<T, width, whole>::wide) {
+    if constexpr (BackwardShape<T, width, head_in_smem>::wide) {
 #pragma unroll 1
       for (int part = 0; part < width; part += width / 2) {
         float d[width / 16][4] = {};
@@ -257,11 +259,11 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, whole>& memory, c
 
 // The gradients of all queries, which are in scratch, by way of the rows of keys that a warp has in
 // memory.
-template <class T, int width, bool whole>
-LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memory, const T* qkv,
-                                     const Head<width, whole>& head, const QkvPrologue& prologue,
-                                     const Vectors<width>& vectors, T* d_qkv, float* scratch,
-                                     float softmax_scale) {
+template <class T, int width, bool head_in_smem>
+LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, head_in_smem>& memory,
+                                     const T* qkv, const Head<width, head_in_smem>& head,
+                                     const QkvPrologue& prologue, const Vectors<width>& vectors,
+                                     T* d_qkv, float* scratch, float softmax_scale) {
   for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
     float d[width / 8][4] = {};
     add_scratch(d, scratch, head, token, 0, true, false);
@@ -273,9 +275,9 @@ LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, whole>& memo
 }
 
 // Adds up the sums of all warps for the gradients of the vectors.
-template <class T, int width, bool whole>
-LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
-                            const VectorPartials& partials, const Head<width, whole>& head,
+template <class T, int width, bool head_in_smem>
+LDIT_DEVICE void store_sums(const BackwardMemory<T, width, head_in_smem>& memory,
+                            const VectorPartials& partials, const Head<width, head_in_smem>& head,
                             const AttentionSizes& sizes) {
   using VectorSums = Vectors<width>;
   for (int i = threadIdx.x; i < VectorSums::size; i += blockDim.x) {
@@ -292,19 +294,19 @@ LDIT_DEVICE void store_sums(const BackwardMemory<T, width, whole>& memory,
 }
 
 // `keys` of the sizes is what the warps take, rows each; `queries` a multiple of 8·n, and of
-// Shape::block unless it holds all. `whole`: both are the same and hold the head, which has just
-// this width, and accesses are whole.
-template <class T, int width, bool whole>
+// Shape::block unless it holds all. `head_in_smem`: both are the same and hold the head, which
+// has just this width, in aligned rows.
+template <class T, int width, bool head_in_smem>
 __global__ void __launch_bounds__(256, 1)
     rope_attention_bwd(const T* __restrict__ d_out, const T* __restrict__ qkv,
                        const T* __restrict__ out, const float* __restrict__ lse,
                        QkvPrologue prologue, T* __restrict__ d_qkv, float* scratch,
-                       VectorPartials partials, AttentionSizes sizes, bool all) {
-  using Shape = BackwardShape<T, width, whole>;
+                       VectorPartials partials, AttentionSizes sizes, bool aligned) {
+  using Shape = BackwardShape<T, width, head_in_smem>;
   DynamicShared dynamic;
   LDIT_SHARED(float, lse_and_delta, 2 * Shape::most);  // at an address that takes no register
-  const BackwardMemory<T, width, whole> memory(dynamic, lse_and_delta, sizes);
-  const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x, all);
+  const BackwardMemory<T, width, head_in_smem> memory(dynamic, lse_and_delta, sizes);
+  const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x, aligned);
   // Of scores in units of log 2, so that exp is one instruction, exp2.
   const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
@@ -314,21 +316,23 @@ __global__ void __launch_bounds__(256, 1)
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
 
-  for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
-    const int count = whole ? head.tokens : min(sizes.keys, head.tokens - key);
+  for (int key = 0; key < (head_in_smem ? 1 : head.tokens); key += head_in_smem ? 1 : sizes.keys) {
+    const int count = head_in_smem ? head.tokens : min(sizes.keys, head.tokens - key);
     __syncthreads();
     stage_v(qkv, head, key, sizes.keys, memory.values);
-    if (whole) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, memory.queries, memory.keys);
+    if (head_in_smem)
+      stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, memory.queries, memory.keys);
     else stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, memory.keys);
-    KeyGradients<T, width, whole> gradients;
-    for (int query = 0; query < (whole ? 1 : head.tokens); query += whole ? 1 : sizes.queries) {
+    KeyGradients<T, width, head_in_smem> gradients;
+    for (int query = 0; query < (head_in_smem ? 1 : head.tokens);
+         query += head_in_smem ? 1 : sizes.queries) {
       if (query > 0) __syncthreads();
-      if (!whole)
+      if (!head_in_smem)
         stage_q_or_k(qkv, head, prologue, vectors, 0, query, sizes.queries, memory.queries);
       stage_d_out(memory, d_out, out, lse, head, vectors, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
-      const int queries = whole ? head.tokens : min(sizes.queries, head.tokens - query);
+      const int queries = head_in_smem ? head.tokens : min(sizes.queries, head.tokens - query);
       for (int block = 0; block < queries; block += Shape::block) {
         const int columns = min(Shape::block, queries - block);
         // The gradients of scores of the block before have been read.
@@ -337,8 +341,9 @@ __global__ void __launch_bounds__(256, 1)
           gradients.add(memory, row, count - row, block + column, column, softmax_scale_log2);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, prologue, vectors, d_qkv, whole ? nullptr : scratch,
-                       query, block, columns, key, count, softmax_scale_log2 * kLn2);
+        finish_queries(memory, qkv, head, prologue, vectors, d_qkv,
+                       head_in_smem ? nullptr : scratch, query, block, columns, key, count,
+                       softmax_scale_log2 * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all

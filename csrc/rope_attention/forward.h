@@ -111,10 +111,10 @@ struct OnlineSoftmax {
 
 // Divides by the row sums, adds the bias of the values and stores 16·m rows, by way of the
 // rows of `own` that nobody else needs any more.
-template <class T, int width, bool exact>
+template <class T, int width, bool full_width>
 LDIT_DEVICE void store_result(const OnlineSoftmax<T, width>& softmax, const Tile<T, width>& own,
                               int row, int token, T* out, float* lse,
-                              const Head<width, exact>& head, const Vectors<width>& vectors) {
+                              const Head<width, full_width>& head, const Vectors<width>& vectors) {
   using Shape = ForwardShape<T, width>;
   __syncwarp();  // all lanes have their fragments of the queries that were here
 #pragma unroll
@@ -144,13 +144,13 @@ LDIT_DEVICE void store_result(const OnlineSoftmax<T, width>& softmax, const Tile
 }
 
 // A grid of heads by samples. Blocks of a head are neighbours, so that its keys come from the L2
-// cache. `queries` and `keys` of the sizes are multiples of Shape::rows and Shape::keys. `whole`:
-// one block holds the head, as many queries as keys, of just this width, and accesses are whole;
-// else each warp takes one tile of queries.
-template <class T, int width, bool whole>
+// cache. `queries` and `keys` of the sizes are multiples of Shape::rows and Shape::keys.
+// `head_in_smem`: one block holds the head, as many queries as keys, of just this width, in aligned
+// rows; else each warp takes one tile of queries.
+template <class T, int width, bool head_in_smem>
 __global__ void __launch_bounds__(128, 2)
     rope_attention_fwd(const T* __restrict__ qkv, QkvPrologue prologue, T* __restrict__ out,
-                       float* __restrict__ lse, AttentionSizes sizes, bool all) {
+                       float* __restrict__ lse, AttentionSizes sizes, bool aligned) {
   using Shape = ForwardShape<T, width>;
   using Rows = Tile<T, width>;
   DynamicShared dynamic;
@@ -159,17 +159,17 @@ __global__ void __launch_bounds__(128, 2)
       values{dynamic.take<T>(Rows::size(sizes.keys))};
   LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
   const Vectors<width> vectors{shared_vectors};
-  const int parts = whole ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries,
+  const int parts = head_in_smem ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries,
             part = blockIdx.x % parts;
-  const Head<width, whole> head(sizes, blockIdx.y, blockIdx.x / parts, all);
+  const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x / parts, aligned);
   const int first = part * sizes.queries;
   // Of scores in units of log 2, so that exp is one instruction, exp2.
   const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
 
-  if (whole) stage_v(qkv, head, 0, sizes.keys, values);
+  if (head_in_smem) stage_v(qkv, head, 0, sizes.keys, values);
   stage_norm_and_bias(prologue, head, vectors);
   __syncthreads();
-  if (whole) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, queries, keys);
+  if (head_in_smem) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, queries, keys);
   else stage_q_or_k(qkv, head, prologue, vectors, 0, first, sizes.queries, queries);
   wait_copies<0>();
   __syncthreads();
@@ -180,8 +180,9 @@ __global__ void __launch_bounds__(128, 2)
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<Shape::tiles>(q[m], queries, row + 16 * m, 0);
     OnlineSoftmax<T, width> softmax;
-    for (int key = 0; key < (whole ? 1 : head.tokens); key += whole ? 1 : sizes.keys) {
-      if (!whole) {
+    for (int key = 0; key < (head_in_smem ? 1 : head.tokens);
+         key += head_in_smem ? 1 : sizes.keys) {
+      if (!head_in_smem) {
         __syncthreads();
         stage_v(qkv, head, key, sizes.keys, values);
         stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, keys);

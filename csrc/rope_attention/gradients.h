@@ -39,11 +39,12 @@ LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
 // Takes the gradient of 16 normed and rotated rows from `token` on, queries or keys (`which` 0 or
 // 1), back through rotation and norm. `sums`, of this warp: where the gradients of the vectors are
 // summed.
-template <class T, int width, bool exact>
+template <class T, int width, bool full_width>
 LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
-                                    const Head<width, exact>& head, const QkvPrologue& prologue,
-                                    const Vectors<width>& vectors, int which, int token,
-                                    float softmax_scale, const Vectors<width>& sums) {
+                                    const Head<width, full_width>& head,
+                                    const QkvPrologue& prologue, const Vectors<width>& vectors,
+                                    int which, int token, float softmax_scale,
+                                    const Vectors<width>& sums) {
   constexpr int tiles = width / 8;
   const bool normed = prologue.q_weight.data != nullptr;
   const int member = 2 * member_index();
@@ -105,9 +106,9 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
 
 // Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there
 // to `to`.
-template <class T, int width, bool exact>
+template <class T, int width, bool full_width>
 LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row,
-                            T* to, int exist, const Head<width, exact>& head) {
+                            T* to, int exist, const Head<width, full_width>& head) {
   __syncwarp();
 #pragma unroll
   for (int t = 0; t < width / 8; ++t)

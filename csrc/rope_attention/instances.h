@@ -11,22 +11,22 @@
 
 namespace ldit {
 
-template <int columns, bool of_whole>
+template <int columns, bool whole_head>
 struct Instance {
   static constexpr int width = columns;
-  static constexpr bool whole = of_whole;
+  static constexpr bool head_in_smem = whole_head;
 };
 
-// Calls `use(T, Instance)`, as types. Where a block holds a whole head, of a usual width, and
-// accesses are whole, a kernel for just that; else the least that has room. No model multiplies
+// Calls `use(T, Instance)`, as types. Where a block holds a whole head of a usual width, in aligned
+// rows, a kernel for just that; else the narrowest that has room. No model multiplies
 // wider heads than 72 in float32.
 template <class Use>
-void with_instance(DType dtype, std::int64_t width, bool whole, Use&& use) {
+void with_instance(DType dtype, std::int64_t width, bool head_in_smem, Use&& use) {
   dispatch(dtype, [&](auto tag) {
     constexpr bool narrow = kNarrow<typename decltype(tag)::type>;
     if constexpr (narrow) {
-      if (width == 64 && whole) return use(tag, Instance<64, true>{});
-      if (width == 72 && whole) return use(tag, Instance<72, true>{});
+      if (width == 64 && head_in_smem) return use(tag, Instance<64, true>{});
+      if (width == 72 && head_in_smem) return use(tag, Instance<72, true>{});
     }
     if (width <= 32) return use(tag, Instance<32, false>{});
     if (width <= 72) return use(tag, Instance<72, false>{});
@@ -39,10 +39,10 @@ void with_instance(DType dtype, std::int64_t width, bool whole, Use&& use) {
 
 // Whether 16 bytes can be read at the start of every 8 columns of a head in all arrays, which start
 // at 16 bytes.
-inline bool whole_chunks(const AttentionSizes& sizes, std::initializer_list<const void*> arrays) {
-  bool all = sizes.width % kChunk == 0;
-  for (const void* array : arrays) all = all && aligned(array);
-  return all;
+inline bool rows_aligned(const AttentionSizes& sizes, std::initializer_list<const void*> arrays) {
+  bool aligned = sizes.width % kChunk == 0;
+  for (const void* array : arrays) aligned = aligned && is_aligned(array);
+  return aligned;
 }
 
 inline void check(bool holds, const char* what) {

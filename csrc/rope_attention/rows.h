@@ -20,18 +20,18 @@ namespace ldit {
 constexpr int kChunk = 8;  // columns that a thread takes at a time
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Where a block works: the arrays of its head. `exact`: heads are `columns` wide, and accesses of
-// 16 bytes are possible; else `width` of the columns exist. Little is kept, and offsets are made
-// anew: registers are for sums of products.
-template <int columns, bool exact>
+// The head that a block works on, and offsets of its rows. `full_width`: heads are `columns` wide,
+// and accesses of 16 bytes are possible; else `width` of the columns exist. Little is kept, and
+// offsets are computed anew: registers are for accumulators.
+template <int columns, bool full_width>
 struct Head {
   int sample, head;
   int tokens, heads, width;
-  bool all;  // whether accesses of 16 bytes are possible
+  bool aligned;  // whether accesses of 16 bytes are possible
 
-  LDIT_DEVICE Head(const AttentionSizes& sizes, unsigned sample, unsigned head, bool all)
+  LDIT_DEVICE Head(const AttentionSizes& sizes, unsigned sample, unsigned head, bool aligned)
       : sample(sample), head(head), tokens(sizes.tokens), heads(sizes.heads),
-        width(exact ? columns : int(sizes.width)), all(exact || all) {}
+        width(full_width ? columns : int(sizes.width)), aligned(full_width || aligned) {}
 
   // Elements from row to row in the result; in qkv thrice that.
   LDIT_DEVICE int row() const { return heads * width; }
@@ -52,14 +52,14 @@ struct Head {
 
   // How many of `count` columns from `column` on exist.
   LDIT_DEVICE int left(int column, int count) const {
-    return exact ? (column < columns ? count : 0) : max(min(width - column, count), 0);
+    return full_width ? (column < columns ? count : 0) : max(min(width - column, count), 0);
   }
 
   // `count` neighbours in a row, of which `valid` exist, as `left` has told.
   template <int count, class T>
   LDIT_DEVICE Raw<T, count> load_some(const T* from, int valid, Site site = Site::here()) const {
     if (valid == 0) return Raw<T, count>{};
-    if (exact || all) return load<count>(from, site);
+    if (full_width || aligned) return load<count>(from, site);
     return load_tail<count>(from, valid);
   }
 };
@@ -93,8 +93,9 @@ struct Vectors {
   }
 };
 
-template <int width, bool exact>
-LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue, const Head<width, exact>& head,
+template <int width, bool full_width>
+LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue,
+                                     const Head<width, full_width>& head,
                                      const Vectors<width>& vectors) {
   for (int i = threadIdx.x; i < Vectors<width>::size; i += blockDim.x) {
     const int which = i / width, column = i % width;
@@ -132,8 +133,8 @@ LDIT_DEVICE float sum_of_squares(const Raw<float, kChunk>& raw) {
   return sum;
 }
 
-template <int width, bool exact>
-LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head,
+template <int width, bool full_width>
+LDIT_DEVICE float inverse_rms(float squares, const Head<width, full_width>& head,
                               const QkvPrologue& prologue) {
   return fast_rsqrt(warp_sum(squares, 4) / static_cast<float>(head.width) + prologue.eps);
 }
@@ -141,8 +142,8 @@ LDIT_DEVICE float inverse_rms(float squares, const Head<width, exact>& head,
 // Loads rows [first, first + rows), a multiple of 8, of queries or keys (`which` 0 or 1), normed
 // and rotated, into shared memory; four threads share a row. In few registers: sums of products
 // occupy most of them.
-template <class T, int width, bool exact>
-LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, exact>& head,
+template <class T, int width, bool full_width>
+LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, full_width>& head,
                               const QkvPrologue& prologue, const Vectors<width>& vectors, int which,
                               int first, int rows, const Tile<T, width>& to) {
   const bool normed = prologue.q_weight.data != nullptr;
@@ -175,10 +176,10 @@ LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, exact>& head,
   }
 }
 
-// The same for the first rows of queries and keys at once, which reads the table once, and asks for
-// a whole row at a time.
-template <class T, int width, bool exact>
-LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, exact>& head,
+// The same for the first rows of queries and keys at once, which reads the table once, and loads
+// all columns of a row at a time.
+template <class T, int width, bool full_width>
+LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, full_width>& head,
                                const QkvPrologue& prologue, const Vectors<width>& vectors, int rows,
                                const Tile<T, width>& queries, const Tile<T, width>& keys) {
   constexpr int pieces = (width / kChunk + 3) / 4;
@@ -224,15 +225,15 @@ LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, exact>& head,
 }
 
 // Starts to copy the values of rows [first, first + rows); wait_copies<0>() and a barrier end it.
-template <class T, int width, bool exact>
-LDIT_DEVICE void stage_v(const T* qkv, const Head<width, exact>& head, int first, int rows,
+template <class T, int width, bool full_width>
+LDIT_DEVICE void stage_v(const T* qkv, const Head<width, full_width>& head, int first, int rows,
                          const Tile<T, width>& to, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     int row = i / units, column = i % units * count, token = first + row;
     int valid = token < head.tokens ? head.left(column, count) : 0;
     const T* from = qkv + head.in_packed(2, valid ? token : 0);
-    if (head.all)
+    if (head.aligned)
       copy16(to.at(row, column, count, site), valid ? from + column : from, valid ? 16 : 0, site);
     else store(to.at(row, column, count, site), load_tail<count>(from + column, valid), site);
   }
@@ -241,9 +242,9 @@ LDIT_DEVICE void stage_v(const T* qkv, const Head<width, exact>& head, int first
 
 // Rows [row, row + 16) of a warp's own, from shared memory into an array whose rows lie `stride`
 // apart, as far as they exist.
-template <class T, int width, bool exact>
+template <class T, int width, bool full_width>
 LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stride, int exist,
-                            const Head<width, exact>& head, Site site = Site::here()) {
+                            const Head<width, full_width>& head, Site site = Site::here()) {
   constexpr int count = kVector<T>, units = width / count;
   // The addresses of all iterations at once would take registers from the accumulators.
 #pragma unroll 1
@@ -252,7 +253,7 @@ LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stri
     if (down >= exist || valid == 0) continue;
     auto values = load<count>(from.at(row + down, column, count, site), site);
     T* address = to + std::int64_t(down) * stride + column;
-    if (head.all) store(address, values, site);
+    if (head.aligned) store(address, values, site);
     else store_tail(address, values, valid);
   }
 }

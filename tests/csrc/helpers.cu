@@ -131,10 +131,10 @@ __global__ void widen(const T* in, float* out, std::int64_t count) {
 
 // Copies `count` elements by vectors of 8 with a tail, from and to any address.
 template <class T>
-__global__ void copy(const T* in, T* out, std::int64_t count, bool whole) {
+__global__ void copy(const T* in, T* out, std::int64_t count, bool aligned) {
   std::int64_t first = 8 * std::int64_t(threadIdx.x), valid = count - first;
   if (valid <= 0) return;
-  if (whole && valid >= 8) store(out + first, load<8>(in + first));
+  if (aligned && valid >= 8) store(out + first, load<8>(in + first));
   else store_tail(out + first, load_tail<8>(in + first, valid), valid);
 }
 
@@ -221,12 +221,13 @@ EXPORT const char* run_widen(bool brain, const void* in, float* out, std::int64_
   });
 }
 
-EXPORT const char* run_copy(int dtype, const void* in, void* out, std::int64_t count, bool whole) {
+EXPORT const char* run_copy(int dtype, const void* in, void* out, std::int64_t count,
+                            bool aligned) {
   return caught([&] {
     dispatch(static_cast<DType>(dtype), [&](auto tag) {
       using T = typename decltype(tag)::type;
       launch({"copy", dim3(1), 32, nullptr}, copy<T>, static_cast<const T*>(in),
-             static_cast<T*>(out), count, whole);
+             static_cast<T*>(out), count, aligned);
     });
   });
 }
