@@ -23,7 +23,7 @@ namespace {
 // Norms below these count as these, in either term.
 constexpr float kFloorDistmat = 1e-12f, kFloorCos = 1e-8f;
 // The largest weight of a panel as it is held: float16 then has ratios up to 2^29.
-constexpr float kTopWeight = 32768.f;
+constexpr float kMaxWeight = 32768.f;
 
 LDIT_DEVICE float inverse_norm(float norm, float floor) { return 1.f / fmaxf(norm, floor); }
 LDIT_DEVICE float above(float x) { return x <= 0.f ? 0.f : x; }  // relu, but NaN stays NaN
@@ -120,8 +120,8 @@ LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::i
   constexpr int step = kVector<T>, across = columns / step;
   for (int unit = threadIdx.x; unit < count * across; unit += threads) {
     int row = unit / across, column = unit % across * step;
-    std::int64_t left = min(from.positions - position - column, std::int64_t(step));
-    int valid = channel + row < from.channels && left > 0 ? int(left) : 0;
+    std::int64_t remaining = min(from.positions - position - column, std::int64_t(step));
+    int valid = channel + row < from.channels && remaining > 0 ? int(remaining) : 0;
     const T* source =
         valid ? from.start + (channel + row) * from.positions + position + column : from.start;
     if (from.aligned) copy16(to.at(row, column, step), source, valid * int(sizeof(T)));
@@ -131,7 +131,7 @@ LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::i
 
 // Adds the products of one step. Channels lie in the rows of both tiles.
 template <class B, class Rows, class Columns>
-LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&sums)[2][4][4]) {
+LDIT_DEVICE void add_products(const Rows& a_tile, const Columns& b_tile, float (&sums)[2][4][4]) {
   using T = typename B::Type;
   if constexpr (kNarrow<T>) {
 #pragma unroll
@@ -139,8 +139,8 @@ LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&su
       Word<T> a[2][4], b[4][2];
 #pragma unroll
       for (int m = 0; m < 2; ++m)
-        load_a_transposed(a[m], left, k, B::row() - group_index() + 16 * m);
-      load_b_transposed<4>(b, right, k, B::column() - 2 * member_index());
+        load_a_transposed(a[m], a_tile, k, B::row() - group_index() + 16 * m);
+      load_b_transposed<4>(b, b_tile, k, B::column() - 2 * member_index());
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -152,9 +152,9 @@ LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&su
       float a[4];
       float2 b[4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) a[m] = *left.at(k, B::row() + 8 * m, 1);
+      for (int m = 0; m < 4; ++m) a[m] = *a_tile.at(k, B::row() + 8 * m, 1);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) b[n] = right.pair(k, B::column() + 8 * n);
+      for (int n = 0; n < 4; ++n) b[n] = b_tile.pair(k, B::column() + 8 * n);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -166,20 +166,20 @@ LDIT_DEVICE void add_products(const Rows& left, const Columns& right, float (&su
   }
 }
 
-// The same of the second product, 32 channels × 16 rows for a warp: left [channels, positions],
-// right [rows, positions].
+// The same of the second product, 32 channels × 16 rows for a warp: a_tile [channels,
+// positions], b_tile [rows, positions].
 template <class Vectors, class Weights>
-LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channel, int row,
+LDIT_DEVICE void add_pulls(const Vectors& a_tile, const Weights& b_tile, int channel, int row,
                            int position, float (&sums)[2][2][4]) {
-  using T = std::remove_reference_t<decltype(*left.memory.base)>;
+  using T = std::remove_reference_t<decltype(*a_tile.memory.base)>;
 #pragma unroll 4
   for (int k = 0; k < kChunk; k += kNarrow<T> ? 16 : 2) {
     if constexpr (kNarrow<T>) {
       Word<T> a[2][4], b[2][2];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) load_a<2>(a[m], left, channel + 16 * m, k);
+      for (int m = 0; m < 2; ++m) load_a<2>(a[m], a_tile, channel + 16 * m, k);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) load_b<2>(b[n], right, row + 8 * n, position + k);
+      for (int n = 0; n < 2; ++n) load_b<2>(b[n], b_tile, row + 8 * n, position + k);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -187,10 +187,10 @@ LDIT_DEVICE void add_pulls(const Vectors& left, const Weights& right, int channe
     } else {
       float2 a[4], b[4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) a[m] = left.pair(channel + group_index() + 8 * m, k);
+      for (int m = 0; m < 4; ++m) a[m] = a_tile.pair(channel + group_index() + 8 * m, k);
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        b[n] = right.pair(row + 8 * (n / 2) + 2 * member_index() + n % 2, position + k);
+        b[n] = b_tile.pair(row + 8 * (n / 2) + 2 * member_index() + n % 2, position + k);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -411,12 +411,12 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   float along[2][2] = {};
   for (std::int64_t first = 0; first < positions; first += B::width) {
     const bool last = first + B::width >= positions;
-    float top = 0.f;
+    float max_weight = 0.f;
 #pragma unroll
     for (int k = 0; k < B::width / kWarp; ++k)
-      top = fmaxf(top, weight(first + k * kWarp + lane_index()));
-    top = warp_max(top);
-    const float unscale = top > 0.f ? top / kTopWeight : 1.f, scale = 1.f / unscale;
+      max_weight = fmaxf(max_weight, weight(first + k * kWarp + lane_index()));
+    max_weight = warp_max(max_weight);
+    const float unscale = max_weight > 0.f ? max_weight / kMaxWeight : 1.f, scale = 1.f / unscale;
 
     for (std::int64_t part = 0; part < B::width && first + part < positions; part += B::columns) {
       float zz[2][4][4] = {}, ff[2][4][4] = {};

@@ -72,8 +72,8 @@ def test_a_swapped_fragment_is_found(tmp_path):
 
     source = tmp_path / "helpers.cu"
     text = (SOURCES / "helpers.cu").read_text()
-    assert text.count("left[2 * half + below] =") == 1
-    source.write_text(text.replace("left[2 * half + below] =", "left[half + 2 * below] ="))
+    assert text.count("a_frag[2 * half + below] =") == 1
+    source.write_text(text.replace("a_frag[2 * half + below] =", "a_frag[half + 2 * below] ="))
     shutil.copy(SOURCES / "interface.h", tmp_path)
     library = Library(emulation.library([source]))
     with pytest.raises(AssertionError):

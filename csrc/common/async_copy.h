@@ -47,12 +47,12 @@ LDIT_DEVICE void commit_copies() {
 #endif
 }
 
-template <int groups_left>
+template <int pending_groups>
 LDIT_DEVICE void wait_copies() {
 #ifdef LDIT_EMULATED
-  emulation::copy_wait(groups_left);
+  emulation::copy_wait(pending_groups);
 #else
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending_groups) : "memory");
 #endif
 }
 

@@ -164,12 +164,12 @@ LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 be
   int row = lane_index() / 4 * 4, column = lane_index() % 4 * 8;
 #pragma unroll 1  // a quarter of the code, which takes long to compile
   for (int pair = 0; pair < 4; ++pair) {
-    float2 top = from_lane(above, row + pair), bottom = from_lane(below, row + pair);
-    float2 left = from_lane(b, column + pair), right = from_lane(b, column + 4 + pair);
-    d[0] += top.x * left.x, d[0] += top.y * left.y;
-    d[1] += top.x * right.x, d[1] += top.y * right.y;
-    d[2] += bottom.x * left.x, d[2] += bottom.y * left.y;
-    d[3] += bottom.x * right.x, d[3] += bottom.y * right.y;
+    float2 a0 = from_lane(above, row + pair), a1 = from_lane(below, row + pair);
+    float2 b0 = from_lane(b, column + pair), b1 = from_lane(b, column + 4 + pair);
+    d[0] += a0.x * b0.x, d[0] += a0.y * b0.y;
+    d[1] += a0.x * b1.x, d[1] += a0.y * b1.y;
+    d[2] += a1.x * b0.x, d[2] += a1.y * b0.y;
+    d[3] += a1.x * b1.x, d[3] += a1.y * b1.y;
   }
 }
 

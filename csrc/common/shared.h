@@ -77,7 +77,7 @@ class DynamicShared {
 #ifdef LDIT_EMULATED
     std::size_t bytes;
     next_ = static_cast<char*>(emulation::dynamic_shared(bytes));
-    left_ = bytes;
+    remaining_ = bytes;
 #else
     extern __shared__ __align__(16) char ldit_dynamic_shared[];
     next_ = ldit_dynamic_shared;
@@ -90,8 +90,9 @@ class DynamicShared {
     T* base = reinterpret_cast<T*>(next_);
     next_ += bytes;
 #ifdef LDIT_EMULATED
-    left_ -= bytes;
-    if (left_ < 0) emulation::fail("more dynamic shared memory taken than the launch has", site);
+    remaining_ -= bytes;
+    if (remaining_ < 0)
+      emulation::fail("more dynamic shared memory taken than the launch has", site);
     return {base, count};
 #else
     return {base};
@@ -101,7 +102,7 @@ class DynamicShared {
  private:
   char* next_;
 #ifdef LDIT_EMULATED
-  std::int64_t left_;
+  std::int64_t remaining_;
 #endif
 };
 

@@ -69,7 +69,7 @@ LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memor
     float delta = 0.f;
 #pragma unroll
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-      int valid = there ? head.left(column, kChunk) : 0;
+      int valid = there ? head.valid_columns(column, kChunk) : 0;
       auto d_row = head.template load_some<kChunk>(d_out + at + column, valid);
       auto result = head.template load_some<kChunk>(out + at + column, valid);
       store(memory.d_out.at(row, column, kChunk), d_row);
@@ -93,8 +93,8 @@ struct KeyGradients {
   float dk[Shape::m][Shape::tiles][4] = {}, dv[Shape::m][Shape::tiles][4] = {};
 
   // Adds what 8·n queries from `query` on give, and leaves their ds in shared memory, from `column`
-  // on. Of the keys, in rows from `row` on, `left` exist.
-  LDIT_DEVICE void add(const BackwardMemory<T, width, head_in_smem>& memory, int row, int left,
+  // on. Of the keys, in rows from `row` on, `remaining` exist.
+  LDIT_DEVICE void add(const BackwardMemory<T, width, head_in_smem>& memory, int row, int remaining,
                        int query, int column, float softmax_scale_log2) {
     constexpr int M = Shape::m, N = Shape::n;
     float p[M][N][4] = {};
@@ -108,7 +108,7 @@ struct KeyGradients {
         for (int i = 0; i < 4; ++i)
           p[m][n][i] = fast_exp2(p[m][n][i] * softmax_scale_log2 - lse[i % 2]);
     }
-    if (left < Shape::rows) mask_p(p, left);
+    if (remaining < Shape::rows) mask_p(p, remaining);
 #pragma unroll
     for (int n = 0; n < N; n += 2) accumulate(dv, p, n, memory.d_out, query + 8 * n);
     // Of two tiles at a time, because there are no registers for more.
@@ -138,15 +138,15 @@ struct KeyGradients {
   }
 
  private:
-  // p of keys from number `left` on becomes 0.
-  LDIT_DEVICE static void mask_p(float (&p)[Shape::m][Shape::n][4], int left) {
+  // p of keys from number `remaining` on becomes 0.
+  LDIT_DEVICE static void mask_p(float (&p)[Shape::m][Shape::n][4], int remaining) {
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
       for (int n = 0; n < Shape::n; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (16 * m + 8 * (i / 2) + group_index() >= left) p[m][n][i] = 0.f;
+          if (16 * m + 8 * (i / 2) + group_index() >= remaining) p[m][n][i] = 0.f;
   }
 
   // product = a·bᵀ, for 16·m rows of `a` from `row` on and 8·count rows of `b` from `query` on.
@@ -165,15 +165,15 @@ struct KeyGradients {
   LDIT_DEVICE static void dot_nt_slice(float (&product)[Shape::m][count][4],
                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
                                        int query, int column) {
-    Word<T> left[Shape::m][2 * deep];
+    Word<T> a_frag[Shape::m][2 * deep];
 #pragma unroll
-    for (int m = 0; m < Shape::m; ++m) load_a<deep>(left[m], a, row + 16 * m, column);
+    for (int m = 0; m < Shape::m; ++m) load_a<deep>(a_frag[m], a, row + 16 * m, column);
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      Word<T> right[deep];
-      load_b(right, b, query + 8 * n, column);
+      Word<T> b_frag[deep];
+      load_b(b_frag, b, query + 8 * n, column);
 #pragma unroll
-      for (int m = 0; m < Shape::m; ++m) multiply<T>(product[m][n], left[m], right);
+      for (int m = 0; m < Shape::m; ++m) multiply<T>(product[m][n], a_frag[m], b_frag);
     }
   }
 
@@ -182,13 +182,13 @@ struct KeyGradients {
   LDIT_DEVICE static void accumulate(float (&acc)[Shape::m][Shape::tiles][4],
                                      const float (&p)[Shape::m][Shape::n][4], int n,
                                      const Tile<T, width>& b, int query) {
-    Word<T> left[Shape::m][4], right[Shape::tiles][2];
-    load_b_transposed(right, b, query, 0);
+    Word<T> a_frag[Shape::m][4], b_frag[Shape::tiles][2];
+    load_b_transposed(b_frag, b, query, 0);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
-      as_a<T>(left[m], p[m][n], p[m][n + 1]);
+      as_a<T>(a_frag[m], p[m][n], p[m][n + 1]);
 #pragma unroll
-      for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], left[m], right[t]);
+      for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], a_frag[m], b_frag[t]);
     }
   }
 };
@@ -201,11 +201,11 @@ LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4],
                           int count, int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
-    Word<T> left[4], right[tiles][2];
-    load_a_transposed(left, memory.ds, key, column);
-    load_b_transposed(right, memory.keys, key, first);
+    Word<T> a_frag[4], b_frag[tiles][2];
+    load_a_transposed(a_frag, memory.ds, key, column);
+    load_b_transposed(b_frag, memory.keys, key, first);
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) multiply<T>(dq[t], left, right[t]);
+    for (int t = 0; t < tiles; ++t) multiply<T>(dq[t], a_frag, b_frag[t]);
   }
 }
 

@@ -39,11 +39,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // Takes Shape::keys keys from row `first` on, of which `left` exist, one at least: so `row_max`
-  // is finite.
+  // Takes Shape::keys keys from row `first` on, of which `remaining` exist, one at least: so
+  // `row_max` is finite.
   LDIT_DEVICE void update(const Word<T> (&q)[Shape::m][2 * Shape::tiles],
                           const Tile<T, width>& keys, const Tile<T, width>& values, int first,
-                          int left, float softmax_scale_log2) {
+                          int remaining, float softmax_scale_log2) {
     float scores[Shape::m][Shape::n][4] = {};
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n) {
@@ -52,7 +52,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) multiply<T>(scores[m][n], q[m], b);
     }
-    if (left < Shape::keys) mask_scores(scores, left);
+    if (remaining < Shape::keys) mask_scores(scores, remaining);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m)
 #pragma unroll
@@ -72,13 +72,13 @@ struct OnlineSoftmax {
   }
 
  private:
-  // Scores of keys from number `left` on become −∞.
-  LDIT_DEVICE static void mask_scores(float (&scores)[Shape::m][Shape::n][4], int left) {
+  // Scores of keys from number `remaining` on become −∞.
+  LDIT_DEVICE static void mask_scores(float (&scores)[Shape::m][Shape::n][4], int remaining) {
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (8 * n + 2 * member_index() + i % 2 >= left) {
+        if (8 * n + 2 * member_index() + i % 2 >= remaining) {
 #pragma unroll
           for (int m = 0; m < Shape::m; ++m) scores[m][n][i] = -INFINITY;
         }

@@ -57,7 +57,7 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       Raw<float, 2> angle{};
-      bool here = rotated && head.left(8 * t + member, 2);
+      bool here = rotated && head.valid_columns(8 * t + member, 2);
       if (here) angle = load<2>(angles + 8 * t);
       float cos = here ? angle[0] * softmax_scale : softmax_scale,
             sin = here ? angle[1] * softmax_scale : 0.f;
@@ -71,7 +71,8 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
     float squares = 0.f, along = 0.f;
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
-      raw[t] = head.template load_some<2>(from + 8 * t, there ? head.left(8 * t + member, 2) : 0);
+      raw[t] = head.template load_some<2>(from + 8 * t,
+                                          there ? head.valid_columns(8 * t + member, 2) : 0);
       auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
       squares += pair[0] * pair[0] + pair[1] * pair[1];
     }

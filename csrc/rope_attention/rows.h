@@ -51,11 +51,11 @@ struct Head {
   }
 
   // How many of `count` columns from `column` on exist.
-  LDIT_DEVICE int left(int column, int count) const {
+  LDIT_DEVICE int valid_columns(int column, int count) const {
     return full_width ? (column < columns ? count : 0) : max(min(width - column, count), 0);
   }
 
-  // `count` neighbours in a row, of which `valid` exist, as `left` has told.
+  // `count` neighbours in a row, of which `valid` exist, as `valid_columns` says.
   template <int count, class T>
   LDIT_DEVICE Raw<T, count> load_some(const T* from, int valid, Site site = Site::here()) const {
     if (valid == 0) return Raw<T, count>{};
@@ -155,14 +155,14 @@ LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, full_width>& head,
     if (normed) {
       float squares = 0.f;
       for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-        auto raw =
-            head.template load_some<kChunk>(from + column, there ? head.left(column, kChunk) : 0);
+        auto raw = head.template load_some<kChunk>(from + column,
+                                                   there ? head.valid_columns(column, kChunk) : 0);
         squares += sum_of_squares(vectors.add_bias(raw, which, column));
       }
       inverse = inverse_rms(squares, head, prologue);
     }
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-      int valid = there ? head.left(column, kChunk) : 0;
+      int valid = there ? head.valid_columns(column, kChunk) : 0;
       auto raw =
           vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
       Raw<float, kChunk> angles{}, factors{};
@@ -190,7 +190,8 @@ LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, full_width>& head
     Raw<float, kChunk> angles[pieces] = {};
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
-      int column = kChunk * (member_index() + 4 * p), valid = there ? head.left(column, kChunk) : 0;
+      int column = kChunk * (member_index() + 4 * p),
+          valid = there ? head.valid_columns(column, kChunk) : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         raw[i][p] = head.template load_some<kChunk>(qkv + head.in_packed(i, row) + column, valid);
@@ -231,7 +232,7 @@ LDIT_DEVICE void stage_v(const T* qkv, const Head<width, full_width>& head, int 
   constexpr int count = kVector<T>, units = width / count;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     int row = i / units, column = i % units * count, token = first + row;
-    int valid = token < head.tokens ? head.left(column, count) : 0;
+    int valid = token < head.tokens ? head.valid_columns(column, count) : 0;
     const T* from = qkv + head.in_packed(2, valid ? token : 0);
     if (head.aligned)
       copy16(to.at(row, column, count, site), valid ? from + column : from, valid ? 16 : 0, site);
@@ -249,7 +250,7 @@ LDIT_DEVICE void store_rows(const Tile<T, width>& from, int row, T* to, int stri
   // The addresses of all iterations at once would take registers from the accumulators.
 #pragma unroll 1
   for (int i = lane_index(); i < 16 * units; i += kWarp) {
-    int down = i / units, column = i % units * count, valid = head.left(column, count);
+    int down = i / units, column = i % units * count, valid = head.valid_columns(column, count);
     if (down >= exist || valid == 0) continue;
     auto values = load<count>(from.at(row + down, column, count, site), site);
     T* address = to + std::int64_t(down) * stride + column;

@@ -16,18 +16,18 @@ namespace {
 template <class T, int k>
 __global__ void product(const T* a, const T* b, float* d) {
   int group = lane_index() / 4, member = lane_index() % 4;
-  std::uint32_t left[k / 4], right[k / 8];
+  std::uint32_t a_frag[k / 4], b_frag[k / 8];
   for (int half = 0; half < k / 8; ++half) {
     int first = 2 * member + 8 * half;
     for (int below = 0; below < 2; ++below) {
       const T* at = a + (group + 8 * below) * k + first;
-      left[2 * half + below] = pack<T>(to_float(at[0]), to_float(at[1]));
+      a_frag[2 * half + below] = pack<T>(to_float(at[0]), to_float(at[1]));
     }
-    right[half] = pack<T>(to_float(b[first * 8 + group]), to_float(b[(first + 1) * 8 + group]));
+    b_frag[half] = pack<T>(to_float(b[first * 8 + group]), to_float(b[(first + 1) * 8 + group]));
   }
   float sums[4] = {};
-  if constexpr (k == 16) mma_m16n8k16<T>(sums, left, right);
-  else mma_m16n8k8<T>(sums, left, right);
+  if constexpr (k == 16) mma_m16n8k16<T>(sums, a_frag, b_frag);
+  else mma_m16n8k8<T>(sums, a_frag, b_frag);
   for (int i = 0; i < 4; ++i) d[(group + 8 * (i / 2)) * 8 + 2 * member + i % 2] = sums[i];
 }
 
@@ -37,10 +37,10 @@ __global__ void multiply_float32(const float* a, const float* b, float* d, float
   int group = lane_index() / 4, member = lane_index() % 4, first = 2 * member;
   float2 above{a[group * 8 + first], a[group * 8 + first + 1]};
   float2 below{a[(group + 8) * 8 + first], a[(group + 8) * 8 + first + 1]};
-  float2 right{b[first * 8 + group], b[(first + 1) * 8 + group]};
+  float2 b_frag{b[first * 8 + group], b[(first + 1) * 8 + group]};
   float sums[4] = {}, sums_by_shuffles[4] = {};
-  detail::multiply_add(sums, above, below, right);
-  detail::multiply_add_by_shuffles(sums_by_shuffles, above, below, right);
+  detail::multiply_add(sums, above, below, b_frag);
+  detail::multiply_add_by_shuffles(sums_by_shuffles, above, below, b_frag);
   for (int i = 0; i < 4; ++i) {
     int at = (group + 8 * (i / 2)) * 8 + 2 * member + i % 2;
     d[at] = sums[i], by_shuffles[at] = sums_by_shuffles[i];
@@ -51,18 +51,18 @@ __global__ void multiply_float32(const float* a, const float* b, float* d, float
 // on the way.
 template <class T>
 __global__ void multiply_from_shared(const T* a, const T* b, float* d) {
-  LDIT_SHARED(T, left, 256);
-  LDIT_SHARED(T, right, 128);
+  LDIT_SHARED(T, a_shared, 256);
+  LDIT_SHARED(T, b_shared, 128);
   int lane = lane_index();
-  copy16(left.span(8 * lane, 8), a + 8 * lane);
-  if (lane < 16) copy16(right.span(8 * lane, 8), b + 8 * lane);
+  copy16(a_shared.span(8 * lane, 8), a + 8 * lane);
+  if (lane < 16) copy16(b_shared.span(8 * lane, 8), b + 8 * lane);
   commit_copies();
   wait_copies<0>();
   __syncwarp();
   std::uint32_t fragment_a[4], fragment_b[2];
   int tile = lane / 8, row = lane % 8;
-  ldmatrix(fragment_a, left.span((row + 8 * (tile % 2)) * 16 + 8 * (tile / 2), 8));
-  ldmatrix<true>(fragment_b, right.span((row + 8 * (tile % 2)) * 8, 8));
+  ldmatrix(fragment_a, a_shared.span((row + 8 * (tile % 2)) * 16 + 8 * (tile / 2), 8));
+  ldmatrix<true>(fragment_b, b_shared.span((row + 8 * (tile % 2)) * 8, 8));
   float sums[4] = {};
   mma_m16n8k16<T>(sums, fragment_a, fragment_b);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = sums[i];
@@ -153,9 +153,9 @@ EXPORT const char* run_multiply(bool brain, int k, const void* a, const void* b,
     narrow_types(brain, [&](auto tag) {
       using T = typename decltype(tag)::type;
       LaunchConfig config{"product", dim3(1), 32, nullptr};
-      auto *left = static_cast<const T*>(a), *right = static_cast<const T*>(b);
-      if (k == 16) launch(config, product<T, 16>, left, right, d);
-      else launch(config, product<T, 8>, left, right, d);
+      auto *a_matrix = static_cast<const T*>(a), *b_matrix = static_cast<const T*>(b);
+      if (k == 16) launch(config, product<T, 16>, a_matrix, b_matrix, d);
+      else launch(config, product<T, 8>, a_matrix, b_matrix, d);
     });
   });
 }

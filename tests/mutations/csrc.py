@@ -90,7 +90,7 @@ MISTAKES = {
         "vectors.add_bias(result, 2, column, 0.f)",
     ),
     "attention_last_key": KernelMistake(
-        "rope_attention", "csrc/rope_attention/forward.h", "i % 2 >= left)", "i % 2 > left)",
+        "rope_attention", "csrc/rope_attention/forward.h", "i % 2 >= remaining)", "i % 2 > remaining)",
     ),
     "attention_swapped_fragment": KernelMistake(
         "rope_attention", "csrc/common/fragments.h",
