@@ -134,10 +134,11 @@ __global__ void __launch_bounds__(kThreads)
 void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
                       const AdamWSettings& settings, std::int64_t numbers,
                       std::int64_t numbers_per_block, Stream stream) {
-  bool narrow = arrays.grad.dtype == DType::bfloat16;
+  bool bf16_grad = arrays.grad.dtype == DType::bfloat16;
   bool aligned = is_aligned(arrays.param) && is_aligned(arrays.exp_avg) &&
                  is_aligned(arrays.exp_avg_sq) && is_aligned(arrays.ema) &&
-                 is_aligned(arrays.grad.data, narrow ? 8 : 16) && is_aligned(arrays.bf16_param, 8);
+                 is_aligned(arrays.grad.data, bf16_grad ? 8 : 16) &&
+                 is_aligned(arrays.bf16_param, 8);
   Pointers pointers{arrays.param, arrays.exp_avg,   arrays.exp_avg_sq,
                     arrays.ema,   arrays.grad.data, static_cast<bf16*>(arrays.bf16_param)};
   auto run = [&](auto kernel, int count) {
@@ -146,7 +147,7 @@ void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
     launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings),
            numbers, int(steps));
   };
-  if (narrow) aligned ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);
+  if (bf16_grad) aligned ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);
   else aligned ? run(adamw_ema<float, 4>, 4) : run(adamw_ema<float, 1>, 1);
 }
 

@@ -21,9 +21,9 @@ void launch_rope_attention_bwd(const void* d_out, Floats qkv, const void* out, c
     check(sizes.queries % (8 * Shape::n) == 0 &&
               (sizes.queries >= sizes.tokens || sizes.queries % Shape::block == 0),
           "queries fill no tiles");
-    check((sizes.keys >= sizes.tokens && !Shape::wide) || scratch != nullptr,
+    check((sizes.keys >= sizes.tokens && !Shape::dq_in_scratch) || scratch != nullptr,
           "there is no scratch");
-    check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::most,
+    check(sizes.warps * kWarp <= Shape::threads && sizes.queries <= Shape::max_queries,
           "too many warps or queries");
     launch({name, blocks(name, sizes.heads, sizes.samples), unsigned(sizes.warps * kWarp), stream,
             Shape::shared(sizes)},

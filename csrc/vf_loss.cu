@@ -133,7 +133,7 @@ LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::i
 template <class B, class Rows, class Columns>
 LDIT_DEVICE void add_products(const Rows& a_tile, const Columns& b_tile, float (&sums)[2][4][4]) {
   using T = typename B::Type;
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
 #pragma unroll
     for (int k = 0; k < kDepth<T>; k += 16) {
       Word<T> a[2][4], b[4][2];
@@ -173,8 +173,8 @@ LDIT_DEVICE void add_pulls(const Vectors& a_tile, const Weights& b_tile, int cha
                            int position, float (&sums)[2][2][4]) {
   using T = std::remove_reference_t<decltype(*a_tile.memory.base)>;
 #pragma unroll 4
-  for (int k = 0; k < kChunk; k += kNarrow<T> ? 16 : 2) {
-    if constexpr (kNarrow<T>) {
+  for (int k = 0; k < kChunk; k += kIs16Bit<T> ? 16 : 2) {
+    if constexpr (kIs16Bit<T>) {
       Word<T> a[2][4], b[2][2];
 #pragma unroll
       for (int m = 0; m < 2; ++m) load_a<2>(a[m], a_tile, channel + 16 * m, k);

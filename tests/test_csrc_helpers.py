@@ -7,7 +7,7 @@ from kernels.backends.device import cuda_reasons
 from kernels.testing import emulation
 from tests.emulated import emulated, on_device
 
-NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Tensor cores cut off what float32 cannot hold beside the largest product, here below 16: 16 times 2^-20 at most.
 CUT_OFF = 2.0**-16
@@ -41,17 +41,20 @@ def nans(*shape: int, device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("k", [16, 8])
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", HALF_DTYPES)
 def test_mma(machine, name, k):
     """Every element of both factors counts once and in its place: products with random and with one-hot matrices."""
     device = machine[0]
-    a, b = numbers(16, k, dtype=NARROW[name], device=device), numbers(k, 8, dtype=NARROW[name], device=device, seed=1)
+    a, b = (
+        numbers(16, k, dtype=HALF_DTYPES[name], device=device),
+        numbers(k, 8, dtype=HALF_DTYPES[name], device=device, seed=1),
+    )
     out = nans(16, 8, device=device)
     call(machine, "multiply", name == "bfloat16", k, a, b, out)
     torch.testing.assert_close(out, (a.double() @ b.double()).float(), rtol=1e-6, atol=CUT_OFF)
-    codes = torch.arange(16.0 * k, device=device).view(16, k).to(NARROW[name])
+    codes = torch.arange(16.0 * k, device=device).view(16, k).to(HALF_DTYPES[name])
     for column in range(0, k, 8):
-        one_hot = torch.zeros(k, 8, device=device, dtype=NARROW[name])
+        one_hot = torch.zeros(k, 8, device=device, dtype=HALF_DTYPES[name])
         one_hot[column : column + 8] = torch.eye(8)
         call(machine, "multiply", name == "bfloat16", k, codes, one_hot, out)
         assert torch.equal(out, codes[:, column : column + 8].float())
@@ -67,10 +70,13 @@ def test_products_of_float32(machine):
     assert torch.equal(out, by_shuffles)
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", HALF_DTYPES)
 def test_mma_of_what_ldmatrix_loads(machine, name):
     device = machine[0]
-    a, b = numbers(16, 16, dtype=NARROW[name], device=device), numbers(16, 8, dtype=NARROW[name], device=device, seed=1)
+    a, b = (
+        numbers(16, 16, dtype=HALF_DTYPES[name], device=device),
+        numbers(16, 8, dtype=HALF_DTYPES[name], device=device, seed=1),
+    )
     out = nans(16, 8, device=device)
     call(machine, "multiply_from_shared", name == "bfloat16", a, b, out)
     torch.testing.assert_close(out, (a.double() @ b.double()).float(), rtol=1e-6, atol=CUT_OFF)
@@ -116,35 +122,35 @@ def edges() -> torch.Tensor:
     """Floats where rounding changes its mind: around every 16-bit value and the middle to the next; and random bits."""
     generator = torch.Generator().manual_seed(0)
     every = torch.arange(65536, dtype=torch.int32)
-    wide = [every.to(torch.int16).view(dtype).float().view(torch.int32) for dtype in NARROW.values()]
-    middles = [wide[0] + 0x8000, wide[1] + 0x1000, wide[1][(wide[1] & 0x7FFFFFFF) < 0x38800000] + 0x400]
+    values = [every.to(torch.int16).view(dtype).float().view(torch.int32) for dtype in HALF_DTYPES.values()]
+    middles = [values[0] + 0x8000, values[1] + 0x1000, values[1][(values[1] & 0x7FFFFFFF) < 0x38800000] + 0x400]
     middles.append((torch.arange(2048.0) * 2**-25).view(torch.int32))  # halves of the float16 numbers near 0
     middles.append(torch.tensor([65519.996, 65520, 65535, 65536, 3.4e38, 0.0, 1e-45]).view(torch.int32))
-    near = torch.cat([*wide, *middles])
+    near = torch.cat([*values, *middles])
     near = torch.cat([near, near - 1, near + 1])
     random = torch.randint(-(2**31), 2**31, (1 << 20,), generator=generator, dtype=torch.int64).to(torch.int32)
     both = torch.cat([near, near ^ -(2**31), random])
     return both.view(torch.float32)
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", HALF_DTYPES)
 def test_rounding_to_16_bits(machine, name):
     """To the nearest, ties to even, as torch does; NaN stays NaN of some kind."""
-    device, dtype = machine[0], NARROW[name]
+    device, dtype = machine[0], HALF_DTYPES[name]
     source = edges().to(device)
     out = torch.empty(source.shape, dtype=dtype, device=device)
-    call(machine, "narrow", name == "bfloat16", source, out, source.numel())
+    call(machine, "round_to_16_bits", name == "bfloat16", source, out, source.numel())
     assert torch.equal(out.isnan(), source.isnan())
     numeric = ~source.isnan()
     assert torch.equal(out.view(torch.int16)[numeric], source.to(dtype).view(torch.int16)[numeric])
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_widening_every_16_bit_number(machine, name):
-    device, dtype = machine[0], NARROW[name]
+@pytest.mark.parametrize("name", HALF_DTYPES)
+def test_every_16_bit_number_as_float32(machine, name):
+    device, dtype = machine[0], HALF_DTYPES[name]
     source = torch.arange(65536, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
     out = torch.empty(65536, device=device)
-    call(machine, "widen", name == "bfloat16", source, out, 65536)
+    call(machine, "to_float32", name == "bfloat16", source, out, 65536)
     numeric = ~source.isnan()
     assert torch.equal(out.isnan(), source.isnan())
     assert torch.equal(out.view(torch.int32)[numeric], source.float().view(torch.int32)[numeric])

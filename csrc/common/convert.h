@@ -1,4 +1,4 @@
-// Conversions between float and the narrow types, and the switch from a dtype known at run time to
+// Conversions between float and the 16-bit types, and the switch from a dtype known at run time to
 // a type.
 #pragma once
 
@@ -9,8 +9,8 @@ namespace ldit {
 
 LDIT_DEVICE float to_float(float value) { return value; }
 #ifdef LDIT_EMULATED
-inline float to_float(bf16 value) { return value.wide(); }
-inline float to_float(fp16 value) { return value.wide(); }
+inline float to_float(bf16 value) { return value.to_float32(); }
+inline float to_float(fp16 value) { return value.to_float32(); }
 #else
 LDIT_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 LDIT_DEVICE float to_float(fp16 value) { return __half2float(value); }

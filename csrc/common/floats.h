@@ -9,7 +9,8 @@ namespace ldit {
 namespace detail {
 
 template <bool aligned, class T, int count>
-LDIT_DEVICE void widen(const void* array, std::int64_t offset, int valid, float (&to)[count]) {
+LDIT_DEVICE void load_as_float(const void* array, std::int64_t offset, int valid,
+                               float (&to)[count]) {
   auto raw = load_some<aligned, count>(static_cast<const T*>(array) + offset, valid);
 #pragma unroll
   for (int j = 0; j < count; ++j) to[j] = raw[j];
@@ -27,9 +28,11 @@ LDIT_DEVICE void load_floats(const Floats& array, std::int64_t offset, int valid
   for (int j = 0; j < count; ++j) to[j] = 0.f;
   if (valid == 0 || array.data == nullptr) return;
   switch (array.dtype) {
-    case DType::float32: return detail::widen<aligned, float>(array.data, offset, valid, to);
-    case DType::float16: return detail::widen<aligned, fp16>(array.data, offset, valid, to);
-    case DType::bfloat16: return detail::widen<aligned, bf16>(array.data, offset, valid, to);
+    case DType::float32:
+      return detail::load_as_float<aligned, float>(array.data, offset, valid, to);
+    case DType::float16: return detail::load_as_float<aligned, fp16>(array.data, offset, valid, to);
+    case DType::bfloat16:
+      return detail::load_as_float<aligned, bf16>(array.data, offset, valid, to);
   }
 }
 

@@ -17,7 +17,7 @@ using Word = std::conditional_t<sizeof(T) == 4, float2, std::uint32_t>;
 
 template <class T>
 LDIT_DEVICE Word<T> word(float low, float high) {
-  if constexpr (kNarrow<T>) return pack<T>(low, high);
+  if constexpr (kIs16Bit<T>) return pack<T>(low, high);
   else return float2{low, high};
 }
 
@@ -44,7 +44,7 @@ struct Tile {
   }
   // Neighbours along k lie in two rows here.
   LDIT_DEVICE Word<T> pair_down(int row, int column, Site site = Site::here()) const {
-    static_assert(!kNarrow<T>);
+    static_assert(!kIs16Bit<T>);
     return {*at(row, column, 1, site), *at(row + 1, column, 1, site)};
   }
 };
@@ -53,7 +53,7 @@ struct Tile {
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, int row, int column,
                         Site site = Site::here()) {
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
@@ -80,7 +80,7 @@ LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, i
 template <class T, int columns>
 LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from, int row,
                                    int column, Site site = Site::here()) {
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
     ldmatrix<true>(a, from.at(row + j + 8 * (i / 2), column + 8 * (i % 2), 8, site), site);
   } else {
@@ -96,7 +96,7 @@ LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int row, int column,
                         Site site = Site::here()) {
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
     constexpr int fours = tiles / 4 * 4, twos = tiles / 2 * 2;
 #pragma unroll
@@ -128,7 +128,7 @@ LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int r
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_b_transposed(Word<T> (&b)[tiles][2], const Tile<T, columns>& from, int row,
                                    int column, Site site = Site::here()) {
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
     int i = lane_index() / 8, j = lane_index() % 8;
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
@@ -191,7 +191,7 @@ LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 
 template <class T, int tiles>
 LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles],
                           Site site = Site::here()) {
-  if constexpr (kNarrow<T>) {
+  if constexpr (kIs16Bit<T>) {
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
       mma_m16n8k16<T>(d, {a[2 * t], a[2 * t + 1], a[2 * t + 2], a[2 * t + 3]}, {b[t], b[t + 1]},

@@ -28,7 +28,7 @@
 namespace ldit {
 
 template <class T>
-constexpr bool kNarrow = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
+constexpr bool kIs16Bit = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 
 #ifdef LDIT_EMULATED
 namespace detail {
@@ -121,7 +121,7 @@ template <class T>
 LDIT_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4],
                               const std::uint32_t (&b)[2],
                               [[maybe_unused]] Site site = Site::here()) {
-  static_assert(kNarrow<T>);
+  static_assert(kIs16Bit<T>);
 #ifdef LDIT_EMULATED
   detail::emulated_mma<T, 16>("mma.m16n8k16", d, a, b, site);
 #else
@@ -146,7 +146,7 @@ template <class T>
 LDIT_DEVICE void mma_m16n8k8(float (&d)[4], const std::uint32_t (&a)[2],
                              const std::uint32_t (&b)[1],
                              [[maybe_unused]] Site site = Site::here()) {
-  static_assert(kNarrow<T>);
+  static_assert(kIs16Bit<T>);
 #ifdef LDIT_EMULATED
   detail::emulated_mma<T, 8>("mma.m16n8k8", d, a, b, site);
 #else

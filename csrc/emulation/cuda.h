@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "narrow.h"
+#include "float16.h"
 #include "runtime.h"
 
 #define __global__ static

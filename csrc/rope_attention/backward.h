@@ -18,9 +18,10 @@ struct BackwardShape {
   static constexpr int block = head_in_smem ? 128 : 64;  // queries whose gradient is made at a time
   static constexpr int rows = 16 * m, tiles = width / 8;
   static constexpr int threads = 256;
-  // Registers do not hold 16 rows of dq at full width beside dk and dv.
-  static constexpr bool wide = width > 72;
-  static constexpr int most = head_in_smem ? 256 : 64;  // queries in shared memory
+  // Registers do not hold 16 rows of dq at full width beside dk and dv: it is made in two halves
+  // and summed in global memory.
+  static constexpr bool dq_in_scratch = width > 72;
+  static constexpr int max_queries = head_in_smem ? 256 : 64;  // queries in shared memory
 
   using Rows = Tile<T, width>;
   using Ds = Tile<T, block>;
@@ -237,7 +238,7 @@ LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, head_in_smem>& me
   const bool last = key + count >= head.tokens;
   for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
     const int at = block + column, token = first + at;
-    if constexpr (BackwardShape<T, width, head_in_smem>::wide) {
+    if constexpr (BackwardShape<T, width, head_in_smem>::dq_in_scratch) {
 #pragma unroll 1
       for (int part = 0; part < width; part += width / 2) {
         float d[width / 16][4] = {};
@@ -304,7 +305,8 @@ __global__ void __launch_bounds__(256, 1)
                        VectorPartials partials, AttentionSizes sizes, bool aligned) {
   using Shape = BackwardShape<T, width, head_in_smem>;
   DynamicShared dynamic;
-  LDIT_SHARED(float, lse_and_delta, 2 * Shape::most);  // at an address that takes no register
+  LDIT_SHARED(float, lse_and_delta,
+              2 * Shape::max_queries);  // at an address that takes no register
   const BackwardMemory<T, width, head_in_smem> memory(dynamic, lse_and_delta, sizes);
   const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x, aligned);
   // Of scores in units of log 2, so that exp is one instruction, exp2.
@@ -368,7 +370,7 @@ __global__ void __launch_bounds__(256, 1)
     }
   }
   __syncthreads();
-  if constexpr (Shape::wide) {
+  if constexpr (Shape::dq_in_scratch) {
     finish_from_scratch(memory, qkv, head, prologue, vectors, d_qkv, scratch,
                         softmax_scale_log2 * kLn2);
     __syncthreads();

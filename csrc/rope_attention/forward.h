@@ -11,8 +11,8 @@ namespace ldit {
 template <class T, int width>
 struct ForwardShape {
   // Tiles of 16 queries: each fragment of keys serves all.
-  static constexpr int m = kNarrow<T> && width <= 72 ? 2 : 1;
-  static constexpr int n = kNarrow<T> ? 8 : 4;  // tiles of 8 keys whose scores are held at a time
+  static constexpr int m = kIs16Bit<T> && width <= 72 ? 2 : 1;
+  static constexpr int n = kIs16Bit<T> ? 8 : 4;  // tiles of 8 keys whose scores are held at a time
   static constexpr int rows = 16 * m, keys = 8 * n, tiles = width / 8;
   static constexpr int threads = 128;
 };

@@ -23,14 +23,14 @@ struct Instance {
 template <class Use>
 void with_instance(DType dtype, std::int64_t width, bool head_in_smem, Use&& use) {
   dispatch(dtype, [&](auto tag) {
-    constexpr bool narrow = kNarrow<typename decltype(tag)::type>;
-    if constexpr (narrow) {
+    constexpr bool is_16_bit = kIs16Bit<typename decltype(tag)::type>;
+    if constexpr (is_16_bit) {
       if (width == 64 && head_in_smem) return use(tag, Instance<64, true>{});
       if (width == 72 && head_in_smem) return use(tag, Instance<72, true>{});
     }
     if (width <= 32) return use(tag, Instance<32, false>{});
     if (width <= 72) return use(tag, Instance<72, false>{});
-    if constexpr (narrow) {
+    if constexpr (is_16_bit) {
       if (width <= kMaxHeadWidth) return use(tag, Instance<kMaxHeadWidth, false>{});
     }
     throw LaunchError("rope_attention: a head of " + std::to_string(width) + " columns");

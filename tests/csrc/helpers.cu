@@ -118,13 +118,13 @@ __global__ void reductions(const float* in, float* out) {
 }
 
 template <class T>
-__global__ void narrow(const float* in, T* out, std::int64_t count) {
+__global__ void round_to_16_bits(const float* in, T* out, std::int64_t count) {
   std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) out[i] = from_float<T>(in[i]);
 }
 
 template <class T>
-__global__ void widen(const T* in, float* out, std::int64_t count) {
+__global__ void to_float32(const T* in, float* out, std::int64_t count) {
   std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) out[i] = to_float(in[i]);
 }
@@ -139,8 +139,8 @@ __global__ void copy(const T* in, T* out, std::int64_t count, bool aligned) {
 }
 
 template <class Use>
-void narrow_types(bool brain, Use&& use) {
-  if (brain) use(TypeTag<bf16>{});
+void with_16_bit_type(bool bfloat, Use&& use) {
+  if (bfloat) use(TypeTag<bf16>{});
   else use(TypeTag<fp16>{});
 }
 
@@ -148,9 +148,9 @@ unsigned many(std::int64_t count) { return static_cast<unsigned>((count + 255) /
 
 }  // namespace
 
-EXPORT const char* run_multiply(bool brain, int k, const void* a, const void* b, float* d) {
+EXPORT const char* run_multiply(bool bfloat, int k, const void* a, const void* b, float* d) {
   return caught([&] {
-    narrow_types(brain, [&](auto tag) {
+    with_16_bit_type(bfloat, [&](auto tag) {
       using T = typename decltype(tag)::type;
       LaunchConfig config{"product", dim3(1), 32, nullptr};
       auto *a_matrix = static_cast<const T*>(a), *b_matrix = static_cast<const T*>(b);
@@ -167,9 +167,9 @@ EXPORT const char* run_multiply_float32(const float* a, const float* b, float* d
   });
 }
 
-EXPORT const char* run_multiply_from_shared(bool brain, const void* a, const void* b, float* d) {
+EXPORT const char* run_multiply_from_shared(bool bfloat, const void* a, const void* b, float* d) {
   return caught([&] {
-    narrow_types(brain, [&](auto tag) {
+    with_16_bit_type(bfloat, [&](auto tag) {
       using T = typename decltype(tag)::type;
       launch({"multiply_from_shared", dim3(1), 32, nullptr}, multiply_from_shared<T>,
              static_cast<const T*>(a), static_cast<const T*>(b), d);
@@ -201,22 +201,23 @@ EXPORT const char* run_reductions(int threads, const float* in, float* out) {
       [&] { launch({"reductions", dim3(1), unsigned(threads), nullptr}, reductions, in, out); });
 }
 
-EXPORT const char* run_narrow(bool brain, const float* in, void* out, std::int64_t count) {
+EXPORT const char* run_round_to_16_bits(bool bfloat, const float* in, void* out,
+                                        std::int64_t count) {
   return caught([&] {
-    narrow_types(brain, [&](auto tag) {
+    with_16_bit_type(bfloat, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"narrow", dim3(many(count)), 256, nullptr}, narrow<T>, in, static_cast<T*>(out),
-             count);
+      launch({"round_to_16_bits", dim3(many(count)), 256, nullptr}, round_to_16_bits<T>, in,
+             static_cast<T*>(out), count);
     });
   });
 }
 
-EXPORT const char* run_widen(bool brain, const void* in, float* out, std::int64_t count) {
+EXPORT const char* run_to_float32(bool bfloat, const void* in, float* out, std::int64_t count) {
   return caught([&] {
-    narrow_types(brain, [&](auto tag) {
+    with_16_bit_type(bfloat, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      launch({"widen", dim3(many(count)), 256, nullptr}, widen<T>, static_cast<const T*>(in), out,
-             count);
+      launch({"to_float32", dim3(many(count)), 256, nullptr}, to_float32<T>,
+             static_cast<const T*>(in), out, count);
     });
   });
 }

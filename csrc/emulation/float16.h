@@ -24,18 +24,18 @@ struct bfloat16 {
   std::uint16_t bits;
 
   static bfloat16 round(float value) {
-    std::uint32_t wide = bits_of(value);
+    std::uint32_t word = bits_of(value);
     if (std::isnan(value)) return {0x7fff};
-    return {static_cast<std::uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+    return {static_cast<std::uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
   }
-  float wide() const { return float_of(std::uint32_t(bits) << 16); }
+  float to_float32() const { return float_of(std::uint32_t(bits) << 16); }
 };
 
 struct float16 {
   std::uint16_t bits;
 
   static float16 round(float value) {
-    std::uint32_t wide = bits_of(value), sign = wide >> 16 & 0x8000, size = wide & 0x7fffffff;
+    std::uint32_t word = bits_of(value), sign = word >> 16 & 0x8000, size = word & 0x7fffffff;
     if (size > 0x7f800000) return {0x7fff};
     // 65520 and more round to infinity.
     if (size >= 0x477ff000) return {static_cast<std::uint16_t>(sign | 0x7c00)};
@@ -47,7 +47,7 @@ struct float16 {
     std::uint32_t rounded = size + 0xfff + (size >> 13 & 1) - (112u << 23);
     return {static_cast<std::uint16_t>(sign | rounded >> 13)};
   }
-  float wide() const {
+  float to_float32() const {
     std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, size = bits & 0x7fff;
     if (size >= 0x7c00) return float_of(sign | 0x7f800000 | (size & 0x3ff) << 13);
     if (size < 0x400) return float_of(sign | bits_of(float(size) * 0x1p-24f));
