@@ -1,7 +1,7 @@
-"""Write what was measured where it is read: the README's tables, and `bench/results/README.md` with its pictures.
+"""Write the pages of measurements: the README's tables, and `bench/results/README.md` with its pictures.
 
 python -m bench.report            from the rows in bench/results/*.jsonl
-python -m bench.report --check    write nothing; ends with 1 if one of the two pages is not what would be written
+python -m bench.report --check    write nothing; ends with 1 if one of the two pages would change
 """
 
 import argparse
@@ -18,12 +18,12 @@ from bench.pages.targets import missed
 MARKER = re.compile(r"(<!-- bench:(\w+) -->\n)(?:.*?\n)?(<!-- /bench:\2 -->)", re.DOTALL)
 NO_NOTE = "no explanation recorded"
 
-INTRODUCTION = """# What was measured
+INTRODUCTION = """# Measurements
 
 Made by `python -m bench.report` from the rows in this folder, one file for each GPU.
-What is said of missed targets is from `notes/<target>.md`; an edit of this page is lost.
-[How it is measured](../README.md), and what a row holds. Fractions are of a limit that was measured in the same run,
-ratios are to somebody else in the same run; what is said of more GPUs than were used is extrapolated.
+Remarks on missed targets are from `notes/<target>.md`; an edit of this page is lost. The method and the format of rows
+are in [bench](../README.md). Fractions are of a limit that was measured in the same run, ratios to another provider in
+the same run; figures for more GPUs than were used are extrapolated.
 """
 
 
@@ -55,31 +55,30 @@ def _gpu(gpu: Measured, notes: Path) -> list[str]:
     parts = [f"## {gpu.gpu}\n"]
     sections = [
         ("Committed", "baseline", tables.log), ("Ceilings of the run", "ceiling", tables.ceilings),
-        ("Training steps", "step", tables.steps),
-        ("Where the time of a step goes", "step", tables.breakdown),
-        ("Longest kernels of a step", "step", tables.longest),
+        ("Training steps", "step", comparison_tables.steps),
+        ("Time of a step by kind of kernel", "step", comparison_tables.breakdown),
+        ("Longest kernels of a step", "step", comparison_tables.longest),
         ("Matrix products of a step", "gemm", comparison_tables.products),
         ("Sampling", "sampling", comparison_tables.sampling), ("Tokenizer", "tokenizer", comparison_tables.tokenizer),
-        ("Every case of every op", "op", tables.every_op), ("Who else", "op", tables.every_peer),
-        ("Latents loader", "data", tables.loaders), ("Not measured", "op", tables.lacking),
+        ("Every case of every op", "op", tables.every_op), ("Other providers", "op", tables.every_peer),
+        ("Latents loader", "data", comparison_tables.loaders), ("Not measured", "op", tables.lacking),
     ]  # fmt: skip
     if lost := missed(gpu):
         parts.append("### Targets missed\n")
         parts += [f"* **{target.metric}**, {target.text(target.read(gpu))} of {target.text(target.target)}: "
                   f"{note(notes, target.name)}\n" for target in lost]  # fmt: skip
-    drawn = [f"![{what}]({name})\n" for name, what in pictures.names(gpu).items()]
+    drawn = [f"![{title}]({name})\n" for name, title in pictures.names(gpu).items()]
     tabled = [f"### {title}\n\n{make(gpu)}\n" for title, kind, make in sections if gpu.of(kind)]
     return [*parts, *drawn, *tabled]
 
 
 def note(notes: Path, name: str) -> str:
-    """What was written of a missed target."""
     path = notes / f"{name}.md"
     return path.read_text(encoding="utf-8").strip() if path.exists() else NO_NOTE
 
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
-    """Path → what belongs there."""
+    """Path → its content by the rows."""
     folder, readme = root / "bench" / "results", root / "README.md"
     results = load(folder)
     return {readme: filled(readme.read_text(encoding="utf-8"), results),
@@ -87,12 +86,12 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 
 def stale(root: Path = ROOT) -> str:
-    """How the pages differ from what belongs there; empty where they do not."""
+    """Differences of the pages from their content by the rows; empty where there are none."""
     found = []
     for path, want in pages(root).items():
         have = path.read_text(encoding="utf-8") if path.exists() else ""
         name = str(path.relative_to(root))
-        found += difflib.unified_diff(have.splitlines(), want.splitlines(), name, "what belongs there", lineterm="")
+        found += difflib.unified_diff(have.splitlines(), want.splitlines(), name, "by the rows", lineterm="")
         if have != want and not found:
             found.append(f"{name} differs at the ends of its lines")
     return "\n".join(found)
@@ -101,10 +100,10 @@ def stale(root: Path = ROOT) -> str:
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing, say what is not as it should be")
+    parser.add_argument("--check", action="store_true", help="write nothing, print differences")
     if parser.parse_args(argv).check:
         differences = stale(root)
-        print(differences or "both pages are what the rows say")
+        print(differences or "both pages agree with the rows")
         return int(bool(differences))
     for path, text in pages(root).items():
         path.write_text(text, encoding="utf-8")

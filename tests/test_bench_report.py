@@ -175,9 +175,9 @@ def test_tables_say_what_the_rows_say():
 
 def test_the_page_of_a_gpu(tmp_path):
     page = report.page([gpu()], tmp_path)
-    for heading in ("Ceilings of the run", "Training steps", "Where the time of a step goes", "Who else"):
+    for heading in ("Ceilings of the run", "Training steps", "Time of a step by kind of kernel", "Other providers"):
         assert f"### {heading}\n" in page
-    assert "| LightningDiT-XL/1 | 128 | bare | failed: out of memory |" in page
+    assert "| LightningDiT-XL/1 | 128 | bare |  |  |  |  |  |  |  | failed: out of memory |" in page
     assert "| swiglu | liger | incorrect | 1 | its result |" in page
     assert "the first \\| rows" in page, "a bar in a reason ends no cell"
     assert "| trainer | 200.0 | 8.0 | 20.0 | 125.0 | 0.0 | 30.0 | 2.0 |" in page
@@ -241,7 +241,7 @@ def test_the_loader_is_read_from_its_rows(tmp_path):
     assert target.read(cpu) == 70_000.0 and cpu.gpu == "a CPU, 2 cores"
     page = report.page([cpu], tmp_path)
     assert "| latents | 2 | 70,000 | 10.0 % | 2.29 | 2 | 2.00 |" in page
-    assert page.count("(nvidia") == 0 and "### Who else" not in page, "ops on a CPU are no rows"
+    assert page.count("(nvidia") == 0 and "### Other providers" not in page, "ops on a CPU are no rows"
 
 
 def test_a_missed_target_is_explained_or_it_is_said_that_it_is_not(tmp_path):

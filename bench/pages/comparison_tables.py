@@ -1,73 +1,101 @@
-"""Markdown tables of sampling, of the tokenizer and of matrix products, for one GPU's page."""
+"""Tables of steps, sampling, the tokenizer, matrix products and loaders, for one GPU's page."""
 
 from bench import gemms
-from bench.measure.comparison import coverage_text
+from bench.measure.breakdown import KINDS, OTHER
 from bench.measure.rows import Row
-from bench.pages.measured import Measured
-from bench.pages.tables import percent, table, times
+from bench.pages.markdown import comparison_table, row_table, text
+from bench.pages.measured import HEADLINE, Measured
 from bench.pages.targets import gemm_rate
+from bench.step import IMAGES
 
-PARTS = ("guided", "unguided", "decode", "noise")
+SPREAD, FRACTION = {"spread": "{spread:.1%}"}, {"of a large matmul": "{fraction:.1%}"}
+RATIOS = {"× plain, eager": "{times_faster_than[plain-eager]:.2f}"}
+RATIOS |= {"× plain, compiled": "{times_faster_than[plain-compile]:.2f}"}
+PEAK = {"peak memory": "{peak_gb:.1f} GB"}
+MODEL = {"model": "{model}", "batch": "{batch}"}
 
 
-def remark(row: Row) -> str:
-    """Why a row has no number, or what it rests on where the run was cut off."""
-    return coverage_text(row) if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+def hours(images_per_second: float) -> str:
+    """For 64 epochs on 8 GPUs that lose nothing."""
+    return f"{IMAGES / (8 * images_per_second) / 3600:.1f} h"
+
+
+STEP_FIGURES = {
+    "images/s per GPU": lambda row: text("{images_per_second:.0f} (±{half:.1%})", row | {"half": row["spread"] / 2}),
+    **FRACTION,
+    "MFU": "{mfu:.1%}",
+    **RATIOS,
+    **PEAK,
+    "64 epochs on 8 GPUs, extrapolated": lambda row: hours(row["images_per_second"]),
+}
+
+
+def steps(gpu: Measured) -> str:
+    """Every model, batch and variant."""
+    return comparison_table(gpu.ordered("step", "model", "batch"), MODEL | {"trained by": "{variant}"}, STEP_FIGURES)
+
+
+def breakdown(gpu: Measured) -> str:
+    """Milliseconds of a step by kind of kernel, by profiler, for the headline model."""
+    columns = {f"{HEADLINE[0]}, batch {HEADLINE[1]}, ms": "{variant}", "whole step": "{p50_ms:.1f}"}
+    columns |= {kind: f"{{breakdown_ms[{kind}]:.1f}}" for kind in (*KINDS, OTHER, "idle")}
+    return row_table((row for row in gpu.headline() if row.get("breakdown_ms")), columns)
+
+
+def longest(gpu: Measured) -> str:
+    """The kernels that take most of the headline step."""
+    row: Row = gpu.step("trainer") or gpu.step("bare") or {}
+    columns = {"kernel": "`{kernel}`", "kind": "{kind}", "calls in a step": "{calls:g}", "ms": "{ms:.2f}"}
+    return row_table(row.get("longest", []), columns)
 
 
 def sampling(gpu: Measured) -> str:
     """Whole samples, extrapolated from calls of each kind."""
-    head = ["model", "batch", "dtype", "sampled by", "images/s", "spread", "latents/s, not decoded",
-            "of a large matmul", "× plain, eager", "× plain, compiled",
-            *(f"{part}, ms" for part in PARTS), ""]  # fmt: skip
-    lines = []
-    for row in _ordered(gpu, "sampling", "model", "batch", "precision"):
-        line = [row["model"], str(row["batch"]), row["precision"], row["provider"], *[""] * 10]
-        if row["status"] == "ok":
-            parts, ratio = row["extrapolated"]["parts_ms"], row["times_faster_than"]
-            line[4:] = [f"{row['images_per_second']:.2f}", percent(row["spread"]), f"{row['latents_per_second']:.2f}",
-                        percent(row["fraction"]), times(ratio.get("plain-eager")), times(ratio.get("plain-compile")),
-                        *(f"{parts[part]:.2f}" if part in parts else "" for part in PARTS)]  # fmt: skip
-        lines.append([*line, remark(row)])
-    return table(head, lines)
+    figures = {"images/s": "{images_per_second:.2f}", **SPREAD, "latents/s, not decoded": "{latents_per_second:.2f}"}
+    figures |= FRACTION | RATIOS
+    for part in ("guided", "unguided", "decode", "noise"):
+        figures[f"{part}, ms"] = f"{{extrapolated[parts_ms][{part}]:.2f}}"
+    names = MODEL | {"dtype": "{precision}", "sampled by": "{provider}"}
+    return comparison_table(gpu.ordered("sampling", "model", "batch", "precision"), names, figures)
 
 
 def tokenizer(gpu: Measured) -> str:
     """Encoding, decoding and training steps; milliseconds by the profiler."""
-    head = ["part", "dtype", "batch", "by", "images/s", "spread", "of a large matmul", "peak memory", "× reference",
-            "× reference, compiled", "whole, ms", "products, ms", "memory, ms", "idle, ms", ""]  # fmt: skip
-    lines = []
-    for row in _ordered(gpu, "tokenizer", "part", "precision", "batch"):
-        line = [row["part"], row["precision"], str(row["batch"]), row["provider"], *[""] * 10]
-        if row["status"] == "ok":
-            ratio, spent = row["times_faster_than"], row.get("breakdown_ms", {})
-            kinds = (f"{spent[kind]:.1f}" if kind in spent else "" for kind in ("gemm", "memory", "idle"))
-            memory = f"{row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-            line[4:] = [f"{row['images_per_second']:,.1f}", percent(row["spread"]), percent(row["fraction"]), memory,
-                        times(ratio.get("reference")), times(ratio.get("reference-compile")), f"{row['p50_ms']:.1f}",
-                        *kinds]  # fmt: skip
-        lines.append([*line, remark(row)])
-    return table(head, lines)
+    names = {"part": "{part}", "dtype": "{precision}", "batch": "{batch}", "by": "{provider}"}
+    figures = {
+        "images/s": "{images_per_second:,.1f}", **SPREAD, **FRACTION, **PEAK,
+        "× reference": "{times_faster_than[reference]:.2f}",
+        "× reference, compiled": "{times_faster_than[reference-compile]:.2f}",
+        "whole, ms": "{p50_ms:.1f}", "products, ms": "{breakdown_ms[gemm]:.1f}",
+        "memory, ms": "{breakdown_ms[memory]:.1f}", "idle, ms": "{breakdown_ms[idle]:.1f}",
+    }  # fmt: skip
+    return comparison_table(gpu.ordered("tokenizer", "part", "precision", "batch"), names, figures)
 
 
 def products(gpu: Measured) -> str:
-    """Every product of a step, alone, and the mean over the step."""
-    head = ["model", "batch", "layer", "product", "M × N × K", "library", "TFLOP/s", "spread", "of a large matmul", ""]
-    lines = []
-    for row in gpu.of("gemm"):
-        line = [row["model"], str(row["batch"]), row["layer"], row["direction"], " × ".join(map(str, row["shape"])),
-                row["provider"], "", "", ""]  # fmt: skip
-        if row["status"] == "ok":
-            line[6:] = [f"{row['tflops']:.1f}", percent(row["spread"]), percent(row["fraction"])]
-        lines.append([*line, remark(row)])
-    for (model, batch, name), rate in gemms.means(gpu.numbers("gemm")).items():
-        lines.append([model, str(batch), "all", "mean over a step", "", name, f"{rate:.1f}", "", "", ""])
+    """Every product of a step, alone; the mean over the step; their rate within a step."""
+    together: Row = {"status": "ok", "layer": "all", "shape": (), "spread": None, "fraction": None}
+    rows = gpu.of("gemm")
+    for (model, batch, provider), rate in gemms.means(gpu.numbers("gemm")).items():
+        about = {"model": model, "batch": batch, "provider": provider, "direction": "mean over a step"}
+        rows.append(together | about | {"tflops": rate})
     if (rate := gemm_rate(gpu)) is not None:
-        lines.append(["", "", "all", "within a step, by the profiler", "", "torch", f"{rate:.1f}", "", "", ""])
-    return table(head, lines)
+        about = {"model": "", "batch": "", "provider": "torch", "direction": "within a step, by the profiler"}
+        rows.append(together | about | {"tflops": rate})
+    names = MODEL | {"layer": "{layer}", "product": "{direction}"}
+    names |= {"M × N × K": lambda row: " × ".join(map(str, row["shape"])), "library": "{provider}"}
+    return comparison_table(rows, names, {"TFLOP/s": "{tflops:.1f}", **SPREAD, **FRACTION})
 
 
-def _ordered(gpu: Measured, kind: str, *names: str) -> list[Row]:
-    """Rows by those names, whoever has a number first, the fastest before the others."""
-    return sorted(gpu.of(kind), key=lambda row: (*(row[name] for name in names), row["status"] != "ok",
-                                                 -(row.get("images_per_second") or 0)))  # fmt: skip
+def loaders(gpu: Measured) -> str:
+    """Latents of the loader and of the published way to read them, by processes that read."""
+    columns = {
+        "provider": "{provider}",
+        "workers": "{workers}",
+        "latents/s": "{latents_per_second:,.0f}",
+        **SPREAD,
+        "GB/s": lambda row: f"{row['latents_per_second'] * row['bytes'] / 1e9:.2f}",
+        "cores": "{cores}",
+        "× slower than the fastest": lambda row: f"{1 / min([1.0, *row['times_faster_than'].values()]):.2f}",
+    }
+    return row_table(gpu.numbers("data"), columns)

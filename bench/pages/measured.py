@@ -1,6 +1,5 @@
-"""The committed rows of one GPU, asked for by what a table or a picture needs."""
+"""The committed rows of one GPU, as tables and pictures ask for them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,6 @@ from bench.measure.rows import Row
 from bench.ops import OpJob, jobs
 
 HEADLINE = ("LightningDiT-XL/1", 128)
-BATCH = HEADLINE[1]
 NOT_YET = "not measured yet"
 
 
@@ -45,6 +43,14 @@ class Measured:
     def numbers(self, kind: str) -> list[Row]:
         """Those of them that have a number."""
         return [row for row in self.of(kind) if row["status"] == "ok"]
+
+    def ordered(self, kind: str, *names: str) -> list[Row]:
+        """One row of each name, by these names, those with a number first and the fastest before the others."""
+
+        def place(row: Row) -> tuple:
+            return (*(row[name] for name in names), row["status"] != "ok", -(row.get("images_per_second") or 0))
+
+        return sorted(self.of(kind), key=place)
 
     def step(self, variant: str) -> Row | None:
         """That of the headline model and batch, if it has a number."""
@@ -89,8 +95,3 @@ def load(folder: Path) -> list[Measured]:
     """Every committed file of rows in a folder that has any."""
     found = [Measured(path.stem, tuple(baseline.rows_of(path))) for path in sorted(folder.glob("*.jsonl"))]
     return [measured for measured in found if measured.rows]
-
-
-def backlog(measured: Measured) -> Iterable[Row]:
-    """When and why rows were committed, the oldest first."""
-    return measured.of("baseline")

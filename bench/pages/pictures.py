@@ -39,7 +39,7 @@ def roofline(gpu: Measured, axes) -> None:
 
 
 def ratios(gpu: Measured, axes) -> None:
-    """How many times faster the best of ours is than everybody else, in the case that stands for an op."""
+    """How many times faster the best of ours is than each other provider, in an op's representative case."""
     bars = [(f"{name} {direction}: {peer}", ratio) for name in kernels.OPS for direction in ("forward", "backward")
             if (row := gpu.representative(name, direction)) for peer, ratio in peers(row).items()]  # fmt: skip
     names, values = zip(*reversed(bars), strict=True)
@@ -82,18 +82,18 @@ def _profiled(gpu: Measured) -> list[Row]:
     return [row for row in gpu.headline() if row.get("breakdown_ms")]
 
 
-#: Name → what it shows, whether there is anything to draw, and how.
+#: Name → title, whether there is anything to draw, and the function that draws it.
 PICTURES: dict[str, tuple[str, Callable[[Measured], object], Callable]] = {
     "roofline": ("roofline with every op on it", lambda gpu: gpu.comparisons and gpu.of("ceiling"), roofline),
     "ratios": ("ratios to peers", lambda gpu: any(gpu.representative(name, "forward") for name in kernels.OPS), ratios),
-    "breakdown": ("where the time of a step goes", _profiled, breakdown),
+    "breakdown": ("time of a step by kind of kernel", _profiled, breakdown),
     "throughput": ("throughput against the line of 10 hours", Measured.headline, throughput),
 }
 
 
 def names(gpu: Measured) -> dict[str, str]:
-    """File → what it shows, of the pictures that there are rows for."""
-    return {f"{gpu.slug}-{name}.svg": what for name, (what, drawable, _) in PICTURES.items() if drawable(gpu)}
+    """File → title, of the pictures that there are rows for."""
+    return {f"{gpu.slug}-{name}.svg": title for name, (title, drawable, _) in PICTURES.items() if drawable(gpu)}
 
 
 def draw(gpu: Measured, folder: Path) -> list[Path]:
@@ -102,11 +102,11 @@ def draw(gpu: Measured, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     paths = []
-    for name, (what, drawable, make) in PICTURES.items():
+    for name, (title, drawable, make) in PICTURES.items():
         if drawable(gpu):
             with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
                 figure = Figure(figsize=(9, 5), layout="constrained")
-                axes = figure.add_subplot(title=f"{gpu.gpu}: {what}")
+                axes = figure.add_subplot(title=f"{gpu.gpu}: {title}")
                 make(gpu, axes)
                 paths.append(folder / f"{gpu.slug}-{name}.svg")
                 figure.savefig(paths[-1], metadata={"Date": None})
