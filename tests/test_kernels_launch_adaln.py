@@ -8,12 +8,12 @@ import torch
 import kernels
 from kernels.adaln_rms_norm.triton_config import (
     LEAST_SHARED,
-    MULTIPROCESSORS,
+    NUM_SMS,
     REGISTERS,
     SHARED,
     backward_config,
     chunking,
-    columns,
+    column_blocks,
     forward_config,
     vector_config,
 )
@@ -35,18 +35,18 @@ def power_of_two(n: int) -> bool:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_blocks_hold_a_row_and_little_more(width):
-    parts, warps = columns(width)
-    assert all(power_of_two(part) for part in parts) and power_of_two(warps)
-    assert list(parts) == sorted(parts, reverse=True), "a block begins at a multiple of its own width"
-    assert 0 <= sum(parts) - width < 64 * warps, "less than two columns of a lane are idle"
-    assert min(parts) >= 64 * warps, "two columns of 16 bits for every lane"
+    blocks, warps = column_blocks(width)
+    assert all(power_of_two(block) for block in blocks) and power_of_two(warps)
+    assert list(blocks) == sorted(blocks, reverse=True), "a block begins at a multiple of its own width"
+    assert 0 <= sum(blocks) - width < 64 * warps, "less than two columns of a lane are idle"
+    assert min(blocks) >= 64 * warps, "two columns of 16 bits for every lane"
 
 
 def test_blocks_of_the_presets():
-    assert columns(768) == ((512, 256), 2)
-    assert columns(1024) == ((1024,), 2)
-    assert columns(1152) == ((1024, 128), 2)
-    assert columns(1792) == ((1024, 512, 256), 4)
+    assert column_blocks(768) == ((512, 256), 2)
+    assert column_blocks(1024) == ((1024,), 2)
+    assert column_blocks(1152) == ((1024, 128), 2)
+    assert column_blocks(1792) == ((1024, 512, 256), 4)
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -56,7 +56,7 @@ def test_programs_fit_a_multiprocessor(name, architecture, size):
     """`size`: bytes of an element; 3 for a float32 stream with halves beside it."""
     for width in WIDTHS:
         config = PASSES[name](width, size, architecture)
-        per_token = (2 if name == "forward" else 4) * size * sum(config.parts)
+        per_token = (2 if name == "forward" else 4) * size * sum(config.blocks)
         assert 0 < config.registers <= 255 and config.registers % 8 == 0
         assert config.programs >= 1 and config.programs * 32 * config.warps * config.registers <= REGISTERS
         assert config.stages in (1, 3)
@@ -79,7 +79,7 @@ def test_chunks_cover_every_token_once(name, samples):
     for tokens in (1, 7, 64, 256, 257, 1024, 4096):
         chunks, chunk_tokens = chunking(samples, tokens, config, 90)
         assert chunks >= 1 and (chunks - 1) * chunk_tokens < tokens <= chunks * chunk_tokens
-        running = MULTIPROCESSORS[90] * config.programs
+        running = NUM_SMS[90] * config.programs
         assert chunks == 1 or samples * chunks <= running, "one wave"
         assert 2 * chunk_tokens > min(tokens, config.least_tokens), "no program has next to nothing to do"
 
@@ -89,7 +89,7 @@ def test_chunks_cover_every_token_once(name, samples):
 def test_a_device_is_full_at_the_batches_of_training(name, samples):
     config = PASSES[name](1152, 2, 90)
     chunks, _ = chunking(samples, 256, config, 90)
-    assert samples * chunks >= 0.75 * MULTIPROCESSORS[90] * config.programs
+    assert samples * chunks >= 0.75 * NUM_SMS[90] * config.programs
 
 
 @pytest.mark.parametrize("samples", [1, 32, 33, 64, 65, 128, 1000])

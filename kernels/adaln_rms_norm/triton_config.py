@@ -1,9 +1,9 @@
-"""Launch configurations of the kernels in `triton_kernels.py`, as data.
+"""Launch configurations of the kernels in `triton_kernels.py`: pure functions of shape and architecture.
 
 Compiled for sm_90 at D = 1152 in bfloat16 (instructions are those of a warp in the loop over tokens, a token takes all
 warps of a program; no speed was measured):
 
-    backward, parts      warps  stages  registers  shared   instructions · warps
+    backward, blocks     warps  stages  registers  shared   instructions · warps
     2048, masked         8      2       74         16 KB    229 · 8
     1024 + 128           4      2       128        8 KB     313 · 4, the tail is read without a pipeline
     1024 + 128           2      3       144        18 KB    474 · 2
@@ -17,22 +17,22 @@ Five programs of 200 registers fit, and hold two tokens each: 92 KB on the way, 
 
 from dataclasses import dataclass
 
-#: Compute capability → multiprocessors, and bytes of shared memory that the programs of one of them may have.
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+#: Compute capability → multiprocessors, and bytes of shared memory of one of them.
+NUM_SMS = {80: 108, 90: 132, 100: 148}
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 LEAST_SHARED = 99 * 1024  # of any other architecture since sm_80
-REGISTERS = 65536
+REGISTERS = 65536  # of a multiprocessor
 
-#: Lanes of a warp × columns that a lane can hold with their vectors and sums: 18, for 1152 in two warps.
+#: Lanes of a warp × columns for which a lane can hold vectors and sums: 18, which covers 1152 with two warps.
 WARP_COLUMNS = 32 * 18
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a pass over the tokens is launched.
+    """Launch configuration of a pass over the tokens.
 
     Attributes:
-        parts: widths of the blocks of columns that hold one token.
+        blocks: widths of the blocks of columns that hold one token, powers of two (BLOCK_D of the kernels).
         warps: of a program.
         stages: of the software pipeline; it holds `stages` − 1 tokens in shared memory; 1 is no pipeline.
         registers: of a thread, at most.
@@ -40,7 +40,7 @@ class LaunchConfig:
         least_tokens: of a program, so that reading the vectors and writing the sums stays small beside them.
     """
 
-    parts: tuple[int, ...]
+    blocks: tuple[int, ...]
     warps: int
     stages: int
     registers: int
@@ -50,7 +50,13 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class VectorLaunchConfig:
-    """How the sums of the chunks are added up: `columns` of `samples` at a time, by `warps`, in at most `registers`."""
+    """Launch configuration of the kernel that adds up the sums of the chunks.
+
+    Attributes:
+        columns, samples: of the tile that a program adds up at a time.
+        warps: of a program.
+        registers: of a thread, at most.
+    """
 
     columns: int
     samples: int
@@ -58,7 +64,7 @@ class VectorLaunchConfig:
     registers: int
 
 
-def columns(width: int) -> tuple[tuple[int, ...], int]:
+def column_blocks(width: int) -> tuple[tuple[int, ...], int]:
     """Widths of the blocks that hold `width` columns, and warps.
 
     As few warps as can hold a row, for they meet at barriers for each token. A block gives each lane at least two
@@ -79,18 +85,18 @@ def launch_config(
 
     In a pipeline of two stages the copies would be issued just before they are waited for.
     """
-    parts, warps = columns(width)
+    blocks, warps = column_blocks(width)
     registers = min(registers, 255, REGISTERS // (32 * warps)) // 8 * 8
     shared = SHARED.get(architecture, LEAST_SHARED)
-    needed = 2 * token_bytes * sum(parts) // width + 2048  # the statistics, the sums across warps, what is reserved
+    needed = 2 * token_bytes * sum(blocks) // width + 2048  # the statistics, the sums across warps, what is reserved
     stages = 3 if needed <= shared else 1
     fitting = min(programs, REGISTERS // (32 * warps * registers), shared // needed if stages == 3 else programs)
-    return LaunchConfig(parts, warps, stages, registers, max(1, fitting), least_tokens)
+    return LaunchConfig(blocks, warps, stages, registers, max(1, fitting), least_tokens)
 
 
 def forward_config(width: int, token_bytes: int, architecture: int) -> LaunchConfig:
     """`token_bytes`: of x and branch, for one token. A column takes x', gain, shift, gate."""
-    registers = 4 * lane_columns(width) + 56
+    registers = 4 * columns_per_lane(width) + 56
     return launch_config(width, token_bytes, architecture, registers, programs=8, least_tokens=8)
 
 
@@ -99,18 +105,18 @@ def backward_config(width: int, token_bytes: int, architecture: int, bias: bool)
 
     A column takes x̂, dy·h, gain, gate and three sums, four where a bias wants its gradient.
     """
-    registers = (9 if bias else 8) * lane_columns(width) + 56
+    registers = (9 if bias else 8) * columns_per_lane(width) + 56
     return launch_config(width, token_bytes, architecture, registers, programs=5, least_tokens=16)
 
 
-def lane_columns(width: int) -> int:
-    parts, warps = columns(width)
-    return -(-sum(parts) // (32 * warps))
+def columns_per_lane(width: int) -> int:
+    blocks, warps = column_blocks(width)
+    return -(-sum(blocks) // (32 * warps))
 
 
 def chunking(samples: int, tokens: int, config: LaunchConfig, architecture: int) -> tuple[int, int]:
     """Chunks of each sample and tokens of a chunk: as many programs as run at a time, all of about the same length."""
-    programs = MULTIPROCESSORS.get(architecture, MULTIPROCESSORS[90]) * config.programs
+    programs = NUM_SMS.get(architecture, NUM_SMS[90]) * config.programs
     most = -(-tokens // config.least_tokens)
     chunks = max(1, min(programs // samples, most))
     chunk_tokens = -(-tokens // chunks)

@@ -1,4 +1,4 @@
-"""The two passes over the tokens, for operators: allocation, launch configuration, launch."""
+"""The forward and the backward pass that the operators call: allocation, launch configuration, launches."""
 
 import torch
 
@@ -42,7 +42,7 @@ def forward_pass(
 
 def backward_pass(
     dy: torch.Tensor,
-    upstream: Optional,
+    dx_new: Optional,
     x_new: torch.Tensor,
     branch: Optional,
     rstd: torch.Tensor,
@@ -55,53 +55,54 @@ def backward_pass(
 ) -> list[torch.Tensor]:
     """The gradients of x, branch, gate, bias, weight, shift, scale: two launches, one where `vectors` is false.
 
-    Empty for an argument that is None, and for the vectors where `vectors` is false.
+    They are empty for an argument that is None, and for the five vectors where `vectors` is false. `dx_new` is the
+    upstream gradient of x', `dy` that of y.
     """
     samples, tokens, width = x_new.shape
-    dy, upstream, x_new, branch = (contiguous(tensor) for tensor in (dy, upstream, x_new, branch))
+    dy, dx_new, x_new, branch = (contiguous(tensor) for tensor in (dy, dx_new, x_new, branch))
     gate, bias, weight, scale = (dense_rows(vector) for vector in (gate, bias, weight, scale))
     dx = torch.empty_like(x_new)
     dbranch = None if branch is None else torch.empty_like(branch)
-    found = token_bytes(dy, upstream, x_new, branch)
-    config = backward_config(width, found, architecture(), bias is not None)
+    bytes_of_token = token_bytes(dy, dx_new, x_new, branch)
+    config = backward_config(width, bytes_of_token, architecture(), bias is not None)
     chunks, chunk_tokens = chunking(samples, tokens, config, architecture())
-    sums = None
+    partials = None
     if vectors:
-        kinds = 2 if branch is None else 4
-        sums = torch.empty(samples, chunks, kinds, width, dtype=torch.float32, device=dy.device)
+        num_sums = 2 if branch is None else 4
+        partials = torch.empty(samples, chunks, num_sums, width, dtype=torch.float32, device=dy.device)
     launch(
         modulated_norm_bwd,
         (samples * chunks,),
-        *(dy, upstream, x_new, branch, rstd, gate, weight, scale, dx, dbranch, sums),
+        *(dy, dx_new, x_new, branch, rstd, gate, weight, scale, dx, dbranch, partials),
         *(tokens, chunks, chunk_tokens, stride(gate), stride(scale)),
         SHIFT=shift is not None,
         BIAS=bias is not None,
         **options(width, config),
     )
-    gradients = dx, dbranch, *vector_gradients(sums, gate, bias, weight, shift, scale)
+    gradients = dx, dbranch, *vector_gradients(partials, gate, bias, weight, shift, scale)
     return [dx.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 def vector_gradients(
-    sums: Optional, gate: Optional, bias: Optional, weight: torch.Tensor, shift: Optional, scale: torch.Tensor
+    partials: Optional, gate: Optional, bias: Optional, weight: torch.Tensor, shift: Optional, scale: torch.Tensor
 ) -> list[Optional]:
-    """The gradients of the five vectors from the sums of each chunk `[B, chunks, kinds, D]`. One launch."""
-    if sums is None:
+    """The gradients of the five vectors from the float32 sums of each chunk, `[B, chunks, 2 or 4, D]`. One launch."""
+    if partials is None:
         return [None] * 5
-    samples, chunks, _, width = sums.shape
+    samples, chunks, _, width = partials.shape
     found = [
-        None if vector is None else torch.empty(vector.shape, dtype=vector.dtype, device=sums.device)
+        None if vector is None else torch.empty(vector.shape, dtype=vector.dtype, device=partials.device)
         for vector in (gate, bias, weight, shift, scale)
     ]
     config = vector_config(samples)
     launch(
         modulation_bwd,
         (-(-width // config.columns),),
-        *(sums, gate, bias, weight, scale, *found),
+        *(partials, gate, bias, weight, scale, *found),
         *(samples, chunks, stride(gate), stride(scale)),
         D=width,
-        COLUMNS=config.columns,
-        SAMPLES=config.samples,
+        BLOCK_D=config.columns,
+        BLOCK_B=config.samples,
         num_warps=config.warps,
         maxnreg=config.registers,
     )
@@ -112,8 +113,8 @@ def options(width: int, config) -> dict:
     """The compile-time values and options of a pass."""
     return {
         "D": width,
-        "PARTS": config.parts,
-        "STAGES": config.stages,
+        "BLOCK_D": config.blocks,
+        "NUM_STAGES": config.stages,
         "num_warps": config.warps,
         "maxnreg": config.registers,
     }
