@@ -29,15 +29,13 @@ from launch.evaluation.features import Extractor, FoundationFeatures, InceptionF
 from launch.evaluation.image_source import open_images
 from launch.evaluation.latent_space import evaluate_latents
 from launch.evaluation.metrics import NOT_STATED
-from launch.evaluation.runner import (
+from launch.evaluation.reconstructions import (
     Reconstructions,
     evaluate_reconstructions,
-    evaluate_samples,
-    open_reference,
     perceptual_distance,
-    require_one_size,
     require_pairs,
 )
+from launch.evaluation.runner import evaluate_samples, open_reference, require_one_size
 from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 

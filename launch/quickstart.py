@@ -28,7 +28,9 @@ from launch.config import select_ops
 from launch.digits_demo import dataset
 from launch.digits_demo.classifier import LIMITS, DigitClassifier, failures, reconstruction_report, samples_report
 from launch.digits_demo.foundation import train_foundation
-from launch.evaluation import features, runner
+from launch.evaluation import features
+from launch.evaluation.image_source import open_images
+from launch.evaluation.reconstructions import Reconstructions
 from launch.training.checkpoint import newest
 from launch.training.engine import uses_cuda
 from vavae.weights import load_tokenizer
@@ -143,8 +145,8 @@ class Quickstart:
     def _reconstruct(self) -> torch.Tensor:
         """Held-out digits, encoded and decoded from a posterior sample, as evaluate does it: uint8 [500, 32, 32, 3]."""
         tokenizer = load_tokenizer(self.tokenizer, select_ops("auto")).to(_device())
-        originals = runner.open_images(self.root / "data" / "heldout")
-        return torch.cat(list(runner.Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
+        originals = open_images(self.root / "data" / "heldout")
+        return torch.cat(list(Reconstructions(originals, tokenizer, seed=self.seed).batches(100)))
 
     def _tokenizer_run(self) -> list:
         return [

@@ -9,7 +9,8 @@ import torch
 
 from launch.evaluation import runner
 from launch.evaluation.image_source import open_images
-from launch.evaluation.runner import Reconstructions, evaluate_reconstructions, evaluate_samples, open_reference
+from launch.evaluation.reconstructions import Reconstructions, evaluate_reconstructions
+from launch.evaluation.runner import evaluate_samples, open_reference
 from tests.measured import (
     FACTS,
     MemoryImages,

@@ -92,11 +92,14 @@ def samples_report(
     if missing:
         raise ValueError(f"samples of every class are needed; none of class {missing}")
     per_class = [right[labels.cpu() == c].mean().item() for c in range(CLASSES)]
-    target = _statistics(_features(features, heldout.images))
+
+    def distance(made: Tensor) -> float:
+        return frechet_distance(*FeatureStatistics().update(made).moments, *target)
+
+    target = FeatureStatistics().update(_features(features, heldout.images)).moments
     known = _features(features, train.images)
-    draws = (known[train.balanced(HELD_OUT_PER_CLASS, seed)] for seed in range(8))
-    real = sum(frechet_distance(*_statistics(draw), *target) for draw in draws) / 8
-    generated = frechet_distance(*_statistics(_features(features, samples)), *target)
+    real = sum(distance(known[train.balanced(HELD_OUT_PER_CLASS, seed)]) for seed in range(8)) / 8
+    generated = distance(_features(features, samples))
     return {
         "samples": len(samples),
         "judge_accuracy": classifier.accuracy,
@@ -130,8 +133,3 @@ def failures(report: dict) -> list[str]:
 
 def _features(features: Features, images: Tensor) -> Tensor:
     return torch.cat([features(batch).double().cpu() for batch in images.split(250)])
-
-
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = FeatureStatistics().update(features)
-    return statistics.mean, statistics.covariance

@@ -17,6 +17,9 @@ NOT_STATED = "not stated"  # in a result, of a fact that nobody told
 LARGEST = 1e100  # of a mean or covariance; far beyond features, and a distance of it would overflow
 
 
+Moments = tuple[Tensor, Tensor]  # mean [D], covariance [D, D]
+
+
 class FeatureStatistics:
     """Mean and unbiased covariance of features that arrive in batches, kept in float64.
 
@@ -63,6 +66,11 @@ class FeatureStatistics:
         self._require_two()
         covariance = self._scatter / (self.count - 1)
         return (covariance + covariance.T) / 2
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and covariance."""
+        return self.mean, self.covariance
 
     def _require_two(self) -> None:
         if self.count < 2:

@@ -386,7 +386,7 @@ MISTAKES = {
         "test_launch_metrics.py::test_ssim_against_the_formula_written_out",
     ),
     "rfid_of_the_originals": Mistake(
-        "launch/evaluation/runner.py",
+        "launch/evaluation/reconstructions.py",
         "measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)",
         "measure(originals, extractor, batch_size), measure(originals, extractor, batch_size)",
         "test_launch_evaluation.py::test_reconstructions",
