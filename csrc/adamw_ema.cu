@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
                       const AdamWSettings& settings, std::int64_t numbers,
-                      std::int64_t numbers_per_block, Stream stream) {
+                      std::int64_t elements_per_block, Stream stream) {
   bool bf16_grad = arrays.grad.dtype == DType::bfloat16;
   bool aligned = is_aligned(arrays.param) && is_aligned(arrays.exp_avg) &&
                  is_aligned(arrays.exp_avg_sq) && is_aligned(arrays.ema) &&
@@ -142,7 +142,7 @@ void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
   Pointers pointers{arrays.param, arrays.exp_avg,   arrays.exp_avg_sq,
                     arrays.ema,   arrays.grad.data, static_cast<bf16*>(arrays.bf16_param)};
   auto run = [&](auto kernel, int count) {
-    std::int64_t step = kThreads * kVectors * count, steps = (numbers_per_block + step - 1) / step;
+    std::int64_t step = kThreads * kVectors * count, steps = (elements_per_block + step - 1) / step;
     dim3 grid = blocks("adamw_ema", (numbers + steps * step - 1) / (steps * step));
     launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings),
            numbers, int(steps));

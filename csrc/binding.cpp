@@ -256,12 +256,12 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
 void adamw_ema_(py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq,
                 py::handle ema, py::handle bf16_param, py::handle step, py::handle lr,
                 py::handle grad_scale, py::handle skip, double beta1, double beta2, double eps,
-                double weight_decay, double ema_decay, std::int64_t numbers_per_block) {
+                double weight_decay, double ema_decay, std::int64_t elements_per_block) {
   Call call("adamw_ema_");
   Tensor weights(call, "param", param), gradient(call, "grad", grad);
   std::int64_t numbers = weights.elements();
   call.require(numbers > 0, "param", "is empty");
-  call.require(numbers_per_block > 0, "numbers_per_block", "is not positive");
+  call.require(elements_per_block > 0, "elements_per_block", "is not positive");
   auto state = [&](const char* name, py::handle object) {
     return Tensor(call, name, object).counted(numbers).as<float>(DType::float32);
   };
@@ -280,7 +280,7 @@ void adamw_ema_(py::handle param, py::handle grad, py::handle exp_avg, py::handl
   AdamWScalars scalars{scalar("step", step), scalar("lr", lr), scalar("grad_scale", grad_scale),
                        scalar("skip", skip)};
   launch_adamw_ema(arrays, scalars, {beta1, beta2, eps, weight_decay, ema_decay}, numbers,
-                   numbers_per_block, call.stream());
+                   elements_per_block, call.stream());
 }
 
 VfSizes vf_sizes(Call& call, const Tensor& z, double distmat_margin, double cos_margin) {

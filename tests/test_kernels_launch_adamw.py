@@ -20,10 +20,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 @pytest.mark.parametrize("numbers", [1, 37, 128, 129, 1000, 1024, 1025, 84_407_092, 2**33])
 def test_blocks(numbers):
     config = adamw.launch_config(numbers)
-    assert config.numbers == 4 * 32 * config.warps, "one 128-bit access of each thread to each float32 tensor"
+    assert config.elements == 4 * 32 * config.warps, "one 128-bit access of each thread to each float32 tensor"
     assert config.warps in (1, 2, 4, 8)
-    assert config.numbers < max(2 * numbers, 129), "no more threads than numbers"
-    assert -(-numbers // config.numbers) < 2**31, "the limit of a grid"
+    assert config.elements < max(2 * numbers, 129), "no more threads than numbers"
+    assert -(-numbers // config.elements) < 2**31, "the limit of a grid"
 
 
 @pytest.mark.parametrize("numbers", [1000, 2**32 + 3])

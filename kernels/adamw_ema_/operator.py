@@ -7,12 +7,14 @@ import torch
 from kernels.adamw_ema_ import OP
 from kernels.backends.operators import operator
 
-#: Of `grad`; all else that has `[n]` numbers is float32, but for the bfloat16 copy.
+#: Dtypes of `grad`; the other tensors `[n]` are float32, but for the bfloat16 copy.
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
-def in_place(name: str, update: Callable[..., None]) -> Callable[..., None]:
-    """The op, as the operator `ldit::<name>` around `update`, which launches with these tensors and numbers in order:
+def register_op(name: str, update: Callable[..., None]) -> Callable[..., None]:
+    """Register `update` as the operator `ldit::<name>`; returns the op that calls it.
+
+    `update` launches the kernel; it is given, in this order:
 
     param, grad (contiguous), exp_avg, exp_avg_sq, ema, bf16_param or None, step, lr, grad_scale, skip, β1, β2, eps,
     weight_decay, ema_decay.
@@ -51,7 +53,7 @@ def in_place(name: str, update: Callable[..., None]) -> Callable[..., None]:
 
 
 def reasons(unsupported_reasons, param, grad, exp_avg, exp_avg_sq, ema, *, bf16_param=None, **scalars) -> list[str]:
-    """Why the kernel cannot take a call: gaps in what it changes, and the `unsupported_reasons` of the compiler."""
+    """Reasons against a call: gaps in a tensor that is changed, and its backend's `unsupported_reasons`."""
     changed = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema, "bf16_param": bf16_param}
     gaps = [name for name, tensor in changed.items() if tensor is not None and not tensor.is_contiguous()]
     found = [f"{name} is not contiguous" for name in gaps]
