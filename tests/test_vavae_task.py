@@ -112,6 +112,12 @@ def test_gan_begins_after_disc_start_iterations(files, step, gan):
     assert set(gradients(network)) == {k for k, _ in network.named_parameters()}
 
 
+def test_a_run_without_the_gan_term_trains_with_disc_start_null(files):
+    """As a published file leaves it where it says nothing of it, and `loss.disc_weight=0` turns the term off."""
+    logs, losses = step_once(make(files, disc_weight=0.0, disc_start=None), 3)
+    assert set(logs) == PLAIN_LOGS and set(losses) == {"autoencoder"}
+
+
 def test_generator_pass_leaves_no_gradient_in_the_discriminator(files):
     task = make(files)
     found = {}

@@ -59,7 +59,7 @@ class AlignedAutoencoder(AutoencoderKL):
             channels = (config.embed_dim, feature_dim) if reverse else (feature_dim, config.embed_dim)
             self.linear_proj = nn.Conv2d(*channels, 1, bias=not reverse).requires_grad_(not fixed)
 
-    def forward(
+    def forward(  # type: ignore[override]  # trained through the loss, unlike the tokenizer that it is afterwards
         self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None, criterion: Criterion
     ) -> tuple[torch.Tensor, torch.Tensor, Logs]:
         """One pass and its loss.
@@ -128,7 +128,10 @@ class VavaeTask:
         self.global_batch_size = global_batch_size
         self.grid = data.image_size // model.downsample_ratio
         self.batches = ImageFolder.from_config(data, seed)
-        self.foundation = FoundationModel.from_config(foundation, self.grid) if loss.use_vf else None
+        self.foundation = None
+        if loss.use_vf:
+            assert foundation is not None  # see check_sections
+            self.foundation = FoundationModel.from_config(foundation, self.grid)
         self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
 
@@ -195,11 +198,12 @@ class VavaeTask:
             Detached scalars to log, means over the micro-batch; of unreadable images (an integer) the number.
         """
         config, images = self.loss_at(step), batch["image"]
-        gan = adopt_weight(config.disc_factor * config.disc_weight, step - 1, config.disc_start) > 0
+        gan_weight = config.disc_factor * config.disc_weight
+        gan = config.disc_start is not None and adopt_weight(gan_weight, step - 1, config.disc_start) > 0
         # The module itself, not its engine: here the discriminator only passes gradients on.
         discriminator = self.networks["discriminator"] if gan else None
         criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=discriminator)
-        with frozen(discriminator) if gan else nullcontext():
+        with frozen(discriminator) if discriminator is not None else nullcontext():
             inputs = (images, draws["noise"], self._features(images), criterion)
             loss, reconstruction, logs = networks["autoencoder"](*inputs)
             backward("autoencoder", loss)
@@ -223,7 +227,7 @@ class VavaeTask:
     def _measure(self, output: AutoencoderOutput) -> tuple[torch.Tensor, Logs]:
         nll, logs = reconstruction_nll(self.loss, output.images, output.reconstruction, self.perceptual)
         logs |= {"nll": nll.mean(), "kl": kl_term(self.loss, output.posterior)}
-        if output.latents is not None:
+        if output.latents is not None and output.features is not None:
             logs |= vf_term(self.loss, self.ops, output.latents, output.features)[1]
         return nll.mean(), logs
 
