@@ -5,7 +5,7 @@
 wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -130,7 +130,7 @@ def named_config(name: str, **fields) -> ModelConfig:
         raise ValueError(f"unknown model {name!r}{nearest(name, MODEL_NAMES)}; known: {', '.join(MODEL_NAMES)}")
     size, patch = name.removeprefix("LightningDiT-").split("/")
     depth, hidden_size, num_heads = SIZES[size]
-    fixed = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
+    fixed: dict[str, Any] = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=int(patch))
     duplicates = sorted(fixed.keys() & fields.keys())
     if duplicates:
         raise ValueError(
@@ -170,7 +170,10 @@ class ModelSection(Section):
     @property
     def patch(self) -> int:
         """Side of a patch, in latent positions."""
-        return self.patch_size if self.model_type is None else int(self.model_type.partition("/")[2])
+        if self.model_type is not None:
+            return int(self.model_type.partition("/")[2])
+        assert self.patch_size is not None
+        return self.patch_size
 
     def resolve(self, input_size: int, num_classes: int) -> ModelConfig:
         """The `ModelConfig` of this section for latents of `input_size`² and `num_classes` labels.
@@ -182,6 +185,11 @@ class ModelSection(Section):
         return ModelConfig(**given) if self.model_type is None else named_config(self.model_type, **given)
 
 
+PathType = Literal["Linear", "GVP", "VP"]
+Prediction = Literal["velocity", "noise", "score"]
+LossWeight = Literal["velocity", "likelihood"]
+
+
 class TransportConfig(Section):
     """The `transport` section: path, prediction and loss of flow matching (see `lightningdit.flow`).
 
@@ -189,9 +197,9 @@ class TransportConfig(Section):
     switches to uniform ones at 600,000); None keeps `use_lognorm` for the whole run.
     """
 
-    path_type: Literal["Linear", "GVP", "VP"] = "Linear"
-    prediction: Literal["velocity", "noise", "score"] = "velocity"
-    loss_weight: Literal["velocity", "likelihood"] | None = None
+    path_type: PathType = "Linear"
+    prediction: Prediction = "velocity"
+    loss_weight: LossWeight | None = None
     sample_eps: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
     train_eps: Annotated[Float, Field(ge=0, lt=0.5)] | None = None
     use_cosine_loss: bool = False

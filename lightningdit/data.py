@@ -59,7 +59,7 @@ class LatentDataset:
         if not self.path.is_dir():
             raise LatentsError(f"{self.path} is no directory; data_path holds latents shards, as extract writes them")
         self.manifest: Manifest | None = read_manifest(self.path)
-        self.classes = self.manifest and self.manifest.classes
+        self.classes = None if self.manifest is None else self.manifest.classes
         self._check_manifest(verify)
         self._shards = [Shard.read(p) for p in shards_of(self.path, self.manifest)]
         self.shape = self._common_shape()

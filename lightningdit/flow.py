@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.text import nearest
-from lightningdit.config import DIFFUSION_FORMS, TransportConfig
+from lightningdit.config import DIFFUSION_FORMS, LossWeight, PathType, Prediction, TransportConfig
 
 V = TypeVar("V")
 
@@ -116,9 +116,9 @@ class Transport:
 
     def __init__(
         self,
-        path: str = "Linear",
-        prediction: str = "velocity",
-        loss_weight: str | None = None,
+        path: PathType = "Linear",
+        prediction: Prediction = "velocity",
+        loss_weight: LossWeight | None = None,
         train_eps: float | None = None,
         sample_eps: float | None = None,
         use_cosine_loss: bool = False,

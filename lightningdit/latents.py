@@ -151,10 +151,10 @@ def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
 
 def _require_no_gaps(directory: Path, shards: Sequence[Path]) -> None:
     """Ranks are numbered from 0, and so are the shards of each. A shard missing at the end leaves no gap."""
-    numbers = defaultdict(set)
+    numbers: dict[int, set[int]] = defaultdict(set)
     for path in shards:
-        rank, number = map(int, SHARD_NAME.fullmatch(path.name).groups())
-        numbers[rank].add(number)
+        if match := SHARD_NAME.fullmatch(path.name):
+            numbers[int(match[1])].add(int(match[2]))
     for rank in range(max(numbers) + 1):
         for number in range(max(numbers[rank], default=0) + 1):
             if number not in numbers[rank]:

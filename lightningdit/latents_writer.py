@@ -93,12 +93,13 @@ class LatentsWriter:
         A shard of this process that is truncated or was changed since is not counted while the extraction has not
         finished; afterwards it is an error.
         """
+        shards: Sequence[ShardRecord]
         if (manifest := manifest_in(self.directory)) is not None:
             manifest.check(self.directory, checksums=None)
             shards, identities = manifest.shards, [manifest.identity] * len(manifest.shards)
         else:
-            shards = _records(self.directory)
-            identities = [record.identity for record in shards]
+            shards = records = _records(self.directory)
+            identities = [record.identity for record in records]
         for shard, identity in zip(shards, identities, strict=True):
             if identity != self._identity:
                 raise LatentsError(
@@ -108,7 +109,7 @@ class LatentsWriter:
         counted = [s for s in shards if manifest or s.rank != self.rank or self._is_intact(s)]
         return {shard.file: shard.count for shard in counted}
 
-    def _is_intact(self, shard: "FinishedShard") -> bool:
+    def _is_intact(self, shard: ShardRecord) -> bool:
         path = self.directory / shard.file
         damage = damage_of(path, shard)
         if damage:
@@ -206,7 +207,7 @@ def finish(
         "shards": [record.model_dump(include=set(ShardRecord.model_fields)) for record in records],
     }
     write_sealed(directory / MANIFEST_FILE, content)
-    manifest = manifest_in(directory)
+    manifest = read_latents_record(directory / MANIFEST_FILE, Manifest)
     _remove_records(directory, manifest)
     return manifest
 

@@ -14,7 +14,7 @@ d head_dim, M feed-forward width (`mlp_hidden`).
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +131,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)  # [B, N, 3, H, d]
         bias = self.qkv.deferred_bias if isinstance(self.qkv, DeferredBiasLinear) else None
         q_weight = k_weight = None
-        if isinstance(self.q_norm, QKRMSNorm):
+        if isinstance(self.q_norm, QKRMSNorm) and isinstance(self.k_norm, QKRMSNorm):
             q_weight, k_weight = self.q_norm.weight, self.k_norm.weight  # [d]
-        elif self.q_norm is not None:
+        elif self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.unbind(2)  # [B, N, H, d] each
             qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)  # [B, N, 3, H, d]
         out = self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias)  # [B, N, D]
@@ -194,6 +194,8 @@ class Block(nn.Module):
 
         modulation: the output of this block's `adaLN_modulation`, vectors [B, D]. cos, sin: RoPE tables [N, d].
         """
+        shift_attn: Tensor | None
+        shift_mlp: Tensor | None
         if len(modulation) == 6:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         else:
@@ -270,10 +272,14 @@ class LightningDiT(Float32Tables):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        zeroed = [module[1] for module in self.modules() if isinstance(module, Modulation)]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        adaln = [module for module in self.modules() if isinstance(module, Modulation)]
+        zeroed = [layer for modulation in adaln for layer in modulation if isinstance(layer, nn.Linear)]
         for linear in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
@@ -302,7 +308,7 @@ class LightningDiT(Float32Tables):
 
     def _modulations(self, c: Tensor) -> Iterable[Vectors]:
         """The modulation vectors [B, D] of each block for the condition c [B, D]."""
-        layers = [block.adaLN_modulation for block in self.blocks]
+        layers = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
         return modulations(layers, c) if self.params_gathered else (layer(c) for layer in layers)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
@@ -340,7 +346,7 @@ class LightningDiT(Float32Tables):
         channels = output.shape[1] if cfg_channels is None else cfg_channels
         cond, uncond = output[:, :channels].chunk(2)  # [B, channels, S, S] both
         guided = uncond + cfg_scale * (cond - uncond)
-        if cfg_interval:
+        if cfg_interval and cfg_interval_start is not None:
             below = t[: len(half)].reshape(-1, 1, 1, 1) < cfg_interval_start
             guided = torch.where(below, cond, guided)
         return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torchdiffeq
@@ -100,14 +101,17 @@ class Denoiser:
     def __call__(self, x: torch.Tensor, t: float, guided: bool | None = None) -> torch.Tensor:
         """The prediction for x [B, C, ...] at the host time t, in x's dtype; guided: None for what holds at t."""
         self.nfe += 1
+        guidance = self.guidance
         if guided is None:
-            guided = self.guidance is not None and self.guidance.applies(t)
+            guided = guidance is not None and guidance.applies(t)
         if not guided:
             return self.model(x, x.new_full((len(x),), t), **self.labels).to(x.dtype)
         self.guided_nfe += 1
-        labels = torch.cat([self.y, torch.full_like(self.y, self.guidance.null_label)])  # [2B]
+        assert guidance is not None and self.y is not None
+        labels = torch.cat([self.y, torch.full_like(self.y, guidance.null_label)])  # [2B]
         output = self.model(torch.cat([x, x]), x.new_full((2 * len(x),), t), y=labels).to(x.dtype)  # [2B, C, ...]
-        return guide(*output.chunk(2), self.guidance.scale, self.guidance.channels)  # [B, C, ...]
+        cond, uncond = output.chunk(2)  # [B, C, ...] both
+        return guide(cond, uncond, guidance.scale, guidance.channels)
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: float, channels: int | None) -> torch.Tensor:
@@ -303,19 +307,21 @@ def sample(
 
     shape: (C, H, W) of one latent. null_label: None for a model without one, which cannot be guided.
     """
-    if config.cfg_scale != 1 and null_label is None:
-        raise ValueError(f"cfg_scale {config.cfg_scale} needs a null label; trained with class_dropout_prob 0, use 1")
-    if len(indices) != len(y):
-        raise ValueError(f"{len(indices)} indices for {len(y)} labels")
     guidance = None
     if config.cfg_scale != 1:
+        if null_label is None:
+            raise ValueError(
+                f"cfg_scale {config.cfg_scale} needs a null label; trained with class_dropout_prob 0, use 1"
+            )
         guidance = Guidance(config.cfg_scale, null_label, config.cfg_interval_start, config.cfg_channels)
+    if len(indices) != len(y):
+        raise ValueError(f"{len(indices)} indices for {len(y)} labels")
     predict = Denoiser(model, y, guidance)
     z = sample_noise(config.seed, indices, shape, device=y.device)  # [B, C, H, W]
     method = config.sampling_method.lower()
-    common = dict(method=method, steps=config.num_sampling_steps, shift=config.timestep_shift, callback=callback)
+    common: dict[str, Any] = dict(method=method, steps=config.num_sampling_steps, shift=config.timestep_shift)
     if config.mode == "ODE":
-        latents = sample_ode(transport, predict, z, atol=config.atol, rtol=config.rtol, **common)
+        latents = sample_ode(transport, predict, z, atol=config.atol, rtol=config.rtol, callback=callback, **common)
     else:
         latents = sample_sde(
             transport,
@@ -326,6 +332,7 @@ def sample(
             norm=config.diffusion_norm,
             last_step=config.last_step,
             last_step_size=config.last_step_size,
+            callback=callback,
             **common,
         )
     logp = None

@@ -102,7 +102,7 @@ def read_export(path: Path | str) -> Export:
         step=facts.step,
         weights=facts.weights,
         latents=LatentStatistics.from_record(facts.latents, channels=config.in_channels, source=json_path),
-        extra=dict(facts.model_extra) | ({} if facts.classes is None else {"classes": list(facts.classes)}),
+        extra=dict(facts.model_extra or {}) | ({} if facts.classes is None else {"classes": list(facts.classes)}),
     )
 
 

@@ -45,7 +45,10 @@ def training_cost(
     ops, grid = kernels.select("reference"), image_size // model.downsample_ratio
     with torch.device("meta"):
         images, noise = torch.empty(1, 3, image_size, image_size), torch.empty(1, model.embed_dim, grid, grid)
-        vit = FoundationModel.from_config(foundation, grid, pretrained=False) if loss.use_vf else None
+        vit = None
+        if loss.use_vf:
+            assert foundation is not None  # see check_sections
+            vit = FoundationModel.from_config(foundation, grid, pretrained=False)
         networks = build_networks(model, loss, ops, 0, vit.width if vit else None)
     perceptual = lpips_network("meta").requires_grad_(False) if loss.perceptual == "lpips" else None
     autoencoder, discriminator = networks["autoencoder"], networks.get("discriminator")
@@ -57,13 +60,13 @@ def training_cost(
         criterion = partial(generator_loss, loss, ops, perceptual=perceptual, discriminator=discriminator)
         autoencoder(images, noise, features, criterion)[0].backward()
 
-    def discriminator_step() -> None:
-        discriminator_loss(loss, discriminator(images), discriminator(images))[0].backward()
-
     with frozen(discriminator) if discriminator is not None else nullcontext():
         costs["autoencoder"] = _count([autoencoder], generator_step)
     if discriminator is not None:
-        costs["discriminator"] = _count([discriminator], discriminator_step)
+        logits = partial(discriminator, images)
+        costs["discriminator"] = _count(
+            [discriminator], lambda: discriminator_loss(loss, logits(), logits())[0].backward()
+        )
     return costs
 
 

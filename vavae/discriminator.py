@@ -24,8 +24,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         acc_dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.training:
+        if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+        assert self.momentum is not None
         y = F.batch_norm(
             x.to(acc_dtype),
             self.running_mean,
@@ -66,7 +67,9 @@ class NLayerDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.main(images.to(self.main[0].weight.dtype))  # [B, 1, about H/8, about W/8]
+        first = self.main[0]
+        assert isinstance(first, nn.Conv2d)
+        return self.main(images.to(first.weight.dtype))  # [B, 1, about H/8, about W/8]
 
 
 @torch.no_grad()

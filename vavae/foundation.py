@@ -5,12 +5,13 @@ The only file that imports timm.
 
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from timm.models._hub import hf_hub_download
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,7 +37,10 @@ class FoundationModel(nn.Module):
         normalization: see `FoundationConfig`.
     """
 
-    def __init__(self, vit: nn.Module, input_size: int, normalization: str):
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, vit: VisionTransformer, input_size: int, normalization: str):
         super().__init__()
         self.vit = vit
         self.input_size = input_size
@@ -61,13 +65,13 @@ class FoundationModel(nn.Module):
                 latent grid.
             DownloadError: timm's weights could not be downloaded.
         """
-        local = pretrained and config.weights is not None
-        # Weights that are about to be overwritten are not worth initialising; the caller's random numbers stay as is.
-        with torch.random.fork_rng(devices=[]), torch.device("meta") if local else nullcontext():
-            vit = _create(config, num_classes=0, download=pretrained and not local)
-        if local:
-            tensors = {k: v for k, v in read_tensors(config.weights).items() if not k.startswith("head.")}
-            load_strict(vit.to_empty(device="cpu"), tensors, f"{config.weights} as timm model {config.model_name}")
+        weights = config.weights if pretrained else None
+        # Weights that are about to be overwritten need no initialisation; the caller's random state is kept.
+        with torch.random.fork_rng(devices=[]), torch.device("meta") if weights is not None else nullcontext():
+            vit = _create(config, num_classes=0, download=pretrained and weights is None)
+        if weights is not None:
+            tensors = {k: v for k, v in read_tensors(weights).items() if not k.startswith("head.")}
+            load_strict(vit.to_empty(device="cpu"), tensors, f"{weights} as timm model {config.model_name}")
         return cls(vit, _input_size(config, vit, grid), config.normalization).eval().requires_grad_(False)
 
     @classmethod
@@ -91,7 +95,10 @@ class FoundationModel(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features [B, width, grid, grid] of images [B, 3, H, W] in [−1, 1]."""
-        return self.vit.forward_intermediates(self.prepare(images), indices=1, norm=True, intermediates_only=True)[0]
+        x = self.prepare(images)  # [B, 3, input_size, input_size]
+        maps = self.vit.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        assert isinstance(maps, list)
+        return maps[0]  # [B, width, grid, grid]
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Class scores [B, num_classes] of images [B, 3, H, W] in [−1, 1]."""
@@ -111,7 +118,8 @@ def to_download(config: FoundationConfig) -> str | None:
         return None
     _check_name(config.model_name)
     source = _source(config.model_name)
-    cached = _is_cached(source.hf_hub_id) if source.hf_hub_id else is_downloaded(source.url)
+    url = source.url[0] if isinstance(source.url, tuple) else source.url
+    cached = _is_cached(source.hf_hub_id) if source.hf_hub_id else url is not None and is_downloaded(url)
     return None if cached else f"the weights of {config.model_name} (or name a local copy in foundation.weights)"
 
 
@@ -131,7 +139,7 @@ def _source(name: str) -> PretrainedCfg:
     return source
 
 
-def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn.Module:
+def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> VisionTransformer:
     _check_name(config.model_name)
     if download:
         _source(config.model_name)
@@ -145,7 +153,7 @@ def _create(config: FoundationConfig, *, num_classes: int, download: bool) -> nn
         raise DownloadError(
             f"could not download the weights of {config.model_name} ({error}); name a local copy in foundation.weights"
         ) from error
-    return vit
+    return cast(VisionTransformer, vit)  # see _check_name
 
 
 def _check_name(name: str) -> None:
@@ -157,7 +165,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"foundation.model_name: {name!r} is no plain vision transformer of timm")
 
 
-def _input_size(config: FoundationConfig, vit: nn.Module, grid: int) -> int:
+def _input_size(config: FoundationConfig, vit: VisionTransformer, grid: int) -> int:
     patch = vit.patch_embed.patch_size[0]
     size = config.input_size or grid * patch
     if size % patch or size // patch != grid:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from common.files import FileError, open_regular, refuse_stand_ins
 from common.text import printable, shortened
@@ -79,7 +80,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 def _rgb(image: Image.Image) -> Image.Image:
     # Pillow reads signed 8-bit samples as unsigned.
-    if image.format == "TIFF" and _SIGNED in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,)):
+    if isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,)):
         raise ValueError(f"its pixels are numbers with a sign, {_NO_RANGE}")
     # Pillow decodes 16-bit PPM to 32-bit integers. (Its own conversion clips at 255 whatever the range.)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
@@ -93,7 +94,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """Grey [H, W] of more than 8 bits, scaled by its range."""
     white, inverted = 65535, False
-    if image.format == "TIFF":  # decoded values are as stored in the file
+    if isinstance(image, TiffImageFile):  # decoded values are as stored in the file
         white = 2 ** image.tag_v2[_TIFF_BITS][0] - 1
         inverted = image.tag_v2[_TIFF_PHOTOMETRIC] == _WHITE_IS_ZERO
     values = np.asarray(image).astype(np.uint32)

@@ -172,7 +172,8 @@ def generator_loss(
     nll, kl = nll.mean(), kl_term(config, output.posterior)
     logs |= {"nll": nll.detach(), "kl": kl.detach()}
     total = nll + config.kl_weight * kl
-    if output.latents is not None:
+    if output.latents is not None and output.features is not None:
+        assert config.vf_weight is not None  # see check_sections
         vf, vf_logs = vf_term(config, ops, output.latents, output.features)
         weight = torch.full_like(vf, config.vf_weight)
         if config.adaptive_vf:

@@ -122,8 +122,8 @@ class Level(nn.Module):
         pairs = pairwise(widths)
         self.block = nn.ModuleList(ResnetBlock(i, o, dropout, ops) for i, o in pairs)
         self.attn = nn.ModuleList(AttnBlock(out_channels) if attention else nn.Identity() for _ in range(blocks))
-        self.downsample = nn.Identity()
-        self.upsample = nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block, attn in zip(self.block, self.attn, strict=True):

@@ -54,7 +54,10 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
         WeightsError: naming `source`; a key that belongs to no known part, or the keys of another library.
     """
     refuse_other_layouts(tensors, source)
-    autoencoder, discriminator, dropped, unknown = {}, {}, Counter(), []
+    autoencoder: Tensors = {}
+    discriminator: Tensors = {}
+    dropped: Counter[str] = Counter()
+    unknown: list[str] = []
     for key, value in tensors.items():
         if key.startswith((*AUTOENCODER_PREFIXES, PROJECTION_PREFIX)):
             autoencoder[key] = value
@@ -112,7 +115,9 @@ def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
         log.info("%s: left out %s", source, ", ".join(parts))
 
 
-def write_export(path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any):
+def write_export(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, **facts: Any
+) -> None:
     """Write `<name>.safetensors` and, beside it, `<name>.json` with the config and `facts` such as step and weights."""
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -59,7 +59,8 @@ MISTAKES = {
         "test_vavae_image_files.py::test_grey_of_any_depth_is_scaled_by_its_range",
     ),
     "sign_of_pixels_ignored": Mistake(
-        "vavae/image_files.py", 'image.format == "TIFF" and _SIGNED in', 'image.format == "TIFF" and image.mode in',
+        "vavae/image_files.py", "isinstance(image, TiffImageFile) and _SIGNED in",
+        "isinstance(image, TiffImageFile) and image.mode in",
         "test_vavae_image_files.py::test_what_cannot_be_shown_rightly_is_refused_by_name",
     ),
     "any_format_of_pillow": Mistake(
