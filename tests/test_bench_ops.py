@@ -363,12 +363,13 @@ def test_a_run_cut_off_leaves_whole_rows(tmp_path):
     assert [row["number"] for row in rows.read(out, "cpu")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "not a row"), ("[1]", "not a row"), ("{}", "not a row"),
-                                               ('{"format": 99}', "row format 99, this version reads 2")])  # fmt: skip
+@pytest.mark.parametrize(("line", "message"), [("{", ""), ("[1]", "it has no format and kind"), ("{}", "it has no"),
+                                               ('{"format": 99, "kind": "op"}', "row format 99, this version reads 2"),
+                                               ('{"format": 2, "kind": "op", "run": "a"}', "'op'")])  # fmt: skip
 def test_lines_that_are_no_rows_are_refused(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"format": 2, "device": "cuda"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=f"rows.jsonl, line 2: {message}"):
+    path.write_text('{"format": 2, "kind": "other", "device": "cuda"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: not a row \({message}"):
         list(rows.read(path))
 
 

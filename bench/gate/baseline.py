@@ -1,17 +1,15 @@
-"""Committed rows of a GPU, `bench/results/<gpu>.jsonl`: a line for each time they were written says why, then rows."""
+"""Committed rows of a GPU, `bench/results/<gpu>.jsonl`: a log of when and why they were written, then the rows."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import kernels
 from bench.gate import compare
-from bench.measure.rows import FORMAT, NAMES, ROOT, Row, now, read
+from bench.measure.rows import MACHINE, NAMES, ROOT, Row, complete, line, read
 from common.files import make_directory, write_text
 
 RESULTS = ROOT / "bench" / "results"
-VERSIONS = ("gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
 
 
 def path_for(gpu: str, folder: Path | None = None) -> Path:
@@ -22,7 +20,7 @@ def path_for(gpu: str, folder: Path | None = None) -> Path:
 def rows_of(path: Path) -> Iterator[Row]:
     """The rows of a file that were measured on a GPU, and those of the loaders that feed it.
 
-    How a child of `bench.triage` ended is no measurement.
+    Verdicts of `bench.triage` on its children are no measurements.
     """
     yield from (row for row in read(path) if row["kind"] != "triage")
     yield from (row for row in read(path, "cpu") if row["kind"] == "data")
@@ -41,27 +39,26 @@ def gpu_of(rows: Iterable[Row]) -> str:
 
 
 def update(path: Path, rows: list[Row], reason: str) -> Row:
-    """Put the rows in the place of the same ones of the baseline, and say why; returns what was said.
+    """Put the rows in the place of the same ones of the baseline; returns the entry of its log.
 
     Of several measurements of a row the one in the middle stays. Rows of the baseline that were not measured stay,
     unless their op or case is gone.
     """
     old = list(rows_of(path)) if path.exists() else []
-    last = [row for row in rows if row["device"] == "cuda"][-1]
-    said = {"format": FORMAT, "kind": "baseline", "date": now(), "device": "cuda", "reason": reason}
-    said |= {name: last[name] for name in VERSIONS}
-    reasons = [row for row in old if row["kind"] == "baseline"] + [said]
+    last = next(row for row in reversed(rows) if row["device"] == "cuda")
+    entry = complete({"kind": "baseline", "reason": reason}, {name: last[name] for name in MACHINE})
+    log = [row for row in old if row["kind"] == "baseline"] + [entry]
     fresh = [compare.typical(same) for same in compare.grouped(rows).values()]
     gone = replaced(fresh)
     kept = [row for row in old if row["kind"] != "baseline" and exists(row) and not gone(row)]
     ordered = sorted(kept + fresh, key=lambda row: tuple(map(str, compare.key(row))))
     make_directory(path.parent)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in reasons + ordered))
-    return said
+    write_text(path, "".join(map(line, log + ordered)))
+    return entry
 
 
 def exists(row: Row) -> bool:
-    """Whether what a row measured is still here."""
+    """Whether the op and the case of a row are still here."""
     if row["kind"] != "op":
         return True
     op = kernels.OPS.get(row["op"])
@@ -69,7 +66,7 @@ def exists(row: Row) -> bool:
 
 
 def replaced(fresh: list[Row]) -> Callable[[Row], bool]:
-    """Whether newer rows say what a row says: the same one, or one of all its directions, or one of its directions."""
+    """Whether newer rows replace a row: the same one, or one of all its directions, or one of its directions."""
     names, kinds = {compare.key(row) for row in fresh}, {row["kind"] for row in fresh}
     covered = {other for name in names for other in compare.covering(name)}
 

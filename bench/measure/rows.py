@@ -1,8 +1,8 @@
-"""The one row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys.
+"""The row format: a JSON object per line, self-contained, written at once. `bench/README.md` explains the keys.
 
-A run writes a row as soon as it has something to say, and writes it again when it knows better: of the rows of one run
-and one name the last one counts, and `read` gives no other. Rows of several runs are so many measurements.
-Whoever starts and reads measurements needs no torch: it is imported where a device is asked.
+A run writes a row as soon as there is a measurement, and again when there is a better one: of the rows of one run and
+one name the last one counts, and `read` gives no other. Rows of several runs are several measurements.
+torch is imported only where a device is asked, so that programs which start measurements and read them need none.
 """
 
 import json
@@ -31,7 +31,10 @@ NAMES = {
     "gemm": ("model", "batch", "layer", "direction", "provider"),
     "ceiling": ("ceiling",),
     "data": ("provider", "workers", "batch_size"),
+    "triage": ("part", "name"),
 }
+#: Keys of `machine`.
+MACHINE = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
 
 
 class Log:
@@ -44,11 +47,30 @@ class Log:
 
     def write(self, row: Row) -> Row:
         """The row together with what all rows of a run say."""
-        full = {"format": FORMAT, "kind": row["kind"], "date": now(), **self._common, **row}
+        full = complete(row, self._common)
         if self._file is not None:
-            self._file.write(json.dumps(full, ensure_ascii=False) + "\n")
+            self._file.write(line(full))
             self._file.flush()
         return full
+
+
+def complete(row: Row, common: Row) -> Row:
+    """The row with its format, the date, and what all rows of its run say."""
+    return {"format": FORMAT, "kind": row["kind"], "date": now(), **common, **row}
+
+
+def line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def parse(text: str) -> Row:
+    """The row of a line; raises ValueError where it is none of this format."""
+    row = json.loads(text)
+    if not isinstance(row, dict) or not {"format", "kind"} <= row.keys():
+        raise ValueError("it has no format and kind")
+    if row["format"] != FORMAT:
+        raise ValueError(f"row format {row['format']}, this version reads {FORMAT}")
+    return row
 
 
 def read(path: Path, device: str = "cuda") -> Iterator[Row]:
@@ -58,15 +80,12 @@ def read(path: Path, device: str = "cuda") -> Iterator[Row]:
         ValueError: a line that is no row of this format; names file and line.
     """
     found: dict[Any, Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            row = json.loads(line)
-            known = row["format"] == FORMAT
+            row = parse(text)
             name = (row["run"], key(row)) if row.get("run") else number
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a row ({error!r})") from error
-        if not known:
-            raise ValueError(f"{path}, line {number}: row format {row['format']}, this version reads {FORMAT}")
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: not a row ({error})") from error
         if row["device"] == device:
             found.pop(name, None)  # the place in the file, too, is that of the last one
             found[name] = row
@@ -74,7 +93,7 @@ def read(path: Path, device: str = "cuda") -> Iterator[Row]:
 
 
 def key(row: Row) -> Key:
-    """What a row is compared by; rows of an unknown kind are named by everything in them."""
+    """Kind and names of a row; rows of an unknown kind are named by everything in them."""
     names = NAMES.get(row["kind"])
     return (row["kind"], *(row[name] for name in names)) if names else (row["kind"], json.dumps(row, sort_keys=True))
 
@@ -85,7 +104,7 @@ def now() -> str:
 
 @cache
 def machine(kind: str) -> Row:
-    """What a run was measured on and with. A row from a CPU names no GPU."""
+    """The device and the versions that a run measures with. A row from a CPU names no GPU."""
     import torch
 
     gpu = {"gpu": None, "capability": None, "driver": None}

@@ -1,17 +1,14 @@
 """The rows of a triage, later ones in the place of earlier ones with the same names, and comparisons between steps."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from bench.measure.losses import wrong_losses
-from bench.measure.rows import FORMAT, NAMES, Key, Row, key, now
+from bench.measure.rows import MACHINE, Key, Row, complete, key, line, parse
 from bench.triage.verdicts import SKIPPED
 from common.files import write_text
-
-#: What all rows of a run say of the machine.
-FACTS = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
 
 
 class Records:
@@ -23,7 +20,7 @@ class Records:
     def __init__(self, path: Path):
         self._path = path
         self.facts: Row = {}
-        self._rows: dict[Key, Row] = {_name(row): row for row in read_rows(path)}
+        self._rows: dict[Key, Row] = {key(row): row for row in read_rows(path)}
 
     @property
     def rows(self) -> list[Row]:
@@ -32,7 +29,7 @@ class Records:
     def learn(self, facts: Row) -> None:
         """Take the facts of the machine from a row that has them."""
         if not self.facts and facts.get("device"):
-            self.facts = {name: facts.get(name) for name in FACTS}
+            self.facts = {name: facts.get(name) for name in MACHINE}
 
     def add(self, row: Row) -> Row:
         """Keep and write a row at once, completed by what all rows of the run say.
@@ -40,13 +37,13 @@ class Records:
         A skipped task does not take the place of a verdict that an earlier run came to.
         """
         self.learn(row)
-        full = {"format": FORMAT, "kind": row["kind"], "date": now(), **dict.fromkeys(FACTS), **self.facts, **row}
-        known = self._rows.get(_name(full), {})
+        full = complete(row, dict.fromkeys(MACHINE) | self.facts)
+        known = self._rows.get(key(full), {})
         if full.get("verdict") == SKIPPED and known.get("verdict", SKIPPED) != SKIPPED:
             return full
-        self._rows[_name(full)] = full
+        self._rows[key(full)] = full
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(full))
+            file.write(line(full))
         return full
 
     def settle(self) -> None:
@@ -54,7 +51,7 @@ class Records:
         for row in self._rows.values():
             if "device" in row and row["device"] is None:
                 row.update(self.facts)
-        write_text(self._path, "".join(map(_line, self._rows.values())))
+        write_text(self._path, "".join(map(line, self._rows.values())))
 
     def of(self, kind: str) -> list[Row]:
         return [row for row in self._rows.values() if row["kind"] == kind]
@@ -65,13 +62,9 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut off
-            continue
-        if isinstance(row, dict) and row.get("format") == FORMAT and "kind" in row:
-            found.append(row)
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # cut off, or of another format
+            found.append(parse(text))
     return found
 
 
@@ -96,13 +89,3 @@ def compare_steps(rows: Iterable[Row]) -> list[Row]:
             elif ratios != row["times_faster_than"]:
                 changed.append(row | {"times_faster_than": ratios})
     return changed
-
-
-def _name(row: Row) -> Key:
-    if row["kind"] == "triage":
-        return "triage", row["part"], row["name"]
-    return key(row) if row["kind"] in NAMES else (row["kind"], _line(row))
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
