@@ -5,8 +5,8 @@
     python -m bench.regress --against REV [-- ARGUMENTS]    the bench of REV and of this tree, by turns, on this machine
 
 Compared are fractions of the limit that was measured in the same run: 5 % of one may be lost by an op, 3 % by a whole
-step. What seems slower, or is too noisy to tell, is measured again, twice, before it is called. Ends with 0; 1 if
-something of ours fell, turned wrong or is missing; 2 if there is no baseline for this GPU; 64 if it was asked wrongly.
+step. A row that seems slower, or is too noisy to tell, is measured again, twice. Ends with 0; 1 if something of ours
+fell, turned wrong or is missing; 2 if there is no baseline for this GPU; 64 where the arguments are wrong.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,20 +32,20 @@ NO_BASELINE, USAGE = 2, 64
 PATIENCE = 900
 
 
+#: Kind of row → the arguments of `python -m` that measure it.
+COMMANDS = {
+    "op": "bench.ops {op} --case {case} --dtype {dtype} --direction {direction} --only {provider}",
+    "step": "bench.step --model {model} --batch {batch} --variant {variant}",
+    "sampling": "bench.sampling --model {model} --batch {batch} --precision {precision} --variant {provider}",
+    "tokenizer": "bench.tokenizer {part} --batch {batch} --precision {precision} --variant {provider}",
+}
+
+
 def command(row: Row) -> list[str]:
     """The arguments of `python -m` that measure exactly this row."""
-    if row["kind"] == "step":
-        variant, *asked = row["variant"].split("+")
-        return ["bench.step", "--model", row["model"], "--batch", str(row["batch"]), "--variant", variant,
-                *(word for choice in asked for word in ("--kernels", choice))]  # fmt: skip
-    if row["kind"] == "sampling":
-        return ["bench.sampling", "--model", row["model"], "--batch", str(row["batch"]), "--precision",
-                row["precision"], "--variant", row["provider"]]  # fmt: skip
-    if row["kind"] == "tokenizer":
-        return ["bench.tokenizer", row["part"], "--batch", str(row["batch"]), "--precision", row["precision"],
-                "--variant", row["provider"]]  # fmt: skip
-    return ["bench.ops", row["op"], "--case", row["case"], "--dtype", row["dtype"], "--direction", row["direction"],
-            "--only", row["provider"]]  # fmt: skip
+    variant, *choices = row.get("variant", "").split("+")
+    words = [word.format_map(row | {"variant": variant}) for word in COMMANDS[row["kind"]].split()]
+    return words + [word for choice in choices for word in ("--kernels", choice)]
 
 
 def run_bench(root: Path, arguments: list[str], out: Path, timeout: float | None = None) -> int:
@@ -62,8 +62,9 @@ class Again:
 
     Attributes:
         run: as `run_bench`.
-        here: what this process would measure on, as rows say it; asked when it is first needed.
+        here: the machine of this process, as rows state it; asked when it is first needed.
         end: reading of `clock` after which nothing is begun.
+        measured: all rows that were measured again.
     """
 
     run: Callable[..., int] = run_bench
@@ -71,6 +72,7 @@ class Again:
     reasons: Callable[[], list[str]] = cuda_reasons
     end: float = float("inf")
     clock: Callable[[], float] = time.monotonic
+    measured: list[Row] = field(default_factory=list)
 
     def __call__(self, row: Row) -> list[Row]:
         self._check(row)
@@ -85,6 +87,7 @@ class Again:
             found = [other for other in read(out) if compare.key(other) in names] if out.exists() else []
         if not found:
             raise NotMeasured(f"the bench ended with {status} and no such row")
+        self.measured.extend(found)
         return found
 
     def _check(self, row: Row) -> None:
@@ -118,32 +121,29 @@ def checkout(revision: str, root: Path = ROOT) -> Iterator[Path]:
             git(["git", "worktree", "remove", "--force", str(there)])
 
 
-def build(root: Path, like: Path = ROOT) -> None:
-    """Build the CUDA extension in a tree, if `like` has one."""
-    if any((like / "kernels").glob("_cuda*.so")):
-        subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=root, check=True)
-
-
-def by_turns(revision: str, arguments: list[str], root: Path = ROOT, run: Callable[..., int] = run_bench,
-             device: str = "cuda") -> tuple[list[Row], list[Row]]:  # fmt: skip
+def by_turns(revision: str, arguments: list[str], root: Path = ROOT,
+             run: Callable[..., int] = run_bench) -> tuple[list[Row], list[Row]]:  # fmt: skip
     """Rows of that revision, measured before and after those of this tree, and the latter.
+
+    The CUDA extension is built for that revision where this tree has one.
 
     Raises:
         ValueError: no such revision, or a bench gave no rows.
     """
     with checkout(revision, root) as there, tempfile.TemporaryDirectory() as folder:
-        build(there, root)
+        if any((root / "kernels").glob("_cuda*.so")):
+            subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=there, check=True)
         theirs, ours = Path(folder) / "theirs.jsonl", Path(folder) / "ours.jsonl"
         for tree, out in ((there, theirs), (root, ours), (there, theirs)):
             print(f"== {revision if tree == there else 'this tree'}: {' '.join(arguments)}", flush=True)
             status = run(tree, arguments, out)
             if not out.exists():
                 raise ValueError(f"{' '.join(arguments)} in {tree} ended with {status} and no rows")
-        return list(read(theirs, device)), list(read(ours, device))
+        return list(read(theirs)), list(read(ours))
 
 
 def report(findings: list[compare.Finding], known: list[Row], rows: list[Row]) -> int:
-    """Print what is to be known of a comparison; the exit status."""
+    """Print versions that differ and findings; the exit status."""
     for name in ("torch", "triton", "cuda", "driver"):
         before, after = ({row[name] for row in side} for side in (known, rows))
         if before != after:
@@ -185,34 +185,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def with_file(options: argparse.Namespace, again: compare.Again) -> int:
+def with_file(options: argparse.Namespace, again: Again) -> int:
     rows = [row for row in baseline.rows_of(options.rows) if row["kind"] != "baseline"]
     gpu = baseline.gpu_of(rows)
     path = options.baseline or baseline.path_for(gpu)
     status = NO_BASELINE
     if path.exists():
-        measured: list[Row] = []
         known = list(read(path))
-        findings = compare.compare(known, rows, _kept(again, measured), options.partial)
-        status, rows = report(findings, known, rows), rows + measured
+        findings = compare.compare(known, rows, again, options.partial)
+        status, rows = report(findings, known, rows), rows + again.measured
     elif not options.update:
         print(f"no baseline for {gpu}: {path} does not exist; --update --reason TEXT makes it of these rows")
     if options.update:
-        said = baseline.update(path, rows, options.reason)
-        print(f"{path} written at revision {said['revision']}: {said['reason']}")
+        entry = baseline.update(path, rows, options.reason)
+        print(f"{path} written at revision {entry['revision']}: {entry['reason']}")
         return 0
     return status
-
-
-def _kept(again: compare.Again, measured: list[Row]) -> compare.Again:
-    """The same, with everything it measures kept."""
-
-    def keeping(row: Row) -> list[Row]:
-        found = again(row)
-        measured.extend(found)
-        return found
-
-    return keeping
 
 
 def main(argv: list[str] | None = None) -> int:

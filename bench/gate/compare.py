@@ -1,4 +1,4 @@
-"""Which rows of a run are slower than those of a baseline: fractions of the limit, each measured in its own run."""
+"""Comparison of a run with a baseline, row by row: fractions of the limit, each measured in its own run."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
@@ -25,12 +25,12 @@ class NotMeasured(RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one row.
+    """The comparison of one row.
 
     Attributes:
         key: kind and names of the row.
         verdict: one of FAILURES, or "improved", "unchanged", "new", "left out".
-        before, after: fractions of the limit, medians of what was measured.
+        before, after: fractions of the limit, medians of all measurements.
     """
 
     key: Key
@@ -68,7 +68,7 @@ def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 
 
 def typical(rows: list[Row]) -> Row:
-    """Of several measurements of one row the one in the middle; what is wrong goes before what is not."""
+    """Of several measurements of one row the one in the middle; a wrong one goes before all others."""
     wrong = [row for row in rows if row.get("status") in WRONG]
     numbers = [row for row in rows if row.get("fraction") or row.get("rate")]
     if wrong or not numbers:
@@ -86,7 +86,7 @@ def covering(name: Key) -> list[Key]:
 
 
 def compare(baseline: Iterable[Row], run: Iterable[Row], again: Again, partial: Collection[str] = ()) -> list[Finding]:
-    """What became of each row of ours, failures first.
+    """A finding for each row of ours, failures first.
 
     again: measures one row anew; raises `NotMeasured` where it cannot.
     partial: kinds of rows of which the run measured a part only; of other kinds a row that it lacks is a failure.
@@ -97,8 +97,12 @@ def compare(baseline: Iterable[Row], run: Iterable[Row], again: Again, partial: 
         if measured := [row for row in rows if counts(row)]:
             place = next((k for k in covering(name) if k in found), None)
             used.add(place)
-            findings.append(_missing(name, measured, partial) if place is None
-                            else _verdict(name, measured, found[place], again))  # fmt: skip
+            if place is not None:
+                findings.append(_verdict(name, measured, found[place], again))
+            elif name[0] in partial:
+                findings.append(Finding(name, "left out", fraction(measured), None, "not in this run"))
+            else:
+                findings.append(Finding(name, "missing", fraction(measured), None, "no such row and no reason for it"))
     findings += [_fresh(name, known.get(name, []), rows) for name, rows in found.items() if name not in used]
     order = (*FAILURES, "improved", "left out", "new", "unchanged")
     return sorted(findings, key=lambda finding: order.index(finding.verdict))
@@ -112,12 +116,6 @@ def _change(known: list[Row], rows: list[Row]) -> float:
     """After over before: the most suspect are measured again first, as there may not be time for all."""
     both = any(map(counts, known)) and any(map(counts, rows))
     return fraction(rows) / fraction(known) if both else 1.0
-
-
-def _missing(name: Key, measured: list[Row], partial: Collection[str]) -> Finding:
-    allowed = name[0] in partial
-    verdict, why = ("left out", "not in this run") if allowed else ("missing", "no such row and no reason for it")
-    return Finding(name, verdict, fraction(measured), None, why)
 
 
 def _verdict(name: Key, known: list[Row], rows: list[Row], again: Again) -> Finding:
