@@ -1,6 +1,6 @@
 """Files and JSON: written whole or not at all, read only where they are what they should be.
 
-Every file of this project that another run may read is written by `replacing`; a test looks for other writers. Needs
+Every file of this project that another run may read is written by `atomic_write`; a test looks for other writers. Needs
 the standard library alone.
 """
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.contents import as_text
+from common.file_types import as_text
 
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
 _BLOCK = 1 << 24
@@ -39,7 +39,7 @@ class WriteError(OSError):
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[BinaryIO]:
+def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     """A binary file to write that takes the name `path` when the block ends well: whole and on the disk, or not at all.
 
     Until then it lies beside `path` under a temporary name. It has the permissions that the umask leaves. A link stays
@@ -78,7 +78,7 @@ def _to_replace(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def place_new(source: Path, path: Path) -> None:
+def link_without_overwrite(source: Path, path: Path) -> None:
     """Give a finished file the name `path` too, and never that of another: of two programs one gets it.
 
     Raises FileExistsError where the name is taken, WriteError where the system refuses otherwise.
@@ -88,7 +88,7 @@ def place_new(source: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without such links, or one that refuses all
-        if is_there(path):
+        if path_exists(path):
             raise FileExistsError(f"{path} is already there") from None
         try:
             os.rename(source, path)
@@ -114,13 +114,13 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8; see `replacing`."""
-    with replacing(path) as f:
+    """Write UTF-8; see `atomic_write`."""
+    with atomic_write(path) as f:
         f.write(text.encode())
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """Write JSON, indented; see `replacing`. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Write JSON, indented; see `atomic_write`. Raises ValueError for NaN and infinity, which JSON does not have."""
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
     except ValueError as e:
@@ -163,7 +163,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     return open(handle, "rb")
 
 
-def is_there(path: Path | str) -> bool:
+def path_exists(path: Path | str) -> bool:
     """Whether there is such a name, be it a link to nothing.
 
     Raises FileError where the system does not tell (no permission, a stale handle, a failing disk): whoever then took
@@ -178,7 +178,7 @@ def is_there(path: Path | str) -> bool:
     return True
 
 
-def refuse_stand_ins(path: Path | str, begin: bytes) -> None:
+def refuse_placeholders(path: Path | str, begin: bytes) -> None:
     """Raise FileError where a file that begins with these bytes stands for another that was not downloaded."""
     if begin.startswith(_LFS_POINTER):
         raise FileError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` downloads it")
@@ -193,7 +193,7 @@ def read_json(path: Path | str) -> Any:
         if size > JSON_LIMIT:
             raise FileError(f"{path} has {size:,} bytes; a JSON file of this project has at most {JSON_LIMIT:,}")
         content = f.read()
-    refuse_stand_ins(path, content[:100])
+    refuse_placeholders(path, content[:100])
     try:
         return json.loads(content, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as e:

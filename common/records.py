@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from common.files import FileError, read_json, write_json
 from common.sections import describe_problem
 
-_SEAL = "checksum"
+_CHECKSUM_KEY = "checksum"
 
 
 class Record(BaseModel):
@@ -37,24 +37,26 @@ ClassNames = Annotated[tuple[str, ...], AfterValidator(_distinct)]
 SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
-def write_sealed(path: Path | str, content: dict[str, Any]) -> None:
-    """Write JSON with a checksum over itself, which `read_record` compares; see `common.files.replacing`."""
-    write_json(path, content | {_SEAL: _checksum(content)})
+def write_checksummed(path: Path | str, content: dict[str, Any]) -> None:
+    """Write JSON with a checksum over itself, which `read_record` compares; see `common.files.atomic_write`."""
+    write_json(path, content | {_CHECKSUM_KEY: _checksum(content)})
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    text = json.dumps({key: value for key, value in content.items() if key != _SEAL}, sort_keys=True)
+    text = json.dumps({key: value for key, value in content.items() if key != _CHECKSUM_KEY}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_record(path: Path | str, record: type[SomeRecord]) -> SomeRecord:
     """A JSON file as a record; raises FileError, naming the file and the key, where it is none.
 
-    Where it was written by `write_sealed`, every value is as it was written.
+    Where it was written by `write_checksummed`, every value is as it was written.
     """
     content = read_json(path)
-    if isinstance(content, dict) and _SEAL in content and content.pop(_SEAL) != _checksum(content):
-        raise FileError(f"{path} is damaged, or was edited: its checksum is another (take {_SEAL!r} out after editing)")
+    if isinstance(content, dict) and _CHECKSUM_KEY in content and content.pop(_CHECKSUM_KEY) != _checksum(content):
+        raise FileError(
+            f"{path} is damaged, or was edited: its checksum is another (take {_CHECKSUM_KEY!r} out after editing)"
+        )
     try:
         # From JSON, where a list may stand for a tuple; strict otherwise.
         return record.model_validate_json(json.dumps(content))

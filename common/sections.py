@@ -62,8 +62,8 @@ Size = Annotated[int, Field(ge=1, le=65_536)]
 #: Convolutions that halve an image, and blocks between two of them.
 Levels = Annotated[int, Field(ge=1, le=16)]
 #: Blocks, heads, processes.
-Few = Annotated[int, Field(ge=1, le=1_000)]
-FewFrom0 = Annotated[int, Field(ge=0, le=1_000)]
+SmallCount = Annotated[int, Field(ge=1, le=1_000)]
+SmallCountFrom0 = Annotated[int, Field(ge=0, le=1_000)]
 Sizes = Annotated[tuple[Size, ...], BeforeValidator(_sequence)]
 #: A name.
 Text = Annotated[str, AfterValidator(plain_text)]

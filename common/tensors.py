@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from common.contents import LEGACY_TORCH, describe_content, is_safetensors
-from common.files import FileError, open_regular, refuse_stand_ins, replacing
+from common.file_types import LEGACY_TORCH, describe_content, is_safetensors
+from common.files import FileError, atomic_write, open_regular, refuse_placeholders
 
 Tensors = dict[str, torch.Tensor]
 
@@ -102,7 +102,7 @@ def _load(path: Path) -> Any:
     try:
         with open_regular(path) as f:
             begin = f.read(100)
-        refuse_stand_ins(path, begin)
+        refuse_placeholders(path, begin)
     except FileError as e:
         raise WeightsError(str(e)) from None
     archive = zipfile.is_zipfile(path)
@@ -222,11 +222,11 @@ def _some(keys: Iterable[str]) -> str:
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
-    """Write a `.safetensors` file, whole or not at all (see `common.files.replacing`).
+    """Write a `.safetensors` file, whole or not at all (see `common.files.atomic_write`).
 
     metadata: default {"format": "pt"}, which other libraries look for. Equal tensors give equal files.
     """
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         write_safetensors(f, tensors, metadata)
 
 
@@ -250,7 +250,7 @@ def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata
 
 def save_pickled(path: Path | str, content: Any) -> None:
     """`torch.save`, whole or not at all."""
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         torch.save(content, f)
 
 

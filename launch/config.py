@@ -18,10 +18,10 @@ import vavae.config as vae
 from common.sections import (
     AboveZero,
     Count,
-    Few,
     PathText,
     Probability,
     Section,
+    SmallCount,
     Text,
     describe,
     short,
@@ -37,7 +37,7 @@ class TokenizerSection(Section):
     """The `vae` section of a LightningDiT file: which tokenizer the latents are from, and where its weights are."""
 
     model_name: Text = "vavae_f16d32"
-    downsample_ratio: Few = 16
+    downsample_ratio: SmallCount = 16
     ckpt_path: PathText | None = None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from common.files import FileError, is_there, open_regular, refuse_stand_ins
+from common.files import FileError, open_regular, path_exists, refuse_placeholders
 
 SHIPPED = Path(__file__).parent / "configs"
 SIZE_LIMIT = 16 * 2**20  # bytes
@@ -139,7 +139,7 @@ def _more_than_a_value(text: str) -> str | None:
 def find_config(path: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file itself; where there is none and `path` is a mere name, the file of that name in the folder `shipped`."""
     ours = shipped / path
-    found = _is_name_of(path, ours) and not is_there(path)
+    found = _is_name_of(path, ours) and not path_exists(path)
     return ours if found else Path(path)
 
 
@@ -174,7 +174,7 @@ def _read_text(path: str | Path) -> str:
     try:
         with open_regular(path) as f:
             content = f.read(SIZE_LIMIT + 1)
-        refuse_stand_ins(path, content[:100])
+        refuse_placeholders(path, content[:100])
     except FileError as e:
         raise ConfigError(f"cannot read config: {e}") from None
     except OSError as e:

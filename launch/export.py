@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.files import is_there, place_new, require_writable, sync_directory
+from common.files import link_without_overwrite, path_exists, require_writable, sync_directory
 from common.tensors import model_of, read_entry, save_pickled
 from launch.arguments import load_run, local_path
 from launch.config import ConfigError, select_ops, stored_run
@@ -85,7 +85,7 @@ def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
     """
     paths = _paths(name, suffixes)
     for path in paths:
-        if is_there(path):
+        if path_exists(path):
             raise ConfigError(f"{path} {TAKEN}")
         require_writable(path)
     placed: list[Path] = []
@@ -93,7 +93,7 @@ def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
         yield (made := _paths(Path(folder) / name.name, suffixes))
         try:
             for source, path in zip(made, paths, strict=True):
-                place_new(source, path)
+                link_without_overwrite(source, path)
                 placed.append(path)
             sync_directory(name.parent)
         except BaseException as e:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.files import make_directory, replacing
+from common.files import atomic_write, make_directory
 
 INK, PAPER, MUTED = (32, 33, 36), (255, 255, 255), (120, 124, 130)
 SERIES = (
@@ -93,7 +93,7 @@ def _table(rows: Sequence[Tensor], captions: Sequence[str], path: str | Path, gr
 
 def _save(canvas: Image.Image, path: str | Path) -> None:
     make_directory(Path(path).parent)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         canvas.save(file, format="png", optimize=True)
 
 
@@ -141,7 +141,7 @@ def loss_curves(
             axes.plot(steps, running_median(steps, values), color=color, linewidth=1.8, label=name)
         _style(axes, title, curves, log_steps)
     make_directory(Path(path).parent)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 

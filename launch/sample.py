@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import FileError, file_entry, make_directory, open_regular, read_json, replacing, write_json
+from common.files import FileError, atomic_write, file_entry, make_directory, open_regular, read_json, write_json
 from common.sections import short
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
@@ -274,7 +274,7 @@ def _require_same(description: Path, ours: dict) -> dict:
 
 
 def _save_part(path: Path, **arrays) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, **arrays)
 
 
@@ -304,7 +304,7 @@ def part_path(output: Path, start: int) -> Path:
 def _gather(output: Path, parts: Sequence[int], labels: list[int], facts: dict) -> None:
     """Join the parts that begin at these images: npz, picture, and last the description that makes them count."""
     first, nfe, guided, likelihoods = [], [], [], []
-    with replacing(output / "samples.npz") as npz, zipfile.ZipFile(npz, "w", allowZip64=True) as archive:
+    with atomic_write(output / "samples.npz") as npz, zipfile.ZipFile(npz, "w", allowZip64=True) as archive:
         # A ZipInfo of one's own has a fixed date: equal images are equal files.
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             for start, stop in pairwise([*parts, len(labels)]):
@@ -344,7 +344,7 @@ def _picture(images: np.ndarray, labels: list[int], path: Path) -> None:
     if len(labels) == 8:
         _, height, width, _ = images.shape
         grid = images.reshape(2, 4, height, width, 3).swapaxes(1, 2).reshape(2 * height, 4 * width, 3)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             Image.fromarray(grid).save(file, format="png")
         return
     shown = torch.tensor(labels[: len(images)])

@@ -13,8 +13,6 @@ from common.sections import (
     AboveZero,
     Classes,
     Count,
-    Few,
-    FewFrom0,
     Float,
     NonNegative,
     PathText,
@@ -22,6 +20,8 @@ from common.sections import (
     Recompute,
     Section,
     Size,
+    SmallCount,
+    SmallCountFrom0,
     Text,
 )
 from common.text import nearest
@@ -38,11 +38,11 @@ class ModelConfig(Section):
     """
 
     input_size: Size = 32
-    patch_size: Few = 2
+    patch_size: SmallCount = 2
     in_channels: Size = 4
     hidden_size: Size = 1152
-    depth: Few = 28
-    num_heads: Few = 16
+    depth: SmallCount = 28
+    num_heads: SmallCount = 16
     mlp_ratio: MlpRatio = 4.0
     class_dropout_prob: Probability = 0.1
     num_classes: Classes = 1000
@@ -144,9 +144,9 @@ class ModelSection(Section):
 
     model_type: Text | None = None
     hidden_size: Size | None = None
-    depth: Few | None = None
-    num_heads: Few | None = None
-    patch_size: Few | None = None
+    depth: SmallCount | None = None
+    num_heads: SmallCount | None = None
+    patch_size: SmallCount | None = None
     in_chans: Size = 4
     mlp_ratio: MlpRatio = 4.0
     class_dropout_prob: Probability = 0.1
@@ -287,7 +287,7 @@ class DataConfig(Section):
     fid_reference_file: PathText | None = None
     image_size: Size = 256
     num_classes: Classes = 1000
-    num_workers: FewFrom0 = 8
+    num_workers: SmallCountFrom0 = 8
     latent_norm: bool = True
     latent_multiplier: AboveZero = 1.0
     latent_flip: bool = True

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from pydantic import Field, StringConstraints, TypeAdapter, model_validator
 
-from common.files import FileError, is_there, open_regular, refuse_stand_ins, sha256
+from common.files import FileError, open_regular, path_exists, refuse_placeholders, sha256
 from common.records import ClassNames, FileRecord, Record, read_record
 from common.tensors import WeightsError, read_tensors
 from common.text import shortened
@@ -112,7 +112,7 @@ class Manifest(Record):
         if checksums is None:
             checksums = sum(entry.bytes for entry in listed.values()) < VERIFY_BELOW
         for name, entry in listed.items():
-            if not is_there(directory / name):
+            if not path_exists(directory / name):
                 raise LatentsError(f"{directory / name} is missing though {MANIFEST_FILE} lists it")
             if damage := damage_of(directory / name, entry, checksum=checksums):
                 raise LatentsError(damage)
@@ -245,7 +245,7 @@ class Shard:
             begin = f.read(8)
             length = int.from_bytes(begin, "little")
             if size < 8 or 8 + length > size:
-                refuse_stand_ins(path, begin + f.read(100))
+                refuse_placeholders(path, begin + f.read(100))
                 raise LatentsError(f"{path} is truncated: {size:,} bytes do not hold its header")
             if length > MAX_HEADER_BYTES:
                 raise LatentsError(f"{path} is no latents shard: its header has {length:,} bytes")
@@ -321,7 +321,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     Raises LatentsError where it is damaged or the extraction has not finished.
     """
     manifest = manifest_in(directory)
-    if manifest is None and is_there(directory / UNFINISHED_FILE):
+    if manifest is None and path_exists(directory / UNFINISHED_FILE):
         raise LatentsError(f"{directory} is unfinished: run the extraction again to complete it")
     return manifest
 
@@ -329,7 +329,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 def manifest_in(directory: Path) -> Manifest | None:
     """The manifest as `read_manifest`, also of an extraction that has not finished."""
     path = directory / MANIFEST_FILE
-    return read_latents_record(path, Manifest) if is_there(path) else None
+    return read_latents_record(path, Manifest) if path_exists(path) else None
 
 
 def read_latents_record(path: Path, record: type[Record]) -> Any:
@@ -346,7 +346,7 @@ def read_statistics(directory: Path, channels: int, multiplier: float = 1.0) -> 
     values than the manifest, if there is one.
     """
     path = directory / STATISTICS_FILE
-    if not is_there(path):
+    if not path_exists(path):
         raise LatentsError(
             f"{path} is missing: latent_norm: true needs the statistics of the latents. Make it with "
             f"`python -m launch extract --statistics {directory}`"

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from common.files import file_entry, is_there, make_directory, write_text
-from common.records import Record, write_sealed
+from common.files import file_entry, make_directory, path_exists, write_text
+from common.records import Record, write_checksummed
 from common.tensors import save_pickled, write_tensors
 from lightningdit.latents import (
     MANIFEST_FILE,
@@ -155,7 +155,7 @@ class LatentsWriter:
         write_tensors(path, tensors, {"total_size": str(self._filled), "dtype": "torch.float32", "device": "cpu"})
         record = {"file": path.name, "rank": self.rank, "count": self._filled, "shape": list(latents.shape[1:])}
         record |= {"moments": _moments(latents).model_dump(), "identity": self._identity} | file_entry(path)
-        write_sealed(path.with_suffix(".json"), record)
+        write_checksummed(path.with_suffix(".json"), record)
         self.position += self._filled
         self._next_shard, self._filled = self._next_shard + 1, 0
 
@@ -206,7 +206,7 @@ def finish(
         "files": {STATISTICS_FILE: file_entry(directory / STATISTICS_FILE)},
         "shards": [record.model_dump(include=set(ShardRecord.model_fields)) for record in records],
     }
-    write_sealed(directory / MANIFEST_FILE, content)
+    write_checksummed(directory / MANIFEST_FILE, content)
     manifest = read_latents_record(directory / MANIFEST_FILE, Manifest)
     _remove_records(directory, manifest)
     return manifest
@@ -227,7 +227,7 @@ def _remove_records(directory: Path, manifest: Manifest) -> None:
 
 def _records(directory: Path) -> "list[FinishedShard]":
     """The records of the complete shards of an unfinished extraction, sorted by the shards' names."""
-    paths = [p for p in named_as_shards(directory) if is_there(p.with_suffix(".json"))]
+    paths = [p for p in named_as_shards(directory) if path_exists(p.with_suffix(".json"))]
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
         if record.file != path.name:
@@ -238,7 +238,7 @@ def _records(directory: Path) -> "list[FinishedShard]":
 def _mark_unfinished(directory: Path) -> None:
     """Mark a directory as one that an extraction is writing, unless it is marked or has finished."""
     marker = directory / UNFINISHED_FILE
-    if is_there(marker) or is_there(directory / MANIFEST_FILE):
+    if path_exists(marker) or path_exists(directory / MANIFEST_FILE):
         return
     if shards := sorted(directory.glob("*.safetensors")):
         raise LatentsError(f"{shards[0]} is of no extraction that could go on here: give an empty directory")
@@ -280,7 +280,7 @@ def make_statistics(directory: Path) -> dict:
     Raises LatentsError where there is no set, it is unfinished, its latents are not finite, or it has statistics.
     """
     path = directory / STATISTICS_FILE
-    if is_there(path):
+    if path_exists(path):
         raise LatentsError(f"{path} is already there")
     if not directory.is_dir():
         raise LatentsError(f"{directory} is no directory")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from common.files import FileError, make_directory, replacing, sha256
-from common.records import ClassNames, Record, read_record, require_kind, write_sealed
+from common.files import FileError, atomic_write, make_directory, sha256
+from common.records import ClassNames, Record, read_record, require_kind, write_checksummed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, as_float32, model_of, read_entry, save_pickled, write_safetensors
 from lightningdit.config import ModelConfig
@@ -66,7 +66,7 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
     """
     tensors_path, json_path = export_paths(path)
     make_directory(tensors_path.parent)
-    with replacing(tensors_path) as f:
+    with atomic_write(tensors_path) as f:
         write_safetensors(f, as_float32(export.state))
         f.flush()
         facts = {
@@ -78,7 +78,7 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
             "sha256": sha256(f.name),
         }
         # Before the tensors are in place: if this fails, the old pair is still there.
-        write_sealed(json_path, export.extra | facts)
+        write_checksummed(json_path, export.extra | facts)
     return tensors_path, json_path
 
 

@@ -36,7 +36,7 @@ class Millisecond(HostDevice):
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Few buffers and short iterations."""
+    """SmallCount buffers and short iterations."""
     monkeypatch.setattr(timing, "FOOTPRINT", 20_000)
     monkeypatch.setattr(timing, "ITERATION_BYTES", 60_000)
     monkeypatch.setattr(rows, "revision", lambda: "1234abc")

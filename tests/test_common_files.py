@@ -42,7 +42,7 @@ def test_an_error_of_the_writer_passes_and_leaves_the_old_file(tmp_path):
     files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
         files.write_json(path, {"a": object()})
-    with pytest.raises(FileNotFoundError, match="other"), files.replacing(path):
+    with pytest.raises(FileNotFoundError, match="other"), files.atomic_write(path):
         (tmp_path / "other").read_text()
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["a.json"]
@@ -115,7 +115,7 @@ def test_what_is_no_json_is_named(tmp_path, content, why):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("write", [files.write_json, records.write_sealed])
+@pytest.mark.parametrize("write", [files.write_json, records.write_checksummed])
 def test_no_json_is_written_that_others_cannot_read(tmp_path, write, value):
     with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/a\.json: .*not JSON compliant"):
         write(tmp_path / "a.json", {"a": [1.5, {"b": value}]})
@@ -146,9 +146,9 @@ def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
         records.read_record(tmp_path / "a.json", Example)
 
 
-def test_a_sealed_record_is_as_it_was_written(tmp_path):
+def test_a_record_with_a_checksum_is_as_it_was_written(tmp_path):
     path = tmp_path / "a.json"
-    records.write_sealed(path, {"step": 4, "parts": {"a": [1, 2]}, "note": 0.1})
+    records.write_checksummed(path, {"step": 4, "parts": {"a": [1, 2]}, "note": 0.1})
     assert records.read_record(path, Example).note == 0.1
     edited = json.loads(path.read_text()) | {"note": 0.2}
     files.write_json(path, edited)
@@ -190,7 +190,7 @@ def test_a_name_is_there_whatever_it_leads_to(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     names = ("file", "dangling", "", "absent", "file/below")
-    assert [files.is_there(tmp_path / name) for name in names] == [True, True, True, False, False]
+    assert [files.path_exists(tmp_path / name) for name in names] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO, errno.ELOOP])
@@ -200,7 +200,7 @@ def test_what_cannot_be_looked_for_is_not_absent(monkeypatch, number):
 
     monkeypatch.setattr(files.os, "lstat", fails)
     with pytest.raises(FileError, match=f"cannot look for /data/manifest.json: {os.strerror(number)}"):
-        files.is_there("/data/manifest.json")
+        files.path_exists("/data/manifest.json")
 
 
 # --- what is replaced, and what is not
@@ -242,8 +242,8 @@ def test_a_new_name_is_never_that_of_another_file(tmp_path, monkeypatch, links):
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
     with pytest.raises(FileExistsError):
-        files.place_new(tmp_path / "a", tmp_path / "b")
-    files.place_new(tmp_path / "a", tmp_path / "c")
+        files.link_without_overwrite(tmp_path / "a", tmp_path / "b")
+    files.link_without_overwrite(tmp_path / "a", tmp_path / "c")
     assert (tmp_path / "b").read_text() == "b" and (tmp_path / "c").read_text() == "a"
     with pytest.raises(WriteError, match="absent/x: "):
-        files.place_new(tmp_path / "b", tmp_path / "absent/x")
+        files.link_without_overwrite(tmp_path / "b", tmp_path / "absent/x")

@@ -10,7 +10,7 @@ PACKAGES = ("common", "kernels", "launch", "lightningdit", "vavae")
 #: Calls that write to a path they are given, or give a file its name.
 IN_PLACE = {"write_text", "write_bytes", "open", "os.replace", "os.rename", "rename", "shutil.copy", "shutil.copyfile",
             "shutil.copy2", "shutil.move", "symlink_to", "fdopen", "mkstemp", "tofile", "os.link"}  # fmt: skip
-#: Calls that also write to an open file: allowed inside `with replacing(…)`.
+#: Calls that also write to an open file: allowed inside `with atomic_write(…)`.
 INSIDE = {"save", "savez", "savez_compressed", "save_file", "savefig", "dump", "ZipFile"}
 #: File → what it may call nevertheless, and why.
 ALLOWED = {
@@ -28,10 +28,10 @@ ALLOWED = {
 
 
 def writes(tree: ast.Module) -> set[str]:
-    """Names of calls in a file that may write, without those inside `with replacing(…)` that write to its file."""
+    """Names of calls in a file that may write, without those inside `with atomic_write(…)` that write to its file."""
     guarded = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.With) and any("replacing(" in ast.unparse(item.context_expr) for item in node.items):
+        if isinstance(node, ast.With) and any("atomic_write(" in ast.unparse(item.context_expr) for item in node.items):
             guarded |= {id(inner) for inner in ast.walk(node)}
     found = set()
     for node in ast.walk(tree):
@@ -88,7 +88,8 @@ def test_a_writer_is_seen(statement, name):
 
 
 @pytest.mark.parametrize("statement", [
-    "with replacing(path) as f:\n    torch.save(x, f)", "with replacing(p) as f, zipfile.ZipFile(f, 'w') as z:\n    z",
+    "with atomic_write(path) as f:\n    torch.save(x, f)",
+    "with atomic_write(p) as f, zipfile.ZipFile(f, 'w') as z:\n    z",
     "open(path, 'rb').read()", "x.copy()", "zipfile.ZipFile(path)", "trainer.save()", "open(f'{path}')",
     "Image.open(path, formats=['PNG'])", "x.copy(y)", "write_text(path, 'x')",
 ])  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.files import file_entry, read_json, write_json
-from common.records import write_sealed
+from common.records import write_checksummed
 from lightningdit import latents_writer
 
 LIGHTNINGDIT = {
@@ -109,7 +109,7 @@ def rewrite_state(checkpoint: Path, state: dict) -> None:
     write_json(checkpoint / "state.json", state)
     manifest = {key: value for key, value in read_json(checkpoint / "manifest.json").items() if key != "checksum"}
     manifest["files"]["state.json"] = file_entry(checkpoint / "state.json")
-    write_sealed(checkpoint / "manifest.json", manifest)
+    write_checksummed(checkpoint / "manifest.json", manifest)
 
 
 def write_images(directory: Path, count: int = 10, size: int = 18) -> Path:

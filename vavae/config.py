@@ -13,8 +13,6 @@ from common.sections import (
     AboveZero,
     Count,
     CountFrom0,
-    Few,
-    FewFrom0,
     Float,
     Levels,
     NonNegative,
@@ -23,6 +21,8 @@ from common.sections import (
     Section,
     Size,
     Sizes,
+    SmallCount,
+    SmallCountFrom0,
     Text,
 )
 from common.text import nearest
@@ -113,15 +113,15 @@ class ModelArgs(Section):
     img_size: Size | None = None
     patch_size: Size | None = None
     embed_dim: Size | None = None
-    depth: Few | None = None
-    num_heads: Few | None = None
+    depth: SmallCount | None = None
+    num_heads: SmallCount | None = None
     mlp_ratio: AboveZero | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
     proj_bias: bool | None = None
     init_values: NonNegative | None = None
     class_token: bool | None = None
-    reg_tokens: FewFrom0 | None = None
+    reg_tokens: SmallCountFrom0 | None = None
     no_embed_class: bool | None = None
     pre_norm: bool | None = None
     final_norm: bool | None = None
@@ -243,7 +243,7 @@ class DataConfig(Section):
     data_path: PathText | None = None
     valid_path: PathText | None = None
     image_size: Size = 256
-    num_workers: FewFrom0 = 8
+    num_workers: SmallCountFrom0 = 8
     num_classes: Count | None = None
     crop: Literal["random", "center", "published_eval"] = "random"
     on_unreadable: Literal["error", "skip"] = "error"

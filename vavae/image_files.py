@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from common.files import FileError, open_regular, refuse_stand_ins
+from common.files import FileError, open_regular, refuse_placeholders
 from common.text import printable, shortened
 
 FORMATS = {
@@ -66,7 +66,7 @@ def open_image(path: str | Path) -> Image.Image:
             begin = file.read(100)
             if not begin:
                 raise FileError(f"{path} is empty")
-            refuse_stand_ins(path, begin)
+            refuse_placeholders(path, begin)
             with Image.open(file, formats=_PILLOW_FORMATS) as image:
                 return _rgb(image)
     except FileError as error:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import make_directory, replacing
-from common.records import Record, read_record, require_kind, write_sealed
+from common.files import atomic_write, make_directory
+from common.records import Record, read_record, require_kind, write_checksummed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from vavae.config import AutoencoderConfig
@@ -123,11 +123,13 @@ def write_export(
     if path.suffix != ".safetensors":
         path = path.with_name(f"{path.name}.safetensors")
     make_directory(path.parent)
-    with replacing(path) as f:
+    with atomic_write(path) as f:
         write_safetensors(f, tensors)
         f.flush()
         # Before the tensors are in place: if this fails, the old pair is still there.
-        write_sealed(path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts})
+        write_checksummed(
+            path.with_suffix(".json"), {"kind": "vavae", "config": config.model_dump(mode="json"), **facts}
+        )
 
 
 class ExportFacts(Record):

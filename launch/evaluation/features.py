@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.files import FileError
 from common.records import Record, read_record
-from common.sections import Few
+from common.sections import SmallCount
 from common.tensors import WeightsError, read_tensors, save_pickled
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
@@ -84,7 +84,7 @@ class FoundationRecord(Record):
     """What lies beside the weights of a foundation model: its section of a run file, and its tokens a side."""
 
     config: FoundationConfig
-    grid: Few
+    grid: SmallCount
 
 
 class FoundationFeatures:

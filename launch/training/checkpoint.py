@@ -27,15 +27,15 @@ from common.files import (
     FileError,
     WriteError,
     file_entry,
-    is_there,
     make_directory,
+    path_exists,
     read_json,
     sha256,
     sync_directory,
     write_error,
     write_json,
 )
-from common.records import Record, read_record, write_sealed
+from common.records import Record, read_record, write_checksummed
 from common.tensors import WeightsError, read_tensors, write_tensors
 from launch.config_files import ConfigError
 from launch.training.checkpoint_state import Manifest, State
@@ -61,7 +61,7 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> Manifest:
         path = self.path / "manifest.json"
-        if not is_there(path):
+        if not path_exists(path):
             raise CheckpointError(
                 f"{self.path} has no manifest.json: no checkpoint, or not a complete one "
                 "(weights alone go into train.weight_init)"
@@ -141,7 +141,7 @@ class Checkpoint:
         path, entry = self.path / name, self.manifest.files.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(sorted(self.manifest.files))}")
-        if not is_there(path):
+        if not path_exists(path):
             raise CheckpointError(f"{path} is missing though the manifest lists it")
         size = path.stat().st_size
         if size != entry.bytes:
@@ -182,8 +182,8 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
                     write_tensors(temporary / f"{network}.{key}.safetensors", tensors)
             write_json(temporary / "state.json", state)
             files = {p.name: file_entry(p) for p in sorted(temporary.iterdir())}
-            write_sealed(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
-            if is_there(final):
+            write_checksummed(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
+            if path_exists(final):
                 os.replace(final, directory / f".{final.name}.old")
             os.replace(temporary, final)
             sync_directory(directory)
@@ -212,7 +212,7 @@ def tidy(directory: Path) -> None:
         if named is None:
             continue
         final = directory / named[1]
-        if named[2] == "old" and not is_there(final):
+        if named[2] == "old" and not path_exists(final):
             os.replace(leftover, final)
         else:
             _remove(leftover)
@@ -233,7 +233,7 @@ def newest(directory: Path) -> Checkpoint | None:
     One without a manifest, such as a copy that was cut short, does not count, and this is logged.
     """
     for path in reversed(_by_step(directory)):
-        if is_there(path / "manifest.json"):
+        if path_exists(path / "manifest.json"):
             return Checkpoint(path)
         log.warning("%s has no manifest.json: it is not complete and is left aside", path)
     return None
@@ -244,7 +244,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         what = "is no directory, which a checkpoint is" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {what}")
-    if is_there(path / "manifest.json") and not _is_latents(path):
+    if path_exists(path / "manifest.json") and not _is_latents(path):
         return Checkpoint(path)
     found = newest(path / "checkpoints") or newest(path)
     if found is None:
@@ -272,5 +272,5 @@ def prune(directory: Path, keep: int) -> None:
 
 def _by_step(directory: Path) -> list[Path]:
     """Directories of checkpoints, complete or not, in the order of their steps."""
-    entries = directory.iterdir() if is_there(directory) else ()
+    entries = directory.iterdir() if path_exists(directory) else ()
     return sorted((p for p in entries if _STEP.fullmatch(p.name)), key=lambda p: int(p.name.removeprefix("step_")))

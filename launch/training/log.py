@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from common.files import WriteError, make_directory, replacing, write_error
+from common.files import WriteError, atomic_write, make_directory, write_error
 
 
 class Meter:
@@ -220,7 +220,7 @@ def cut_rows(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if 0 <= _step_of(line) <= step]
     if len(kept) < len(lines):
-        with replacing(path) as f:
+        with atomic_write(path) as f:
             f.writelines(kept)
 
 

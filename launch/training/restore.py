@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from common.files import is_there
+from common.files import path_exists
 from common.tensors import load_strict
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
@@ -68,7 +68,7 @@ def find_start(checkpoints: Path, train: TrainConfig) -> Path | None:
 
 def _refuse_foreign(checkpoints: Path) -> None:
     """Do not start over among another program's checkpoints, such as those of the published code."""
-    files = checkpoints.iterdir() if is_there(checkpoints) else ()
+    files = checkpoints.iterdir() if path_exists(checkpoints) else ()
     foreign = sorted(p.name for p in files if p.suffix in (".pt", ".pth", ".ckpt"))
     if foreign:
         raise ValueError(

@@ -24,10 +24,10 @@ MISTAKES = {
         "common/text.py", "\\x7f-\\x9f", "\\x7f",
         "test_common_text.py::test_every_control_character_is_shown_as_an_escape",
     ),
-    "seal_not_compared": Mistake(
-        "common/records.py", "_SEAL in content and content.pop(_SEAL) != _checksum(content)",
-        "_SEAL in content and not content.pop(_SEAL)",
-        "test_common_files.py::test_a_sealed_record_is_as_it_was_written",
+    "checksum_of_a_record_not_compared": Mistake(
+        "common/records.py", "_CHECKSUM_KEY in content and content.pop(_CHECKSUM_KEY) != _checksum(content)",
+        "_CHECKSUM_KEY in content and not content.pop(_CHECKSUM_KEY)",
+        "test_common_files.py::test_a_record_with_a_checksum_is_as_it_was_written",
     ),
     "hash_of_the_first_block": Mistake(
         "common/files.py", "        while block := f.read(_BLOCK):\n", "        if block := f.read(_BLOCK):\n",

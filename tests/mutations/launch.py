@@ -229,7 +229,7 @@ MISTAKES = {
     # Files.
     "sample_parts_written_in_place": Mistake(
         "launch/sample.py", '''\
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         np.savez''', '''\
     with open(path, "wb") as file:
         np.savez''', WRITERS,
@@ -314,7 +314,7 @@ MISTAKES = {
         "are_advised",
     ),
     "shipped_deepspeed_files_first": Mistake(
-        "launch/config_files.py", "_is_name_of(path, ours) and not is_there(path)", "_is_name_of(path, ours)",
+        "launch/config_files.py", "_is_name_of(path, ours) and not path_exists(path)", "_is_name_of(path, ours)",
         "test_launch_config_files.py::test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said",
     ),
     "names_hold_anything": Mistake(

@@ -229,17 +229,17 @@ MISTAKES = {
         "test_lightningdit_latents.py::test_writer_refuses",
     ),
     "record_of_a_shard_written_in_place": Mistake(
-        "lightningdit/latents_writer.py", 'write_sealed(path.with_suffix(".json"), record)',
+        "lightningdit/latents_writer.py", 'write_checksummed(path.with_suffix(".json"), record)',
         'path.with_suffix(".json").write_text(json.dumps(record))',
         "test_common_writers.py::test_nothing_else_writes_files",
     ),
     "shards_not_synchronised": Mistake(
-        "common/tensors.py", "    with replacing(path) as f:\n        write_safetensors(f, tensors, metadata)",
+        "common/tensors.py", "    with atomic_write(path) as f:\n        write_safetensors(f, tensors, metadata)",
         '    with open(path, "wb") as f:\n        write_safetensors(f, tensors, metadata)',
         "test_common_writers.py::test_nothing_else_writes_files",
     ),
     "export_written_in_place": Mistake(
-        "lightningdit/weights.py", "    with replacing(tensors_path) as f:\n",
+        "lightningdit/weights.py", "    with atomic_write(tensors_path) as f:\n",
         '    with open(tensors_path, "wb") as f:\n',
         "test_common_writers.py::test_nothing_else_writes_files",
     ),

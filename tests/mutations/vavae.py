@@ -153,7 +153,7 @@ MISTAKES = {
         "test_vavae_foundation.py::test_features_match_the_recorded",
     ),
     "export_written_in_place": Mistake(
-        "vavae/weights.py", "    with replacing(path) as f:\n        write_safetensors",
+        "vavae/weights.py", "    with atomic_write(path) as f:\n        write_safetensors",
         '    with open(path, "wb") as f:\n        write_safetensors',
         "test_common_writers.py::test_nothing_else_writes_files",
     ),
