@@ -174,11 +174,11 @@ HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager",
     ([MACHINE, *HEADLINE, told("bare", "out of memory"), told("variants", "timeout", "no end", "bare-folded")],
      "bare: out of memory|variants/bare-folded: timeout"),
     ([MACHINE, *HEADLINE, told("others", "skipped", "no time: 1 s are left"), told("gemms", "skipped", "no time: 0 s")],
-     "no time for: .* --only others --only gemms"),
+     "parts without time: .* --only others --only gemms"),
     ([MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)], "swiglu XL.*50.0%.*ncu"),
-    ([MACHINE, *HEADLINE], "everything measured is well"),
+    ([MACHINE, *HEADLINE], "nothing failed"),
     ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "failed", "", "memcheck swiglu cuda")],
-     "read what the sanitizer says of swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz"),
+     "read the sanitizer's report on swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz"),
     ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "skipped", "", "memcheck swiglu cuda")],
      "swiglu on cuda: wrong.*--second"),
     ([MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), told("ncu", "ok", "", "swiglu cuda forward")],
@@ -199,7 +199,7 @@ def test_the_summary_shows_what_was_measured():
     assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text
     assert "swiglu                         triton right, cuda not checked" in text
     assert "500.0 TFLOP/s mean of 2 products, torch; the slowest: w3 forward, 0.3" in text
-    limits = text[text.index("the worst first") :].splitlines()
+    limits = text[text.index("the lowest first") :].splitlines()
     assert "vf_loss XL forward cuda" in limits[1] and "swiglu XL forward triton" in limits[2] and not limits[3]
     assert "encode     auto                          2100.00 images/s" in text
     assert "others/sampling: no time: 1 s are left" in text and "trainer" in text

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from bench.measure.rows import ROOT, Row
-from bench.triage.verdicts import OK, SKIPPED, crashed
+from bench.triage.verdicts import OK, SKIPPED, crashed, outcomes
 
 MODEL = "LightningDiT-XL/1"
 #: Ops of a training step; the others belong to graphs and to the tokenizer.
@@ -23,12 +23,12 @@ def backends() -> dict[str, tuple[str, ...]]:
 
 
 class Findings:
-    """What the rows say of ops and of the machine so far."""
+    """Verdicts on ops, and faults of the CUDA extension, by the rows so far."""
 
     def __init__(self, rows: Iterable[Row]):
-        outcomes = [row for row in rows if row["kind"] == "triage"]
-        self._verdicts = {(row["op"], row["backend"]): row["verdict"] for row in outcomes if row["part"] == "ops"}
-        machine = next((row for row in reversed(outcomes) if row["part"] == "machine"), {})
+        found = outcomes(rows)
+        self._verdicts = {(row["op"], row["backend"]): row["verdict"] for row in found if row["part"] == "ops"}
+        machine = next((row for row in reversed(found) if row["part"] == "machine"), {})
         self.extension_faults: list[str] = machine.get("extension") or []
 
     def crashed(self, op: str, backend: str) -> bool:

@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bench.measure.rows import Row
 from bench.triage.processes import Ended
@@ -15,6 +15,11 @@ OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory|CUDA error: out
 CUT_SHORT = re.compile(r"(the )?time is up, not measured: ")
 #: The last line of a traceback.
 EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Unavailable)\b.*")
+
+
+def outcomes(rows: Iterable[Row]) -> list[Row]:
+    """The rows that state a verdict on a child."""
+    return [row for row in rows if row["kind"] == "triage"]
 
 
 def bad(verdict: str) -> bool:
