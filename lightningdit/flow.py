@@ -266,14 +266,12 @@ class Transport:
             return (pred - velocity).square().flatten(1).mean(1)
         sigma = self.path.sigma(unsqueeze_like(t, xt))[0]  # [B, 1, ...]
         error = pred - x0 if self.prediction == "noise" else pred * sigma + x0
-        return (self._weight(xt, t, sigma) * error.square()).flatten(1).mean(1)
-
-    def _weight(self, xt: Tensor, t: Tensor, sigma: Tensor) -> Tensor:
-        """Maximum-likelihood and velocity weights of the score-matching loss (arXiv 2401.08740)."""
-        if self.loss_weight is None:
-            return torch.ones_like(sigma)
-        diffusion = self.path.drift(xt, t)[1]
-        return (diffusion / sigma) ** 2 if self.loss_weight == "velocity" else diffusion / sigma**2
+        squared = error.square()  # [B, ...]
+        if self.loss_weight is not None:  # maximum likelihood or velocity (arXiv 2401.08740)
+            diffusion = self.path.drift(xt, t)[1]  # [B, 1, ...]
+            weight = (diffusion / sigma) ** 2 if self.loss_weight == "velocity" else diffusion / sigma**2
+            squared = weight * squared
+        return squared.flatten(1).mean(1)
 
 
 def standard_normal_logp(z: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ d head_dim, M feed-forward width (`mlp_hidden`).
 """
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -296,8 +295,10 @@ class LightningDiT(Float32Tables):
         c = self.t_embedder(t.to(acc_dtype)) + self.y_embedder(y).to(acc_dtype)  # [B, D]
         x = self.x_embedder(x.to(weights_dtype)) + self.pos_embed.to(acc_dtype)  # [B, N, D]
         x = x.to(torch.promote_types(weights_dtype, self.residual_dtype))
+        adaln = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
+        vectors = modulations(adaln, c) if self.params_gathered else (layer(c) for layer in adaln)  # [B, D] each
         pending: PendingResidual | None = None
-        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
+        for block, modulation in zip(self.blocks, vectors, strict=True):
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
                 x, pending = recomputed(block, self.config.use_checkpoint, x, pending, modulation, cos, sin)
             else:
@@ -305,11 +306,6 @@ class LightningDiT(Float32Tables):
         x = self.final_layer(x, pending, c)  # [B, N, P·P·out_channels]
         x = unpatchify(x, self.config.patch_size).to(acc_dtype)  # [B, out_channels, S, S]
         return x[:, : self.config.in_channels]  # [B, C, S, S]
-
-    def _modulations(self, c: Tensor) -> Iterable[Vectors]:
-        """The modulation vectors [B, D] of each block for the condition c [B, D]."""
-        layers = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
-        return modulations(layers, c) if self.params_gathered else (layer(c) for layer in layers)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         config = self.config

@@ -76,13 +76,11 @@ class LightningDiTTask:
             "drop": torch.empty(batch_size, dtype=torch.bool, device=device),
         }
         draws["noise"].normal_(generator=noise)
-        t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=self._lognorm_at(step))
+        lognorm = self.transport.use_lognorm and (self._lognorm_until is None or step <= self._lognorm_until)
+        t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=lognorm)
         draws["t"].copy_(t)
         torch.lt(torch.rand(batch_size, generator=drops, device=device), config.class_dropout_prob, out=draws["drop"])
         return draws
-
-    def _lognorm_at(self, step: int) -> bool:
-        return self.transport.use_lognorm and (self._lognorm_until is None or step <= self._lognorm_until)
 
     def train_step(
         self,

@@ -2,12 +2,10 @@
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common.seeds import mix
 from common.text import shortened
@@ -119,22 +117,22 @@ class ImageFolder:
         if path in self.unreadable:
             return None
         try:
-            pixels = self._scale(open_image(self.root / path))
+            image = open_image(self.root / path)
         except UnreadableImage as error:
             if self.on_unreadable == "error":
                 raise
             log.warning("skipping: %s", error)
             self.unreadable[path] = str(error)
             return None
+        pixels: torch.Tensor | np.ndarray
+        if self.crop == "published_eval":
+            pixels = published_eval_crop(image, self.image_size)
+        else:
+            scale = center_crop if self.crop == "center" else resize_short_side
+            pixels = np.asarray(scale(image, self.image_size))
         if self._cache is not None:
             self._cache[index] = pixels
         return pixels
-
-    def _scale(self, image: Image.Image) -> torch.Tensor | np.ndarray:
-        if self.crop == "published_eval":
-            return published_eval_crop(image, self.image_size)
-        scale: Callable = center_crop if self.crop == "center" else resize_short_side
-        return np.asarray(scale(image, self.image_size))
 
     def _finish(self, pixels: torch.Tensor | np.ndarray, epoch: int, index: int) -> torch.Tensor:
         """Random crop of (seed, epoch, index), converted to float32 [3, S, S] in [−1, 1]."""

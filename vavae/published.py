@@ -111,29 +111,23 @@ def from_published(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
         ("embed_dim", "use_vf", "reverse_proj", "proj_fix", "lossconfig", "ddconfig"),
         ("monitor",),
     )
-    autoencoder = _autoencoder(read, params)
+    ddconfig = read.section(params, "ddconfig", "model.params.")
+    read.allow(ddconfig, "model.params.ddconfig.", _DDCONFIG)
     data, train = _data_and_train(read, document)
     sections = {
         "preset": "paper",
         "ckpt_path": document.get("ckpt_path"),
-        "model": autoencoder,
+        "model": {"embed_dim": params.get("embed_dim"), **ddconfig},
         "foundation": _foundation(params),
-        "data": {**data, "image_size": autoencoder.get("resolution", 256)},
+        "data": {**data, "image_size": ddconfig.get("resolution", 256)},
         "train": {**train, "weight_init": document.get("weight_init")},
         "optimizer": {"lr": model.get("base_learning_rate")},
     }
-    decided = {key: _decided(value) for key, value in sections.items() if value is not None}
-    return decided | {"loss": _loss(read, params)}, read.notes
-
-
-def _decided(value: Any) -> Any:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-def _autoencoder(read: _Reader, params: Mapping[str, Any]) -> dict[str, Any]:
-    ddconfig = read.section(params, "ddconfig", "model.params.")
-    read.allow(ddconfig, "model.params.ddconfig.", _DDCONFIG)
-    return {"embed_dim": params.get("embed_dim"), **ddconfig}
+    given = {name: value for name, value in sections.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, dict):
+            given[name] = {key: v for key, v in value.items() if v is not None}
+    return given | {"loss": _loss(read, params)}, read.notes
 
 
 def _foundation(params: Mapping[str, Any]) -> dict[str, Any] | None:
