@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import Device, HostDevice, Iteration, Timing, interleave
-from launch.training.loader import SampleOrder, Split, micro_batches
+from launch.training.loader import BatchSplit, SampleOrder, micro_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
 
@@ -89,7 +89,7 @@ def providers(workers: list[int]) -> list[Provider]:
 
 
 def _ours(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
-    order, split = SampleOrder(len(data), batch_size, 0), Split(batch_size, 1, batch_size)
+    order, split = SampleOrder(len(data), batch_size, 0), BatchSplit(batch_size, 1, batch_size)
     return micro_batches(data, order, split, 0, first_step=1, last_step=FOREVER, num_workers=workers,
                          pin_memory=torch.cuda.is_available())  # fmt: skip
 

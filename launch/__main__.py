@@ -144,9 +144,9 @@ def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says it all; other RuntimeErrors are faults, and their traceback is wanted."""
     from common.files import DownloadError
     from kernels import BackendUnavailable
-    from launch.training.optimizer import NonFinite
+    from launch.training.optimizer import NonFiniteError
 
-    ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | DownloadError | NonFinite)
+    ours = not isinstance(error, RuntimeError) or isinstance(error, BackendUnavailable | DownloadError | NonFiniteError)
     return ours or _lost_peer(error)
 
 

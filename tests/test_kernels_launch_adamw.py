@@ -82,7 +82,7 @@ def trained(ops: kernels.Ops, steps: list[list[torch.Tensor]]) -> tuple[AdamWEma
     params = [torch.nn.Parameter(torch.linspace(-1, 1, n, device=DEVICE).view(-1, 3)) for n in (3, 1200, 3000)]
     optimizer = AdamWEma(params, ops, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, ema_decay=0.9,
                          max_grad_norm=30.0, partitioned=False)  # fmt: skip
-    optimizer.begin()
+    optimizer.init_states()
     for number, grads in enumerate(steps, start=1):
         optimizer.set_lr(1e-2 / number)
         for param, grad in zip(params, grads, strict=True):

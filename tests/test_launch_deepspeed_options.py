@@ -412,8 +412,8 @@ def test_what_is_offloaded_from_a_gpu_is_updated_in_host_memory():
                              weight_decay=0.1, ema_decay=0.9, max_grad_norm=0.5, partitioned=True)  # fmt: skip
         partition = torch.nn.Parameter(torch.zeros(6))
         optimizer.param_groups[0]["params"] = [partition]
-        optimizer.begin()
-        optimizer.watch(torch.zeros((), device="cuda"))
+        optimizer.init_states()
+        optimizer.check_loss(torch.zeros((), device="cuda"))
         partition.grad = torch.zeros(6)
         optimizer.step()
     assert {value.device.type for value in optimizer.state[partition].values()} == {"cpu"}

@@ -15,7 +15,7 @@ import torch
 
 from common.seeds import generator
 from launch.runtime import read_ahead
-from launch.training.loader import SampleOrder, Split, micro_batches
+from launch.training.loader import BatchSplit, SampleOrder, micro_batches
 from tests.children import alive, all_ended
 from vavae.data import UnreadableImage
 
@@ -83,7 +83,7 @@ def test_the_seed_changes_the_order_and_nothing_else_does():
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 12), (1, 3), (2, 6), (2, 2), (4, 1)])
 def test_the_global_batch_does_not_depend_on_how_it_is_cut(world_size, micro):
-    split = Split(12, world_size, micro)
+    split = BatchSplit(12, world_size, micro)
     order = SampleOrder(50, 12, 0)
     parts = [order.slice(4, *split.bounds(m, r))[1] for m in range(split.accumulation) for r in range(world_size)]
     assert torch.equal(torch.cat(parts), SampleOrder(50, 12, 0).slice(4, 0, 12)[1])
@@ -91,7 +91,7 @@ def test_the_global_batch_does_not_depend_on_how_it_is_cut(world_size, micro):
 
 def test_an_indivisible_batch_is_refused():
     with pytest.raises(ValueError, match="global_batch_size 10 is not a multiple of 2 processes × micro_batch_size 3"):
-        Split(10, 2, 3)
+        BatchSplit(10, 2, 3)
 
 
 def test_a_batch_of_several_epochs_goes_on_where_the_last_one_ended():
@@ -107,7 +107,7 @@ def test_a_batch_of_several_epochs_goes_on_where_the_last_one_ended():
 @pytest.mark.parametrize("kind", [Numbers, Threaded])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_starting_late_gives_the_same_batches(num_workers, kind):
-    split = Split(4, 2, 1)
+    split = BatchSplit(4, 2, 1)
 
     def run(first):
         order = SampleOrder(10, 4, 1)
@@ -125,7 +125,14 @@ def test_starting_late_gives_the_same_batches(num_workers, kind):
 def read(data, num_workers, pin_memory=False):
     order = SampleOrder(len(data), 2, 1)
     return micro_batches(
-        data, order, Split(2, 1, 2), 0, first_step=1, last_step=1000, num_workers=num_workers, pin_memory=pin_memory
+        data,
+        order,
+        BatchSplit(2, 1, 2),
+        0,
+        first_step=1,
+        last_step=1000,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import WriteError
-from launch.training.log import Clock, Log, Meter, cut_rows, describe
+from launch.training.log import Meter, RunLog, Throughput, describe, truncate_rows
 
 
 def rows(path):
@@ -56,11 +56,11 @@ def test_integers_are_added_up():
 
 def test_tensorboard_gets_the_numbers_of_every_row(tmp_path):
     """Read back by TensorBoard itself; a resumed run's scalars replace those after its checkpoint."""
-    log = Log(tmp_path, 0, 9)
+    log = RunLog(tmp_path, 0, 9)
     for step in (2, 4, 6):
         log.row(row(step, loss=step / 8, unreadable=step, gone=None))
     log.close()
-    log = Log(tmp_path, 4, 9)
+    log = RunLog(tmp_path, 4, 9)
     log.row(row(6, loss=10.0))
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -68,18 +68,18 @@ def test_tensorboard_gets_the_numbers_of_every_row(tmp_path):
     assert set(board.Tags()["scalars"]) == numbers
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(2, 0.25), (4, 0.5), (6, 10.0)]
     assert [(e.step, e.value) for e in board.Scalars("unreadable")] == [(2, 2.0), (4, 4.0)]
-    Log(tmp_path / "none", 0, 9, tensorboard=False).close()
+    RunLog(tmp_path / "none", 0, 9, tensorboard=False).close()
     assert not (tmp_path / "none" / "tensorboard").exists()
 
 
 def test_rows_after_the_checkpoint_are_cut(tmp_path):
-    log = Log(tmp_path, 0, 9, tensorboard=False)
+    log = RunLog(tmp_path, 0, 9, tensorboard=False)
     for step in (2, 4, 6):
         log.row(row(step, loss=float(step)))
     log.close()
     with log.path.open("a") as f:
         f.write('{"step": 8, "lo')  # what a kill leaves
-    log = Log(tmp_path, 4, 9, tensorboard=False)
+    log = RunLog(tmp_path, 4, 9, tensorboard=False)
     log.row(row(6, loss=60.0))
     log.close()
     assert [(r["step"], r["loss"]) for r in rows(log.path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
@@ -89,14 +89,14 @@ def test_cutting_nothing_leaves_the_file_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
     before = path.stat().st_mtime_ns
-    cut_rows(path, 5)
+    truncate_rows(path, 5)
     assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
 @pytest.mark.parametrize("loss", ["removed", "replaced"])
 def test_a_log_that_is_gone_is_found_at_the_next_row(tmp_path, loss, tensorboard):
-    log = Log(tmp_path / "run", 0, 9, tensorboard=tensorboard)
+    log = RunLog(tmp_path / "run", 0, 9, tensorboard=tensorboard)
     log.row(row(2, loss=1.0))
     shutil.rmtree(tmp_path / "run")
     if loss == "replaced":
@@ -109,7 +109,7 @@ def test_a_log_that_is_gone_is_found_at_the_next_row(tmp_path, loss, tensorboard
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
 def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
-    log = Log(tmp_path, 0, 9)
+    log = RunLog(tmp_path, 0, 9)
     file = log._file if name == "metrics.jsonl" else log._board._records._writer
     file.close()
     file._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
@@ -122,7 +122,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
 def test_what_is_no_row_is_cut(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + damage)
-    cut_rows(path, 5)
+    truncate_rows(path, 5)
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
@@ -137,11 +137,11 @@ def scripted(*times: float):
     return iter(times).__next__
 
 
-def test_every_figure_of_the_clock(tmp_path):
-    clock = Clock(scripted(0.0, 100.0, 106.0, 108.0))
-    clock.start(10)  # at 100 s
-    assert clock.read(13, 43, 512) == {"seconds_per_step": 2.0, "images_per_second": 256.0, "eta_seconds": 60.0}
-    assert clock.read(17, 43, 512) == {"seconds_per_step": 0.5, "images_per_second": 1024.0, "eta_seconds": 13.0}
+def test_every_figure_of_the_throughput(tmp_path):
+    throughput = Throughput(scripted(0.0, 100.0, 106.0, 108.0))
+    throughput.start(10)  # at 100 s
+    assert throughput.read(13, 43, 512) == {"seconds_per_step": 2.0, "images_per_second": 256.0, "eta_seconds": 60.0}
+    assert throughput.read(17, 43, 512) == {"seconds_per_step": 0.5, "images_per_second": 1024.0, "eta_seconds": 13.0}
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(59.4, "0m59s"), (60, "1m00s"), (3599.4, "59m59s"), (7380, "2h03m")])

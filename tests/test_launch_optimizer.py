@@ -18,7 +18,7 @@ def test_steps_are_those_of_torch_with_clipped_gradients_and_an_average(most):
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     optimizer = AdamWEma(ours, kernels.select("reference"), **SETTINGS, ema_decay=0.9, max_grad_norm=most,
                          partitioned=False)  # fmt: skip
-    optimizer.begin()
+    optimizer.init_states()
     torch_adamw, average = torch.optim.AdamW(theirs, **SETTINGS), [p.clone() for p in start]
     for step in range(1, 9):
         grads = [10 ** (step % 4) * torch.randn(size, generator=generator) for size in SIZES]

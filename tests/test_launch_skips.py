@@ -15,8 +15,8 @@ from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from launch.training.loader import SampleOrder
-from launch.training.optimizer import NonFinite
-from launch.training.skips import Skips
+from launch.training.optimizer import NonFiniteError
+from launch.training.skips import SkippedSteps
 from lightningdit.task import LightningDiTTask
 from tests import toy
 from tests.children import launch
@@ -101,7 +101,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are(run_
     poison(2, 3, 4, fault=fault)
     noticed = {1: 4, 4: 4, 6: 6}[log_every]
     path = run_file(max_skipped_in_a_row=3, log_every=log_every, ckpt_every=10)
-    with pytest.raises(NonFinite, match=rf"3 steps in a row up to step {noticed} .*step_000000{noticed}\.json"):
+    with pytest.raises(NonFiniteError, match=rf"3 steps in a row up to step {noticed} .*step_000000{noticed}\.json"):
         train(path)
     directory = path.parent / "run"
     report = json.loads((directory / f"nonfinite_step_000000{noticed}.json").read_text())
@@ -125,7 +125,7 @@ def test_a_row_of_skipped_steps_goes_on_over_a_restart(run_file, poison):
     path = run_file(max_skipped_in_a_row=3, log_every=10)
     directory = train(path, "train.max_steps=3")
     poison(4)
-    with pytest.raises(NonFinite, match="3 steps in a row up to step 4 "):
+    with pytest.raises(NonFiniteError, match="3 steps in a row up to step 4 "):
         train(path, "train.max_steps=4")
     poison()
     train(path)  # having given up, a run may be started again
@@ -139,9 +139,11 @@ def test_a_run_of_skipped_steps_alone_does_not_end_well(run_file, poison, kind, 
     network = {"lightningdit": "model", "vavae": "discriminator"}[kind]
     poison(*range(1, 6), fault=fault, network=network, kind=kind)
     path = run_file(kind, max_steps=5)
-    with pytest.raises(NonFinite, match=r"all steps up to the last, 5, .*nothing was trained.*nonfinite_step_0000005"):
+    with pytest.raises(
+        NonFiniteError, match=r"all steps up to the last, 5, .*nothing was trained.*nonfinite_step_0000005"
+    ):
         train(path, kind=kind)
-    with pytest.raises(NonFinite, match="all steps of this run up to the last, 5, were skipped"):
+    with pytest.raises(NonFiniteError, match="all steps of this run up to the last, 5, were skipped"):
         train(path, kind=kind)
 
 
@@ -149,7 +151,7 @@ def test_a_start_of_skipped_steps_alone_does_not_end_well(run_file, poison):
     path = run_file(max_steps=2)
     train(path)
     poison(3, 4)
-    with pytest.raises(NonFinite, match=r"all steps up to the last, 4, .*nothing was trained"):
+    with pytest.raises(NonFiniteError, match=r"all steps up to the last, 4, .*nothing was trained"):
         train(path, "train.max_steps=4")
     poison(6)
     train(path, "train.max_steps=6")
@@ -214,10 +216,10 @@ class Told(Processes):
 def test_the_ranks_of_a_loss_are_told_apart_from_gradients():
     processes = Told(1, 3, torch.device("cpu"))
     object.__setattr__(processes, "others", ([True, False, False], [True, False, False]))
-    skips, verdict = Skips(["a", "b"], 10, 4, processes.device), torch.tensor
-    skips.note(11, {"a": verdict([False, False]), "b": verdict([True, False])})
-    skips.note(12, {"a": verdict([False, False])})
-    skips.note(13, {"a": verdict([True, True]), "b": verdict([True, False])})
+    skips, flags = SkippedSteps(["a", "b"], 10, 4, processes.device), torch.tensor
+    skips.record(11, {"a": flags([False, False]), "b": flags([True, False])})
+    skips.record(12, {"a": flags([False, False])})
+    skips.record(13, {"a": flags([True, True]), "b": flags([True, False])})
     assert skips.read(13, processes) == [
         {"step": 11, "network": "b", "not_finite": "loss", "ranks": [0, 2]},
         {"step": 13, "network": "a", "not_finite": "loss", "ranks": [1]},
@@ -225,6 +227,6 @@ def test_the_ranks_of_a_loss_are_told_apart_from_gradients():
     ]
     assert skips.read(13, processes) == []
     for step in range(14, 20):  # more than are remembered
-        skips.note(step, {"a": verdict([True, False]), "b": verdict([False, False])})
+        skips.record(step, {"a": flags([True, False]), "b": flags([False, False])})
     processes.others[0][:] = processes.others[1][:] = [False] * 4
     assert [found["step"] for found in skips.read(19, processes)] == [16, 17, 18, 19]

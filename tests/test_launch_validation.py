@@ -11,7 +11,7 @@ from launch.config import load
 from launch.training import checkpoint, trainer
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
-from launch.training.log import Clock
+from launch.training.log import Throughput
 from tests import toy
 from tests.children import launch
 
@@ -115,7 +115,7 @@ def test_a_rate_is_that_of_training_alone(tmp_path, run_file, monkeypatch):
 
         monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(trainer, "Clock", partial(Clock, lambda: now[0]))
+    monkeypatch.setattr(trainer, "Throughput", partial(Throughput, lambda: now[0]))
     lasts(trainer.Trainer, "train_step", 2.0)
     lasts(trainer.Trainer, "_validate", 50.0)
     lasts(checkpoint, "save", 100.0)

@@ -166,7 +166,7 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
     """Write the checkpoint of `state["step"]` below `directory` and return its path.
 
     `networks` holds network → key → name → tensor. A kill at any moment leaves the earlier checkpoints and at most a
-    temporary directory, which `tidy` and the next save remove. A checkpoint of the same step is replaced.
+    temporary directory, which `clean_up` and the next save remove. A checkpoint of the same step is replaced.
 
     Raises WriteError, naming the file, where the system refuses; the earlier checkpoints are then untouched.
     """
@@ -175,7 +175,7 @@ def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, t
     temporary = directory / f".{final.name}.tmp"
     try:
         with _writing(final):
-            tidy(directory)
+            clean_up(directory)
             temporary.mkdir()
             for network, keys in networks.items():
                 for key, tensors in keys.items():
@@ -205,7 +205,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise write_error(path, e) from None
 
 
-def tidy(directory: Path) -> None:
+def clean_up(directory: Path) -> None:
     """Remove what a kill left of a save or of `prune`, and put back a checkpoint that was about to be replaced."""
     for leftover in directory.iterdir():
         named = _LEFTOVER.fullmatch(leftover.name)

@@ -64,7 +64,7 @@ class MeterState(Record):
 
 
 class SkippedStep(Record):
-    """A step that was skipped, as `Skips.read` gives it."""
+    """A step that was skipped, as `SkippedSteps.read` gives it."""
 
     step: Annotated[int, Field(ge=1)]
     network: str

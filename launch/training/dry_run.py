@@ -8,7 +8,7 @@ import lightningdit.cost as dit_cost
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
 from launch.training.build import open_dataset
 from launch.training.checks import check_run, network_on_meta
-from launch.training.loader import Split
+from launch.training.loader import BatchSplit
 from lightningdit.task import check_classes
 
 GIB = 2**30
@@ -135,7 +135,7 @@ def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
     steps = train.steps(num_images)
     micro_batch_size = train.micro_batch_size or train.global_batch_size // processes
-    Split(train.global_batch_size, processes, micro_batch_size)
+    BatchSplit(train.global_batch_size, processes, micro_batch_size)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
         f"preset {run.preset}, {train.precision}",

@@ -112,7 +112,7 @@ class Engine:
         self._frozen = {name: p.detach().cpu().clone() for name, p in module.named_parameters() if not p.requires_grad}
         # DeepSpeed casts the module before the optimizer copies its master weights: keep what they should be.
         bf16 = config["bf16"]["enabled"]
-        self._own_masters = config["bf16"].get("bf16_master_weights_and_grads", False)
+        self._optimizer_has_masters = config["bf16"].get("bf16_master_weights_and_grads", False)
         masters = {name: p.detach().clone() for name, p in self._names.items()} if bf16 else {}
         device = torch.device("cuda" if uses_cuda() else "cpu")
         module.to(device)
@@ -121,9 +121,9 @@ class Engine:
         if self._stage < 3:  # ZeRO 3 shards them, rounded
             for name, value in self._frozen.items():
                 module.get_parameter(name).data = value.to(device)
-        self._statistics = [(buffer, buffer.clone()) for buffer in _running_statistics(module)]
+        self._running_buffers = [(buffer, buffer.clone()) for buffer in _running_statistics(module)]
         compile_module(module, compile, ops, deterministic)
-        self._begin()
+        self._init_optimizer_states()
         for name, value in masters.items():
             self._write(name, "model", value)
             self._write(name, "ema", value)
@@ -137,7 +137,7 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients of this micro-batch; a non-finite loss marks the whole step to be skipped."""
-        self.optimizer.watch(loss.detach())
+        self.optimizer.check_loss(loss.detach())
         self._engine.backward(loss)
 
     def step(self) -> None:
@@ -145,14 +145,14 @@ class Engine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         if boundary and getattr(self._engine.optimizer, "overflow", False):
-            self.optimizer.discard()  # ZeRO 3, and ZeRO 0 in bf16, skip on their own and never call the optimizer
+            self.optimizer.count_skipped()  # ZeRO 3, and ZeRO 0 in bf16, skip on their own and never call the optimizer
 
-    def settle(self, skipped: torch.Tensor) -> None:
+    def restore_statistics(self, skipped: torch.Tensor) -> None:
         """End a step of all networks: where it was skipped (a bool on the device), take back running statistics.
 
         A skipped step's forward passes have moved them by then, to NaN for ever.
         """
-        for buffer, kept in self._statistics:
+        for buffer, kept in self._running_buffers:
             buffer.copy_(torch.where(skipped, kept, buffer))
             kept.copy_(buffer)
 
@@ -184,10 +184,10 @@ class Engine:
             for key, values in state.items():
                 self._write(name, key, values[name])
 
-    def _begin(self) -> None:
+    def _init_optimizer_states(self) -> None:
         """Create the optimizer's states and let DeepSpeed's per-parameter views find them."""
         inner = self._engine.optimizer
-        self.optimizer.begin(getattr(inner, "fp32_partitioned_groups_flat", ()))
+        self.optimizer.init_states(getattr(inner, "fp32_partitioned_groups_flat", ()))
         link = getattr(inner, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
@@ -206,7 +206,7 @@ class Engine:
         p, master = self._names[name], self._unsharded(name)
         if master is not None:
             return master.detach() if key == "model" else self.optimizer.state[master][key]
-        if key == "model" and not self._own_masters:
+        if key == "model" and not self._optimizer_has_masters:
             return deepspeed.utils.safe_get_full_fp32_param(p)
         return deepspeed.utils.safe_get_full_optimizer_state(p, MASTER if key == "model" else key)
 
@@ -217,20 +217,20 @@ class Engine:
             target = master.data if key == "model" else self.optimizer.state[master][key]
             target.copy_(value)
         elif self._stage == 3:
-            part = self._own_part(p, value)
+            part = self._zero3_partition(p, value)
             if key == "model":
                 deepspeed.utils.safe_set_local_fp32_param(p, part)
             else:
                 deepspeed.utils.safe_set_local_optimizer_state(p, part, key)
         elif key == "model":
             deepspeed.utils.safe_set_full_fp32_param(p, value.to(p.device))
-            if self._own_masters:
+            if self._optimizer_has_masters:
                 deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), MASTER)
         else:
             deepspeed.utils.safe_set_full_optimizer_state(p, value.to(p.device), key)
 
     @staticmethod
-    def _own_part(p: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _zero3_partition(p: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         """This process's part of a whole tensor under ZeRO 3, padded where the size is no multiple of the processes."""
         size, rank = p.ds_tensor.numel(), dist.get_rank()
         flat = value.flatten()

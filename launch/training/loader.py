@@ -63,7 +63,7 @@ class SampleOrder:
 
 
 @dataclass(frozen=True)
-class Split:
+class BatchSplit:
     """How a global batch is cut: micro-batch m of process r is one run of samples inside it."""
 
     global_batch_size: int
@@ -89,7 +89,7 @@ class Split:
         return start, start + self.micro_batch_size
 
 
-def samples_of_step(order: SampleOrder, split: Split, step: int) -> dict[str, list[list[int]]]:
+def samples_of_step(order: SampleOrder, split: BatchSplit, step: int) -> dict[str, list[list[int]]]:
     """`epochs` and indices (`samples`) of the samples of a step, one list for each process."""
     found = {"epochs": [], "samples": []}
     for rank in range(split.world_size):
@@ -100,10 +100,10 @@ def samples_of_step(order: SampleOrder, split: Split, step: int) -> dict[str, li
     return found
 
 
-class _MicroBatches(Dataset):
+class _MicroBatchDataset(Dataset):
     """Micro-batches by step and number. options: for `batch`."""
 
-    def __init__(self, batches: Batches, order: SampleOrder, split: Split, rank: int, **options):
+    def __init__(self, batches: Batches, order: SampleOrder, split: BatchSplit, rank: int, **options):
         self._order, self._split, self._rank = order, split, rank
         self._batch = partial(batches.batch, **options)
 
@@ -112,7 +112,7 @@ class _MicroBatches(Dataset):
         return self._batch(*self._order.slice(step, *self._split.bounds(micro, self._rank)))
 
 
-class _Keys(Sampler):
+class _KeySampler(Sampler):
     def __init__(self, first_step: int, last_step: int, accumulation: int):
         self._steps, self._accumulation = range(first_step, last_step + 1), accumulation
 
@@ -126,7 +126,7 @@ class _Keys(Sampler):
 def micro_batches(
     batches: Batches,
     order: SampleOrder,
-    split: Split,
+    split: BatchSplit,
     rank: int,
     *,
     first_step: int,
@@ -139,9 +139,9 @@ def micro_batches(
     The workers are threads where the batches are `threaded`, at least one; else processes, and nothing is read ahead
     without any. With pin_memory the batches lie where a GPU can fetch them by itself. Close the generator to end them.
     """
-    keys = _Keys(first_step, last_step, split.accumulation)
+    keys = _KeySampler(first_step, last_step, split.accumulation)
     if getattr(batches, "threaded", False):
-        load = _MicroBatches(batches, order, split, rank, pin_memory=pin_memory).__getitem__
+        load = _MicroBatchDataset(batches, order, split, rank, pin_memory=pin_memory).__getitem__
         return read_in_threads(load, keys, threads=max(num_workers, 1))
-    data = _MicroBatches(batches, order, split, rank)
+    data = _MicroBatchDataset(batches, order, split, rank)
     return read_in_processes(data, keys, num_workers=num_workers, pin_memory=pin_memory)

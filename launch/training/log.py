@@ -75,7 +75,7 @@ class Meter:
         self._sums = dict(zip(names, parts[rank], strict=True))
 
 
-class Clock:
+class Throughput:
     """Images per second since the last reading, and the time left. `now` gives seconds."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -98,7 +98,7 @@ class Clock:
         }
 
 
-class GrowingFile:
+class AppendOnlyFile:
     """A file that is only added to; each addition is in it when `add` returns. `mode`: "a", or "x" for a new one.
 
     Raises WriteError, naming the file, where the system refuses an addition or the file is gone from its place, as it
@@ -138,7 +138,7 @@ class GrowingFile:
         self._file.close()
 
 
-class Board:
+class TensorBoardWriter:
     """Scalars in TensorBoard's format, each written before `row` returns.
 
     SummaryWriter hands them to a thread, whose errors nobody meets.
@@ -148,7 +148,7 @@ class Board:
         make_directory(directory)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         taken = (directory / f"{name}.{number}" for number in itertools.count())
-        self._records = RecordWriter(GrowingFile(next(path for path in taken if not path.exists()), "x"))
+        self._records = RecordWriter(AppendOnlyFile(next(path for path in taken if not path.exists()), "x"))
         self._add(Event(file_version="brain.Event:2"))
         # What an earlier start wrote from this step on does not count.
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
@@ -166,7 +166,7 @@ class Board:
         self._records.close()
 
 
-class Log:
+class RunLog:
     """Rows of a run in `metrics.jsonl` and TensorBoard, and a progress bar where a person is watching.
 
     Rows after `step` are cut: they belong to steps that a run resuming from that checkpoint makes again. Raises
@@ -176,9 +176,9 @@ class Log:
     def __init__(self, directory: Path, step: int, last_step: int, *, tensorboard: bool = True):
         make_directory(directory)
         self.path = directory / "metrics.jsonl"
-        cut_rows(self.path, step)
-        self._file = GrowingFile(self.path, "a")
-        self._board = Board(directory / "tensorboard", step + 1) if tensorboard else None
+        truncate_rows(self.path, step)
+        self._file = AppendOnlyFile(self.path, "a")
+        self._board = TensorBoardWriter(directory / "tensorboard", step + 1) if tensorboard else None
         self._bar = tqdm(total=last_step, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def step(self) -> None:
@@ -213,7 +213,7 @@ def describe(row: dict) -> str:
     return f"{head}  {'  '.join(values)}  eta {_duration(row['eta_seconds'])}"
 
 
-def cut_rows(path: Path, step: int) -> None:
+def truncate_rows(path: Path, step: int) -> None:
     """Drop rows of later steps, and a last line that a kill has cut short, from a JSON-lines file."""
     if not path.exists():
         return

@@ -20,7 +20,7 @@ _REFERENCE = select("reference")
 MASTER = "master"  # the state of a bfloat16 tensor that holds its float32 weights
 
 
-class NonFinite(RuntimeError):
+class NonFiniteError(RuntimeError):
     """Too many steps in a row, or all steps of a run, had a non-finite loss or gradient."""
 
 
@@ -58,29 +58,29 @@ class AdamWEma(torch.optim.Optimizer):
         self._ema_decay = ema_decay
         self._max_grad_norm = max_grad_norm
         self._partitioned = partitioned
-        self._steady = False
+        self._initialized = False
         self._lr = torch.tensor(lr, dtype=torch.float32, device=device)
-        self._loss_fault = torch.zeros((), device=device)
+        self._nonfinite_losses = torch.zeros((), device=device)
         # Everything a log line or a checkpoint may want, kept on the device until somebody reads it.
         self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.grad_norm = torch.zeros((), device=device)
         # Of the last step, bool [2]: was it skipped (on every process), and was a loss of this process not finite?
-        self.verdict = torch.zeros(2, dtype=torch.bool, device=device)
+        self.skip_flags = torch.zeros(2, dtype=torch.bool, device=device)
 
-    def begin(self, partitions: Iterable[torch.Tensor] = ()) -> None:
+    def init_states(self, partitions: Iterable[torch.Tensor] = ()) -> None:
         """Create the states and start counting: calls of `step` before this one (DeepSpeed's set-up) change nothing.
 
         `partitions` are master tensors that DeepSpeed hands over at `step` only (ZeRO 3).
         """
         self._create_states(*partitions)
-        self._steady = True
+        self._initialized = True
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the coming step."""
         self._lr.fill_(lr)
 
     def read_counters(self) -> dict[str, float]:
-        """Steps applied, skipped, skipped in a row at last, and at most since `forget_most_skipped`; one copy."""
+        """Steps applied, skipped, skipped in a row at last, and at most since `reset_most_skipped`; one copy."""
         return dict(zip(self.counters, torch.stack(list(self.counters.values())).tolist(), strict=True))
 
     def set_counters(self, values: dict[str, float]) -> None:
@@ -88,15 +88,15 @@ class AdamWEma(torch.optim.Optimizer):
         for name, counter in self.counters.items():
             counter.fill_({"most_skipped_in_a_row": 0.0, **values}[name])
 
-    def forget_most_skipped(self) -> None:
+    def reset_most_skipped(self) -> None:
         """Look for the most steps skipped in a row from now on; a row of them that still goes on counts whole."""
         self.counters["most_skipped_in_a_row"].zero_()
 
-    def watch(self, loss: torch.Tensor) -> None:
+    def check_loss(self, loss: torch.Tensor) -> None:
         """Skip the coming step if this loss (a detached scalar) is not finite."""
-        self._loss_fault += (~torch.isfinite(loss)).float()
+        self._nonfinite_losses += (~torch.isfinite(loss)).float()
 
-    def discard(self) -> None:
+    def count_skipped(self) -> None:
         """Count a step that the caller has skipped on its own."""
         self.grad_norm = torch.full_like(self.grad_norm, torch.inf)
         self._count(torch.ones_like(self.grad_norm, dtype=torch.bool))
@@ -106,7 +106,7 @@ class AdamWEma(torch.optim.Optimizer):
         """Apply one update, or none at all if the gradients or a watched loss are not finite."""
         assert closure is None
         self._create_states()
-        if not self._steady:
+        if not self._initialized:
             return
         self.grad_norm = self._global_norm()
         skip = ~torch.isfinite(self.grad_norm)
@@ -145,17 +145,17 @@ class AdamWEma(torch.optim.Optimizer):
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
         squares = torch.stack(norms).square().sum().to(self._device)
         # A bad loss counts as an infinite norm, so that one all-reduce tells every process of both.
-        total = torch.where(self._loss_fault > 0, torch.full_like(squares, torch.inf), squares)
+        total = torch.where(self._nonfinite_losses > 0, torch.full_like(squares, torch.inf), squares)
         if dist.is_initialized() and dist.get_world_size() > 1:
             if not self._partitioned and dist.get_rank() > 0:
                 # Every process holds the same gradients: one contributes them, the others only their bad losses.
-                total = torch.where(self._loss_fault > 0, total, torch.zeros_like(total))
+                total = torch.where(self._nonfinite_losses > 0, total, torch.zeros_like(total))
             dist.all_reduce(total)
         return total.sqrt()
 
     def _count(self, skip: torch.Tensor) -> None:
-        self.verdict = torch.stack([skip, self._loss_fault > 0])
-        self._loss_fault.zero_()
+        self.skip_flags = torch.stack([skip, self._nonfinite_losses > 0])
+        self._nonfinite_losses.zero_()
         skipped = skip.float()
         self.counters["applied"] += 1 - skipped
         self.counters["skipped"] += skipped

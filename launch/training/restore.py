@@ -24,7 +24,7 @@ def agree_on_start(checkpoints: Path, train: TrainConfig, processes: Processes) 
     if processes.is_main:
         try:
             if checkpoints.is_dir():
-                checkpoint.tidy(checkpoints)
+                checkpoint.clean_up(checkpoints)
                 if train.keep_checkpoints:
                     checkpoint.prune(checkpoints, train.keep_checkpoints)
             path = find_start(checkpoints, train)

@@ -8,8 +8,8 @@ from launch.runtime.processes import Processes
 from launch.training.optimizer import COUNTERS
 
 
-class Skips:
-    """The verdicts of the last steps, for each network and this process.
+class SkippedSteps:
+    """`AdamWEma.skip_flags` of the last steps, for each network and this process.
 
     Args:
         networks: their names.
@@ -19,14 +19,14 @@ class Skips:
 
     def __init__(self, networks: Iterable[str], step: int, capacity: int, device: torch.device):
         self._networks = tuple(networks)
-        self._verdicts = torch.zeros(capacity, len(self._networks), 2, dtype=torch.bool, device=device)
+        self._flags = torch.zeros(capacity, len(self._networks), 2, dtype=torch.bool, device=device)
         self._absent = torch.zeros(2, dtype=torch.bool, device=device)
         self._read_to = step
 
-    def note(self, step: int, verdicts: dict[str, torch.Tensor]) -> None:
-        """Keep `AdamWEma.verdict` of each network that was trained in this step; nothing is copied to the host."""
-        rows = [verdicts.get(name, self._absent) for name in self._networks]
-        self._verdicts[step % len(self._verdicts)] = torch.stack(rows)
+    def record(self, step: int, skip_flags: dict[str, torch.Tensor]) -> None:
+        """Keep `AdamWEma.skip_flags` of each network that was trained in this step; nothing is copied to the host."""
+        rows = [skip_flags.get(name, self._absent) for name in self._networks]
+        self._flags[step % len(self._flags)] = torch.stack(rows)
 
     def read(self, step: int, processes: Processes) -> list[dict]:
         """The skipped steps since the last reading up to `step`; every process must call it, and gets the same.
@@ -34,11 +34,11 @@ class Skips:
         Each has `step`, `network`, `not_finite` ("loss" or "gradient") and `ranks`, whose loss it was. A gradient is
         known as the sum over all processes only: then there are none.
         """
-        first = max(self._read_to, step - len(self._verdicts)) + 1
+        first = max(self._read_to, step - len(self._flags)) + 1
         self._read_to = step
-        verdicts = self._verdicts.tolist()
+        skip_flags = self._flags.tolist()
         here = [(number, name, loss) for number in range(first, step + 1)
-                for name, (skipped, loss) in zip(self._networks, verdicts[number % len(verdicts)], strict=True)
+                for name, (skipped, loss) in zip(self._networks, skip_flags[number % len(skip_flags)], strict=True)
                 if skipped]  # fmt: skip
         if not here:
             return []

@@ -22,11 +22,11 @@ from launch.training import checkpoint
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
-from launch.training.loader import Batches, SampleOrder, Split, Tensors, micro_batches, samples_of_step
-from launch.training.log import Clock, Log, Meter
-from launch.training.optimizer import AdamWEma, NonFinite
+from launch.training.loader import Batches, BatchSplit, SampleOrder, Tensors, micro_batches, samples_of_step
+from launch.training.log import Meter, RunLog, Throughput
+from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
-from launch.training.skips import Skips, only_skipped
+from launch.training.skips import SkippedSteps, only_skipped
 from launch.training.task import Task
 
 
@@ -56,10 +56,10 @@ class Trainer:
         self.task, self.config, self.processes, self._ops = task, config, processes, ops
         train = config.train
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
-        self.split = Split(train.global_batch_size, processes.world_size, micro)
+        self.split = BatchSplit(train.global_batch_size, processes.world_size, micro)
         self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
         self._validation = validation
-        self._meter, self._clock = Meter(), Clock()
+        self._meter, self._throughput = Meter(), Throughput()
         self._draws: Tensors | None = None
         self.step = 0
         start = agree_on_start(self._checkpoints, train, processes)
@@ -72,18 +72,18 @@ class Trainer:
             load_optimizer_states(start, task.networks, self.engines)
             self._restore_row(start)
             self._print_resumed(start)
-        self._skips = Skips(self.engines, self.step, train.log_every, processes.device)
+        self._skips = SkippedSteps(self.engines, self.step, train.log_every, processes.device)
         self._start_counters = self._read_counters()
 
     def run(self) -> int | None:
         """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint → the signal, or None.
 
-        Raises NonFinite when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of one
-        network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
+        Raises NonFiniteError when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of
+        one network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
         """
         config, log = self.config, None
         if self.processes.is_main:
-            log = Log(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
+            log = RunLog(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
         try:
             with StopRequest() as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
@@ -96,12 +96,12 @@ class Trainer:
         for engine in self.engines.values():
             engine.close()
 
-    def _loop(self, stream: Iterator[Tensors], log: Log | None, stop: StopRequest) -> int | None:
+    def _loop(self, stream: Iterator[Tensors], log: RunLog | None, stop: StopRequest) -> int | None:
         train, last = self.config.train, self.config.last_step
-        self._clock.start(self.step)
+        self._throughput.start(self.step)
         if self.step >= last:
             if only_skipped({}, self._start_counters):
-                raise NonFinite(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
+                raise NonFiniteError(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
             if log is not None:
                 print(f"already at step {self.step} of {last}: nothing to train")
         while self.step < last:
@@ -113,21 +113,21 @@ class Trainer:
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self.step % train.log_every == 0 or self.step == last:
                 self._log(log)
-            if self._validates_now():
+            if self._validation_due():
                 self._validate(log)
             if save:
                 if log is not None:
                     log.check()
                 self.save()
-            if save or self._validates_now():
-                self._clock.start(self.step)  # the next rate is that of training alone
+            if save or self._validation_due():
+                self._throughput.start(self.step)  # the next rate is that of training alone
             if stopped_by:
                 if log is not None:
                     print(f"stopped by {Signals(stopped_by).name} after step {self.step}; the same command goes on")
                 return stopped_by
         return None
 
-    def _validates_now(self) -> bool:
+    def _validation_due(self) -> bool:
         every = self.config.train.valid_every
         return self._validation is not None and every is not None and self.step % every == 0
 
@@ -172,21 +172,21 @@ class Trainer:
             prefix = "" if len(self.engines) == 1 else f"{name}/"
             norm = {f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm}
             self._meter.add(norm, 1 / self.processes.world_size)
-        verdicts = {name: self.engines[name].optimizer.verdict for name in stepped}
-        self._skips.note(self.step, verdicts)
-        skipped = torch.stack(list(verdicts.values()))[:, 0].any()
+        skip_flags = {name: self.engines[name].optimizer.skip_flags for name in stepped}
+        self._skips.record(self.step, skip_flags)
+        skipped = torch.stack(list(skip_flags.values()))[:, 0].any()
         for engine in self.engines.values():
-            engine.settle(skipped)
+            engine.restore_statistics(skipped)
 
-    def _log(self, log: Log | None) -> None:
+    def _log(self, log: RunLog | None) -> None:
         means = self._meter.read()
         counters = self._read_counters()
         row = {
-            **self._where(),
+            **self._position(),
             **means,
             "lr": self.config.optimizer.lr_at(self.step, self.config.last_step),
             "skipped": int(sum(c["skipped"] for c in counters.values())),
-            **self._clock.read(self.step, self.config.last_step, self.split.global_batch_size),
+            **self._throughput.read(self.step, self.config.last_step, self.split.global_batch_size),
         }
         if log is not None:
             log.row(row)
@@ -199,17 +199,17 @@ class Trainer:
         """Give up where too many steps in a row were skipped since the last row, or all there were to the end."""
         self._skipped_steps += self._skips.read(self.step, self.processes)
         for engine in self.engines.values():
-            engine.optimizer.forget_most_skipped()
+            engine.optimizer.reset_most_skipped()
         most = int(max(c["most_skipped_in_a_row"] for c in counters.values()))
         if most >= self.config.train.max_skipped_in_a_row:
             allowed = f"allowed: {self.config.train.max_skipped_in_a_row - 1}"
-            self._give_up(row, most, f"{most} steps in a row up to step {self.step}", allowed)
+            self._stop_nonfinite(row, most, f"{most} steps in a row up to step {self.step}", allowed)
         if self.step == self.config.last_step and only_skipped(self._start_counters, counters):
-            self._give_up(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
+            self._stop_nonfinite(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
         going_on = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
         self._skipped_steps = [each for each in self._skipped_steps if each["step"] > going_on[each["network"]]]
 
-    def _where(self) -> dict:
+    def _position(self) -> dict:
         images = self.step * self.split.global_batch_size
         return {
             "step": self.step,
@@ -227,17 +227,17 @@ class Trainer:
             "num_samples": len(self.task.batches),
         }
 
-    def _give_up(self, row: dict, in_a_row: int, which: str, why: str) -> None:
+    def _stop_nonfinite(self, row: dict, in_a_row: int, which: str, why: str) -> None:
         """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
         report = self.config.directory / f"nonfinite_step_{self.step:07d}.json"
         if self.processes.is_main:
             steps = [each | samples_of_step(self.order, self.split, each["step"]) for each in self._skipped_steps]
             write_json(report, {"row": row, "skipped_in_a_row": in_a_row, "steps": steps})
         self.save()
-        raise NonFinite(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
+        raise NonFiniteError(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
 
     @torch.no_grad()
-    def _validate(self, log: Log | None) -> None:
+    def _validate(self, log: RunLog | None) -> None:
         """Mean losses over the first `valid_batches` batches of the validation set, always with the same draws."""
         size = self.split.micro_batch_size
         meter = Meter()
@@ -256,7 +256,7 @@ class Trainer:
             engine.train()
         means = meter.read()
         if log is not None:
-            log.row({**self._where(), **means, "eta_seconds": 0.0})
+            log.row({**self._position(), **means, "eta_seconds": 0.0})
 
     def save(self) -> None:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
@@ -267,7 +267,7 @@ class Trainer:
         if self.processes.is_main:
             state = {
                 "kind": self.config.kind,
-                **self._where(),
+                **self._position(),
                 **self._identity(),
                 "counters": counters,
                 "task": self.task.state_dict(),

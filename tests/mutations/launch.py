@@ -7,7 +7,7 @@ SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
 WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
 EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
 TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
-CLOCK = "test_launch_log.py::test_every_figure_of_the_clock"
+THROUGHPUT = "test_launch_log.py::test_every_figure_of_the_throughput"
 MODES = "test_launch_validation.py::test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode"
 ONE_SIGNAL = "test_launch_lifecycle.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
 VALIDATED = "test_launch_validation.py::test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch"
@@ -170,29 +170,29 @@ MISTAKES = {
             engine.train(False)
         means = meter.read()''', MODES,
     ),
-    # Clock and schedule.
+    # Throughput and schedule.
     "seconds_of_all_steps": Mistake(
         "launch/training/log.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
-        CLOCK,
+        THROUGHPUT,
     ),
     "eta_from_the_start": Mistake(
-        "launch/training/log.py", "per_step * (last_step - step)", "per_step * last_step", CLOCK,
+        "launch/training/log.py", "per_step * (last_step - step)", "per_step * last_step", THROUGHPUT,
     ),
     "milliseconds_for_seconds": Mistake(
         "launch/training/log.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
-        CLOCK,
+        THROUGHPUT,
     ),
     "images_of_one_process_per_second": Mistake(
         "launch/training/log.py", '"images_per_second": global_batch_size / per_step,',
         '"images_per_second": 1 / per_step,',
-        CLOCK,
+        THROUGHPUT,
     ),
     "saving_counted_into_the_rate": Mistake(
         "launch/training/trainer.py", '''\
-            if save or self._validates_now():
-                self._clock''', '''\
-            if self._validates_now():
-                self._clock''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
+            if save or self._validation_due():
+                self._throughput''', '''\
+            if self._validation_due():
+                self._throughput''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
     ),
     "learning_rate_of_the_step_before": Mistake(
         "launch/training/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.config.last_step))",
@@ -282,8 +282,9 @@ MISTAKES = {
         "launch/training/optimizer.py", 'self.counters["applied"] += 1 - skipped', 'self.counters["applied"] += 1',
         "test_launch_skips.py::test_a_skipped_step_touches_nothing",
     ),
-    "loss_not_watched": Mistake(
-        "launch/training/optimizer.py", "self._loss_fault += (~torch.isfinite(loss)).float()", "self._loss_fault += 0",
+    "loss_not_checked": Mistake(
+        "launch/training/optimizer.py", "self._nonfinite_losses += (~torch.isfinite(loss)).float()",
+        "self._nonfinite_losses += 0",
         "test_launch_skips.py::test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are",
     ),
     "skipped_in_a_row_never_ends": Mistake(
