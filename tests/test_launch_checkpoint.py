@@ -153,7 +153,7 @@ def test_what_a_kill_left_is_tidied_and_a_users_files_are_not(tmp_path):
     (tmp_path / ".step_0000005.removed").touch()
     for name in (".step_0000002.bak", ".step_notes"):
         (tmp_path / name).mkdir()
-    checkpoint.tidy(tmp_path)
+    checkpoint.clean_up(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".step_0000002.bak", ".step_notes", "step_0000002"]
     assert checkpoint.newest(tmp_path).state == state_at(2)
 
