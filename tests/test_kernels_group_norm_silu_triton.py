@@ -8,7 +8,7 @@ import torch
 import kernels
 from kernels.backends.triton_launch import recorded
 from kernels.group_norm_silu import triton_impl
-from kernels.group_norm_silu.triton_impl import MOST_CHUNKS, TILE, LaunchConfig, launch_config, split_count
+from kernels.group_norm_silu.triton_impl import MAX_CHUNKS, TILE_ELEMENTS, LaunchConfig, launch_config, split_count
 from kernels.testing.tolerance import as_float64, mismatch
 
 OP = kernels.OPS["group_norm_silu"]
@@ -32,10 +32,10 @@ def power_of_two(n: int) -> bool:
 )
 def test_chunks_cover_every_position_once(parts, channels, positions):
     config = launch_config(parts, channels, positions)
-    assert power_of_two(config.rows) and config.chunk % config.rows == 0
-    assert (config.chunks - 1) * config.chunk < positions <= config.chunks * config.chunk
-    assert config.chunks <= MOST_CHUNKS
-    assert config.rows * channels <= max(TILE, channels)
+    assert power_of_two(config.block_n) and config.chunk_size % config.block_n == 0
+    assert (config.chunks - 1) * config.chunk_size < positions <= config.chunks * config.chunk_size
+    assert config.chunks <= MAX_CHUNKS
+    assert config.block_n * channels <= max(TILE_ELEMENTS, channels)
 
 
 @pytest.mark.parametrize("case", [case for case in OP.cases if case.production], ids=lambda case: case.id)
@@ -43,25 +43,25 @@ def test_a_wave_of_programs_where_there_is_work_for_it(case):
     x = case.inputs(torch.bfloat16, "meta")["x"]
     (samples, channels, positions), splits = x.flatten(2).shape, split_count(x.flatten(2), 32)
     config = launch_config(samples * splits, channels // splits, positions)
-    if samples * positions * channels >= 4 * TILE * 528:
+    if samples * positions * channels >= 4 * TILE_ELEMENTS * 528:
         assert 0.9 * 528 <= config.chunks * samples * splits <= 528, "four for each of 132 multiprocessors, in one wave"
-    assert config.chunk // config.rows >= 4, "less work than reading the sums of the other chunks"
+    assert config.chunk_size // config.block_n >= 4, "less work than reading the sums of the other chunks"
 
 
 def test_four_forward_programs_share_a_multiprocessor():
     config = launch_config(8, 128, 65536)
     assert 4 * 32 * config.warps * config.forward_registers <= 65536
     for shared, itemsize in product(SHARED_BY_FOUR.values(), (2, 4)):
-        assert (config.stages - 1) * TILE * itemsize <= shared
+        assert (config.stages - 1) * TILE_ELEMENTS * itemsize <= shared
 
 
-def launches(of_x: bool = True, of_weights: bool = True) -> list:
+def launches(needs_dx: bool = True, needs_dweight: bool = True) -> list:
     """Those of a call in a layer of the tokenizer and of its backward pass."""
     case = next(case for case in OP.cases if case.id == "f16_128")
     inputs = case.inputs(torch.bfloat16, "meta")
-    inputs["x"].requires_grad_(of_x)
-    inputs["weight"].requires_grad_(of_weights)
-    inputs["bias"].requires_grad_(of_weights)
+    inputs["x"].requires_grad_(needs_dx)
+    inputs["weight"].requires_grad_(needs_dweight)
+    inputs["bias"].requires_grad_(needs_dweight)
     with recorded(90) as found:
         y = TRITON(**inputs)
         y.backward(torch.empty_like(y))
@@ -76,8 +76,8 @@ def test_two_launches_each_way():
 
 def test_programs_are_left_out_with_the_gradients_that_nobody_asks_for():
     assert launches()[-1].grid[1] == 8 + 1
-    assert launches(of_weights=False)[-1].grid[1] == 8
-    assert launches(of_x=False)[-1].grid[1] == 1
+    assert launches(needs_dweight=False)[-1].grid[1] == 8
+    assert launches(needs_dx=False)[-1].grid[1] == 1
 
 
 def arguments(dtype: torch.dtype, *shape: int, mean: float = 0.5, groups: int = 3) -> dict:
@@ -107,7 +107,7 @@ def compare(inputs: dict) -> None:
 def test_more_partial_sums_than_are_added_up_at_a_time(dtype, layout, monkeypatch):
     """3 × 5 chunks by 8 for the sums of the weights; the last chunk of a sample has 3 positions of 4, in tiles of 2."""
     monkeypatch.setattr(triton_impl, "launch_config", lambda *_: LaunchConfig(2, 4, 5))
-    monkeypatch.setattr(triton_impl, "SUMS", 8)
+    monkeypatch.setattr(triton_impl, "BLOCK_S", 8)
     inputs = arguments(dtype, 3, 18, 19, 1)
     compare(inputs | {"x": inputs["x"].contiguous(memory_format=layout)})
 
