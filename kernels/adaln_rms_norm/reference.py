@@ -5,11 +5,11 @@ from kernels.registry import Backend
 
 
 def adaln_rms_norm(x, weight, shift, scale, eps, *, out_dtype=None):
-    wide = accumulation_dtype(x)
-    x_hat = rms_normalize(x.to(wide), eps)
-    y = x_hat * weight.to(wide) * (1 + scale.to(wide)[:, None])
+    acc_dtype = accumulation_dtype(x)
+    x_hat = rms_normalize(x.to(acc_dtype), eps)
+    y = x_hat * weight.to(acc_dtype) * (1 + scale.to(acc_dtype)[:, None])
     if shift is not None:
-        y = y + shift.to(wide)[:, None]
+        y = y + shift.to(acc_dtype)[:, None]
     return y.to(out_dtype or x.dtype)
 
 

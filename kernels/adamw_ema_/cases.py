@@ -24,17 +24,17 @@ def _case(
     """
 
     def make(draw: Draw) -> dict:
-        wide = torch.float64 if draw.dtype == torch.float64 else torch.float32
+        state_dtype = torch.float64 if draw.dtype == torch.float64 else torch.float32
         scalar = torch.zeros((), device=draw.device)
         grad = draw.normal(numbers + offset, mean=0.1)[offset:]
         if skip:
             grad[::2] = float("nan")
         return {
-            "param": draw.normal(numbers, dtype=wide),
+            "param": draw.normal(numbers, dtype=state_dtype),
             "grad": strided(grad) if gaps else grad,
-            "exp_avg": draw.normal(numbers + 2 * offset, std=0.3, dtype=wide)[2 * offset :],
-            "exp_avg_sq": draw.normal(numbers, dtype=wide).square_(),
-            "ema": draw.normal(numbers, dtype=wide),
+            "exp_avg": draw.normal(numbers + 2 * offset, std=0.3, dtype=state_dtype)[2 * offset :],
+            "exp_avg_sq": draw.normal(numbers, dtype=state_dtype).square_(),
+            "ema": draw.normal(numbers, dtype=state_dtype),
             "step": scalar + step,
             "lr": scalar + 1e-2,
             "betas": betas,

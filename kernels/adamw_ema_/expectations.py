@@ -11,7 +11,7 @@ EXPECTATIONS = Expectations(
         ("ema_decay * ema", "ema"),
         ("torch.where(skip != 0, tensor, new.to(tensor.dtype))", "new.to(tensor.dtype)"),
         ("torch.where(skip != 0, tensor, new.to(tensor.dtype))", "tensor + skip.logical_not() * (new - tensor)"),
-        (" * grad_scale.to(wide)", ""),
+        (" * grad_scale.to(acc_dtype)", ""),
         ("g.square()", "g.abs()"),
         ("(bf16_param, p)", "(bf16_param, e)"),
         (".sqrt() + eps)", ".sqrt())"),

@@ -21,14 +21,14 @@ def adamw_ema_(
     skip,
     bf16_param=None,
 ):
-    wide = param.dtype
-    g = grad.to(wide) * grad_scale.to(wide)
+    acc_dtype = param.dtype
+    g = grad.to(acc_dtype) * grad_scale.to(acc_dtype)
     m = betas[0] * exp_avg + (1 - betas[0]) * g
     v = betas[1] * exp_avg_sq + (1 - betas[1]) * g.square()
     # One number each, so in float64: 1 − 0.999¹ has only four digits left in float32.
-    m_scale, v_scale = ((1 / (1 - beta ** step.double())).to(wide) for beta in betas)
+    m_scale, v_scale = ((1 / (1 - beta ** step.double())).to(acc_dtype) for beta in betas)
     update = m * m_scale / ((v * v_scale).sqrt() + eps)
-    p = param * (1 - lr.double() * weight_decay).to(wide) - lr.to(wide) * update
+    p = param * (1 - lr.double() * weight_decay).to(acc_dtype) - lr.to(acc_dtype) * update
     e = ema_decay * ema + (1 - ema_decay) * p
     for tensor, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (ema, e), (bf16_param, p)):
         if tensor is not None:

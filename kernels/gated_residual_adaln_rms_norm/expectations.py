@@ -4,11 +4,11 @@ from kernels.testing.expectations import CudaLimits, Expectations, TritonLimits
 
 EXPECTATIONS = Expectations(
     wrong_edits=(
-        ("gate.to(wide)[:, None] * ", ""),
-        ("gate.to(wide)", "gate.detach().to(wide)"),
-        ("gate.to(wide)[:, None]", "(1 + gate.to(wide)[:, None])"),
-        ("branch.to(wide)", "branch.detach().to(wide)"),
-        ("(x.to(wide) +", "(x.detach().to(wide) +"),
+        ("gate.to(acc_dtype)[:, None] * ", ""),
+        ("gate.to(acc_dtype)", "gate.detach().to(acc_dtype)"),
+        ("gate.to(acc_dtype)[:, None]", "(1 + gate.to(acc_dtype)[:, None])"),
+        ("branch.to(acc_dtype)", "branch.detach().to(acc_dtype)"),
+        ("(x.to(acc_dtype) +", "(x.detach().to(acc_dtype) +"),
         ("adaln_rms_norm(x_new", "adaln_rms_norm(x"),
         ("adaln_rms_norm(x_new", "adaln_rms_norm(x_new.detach()"),
         ("return x_new,", "return x_new.detach(),"),
@@ -16,7 +16,7 @@ EXPECTATIONS = Expectations(
         ("out_dtype=branch.dtype", "out_dtype=x.dtype"),
         ("shift, scale, eps, out", "None, scale, eps, out"),
         ("branch_bias is not None", "False"),
-        ("branch_bias.to(wide)", "branch_bias.detach().to(wide)"),
+        ("branch_bias.to(acc_dtype)", "branch_bias.detach().to(acc_dtype)"),
         ("added + branch_bias", "added - branch_bias"),
     ),
     triton_launches=(1, 2),

@@ -4,11 +4,11 @@ from kernels.registry import Backend
 
 
 def gated_residual_adaln_rms_norm(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    wide = accumulation_dtype(x, branch)
-    added = branch.to(wide)
+    acc_dtype = accumulation_dtype(x, branch)
+    added = branch.to(acc_dtype)
     if branch_bias is not None:
-        added = added + branch_bias.to(wide)
-    x_new = (x.to(wide) + gate.to(wide)[:, None] * added).to(x.dtype)
+        added = added + branch_bias.to(acc_dtype)
+    x_new = (x.to(acc_dtype) + gate.to(acc_dtype)[:, None] * added).to(x.dtype)
     return x_new, adaln_rms_norm(x_new, weight, shift, scale, eps, out_dtype=branch.dtype)
 
 

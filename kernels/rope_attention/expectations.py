@@ -20,9 +20,9 @@ EXPECTATIONS = Expectations(
         ("accumulation_dtype(qkv)", "qkv.dtype"),
         ("cos is not None", "False"),
         ("q_weight is not None", "False"),
-        ("qkv.to(wide) + bias.to(wide).view(qkv.shape[2:])", "qkv.to(wide)"),
-        ("+ bias.to(wide).view(qkv.shape[2:])", "- bias.to(wide).view(qkv.shape[2:])"),
-        ("bias.to(wide).view(qkv.shape[2:])", "bias.detach().to(wide).view(qkv.shape[2:])"),
+        ("qkv.to(acc_dtype) + bias.to(acc_dtype).view(qkv.shape[2:])", "qkv.to(acc_dtype)"),
+        ("+ bias.to(acc_dtype).view(qkv.shape[2:])", "- bias.to(acc_dtype).view(qkv.shape[2:])"),
+        ("bias.to(acc_dtype).view(qkv.shape[2:])", "bias.detach().to(acc_dtype).view(qkv.shape[2:])"),
         ("view(qkv.shape[2:])", "view(qkv.shape[3], 3, -1).transpose(0, 1)"),
     ),
     triton_launches=(1, 4),  # backward, the third and fourth for the weights of QK norm and for the bias

@@ -6,14 +6,14 @@ from kernels.registry import Backend
 
 
 def rope_attention(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
-    wide = accumulation_dtype(qkv)
-    packed = qkv.to(wide) if bias is None else qkv.to(wide) + bias.to(wide).view(qkv.shape[2:])
+    acc_dtype = accumulation_dtype(qkv)
+    packed = qkv.to(acc_dtype) if bias is None else qkv.to(acc_dtype) + bias.to(acc_dtype).view(qkv.shape[2:])
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
     if q_weight is not None:
-        q = rms_normalize(q, eps) * q_weight.to(wide)
-        k = rms_normalize(k, eps) * k_weight.to(wide)
+        q = rms_normalize(q, eps) * q_weight.to(acc_dtype)
+        k = rms_normalize(k, eps) * k_weight.to(acc_dtype)
     if cos is not None:
-        q, k = (rotate(t, cos.to(wide), sin.to(wide)) for t in (q, k))
+        q, k = (rotate(t, cos.to(acc_dtype), sin.to(acc_dtype)) for t in (q, k))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     out = scores.softmax(dim=-1) @ v
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)

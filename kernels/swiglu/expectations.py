@@ -4,10 +4,10 @@ from kernels.testing.expectations import CudaLimits, Expectations, TritonLimits
 
 EXPECTATIONS = Expectations(
     wrong_edits=(
-        ("wide + bias.to(wide.dtype)", "wide"),
-        ("wide + bias.to(wide.dtype)", "wide - bias.to(wide.dtype)"),
-        ("wide + bias.to(wide.dtype)", "wide + bias.to(wide.dtype).detach()"),
-        ("wide + bias.to(wide.dtype)", "wide + bias.to(wide.dtype).roll(bias.numel() // 2)"),
+        ("upcast + bias.to(upcast.dtype)", "upcast"),
+        ("upcast + bias.to(upcast.dtype)", "upcast - bias.to(upcast.dtype)"),
+        ("upcast + bias.to(upcast.dtype)", "upcast + bias.to(upcast.dtype).detach()"),
+        ("upcast + bias.to(upcast.dtype)", "upcast + bias.to(upcast.dtype).roll(bias.numel() // 2)"),
         ("gate, up =", "up, gate ="),
         ("F.silu(gate)", "F.gelu(gate)"),
         ("F.silu(gate)", "F.sigmoid(gate)"),

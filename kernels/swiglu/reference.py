@@ -5,8 +5,8 @@ from kernels.registry import Backend
 
 
 def swiglu(gate_up, *, bias=None):
-    wide = gate_up.to(accumulation_dtype(gate_up))
-    gate, up = (wide if bias is None else wide + bias.to(wide.dtype)).chunk(2, dim=-1)
+    upcast = gate_up.to(accumulation_dtype(gate_up))
+    gate, up = (upcast if bias is None else upcast + bias.to(upcast.dtype)).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 

@@ -4,7 +4,7 @@ from kernels.testing.expectations import Expectations, TritonLimits
 
 EXPECTATIONS = Expectations(
     wrong_edits=(
-        ("wide + bias.to(dtype)", "wide"),
+        ("upcast + bias.to(dtype)", "upcast"),
         ("1 + gate * (1 - sigmoid)", "1 + gate"),
         ("sigmoid * (1 + gate * (1 - sigmoid))", "1 + gate * (1 - sigmoid)"),
         ("d_activated * (gate * sigmoid)", "d_activated * gate"),

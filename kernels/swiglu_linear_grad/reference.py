@@ -7,8 +7,8 @@ from kernels.registry import Backend
 def swiglu_linear_grad(d_output, weight, gate_up, *, bias=None):
     dtype = accumulation_dtype(gate_up)
     d_activated = torch.matmul(d_output, weight).to(dtype)
-    wide = gate_up.to(dtype)
-    gate, up = (wide if bias is None else wide + bias.to(dtype)).chunk(2, dim=-1)
+    upcast = gate_up.to(dtype)
+    gate, up = (upcast if bias is None else upcast + bias.to(dtype)).chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     d_gate = d_activated * up * (sigmoid * (1 + gate * (1 - sigmoid)))
     d_gate_up = torch.cat([d_gate, d_activated * (gate * sigmoid)], dim=-1)

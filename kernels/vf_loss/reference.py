@@ -5,8 +5,8 @@ from kernels.registry import Backend
 
 
 def vf_loss(z, f, distmat_margin, cos_margin):
-    wide = accumulation_dtype(z, f)
-    z, f = (t.to(wide).flatten(2).transpose(1, 2) for t in (z, f))  # [B, N, C]
+    acc_dtype = accumulation_dtype(z, f)
+    z, f = (t.to(acc_dtype).flatten(2).transpose(1, 2) for t in (z, f))  # [B, N, C]
     difference = cosine_matrix(z) - cosine_matrix(f)
     distmat = (difference.abs() - distmat_margin).relu().mean()
     cosine = (unit(z, 1e-8) * unit(f, 1e-8)).sum(dim=-1)

@@ -10,19 +10,20 @@ SWIGLU = "test_kernels_truth.py::test_swiglu_is_silu_of_the_first_half_times_the
 
 MISTAKES = {
     "scale_without_one": Mistake(
-        "kernels/adaln_rms_norm/reference.py", "(1 + scale.to(wide)[:, None])", "scale.to(wide)[:, None]", ADALN,
+        "kernels/adaln_rms_norm/reference.py", "(1 + scale.to(acc_dtype)[:, None])",
+        "scale.to(acc_dtype)[:, None]", ADALN,
     ),
     "norm_without_eps": Mistake(
         "kernels/adaln_rms_norm/reference.py", ".mean(dim=-1, keepdim=True) + eps)", ".mean(dim=-1, keepdim=True))",
         ADALN,
     ),
     "statistics_in_half_precision": Mistake(
-        "kernels/adaln_rms_norm/reference.py", "rms_normalize(x.to(wide), eps)", "rms_normalize(x, eps)",
+        "kernels/adaln_rms_norm/reference.py", "rms_normalize(x.to(acc_dtype), eps)", "rms_normalize(x, eps)",
         "test_kernels_truth.py::test_statistics_are_float32_in_half_precision",
     ),
     "bias_behind_the_gate": Mistake(
-        "kernels/gated_residual_adaln_rms_norm/reference.py", "gate.to(wide)[:, None] * added)",
-        "gate.to(wide)[:, None] * branch.to(wide) + added - branch.to(wide))",
+        "kernels/gated_residual_adaln_rms_norm/reference.py", "gate.to(acc_dtype)[:, None] * added)",
+        "gate.to(acc_dtype)[:, None] * branch.to(acc_dtype) + added - branch.to(acc_dtype))",
         "test_kernels_truth.py::test_a_bias_of_the_branch_is_added_to_every_token_before_the_gate",
     ),
     "halves_of_swiglu_exchanged": Mistake(
@@ -32,16 +33,17 @@ MISTAKES = {
         "kernels/rope_attention/reference.py", "torch.stack((-odd, even)", "torch.stack((odd, -even)", ATTENTION,
     ),
     "rotation_of_queries_alone": Mistake(
-        "kernels/rope_attention/reference.py", "q, k = (rotate(t, cos.to(wide), sin.to(wide)) for t in (q, k))",
-        "q = rotate(q, cos.to(wide), sin.to(wide))", ATTENTION,
+        "kernels/rope_attention/reference.py",
+        "q, k = (rotate(t, cos.to(acc_dtype), sin.to(acc_dtype)) for t in (q, k))",
+        "q = rotate(q, cos.to(acc_dtype), sin.to(acc_dtype))", ATTENTION,
     ),
     "scores_not_scaled": Mistake(
         "kernels/rope_attention/reference.py", "(q * q.shape[-1] ** -0.5) @", "q @",
         "test_kernels_truth.py::test_attention_without_tables_or_weights_is_torch_attention",
     ),
     "eps_of_group_norm": Mistake(
-        "kernels/group_norm_silu/reference.py", "weight.to(wide), bias.to(wide), eps)",
-        "weight.to(wide), bias.to(wide))", "test_kernels_truth.py::test_group_norm_by_its_formula_in_numpy",
+        "kernels/group_norm_silu/reference.py", "weight.to(acc_dtype), bias.to(acc_dtype), eps)",
+        "weight.to(acc_dtype), bias.to(acc_dtype))", "test_kernels_truth.py::test_group_norm_by_its_formula_in_numpy",
     ),
     "margin_of_the_cosine_on_the_other_side": Mistake(
         "kernels/vf_loss/reference.py", "(1 - cos_margin - cosine)", "(1 + cos_margin - cosine)", RECORDED_VF,
@@ -64,7 +66,8 @@ MISTAKES = {
         "kernels/adamw_ema_/reference.py", "(1 - ema_decay) * p\n", "(1 - ema_decay) * param\n", STEPS,
     ),
     "decay_without_the_rate": Mistake(
-        "kernels/adamw_ema_/reference.py", "(1 - lr.double() * weight_decay).to(wide)", "(1 - weight_decay)", STEPS,
+        "kernels/adamw_ema_/reference.py", "(1 - lr.double() * weight_decay).to(acc_dtype)",
+        "(1 - weight_decay)", STEPS,
     ),
     "slope_of_the_activation": Mistake(
         "kernels/swiglu_linear_grad/reference.py", "(1 + gate * (1 - sigmoid))", "(1 + gate * sigmoid)",
