@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within a time limit, the most representative first:
+# Everything that needs a GPU, within a time limit, the most important first:
 #
-#     bash bench/gpu.sh OUT_DIR [MINUTES [OPTION …]]        (25 minutes unless said otherwise)
+#     bash bench/gpu.sh OUT_DIR [MINUTES [OPTION …]]        (25 minutes by default)
 #
 # Below 20 minutes this is python -m bench.triage, which takes the options; what follows is about longer runs.
 #
@@ -12,7 +12,7 @@
 # whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no failure.
 #
 # Needs torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and
-# PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips: what is not installed is a row that says so.
+# PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips; where one is not installed, a row states it.
 # PYTHON names another interpreter, GIT_REVISION the revision of a tree without .git.
 set -uo pipefail
 
@@ -74,7 +74,7 @@ part() {
     printf '%-12s %-24s %4d s\n' "$name" "$verdict" "$((SECONDS - begun))" | tee -a "$out/log.txt" >> "$out/summary.txt"
 }
 
-# Minutes that a part is told to keep to, of its limit in seconds: the rest is for what it has begun.
+# Minutes for --minutes of a part, of its limit in seconds: the rest is for the measurement it has begun.
 soft() { awk -v seconds="$1" 'BEGIN { printf "%.2f", 0.85 * seconds / 60 }'; }
 
 part machine 60 "$PYTHON" -c '
@@ -82,7 +82,7 @@ import json, torch
 from bench.measure.rows import machine
 print(json.dumps(machine("cuda" if torch.cuda.is_available() else "cpu"), indent=1))'
 
-# The CUDA kernels, for the GPU here; where there is no nvcc this says so and succeeds.
+# The CUDA kernels, for the GPU here; where there is no nvcc this prints it and succeeds.
 part build 300 "$PYTHON" setup.py --quiet build_ext --inplace
 
 # Files without such tests may import packages that this machine lacks.
@@ -105,12 +105,12 @@ bench() {
     part "$1" "$limit" "$PYTHON" -m "$3" --minutes "$(soft "$limit")" "${@:4}" --out "$out/rows.jsonl"
 }
 
-# Ways to train, by turns: up to 45 s of steps of each; compiling them takes the rest.
+# Variants of steps, by turns: up to 45 s of steps of each; compiling them takes the rest.
 seconds="$(($(share 35) / 16 + 1))"
 bench step 35 bench.step "${quick[@]}" --seconds "$((seconds < 45 ? seconds : 45))"
 
 # DeepSpeed's optimizer is compiled on the spot, for a minute. A backend that has lost the device to a test would take
-# everybody else's rows with it.
+# the rows of all others with it.
 without=(--without deepspeed-fused-adam)
 for backend in cuda triton; do
     grep -qE "crashed while running .*-$backend-|-$backend-.* lost the device" "$logs/tests.log" \

@@ -1,15 +1,15 @@
-"""Packs what a CUDA machine without a network needs beside this tree, and prints the lines that use it there.
+"""Packs wheels and the CUDA extension for a CUDA machine without a network, and prints the lines that install them.
 
     bash bench/pack.sh DIR [--python 3.12] [--with torch-fidelity] [--headers FOLDER]
 
 DIR gets the wheels that an image with torch and CUDA usually lacks, for its Python on x86-64 Linux, and the CUDA
 extension for that Python and for sm_90a (LIGHTNINGDIT_CUDA_ARCHS names others). Versions are those pinned in
-pyproject.toml; what those packages need comes in the version installed here, where that will do. What is in DIR and
-right is neither fetched nor compiled again, so that a second run needs no network. DIR lies outside the tree, or in a
-folder that git ignores, and together with the tracked tree has at most 64 MB.
+pyproject.toml; their own dependencies come in the versions installed here, where those are allowed. Files in DIR that
+are right are neither fetched nor compiled again: a second run needs no network. DIR is outside the tree, or in a folder
+that git ignores, and together with the tracked tree has at most 64 MB.
 
-All that building an extension takes of a Python is its headers: of one that is installed (pythonX.Y-dev, pyenv, uv), or
-those of --headers. Without them, or without nvcc, wheels are packed all the same. Ends with 1 if a wheel could not be
+An extension is built with nothing of a Python but its headers: of one that is installed (pythonX.Y-dev, pyenv, uv), or
+those of --headers. Without them, or without nvcc, only wheels are packed. Ends with 1 if a wheel could not be
 had, if the extension does not compile, or if all is too large.
 """
 
@@ -37,14 +37,14 @@ from packaging.version import Version
 from bench.measure.rows import ROOT, revision
 
 LIMIT_MB = 64
-#: Never packed, and neither is what they need: an image for torch and CUDA has them, and most are large.
+#: Never packed, and neither are their dependencies: an image for torch and CUDA has them, and most are large.
 IN_IMAGE = frozenset({
     "torch", "torchvision", "triton", "timm", "torchdiffeq", "safetensors", "numpy", "pillow", "pyyaml", "scipy",
     "scikit-learn", "matplotlib", "tensorboard", "ninja", "setuptools", "pybind11",
 })  # fmt: skip
 #: Pinned, but imported by nothing that is measured: packed if named.
 OPTIONAL = frozenset({"torch-fidelity"})
-#: Published as source alone, without compiled parts as long as nobody asks for them.
+#: Published as source alone, with compiled parts only on demand.
 SOURCE_ONLY = frozenset({"deepspeed"})
 #: torch's own wheels ask for glibc 2.28.
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
@@ -64,7 +64,7 @@ def pinned(root: Path, named: Iterable[str]) -> list[Requirement]:
 
 
 class Wheels:
-    """The wheels in a folder that will do for a Python on Linux; pip brings what is missing."""
+    """The wheels in a folder for a Python on x86-64 Linux; pip brings those that are missing."""
 
     def __init__(self, folder: Path, python: str):
         self.folder, self.python = folder, python
@@ -97,13 +97,15 @@ class Wheels:
         done = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True,
                               env=os.environ | {"DS_BUILD_OPS": "0"})  # fmt: skip
         if done.returncode:
-            raise RuntimeError(last_error(done.stderr))
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+            errors = [line for line in lines if line.startswith("ERROR: ")] or lines
+            raise RuntimeError(errors[-1].removeprefix("ERROR: "))
         if found := self.find(wanted):
             return found
-        raise RuntimeError(f"what pip made of it is not for Python {self.python} on x86-64 Linux")
+        raise RuntimeError(f"the wheel that pip made is not for Python {self.python} on x86-64 Linux")
 
     def needs(self, wheel: Path, extras: Iterable[str]) -> list[Requirement]:
-        """What a wheel asks for on that machine."""
+        """The dependencies of a wheel on that machine."""
         name, version = wheel.name.split("-")[:2]
         listed = metadata.PathDistribution(ZipPath(wheel, f"{name}-{version}.dist-info/")).requires or []
         environments = [self._environment | {"extra": extra} for extra in ("", *extras)]
@@ -121,14 +123,8 @@ def tested(requirement: Requirement) -> Requirement:
     return Requirement(f"{requirement.name}=={version}")
 
 
-def last_error(printed: str) -> str:
-    """The last line of a program's errors, pip's own if there are some."""
-    lines = [line for line in printed.splitlines() if line.strip()] or ["no reason given"]
-    return ([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: ")
-
-
 def select(wanted: list[Requirement], wheels: Wheels) -> tuple[list[Path], list[str]]:
-    """Wheels of these and of all that they need, and what could not be had, with the reason.
+    """Wheels of these and of all their dependencies, and those that could not be had, with the reason.
 
     The first to ask for a package decides its version: pinned ones come first.
     """
@@ -221,7 +217,7 @@ def check_place(root: Path, target: Path) -> None:
     """Raises ValueError for a folder in which git would see new files."""
     command = ["git", "-C", str(root), "check-ignore", "--quiet", str(target / "wheels")]
     if target.is_relative_to(root) and subprocess.run(command).returncode:
-        raise ValueError(f"DIR is {target}, in the tree; allowed: outside, or what git ignores, such as build/packed")
+        raise ValueError(f"DIR is {target}, in the tree; allowed: outside, or where git ignores files, as in build")
 
 
 def use(root: Path, target: Path, extension: Path | None) -> list[str]:
@@ -259,7 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def pack(root: Path, target: Path, python: str, wanted: list[Requirement], headers: Path | None) -> None:
-    """Fills the folder and prints what is in it; raises RuntimeError where that is not all, or too much."""
+    """Fills the folder and prints its content; raises RuntimeError where a wheel lacks, or it is too large."""
     tree = megabytes(*tracked(root))
     wheels = Wheels(target / "wheels", python)
     wheels.folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Packs what a CUDA machine without a network needs beside this tree, and prints the lines that use it there:
+# Packs wheels and the CUDA extension for a CUDA machine without a network, and prints the lines that install them:
 #
 #     bash bench/pack.sh DIR [--python 3.12] [--with NAME …] [--headers FOLDER]
 #
-# bench/pack.py says what that is. Runs in an environment that has this project's packages: PYTHON, else .venv at the
+# bench/pack.py describes them. Runs in an environment that has this project's packages: PYTHON, else .venv at the
 # root of the tree, else python3.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -200,7 +200,7 @@ def test_the_printed_lines_work_as_they_are(index, tree, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tree/packed"], "tree/packed, in the tree; allowed: outside, or what git ignores"),
+        (["tree/packed"], "tree/packed, in the tree; allowed: outside, or where git ignores files"),
         (["tree"], "in the tree; allowed"),
         (["out", "--with", "ldit-nothing"], "--with ldit-nothing is not pinned in pyproject.toml; allowed: ldit-alpha"),
         (["out", "--headers", "tree"], "which has no Python.h of Python 3.12"),

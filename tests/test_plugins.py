@@ -1,4 +1,4 @@
-"""The pytest plugins for a GPU's tests: what is left out when the time is up, and what happens to a lost device."""
+"""The pytest plugins for a GPU's tests: the time limit, and a lost device."""
 
 import os
 import subprocess

@@ -15,8 +15,8 @@ import kernels
 from kernels.testing import checks as op_checks
 from kernels.testing.cases import Case
 from tests.plugins import memory
-from tests.plugins.items import Subject
 from tests.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved
+from tests.plugins.op_parameters import OpParameters
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
@@ -58,7 +58,7 @@ def test_what_a_test_needs_covers_its_check(op, case, dtype, monkeypatch):
     for check in checks:
         with Peak() as peak:
             check(op, op.backend("reference"), case, dtype, "meta")
-        assert peak.bytes <= needed(Subject(op, case, dtype)) < 60 * GIB
+        assert peak.bytes <= needed(OpParameters(op, case, dtype)) < 60 * GIB
 
 
 def test_parts_of_a_device():
@@ -153,8 +153,8 @@ def overlap(spans: list[tuple[float, float]]) -> bool:
 
 def test_processes_wait_for_the_memory_of_their_tests(tmp_path):
     """XL takes 16 and 14 GB; of a GPU of 24 GiB it has two in turn, of one of 78 GiB at once."""
-    need = needed(Subject(SWIGLU, case_of("XL"), torch.float32))
-    assert 20 * GIB // 2 < need < 20 * GIB and needed(Subject(SWIGLU, case_of("odd"), torch.float32)) < PART
+    need = needed(OpParameters(SWIGLU, case_of("XL"), torch.float32))
+    assert 20 * GIB // 2 < need < 20 * GIB and needed(OpParameters(SWIGLU, case_of("odd"), torch.float32)) < PART
     (tmp_path / "small").mkdir()
     (tmp_path / "large").mkdir()
     printed, spans = run(tmp_path / "small", 24 * GIB, ["XL"], "-n", "2", "--maxschedchunk", "1")

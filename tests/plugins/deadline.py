@@ -2,14 +2,14 @@
 
     pytest -p tests.plugins.deadline --minutes 4 -m gpu …
 
-Tests left out are skips with the reason "the time is up", not failures: they say nothing.
+Tests left out are skips with the reason "the time is up", not failures.
 """
 
 import time
 
 import pytest
 
-from tests.plugins.items import subject
+from tests.plugins.op_parameters import op_parameters
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,8 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    told = getattr(config, "workerinput", {}).get("end")  # in a process of pytest-xdist
-    config.stash[END] = time.monotonic() + 60 * config.getoption("--minutes") if told is None else told
+    end = getattr(config, "workerinput", {}).get("end")  # in a process of pytest-xdist
+    config.stash[END] = time.monotonic() + 60 * config.getoption("--minutes") if end is None else end
 
 
 END = pytest.StashKey[float]()
@@ -26,7 +26,7 @@ END = pytest.StashKey[float]()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node) -> None:
-    """All processes of pytest-xdist have the same end, those too that begin late, in the place of one that died."""
+    """Give all processes of pytest-xdist the same end, also those that begin late in the place of one that died."""
     node.workerinput["end"] = node.config.stash[END]
 
 
@@ -35,10 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def representative(item: pytest.Item) -> bool:
-    """Whether it is about what `bench.ops --quick` measures: the representative case of an op, in bfloat16."""
-    from bench.ops import DTYPES, OpJob  # not before the conftest of the tests, which says how Triton is to be imported
+    """Whether it has the parameters that `bench.ops --quick` measures: an op's representative case, in bfloat16."""
+    from bench.ops import DTYPES, OpJob  # after the conftest, which sets how Triton is imported
 
-    about = subject(item)
+    about = op_parameters(item)
     return about is not None and about.dtype in DTYPES and OpJob(*about).rank == 0
 
 

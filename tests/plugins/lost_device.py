@@ -1,7 +1,7 @@
-"""A pytest plugin for kernels that may break the device for their process: later tests are not failed for it.
+"""A pytest plugin for kernels that break the device for their process: later tests do not fail for it.
 
 After an illegal access CUDA refuses every further call of a process. Under pytest-xdist that process ends here, and
-another one takes the tests that are left; without, the run stops, and says after which test.
+another one takes the tests that are left; without, the run stops and names the test.
 """
 
 import os

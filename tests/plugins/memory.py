@@ -2,8 +2,8 @@
 
     pytest -p tests.plugins.memory -n 8 -m gpu …
 
-What a test of an op takes is known before: it is counted on tensors without memory. Parts of the device's memory are
-files, and a process that holds the lock of one may use that part; the locks of a process go with it.
+The memory of an op's test is counted beforehand, on meta tensors. Parts of the device's memory are files, and a process
+that holds the lock of one may use that part; the locks of a process end with it.
 """
 
 import fcntl
@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.testing.tolerance import as_float64, gradients, outputs, reference
-from tests.plugins.items import Subject, subject
+from tests.plugins.op_parameters import OpParameters, op_parameters
 
 GIB = 1 << 30
 #: Bytes of a part; tests that take less need none.
 PART = 2 * GIB
-#: Bytes that a process has beside them: its CUDA context and kernels, small tests, what torch keeps of their memory.
+#: Bytes of a process beside the parts: its CUDA context and kernels, small tests, and their memory that torch keeps.
 BESIDE = 2 * GIB
 KEPT = 1 * GIB
 #: A check holds the inputs twice, the results in the dtype of the test and the errors of the exact ones beside the
@@ -37,12 +37,12 @@ CHECKED = 2
 
 
 class Peak(TorchDispatchMode):
-    """`bytes` of all tensors made within the context that lived at once, at most."""
+    """`bytes` is the peak of the bytes of all tensors made within the context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self._now = 0
-        self._seen: set[int] = set()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **kwargs or {})
@@ -52,19 +52,19 @@ class Peak(TorchDispatchMode):
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        if storage._cdata not in self._counted:
+            self._counted.add(storage._cdata)
             self._now += storage.nbytes()
             self.bytes = max(self.bytes, self._now)
             weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
-    def _remove(self, which: int, size: int) -> None:
-        self._seen.discard(which)
+    def _remove(self, storage: int, size: int) -> None:
+        self._counted.discard(storage)
         self._now -= size
 
 
 @cache
-def needed(about: Subject) -> int:
+def needed(about: OpParameters) -> int:
     """Bytes that a check of an op takes."""
     op = about.op
     with Peak() as peak:
@@ -80,7 +80,7 @@ def reserved(folder: Path, parts: int, count: int) -> Iterator[None]:
     """Hold so many of the parts of the memory; all, if they are fewer."""
     count = min(parts, count)
     with ExitStack() as held:
-        with _locked(folder / "turn", fcntl.LOCK_EX):  # one waits at a time: no two hold half of what each needs
+        with _locked(folder / "queue", fcntl.LOCK_EX):  # one waits at a time: no two hold half of what each needs
             while count:
                 for number in range(parts):
                     with suppress(BlockingIOError):  # another process has it, or this one
@@ -101,12 +101,12 @@ def _locked(path: Path, how: int) -> Iterator[None]:
 
 
 def parts_of(total: int, processes: int) -> int:
-    """Into how many parts so much memory is cut, beside what each process has anyway; one at least."""
+    """The number of parts of so much memory, beside the bytes that each process has anyway; one at least."""
     return max(1, (total - processes * BESIDE) // PART)
 
 
 def give_back() -> None:
-    """Free what the last test has left: pytest keeps the frames of one that failed, and torch all memory."""
+    """Free the memory of the last test: pytest keeps the frames of one that failed, and torch all memory."""
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         sys.__dict__.pop(name, None)
     gc.collect()
@@ -124,13 +124,13 @@ def pytest_configure_node(node) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    about = subject(item) if item.get_closest_marker("gpu") and torch.cuda.is_available() else None
+    about = op_parameters(item) if item.get_closest_marker("gpu") and torch.cuda.is_available() else None
     count = needed(about) // PART if about is not None else 0
     with ExitStack() as held:
-        told = getattr(item.config, "workerinput", None)
-        if count and told:
-            parts = parts_of(torch.cuda.mem_get_info()[1], told["workercount"])
-            held.enter_context(reserved(Path(told["parts"]), parts, count))
+        worker = getattr(item.config, "workerinput", None)
+        if count and worker:
+            parts = parts_of(torch.cuda.mem_get_info()[1], worker["workercount"])
+            held.enter_context(reserved(Path(worker["parts"]), parts, count))
         result = yield
         if count or (torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT):
             give_back()
