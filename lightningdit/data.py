@@ -57,7 +57,9 @@ class LatentDataset:
     ):
         self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
-            raise LatentsError(f"{self.path} is no directory; data_path holds latents shards, as extract writes them")
+            raise LatentsError(
+                f"{self.path} is not a directory; data_path holds latents shards, as extract writes them"
+            )
         self.manifest: Manifest | None = read_manifest(self.path)
         self.classes = None if self.manifest is None else self.manifest.classes
         self._check_manifest(verify)

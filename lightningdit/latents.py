@@ -141,9 +141,9 @@ def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
     others = sorted({path.name for path in directory.glob("*.safetensors")} - {path.name for path in shards})
     if not shards:
         held = f"; it holds {shortened(others, 5)}" if others else ""
-        raise LatentsError(f"{directory} holds no .safetensors shard called {shard_name(0, 0)} or so{held}")
+        raise LatentsError(f"{directory} holds no .safetensors shard with a name such as {shard_name(0, 0)}{held}")
     if others:
-        log.info("%s: left out %s, not called as shards are", directory, shortened(others, 5))
+        log.info("%s: left out %s, not named as shards are", directory, shortened(others, 5))
     if manifest is None:
         _require_no_gaps(directory, shards)
     return shards
@@ -196,14 +196,14 @@ class LatentStatistics:
             if not value.is_floating_point() or tuple(value.shape) not in ((c,), (1, c), (c, 1, 1), (1, c, 1, 1)):
                 raise LatentsError(
                     f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
-                    f"channels want real numbers [{channels}] or [1, {channels}, 1, 1]"
+                    f"channels take floats [{channels}] or [1, {channels}, 1, 1]"
                 )
         found = cls(mean.float().flatten(), std.float().flatten(), multiplier)
         finite = bool(torch.isfinite(torch.stack([found.mean, found.std])).all())
         if not finite or not bool((found.std > 0).all()) or not 0 < multiplier < math.inf:
             raise LatentsError(
                 f"{source} has mean {found.mean.tolist()}, std {found.std.tolist()}, multiplier "
-                f"{multiplier}: not usable to normalise with"
+                f"{multiplier}: not usable for normalisation"
             )
         return found
 
@@ -248,7 +248,7 @@ class Shard:
                 refuse_placeholders(path, begin + f.read(100))
                 raise LatentsError(f"{path} is truncated: {size:,} bytes do not hold its header")
             if length > MAX_HEADER_BYTES:
-                raise LatentsError(f"{path} is no latents shard: its header has {length:,} bytes")
+                raise LatentsError(f"{path} is not a latents shard: its header has {length:,} bytes")
             text = f.read(length)
         header = _parse_header(path, text)
         if size != (needed := 8 + length + max((entry.data_offsets[1] for entry in header.values()), default=0)):
@@ -265,7 +265,7 @@ class Shard:
             raise LatentsError(f"{path} holds {_describe(entries)}: these do not fit together")
         if any(offset % 4 for offset in offsets.values()):
             found = f"tensors that begin at bytes {offsets}, not at multiples of 4"
-            raise LatentsError(f"{path} has {found}; loaded and saved by safetensors 0.3 or later it will do")
+            raise LatentsError(f"{path} has {found}: load and save it again with safetensors 0.3 or later")
         return cls(path, labels[0], shape[1:], offsets)
 
     def latents(self) -> torch.Tensor:

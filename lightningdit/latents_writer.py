@@ -231,7 +231,7 @@ def _records(directory: Path) -> "list[FinishedShard]":
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
         if record.file != path.name:
-            raise LatentsError(f"{path.with_suffix('.json')} is damaged: it is of {record.file}")
+            raise LatentsError(f"{path.with_suffix('.json')} is damaged: it describes {record.file}")
     return records
 
 
@@ -241,7 +241,9 @@ def _mark_unfinished(directory: Path) -> None:
     if path_exists(marker) or path_exists(directory / MANIFEST_FILE):
         return
     if shards := sorted(directory.glob("*.safetensors")):
-        raise LatentsError(f"{shards[0]} is of no extraction that could go on here: give an empty directory")
+        raise LatentsError(
+            f"{shards[0]} was not written by an extraction that can be resumed here: give an empty directory"
+        )
     write_text(marker, "These latents are being written, or their extraction was interrupted: run it again.\n")
 
 
@@ -283,7 +285,7 @@ def make_statistics(directory: Path) -> dict:
     if path_exists(path):
         raise LatentsError(f"{path} is already there")
     if not directory.is_dir():
-        raise LatentsError(f"{directory} is no directory")
+        raise LatentsError(f"{directory} is not a directory")
     shards = [Shard.read(shard) for shard in shards_of(directory, read_manifest(directory))]
     if len(shapes := {shard.shape for shard in shards}) > 1:
         raise LatentsError(f"{directory} holds latents of shapes {sorted(shapes)}; all of one shape are wanted")

@@ -108,7 +108,7 @@ def read_export(path: Path | str) -> Export:
 
 def _config(source: Path, content: dict) -> ModelConfig:
     try:
-        return ModelConfig.read(content, f"{source} has a config that is none")
+        return ModelConfig.read(content, f"{source} has an invalid model config")
     except SectionError as e:
         raise WeightsError(str(e)) from None
 

@@ -215,7 +215,7 @@ def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypat
         ([], "one of --samples, --originals and --latents, got 0 of them"),
         (["--samples", "a", "--originals", "b"], "one of --samples, --originals and --latents, got 2 of them"),
         (["--samples", "a", "--latents", "b"], "one of --samples, --originals and --latents, got 2 of them"),
-        (["--latents", "{here}/none"], "none is no directory"),
+        (["--latents", "{here}/none"], "none is not a directory"),
         (["--originals", "b"], "either --reconstructions or --tokenizer"),
         (["--samples", "a"], "no reference"),
         (["--samples", "a", "--reference", "b", "--batch-size", "0"], "--batch-size must be at least 1"),

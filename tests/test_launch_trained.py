@@ -87,7 +87,7 @@ def test_statistics_of_other_channels_than_the_networks_are_one_sentence(
     assert main(argv[program]) == 2
     error = capsys.readouterr().err
     shape = [1, channels, 1, 1] if source == "published.pt" else [channels]
-    assert error.startswith(f"error: {named} has mean torch.float32 {shape}; latents of 4 channels want real numbers ")
+    assert error.startswith(f"error: {named} has mean torch.float32 {shape}; latents of 4 channels take floats ")
     assert error.count("\n") == 2 and not list(tmp_path.iterdir())
 
 

@@ -320,7 +320,7 @@ def test_unlisted_and_foreign_shards(latents):
 
 
 def test_no_directory_no_shards_no_checksums(tmp_path):
-    with pytest.raises(LatentsError, match="is no directory"):
+    with pytest.raises(LatentsError, match="is not a directory"):
         LatentDataset(tmp_path / "absent")
     with pytest.raises(LatentsError, match=r"holds no \.safetensors shard"):
         LatentDataset(tmp_path)

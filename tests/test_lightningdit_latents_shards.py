@@ -80,7 +80,7 @@ def test_a_file_of_another_name_is_left_out_and_said(tmp_path, caplog, name, man
     shutil.copy(tmp_path / shard(0, 0), tmp_path / name)
     data = LatentDataset(tmp_path, latent_norm=False, latent_flip=False)
     assert torch.equal(data.batch(torch.zeros(8), torch.arange(8))["x"], x) and len(data) == 8
-    assert "left out " + name.replace("\n", r"\n") + ", not called as shards are" in caplog.text
+    assert "left out " + name.replace("\n", r"\n") + ", not named as shards are" in caplog.text
     (tmp_path / shard(0, 0)).unlink()
     with pytest.raises(LatentsError, match=rf"{shard(0, 0)} is missing"):
         LatentDataset(tmp_path)
@@ -89,7 +89,9 @@ def test_a_file_of_another_name_is_left_out_and_said(tmp_path, caplog, name, man
 @pytest.mark.parametrize("name", OTHERS)
 def test_files_of_other_names_alone_are_no_set(tmp_path, name):
     make_set(tmp_path, [name])
-    with pytest.raises(LatentsError, match=r"holds no \.safetensors shard called latents_rank00_shard000\.safetensors"):
+    with pytest.raises(
+        LatentsError, match=r"holds no \.safetensors shard with a name such as latents_rank00_shard000\.safetensors"
+    ):
         LatentDataset(tmp_path)
 
 

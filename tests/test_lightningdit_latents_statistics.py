@@ -11,7 +11,7 @@ from lightningdit.latents import LatentsError, LatentStatistics, StatisticsRecor
 from lightningdit.latents_writer import make_statistics
 from tests.toy import write_random_latents
 
-WANTED = r"latents of 4 channels want real numbers \[4\] or \[1, 4, 1, 1\]"
+WANTED = r"latents of 4 channels take floats \[4\] or \[1, 4, 1, 1\]"
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_statistics_that_nothing_can_be_divided_by_are_refused(latents, name):
     content = {"mean": torch.zeros(4, dtype=torch.float64), "std": torch.ones(4, dtype=torch.float64)}
     content[key][2] = value
     torch.save(content, latents / "latents_stats.pt")
-    with pytest.raises(LatentsError, match=r"latents_stats\.pt has .*not usable to normalise with"):
+    with pytest.raises(LatentsError, match=r"latents_stats\.pt has .*not usable for normalisation"):
         LatentDataset(latents)
 
 

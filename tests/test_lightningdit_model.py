@@ -328,12 +328,12 @@ def test_layer_norm_of_queries_and_keys(ops):
     q = F.layer_norm(q, (config.head_dim,), attn.q_norm.weight, attn.q_norm.bias, 1e-5)
     k = F.layer_norm(k, (config.head_dim,), attn.k_norm.weight, attn.k_norm.bias, 1e-5)
 
-    def turn(z):
+    def rotate(z):
         pairs = torch.view_as_complex(z.unflatten(-1, (-1, 2)).contiguous())
         angle = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
         return torch.view_as_real(pairs * angle).flatten(-2)
 
-    want = ((turn(q) @ turn(k).transpose(-1, -2)) / config.head_dim**0.5).softmax(-1) @ v
+    want = ((rotate(q) @ rotate(k).transpose(-1, -2)) / config.head_dim**0.5).softmax(-1) @ v
     want = F.linear(want.transpose(1, 2).flatten(2), attn.proj.weight)
     close("QK LayerNorm", attn(x, cos.double(), sin.double()), want, atol=1e-9)
 

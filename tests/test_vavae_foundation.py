@@ -113,14 +113,14 @@ def test_arguments_that_say_no_network_are_refused(arguments, error):
             FoundationConfig(model_name="vit_large_patch14_dinov2.lvd142"),
             "did you mean 'vit_large_patch14_dinov2.lvd142m'",
         ),
-        (FoundationConfig(model_name="resnet18"), "'resnet18' is no plain vision transformer"),
+        (FoundationConfig(model_name="resnet18"), "'resnet18' is not a plain vision transformer"),
         (small_with(embed_dim=191), "model_args .* do not fit vit_tiny_patch16_224"),
         (small_with(class_token=False), "model_args .* do not fit vit_tiny_patch16_224"),
         (
             small(input_size=64),
-            r"input_size 64 gives vit_tiny_patch16_224 \(patch 4\) 16 tokens a side, .* have 8: use 32",
+            r"input_size 64 gives vit_tiny_patch16_224 \(patch 4\) 16 tokens per side, .* have 8: use 32",
         ),
-        (small(input_size=34), r"8.5 tokens a side"),
+        (small(input_size=34), r"8.5 tokens per side"),
     ],
 )
 def test_a_wrong_section_is_named(config, error):

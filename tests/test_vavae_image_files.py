@@ -109,8 +109,8 @@ def test_a_palette_is_looked_up_whatever_is_transparent(tmp_path):
 
 
 WITHOUT_RANGE = {
-    "PFM": (b"Pf 64 3 -1.0\n" + levels(1, "<f4"), "real numbers"),
-    "32-bit TIFF": (tiff(levels(2**32 - 1, "<u4"), 64, 3, bits=32), "numbers of 32 bits"),
+    "PFM": (b"Pf 64 3 -1.0\n" + levels(1, "<f4"), "floats"),
+    "32-bit TIFF": (tiff(levels(2**32 - 1, "<u4"), 64, 3, bits=32), "32-bit integers"),
 }
 SIGNED, REAL, UNDEFINED, COMPLEX_WHOLE, COMPLEX = 2, 3, 4, 5, 6  # of TIFF's tag SampleFormat
 NOT_KNOWN = r"begins with b'(II\*|MM).*none of"  # to Pillow, which says no more
@@ -119,10 +119,10 @@ WITHOUT_RANGE |= {
         tiff(levels(white, dtype) * samples, 64, 3, bits=bits, sample_format=form, order=dtype[0], samples=samples), why
     )
     for form, bits, dtype, white, samples, why in [
-        (SIGNED, 8, "<i1", 127, 1, "with a sign"), (SIGNED, 8, ">i1", 127, 1, "with a sign"),
-        (SIGNED, 16, "<i2", 32767, 1, "with a sign"), (SIGNED, 16, ">i2", 32767, 1, "with a sign"),
-        (SIGNED, 32, "<i4", 2**31 - 1, 1, "with a sign"), (SIGNED, 32, ">i4", 2**31 - 1, 1, "with a sign"),
-        (REAL, 32, "<f4", 1, 1, "real numbers"), (REAL, 32, ">f4", 1, 1, "real numbers"),
+        (SIGNED, 8, "<i1", 127, 1, "signed integers"), (SIGNED, 8, ">i1", 127, 1, "signed integers"),
+        (SIGNED, 16, "<i2", 32767, 1, "signed integers"), (SIGNED, 16, ">i2", 32767, 1, "signed integers"),
+        (SIGNED, 32, "<i4", 2**31 - 1, 1, "signed integers"), (SIGNED, 32, ">i4", 2**31 - 1, 1, "signed integers"),
+        (REAL, 32, "<f4", 1, 1, "floats"), (REAL, 32, ">f4", 1, 1, "floats"),
         (REAL, 16, "<f2", 1, 1, NOT_KNOWN), (REAL, 64, "<f8", 1, 1, NOT_KNOWN), (SIGNED, 64, "<i8", 1, 1, NOT_KNOWN),
         (SIGNED, 8, "<i1", 127, 3, NOT_KNOWN), (SIGNED, 16, ">i2", 32767, 3, NOT_KNOWN),
         (REAL, 32, "<f4", 1, 3, NOT_KNOWN), (UNDEFINED, 8, "<u1", 255, 1, NOT_KNOWN),

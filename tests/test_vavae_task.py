@@ -312,7 +312,7 @@ def test_token_grid_must_be_the_latent_grid(files):
     section = foundation(files, input_size=32)
     data = DataConfig(data_path=str(files / "images"), image_size=16)
     common = {"model": TINY, "loss": LossConfig(**LOSS), "data": data, "ops": OPS, "seed": 0, "global_batch_size": 4}
-    with pytest.raises(ValueError, match=r"input_size 32 .* 16 tokens a side, but the latents have 8"):
+    with pytest.raises(ValueError, match=r"input_size 32 .* 16 tokens per side, but the latents have 8"):
         VavaeTask(foundation=section, **common)
     with pytest.raises(ValueError, match="use_vf is true, but the run has no foundation section"):
         VavaeTask(foundation=None, **common)

@@ -132,7 +132,9 @@ def test_a_failed_load_changes_nothing(tensors):
 
 
 def test_keys_of_no_part_are_named(tensors):
-    with pytest.raises(WeightsError, match=r"w\.pt is no tokenizer: 1 keys belong to no part of one: model\.encoder"):
+    with pytest.raises(
+        WeightsError, match=r"w\.pt is not a tokenizer: 1 keys belong to no part of one: model\.encoder"
+    ):
         split_tokenizer({**tensors, "model.encoder": torch.zeros(1)}, "w.pt")
 
 
@@ -187,8 +189,8 @@ OTHERS = {
     "diffusers": (["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.norm1.weight", "quant_conv.weight"],
                   r"vae\.pt is an AutoencoderKL of diffusers"),
     "diffusers decoder": (["decoder.up_blocks.3.resnets.0.conv1.bias"], r"vae\.pt is an AutoencoderKL of diffusers"),
-    "classifier": (["conv1.weight"], r"vae\.pt is no tokenizer of this layout: it has no encoder\.conv_in\.weight"),
-    "encoder alone": (["encoder.conv_in.weight"], r"vae\.pt (is no tokenizer|has the sizes of no tokenizer)"),
+    "classifier": (["conv1.weight"], r"vae\.pt is not a tokenizer of this layout: it has no encoder\.conv_in\.weight"),
+    "encoder alone": (["encoder.conv_in.weight"], r"vae\.pt (is not|does not have the sizes of) a tokenizer"),
 }  # fmt: skip
 
 
@@ -209,7 +211,7 @@ def test_tensors_of_something_else_are_named(tmp_path, name):
     ("encoder.conv_in.weight", (0, 3, 3, 3)),
 ])  # fmt: skip
 def test_sizes_that_no_tokenizer_has_are_named(tensors, key, shape):
-    with pytest.raises(WeightsError, match=r"vae\.pt has the sizes of no tokenizer"):
+    with pytest.raises(WeightsError, match=r"vae\.pt does not have the sizes of a tokenizer"):
         infer_config({**tensors, key: torch.zeros(shape)}, "vae.pt")
 
 

@@ -162,7 +162,7 @@ def _check_name(name: str) -> None:
     if name not in known:
         raise ValueError(f"foundation.model_name: timm has no {name!r}{nearest(name, known)}")
     if timm.model_entrypoint(architecture).__module__ not in VIT_MODULES:
-        raise ValueError(f"foundation.model_name: {name!r} is no plain vision transformer of timm")
+        raise ValueError(f"foundation.model_name: {name!r} is not a plain vision transformer of timm")
 
 
 def _input_size(config: FoundationConfig, vit: VisionTransformer, grid: int) -> int:
@@ -171,6 +171,6 @@ def _input_size(config: FoundationConfig, vit: VisionTransformer, grid: int) -> 
     if size % patch or size // patch != grid:
         raise ValueError(
             f"foundation.input_size {size} gives {config.model_name} (patch {patch}) {size / patch:g} "
-            f"tokens a side, but the latents have {grid}: use {grid * patch}, or null"
+            f"tokens per side, but the latents have {grid}: use {grid * patch}, or null"
         )
     return size

@@ -41,7 +41,7 @@ _SYSTEM_FILES = frozenset(
 )
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _TIFF_SAMPLE_FORMAT, _UNSIGNED, _SIGNED = 339, 1, 2
-_NO_RANGE = "whose black and white nothing says; save it in 8 or 16 bits without a sign"
+_NO_RANGE = "whose black and white levels are not known; save it as unsigned 8 or 16 bits"
 _FOLDER_LINK, _EMPTY = "link to a folder", "empty file"
 _MAX_PATHS, _MAX_KINDS = 2, 8  # named in a message: paths of a kind, and kinds
 
@@ -59,7 +59,7 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         UnreadableImage: a damaged or empty file, one of another kind, with more pixels than Pillow's limit (179
-            million), of whole numbers with a sign or of 32 bits, or of real numbers; no file at all.
+            million), of signed or 32-bit integers, or of floats; no file at all.
     """
     try:
         with open_regular(path) as file:
@@ -81,12 +81,12 @@ def open_image(path: str | Path) -> Image.Image:
 def _rgb(image: Image.Image) -> Image.Image:
     # Pillow reads signed 8-bit samples as unsigned.
     if isinstance(image, TiffImageFile) and _SIGNED in image.tag_v2.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,)):
-        raise ValueError(f"its pixels are numbers with a sign, {_NO_RANGE}")
+        raise ValueError(f"its pixels are signed integers, {_NO_RANGE}")
     # Pillow decodes 16-bit PPM to 32-bit integers. (Its own conversion clips at 255 whatever the range.)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("I", "F"):
-        numbers = "real numbers" if image.mode == "F" else "numbers of 32 bits"
+        numbers = "floats" if image.mode == "F" else "32-bit integers"
         raise ValueError(f"its pixels are {numbers}, {_NO_RANGE}")
     return image.convert("RGB")
 
@@ -120,7 +120,7 @@ class ImageListing:
         self.root, self.linked = Path(root), 0
         self.left_out: dict[str, list[str]] = defaultdict(list)
         if not self.root.is_dir():
-            raise ValueError(f"data folder {root} {'is no folder' if self.root.exists() else 'does not exist'}")
+            raise ValueError(f"data folder {root} {'is not a folder' if self.root.exists() else 'does not exist'}")
 
     def classes(self) -> tuple[str, ...]:
         """Names of the folders directly inside, sorted as text; what lies beside them is left out.

@@ -25,9 +25,9 @@ def infer_config(tensors: Mapping[str, torch.Tensor], source: str | Path) -> Aut
     try:
         return _config(tensors)
     except KeyError as error:
-        raise WeightsError(f"{source} is no tokenizer of this layout: it has no {error.args[0]}") from None
+        raise WeightsError(f"{source} is not a tokenizer of this layout: it has no {error.args[0]}") from None
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise WeightsError(f"{source} has the sizes of no tokenizer: {error}") from None
+        raise WeightsError(f"{source} does not have the sizes of a tokenizer: {error}") from None
 
 
 def refuse_other_layouts(keys: Mapping[str, torch.Tensor], source: str | Path) -> None:

@@ -69,7 +69,7 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
             unknown.append(key)
     if unknown:
         raise WeightsError(
-            f"{source} is no tokenizer: {len(unknown)} keys belong to no part of one: {', '.join(unknown[:5])}"
+            f"{source} is not a tokenizer: {len(unknown)} keys belong to no part of one: {', '.join(unknown[:5])}"
         )
     return TokenizerWeights(autoencoder, discriminator, dict(dropped))
 
@@ -149,7 +149,7 @@ def read_export_config(path: str | Path) -> AutoencoderConfig:
     require_kind(beside, "vavae")
     facts = read_record(beside, ExportFacts)
     try:
-        return AutoencoderConfig.read(facts.config, f"{beside} has a config that is none")
+        return AutoencoderConfig.read(facts.config, f"{beside} has an invalid model config")
     except SectionError as e:
         raise WeightsError(str(e)) from None
 
