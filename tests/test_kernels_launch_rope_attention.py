@@ -18,7 +18,7 @@ from kernels.rope_attention.triton_impl import (
     BACKEND,
     CONFIGS,
     LaunchConfig,
-    blocks,
+    column_tiles,
     dkdv_config,
     dq_config,
     forward_config,
@@ -37,17 +37,17 @@ def power_of_two(n: int) -> bool:
 
 
 @pytest.mark.parametrize("width", range(1, 129))
-def test_blocks_cover_a_head_with_little_padding(width):
-    main, rest = blocks(width)
+def test_column_tiles_cover_a_head_with_little_padding(width):
+    main, rest = column_tiles(width)
     assert power_of_two(main) and (rest == 0 or power_of_two(rest)) and rest <= main
     assert main + rest >= width and main >= 16 and (rest == 0 or rest >= 16)
     assert rest == 0 or main < width
     assert main + rest - width < 16 or main + rest <= 1.5 * width or width < 16
 
 
-def test_blocks_of_the_models():
+def test_column_tiles_of_the_models():
     wanted = {64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
-    assert {width: blocks(width) for width in wanted} == wanted
+    assert {width: column_tiles(width) for width in wanted} == wanted
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -56,16 +56,16 @@ def test_configurations_are_ones_that_triton_takes(config):
     assert config.registers is None or config.registers % 8 == 0
 
 
-def test_residents_fit_shared_memory_and_multiply_with_wgmma():
+def test_keys_in_smem_fit_shared_memory_and_multiply_with_wgmma():
     for tokens, width, dtype, normed, arch in LIMITS:
         for kind, choose in (("fwd", forward_config), ("dq", dq_config), ("dkdv", dkdv_config)):
             config = choose(tokens, width, dtype, normed, arch)
             assert config in CONFIGS.values()
             rows = config.keys if kind == "dkdv" else config.queries  # of the products' left factors
             assert arch < 90 or dtype == torch.float32 or rows * 4 >= config.warps * 64 or rows == 64
-            if config.resident:
+            if config.keys_in_smem:
                 other = config.queries if kind == "dkdv" else config.keys
-                held = -(-tokens // other) * other * 2 * sum(blocks(width)) * dtype.itemsize
+                held = -(-tokens // other) * other * 2 * sum(column_tiles(width)) * dtype.itemsize
                 assert 2 * (held + 20 * 1024) <= SHARED[arch], f"{config} does not leave two programs for a processor"
 
 
@@ -90,10 +90,10 @@ def test_launches_cover_every_row_once(tokens, dtype, arch):
         rows = one.options["BK" if "dkdv" in one.kernel.__name__ else "BQ"]
         held = one.options["BQ" if "dkdv" in one.kernel.__name__ else "BK"]
         parts = one.grid[0] // 6
-        resident = one.options.get("BLOCKS", 0)
+        held_blocks = one.options.get("BLOCKS", 0)
         tiles = -(-tokens // rows)
-        assert one.grid == (6 * (1 if resident else tiles),) and parts * (tiles if resident else 1) == tiles
-        assert not resident or (resident - 1) * held < tokens <= resident * held
+        assert one.grid == (6 * (1 if held_blocks else tiles),) and parts * (tiles if held_blocks else 1) == tiles
+        assert not held_blocks or (held_blocks - 1) * held < tokens <= held_blocks * held
         assert one.options["RAGGED_Q"] == (tokens % one.options["BQ"] != 0)
         assert one.options["RAGGED_K"] == (tokens % one.options["BK"] != 0)
 
@@ -153,8 +153,8 @@ def forced(monkeypatch, **configs: LaunchConfig) -> None:
         monkeypatch.setattr(f"kernels.rope_attention.triton_impl.{name}", lambda *_, config=config: config)
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_other_configurations_compute_the_same(resident, monkeypatch):
+@pytest.mark.parametrize("keys_in_smem", [False, True])
+def test_other_configurations_compute_the_same(keys_in_smem, monkeypatch):
     """Every configuration is a number to edit: both loops, several tiles, ragged ones, in float32."""
     case = next(case for case in OP.cases if case.id == "width_72")
     inputs = case.inputs(torch.float32)
@@ -162,9 +162,9 @@ def test_other_configurations_compute_the_same(resident, monkeypatch):
     exact = gradients(OP, reference(OP), as_float64(inputs), as_float64(upstream), keep=True)
     forced(
         monkeypatch,
-        forward_config=LaunchConfig(16, 32, 4, resident=resident),
-        dq_config=LaunchConfig(16, 16, 4, resident=resident),
-        dkdv_config=LaunchConfig(16, 16, 4, resident=resident),
+        forward_config=LaunchConfig(16, 32, 4, keys_in_smem=keys_in_smem),
+        dq_config=LaunchConfig(16, 16, 4, keys_in_smem=keys_in_smem),
+        dkdv_config=LaunchConfig(16, 16, 4, keys_in_smem=keys_in_smem),
     )
     got = gradients(OP, OP.bind(BACKEND), inputs, upstream, keep=True)
     for name, want in exact.items():

@@ -27,7 +27,7 @@ EXPECTATIONS = Expectations(
     ),
     triton_launches=(1, 4),  # backward, the third and fourth for the weights of QK norm and for the bias
     triton={
-        "rope_attention_fwd_resident_kernel": TritonLimits(
+        "rope_attention_fwd_keys_in_smem_kernel": TritonLimits(
             registers=255, shared_bytes=88 * 1024, wgmma=True, loads_128_bits=True
         ),
         "rope_attention_fwd_kernel": TritonLimits(

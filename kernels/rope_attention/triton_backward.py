@@ -1,30 +1,37 @@
-"""The backward kernels of `rope_attention`: dq and delta, then dk and dv, then sums over all tiles.
+"""The backward kernels of `rope_attention`. Letters and shapes: see `triton_common`.
 
-No program adds to what another one writes, so there are no atomics; seven matrix products instead of five are the
-price. Queries past the end have an infinite log-sum-exp, so weights of 0: they add nothing to dk and dv.
+With S, P and out as in `triton_forward` and dO the gradient of out:
 
-The gradients of the norms' weights and of the bias are sums over tokens, of which a tile writes its part: rows `[D]` at
-`[samples, tiles, heads]`, so that a weight, which all heads share, adds up rows of D, and the bias rows of heads · D.
-That of the values' bias is the sum of the upstream gradient, because the weights of each query sum to 1.
+    delta = Σ over D of out · dO              [N]
+    P  = 2^(S − lse)                          [N, N], made again block by block
+    dP = dO · vᵀ,  dS = P · (dP − delta)      [N, N]
+    dv = Pᵀ · dO,  dq = dS · k / sqrt(D),  dk = dSᵀ · q / sqrt(D)
+
+then dq and dk go back through RoPE and norm. One kernel makes dq and delta, one dk and dv, one adds up partial sums. No
+program adds to what another one writes, so there are no atomics; seven matrix products instead of five are the price.
+Queries past the end have an infinite lse, so P is 0: they add nothing to dk and dv.
+
+The gradients of the norms' weights and of the bias are sums over tokens, of which each block of rows writes its part:
+rows `[D]` at `[B, blocks, H]`, so that a weight, which all heads share, adds up rows of D, and the bias rows of H · D.
+That of the values' bias is the sum of dO, because each row of P sums to 1.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.rope_attention.triton_forward import (
-    accumulate,
-    hide_beyond,
-    inverse_rms,
-    load,
+from kernels.rope_attention.triton_common import (
+    apply_rope_rows,
+    dot_acc,
+    dot_nt,
     load_biased,
-    load_head,
-    load_turned,
+    load_qk,
+    load_rows,
     load_vector,
-    outer,
-    own_head,
-    packed_rows,
-    store,
-    turn,
+    mask_scores,
+    program_coordinates,
+    qkv_pointers,
+    rstd,
+    store_rows,
     zeros,
 )
 
@@ -32,461 +39,342 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def store_turned_back(
-    d_first, d_rest, base, into, stride, into_stride, limit, table, weight, bias, dw_partial, db_partial, eps,
-    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr,
-    BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED: tl.constexpr,
+def store_qk_gradient(
+    dx, ptr, dx_ptr, stride_n, dx_stride_n, remaining, table_ptr, weight_ptr, bias_ptr, dw_ptr, db_ptr, eps,
+    D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Take the gradient of the rows that `load_turned` gave back through rotation and norm, and store it.
+    """Take the gradient dx [R, D] of what `load_qk` returned back through RoPE and norm, and store it.
 
-    `dw_partial`, `db_partial`: where the gradients of `weight` and `bias` from these rows go, `D` float32 each.
+    With x̂ = x · rstd and dy the gradient behind the norm: dw = Σ over rows of dy · x̂, and
+
+        dx = (g − x̂ · mean(g · x̂)) · rstd,  g = dy · weight
+
+    Args:
+        ptr, dx_ptr: of the rows that were loaded, and of where their gradient goes.
+        dw_ptr, db_ptr: where these rows' parts of the gradients of weight and bias go, [D] float32; db_ptr may be None.
     """
-    ROWS: tl.constexpr = d_first.shape[0]
-    if BIASED and RAGGED:  # rows past the end hold the bias
-        exists = tl.arange(0, ROWS)[:, None] < limit
-        d_first = tl.where(exists, d_first, 0.0)
-        d_rest = tl.where(exists, d_rest, 0.0)
-    if ROPE:
-        d_first = turn(d_first, load(table, D, limit, ROWS, 0, MAIN, D, RAGGED), True)
+    R: tl.constexpr = dx[0].shape[0]
+    main, rest = dx  # [R, D]
+    if bias_ptr is not None and RAGGED:  # rows past the end hold the bias
+        exists = tl.arange(0, R)[:, None] < remaining  # [R, 1]
+        main = tl.where(exists, main, 0.0)  # [R, MAIN]
+        rest = tl.where(exists, rest, 0.0)  # [R, REST]
+    if table_ptr is not None:
+        main, rest = apply_rope_rows(  # [R, D]
+            (main, rest), table_ptr, remaining, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED, INVERSE=True
+        )
+    if weight_ptr is not None:
+        x = load_biased(ptr, stride_n, remaining, bias_ptr, R=R, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED)  # [R, D]
+        scale = rstd(x, eps, D, REST)  # [R, 1]
+        x_hat = x[0] * scale, x[1] * scale  # [R, D]
+        store_columns(dw_ptr, tl.sum(main * x_hat[0], axis=0), 0, D)
+        main *= load_vector(weight_ptr, 0, MAIN, D)  # [R, MAIN]
+        along = tl.sum(main * x_hat[0], axis=1)  # [R]
         if REST:
-            d_rest = turn(d_rest, load(table, D, limit, ROWS, MAIN, REST, D, RAGGED), True)
-    if NORM:
-        first, rest = load_biased(base, stride, limit, bias, ROWS, D, MAIN, REST, BIASED, RAGGED)
-        inverse = inverse_rms(first, rest, eps, D, REST)[:, None]
-        first, rest = first * inverse, rest * inverse
-        store_columns(dw_partial, tl.sum(d_first * first, axis=0), 0, D)
-        d_first *= load_vector(weight, 0, MAIN, D)[None, :]
-        along = tl.sum(d_first * first, axis=1)
+            store_columns(dw_ptr, tl.sum(rest * x_hat[1], axis=0), MAIN, D)
+            rest *= load_vector(weight_ptr, MAIN, REST, D)  # [R, REST]
+            along += tl.sum(rest * x_hat[1], axis=1)  # [R]
+        along = along[:, None] / D  # [R, 1]
+        main = (main - x_hat[0] * along) * scale  # [R, MAIN]
         if REST:
-            store_columns(dw_partial, tl.sum(d_rest * rest, axis=0), MAIN, D)
-            d_rest *= load_vector(weight, MAIN, REST, D)[None, :]
-            along += tl.sum(d_rest * rest, axis=1)
-        along = along[:, None] / D
-        d_first = (d_first - first * along) * inverse
-        if REST:
-            d_rest = (d_rest - rest * along) * inverse
-    store(into, into_stride, limit, d_first, 0, D, RAGGED)
+            rest = (rest - x_hat[1] * along) * scale  # [R, REST]
+    store_rows(dx_ptr, dx_stride_n, remaining, (main, rest), D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED)
+    if db_ptr is not None:
+        store_column_sums(db_ptr, (main, rest), D, MAIN, REST)
+
+
+@triton.jit
+def store_column_sums(ptr, x, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Store the sums [D] over the rows of x [R, D], in float32."""
+    store_columns(ptr, tl.sum(x[0].to(tl.float32), axis=0), 0, D)
     if REST:
-        store(into, into_stride, limit, d_rest, MAIN, D, RAGGED)
-    if SUMMED:
-        store_column_sums(db_partial, d_first, d_rest, D, MAIN, REST)
+        store_columns(ptr, tl.sum(x[1].to(tl.float32), axis=0), MAIN, D)
 
 
 @triton.jit
-def store_column_sums(into, first, rest, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr):
-    store_columns(into, tl.sum(first.to(tl.float32), axis=0), 0, D)
-    if REST:
-        store_columns(into, tl.sum(rest.to(tl.float32), axis=0), MAIN, D)
+def store_columns(ptr, vector, FIRST: tl.constexpr, D: tl.constexpr):
+    """Store a vector [C] from column FIRST on, as far as column D."""
+    cols = FIRST + tl.arange(0, vector.shape[0])  # [C]
+    tl.store(ptr + cols, vector, mask=cols < D)
 
 
 @triton.jit
-def store_columns(base, values, FIRST: tl.constexpr, D: tl.constexpr):
-    cols = FIRST + tl.arange(0, values.shape[0])
-    tl.store(base + cols, values, mask=cols < D)
+def partial_delta(out, do, bias_ptr, FIRST: tl.constexpr, D: tl.constexpr):
+    """Σ (out − bias) · dO over the columns of one tile, [BQ], of out and do [BQ, C].
+
+    dP is made of values without their bias, so it has to go from out as well.
+    """
+    out = out.to(tl.float32)  # [BQ, C]
+    if bias_ptr is not None:
+        out -= load_vector(bias_ptr, FIRST, out.shape[1], D)  # [BQ, C]
+    return tl.sum(out * do.to(tl.float32), axis=1)  # [BQ]
 
 
 @triton.jit
-def row_sums(out, grad, bias, FIRST: tl.constexpr, D: tl.constexpr, BIASED: tl.constexpr):
-    """Σ (out − bias) · grad of each row: the values stand without their bias in the products, so it goes from here."""
-    out = out.to(tl.float32)
-    if BIASED:
-        out -= load_vector(bias, FIRST, out.shape[1], D)[None, :]
-    return tl.sum(out * grad.to(tl.float32), axis=1)
+def update_dq(q, k, v, do, lse, delta, dq, remaining, scale_log2, REST: tl.constexpr, RAGGED: tl.constexpr):
+    """dq + dS · k, for one block of keys, of which `remaining` exist; the factor 1 / sqrt(D) comes later.
 
-
-@triton.jit
-def add_to_dq(
-    q,
-    q_rest,
-    do,
-    do_rest,
-    top,
-    dot,
-    k,
-    k_rest,
-    v,
-    v_rest,
-    dq,
-    dq_rest,
-    left,
-    scale,
-    REST: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """What one more block of keys, of which `left` exist, adds to the gradient of a tile of turned queries."""
-    scores = outer(q, q_rest, k, k_rest, REST)
+    Args:
+        q, do [BQ, D]; k, v [BK, D]; lse, delta [BQ]; dq [BQ, D] float32.
+    """
+    scores = dot_nt(q, k, REST)  # [BQ, BK]
     if RAGGED:
-        scores = hide_beyond(scores, left)
-    weights = tl.exp2(scores * scale - top[:, None])
-    d_scores = weights * (outer(do, do_rest, v, v_rest, REST) - dot[:, None])
-    return accumulate(d_scores.to(k.dtype), k, k_rest, dq, dq_rest, REST)
+        scores = mask_scores(scores, remaining)  # [BQ, BK]
+    p = tl.exp2(scores * scale_log2 - lse[:, None])  # [BQ, BK]
+    ds = p * (dot_nt(do, v, REST) - delta[:, None])  # [BQ, BK]
+    return dot_acc(ds.to(k[0].dtype), k, dq, REST)  # [BQ, D]
 
 
 @triton.jit
-def add_to_dk_dv(
-    q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, scale, REST: tl.constexpr
-):
-    """What one more tile of queries adds to the gradients of a block of turned keys and of values.
+def update_dkdv(q, k, v, do, lse, delta, dk, dv, scale_log2, REST: tl.constexpr):
+    """dk + dSᵀ · q and dv + Pᵀ · dO, for one block of queries; the factor 1 / sqrt(D) of dk comes later.
 
-    Scores stand transposed, keys by queries: so they multiply from registers, and only queries go to shared memory.
+    Scores are made transposed, keys by queries: so they multiply from registers, and only queries go to shared memory.
+
+    Args:
+        q, do [BQ, D]; k, v [BK, D]; lse, delta [BQ]; dk, dv [BK, D] float32.
     """
-    weights = tl.exp2(outer(k, k_rest, q, q_rest, REST) * scale - top[None, :])
-    dv, dv_rest = accumulate(weights.to(v.dtype), do, do_rest, dv, dv_rest, REST)
-    d_scores = weights * (outer(v, v_rest, do, do_rest, REST) - dot[None, :])
-    dk, dk_rest = accumulate(d_scores.to(k.dtype), q, q_rest, dk, dk_rest, REST)
-    return dk, dk_rest, dv, dv_rest
+    p_t = tl.exp2(dot_nt(k, q, REST) * scale_log2 - lse[None, :])  # [BK, BQ]
+    dv = dot_acc(p_t.to(v[0].dtype), do, dv, REST)  # [BK, D]
+    ds_t = p_t * (dot_nt(v, do, REST) - delta[None, :])  # [BK, BQ]
+    dk = dot_acc(ds_t.to(k[0].dtype), q, dk, REST)  # [BK, D]
+    return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
+@triton.jit(do_not_specialize=["N", "programs", "tiles"])
 def rope_attention_bwd_dq_kernel(
-    grad, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, dw_partial, db_partial, eps, scale, tokens,
-    parts, tiles,
-    grad_b, stride_b, stride_3, stride_h,
-    grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-    REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    do_ptr, qkv_ptr, out_ptr, lse_ptr, table_ptr, q_weight_ptr, k_weight_ptr, bias_ptr, dqkv_ptr, delta_ptr,
+    dw_partial_ptr, db_partial_ptr, eps, scale_log2, N, programs, tiles, do_stride_b, stride_b, stride_3, stride_h,
+    do_stride_n: tl.constexpr, stride_n: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Each program: dq and delta = Σ out·grad of `tiles` tiles of `BQ` queries.
+    """Each program: dq and delta of `tiles` blocks of BQ queries.
 
-    The keys of the head stay in shared memory, in `BLOCKS` blocks of `BK`; or pass by for every tile if that is 0.
-    `dw_partial` [samples, tiles, heads, D]: parts of the gradient of `q_weight`; `db_partial` [2, …]: of the bias of
-    queries and of values.
+    The keys of the head stay in shared memory, as BLOCKS blocks of BK; or stream by for every block of queries where
+    BLOCKS is 0.
+
+    Args:
+        do_ptr, out_ptr [B, N, H, D]; qkv_ptr, dqkv_ptr [B, N, 3, H, D]; lse_ptr, delta_ptr [B, H, N] float32.
+        dw_partial_ptr [B, blocks, H, D] float32: parts of the gradient of q_weight; None without norms.
+        db_partial_ptr [2, B, blocks, H, D] float32: of the bias of queries and of values; None if not asked for.
     """
-    part, head, sample = own_head(parts, heads)
-    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
-    cols: tl.constexpr = heads * D
-    q_bias = bias + head * D if BIASED else bias
-    k_bias = q_bias + cols if BIASED else bias
-    v_bias = q_bias + 2 * cols if BIASED else bias
-    grad += sample * grad_b + head * D
-    out += sample * tokens * cols + head * D
-    dqkv += sample * tokens * 3 * cols + head * D
-    lse += (sample * heads + head) * tokens
-    delta += (sample * heads + head) * tokens
-    rows = tl.arange(0, BQ)
-    ks = ()
-    vs = ()
+    pid, head, sample = program_coordinates(programs, H)
+    q_ptr, k_ptr, v_ptr = qkv_pointers(
+        qkv_ptr, sample=sample, head=head, stride_b=stride_b, stride_3=stride_3, stride_h=stride_h, ALIGNED=ALIGNED
+    )
+    ROW: tl.constexpr = H * D
+    q_bias_ptr = bias_ptr + head * D if bias_ptr is not None else None
+    k_bias_ptr = q_bias_ptr + ROW if bias_ptr is not None else None
+    v_bias_ptr = q_bias_ptr + 2 * ROW if bias_ptr is not None else None
+    do_ptr += sample * do_stride_b + head * D
+    out_ptr += sample * N * ROW + head * D
+    dqkv_ptr += sample * N * 3 * ROW + head * D
+    lse_ptr += (sample * H + head) * N
+    delta_ptr += (sample * H + head) * N
+    rows = tl.arange(0, BQ)  # [BQ]
+
+    ks = ()  # BLOCKS of [BK, D]
+    vs = ()  # BLOCKS of [BK, D]
     for i in tl.static_range(BLOCKS):
-        left = tokens - i * BK
-        ks += (
-            load_turned(
-                keys + tl.cast(i * BK, tl.int64) * stride_n,
-                stride_n,
-                left,
-                table + i * BK * D if ROPE else table,
-                k_weight,
-                k_bias,
-                eps,
-                BK,
-                D,
-                MAIN,
-                REST,
-                ROPE,
-                NORM,
-                BIASED,
-                RAGGED_K,
-            ),
+        row, remaining = tl.cast(i * BK, tl.int64), N - i * BK
+        k_rows_ptr = k_ptr + row * stride_n
+        k_table_ptr = table_ptr + i * BK * D if table_ptr is not None else None
+        k = load_qk(  # [BK, D]
+            k_rows_ptr, stride_n, remaining, k_table_ptr,
+            k_weight_ptr, k_bias_ptr, eps, R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K,
+        )  # fmt: skip
+        v = load_rows(  # [BK, D]
+            v_ptr + row * stride_n, stride_n, remaining, R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K
         )
-        vs += (load_head(values + tl.cast(i * BK, tl.int64) * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K),)
-    for start in tl.range(part * tiles * BQ, tl.minimum((part + 1) * tiles * BQ, tokens), BQ, disable_licm=True):
-        at, left = tl.cast(start, tl.int64), tokens - start
-        here = table + at * D if ROPE else table
-        tile = (sample * parts * tiles + start // BQ) * cols + head * D
-        into_weight = dw_partial + tile if NORM else dw_partial
-        into_bias = db_partial + tile if SUMMED else db_partial
-        do, do_rest = load_head(grad + at * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q)
-        if SUMMED:
-            of_values = into_bias + tl.num_programs(0).to(tl.int64) * tiles * D
-            store_column_sums(of_values, do, do_rest, D, MAIN, REST)
-        o, o_rest = load_head(out + at * cols, cols, left, BQ, D, MAIN, REST, RAGGED_Q)
-        dot = row_sums(o, do, v_bias, 0, D, BIASED)
+        ks += (k,)
+        vs += (v,)
+    for q_start in tl.range(pid * tiles * BQ, tl.minimum((pid + 1) * tiles * BQ, N), BQ, disable_licm=True):
+        q_row, q_remaining = tl.cast(q_start, tl.int64), N - q_start
+        q_table_ptr = table_ptr + q_row * D if table_ptr is not None else None
+        part = (sample * programs * tiles + q_start // BQ) * ROW + head * D
+        dw_ptr = dw_partial_ptr + part if dw_partial_ptr is not None else None
+        db_ptr = db_partial_ptr + part if db_partial_ptr is not None else None
+        do = load_rows(  # [BQ, D]
+            do_ptr + q_row * do_stride_n, do_stride_n, q_remaining, R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q
+        )
+        if db_ptr is not None:
+            store_column_sums(db_ptr + tl.num_programs(0).to(tl.int64) * tiles * D, do, D, MAIN, REST)
+        out = load_rows(  # [BQ, D]
+            out_ptr + q_row * ROW, ROW, q_remaining, R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q
+        )
+        delta = partial_delta(out[0], do[0], v_bias_ptr, 0, D)  # [BQ]
         if REST:
-            dot += row_sums(o_rest, do_rest, v_bias, MAIN, D, BIASED)
-        tl.store(delta + at + rows, dot, mask=rows < left)
-        top = tl.load(lse + at + rows, mask=rows < left, other=float("inf"))
-        q, q_rest = load_turned(
-            queries + at * stride_n,
-            stride_n,
-            left,
-            here,
-            q_weight,
-            q_bias,
-            eps,
-            BQ,
-            D,
-            MAIN,
-            REST,
-            ROPE,
-            NORM,
-            BIASED,
-            RAGGED_Q,
-        )
-        dq, dq_rest = zeros(BQ, MAIN, REST)
+            delta += partial_delta(out[1], do[1], v_bias_ptr, MAIN, D)  # [BQ]
+        tl.store(delta_ptr + q_row + rows, delta, mask=rows < q_remaining)
+        lse = tl.load(lse_ptr + q_row + rows, mask=rows < q_remaining, other=float("inf"))  # [BQ]
+        q = load_qk(  # [BQ, D]
+            q_ptr + q_row * stride_n, stride_n, q_remaining, q_table_ptr, q_weight_ptr, q_bias_ptr, eps,
+            R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
+        )  # fmt: skip
+        dq = zeros(BQ, MAIN, REST)  # [BQ, D]
         for i in tl.static_range(BLOCKS):
-            dq, dq_rest = add_to_dq(
-                q,
-                q_rest,
-                do,
-                do_rest,
-                top,
-                dot,
-                ks[i][0],
-                ks[i][1],
-                vs[i][0],
-                vs[i][1],
-                dq,
-                dq_rest,
-                tokens - i * BK,
-                scale,
-                REST,
-                RAGGED_K and i == BLOCKS - 1,
-            )
+            dq = update_dq(  # [BQ, D]
+                q, k=ks[i], v=vs[i], do=do, lse=lse, delta=delta, dq=dq,
+                remaining=N - i * BK, scale_log2=scale_log2, REST=REST, RAGGED=RAGGED_K and i == BLOCKS - 1,
+            )  # fmt: skip
         if BLOCKS == 0:
-            for first in tl.range(0, tokens, BK, disable_licm=True):
-                row = tl.cast(first, tl.int64)
-                k, k_rest = load_turned(
-                    keys + row * stride_n,
-                    stride_n,
-                    tokens - first,
-                    table + row * D if ROPE else table,
-                    k_weight,
-                    k_bias,
-                    eps,
-                    BK,
-                    D,
-                    MAIN,
-                    REST,
-                    ROPE,
-                    NORM,
-                    BIASED,
-                    RAGGED_K,
+            for k_start in tl.range(0, N, BK, disable_licm=True):
+                k_row, k_remaining = tl.cast(k_start, tl.int64), N - k_start
+                k_rows_ptr = k_ptr + k_row * stride_n
+                k_table_ptr = table_ptr + k_row * D if table_ptr is not None else None
+                k = load_qk(  # [BK, D]
+                    k_rows_ptr, stride_n, k_remaining, k_table_ptr,
+                    k_weight_ptr, k_bias_ptr, eps, R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K,
+                )  # fmt: skip
+                v = load_rows(  # [BK, D]
+                    v_ptr + k_row * stride_n, stride_n, k_remaining, R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K
                 )
-                v, v_rest = load_head(values + row * stride_n, stride_n, tokens - first, BK, D, MAIN, REST, RAGGED_K)
-                dq, dq_rest = add_to_dq(
-                    q,
-                    q_rest,
-                    do,
-                    do_rest,
-                    top,
-                    dot,
-                    k,
-                    k_rest,
-                    v,
-                    v_rest,
-                    dq,
-                    dq_rest,
-                    tokens - first,
-                    scale,
-                    REST,
-                    RAGGED_K,
-                )
-        natural = scale * LN_2
-        if NORM or SUMMED:
+                dq = update_dq(  # [BQ, D]
+                    q, k=k, v=v, do=do, lse=lse, delta=delta, dq=dq,
+                    remaining=k_remaining, scale_log2=scale_log2, REST=REST, RAGGED=RAGGED_K,
+                )  # fmt: skip
+        softmax_scale = scale_log2 * LN_2
+        if q_weight_ptr is not None or db_ptr is not None:
             tl.debug_barrier()  # else what the way back needs is loaded before, and registers spill
-        store_turned_back(
-            dq * natural,
-            dq_rest * natural,
-            queries + at * stride_n,
-            dqkv + at * 3 * cols,
-            stride_n,
-            3 * cols,
-            left,
-            here,
-            q_weight,
-            q_bias,
-            into_weight,
-            into_bias,
-            eps,
-            D,
-            MAIN,
-            REST,
-            ROPE,
-            NORM,
-            BIASED,
-            SUMMED,
-            RAGGED_Q,
-        )
+        store_qk_gradient(
+            dx=(dq[0] * softmax_scale, dq[1] * softmax_scale), ptr=q_ptr + q_row * stride_n,
+            dx_ptr=dqkv_ptr + q_row * 3 * ROW, stride_n=stride_n, dx_stride_n=3 * ROW, remaining=q_remaining,
+            table_ptr=q_table_ptr, weight_ptr=q_weight_ptr, bias_ptr=q_bias_ptr, dw_ptr=dw_ptr, db_ptr=db_ptr, eps=eps,
+            D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "parts", "tiles"])
+@triton.jit(do_not_specialize=["N", "programs", "tiles"])
 def rope_attention_bwd_dkdv_kernel(
-    grad, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, dw_partial, db_partial, eps, scale, tokens, parts,
-    tiles,
-    grad_b, stride_b, stride_3, stride_h,
-    grad_n: tl.constexpr, stride_n: tl.constexpr, heads: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr,
-    REST: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, ROPE: tl.constexpr,
-    NORM: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    do_ptr, qkv_ptr, lse_ptr, delta_ptr, table_ptr, q_weight_ptr, k_weight_ptr, bias_ptr, dqkv_ptr,
+    dw_partial_ptr, db_partial_ptr, eps, scale_log2, N, programs, tiles, do_stride_b, stride_b, stride_3, stride_h,
+    do_stride_n: tl.constexpr, stride_n: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Each program: dk and dv of `tiles` tiles of `BK` keys.
+    """Each program: dk and dv of `tiles` blocks of BK keys.
 
-    The queries of the head and their upstream gradients stay in shared memory, in `BLOCKS` blocks of `BQ`; or pass by
-    for every tile if that is 0. `dw_partial`, `db_partial` [samples, tiles, heads, D]: parts of the gradients of
-    `k_weight` and of the bias of keys.
+    The queries of the head and their dO stay in shared memory, as BLOCKS blocks of BQ; or stream by for every block of
+    keys where BLOCKS is 0.
+
+    Args:
+        do_ptr [B, N, H, D]; qkv_ptr, dqkv_ptr [B, N, 3, H, D]; lse_ptr, delta_ptr [B, H, N] float32.
+        dw_partial_ptr, db_partial_ptr [B, blocks, H, D] float32: parts of the gradients of k_weight and of the bias of
+        keys; None without norms, and if not asked for.
     """
-    part, head, sample = own_head(parts, heads)
-    queries, keys, values = packed_rows(qkv, sample, head, stride_b, stride_3, stride_h, ALIGNED)
-    cols: tl.constexpr = heads * D
-    q_bias = bias + head * D if BIASED else bias
-    k_bias = q_bias + cols if BIASED else bias
-    grad += sample * grad_b + head * D
-    dqkv += (sample * tokens * 3 + 1) * cols + head * D
-    lse += (sample * heads + head) * tokens
-    delta += (sample * heads + head) * tokens
-    rows = tl.arange(0, BQ)
-    qs = ()
-    dos = ()
+    pid, head, sample = program_coordinates(programs, H)
+    q_ptr, k_ptr, v_ptr = qkv_pointers(
+        qkv_ptr, sample=sample, head=head, stride_b=stride_b, stride_3=stride_3, stride_h=stride_h, ALIGNED=ALIGNED
+    )
+    ROW: tl.constexpr = H * D
+    q_bias_ptr = bias_ptr + head * D if bias_ptr is not None else None
+    k_bias_ptr = q_bias_ptr + ROW if bias_ptr is not None else None
+    do_ptr += sample * do_stride_b + head * D
+    dqkv_ptr += (sample * N * 3 + 1) * ROW + head * D
+    lse_ptr += (sample * H + head) * N
+    delta_ptr += (sample * H + head) * N
+    rows = tl.arange(0, BQ)  # [BQ]
+
+    qs = ()  # BLOCKS of [BQ, D]
+    dos = ()  # BLOCKS of [BQ, D]
     for i in tl.static_range(BLOCKS):
-        left = tokens - i * BQ
-        qs += (
-            load_turned(
-                queries + tl.cast(i * BQ, tl.int64) * stride_n,
-                stride_n,
-                left,
-                table + i * BQ * D if ROPE else table,
-                q_weight,
-                q_bias,
-                eps,
-                BQ,
-                D,
-                MAIN,
-                REST,
-                ROPE,
-                NORM,
-                BIASED,
-                RAGGED_Q,
-            ),
+        row, remaining = tl.cast(i * BQ, tl.int64), N - i * BQ
+        q_rows_ptr = q_ptr + row * stride_n
+        q_table_ptr = table_ptr + i * BQ * D if table_ptr is not None else None
+        q = load_qk(  # [BQ, D]
+            q_rows_ptr, stride_n, remaining, q_table_ptr,
+            q_weight_ptr, q_bias_ptr, eps, R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
+        )  # fmt: skip
+        do = load_rows(  # [BQ, D]
+            do_ptr + row * do_stride_n, do_stride_n, remaining, R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q
         )
-        dos += (load_head(grad + tl.cast(i * BQ, tl.int64) * grad_n, grad_n, left, BQ, D, MAIN, REST, RAGGED_Q),)
-    for start in tl.range(part * tiles * BK, tl.minimum((part + 1) * tiles * BK, tokens), BK, disable_licm=True):
-        at, left = tl.cast(start, tl.int64), tokens - start
-        here = table + at * D if ROPE else table
-        k, k_rest = load_turned(
-            keys + at * stride_n,
-            stride_n,
-            left,
-            here,
-            k_weight,
-            k_bias,
-            eps,
-            BK,
-            D,
-            MAIN,
-            REST,
-            ROPE,
-            NORM,
-            BIASED,
-            RAGGED_K,
+        qs += (q,)
+        dos += (do,)
+    for k_start in tl.range(pid * tiles * BK, tl.minimum((pid + 1) * tiles * BK, N), BK, disable_licm=True):
+        k_row, k_remaining = tl.cast(k_start, tl.int64), N - k_start
+        k_table_ptr = table_ptr + k_row * D if table_ptr is not None else None
+        k = load_qk(  # [BK, D]
+            k_ptr + k_row * stride_n, stride_n, k_remaining, k_table_ptr, k_weight_ptr, k_bias_ptr, eps,
+            R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K,
+        )  # fmt: skip
+        v = load_rows(  # [BK, D]
+            v_ptr + k_row * stride_n, stride_n, k_remaining, R=BK, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K
         )
-        v, v_rest = load_head(values + at * stride_n, stride_n, left, BK, D, MAIN, REST, RAGGED_K)
-        dk, dk_rest = zeros(BK, MAIN, REST)
-        dv, dv_rest = zeros(BK, MAIN, REST)
+        dk = zeros(BK, MAIN, REST)  # [BK, D]
+        dv = zeros(BK, MAIN, REST)  # [BK, D]
         for i in tl.static_range(BLOCKS):
-            top = tl.load(lse + i * BQ + rows, mask=rows < tokens - i * BQ, other=float("inf"))
-            dot = tl.load(delta + i * BQ + rows, mask=rows < tokens - i * BQ, other=0.0)
-            dk, dk_rest, dv, dv_rest = add_to_dk_dv(
-                qs[i][0],
-                qs[i][1],
-                dos[i][0],
-                dos[i][1],
-                top,
-                dot,
-                k,
-                k_rest,
-                v,
-                v_rest,
-                dk,
-                dk_rest,
-                dv,
-                dv_rest,
-                scale,
-                REST,
+            lse = tl.load(lse_ptr + i * BQ + rows, mask=rows < N - i * BQ, other=float("inf"))  # [BQ]
+            delta = tl.load(delta_ptr + i * BQ + rows, mask=rows < N - i * BQ, other=0.0)  # [BQ]
+            dk, dv = update_dkdv(  # [BK, D], [BK, D]
+                qs[i], k=k, v=v, do=dos[i], lse=lse, delta=delta, dk=dk, dv=dv, scale_log2=scale_log2, REST=REST
             )
         if BLOCKS == 0:
-            for first in tl.range(0, tokens, BQ, disable_licm=True):
-                row = tl.cast(first, tl.int64)
-                q, q_rest = load_turned(
-                    queries + row * stride_n,
-                    stride_n,
-                    tokens - first,
-                    table + row * D if ROPE else table,
-                    q_weight,
-                    q_bias,
-                    eps,
-                    BQ,
-                    D,
-                    MAIN,
-                    REST,
-                    ROPE,
-                    NORM,
-                    BIASED,
-                    RAGGED_Q,
+            for q_start in tl.range(0, N, BQ, disable_licm=True):
+                q_row, q_remaining = tl.cast(q_start, tl.int64), N - q_start
+                q_rows_ptr = q_ptr + q_row * stride_n
+                q_table_ptr = table_ptr + q_row * D if table_ptr is not None else None
+                q = load_qk(  # [BQ, D]
+                    q_rows_ptr, stride_n, q_remaining, q_table_ptr,
+                    q_weight_ptr, q_bias_ptr, eps, R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
+                )  # fmt: skip
+                do = load_rows(  # [BQ, D]
+                    do_ptr + q_row * do_stride_n, do_stride_n, q_remaining,
+                    R=BQ, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
+                )  # fmt: skip
+                lse = tl.load(lse_ptr + q_start + rows, mask=rows < q_remaining, other=float("inf"))  # [BQ]
+                delta = tl.load(delta_ptr + q_start + rows, mask=rows < q_remaining, other=0.0)  # [BQ]
+                dk, dv = update_dkdv(  # [BK, D], [BK, D]
+                    q, k=k, v=v, do=do, lse=lse, delta=delta, dk=dk, dv=dv, scale_log2=scale_log2, REST=REST
                 )
-                do, do_rest = load_head(grad + row * grad_n, grad_n, tokens - first, BQ, D, MAIN, REST, RAGGED_Q)
-                top = tl.load(lse + first + rows, mask=rows < tokens - first, other=float("inf"))
-                dot = tl.load(delta + first + rows, mask=rows < tokens - first, other=0.0)
-                dk, dk_rest, dv, dv_rest = add_to_dk_dv(
-                    q, q_rest, do, do_rest, top, dot, k, k_rest, v, v_rest, dk, dk_rest, dv, dv_rest, scale, REST
-                )
-        values_into = dqkv + at * 3 * cols + cols
-        store(values_into, 3 * cols, left, dv, 0, D, RAGGED_K)
-        if REST:
-            store(values_into, 3 * cols, left, dv_rest, MAIN, D, RAGGED_K)
-        natural = scale * LN_2
-        tile = (sample * parts * tiles + start // BK) * cols + head * D
-        into_weight = dw_partial + tile if NORM else dw_partial
-        into_bias = db_partial + tile if SUMMED else db_partial
-        store_turned_back(
-            dk * natural,
-            dk_rest * natural,
-            keys + at * stride_n,
-            dqkv + at * 3 * cols,
-            stride_n,
-            3 * cols,
-            left,
-            here,
-            k_weight,
-            k_bias,
-            into_weight,
-            into_bias,
-            eps,
-            D,
-            MAIN,
-            REST,
-            ROPE,
-            NORM,
-            BIASED,
-            SUMMED,
-            RAGGED_K,
-        )
+        dv_ptr = dqkv_ptr + k_row * 3 * ROW + ROW
+        store_rows(dv_ptr, 3 * ROW, k_remaining, dv, D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K)
+        softmax_scale = scale_log2 * LN_2
+        part = (sample * programs * tiles + k_start // BK) * ROW + head * D
+        dw_ptr = dw_partial_ptr + part if dw_partial_ptr is not None else None
+        db_ptr = db_partial_ptr + part if db_partial_ptr is not None else None
+        store_qk_gradient(
+            dx=(dk[0] * softmax_scale, dk[1] * softmax_scale), ptr=k_ptr + k_row * stride_n,
+            dx_ptr=dqkv_ptr + k_row * 3 * ROW, stride_n=stride_n, dx_stride_n=3 * ROW, remaining=k_remaining,
+            table_ptr=k_table_ptr, weight_ptr=k_weight_ptr, bias_ptr=k_bias_ptr,
+            dw_ptr=dw_ptr, db_ptr=db_ptr, eps=eps,
+            D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_K,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["q_parts", "k_parts"])
 def rope_attention_bwd_sums_kernel(
-    of_queries, of_keys, into_queries, into_keys, q_parts, k_parts,
-    WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    q_partial_ptr, k_partial_ptr, q_sum_ptr, k_sum_ptr, q_parts, k_parts,
+    W: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Each program: `COLS` of `WIDTH` columns of a sum over all parts of queries (second grid index 0) or of keys (1).
+    """Each program: BW of W columns of the sum over all parts of queries (second grid index 0) or of keys (1).
 
     Where there is an index 2, of values: their parts lie behind those of queries, their sum behind that of keys.
+
+    Args:
+        q_partial_ptr [q_parts, W], or [2, q_parts, W] with those of values; k_partial_ptr [k_parts, W] float32.
+        q_sum_ptr, k_sum_ptr [W]; with values, one after the other in [3, W].
+        BP: parts added at a time.
     """
     if tl.program_id(1) == 1:
-        sum_columns(of_keys, into_keys, k_parts, WIDTH, COLS, ROWS)
+        sum_columns(k_partial_ptr, k_sum_ptr, k_parts, W, BW, BP)
     else:
         if tl.program_id(1) == 2:
-            of_queries += tl.cast(q_parts, tl.int64) * WIDTH
-            into_queries += 2 * WIDTH
-        sum_columns(of_queries, into_queries, q_parts, WIDTH, COLS, ROWS)
+            q_partial_ptr += tl.cast(q_parts, tl.int64) * W
+            q_sum_ptr += 2 * W
+        sum_columns(q_partial_ptr, q_sum_ptr, q_parts, W, BW, BP)
 
 
 @triton.jit
-def sum_columns(parts, into, count, WIDTH: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """into[c] = Σ parts[:, c], always in the same order."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    rows = tl.arange(0, ROWS)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, count, ROWS):
-        at = (first + rows).to(tl.int64)[:, None]
-        acc += tl.load(parts + at * WIDTH + cols[None, :], mask=(at < count) & (cols < WIDTH)[None, :], other=0.0)
-    tl.store(into + cols, tl.sum(acc, axis=0).to(into.dtype.element_ty), mask=cols < WIDTH)
+def sum_columns(partial_ptr, sum_ptr, parts, W: tl.constexpr, BW: tl.constexpr, BP: tl.constexpr):
+    """sum[c] = Σ partial[:, c] for BW columns c, always in the same order."""
+    cols = tl.program_id(0) * BW + tl.arange(0, BW)  # [BW]
+    rows = tl.arange(0, BP)  # [BP]
+    acc = tl.zeros((BP, BW), tl.float32)  # [BP, BW]
+    for first in range(0, parts, BP):
+        part = (first + rows).to(tl.int64)[:, None]  # [BP, 1]
+        mask = (part < parts) & (cols < W)[None, :]  # [BP, BW]
+        acc += tl.load(partial_ptr + part * W + cols[None, :], mask=mask, other=0.0)  # [BP, BW]
+    tl.store(sum_ptr + cols, tl.sum(acc, axis=0).to(sum_ptr.dtype.element_ty), mask=cols < W)
