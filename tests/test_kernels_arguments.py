@@ -23,7 +23,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
 
 
 ADALN, GATED, GRADIENTS = "adaln_rms_norm", "gated_residual_adaln_rms_norm", "weight_gradients"
-LINEAR, SLOPE = "linear_swiglu", "swiglu_linear_grad"
+LINEAR, GRAD = "linear_swiglu", "swiglu_linear_grad"
 MODULATED = [
     ({"x": zeros(3, 37)}, "shape of x is (3, 37)", "[B, N, D]"),
     ({"x": zeros(3, 0, 37)}, "shape of x is (3, 0, 37)", "no dimension 0"),
@@ -101,14 +101,14 @@ BAD = [
     (LINEAR, {"weight": zeros(22, 7).half()}, "dtype of weight is torch.float16", "torch.float32"),
     (LINEAR, {"weight": zeros(22, 7, device="meta")}, "device of weight is meta", "cpu"),
     (LINEAR, {"bias": zeros(11)}, "shape of bias is (11,)", "(22,) (2H)"),
-    (SLOPE, {"d_output": zeros(7)}, "shape of d_output is (7,)", "[..., D]"),
-    (SLOPE, {"d_output": zeros(3, 5, 7).long()}, "dtype of d_output is torch.int64", "torch.float32"),
-    (SLOPE, {"weight": zeros(6, 11)}, "shape of weight is (6, 11)", "(7, H)"),
-    (SLOPE, {"weight": zeros(7, 11).double()}, "dtype of weight is torch.float64", "torch.float32"),
-    (SLOPE, {"gate_up": zeros(3, 4, 22)}, "shape of gate_up is (3, 4, 22)", "(3, 5, 22) (..., 2H)"),
-    (SLOPE, {"gate_up": zeros(3, 5, 22).half()}, "dtype of gate_up is torch.float16", "torch.float32"),
-    (SLOPE, {"bias": zeros(1, 22)}, "shape of bias is (1, 22)", "(22,) (2H)"),
-    (SLOPE, {"bias": zeros(22, device="meta")}, "device of bias is meta", "cpu"),
+    (GRAD, {"d_output": zeros(7)}, "shape of d_output is (7,)", "[..., D]"),
+    (GRAD, {"d_output": zeros(3, 5, 7).long()}, "dtype of d_output is torch.int64", "torch.float32"),
+    (GRAD, {"weight": zeros(6, 11)}, "shape of weight is (6, 11)", "(7, H)"),
+    (GRAD, {"weight": zeros(7, 11).double()}, "dtype of weight is torch.float64", "torch.float32"),
+    (GRAD, {"gate_up": zeros(3, 4, 22)}, "shape of gate_up is (3, 4, 22)", "(3, 5, 22) (..., 2H)"),
+    (GRAD, {"gate_up": zeros(3, 5, 22).half()}, "dtype of gate_up is torch.float16", "torch.float32"),
+    (GRAD, {"bias": zeros(1, 22)}, "shape of bias is (1, 22)", "(22,) (2H)"),
+    (GRAD, {"bias": zeros(22, device="meta")}, "device of bias is meta", "cpu"),
     (GRADIENTS, {"inputs": [zeros(37, 7)]}, "d_outputs and inputs is 2 and 1 tensors", "as many of one"),
     (GRADIENTS, {"d_outputs": [], "inputs": []}, "d_outputs and inputs is 0 and 0 tensors", "at least one"),
     (GRADIENTS, {"d_outputs": [zeros(37, 5), zeros(3)]}, "shape of d_outputs[1] is (3,)", "[..., width]"),

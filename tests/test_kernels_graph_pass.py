@@ -22,7 +22,7 @@ for op in ("swiglu", *GRAPH_PASS_OPS):
     pytest.importorskip(f"kernels.{op}.triton_impl")  # registers the operators
 TOGETHER, PRODUCT = torch.ops.ldit.weight_gradients.default, torch.ops.aten.mm.default
 FORWARD, BACKWARD = torch.ops.ldit.linear_swiglu.default, torch.ops.ldit.swiglu_linear_grad.default
-SWIGLU, SLOPE = torch.ops.ldit.swiglu_fwd.default, torch.ops.ldit.swiglu_bwd.default
+SWIGLU, D_GATE_UP = torch.ops.ldit.swiglu_fwd.default, torch.ops.ldit.swiglu_bwd.default
 
 
 def on_triton(*names: str) -> kernels.Ops:
@@ -152,7 +152,7 @@ def test_a_product_that_the_graph_reads_stays_where_it_is():
     assert not graph_pass.is_weight_gradient(turned)
 
 
-def slope_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
+def backward_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
     """A product of [24, 16] and [16, 32], and the gradient of SwiGLU behind it, on `[2, 12, …]`."""
     graph, nodes = fx.Graph(), {}
     for name, shape in (("d_output", (24, 16)), ("weight", (16, 32)), ("gate_up", (2, 12, 64)), ("bias", (64,))):
@@ -162,30 +162,30 @@ def slope_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:
     nodes["product"] = graph_passes.call(graph, PRODUCT, nodes["d_output"], nodes["weight"], value=empty(24, 32))
     viewed = graph_passes.reshaped(graph, nodes["product"], (2, 12, 32))
     values = empty(2, 12, 64), empty(64)
-    slope = graph_passes.call(graph, SLOPE, viewed, nodes["gate_up"], nodes["bias"], True, value=values)
-    nodes["slope"] = slope
-    nodes["results"] = [graph_passes.call(graph, operator.getitem, slope, i, value=values[i]) for i in range(2)]
+    d_gate_up = graph_passes.call(graph, D_GATE_UP, viewed, nodes["gate_up"], nodes["bias"], True, value=values)
+    nodes["d_gate_up"] = d_gate_up
+    nodes["results"] = [graph_passes.call(graph, operator.getitem, d_gate_up, i, value=values[i]) for i in range(2)]
     return graph, nodes
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_product_that_somebody_else_wants_is_not_folded(wanted):
-    graph, nodes = slope_graph()
+    graph, nodes = backward_graph()
     graph.output((*nodes["results"], *([nodes["product"]] if wanted else [])))
     graph_passes.GraphPasses({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
     found = Counter(node.target for node in graph.nodes if node.op == "call_function")
-    assert (found[BACKWARD], found[SLOPE], found[PRODUCT]) == ((0, 1, 1) if wanted else (1, 0, 0))
+    assert (found[BACKWARD], found[D_GATE_UP], found[PRODUCT]) == ((0, 1, 1) if wanted else (1, 0, 0))
     (results,) = graph.output_node().args
     assert [graph_passes.value(node).shape for node in results[:2]] == [(2, 12, 64), (64,)]
     graph.lint()
 
 
 def test_a_bias_whose_gradient_nobody_asks_for_is_left_alone():
-    graph, nodes = slope_graph()
-    nodes["slope"].update_arg(3, False)
+    graph, nodes = backward_graph()
+    nodes["d_gate_up"].update_arg(3, False)
     graph.output(tuple(nodes["results"]))
     graph_passes.GraphPasses({"swiglu_linear_grad": kernels.OPS["swiglu_linear_grad"].backend("triton")})(graph)
-    assert SLOPE in {node.target for node in graph.nodes}
+    assert D_GATE_UP in {node.target for node in graph.nodes}
 
 
 def test_what_is_a_transpose():
@@ -206,7 +206,7 @@ def test_a_feed_forward_network_is_two_calls(hopper, changes):
     got, after = passed(module, folded)
     again = 2 * (changes.get("use_checkpoint") is True)  # forward once more
     assert after[FORWARD] == 2 + again and after[SWIGLU] == before[SWIGLU] - after[FORWARD]
-    assert after[BACKWARD] == 2 and after[SLOPE] == 0 and before[SLOPE] == 2
+    assert after[BACKWARD] == 2 and after[D_GATE_UP] == 0 and before[D_GATE_UP] == 2
     assert before[PRODUCT] - after[PRODUCT] == 4 + again
     assert_near(got, apart)
 
@@ -231,13 +231,13 @@ def test_what_a_graph_pass_must_not_take(hopper):
 
     module, x = feed_forward(hopper, folded, Watched), ROWS
     got, found = passed(module, folded, (x,))
-    assert (found[FORWARD], found[BACKWARD], found[SLOPE]) == (1, 0, 1)
+    assert (found[FORWARD], found[BACKWARD], found[D_GATE_UP]) == (1, 0, 1)
     assert_near(got, gradients(module, module, x))
     module.w12.defer_bias = False
     assert passed(module, folded, (x,))[1][FORWARD] == 0
     odd = feed_forward(hopper, folded, width=208, num_heads=2)
     found = passed(odd, folded, (torch.ones(1, 24, 208, dtype=torch.float16),))[1]
-    assert (found[FORWARD], found[BACKWARD], found[SWIGLU], found[SLOPE]) == (0, 0, 1, 1)
+    assert (found[FORWARD], found[BACKWARD], found[SWIGLU], found[D_GATE_UP]) == (0, 0, 1, 1)
 
 
 def test_with_inductor(hopper):

@@ -1,7 +1,10 @@
 """A linear layer and SwiGLU in Triton, by the tensor memory accelerator and `wgmma`.
 
-A program takes tiles by turns, the same columns of both halves in each, so that gate and product of a number meet in
-one thread. While a tile is activated and stored, the operands of the next are under way.
+    M, D, H      rows of x, columns of x, columns of each half of the product
+    BM, BH, BD   rows and columns of a tile, columns of x that one step of the products takes
+
+A program takes one tile after another, the same columns of both halves in each, so that gate and up of an element meet
+in one thread. While a tile is activated and stored, the operands of the next are in flight.
 """
 
 from dataclasses import dataclass
@@ -19,12 +22,12 @@ class LaunchConfig:
     """Launch configuration.
 
     Attributes:
-        rows: of a tile; 64 for each four warps.
-        columns: of each of a tile's two products.
-        depth: of one step of the products.
-        stages: steps whose operands are under way at once; with what is stored they fill a processor's shared memory.
+        rows: BM; 64 for each four warps.
+        columns: BH, of each of a tile's two products.
+        depth: BD, of one step of the products.
+        stages: steps whose operands are in flight at once; with what is stored they fill an SM's shared memory.
         warps: of a program.
-        flatten: whether steps of all tiles are one loop, so that the next tile's operands come during this one's end.
+        flatten: whether the steps of all tiles are one loop, so that the next tile's operands come during the epilogue.
     """
 
     rows: int = 128
@@ -39,41 +42,47 @@ class LaunchConfig:
         return triton.cdiv(rows, self.rows) * triton.cdiv(hidden, self.columns)
 
 
-#: Compiles for sm_90 without spills, as do stages=3 and flatten=False, for a GPU to judge.
+#: Compiles for sm_90 without spills, as do stages=3 and flatten=False, to be timed on a GPU.
 CONFIG = LaunchConfig()
 
 
 @triton.jit
-def with_bias(values, bias, first, hidden, COLUMNS: tl.constexpr):
-    column = first + tl.arange(0, COLUMNS)
-    return values + tl.load(bias + column, column < hidden, other=0.0).to(tl.float32)[None, :]
+def add_bias(x, bias_ptr, first_col, H, BH: tl.constexpr):
+    """x [BM, BH] plus BH numbers of the bias from `first_col` on, in float32; those from H on are 0."""
+    cols = first_col + tl.arange(0, BH)  # [BH]
+    return x + tl.load(bias_ptr + cols, cols < H, other=0.0).to(tl.float32)[None, :]  # [BM, BH]
 
 
 @triton.jit
 def linear_swiglu_kernel(
-    x, gate_weight, up_weight, bias, gate_out, up_out, activated, rows, hidden, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
-    BIASED: tl.constexpr,
+    x_desc, gate_weight_desc, up_weight_desc, bias_ptr, gate_desc, up_desc, activated_desc, M, H, D,
+    BM: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(hidden, COLUMNS)
-    tiles = tl.cdiv(rows, ROWS) * across
+    """gate = x · gate_weightᵀ, up = x · up_weightᵀ, and activated = silu(gate + bias) · (up + bias).
+
+    Args:
+        x_desc [M, D]; gate_weight_desc, up_weight_desc [H, D]; bias_ptr [2H] or None; gate_desc, up_desc,
+        activated_desc [M, H], results.
+    """
+    tiles_across = tl.cdiv(H, BH)
+    tiles = tl.cdiv(M, BM) * tiles_across
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        row, column = (tile // across) * ROWS, (tile % across) * COLUMNS
-        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
-        up = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for step in tl.range(0, width, DEPTH, num_stages=STAGES):
-            left = x.load([row, step])
-            gate = tl.dot(left, gate_weight.load([column, step]).T, gate)
-            up = tl.dot(left, up_weight.load([column, step]).T, up)
-        narrow_gate, narrow_up = gate.to(gate_out.dtype), up.to(up_out.dtype)
-        gate_out.store([row, column], narrow_gate)
-        up_out.store([row, column], narrow_up)
+        row, col = (tile // tiles_across) * BM, (tile % tiles_across) * BH
+        gate = tl.zeros((BM, BH), tl.float32)  # [BM, BH]
+        up = tl.zeros((BM, BH), tl.float32)  # [BM, BH]
+        for d in tl.range(0, D, BD, num_stages=STAGES):
+            x = x_desc.load([row, d])  # [BM, BD]
+            gate = tl.dot(x, gate_weight_desc.load([col, d]).T, gate)  # [BM, BH]
+            up = tl.dot(x, up_weight_desc.load([col, d]).T, up)  # [BM, BH]
+        gate_rounded, up_rounded = gate.to(gate_desc.dtype), up.to(up_desc.dtype)  # [BM, BH] each
+        gate_desc.store([row, col], gate_rounded)
+        up_desc.store([row, col], up_rounded)
         # As rounded, because the backward pass has nothing else.
-        gate, up = narrow_gate.to(tl.float32), narrow_up.to(tl.float32)
-        if BIASED:
-            gate = with_bias(gate, bias, column, hidden, COLUMNS)
-            up = with_bias(up, bias + hidden, column, hidden, COLUMNS)
-        activated.store([row, column], (gate / (1 + tl.exp(-gate)) * up).to(activated.dtype))
+        gate, up = gate_rounded.to(tl.float32), up_rounded.to(tl.float32)  # [BM, BH] each
+        if bias_ptr is not None:
+            gate = add_bias(gate, bias_ptr, col, H, BH)  # [BM, BH]
+            up = add_bias(up, bias_ptr + H, col, H, BH)  # [BM, BH]
+        activated_desc.store([row, col], (gate / (1 + tl.exp(-gate)) * up).to(activated_desc.dtype))
 
 
 @operator("linear_swiglu")
@@ -92,8 +101,8 @@ def linear_swiglu_fwd(
         None if bias is None else bias.contiguous(),
         *(described(half, CONFIG.rows, CONFIG.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
         rows, hidden, width,
-        ROWS=CONFIG.rows, COLUMNS=CONFIG.columns, DEPTH=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
-        BIASED=bias is not None, num_warps=CONFIG.warps,
+        BM=CONFIG.rows, BH=CONFIG.columns, BD=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
+        num_warps=CONFIG.warps,
     )  # fmt: skip
     return gate_up, activated
 

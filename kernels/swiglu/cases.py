@@ -7,7 +7,7 @@ def _case(name: str, *shape: int, layout=lambda x: x, bias=False, bias_dtype=Non
     """`shape` is that of the result."""
 
     def make(draw: Draw) -> dict:
-        # The mean keeps the slope of silu away from being the same for both halves.
+        # The mean keeps the derivative of silu away from being the same for both halves.
         gate_up = layout(draw.normal(*shape[:-1], 2 * shape[-1], mean=0.3, std=2.0))
         vector = layout(draw.normal(2 * shape[-1], mean=-0.4, dtype=bias_dtype)) if bias else None
         return {"gate_up": gate_up, "bias": vector}

@@ -1,9 +1,9 @@
-"""The gradient of a linear layer behind SwiGLU with respect to what SwiGLU was given: product and slope in one pass.
+"""The gradient through a linear layer and the SwiGLU before it, with respect to the input of SwiGLU, in one pass.
 
     swiglu_linear_grad(d_output, weight, gate_up, *, bias=None) → (d_gate_up, d_bias)
 
 Of `swiglu(gate_up, bias=bias) · weightᵀ` this is the gradient for `gate_up`: `d_output · weight`, which never leaves
-the registers, times the slope of SwiGLU. Nothing asks for gradients here: in the graph of a backward pass this takes
+the registers, times the derivative of SwiGLU. Nothing asks for gradients here: in the graph of a backward pass this takes
 the place of that product and of the gradient of `swiglu`.
 
 Args:

@@ -11,34 +11,34 @@ from kernels.registry import Backend
 
 
 def rewrite(graph: fx.Graph, backend: Backend) -> None:
-    for slope in graph.find_nodes(op="call_function", target=torch.ops.ldit.swiglu_bwd.default):
-        grad, gate_up, bias, summed = slope.args
-        chain = list(through_views(grad))
+    for d_gate_up in graph.find_nodes(op="call_function", target=torch.ops.ldit.swiglu_bwd.default):
+        d_out, gate_up, bias, summed = d_gate_up.args
+        chain = list(through_views(d_out))
         product = chain[-1]
         if product.target is not aten.mm.default or any(len(node.users) > 1 for node in chain):
-            continue  # somebody else wants the product
+            continue  # the product has another user
         if summed != (bias is not None):
             continue
         d_output, weight = product.args
         known = [value(node).flatten(0, -2) for node in (d_output, weight, gate_up)]
         vector = None if bias is None else value(bias)
         if not backend.unsupported(*known, bias=vector):
-            _replace(graph, slope, (d_output, weight, gate_up, bias), backend)
+            _replace(graph, d_gate_up, (d_output, weight, gate_up, bias), backend)
             for node in chain:
                 graph.erase_node(node)
 
 
-def _replace(graph: fx.Graph, slope: fx.Node, args: tuple, backend: Backend) -> None:
+def _replace(graph: fx.Graph, d_gate_up: fx.Node, args: tuple, backend: Backend) -> None:
     d_output, weight, gate_up, bias = args
     shape = tuple(value(gate_up).shape)
-    with graph.inserting_before(slope):
+    with graph.inserting_before(d_gate_up):
         flat = reshaped(graph, gate_up, (len(value(d_output)), shape[-1]))
         empty = value(flat).new_empty
         values = empty(tuple(value(flat).shape)), empty(0) if bias is None else value(bias).new_empty(shape[-1])
         both = call(graph, operator(*backend.torch_ops), d_output, weight, flat, bias, value=values)
-        d_gate_up, d_bias = (call(graph, python.getitem, both, i, value=values[i]) for i in range(2))
-        results = reshaped(graph, d_gate_up, shape), d_bias
-    for user in list(slope.users):
+        flat_d_gate_up, d_bias = (call(graph, python.getitem, both, i, value=values[i]) for i in range(2))
+        results = reshaped(graph, flat_d_gate_up, shape), d_bias
+    for user in list(d_gate_up.users):
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
-    graph.erase_node(slope)
+    graph.erase_node(d_gate_up)
