@@ -3,7 +3,7 @@
     swiglu_linear_grad(d_output, weight, gate_up, *, bias=None) → (d_gate_up, d_bias)
 
 Of `swiglu(gate_up, bias=bias) · weightᵀ` this is the gradient for `gate_up`: `d_output · weight`, which never leaves
-the registers, times the derivative of SwiGLU. Nothing asks for gradients here: in the graph of a backward pass this takes
+the registers, times the derivative of SwiGLU. Nothing asks for gradients here: in a backward graph this takes
 the place of that product and of the gradient of `swiglu`.
 
 Args:
