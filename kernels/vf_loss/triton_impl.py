@@ -1,4 +1,6 @@
-"""`vf_loss` in Triton: norms and the second term, tiles of both cosine matrices, two means; a gradient in one launch.
+"""`vf_loss` in Triton: operators, launch configurations, launches.
+
+Forward is three launches (norms and the second term; tiles of both cosine matrices; two means), each gradient one.
 
 No matrix of cosines, and no normalised copy of an input, ever lies in memory: forward keeps three numbers for each
 position, and backward makes each tile again. float32 products are IEEE. In the backward product Σ_j G_ij ẑ_j of
@@ -18,12 +20,12 @@ from kernels.vf_loss.triton_kernels import vf_loss_gradient, vf_loss_means, vf_l
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Launch of a kernel that makes tiles of both matrices.
+    """Launch configuration of a kernel that makes tiles of both cosine matrices.
 
     Attributes:
-        rows, columns: positions along the sides of a tile.
-        depth: channels of one step of the products.
-        out: channels of one step of the backward product; 0 in the forward pass.
+        rows, columns: BI and BJ, positions along the sides of a tile.
+        depth: BC, channels of one step of the products.
+        out: BO, channels of one step of the gradient; 0 in the forward pass.
         warps, stages: as Triton counts them.
     """
 
@@ -37,7 +39,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class PositionsLaunchConfig:
-    """Launch of the pass over the vectors: positions of a program, channels of a step, warps."""
+    """Launch configuration of `vf_loss_positions`: BN positions of a program, BC channels of a step, warps."""
 
     positions: int
     depth: int
@@ -81,7 +83,7 @@ def block(size: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
-def wider(z: torch.Tensor, f: torch.Tensor) -> torch.dtype:
+def larger_dtype(z: torch.Tensor, f: torch.Tensor) -> torch.dtype:
     return max(z.dtype, f.dtype, key=lambda dtype: dtype.itemsize)
 
 
@@ -100,54 +102,24 @@ def forward(
     grid = triton.cdiv(positions, config.positions), samples
     cos_sums = kept.new_empty(grid)
     launch(
-        vf_loss_positions,
-        grid,
-        z,
-        f,
-        *kept,
-        cos_sums,
-        cos_margin,
-        *strides,
-        channels=channels,
-        positions=positions,
-        BLOCK_C=config.depth,
-        BLOCK_N=config.positions,
-        num_warps=config.warps,
-    )
+        vf_loss_positions, grid,
+        z, f, *kept, cos_sums, cos_margin, *strides,
+        C=channels, N=positions, BC=config.depth, BN=config.positions, num_warps=config.warps,
+    )  # fmt: skip
 
-    config = forward_config(wider(z, f), samples, positions, architecture())
-    tiles = triton.cdiv(positions, config.rows)
-    tile_sums = kept.new_empty((samples, tiles * tiles))
+    config = forward_config(larger_dtype(z, f), samples, positions, architecture())
+    tiles_across = triton.cdiv(positions, config.rows)
+    tile_sums = kept.new_empty((samples, tiles_across * tiles_across))
     launch(
-        vf_loss_tiles,
-        (tiles * tiles, samples),
-        z,
-        f,
-        *kept[:2],
-        tile_sums,
-        tiles,
-        distmat_margin,
-        *strides,
-        channels=channels,
-        positions=positions,
-        BLOCK=config.rows,
-        BLOCK_C=config.depth,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        vf_loss_tiles, (tiles_across * tiles_across, samples),
+        z, f, *kept[:2], tile_sums, tiles_across, distmat_margin, *strides,
+        C=channels, N=positions, BI=config.rows, BC=config.depth, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     launch(
-        vf_loss_means,
-        (1,),
-        tile_sums,
-        cos_sums,
-        distmat,
-        cos,
-        tile_sums.numel(),
-        cos_sums.numel(),
-        float(samples * positions**2),
-        float(samples * positions),
-        BLOCK=1024,
-    )
+        vf_loss_means, (1,),
+        tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel(),
+        float(samples * positions**2), float(samples * positions), BLOCK=1024,
+    )  # fmt: skip
     return distmat, cos, kept
 
 
@@ -158,41 +130,20 @@ def backward_of_first(
 ) -> torch.Tensor:  # fmt: skip
     """The gradient of `z`; with `swapped`, `z` and `f` are the other way round than in the forward pass."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
-    z, f, flat = z.flatten(2), f.flatten(2), dz.flatten(2)
+    z, f, dz_flat = z.flatten(2), f.flatten(2), dz.flatten(2)
     samples, channels, positions = z.shape
-    config = backward_config(wider(z, f), positions)
+    config = backward_config(larger_dtype(z, f), positions)
     one_tile = positions <= config.columns
-    sums = flat if one_tile or z.dtype == torch.float32 else torch.empty_like(flat, dtype=torch.float32)
+    in_place = one_tile or z.dtype == torch.float32
+    partial = dz_flat if in_place else torch.empty_like(dz_flat, dtype=torch.float32)
     z_norms, f_norms, products = (kept[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
     launch(
-        vf_loss_gradient,
-        (triton.cdiv(positions, config.rows), samples),
-        z,
-        f,
-        z_norms,
-        f_norms,
-        products,
-        d_distmat,
-        d_cos,
-        sums,
-        flat,
-        distmat_margin,
-        cos_margin,
-        float(samples * positions**2),
-        float(samples * positions),
-        *z.stride(),
-        *f.stride(),
-        *flat.stride(),
-        channels=channels,
-        positions=positions,
-        BLOCK_M=config.rows,
-        BLOCK_N=config.columns,
-        BLOCK_C=config.depth,
-        BLOCK_OUT=config.out,
-        ONE_TILE=one_tile,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+        vf_loss_gradient, (triton.cdiv(positions, config.rows), samples),
+        z, f, z_norms, f_norms, products, d_distmat, d_cos, partial, dz_flat, distmat_margin, cos_margin,
+        float(samples * positions**2), float(samples * positions), *z.stride(), *f.stride(), *dz_flat.stride(),
+        C=channels, N=positions, BI=config.rows, BJ=config.columns, BC=config.depth, BO=config.out, ONE_TILE=one_tile,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
     return dz
 
 

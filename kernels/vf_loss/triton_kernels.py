@@ -1,7 +1,14 @@
-"""The Triton kernels of `vf_loss`. Vectors lie anywhere: `…_c` and `…_n` are strides over channels and positions.
+"""The Triton kernels of `vf_loss`.
 
-A tile of either cosine matrix lives in registers only, as raw products of the inputs: the inverse norms are applied to
-the fp32 products, so the inputs are never rounded. Both matrices are symmetric.
+    B, C, N         samples, channels, positions of a sample
+    i, j            positions along the rows and the columns of a tile of a cosine matrix
+    BI, BJ          positions along its sides
+    BC, BO          channels of one step of the products, of one step of the gradient
+    zz, ff, zf      z_i · z_j, f_i · f_j, z_i · f_i
+
+z and f are [B, C, N] anywhere in memory: `…_b`, `…_c` and `…_n` are strides over samples, channels and positions. A
+tile of either cosine matrix [N, N] lives in registers only, as raw products of the inputs: the inverse norms are
+applied to the float32 products, so the inputs are never rounded. Both matrices are symmetric.
 """
 
 import triton
@@ -12,222 +19,211 @@ FLOOR_DISTMAT = tl.constexpr(1e-12)
 FLOOR_COS = tl.constexpr(1e-8)
 #: The largest weight of a position in the backward product: float16 then holds weights of ratios up to 2**29 exactly
 #: enough, and the other dtypes do not mind.
-TOP_WEIGHT = tl.constexpr(32768.0)
+MAX_WEIGHT = tl.constexpr(32768.0)
 
 
 @triton.jit
 def vf_loss_positions(
-    z,
-    f,
-    z_norms,
-    f_norms,
-    products,
-    cos_sums,
-    cos_margin,
-    z_b,
-    z_c,
-    z_n,
-    f_b,
-    f_c,
-    f_n,
-    channels,
-    positions: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Norms and products z·f, float32 [B, N], and the sum of the second term over BLOCK_N positions."""
+    z_ptr, f_ptr, z_norms_ptr, f_norms_ptr, products_ptr, cos_sums_ptr, cos_margin, z_b, z_c, z_n, f_b, f_c, f_n, C,
+    N: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """For BN positions n: |z_n|, |f_n|, z_n · f_n, and Σ relu(1 − cos_margin − cos(z_n, f_n)), the second term's part.
+
+    Args:
+        z_ptr, f_ptr [B, C, N]; z_norms_ptr, f_norms_ptr, products_ptr [B, N] float32, results; cos_sums_ptr
+        [B, programs of a sample] float32, result.
+    """
     sample = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_C)
-    z += sample * z_b
-    f += sample * f_b
-    zz = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    ff = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    zf = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        inside = ((start + c) < channels)[:, None] & (n < positions)[None, :]
-        z_tile = tl.load(z + (start + c)[:, None] * z_c + n[None, :] * z_n, inside, 0.0).to(tl.float32)
-        f_tile = tl.load(f + (start + c)[:, None] * f_c + n[None, :] * f_n, inside, 0.0).to(tl.float32)
-        zz += z_tile * z_tile
-        ff += f_tile * f_tile
-        zf += z_tile * f_tile
-    z_norm, f_norm, product = tl.sqrt_rn(tl.sum(zz, 0)), tl.sqrt_rn(tl.sum(ff, 0)), tl.sum(zf, 0)
-    at = sample * positions + n
-    tl.store(z_norms + at, z_norm, n < positions)
-    tl.store(f_norms + at, f_norm, n < positions)
-    tl.store(products + at, product, n < positions)
-    cosine = product * inverse_norm(z_norm, FLOOR_COS) * inverse_norm(f_norm, FLOOR_COS)
-    cos_sum = tl.sum(tl.where(n < positions, above(1 - cos_margin - cosine), 0.0))
-    tl.store(cos_sums + sample * tl.num_programs(0) + tl.program_id(0), cos_sum)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
+    c = tl.arange(0, BC)  # [BC]
+    z_ptr += sample * z_b
+    f_ptr += sample * f_b
+    zz = tl.zeros((BC, BN), tl.float32)  # [BC, BN]
+    ff = tl.zeros((BC, BN), tl.float32)  # [BC, BN]
+    zf = tl.zeros((BC, BN), tl.float32)  # [BC, BN]
+    for start in range(0, C, BC):
+        mask = ((start + c) < C)[:, None] & (n < N)[None, :]  # [BC, BN]
+        z = tl.load(z_ptr + (start + c)[:, None] * z_c + n[None, :] * z_n, mask, 0.0).to(tl.float32)  # [BC, BN]
+        f = tl.load(f_ptr + (start + c)[:, None] * f_c + n[None, :] * f_n, mask, 0.0).to(tl.float32)  # [BC, BN]
+        zz += z * z  # [BC, BN]
+        ff += f * f  # [BC, BN]
+        zf += z * f  # [BC, BN]
+    z_norm, f_norm, product = tl.sqrt_rn(tl.sum(zz, 0)), tl.sqrt_rn(tl.sum(ff, 0)), tl.sum(zf, 0)  # [BN] each
+    offsets = sample * N + n  # [BN]
+    tl.store(z_norms_ptr + offsets, z_norm, n < N)
+    tl.store(f_norms_ptr + offsets, f_norm, n < N)
+    tl.store(products_ptr + offsets, product, n < N)
+    cosine = product * inverse_norm(z_norm, FLOOR_COS) * inverse_norm(f_norm, FLOOR_COS)  # [BN]
+    cos_sum = tl.sum(tl.where(n < N, relu(1 - cos_margin - cosine), 0.0))
+    tl.store(cos_sums_ptr + sample * tl.num_programs(0) + tl.program_id(0), cos_sum)
 
 
 @triton.jit
 def vf_loss_tiles(
-    z,
-    f,
-    z_norms,
-    f_norms,
-    tile_sums,
-    tiles,
-    distmat_margin,
-    z_b,
-    z_c,
-    z_n,
-    f_b,
-    f_c,
-    f_n,
-    channels,
-    positions: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The sum of the first term over one tile; one above the diagonal counts twice, one below it not at all."""
+    z_ptr, f_ptr, z_norms_ptr, f_norms_ptr, tile_sums_ptr, tiles_across, distmat_margin,
+    z_b, z_c, z_n, f_b, f_c, f_n, C, N: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Σ relu(|cos(z_i, z_j) − cos(f_i, f_j)| − distmat_margin), the first term's part, over one tile [BI, BI].
+
+    A tile above the diagonal counts twice, one below it not at all.
+
+    Args:
+        z_ptr, f_ptr [B, C, N]; z_norms_ptr, f_norms_ptr [B, N] float32; tile_sums_ptr [B, tiles] float32, result.
+    """
     sample = tl.program_id(1).to(tl.int64)
-    row, column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    total = 0.0
-    if row <= column:
-        i, j = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-        zz, ff = products_of(
-            z + sample * z_b, f + sample * f_b, i, j, z_c, z_n, f_c, f_n, channels, positions, BLOCK, BLOCK, BLOCK_C
+    tile_i, tile_j = tl.program_id(0) // tiles_across, tl.program_id(0) % tiles_across
+    tile_sum = 0.0
+    if tile_i <= tile_j:
+        i, j = tile_i * BI + tl.arange(0, BI), tile_j * BI + tl.arange(0, BI)  # [BI] each
+        zz, ff = dot_products(  # [BI, BI] each
+            z_ptr + sample * z_b, f_ptr + sample * f_b, i, j,
+            z_c=z_c, z_n=z_n, f_c=f_c, f_n=f_n, C=C, N=N, BI=BI, BJ=BI, BC=BC,
+        )  # fmt: skip
+        z_norms_ptr += sample * N
+        f_norms_ptr += sample * N
+        difference = cosines(zz, load_vector(z_norms_ptr, i, N), load_vector(z_norms_ptr, j, N)) - cosines(  # [BI, BI]
+            ff, load_vector(f_norms_ptr, i, N), load_vector(f_norms_ptr, j, N)
         )
-        z_norms += sample * positions
-        f_norms += sample * positions
-        difference = cosines(zz, norms_at(z_norms, i, positions), norms_at(z_norms, j, positions)) - cosines(
-            ff, norms_at(f_norms, i, positions), norms_at(f_norms, j, positions)
-        )
-        inside = (i < positions)[:, None] & (j < positions)[None, :]
-        total = tl.sum(tl.where(inside, above(tl.abs(difference) - distmat_margin), 0.0))
-        total *= tl.where(row < column, 2.0, 1.0)
-    tl.store(tile_sums + sample * tl.num_programs(0) + tl.program_id(0), total)
+        mask = (i < N)[:, None] & (j < N)[None, :]  # [BI, BI]
+        tile_sum = tl.sum(tl.where(mask, relu(tl.abs(difference) - distmat_margin), 0.0))
+        tile_sum *= tl.where(tile_i < tile_j, 2.0, 1.0)
+    tl.store(tile_sums_ptr + sample * tl.num_programs(0) + tl.program_id(0), tile_sum)
 
 
 @triton.jit
-def vf_loss_means(tile_sums, cos_sums, distmat, cos, num_tiles, num_cos, pairs, positions, BLOCK: tl.constexpr):
-    """Both terms from their partial sums, always added in the same order."""
-    tl.store(distmat, sum_of(tile_sums, num_tiles, BLOCK) / pairs)
-    tl.store(cos, sum_of(cos_sums, num_cos, BLOCK) / positions)
+def vf_loss_means(
+    tile_sums_ptr, cos_sums_ptr, distmat_ptr, cos_ptr, num_tiles, num_cos, pairs, positions, BLOCK: tl.constexpr
+):
+    """distmat = Σ tile_sums / pairs and cos = Σ cos_sums / positions, always added in the same order."""
+    tl.store(distmat_ptr, sum_vector(tile_sums_ptr, num_tiles, BLOCK) / pairs)
+    tl.store(cos_ptr, sum_vector(cos_sums_ptr, num_cos, BLOCK) / positions)
 
 
 @triton.jit
 def vf_loss_gradient(
-    z, f, z_norms, f_norms, products, d_distmat, d_cos, partial, dz, distmat_margin, cos_margin, pairs, vectors,
-    z_b, z_c, z_n, f_b, f_c, f_n, dz_b, dz_c, dz_n, channels, positions: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_OUT: tl.constexpr, ONE_TILE: tl.constexpr,
+    z_ptr, f_ptr, z_norms_ptr, f_norms_ptr, products_ptr, d_distmat_ptr, d_cos_ptr, partial_ptr, dz_ptr,
+    distmat_margin, cos_margin, pairs, positions, z_b, z_c, z_n, f_b, f_c, f_n, dz_b, dz_c, dz_n, C,
+    N: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BLOCK_M rows of z. Both terms are symmetric in z and f: swap them for the gradient of f.
+    """The gradient of BI rows z_i. Both terms are symmetric in z and f: swap them for the gradient of f.
 
-    With G = sign(d)·[|d| > margin], symmetric, the first term pulls the unit vector of row i by 2 Σ_j G_ij ẑ_j; taking
-    out what points along ẑ_i needs Σ_j G_ij cos(z_i, z_j), which the tile has. Sums over the tiles of a row are kept in
-    `partial` (float32, laid out as dz) unless ONE_TILE.
+    With ẑ = z / |z|, d = cos(z_i, z_j) − cos(f_i, f_j) and G_ij = sign(d) · [|d| > margin], symmetric, the first term's
+    gradient for ẑ_i is 2 / pairs · Σ_j G_ij ẑ_j. For z_i what points along ẑ_i goes, and the rest is divided by |z_i|:
+
+        dz_i = 2 / (pairs · |z_i|) · (Σ_j G_ij ẑ_j − ẑ_i · Σ_j G_ij cos(z_i, z_j))
+
+    The second term's, where 1 − cos_margin > cos(z_i, f_i), is −(f̂_i − ẑ_i · cos(z_i, f_i)) / (positions · |z_i|).
+
+    Args:
+        z_ptr, f_ptr [B, C, N]; z_norms_ptr, f_norms_ptr, products_ptr [B, N] float32, as forward left them;
+        d_distmat_ptr, d_cos_ptr: the gradients of both terms, scalars.
+        dz_ptr [B, C, N], result.
+        partial_ptr [B, C, N] float32, laid out as dz: sums over the tiles of a row so far; unused if ONE_TILE.
     """
     sample = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    z += sample * z_b
-    f += sample * f_b
-    z_norms += sample * positions
-    f_norms += sample * positions
-    z_norm, f_norm = norms_at(z_norms, i, positions), norms_at(f_norms, i, positions)
-    product = norms_at(products + sample * positions, i, positions)
-    to_unit = inverse_norm(z_norm, FLOOR_DISTMAT)
-    pull_scale = to_unit * (tl.load(d_distmat) * 2 / pairs)
+    i = tl.program_id(0) * BI + tl.arange(0, BI)  # [BI]
+    z_ptr += sample * z_b
+    f_ptr += sample * f_b
+    z_norms_ptr += sample * N
+    f_norms_ptr += sample * N
+    z_norm, f_norm = load_vector(z_norms_ptr, i, N), load_vector(f_norms_ptr, i, N)  # [BI] each
+    product = load_vector(products_ptr + sample * N, i, N)  # [BI]
+    to_unit = inverse_norm(z_norm, FLOOR_DISTMAT)  # [BI]
+    g_scale = to_unit * (tl.load(d_distmat_ptr) * 2 / pairs)  # [BI]
 
-    z_to_unit, f_to_unit = inverse_norm(z_norm, FLOOR_COS), inverse_norm(f_norm, FLOOR_COS)
-    cosine = product * z_to_unit * f_to_unit
-    cos_scale = tl.where(1 - cos_margin - cosine > 0, tl.load(d_cos) / vectors, 0.0) * z_to_unit
-    f_scale = -cos_scale * f_to_unit
-    z_scale = tl.where(z_norm >= FLOOR_COS, cos_scale * cosine * z_to_unit, 0.0)
+    # The second term's part is z_scale · z_i + f_scale · f_i.
+    z_to_unit, f_to_unit = inverse_norm(z_norm, FLOOR_COS), inverse_norm(f_norm, FLOOR_COS)  # [BI] each
+    cosine = product * z_to_unit * f_to_unit  # [BI]
+    cos_scale = tl.where(1 - cos_margin - cosine > 0, tl.load(d_cos_ptr) / positions, 0.0) * z_to_unit  # [BI]
+    f_scale = -cos_scale * f_to_unit  # [BI]
+    z_scale = tl.where(z_norm >= FLOOR_COS, cos_scale * cosine * z_to_unit, 0.0)  # [BI]
 
-    along = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, positions, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        zz, ff = products_of(z, f, i, j, z_c, z_n, f_c, f_n, channels, positions, BLOCK_M, BLOCK_N, BLOCK_C)
-        z_norm_j, f_norm_j = norms_at(z_norms, j, positions), norms_at(f_norms, j, positions)
-        difference = cosines(zz, z_norm, z_norm_j) - cosines(ff, f_norm, f_norm_j)
-        # A vector of zeros pulls nothing: its weight must not be the one that the others are scaled by.
-        weight = tl.where(z_norm_j > 0, inverse_norm(z_norm_j, FLOOR_DISTMAT), 0.0)
-        top = tl.max(weight)
-        unscale = tl.where(top > 0, top / TOP_WEIGHT, 1.0)
-        pull = tl.where(difference > 0, 1.0, -1.0) * (weight / unscale)[None, :]
-        pull = tl.where(tl.abs(difference) > distmat_margin, pull, 0.0).to(z.dtype.element_ty)
+    along = tl.zeros((BI,), tl.float32)  # [BI], |z_i| · Σ_j G_ij cos(z_i, z_j)
+    for start in range(0, N, BJ):
+        j = start + tl.arange(0, BJ)  # [BJ]
+        zz, ff = dot_products(  # [BI, BJ] each
+            z_ptr, f_ptr, i, j, z_c=z_c, z_n=z_n, f_c=f_c, f_n=f_n, C=C, N=N, BI=BI, BJ=BJ, BC=BC
+        )
+        z_norm_j, f_norm_j = load_vector(z_norms_ptr, j, N), load_vector(f_norms_ptr, j, N)  # [BJ] each
+        difference = cosines(zz, z_norm, z_norm_j) - cosines(ff, f_norm, f_norm_j)  # [BI, BJ]
+        # A vector of zeros contributes nothing: its weight must not be the one that the others are scaled by.
+        weight = tl.where(z_norm_j > 0, inverse_norm(z_norm_j, FLOOR_DISTMAT), 0.0)  # [BJ]
+        largest = tl.max(weight)
+        unscale = tl.where(largest > 0, largest / MAX_WEIGHT, 1.0)
+        g = tl.where(difference > 0, 1.0, -1.0) * (weight / unscale)[None, :]  # [BI, BJ], G_ij / |z_j|, scaled
+        g = tl.where(tl.abs(difference) > distmat_margin, g, 0.0).to(z_ptr.dtype.element_ty)  # [BI, BJ]
         # With the weights as rounded for the product, so that their rounding is taken out with the rest along ẑ_i.
-        along += tl.sum(pull.to(tl.float32) * zz, 1) * unscale
-        last = start + BLOCK_N >= positions
-        z_scale_now = z_scale - tl.where(z_norm >= FLOOR_DISTMAT, along * to_unit * to_unit * pull_scale, 0.0)
-        for first in range(0, channels, BLOCK_OUT):
-            c = first + tl.arange(0, BLOCK_OUT)
-            columns = (j < positions)[:, None] & (c < channels)[None, :]
-            inside = (i < positions)[:, None] & (c < channels)[None, :]
-            z_j = tl.load(z + j[:, None] * z_n + c[None, :] * z_c, columns, 0.0)
-            out = tl.dot(pull, z_j, input_precision="ieee") * unscale
-            at = sample * dz_b + i[:, None] * dz_n + c[None, :] * dz_c
+        along += tl.sum(g.to(tl.float32) * zz, 1) * unscale  # [BI]
+        last = start + BJ >= N
+        z_scale_now = z_scale - tl.where(z_norm >= FLOOR_DISTMAT, along * to_unit * to_unit * g_scale, 0.0)  # [BI]
+        for first in range(0, C, BO):
+            c = first + tl.arange(0, BO)  # [BO]
+            mask_j = (j < N)[:, None] & (c < C)[None, :]  # [BJ, BO]
+            mask_i = (i < N)[:, None] & (c < C)[None, :]  # [BI, BO]
+            z_j = tl.load(z_ptr + j[:, None] * z_n + c[None, :] * z_c, mask_j, 0.0)  # [BJ, BO]
+            acc = tl.dot(g, z_j, input_precision="ieee") * unscale  # [BI, BO], Σ_j G_ij ẑ_j
+            offsets = sample * dz_b + i[:, None] * dz_n + c[None, :] * dz_c  # [BI, BO]
             if not ONE_TILE:
-                out += tl.load(partial + at, inside & (start > 0), 0.0)
-                tl.store(partial + at, out, inside & (not last))
-            z_i = tl.load(z + i[:, None] * z_n + c[None, :] * z_c, inside & last, 0.0).to(tl.float32)
-            f_i = tl.load(f + i[:, None] * f_n + c[None, :] * f_c, inside & last, 0.0).to(tl.float32)
-            gradient = out * pull_scale[:, None] + z_i * z_scale_now[:, None] + f_i * f_scale[:, None]
-            tl.store(dz + at, gradient.to(dz.dtype.element_ty), inside & last)
+                acc += tl.load(partial_ptr + offsets, mask_i & (start > 0), 0.0)  # [BI, BO]
+                tl.store(partial_ptr + offsets, acc, mask_i & (not last))
+            z_i = tl.load(z_ptr + i[:, None] * z_n + c[None, :] * z_c, mask_i & last, 0.0).to(tl.float32)  # [BI, BO]
+            f_i = tl.load(f_ptr + i[:, None] * f_n + c[None, :] * f_c, mask_i & last, 0.0).to(tl.float32)  # [BI, BO]
+            dz = acc * g_scale[:, None] + z_i * z_scale_now[:, None] + f_i * f_scale[:, None]  # [BI, BO]
+            tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask_i & last)
         if not ONE_TILE:
             tl.debug_barrier()  # other threads may load what these have stored
 
 
 @triton.jit
-def products_of(
-    z,
-    f,
-    i,
-    j,
-    z_c,
-    z_n,
-    f_c,
-    f_n,
-    channels,
-    positions: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Σ_c z_ic z_jc and Σ_c f_ic f_jc, float32 [BLOCK_I, BLOCK_J]."""
-    zz = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    ff = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    for start in range(0, channels, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        inside_i = (i < positions)[:, None] & (c < channels)[None, :]
-        inside_j = (c < channels)[:, None] & (j < positions)[None, :]
-        z_i = tl.load(z + i[:, None] * z_n + c[None, :] * z_c, inside_i, 0.0)
-        z_j = tl.load(z + c[:, None] * z_c + j[None, :] * z_n, inside_j, 0.0)
-        f_i = tl.load(f + i[:, None] * f_n + c[None, :] * f_c, inside_i, 0.0)
-        f_j = tl.load(f + c[:, None] * f_c + j[None, :] * f_n, inside_j, 0.0)
-        zz = tl.dot(z_i, z_j, zz, input_precision="ieee")
-        ff = tl.dot(f_i, f_j, ff, input_precision="ieee")
+def dot_products(
+    z_ptr, f_ptr, i, j, z_c, z_n, f_c, f_n, C,
+    N: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Σ_c z_ic z_jc and Σ_c f_ic f_jc, [BI, BJ] float32 each, of one sample's positions i [BI] and j [BJ]."""
+    zz = tl.zeros((BI, BJ), tl.float32)  # [BI, BJ]
+    ff = tl.zeros((BI, BJ), tl.float32)  # [BI, BJ]
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)  # [BC]
+        mask_i = (i < N)[:, None] & (c < C)[None, :]  # [BI, BC]
+        mask_j = (c < C)[:, None] & (j < N)[None, :]  # [BC, BJ]
+        z_i = tl.load(z_ptr + i[:, None] * z_n + c[None, :] * z_c, mask_i, 0.0)  # [BI, BC]
+        z_j = tl.load(z_ptr + c[:, None] * z_c + j[None, :] * z_n, mask_j, 0.0)  # [BC, BJ]
+        f_i = tl.load(f_ptr + i[:, None] * f_n + c[None, :] * f_c, mask_i, 0.0)  # [BI, BC]
+        f_j = tl.load(f_ptr + c[:, None] * f_c + j[None, :] * f_n, mask_j, 0.0)  # [BC, BJ]
+        zz = tl.dot(z_i, z_j, zz, input_precision="ieee")  # [BI, BJ]
+        ff = tl.dot(f_i, f_j, ff, input_precision="ieee")  # [BI, BJ]
     return zz, ff
 
 
 @triton.jit
 def cosines(products, norms_i, norms_j):
+    """products [BI, BJ] divided by norms_i [BI] and norms_j [BJ]."""
     return products * inverse_norm(norms_i, FLOOR_DISTMAT)[:, None] * inverse_norm(norms_j, FLOOR_DISTMAT)[None, :]
 
 
 @triton.jit
 def inverse_norm(norm, FLOOR: tl.constexpr):
+    """1 / max(norm, FLOOR), of any shape."""
     return 1 / tl.maximum(norm, FLOOR)
 
 
 @triton.jit
-def norms_at(norms, n, positions):
-    return tl.load(norms + n, n < positions, 0.0)
+def load_vector(ptr, n, N):
+    """Load at n, of any shape, what is a vector [N]; 0 beyond."""
+    return tl.load(ptr + n, n < N, 0.0)
 
 
 @triton.jit
-def above(x):
-    """relu(x), NaN where x is: a maximum with 0 would hide it."""
+def relu(x):
+    """max(x, 0), but NaN where x is, which a maximum would hide."""
     return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
-def sum_of(values, count, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
+def sum_vector(ptr, count, BLOCK: tl.constexpr):
+    """The sum of `count` float32."""
+    acc = tl.zeros((BLOCK,), tl.float32)  # [BLOCK]
     for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(values + at, at < count, 0.0)
-    return tl.sum(total)
+        offsets = start + tl.arange(0, BLOCK)  # [BLOCK]
+        acc += tl.load(ptr + offsets, offsets < count, 0.0)  # [BLOCK]
+    return tl.sum(acc)

@@ -74,7 +74,7 @@ MISTAKES = {
         "test_kernels_truth.py::test_swiglu_linear_grad_is_the_gradient_autograd_gives",
     ),
     "triton_tiles_counted_once": Mistake(
-        "kernels/vf_loss/triton_kernels.py", "tl.where(row < column, 2.0, 1.0)", "tl.where(row < column, 1.0, 1.0)",
+        "kernels/vf_loss/triton_kernels.py", "tile_i < tile_j, 2.0, 1.0)", "tile_i < tile_j, 1.0, 1.0)",
         "test_kernels_ops.py::test_forward[vf_loss-triton-tiles-float32-cpu]",
     ),
     "triton_slope_of_swiglu": Mistake(
