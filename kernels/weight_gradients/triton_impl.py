@@ -1,8 +1,12 @@
 """Weight gradients in Triton: one launch for all layers, so that tiles of one fill the wave that another leaves.
 
-A program sums one tile of one layer's `[O, I]` over all tokens. Both factors lie with the tokens outermost, which the
-tensor memory accelerator and `wgmma` take as it is: nothing is turned or held in registers. Where even together the
-tiles are few, each sum is cut in parts that a second kernel adds up in a fixed order.
+    N, O, I          tokens; of one layer, widths of its result and of its input
+    BO, BI + BI2     rows and columns of a tile, held as two tiles [BO, BI] and [BO, BI2] side by side
+    BN               tokens that one step of the products takes
+
+A program sums one tile of one layer's [O, I] over all tokens. Both factors lie with the tokens outermost, which the
+tensor memory accelerator and `wgmma` take as it is: nothing is transposed or held in registers. Where even together the
+tiles are few, each sum is split into parts, which a second kernel adds up in a fixed order.
 """
 
 from dataclasses import dataclass
@@ -21,23 +25,23 @@ class LaunchConfig:
     """Launch configuration.
 
     Attributes:
-        rows: of a program's tile, along O; a power of two, 64 for each four warps.
-        columns, more_columns: along I, beside each other: two powers of two, since one would be 256 or 128.
-        depth: tokens that one step adds.
-        stages: steps whose operands are under way at once; they take most of a processor's shared memory.
+        rows: BO; a power of two, 64 for each four warps.
+        columns, right_columns: BI and BI2, two powers of two, since one would be 256 or 128.
+        depth: BN.
+        stages: steps whose operands are in flight at once; they take most of an SM's shared memory.
         warps: of a program.
     """
 
     rows: int = 128
     columns: int = 128
-    more_columns: int = 64
+    right_columns: int = 64
     depth: int = 64
     stages: int = 4
     warps: int = 8
 
     @property
     def width(self) -> int:
-        return self.columns + self.more_columns
+        return self.columns + self.right_columns
 
     def count(self, out: int, inner: int) -> int:
         return triton.cdiv(out, self.rows) * triton.cdiv(inner, self.width)
@@ -46,130 +50,146 @@ class LaunchConfig:
 #: 128 × 192: the four layers of XL are 648 of them, 4.91 waves on 132 SMs with nothing beyond an edge. Others
 #: that compile for sm_90 without spills, to be timed on a GPU: (128, 128, 128, stages=3), (256, 64, 32).
 CONFIG = LaunchConfig()
-#: What `parts` reckons with: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
+#: Assumptions of `parts`: FLOP/s of products, bytes/s of sums in parts, fewest tokens of a part, most parts.
 PRODUCTS, TRAFFIC, LEAST_TOKENS, MOST_PARTS = 7e14, 4e12, 1024, 8
-#: As many as the kernel has arguments for.
+#: The kernel has arguments for so many.
 MOST_LAYERS = 4
-#: Numbers for which the second kernel takes a program.
+#: Elements of a program of the second kernel.
 SUM_BLOCK = 1024
 
 
 def parts(widths: list[tuple[int, int]], tokens: int, num_sms: int, config: LaunchConfig = CONFIG) -> int:
-    """Into how many parts each sum over the tokens is cut: what makes waves full saves more than the parts cost."""
+    """Number of parts of each sum over the tokens: fuller waves are to save more than adding up the parts costs."""
     tiles = sum(config.count(*pair) for pair in widths)
-    numbers = sum(out * inner for out, inner in widths)
+    elements = sum(out * inner for out, inner in widths)
     seconds = 2 * config.rows * config.width * tokens * num_sms / PRODUCTS
 
     def cost(count: int) -> float:
         waves = -(-tiles * count // num_sms)
-        return waves * seconds / count + (0 if count == 1 else numbers * (8 * count + 2) / TRAFFIC)
+        return waves * seconds / count + (0 if count == 1 else elements * (8 * count + 2) / TRAFFIC)
 
     return min(range(1, max(1, min(MOST_PARTS, tokens // LEAST_TOKENS)) + 1), key=cost)
 
 
 @triton.jit
-def _sum_of_tile(
-    d_output, x, more_x, to, program, first, end, out, inner,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+def _sum_tile(
+    d_output_desc, x_desc, x_right_desc, out_ptr, tile, first, end, O, I,
+    BO: tl.constexpr, BI: tl.constexpr, BI2: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a layer's sum over the tokens from `first` to `end`, stored at `to`.
+    """out[o, i] = Σ_n d_output[n, o] · x[n, i] for one tile [BO, BI + BI2] and the tokens n from `first` to `end`.
 
     Tiles that run at the same time are neighbours in both directions, so that they read the same tokens together:
     numbers grow along the shorter side.
+
+    Args:
+        d_output_desc [N, O]; x_desc [N, I] in blocks [BN, BI], x_right_desc the same in blocks [BN, BI2].
+        out_ptr [O, I], result.
     """
-    down, across = tl.cdiv(out, ROWS), tl.cdiv(inner, COLUMNS + MORE)
-    if down < across:
-        row, column = (program % down) * ROWS, (program // down) * (COLUMNS + MORE)
+    tiles_down, tiles_across = tl.cdiv(O, BO), tl.cdiv(I, BI + BI2)
+    if tiles_down < tiles_across:
+        row, col = (tile % tiles_down) * BO, (tile // tiles_down) * (BI + BI2)
     else:
-        row, column = (program // across) * ROWS, (program % across) * (COLUMNS + MORE)
-    main = tl.zeros((ROWS, COLUMNS), tl.float32)
-    more = tl.zeros((ROWS, MORE), tl.float32)
-    for token in tl.range(first, end, DEPTH, num_stages=STAGES):
-        left = d_output.load([token, row]).T
-        main = tl.dot(left, x.load([token, column]), main)
-        more = tl.dot(left, more_x.load([token, column + COLUMNS]), more)
-    _store(main, to, row, column, out, inner, ROWS, COLUMNS)
-    _store(more, to, row, column + COLUMNS, out, inner, ROWS, MORE)
+        row, col = (tile // tiles_across) * BO, (tile % tiles_across) * (BI + BI2)
+    acc = tl.zeros((BO, BI), tl.float32)  # [BO, BI]
+    acc_right = tl.zeros((BO, BI2), tl.float32)  # [BO, BI2]
+    for n in tl.range(first, end, BN, num_stages=STAGES):
+        d_output_t = d_output_desc.load([n, row]).T  # [BO, BN]
+        acc = tl.dot(d_output_t, x_desc.load([n, col]), acc)  # [BO, BI]
+        acc_right = tl.dot(d_output_t, x_right_desc.load([n, col + BI]), acc_right)  # [BO, BI2]
+    _store_tile(acc, out_ptr, row, col, O=O, I=I)
+    _store_tile(acc_right, out_ptr, row, col + BI, O=O, I=I)
 
 
 @triton.jit
-def _store(values, to, row, column, out, inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    place = to + rows.to(tl.int64)[:, None] * inner + columns[None, :]
-    tl.store(place, values.to(to.dtype.element_ty), (rows < out)[:, None] & (columns < inner)[None, :])
+def _store_tile(x, ptr, row, col, O, I):
+    """Store x [R, C] at (row, col) of a matrix [O, I], in its dtype; what lies outside is left out."""
+    rows, cols = row + tl.arange(0, x.shape[0]), col + tl.arange(0, x.shape[1])  # [R], [C]
+    ptrs = ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]  # [R, C]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), (rows < O)[:, None] & (cols < I)[None, :])
 
 
 @triton.jit
 def weight_gradients_kernel(
-    d_output0, input0, more0, out0, inner0, d_output1, input1, more1, out1, inner1,
-    d_output2, input2, more2, out2, inner2, d_output3, input3, more3, out3, inner3,
-    results, tokens, tokens_each, numbers,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    d_output0, x0, x0_right, O0, I0, d_output1, x1, x1_right, O1, I1,
+    d_output2, x2, x2_right, O2, I2, d_output3, x3, x3_right, O3, I3,
+    out_ptr, N, tokens_each, elements,
+    BO: tl.constexpr, BI: tl.constexpr, BI2: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of all layers along the first axis of the grid, parts of the tokens along the second.
 
     Layers come one by one because a launch passes descriptors as arguments, not in tuples; None where there is none.
+
+    Args:
+        d_output…, x…, x…_right, O…, I…: of four layers, as `_sum_tile` takes them.
+        out_ptr [parts, elements]: the layers' [O, I] one after the other, `elements` together; float32 if parts > 1.
+        tokens_each: tokens of a part.
     """
-    program, part = tl.program_id(0), tl.program_id(1)
-    to = results + part.to(tl.int64) * numbers
-    begin = part * tokens_each
-    end = tl.minimum(begin + tokens_each, tokens)
-    d_outputs, inputs = (d_output0, d_output1, d_output2, d_output3), (input0, input1, input2, input3)
-    mores, outs, inners = (more0, more1, more2, more3), (out0, out1, out2, out3), (inner0, inner1, inner2, inner3)
+    tile, part = tl.program_id(0), tl.program_id(1)
+    out_ptr += part.to(tl.int64) * elements
+    first = part * tokens_each
+    end = tl.minimum(first + tokens_each, N)
+    d_outputs, Os, Is = (d_output0, d_output1, d_output2, d_output3), (O0, O1, O2, O3), (I0, I1, I2, I3)
+    xs, x_rights = (x0, x1, x2, x3), (x0_right, x1_right, x2_right, x3_right)
     for layer in tl.static_range(4):
-        out, inner = outs[layer], inners[layer]
-        if out is not None:
-            tiles = tl.cdiv(out, ROWS) * tl.cdiv(inner, COLUMNS + MORE)
-            if (program >= 0) & (program < tiles):
-                _sum_of_tile(d_outputs[layer], inputs[layer], mores[layer], to, program, begin, end, out, inner,
-                             ROWS, COLUMNS, MORE, DEPTH, STAGES)  # fmt: skip
-            program -= tiles
-            to += out.to(tl.int64) * inner
+        O, I = Os[layer], Is[layer]
+        if O is not None:
+            tiles = tl.cdiv(O, BO) * tl.cdiv(I, BI + BI2)
+            if (tile >= 0) & (tile < tiles):
+                _sum_tile(
+                    d_outputs[layer], xs[layer], x_rights[layer], out_ptr, tile,
+                    first=first, end=end, O=O, I=I, BO=BO, BI=BI, BI2=BI2, BN=BN, STAGES=STAGES,
+                )  # fmt: skip
+            tile -= tiles
+            out_ptr += O.to(tl.int64) * I
 
 
 @triton.jit
-def weight_gradients_sum_kernel(partial_sums, results, parts, numbers, BLOCK: tl.constexpr):
-    """results[n] = Σ partial_sums[:, n], always in the same order."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < numbers
-    total = tl.zeros([BLOCK], tl.float32)
-    source = partial_sums + place
+def weight_gradients_sum_kernel(partial_ptr, sum_ptr, parts, elements, BLOCK: tl.constexpr):
+    """sum[e] = Σ partial[:, e] for BLOCK elements e, always in the same order.
+
+    Args:
+        partial_ptr [parts, elements] float32; sum_ptr [elements].
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = offsets < elements  # [BLOCK]
+    acc = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
+    ptrs = partial_ptr + offsets  # [BLOCK]
     for _ in range(parts):
-        total += tl.load(source, inside, other=0.0)
-        source += numbers
-    tl.store(results + place, total.to(results.dtype.element_ty), inside)
+        acc += tl.load(ptrs, mask, other=0.0)  # [BLOCK]
+        ptrs += elements  # [BLOCK]
+    tl.store(sum_ptr + offsets, acc.to(sum_ptr.dtype.element_ty), mask)
 
 
 @operator("weight_gradients")
 def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> torch.Tensor:
-    """All of them behind each other."""
+    """All layers' gradients in one vector, one after the other."""
     first, tokens = d_outputs[0], tokens_of(d_outputs[0])
     widths = _widths(d_outputs, inputs)
-    numbers, count = sum(out * inner for out, inner in widths), parts(widths, tokens, num_sms())
+    elements, count = sum(out * inner for out, inner in widths), parts(widths, tokens, num_sms())
     tokens_each = triton.cdiv(triton.cdiv(tokens, count), CONFIG.depth) * CONFIG.depth
-    result = torch.empty(numbers, dtype=first.dtype, device=first.device)
-    partial_sums = result if count == 1 else torch.empty(count, numbers, device=first.device)
-    layers = [value for pair in zip(d_outputs, inputs, strict=True) for value in _arguments(*pair)]
+    result = torch.empty(elements, dtype=first.dtype, device=first.device)
+    partial = result if count == 1 else torch.empty(count, elements, device=first.device)
+    layers = [value for pair in zip(d_outputs, inputs, strict=True) for value in _layer_arguments(*pair)]
     layers += [None] * (MOST_LAYERS * 5 - len(layers))
     launch(
         weight_gradients_kernel, (sum(CONFIG.count(*pair) for pair in widths), count),
-        *layers, partial_sums, tokens, tokens_each, numbers,
-        ROWS=CONFIG.rows, COLUMNS=CONFIG.columns, MORE=CONFIG.more_columns, DEPTH=CONFIG.depth, STAGES=CONFIG.stages,
+        *layers, partial, tokens, tokens_each, elements,
+        BO=CONFIG.rows, BI=CONFIG.columns, BI2=CONFIG.right_columns, BN=CONFIG.depth, STAGES=CONFIG.stages,
         num_warps=CONFIG.warps,
     )  # fmt: skip
     if count > 1:
         launch(
-            weight_gradients_sum_kernel, (triton.cdiv(numbers, SUM_BLOCK),), partial_sums, result, count, numbers,
+            weight_gradients_sum_kernel, (triton.cdiv(elements, SUM_BLOCK),), partial, result, count, elements,
             BLOCK=SUM_BLOCK, num_warps=4,
         )  # fmt: skip
     return result
 
 
-def _arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
-    """What the kernel is told of a layer."""
-    left, right = table(d_output), table(x)
-    blocks = ((left, CONFIG.rows), (right, CONFIG.columns), (right, CONFIG.more_columns))
-    return [*(described(rows, CONFIG.depth, columns) for rows, columns in blocks), left.shape[1], right.shape[1]]
+def _layer_arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
+    """The kernel's arguments for one layer: d_output, x in blocks of BI and of BI2 columns, O, I."""
+    d_output, x = table(d_output), table(x)
+    blocks = ((d_output, CONFIG.rows), (x, CONFIG.columns), (x, CONFIG.right_columns))
+    return [*(described(rows, CONFIG.depth, columns) for rows, columns in blocks), d_output.shape[1], x.shape[1]]
 
 
 def _widths(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
