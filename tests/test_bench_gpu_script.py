@@ -1,4 +1,4 @@
-"""`bench/gpu.sh` with an interpreter that only writes down what it is asked, and the tests it would run, collected."""
+"""`bench/gpu.sh` with an interpreter that only records its arguments, and the collection of the tests it would run."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_the_gate_without_committed_rows_is_no_failure(script, tmp_path):
     assert status == 1 and "not ok: regress" in printed
 
 
-def test_the_gate_is_told_what_the_run_has_left_out(script, tmp_path):
+def test_the_gate_is_given_the_kinds_that_the_run_left_out(script, tmp_path):
     out = str(tmp_path / "results")
     always = "--partial step --partial sampling --partial tokenizer"
     assert script(out)[2]["regress"].endswith(always)
@@ -134,7 +134,7 @@ def test_below_twenty_minutes_it_is_a_triage(script, tmp_path):
     ("!! _pytest.outcomes.Exit: tests/t.py::test_f[swiglu-triton-odd-float16-cuda] lost the device: why !!", "triton"),
     ("FAILED tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda] - AssertionError", ""),
 ])  # fmt: skip
-def test_who_has_lost_the_device_is_not_timed(told, without, script, tmp_path):
+def test_a_backend_that_lost_the_device_is_not_timed(told, without, script, tmp_path):
     ops = script(str(tmp_path / "results"), CRASHED=told)[2]["ops"]
     assert [name for name in ("cuda", "triton") if f"--without {name} " in ops] == ([without] if without else [])
     summary = (tmp_path / "results" / "summary.txt").read_text()
@@ -142,7 +142,7 @@ def test_who_has_lost_the_device_is_not_timed(told, without, script, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["tests", "step", "machine tests ops"])
-def test_a_failing_part_does_not_stop_the_others_and_is_told(failing, script, tmp_path):
+def test_a_failing_part_is_reported_and_does_not_stop_the_others(failing, script, tmp_path):
     status, _, calls = script(str(tmp_path / "results"), failing=failing)
     assert status == 1 and set(calls) == set(PARTS)
     summary = (tmp_path / "results" / "summary.txt").read_text()

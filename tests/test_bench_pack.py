@@ -1,4 +1,4 @@
-"""`bench/pack.sh`: which wheels it takes and in which version, what the printed lines do, and when it ends with 1.
+"""`bench/pack.sh`: its choice of wheels and versions, the printed lines, and its exit status.
 
 pip finds its packages in a folder made by the test, without a network.
 """
@@ -85,13 +85,13 @@ def printed_lines(output: str) -> str:
     return "".join(line[4:] for line in output.split("On the other machine")[1].splitlines(True) if line[:4].isspace())
 
 
-def test_of_this_project_what_an_image_lacks():
+def test_packages_of_this_project_that_an_image_lacks():
     assert {r.name for r in pack.pinned(ROOT, ())} == {"deepspeed", "lpips", "pydantic", "packaging", "tqdm"}
     known = {r.name for r in pack.pinned(ROOT, pack.IN_IMAGE | pack.OPTIONAL | {"liger-kernel"})}
     assert known >= pack.IN_IMAGE | pack.OPTIONAL, "every name is that of a pinned package"
 
 
-def test_wheels_of_the_pins_and_of_what_they_need_there(index, tree, tmp_path, monkeypatch, capsys):
+def test_wheels_of_the_pins_and_of_their_dependencies(index, tree, tmp_path, monkeypatch, capsys):
     here = metadata.version("packaging")
     index("ldit_alpha", "1.0", "LDIT.beta>=1", "packaging>=20", "torch>1", "ldit-other; python_version < '3.12'",
           "ldit-other; sys_platform == 'darwin'", "ldit-other; extra == 'more'")  # fmt: skip
@@ -131,7 +131,7 @@ def test_packages_by_name(index, tree, tmp_path, name):
     assert packed(tmp_path / "out") == {"ldit_alpha-1.0-py3-none-any.whl", files[name]}
 
 
-def test_what_is_published_as_source_is_made_for_any_python(index, tree, tmp_path):
+def test_a_wheel_is_built_of_a_package_published_as_source(index, tree, tmp_path):
     source = tmp_path / "deepspeed-9.9"
     source.mkdir()
     program = "import os\nfrom setuptools import setup\nassert os.environ['DS_BUILD_OPS'] == '0'\nsetup(%s)\n"

@@ -1,4 +1,4 @@
-"""The gate on planted rows: what it calls, measures again and writes; and two revisions of a small repository."""
+"""The gate on planted rows: findings, measurements again, updates; and two revisions of a small repository."""
 
 import json
 import subprocess
@@ -85,7 +85,7 @@ def test_six_percent_of_one_op_fails_and_two_percent_does_not():
     assert "swiglu XL bfloat16 forward triton" in line and "90.0% →   84.6%   -6.0%  median of 3 runs" in line
 
 
-def test_a_suspect_that_was_chance_is_let_go():
+def test_a_loss_that_is_not_repeated_is_no_finding():
     bench = Bench(0.9, 0.89)
     findings = compare.compare([op()], [op(0.8)], bench)
     assert [f.verdict for f in findings] == ["unchanged"] and findings[0].after == 0.89
@@ -111,7 +111,7 @@ def test_the_most_suspect_is_measured_again_first():
     assert {row["case"] for row in bench.asked[:2]} == {"L_bias"}
 
 
-def test_what_cannot_be_measured_again_is_called_and_says_why():
+def test_a_row_that_cannot_be_measured_again_is_reported_with_the_reason():
     (finding,) = compare.compare([op()], [op(0.8)], Bench())
     assert finding.verdict == "fell" and finding.note == "not measured again: no GPU"
     assert verdicts([op()], [op(0.9, spread=0.2)], Bench()) == ["unchanged"]
@@ -135,7 +135,7 @@ def test_a_suspect_that_turns_out_wrong_is_broken():
     assert verdicts([op()], [op(0.5)], again) == ["broken"]
 
 
-def test_what_the_run_lacks_needs_a_reason():
+def test_a_missing_row_needs_a_reason():
     other = op(0.8, case="1p6B")
     assert verdicts([op(), other], [other]) == ["missing", "unchanged"]
     assert verdicts([op(), other], [other], partial=["op"]) == ["left out", "unchanged"]
@@ -210,7 +210,7 @@ def test_an_update_records_reason_revision_machine_and_versions(files, capsys):
     assert files([op(0.72), op(provider="eager")]) == 0, "what was written is what is compared with"
 
 
-def test_an_update_drops_what_newer_rows_replace_and_what_is_gone(files):
+def test_an_update_drops_replaced_rows_and_those_of_ops_that_are_gone(files):
     forward, backward = op(provider="cuda"), op(provider="cuda", direction="backward")
     files([op(), forward, backward, op(op="no_such_op"), op(case="no_such_case")], "--update", "--reason", "a")
     files([op(status="unavailable", direction=None, provider="cuda")], "--update", "--reason", "b")
@@ -230,7 +230,7 @@ def test_wrong_arguments_are_not_mistaken_for_a_missing_baseline(arguments, caps
     assert ended.value.code == 64 and "usage" in capsys.readouterr().err
 
 
-def test_rows_that_say_nothing_are_refused(files, capsys):
+def test_rows_of_no_gpu_or_of_several_are_refused(files, capsys):
     assert files([]) == 64 and files([op(), op() | {"gpu": "NVIDIA A100-SXM4-80GB"}]) == 64
     assert "NVIDIA A100-SXM4-80GB, NVIDIA H200" in capsys.readouterr().err
     assert files([op() | {"device": "cpu"}]) == 64, "rows of a CPU are no run of a GPU"

@@ -1,4 +1,4 @@
-"""Pages and pictures from planted rows, and that the committed pages are what the committed rows say."""
+"""Pages and pictures from planted rows, and agreement of the committed pages with the committed rows."""
 
 import json
 import re
@@ -108,7 +108,7 @@ def contents(tree: Path) -> dict[str, bytes]:
     return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
 
 
-def test_the_committed_pages_are_what_the_committed_rows_say(capsys):
+def test_the_committed_pages_agree_with_the_committed_rows(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_without_rows_nothing_is_claimed(tmp_path):
     assert all(target.read(Measured("none", ())) is None for target in TARGETS)
 
 
-def test_tables_say_what_the_rows_say():
+def test_the_tables_of_training_and_ops():
     training = tables.training([gpu()]).splitlines()
     want = "| NVIDIA H200 | trainer | 640 (±0.5 %) | 60.0 % | 50.0 % | 3.50 |  | 40.0 GB | 4.4 h |"
     assert training[2].startswith("| NVIDIA H200 | trainer | 640 (±0.5 %) | 60.0 % |")

@@ -1,4 +1,4 @@
-"""The coordinator of a triage with a clock and children that are made up: what each ending leaves in the rows."""
+"""The coordinator of a triage, with a simulated clock and children: verdicts, time, rows and files."""
 
 import json
 import tarfile
@@ -290,14 +290,14 @@ def test_without_a_device_nothing_is_started(tmp_path):
     assert stage.triage.no_device and "why there is no GPU" in (tmp_path / "out" / "summary.txt").read_text()
 
 
-def test_facts_of_the_machine_come_from_whoever_knows_them(tmp_path):
+def test_facts_of_the_machine_come_from_the_first_child_that_reports_them(tmp_path):
     """Where the first child hung."""
     scripts = {"machine-machine": Script(seconds=1e9), "bare-bare": Script(rows=[step_row("bare", 150.0)])}
     _, told, _ = run(tmp_path / "out", (MACHINE, BARE), scripts)
     assert {line["gpu"] for line in told.values()} == {FACTS["gpu"]}
 
 
-def test_a_second_run_into_the_folder_keeps_what_it_does_not_replace(tmp_path):
+def test_a_second_run_into_the_folder_keeps_rows_that_it_does_not_replace(tmp_path):
     bare, plain = (Script(rows=[step_row(name, ms)]) for name, ms in (("bare", 200.0), ("plain-eager", 600.0)))
     run(tmp_path / "out", (BARE, PLAIN), {"bare-bare": bare, "plain-eager-plain-eager": Script(-11)})
     _, told, _ = run(tmp_path / "out", (PLAIN,), {"plain-eager-plain-eager": plain})
@@ -318,7 +318,7 @@ def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_s
     assert "others/some: time is up, not measured: vf_loss" in (tmp_path / "out" / "summary.txt").read_text()
 
 
-def test_what_a_killed_run_has_left_is_no_hindrance(tmp_path):
+def test_files_of_a_killed_run_are_no_hindrance(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".rows.jsonl.tmp").write_text("{")
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 2, "ki')

@@ -1,4 +1,4 @@
-"""Which children a triage starts, what is left of them when ops have crashed, and what it advises to do next."""
+"""The parts of a triage, their adaptation to crashed ops, its child programs, and its summary."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_a_crashed_op_of_a_graph_takes_its_variant_along():
     assert not grouped.adapted(findings(linear_swiglu__triton="failed"))[0].skip
 
 
-def test_only_what_is_not_wrong_is_timed():
+def test_wrong_backends_are_not_timed():
     task = Fractions("step", "bench.ops", ops=("swiglu", "rope_attention", "adamw_ema_"))
     (child,) = task.adapted(findings())
     assert child.arguments[:3] == ("swiglu", "rope_attention", "adamw_ema_")
@@ -113,7 +113,7 @@ def test_only_what_is_not_wrong_is_timed():
     assert other.name != first.name and "cuda" in other.note
 
 
-def test_sampling_and_encoding_do_without_what_crashed():
+def test_sampling_and_encoding_do_without_crashed_ops():
     found = [options(child, "--variant") for verdicts in ({}, {"swiglu__triton": "failed"},
              {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"}, {"adamw_ema___triton": "failed"})
              for child in SAMPLING.adapted(findings(**verdicts))]  # fmt: skip
@@ -135,7 +135,7 @@ def test_selected_parts():
             select_parts(first_parts(), [wrong])
 
 
-def test_what_three_minutes_are_for(monkeypatch):
+def test_parts_of_a_second_run(monkeypatch):
     monkeypatch.setattr(parts, "find_tool", lambda name: f"/bin/{name}")
     verdicts = {("swiglu", "triton"): "ok", ("swiglu", "cuda"): "wrong", ("vf_loss", "cuda"): "timeout"}
     fractions = {("swiglu", "triton"): 0.9, ("swiglu", "cuda"): 0.2, ("vf_loss", "triton"): 0.7}
@@ -188,7 +188,7 @@ def test_the_next_thing_to_do(rows, advice):
     assert re.search(advice, summary.next_step(rows)), summary.next_step(rows)
 
 
-def test_the_summary_shows_what_was_measured():
+def test_the_summary_shows_every_kind_of_row():
     gemm = [row("gemm", provider="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
             for layer, ms in (("qkv", 2.0), ("w3", 6.0))]  # fmt: skip
     rows = [MACHINE, *HEADLINE, checked("swiglu", "triton", "ok"), checked("swiglu", "cuda", "skipped"), *gemm,
@@ -246,7 +246,7 @@ def test_a_check_takes_fewer_samples_of_everything(name):
     op.check(**check.fewer_samples(case, 32).inputs(torch.bfloat16, "meta"))
 
 
-def test_a_check_tells_what_is_wrong_and_goes_on(monkeypatch, capsys, tmp_path):
+def test_a_check_reports_faults_and_goes_on(monkeypatch, capsys, tmp_path):
     """With a backend whose results are other ones each time, and whose gradients are right."""
     calls, right = iter(range(1000)), reference(SWIGLU)
 

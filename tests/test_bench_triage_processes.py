@@ -1,4 +1,4 @@
-"""Real children of a triage: that they end when they have to, with all they have started, and say where they were."""
+"""Real child processes of a triage: they end in time with all they have started, and print tracebacks."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def test_a_child_that_ends_by_itself(tmp_path):
     assert (crashed.status, crashed.why) == (-signal.SIGABRT, "")
 
 
-def test_a_child_that_ignores_sigterm_is_killed_with_what_it_has_started(tmp_path):
+def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path):
     log = tmp_path / "log"
     child = Child([sys.executable, "-c", DEAF], log, limit=3.0, grace=0.3)
     found = ended(child)
@@ -76,13 +76,13 @@ def test_a_child_that_ignores_sigterm_is_killed_with_what_it_has_started(tmp_pat
     assert gone(word_after(log, "started"))
 
 
-def test_what_a_child_leaves_behind_does_not_live_on(tmp_path):
+def test_processes_of_a_child_end_with_it(tmp_path):
     log = tmp_path / "log"
     found = ended(Child([sys.executable, "-c", FORGETFUL], log, 20))
     assert (found.status, found.why) == (0, "") and gone(word_after(log, "left"))
 
 
-def test_a_child_that_is_told_to_stop_may_end_in_order(tmp_path):
+def test_a_stopped_child_may_end_in_order(tmp_path):
     log = tmp_path / "log"
     child = Child([sys.executable, "-c", ORDERLY], log, 20)
     while "up" not in log.read_text():
@@ -148,7 +148,7 @@ def test_a_module_runs_as_if_it_were_called_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_coordinator_that_is_told_to_end_ends_its_children(number, tmp_path):
+def test_a_signal_to_the_coordinator_ends_its_children(number, tmp_path):
     """The program itself, at its first child, which here hangs and hears nothing."""
     (tmp_path / "deaf.py").write_text(DEAF)
     out = tmp_path / "out"

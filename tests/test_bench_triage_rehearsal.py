@@ -45,7 +45,7 @@ def test_everything_ends_well(rehearsed):
     assert "odd float32 gradients … right" in log and "strided float16 same bits … right" in log
 
 
-def test_what_was_measured_is_in_the_rows_and_in_the_summary(rehearsed):
+def test_measurements_are_in_the_rows_and_in_the_summary(rehearsed):
     out, _, _ = rehearsed
     rows = list(read(out / "rows.jsonl", "cpu"))
     steps = {row["variant"]: row for row in rows if row["kind"] == "step"}

@@ -12,7 +12,7 @@ from bench.triage.records import Records
 from tests.test_bench_triage import BARE, MACHINE, PLAIN, WELL, Script, checked, op_row, row, run, step_row
 
 
-def test_how_children_ended_is_nothing_to_compare(tmp_path):
+def test_verdicts_are_not_compared(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [checked("swiglu", "triton", "timeout"), row("ceiling", ceiling="copy", rate=2.9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +48,7 @@ def test_rows_of_one_name_are_one_row(tmp_path):
     assert again == records.of("op") and records.facts["gpu"] == "NVIDIA H100 80GB HBM3"
 
 
-def test_what_is_skipped_takes_no_verdict_away(tmp_path):
+def test_a_skipped_task_does_not_replace_a_verdict(tmp_path):
     """A second run into the same folder, without the GPU or the time of the first."""
     records = Records(tmp_path / "rows.jsonl")
     records.add(checked("swiglu", "triton", "timeout"))
@@ -88,7 +88,7 @@ def test_a_program_without_a_device_stops_the_others(tmp_path):
     assert told["plain-eager/plain-eager"]["verdict"] == "skipped"
 
 
-def test_who_reads_along_may_go(tmp_path, monkeypatch):
+def test_a_closed_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
     def closed(*text, **how):
         raise BrokenPipeError
 

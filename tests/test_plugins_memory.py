@@ -26,7 +26,7 @@ def case_of(name: str) -> Case:
     return next(case for case in SWIGLU.cases if case.id == name)
 
 
-def test_a_peak_is_of_what_lives_at_once():
+def test_a_peak_counts_tensors_that_live_at_once():
     with Peak() as peak:
         a = torch.empty(1000, device="meta")
         b = a.view(10, 100) * 2
@@ -42,7 +42,7 @@ PRODUCTION = [(op, case) for op in kernels.OPS.values() for case in op.cases if 
 
 @pytest.mark.parametrize(("op", "case"), PRODUCTION, ids=[f"{op.name}-{case.id}" for op, case in PRODUCTION])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_test_needs_covers_its_check(op, case, dtype, monkeypatch):
+def test_the_memory_counted_for_a_test_covers_its_check(op, case, dtype, monkeypatch):
     """The checks of `kernels.testing.checks`, on tensors without memory, with the reference for a backend."""
 
     def judged(inputs, got, eager, exact):
@@ -65,7 +65,7 @@ def test_parts_of_a_device():
     assert parts_of(78 * GIB, 8) == 31 and parts_of(78 * GIB, 1) == 38 and parts_of(8 * GIB, 8) == 1
 
 
-def test_nobody_holds_parts_of_what_others_have(tmp_path):
+def test_a_part_is_held_by_one_process_at_a_time(tmp_path):
     """Of seven parts three times three do not fit."""
     running, most, ran = [], [], []
 
@@ -85,7 +85,7 @@ def test_nobody_holds_parts_of_what_others_have(tmp_path):
     assert sorted(ran) == [1, 3, 3, 3, 3, 9] and max(most) == 7 and 6 in most
 
 
-def test_who_asks_for_more_than_there_is_has_all(tmp_path):
+def test_a_request_for_more_than_there_is_gets_all_parts(tmp_path):
     entered = threading.Event()
 
     def run() -> None:
