@@ -1,4 +1,4 @@
-"""The checks of arguments that ops share. Each raises ValueError: the op, the argument, its value, what is allowed.
+"""Argument checks shared by the ops. Each raises ValueError with the op, the argument, its value and what is allowed.
 
 They read metadata only: no device is asked, and `torch.compile` traces through them.
 """
@@ -46,5 +46,5 @@ def check_eps(op: str, eps: float) -> None:
 
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """float64 if any of the tensors is, else float32: what statistics, reductions and products are held in."""
+    """float64 if any of the tensors is, else float32: the dtype of statistics, reductions and products."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

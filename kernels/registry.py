@@ -1,4 +1,4 @@
-"""What an op is, what a backend is, and how a model gets the ones it asked for. No device logic lives here."""
+"""`Op`, `Backend`, and `Ops`, the bundle with one callable for each op that a model is given. No device logic."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -36,10 +36,6 @@ class BackendUnavailable(RuntimeError):
         return f"{self.op}: backend {self.backend!r} cannot serve: {'; '.join(self.reasons)}"
 
 
-def _no_reasons() -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -54,18 +50,18 @@ class Backend:
         emulated: runs its kernels in an emulator: for tests, never what "auto" means.
         torch_ops: names of the operators it registers with `torch.library`, such as `"ldit::swiglu_fwd"`.
         configs: launch configurations by name, for benches and ahead-of-time compilation.
-        minimum: the least compute capability that its kernels are made for.
+        min_capability: the lowest compute capability that its kernels are made for.
     """
 
     name: str
     run: Callable[..., Any]
-    unavailable: Callable[[], list[str]] = _no_reasons
+    unavailable: Callable[[], list[str]] = list
     unsupported: Callable[..., list[str]] | None = None
     dtypes: frozenset[torch.dtype] = FLOATS
     emulated: bool = False
     torch_ops: tuple[str, ...] = ()
     configs: Mapping[str, Any] = field(default_factory=dict)
-    minimum: tuple[int, int] = (8, 0)
+    min_capability: tuple[int, int] = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -173,21 +169,22 @@ class Op:
         return self._named(refuse), {"backend": name, "reason": f"cannot serve: {'; '.join(reasons)}"}
 
     def _resolve_auto(self) -> tuple[Callable[..., Any], dict[str, str]]:
-        passed_by = []
+        rejected = []
         for name in self.order:
             reasons = self.reasons(name)
             if not reasons and self.backend(name).emulated:
                 reasons = ["it would run in an emulator"]
             if not reasons:
-                reason = "; ".join(passed_by) or "first choice"
+                reason = "; ".join(rejected) or "first choice"
                 return self.bind(self.backend(name)), {"backend": name, "reason": reason}
-            passed_by.append(f"not {name}: {', '.join(reasons)}")
-        raise BackendUnavailable(self.name, "auto", passed_by)
+            rejected.append(f"not {name}: {', '.join(reasons)}")
+        raise BackendUnavailable(self.name, "auto", rejected)
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
         function.__signature__ = signature(self.check).replace(return_annotation=Signature.empty)
         function.__name__ = function.__qualname__ = self.name
-        # A code object of its own: torch.compile limits recompilations by code object, and all ops would share one.
+        # torch.compile (2.11) limits recompilations by code object, so each op gets one of its own. Otherwise
+        # tests/test_kernels_registry.py::test_compiled_ops_do_not_share_a_limit_on_recompilations fails.
         function.__code__ = function.__code__.replace(co_name=self.name)
         function.__doc__ = self.doc
         return function

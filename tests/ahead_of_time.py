@@ -48,7 +48,7 @@ class Offline:
 
 def architectures(backend: Backend) -> list[int]:
     """Those of `ARCHITECTURES` that the backend is made for."""
-    return [number for number in ARCHITECTURES if divmod(number, 10) >= backend.minimum]
+    return [number for number in ARCHITECTURES if divmod(number, 10) >= backend.min_capability]
 
 
 def compiled(op: Op) -> Iterator[dict]:

@@ -53,7 +53,7 @@ def small(module: str, arguments: list[str]) -> list[str]:
 def stand_in() -> None:
     """Put the stand-ins where the programs of the bench look for their device, their sizes and their compiler."""
     for module in (program, ops, roofline):
-        module.cuda_reasons = lambda minimum=None: []
+        module.cuda_reasons = lambda min_capability=None: []
         module.CudaDevice = HostDevice
     torch.cuda.get_device_name = lambda device=None: "a CPU"
     timing.WARM_UP = 0.0

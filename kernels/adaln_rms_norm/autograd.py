@@ -28,7 +28,7 @@ def register_autograd(forward: torch.library.CustomOpDef, backward: torch.librar
             return (None,) * 6
         wanted = ctx.needs_input_grad[:4]
         found = backward(*ctx.saved_tensors, d_y, ctx.eps, any(wanted[1:]))
-        return *asked_for(found, wanted), None, None
+        return *where_wanted(found, wanted), None, None
 
     forward.register_autograd(gradients, setup_context=save)
 
@@ -42,12 +42,12 @@ def as_tuple(results: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Te
     return (results,) if isinstance(results, torch.Tensor) else results
 
 
-def asked_for(gradients, wanted) -> tuple[torch.Tensor | None, ...]:
+def where_wanted(gradients, wanted) -> tuple[torch.Tensor | None, ...]:
     """Of the gradients those wanted, None in the place of the others."""
     return tuple(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
 
 
-def refused_result(out_dtype: torch.dtype | None, dtypes: frozenset[torch.dtype]) -> list[str]:
+def out_dtype_reasons(out_dtype: torch.dtype | None, dtypes: frozenset[torch.dtype]) -> list[str]:
     """Why kernels that write `dtypes` cannot give this one; empty if they can."""
     strange = out_dtype is not None and out_dtype not in dtypes
     return [f"out_dtype {out_dtype} is none of {dtype_names(dtypes)}"] if strange else []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
+from kernels.adaln_rms_norm.autograd import out_dtype_reasons, register_autograd
 from kernels.backends.cuda_launch import DTYPES, backends, launch, unsupported_reasons
 from kernels.backends.layout import dense_rows
 from kernels.backends.operators import operator
@@ -63,13 +63,13 @@ def adaln_rms_norm_bwd(
 adaln_rms_norm = register_autograd(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
 
 
-def too_wide(x: torch.Tensor) -> list[str]:
+def width_reasons(x: torch.Tensor) -> list[str]:
     """Why the kernels cannot take rows like these; empty if they can."""
     return [f"width {x.shape[-1]} is above {MAX_WIDTH}"] if x.shape[-1] > MAX_WIDTH else []
 
 
 def unsupported(x, weight, shift, scale, eps, *, out_dtype=None):
-    return too_wide(x) + unsupported_reasons(x, weight, shift, scale) + refused_result(out_dtype, DTYPES)
+    return width_reasons(x) + unsupported_reasons(x, weight, shift, scale) + out_dtype_reasons(out_dtype, DTYPES)
 
 
 BACKEND, EMULATED = backends(

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.adaln_rms_norm.autograd import refused_result, register_autograd
+from kernels.adaln_rms_norm.autograd import out_dtype_reasons, register_autograd
 from kernels.adaln_rms_norm.triton_config import backward_config, forward_config, vector_config
 from kernels.adaln_rms_norm.triton_passes import backward_pass, forward_pass
 from kernels.backends.triton_launch import DTYPES, backend, operator, unsupported_reasons
@@ -32,7 +32,7 @@ adaln_rms_norm = register_autograd(adaln_rms_norm_fwd, adaln_rms_norm_bwd)
 
 
 def unsupported(x, weight, shift, scale, eps, *, out_dtype=None):
-    return unsupported_reasons(x, weight, shift, scale) + refused_result(out_dtype, DTYPES)
+    return unsupported_reasons(x, weight, shift, scale) + out_dtype_reasons(out_dtype, DTYPES)
 
 
 BACKEND = backend(

@@ -1,1 +1,1 @@
-"""What the backends of all ops share: launches of Triton and CUDA kernels, operators of `torch.library`, the device."""
+"""Shared by the backends of all ops: launches of Triton and CUDA kernels, `torch.library` operators, device queries."""

@@ -1,4 +1,4 @@
-"""What the CUDA backends share: where a call's launchers are, and the two backends that one file of an op holds.
+"""Launches of the kernels of `csrc`, and the backends `cuda` and `emulated` that one file of an op declares.
 
 The launchers of `csrc/ops.h` exist twice: compiled for a device (`kernels._cuda`, made by setup.py) and for the CPU
 (`kernels.testing.emulation`). The operators are the same; the device of a call's tensors decides which of them runs.
@@ -12,7 +12,7 @@ import torch
 
 from kernels.arguments import dtype_names
 from kernels.backends.device import extension, extension_reasons
-from kernels.backends.operators import dry
+from kernels.backends.operators import is_fake_call
 from kernels.registry import Backend
 from kernels.testing import emulation
 
@@ -24,7 +24,7 @@ def launch(name: str, *args: Any) -> None:
 
     The first argument is a tensor; its device decides where the launcher is looked up.
     """
-    if not dry():
+    if not is_fake_call():
         getattr(launchers(args[0].device), name)(*args)
 
 
@@ -34,8 +34,8 @@ def launchers(device: torch.device) -> ModuleType:
 
 def unsupported_reasons(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
     """Why the kernels cannot take these tensors, by dtype; empty if they can."""
-    strange = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in dtypes]
-    return [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in strange]
+    wrong = [tensor.dtype for tensor in tensors if tensor is not None and tensor.dtype not in dtypes]
+    return [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in wrong]
 
 
 def backends(

@@ -1,4 +1,4 @@
-"""What this machine and this process can do, for backends to ask."""
+"""Whether CUDA kernels, the built extension and Triton can run on this machine and in this process."""
 
 import os
 from functools import cache
@@ -13,15 +13,17 @@ EXTENSION = "kernels._cuda"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 
-def cuda_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
+def cuda_reasons(min_capability: tuple[int, int] = (8, 0)) -> list[str]:
     """Why kernels for CUDA devices of at least that compute capability cannot run here; empty if they can."""
     if torch.version.cuda is None:
         return [f"torch {torch.__version__} is built without CUDA"]
     if not torch.cuda.is_available():
         return ["no CUDA device is visible"]
     found = torch.cuda.get_device_capability()
-    if found < minimum:
-        return [f"compute capability {_dotted(found)} of {torch.cuda.get_device_name()} is below {_dotted(minimum)}"]
+    if found < min_capability:
+        return [
+            f"compute capability {_dotted(found)} of {torch.cuda.get_device_name()} is below {_dotted(min_capability)}"
+        ]
     return []
 
 
@@ -43,11 +45,11 @@ def extension() -> ModuleType:
     return import_module(EXTENSION)
 
 
-def triton_reasons(minimum: tuple[int, int] = (8, 0)) -> list[str]:
+def triton_reasons(min_capability: tuple[int, int] = (8, 0)) -> list[str]:
     """Why Triton kernels cannot run here: neither for a device of that compute capability nor in the interpreter."""
     if find_spec("triton") is None:
         return ["triton is not installed"]
-    return [] if triton_interpreted() else cuda_reasons(minimum)
+    return [] if triton_interpreted() else cuda_reasons(min_capability)
 
 
 def triton_interpreted() -> bool:

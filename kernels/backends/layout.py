@@ -1,4 +1,4 @@
-"""How tensors lie in memory, as kernels want them."""
+"""Memory layouts that kernels ask for: contiguous, channels-last, dense rows."""
 
 import torch
 
@@ -10,10 +10,10 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor without gaps, if there is one; a copy where it has some."""
+    """The tensor without gaps, if one is given; a copy where it has some."""
     return None if tensor is None else tensor.contiguous()
 
 
 def dense_rows(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A matrix whose rows are contiguous; they may lie apart and stay where they are, as parts of one modulation do."""
+    """A matrix whose rows are contiguous. They may lie apart and are not copied then, as parts of one modulation."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,4 +1,4 @@
-"""Operators of `torch.library` around kernels, whichever compiler made those."""
+"""Registration of operators with `torch.library`, for the Triton and the CUDA backends."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -11,9 +11,9 @@ NAMESPACE = "ldit"
 
 
 class _State(threading.local):
-    """Of this thread: whether launches are left out, because only the shapes of results are asked for."""
+    """Of this thread: whether launches are left out, because only shapes, dtypes and strides of results are wanted."""
 
-    dry = False
+    fake = False
 
 
 _state = _State()
@@ -22,37 +22,37 @@ _definitions: list[torch.library.CustomOpDef] = []
 _lowered = False
 
 
-def dry() -> bool:
-    """Whether launches are to be left out, now and in this thread."""
-    return _state.dry
+def is_fake_call() -> bool:
+    """Whether this thread is in the fake implementation of an operator, so that launches are to be left out."""
+    return _state.fake
 
 
 def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:
     """Decorator: register a function that allocates its results and launches kernels as the operator `ldit::<name>`.
 
-    Its parameters carry the type annotations that `torch.library.custom_op` asks for. The same function, its launches
-    left out (`dry`), tells shapes, dtypes and strides to `torch.compile`; so it reads no values and only its first
-    argument, a tensor or a list of them, decides the device.
+    Its parameters carry the type annotations that `torch.library.custom_op` asks for. The same function with its
+    launches left out (`is_fake_call`) is the fake implementation, from which `torch.compile` learns shapes, dtypes and
+    strides; so it reads no values. Its first argument, a tensor or a list of them, decides the device.
     """
 
     def register(function: Callable) -> torch.library.CustomOpDef:
         @wraps(function)
-        def on_its_device(first, *args, **kwargs):
+        def real_impl(first, *args, **kwargs):
             with torch.cuda.device_of(first[0] if isinstance(first, list) else first):
                 return function(first, *args, **kwargs)
 
         @wraps(function)
-        def without_launches(*args, **kwargs):
+        def fake_impl(*args, **kwargs):
             if not _lowered and TracingContext.try_get() is not None:
                 register_lowerings()
-            before, _state.dry = _state.dry, True
+            before, _state.fake = _state.fake, True
             try:
                 return function(*args, **kwargs)
             finally:
-                _state.dry = before
+                _state.fake = before
 
-        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", on_its_device, mutates_args=tuple(mutates))
-        definition.register_fake(without_launches)
+        definition = torch.library.custom_op(f"{NAMESPACE}::{name}", real_impl, mutates_args=tuple(mutates))
+        definition.register_fake(fake_impl)
         _definitions.append(definition)
         if _lowered:
             _register_lowering(definition)
@@ -62,11 +62,11 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable], tor
 
 
 def register_lowerings() -> None:
-    """Tell Inductor how it calls every operator of this module, those registered later too.
+    """Register Inductor's fallback lowering for every operator of this module, later ones too.
 
-    Without, it would make such an entry where it first meets an operator in a graph, and before that write a message
-    with all the nodes that the operator's arguments come from, nested in each other: in the backward pass of a deep
-    network this takes a time that doubles with each block.
+    Otherwise Inductor would make such an entry where it first meets an operator in a graph, and before that write a
+    message with all the nodes that the operator's arguments come from, nested in each other: in the backward pass of a
+    deep network this takes a time that doubles with each block.
     """
     global _lowered
     if not _lowered:

@@ -1,4 +1,4 @@
-"""What the Triton backends share: operators of `torch.library`, launches, and which calls Triton can serve here."""
+"""Launches of Triton kernels, the device they are configured for, and which calls Triton can serve here."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ import torch
 
 from kernels.arguments import dtype_names
 from kernels.backends.device import triton_interpreted, triton_reasons
-from kernels.backends.operators import dry, operator  # noqa: F401  what the Triton backends import from here
+from kernels.backends.operators import is_fake_call, operator  # noqa: F401  the Triton backends import it from here
 from kernels.registry import Backend
 
 INTERPRETED = triton_interpreted()
@@ -21,8 +21,13 @@ DTYPES = frozenset({torch.float32, torch.float16} | (set() if INTERPRETED else {
 INTERPRETED_ARCHITECTURE = 90
 
 
-def _let_loops_run_to_values() -> None:
-    """Let `range` in interpreted kernels take scalars: there they are arrays of one number, which NumPy refuses."""
+def _allow_range_over_scalars() -> None:
+    """Let `range` in interpreted kernels take scalars.
+
+    The interpreter of Triton 3.6 holds them as arrays of one element, and its `__index__` calls `int` of those, which
+    NumPy 2.4 refuses. There is no public hook. Without this
+    tests/test_kernels_launch_adaln.py::test_second_stage_adds_up_more_samples_and_chunks_than_it_holds fails.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -35,12 +40,12 @@ def _let_loops_run_to_values() -> None:
 
 
 if INTERPRETED:
-    _let_loops_run_to_values()
+    _allow_range_over_scalars()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it would have been: the kernel, its grid, its arguments, its compile-time values and options."""
+    """A launch, recorded instead of run: the kernel, its grid, arguments, compile-time values and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -49,7 +54,7 @@ class Launch:
 
 
 class _State(threading.local):
-    """Of this thread: where launches that are left out are written down, and the architecture meant."""
+    """Of this thread: the list that records launches, and the architecture they are configured for."""
 
     launches: list[Launch] | None = None
     architecture: int | None = None
@@ -60,7 +65,7 @@ _state = _State()
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Run `kernel[grid](*args, **options)`, unless only the shapes of the results are asked for."""
-    if not dry():
+    if not is_fake_call():
         kernel[grid](*args, **options)
     elif _state.launches is not None:
         _state.launches.append(Launch(kernel, grid, args, options))
@@ -94,9 +99,9 @@ def _capability(device: int) -> int:
 
 
 def num_sms() -> int:
-    """Multiprocessors of the current device: how many programs run at once, one on each.
+    """Multiprocessors of the current device.
 
-    Without a device, those of the largest one of the compute capability meant: A100, H100, B200.
+    Without a device, those of the largest one of the recorded compute capability: A100, H100, B200.
     """
     if _state.architecture is not None or INTERPRETED:
         return {80: 108, 100: 148}.get(architecture(), 132)
@@ -111,8 +116,8 @@ def _num_sms(device: int) -> int:
 def unsupported_reasons(*tensors: torch.Tensor | None, dtypes: Iterable[torch.dtype] = DTYPES) -> list[str]:
     """Why Triton kernels cannot take these tensors here, by device and dtype; empty if they can."""
     given = [tensor for tensor in tensors if tensor is not None]
-    strange = [tensor.dtype for tensor in given if tensor.dtype not in dtypes]
-    reasons = [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in strange]
+    wrong = [tensor.dtype for tensor in given if tensor.dtype not in dtypes]
+    reasons = [f"dtype {dtype} is none of {dtype_names(dtypes)}" for dtype in wrong]
     if not INTERPRETED and given[0].device.type == "cpu":
         reasons.append("the tensors are on the CPU, where Triton kernels run in its interpreter only")
     return reasons
@@ -124,16 +129,16 @@ def backend(
     torch_ops: Iterable[str],
     configs: Mapping[str, Any],
     dtypes: frozenset[torch.dtype] = DTYPES,
-    minimum: tuple[int, int] = (8, 0),
+    min_capability: tuple[int, int] = (8, 0),
 ) -> Backend:
     """The backend `triton` of an op.
 
     Args:
         run: the op.
         unsupported: reasons against a call, `unsupported_reasons` among them.
-        torch_ops, configs, dtypes, minimum: as `Backend` has them.
+        torch_ops, configs, dtypes, min_capability: as `Backend` has them.
     """
     return Backend(
-        "triton", run, partial(triton_reasons, minimum), unsupported, dtypes, emulated=INTERPRETED,
-        torch_ops=tuple(torch_ops), configs=configs, minimum=minimum,
+        "triton", run, partial(triton_reasons, min_capability), unsupported, dtypes, emulated=INTERPRETED,
+        torch_ops=tuple(torch_ops), configs=configs, min_capability=min_capability,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.adaln_rms_norm.autograd import asked_for
+from kernels.adaln_rms_norm.autograd import where_wanted
 
 
 def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
@@ -30,7 +30,7 @@ def register_autograd(forward: torch.library.CustomOpDef, backward: torch.librar
             return (None,) * 8
         wanted = ctx.needs_input_grad[:7]
         found = backward(*ctx.saved_tensors, d_x_new, d_y, ctx.eps, any(wanted[2:]))
-        return *asked_for(found, wanted), None
+        return *where_wanted(found, wanted), None
 
     forward.register_autograd(gradients, setup_context=save)
 

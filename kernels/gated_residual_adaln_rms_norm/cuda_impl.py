@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.adaln_rms_norm.cuda_impl import LaunchConfig, too_wide
+from kernels.adaln_rms_norm.cuda_impl import LaunchConfig, width_reasons
 from kernels.backends.cuda_launch import backends, launch, unsupported_reasons
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.operators import operator
@@ -62,7 +62,7 @@ gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_
 
 
 def unsupported(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-    return too_wide(x) + unsupported_reasons(x, branch, gate, weight, shift, scale, branch_bias)
+    return width_reasons(x) + unsupported_reasons(x, branch, gate, weight, shift, scale, branch_bias)
 
 
 BACKEND, EMULATED = backends(

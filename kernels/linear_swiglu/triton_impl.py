@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.descriptors import DTYPES, aligned_rows, alignment_reasons, backend, tensor_descriptor
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 
 
@@ -93,13 +93,13 @@ def linear_swiglu_fwd(
     rows, width = x.shape
     hidden = weight.shape[0] // 2
     gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
-    weight = table(weight)
+    weight = aligned_rows(weight)
     launch(
         linear_swiglu_kernel, (min(CONFIG.count(rows, hidden), num_sms()),),
-        described(table(x), CONFIG.rows, CONFIG.depth),
-        *(described(half, CONFIG.columns, CONFIG.depth) for half in weight.chunk(2)),
+        tensor_descriptor(aligned_rows(x), CONFIG.rows, CONFIG.depth),
+        *(tensor_descriptor(half, CONFIG.columns, CONFIG.depth) for half in weight.chunk(2)),
         None if bias is None else bias.contiguous(),
-        *(described(half, CONFIG.rows, CONFIG.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
+        *(tensor_descriptor(half, CONFIG.rows, CONFIG.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
         rows, hidden, width,
         BM=CONFIG.rows, BH=CONFIG.columns, BD=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
         num_warps=CONFIG.warps,
@@ -114,7 +114,7 @@ def linear_swiglu(x, weight, *, bias=None):
 
 def unsupported(x, weight, *, bias=None):
     reasons = unsupported_reasons(x, weight, dtypes=DTYPES) + unsupported_reasons(x, bias)
-    return reasons + misaligned(x.element_size(), x.shape[-1], weight.shape[0] // 2)
+    return reasons + alignment_reasons(x.element_size(), x.shape[-1], weight.shape[0] // 2)
 
 
 BACKEND = backend(linear_swiglu, unsupported, torch_op="ldit::linear_swiglu", config=CONFIG)

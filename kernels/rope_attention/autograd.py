@@ -52,7 +52,7 @@ def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
 
 
-def too_wide(qkv: torch.Tensor, widest: int = WIDEST) -> list[str]:
+def width_reasons(qkv: torch.Tensor, widest: int = WIDEST) -> list[str]:
     """Why kernels cannot take these heads; empty if they can."""
     width = qkv.shape[-1]
     return [f"heads are {width} wide, above {widest} in {qkv.dtype}"] if width > widest else []

@@ -6,7 +6,7 @@ import torch
 
 from kernels.backends.cuda_launch import DTYPES, backends, launch, unsupported_reasons
 from kernels.backends.operators import operator
-from kernels.rope_attention.autograd import WIDEST, register_autograd, too_wide
+from kernels.rope_attention.autograd import WIDEST, register_autograd, width_reasons
 
 #: Bytes of shared memory that a block may have, by the compute capability of devices that have less than Hopper.
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10}
@@ -147,7 +147,7 @@ rope_attention = register_autograd(rope_attention_fwd, rope_attention_bwd)
 
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None):
-    found = unsupported_reasons(qkv, q_weight, k_weight, bias) + too_wide(qkv, widest(qkv.element_size()))
+    found = unsupported_reasons(qkv, q_weight, k_weight, bias) + width_reasons(qkv, widest(qkv.element_size()))
     return found + [f"{len(qkv)} samples, above {MOST_SAMPLES}"] * (len(qkv) > MOST_SAMPLES)
 
 

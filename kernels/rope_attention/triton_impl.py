@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.backends.triton_launch import DTYPES, architecture, backend, launch, operator, unsupported_reasons
-from kernels.rope_attention.autograd import register_autograd, too_wide
+from kernels.rope_attention.autograd import register_autograd, width_reasons
 from kernels.rope_attention.triton_backward import (
     rope_attention_bwd_dkdv_kernel,
     rope_attention_bwd_dq_kernel,
@@ -229,7 +229,7 @@ rope_attention = register_autograd(rope_attention_fwd, rope_attention_bwd)
 
 def unsupported(qkv, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None) -> list[str]:
     beside = unsupported_reasons(qkv, q_weight, k_weight, bias, dtypes=DTYPES | {qkv.dtype, torch.float64})
-    return unsupported_reasons(qkv) + beside + too_wide(qkv)
+    return unsupported_reasons(qkv) + beside + width_reasons(qkv)
 
 
 BACKEND = backend(

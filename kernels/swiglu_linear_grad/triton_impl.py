@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.descriptors import DTYPES, aligned_rows, alignment_reasons, backend, tensor_descriptor
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 from kernels.linear_swiglu.triton_impl import LaunchConfig, add_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_d_gate_up
@@ -103,12 +103,13 @@ def swiglu_linear_grad_2d(
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     tiles_down = triton.cdiv(rows, CONFIG.rows)
     db_partial = None if bias is None else torch.empty(tiles_down, 2 * hidden, device=d_output.device)
-    halves = (*table(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
+    halves = (*aligned_rows(gate_up).chunk(2, dim=1), *d_gate_up.chunk(2, dim=1))
     launch(
         swiglu_linear_grad_kernel,
         (min(tiles_down * triton.cdiv(hidden, 2 * CONFIG.columns), num_sms()),),
-        described(table(d_output), CONFIG.rows, CONFIG.depth), described(table(weight), CONFIG.depth, CONFIG.columns),
-        *(described(half, CONFIG.rows, CONFIG.columns // 2) for half in halves),
+        tensor_descriptor(aligned_rows(d_output), CONFIG.rows, CONFIG.depth),
+        tensor_descriptor(aligned_rows(weight), CONFIG.depth, CONFIG.columns),
+        *(tensor_descriptor(half, CONFIG.rows, CONFIG.columns // 2) for half in halves),
         None if bias is None else bias.contiguous(), db_partial, rows, hidden, width,
         BM=CONFIG.rows, BH=CONFIG.columns, BD=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
         num_warps=CONFIG.warps,
@@ -125,7 +126,7 @@ def swiglu_linear_grad(d_output, weight, gate_up, *, bias=None):
 
 def unsupported(d_output, weight, gate_up, *, bias=None):
     reasons = unsupported_reasons(d_output, weight, gate_up, dtypes=DTYPES) + unsupported_reasons(d_output, bias)
-    return reasons + misaligned(d_output.element_size(), d_output.shape[-1], weight.shape[1])
+    return reasons + alignment_reasons(d_output.element_size(), d_output.shape[-1], weight.shape[1])
 
 
 BACKEND = backend(swiglu_linear_grad, unsupported, torch_op="ldit::swiglu_linear_grad", config=CONFIG)

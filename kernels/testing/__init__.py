@@ -1,1 +1,1 @@
-"""How ops are tested and measured: cases, checks, the tolerance rule, the emulation of CUDA on a CPU."""
+"""Testing and measuring ops: cases, checks, tolerance rule, expectations, emulation of CUDA on a CPU."""

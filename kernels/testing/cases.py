@@ -1,4 +1,4 @@
-"""Inputs for tests and benches: what a case is, how its tensors are drawn, what a call costs."""
+"""Cases of ops for tests and benches: their inputs, drawn at random, and the cost of a call."""
 
 import zlib
 from collections.abc import Callable

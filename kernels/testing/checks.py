@@ -1,6 +1,6 @@
-"""What every backend of every op has to satisfy. Each check raises AssertionError and knows no op by name.
+"""Checks that every backend of every op has to pass. Each raises AssertionError and knows no op by name.
 
-`kernels.testing.tolerance` says when a result is right.
+`kernels.testing.tolerance` holds the rule for results.
 """
 
 from collections.abc import Iterable
@@ -163,7 +163,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def memory_format(tensor: torch.Tensor) -> str:
-    """Which of the layouts that matter to a four-dimensional tensor it has."""
+    """`"channels last"` for a four-dimensional tensor laid out so and not also contiguous, else `"any"`."""
     last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     return "channels last" if last and not tensor.is_contiguous() else "any"
 

@@ -1,4 +1,4 @@
-"""Builds `csrc` with a host compiler, so that its kernels run on a CPU. For tests and for working on a kernel.
+"""Builds `csrc` with a host compiler, so that its kernels run on a CPU; for tests and for work on a kernel.
 
     module = kernels.testing.emulation.module()          the launchers of csrc/ops.h, for CPU tensors
     kernels.testing.emulation.library([...], mode)       any kernels with a C interface, for ctypes

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.backends.descriptors import DTYPES, backend, described, misaligned, table
+from kernels.backends.descriptors import DTYPES, aligned_rows, alignment_reasons, backend, tensor_descriptor
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 from kernels.weight_gradients import tokens as tokens_of
 
@@ -187,9 +187,13 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
 
 def _layer_arguments(d_output: torch.Tensor, x: torch.Tensor) -> list:
     """The kernel's arguments for one layer: d_output, x in blocks of BI and of BI2 columns, O, I."""
-    d_output, x = table(d_output), table(x)
+    d_output, x = aligned_rows(d_output), aligned_rows(x)
     blocks = ((d_output, CONFIG.rows), (x, CONFIG.columns), (x, CONFIG.right_columns))
-    return [*(described(rows, CONFIG.depth, columns) for rows, columns in blocks), d_output.shape[1], x.shape[1]]
+    return [
+        *(tensor_descriptor(rows, CONFIG.depth, columns) for rows, columns in blocks),
+        d_output.shape[1],
+        x.shape[1],
+    ]
 
 
 def _widths(d_outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -210,7 +214,7 @@ def split(flat: torch.Tensor, widths: list[tuple[int, int]]) -> tuple[torch.Tens
 def unsupported(d_outputs, inputs):
     tensors = [*d_outputs, *inputs]
     reasons = unsupported_reasons(*tensors, dtypes=DTYPES)
-    reasons += misaligned(tensors[0].element_size(), *(tensor.shape[-1] for tensor in tensors))
+    reasons += alignment_reasons(tensors[0].element_size(), *(tensor.shape[-1] for tensor in tensors))
     if len(d_outputs) > MOST_LAYERS:
         reasons.append(f"{len(d_outputs)} layers are more than {MOST_LAYERS}")
     if tokens_of(tensors[0]) >= 2**31 - CONFIG.depth:
