@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import kernels
-from bench import roofline
 from bench.baselines import Adapter, Provider
 from bench.measure import program, timing
+from bench.measure.ceilings import Ceilings
 from bench.measure.rows import Log, Row, clocks, version
 from bench.measure.timing import CudaDevice, Device, Timing
 from bench.measure.work import DIRECTIONS, Reference, Sets
@@ -82,7 +82,7 @@ class OpComparison:
 
     device: Device
     log: Log
-    ceilings: roofline.Ceilings | None
+    ceilings: Ceilings | None
     seconds: float = 0.5
     directions: tuple[str, ...] = DIRECTIONS[:2]
     invited: Callable[[str], bool] = lambda name: True
@@ -179,7 +179,7 @@ class Work:
     cost: kernels.testing.cases.Cost
     direction: str
     dtype: torch.dtype
-    ceilings: roofline.Ceilings | None
+    ceilings: Ceilings | None
     moved: int = field(init=False)
     flops: int = field(init=False)
 

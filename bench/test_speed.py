@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 import kernels
-from bench import roofline, step
+from bench import step
+from bench.measure import ceilings
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice
 from bench.ops import DIRECTIONS, OpJob, jobs
@@ -37,7 +38,8 @@ STEPS = next(step.jobs([HEADLINE[0]], [HEADLINE[1]], list(step.QUICK)))
 def parts():
     """What a bench needs: the device, a log without a file, ceilings."""
     device = CudaDevice()
-    return device, Log(device.kind), roofline.measure(device)[0]
+    log = Log(device.kind)
+    return device, log, ceilings.measure(device, log)
 
 
 @pytest.fixture(scope="module")

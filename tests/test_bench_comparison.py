@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from bench.measure.ceilings import Ceilings
 from bench.measure.comparison import TIME_IS_UP, Comparison, coverage_text
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.progress import ENDED, Ready, Timed
 from bench.measure.rows import NAMES, Log, read
 from bench.measure.timing import Iteration, Timing
-from bench.roofline import Ceilings
 
 ROOT = Path(__file__).parents[1]
 NAMES["toy"] = ("provider",)

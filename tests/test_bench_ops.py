@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import ops, roofline
+from bench import ops
 from bench.baselines import Adapter, Provider
 from bench.measure import rows, timing
+from bench.measure.ceilings import Ceilings
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.measure.work import Reference, Sets
@@ -95,7 +96,7 @@ def test_a_row_from_a_cpu_does_not_look_like_one_from_a_gpu(tmp_path):
 
 
 def test_fraction_of_the_limit():
-    ceilings = roofline.Ceilings(1e9, {torch.float32: 1e12})
+    ceilings = Ceilings(1e9, {torch.float32: 1e12})
     job = OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32)
     row = bench(ceilings=ceilings, invited=lambda name: name == "eager").run(job)[0]
     assert row["bound"] == "memory" and row["limit_us"] == pytest.approx(row["bytes"] / 1e3)
@@ -106,7 +107,7 @@ def test_fraction_of_the_limit():
 def test_figures_of_a_provider_among_others():
     cost = kernels.testing.cases.Cost(forward_bytes=6_000_000, backward_bytes=8_000_000, backward_flops=4_000_000_000)
     timings = {"ours": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6]), "theirs": timing.Timing(2, "graph", [12e-6])}
-    ceilings = roofline.Ceilings(4e12, {torch.float16: 1e15})
+    ceilings = Ceilings(4e12, {torch.float16: 1e15})
     got = ops.Work(cost, "backward", torch.float16, ceilings).figures("ours", timings)
     assert (got["p50_us"], got["samples"], got["calls"]) == (pytest.approx(4.0), 3, 2)
     assert got["p20_us"] == pytest.approx(2.8) and got["p80_us"] == pytest.approx(5.2)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import roofline
-from bench.measure import comparison, program
+from bench.measure import ceilings, comparison, program
 from bench.measure.comparison import TIME_IS_UP, coverage_text
 from bench.measure.cutoff import Deadline
 from bench.measure.program import work_through
@@ -44,14 +43,13 @@ def test_jobs_end_in_time(capsys):
 
 PROGRAM = """
 import sys
-from bench import roofline
-from bench.measure import program
+from bench.measure import ceilings, program
 from bench.measure.timing import HostDevice
 from tests.test_bench_comparison import Job
 from tests.test_bench_program import Slow
 program.cuda_reasons = list
 program.CudaDevice = HostDevice
-roofline.measure = lambda device: (None, [])
+ceilings.measure = lambda device, log: None
 options = program.parser("bench.toy", "", 0.2).parse_args(sys.argv[1:])
 sys.exit(program.run("bench.toy", options, Slow, [Job(), Job()]))
 """
@@ -98,7 +96,7 @@ def test_a_program_that_is_killed(tmp_path):
 def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "cuda_reasons", list)
     monkeypatch.setattr(program, "CudaDevice", HostDevice)
-    monkeypatch.setattr(roofline, "measure", lambda device: (None, []))
+    monkeypatch.setattr(ceilings, "measure", lambda device, log: None)
     monkeypatch.setattr(comparison, "EARLY", 0.05)
     out = tmp_path / "rows.jsonl"
     words = ["--minutes", "0.08", "--seconds", "20", "--out", str(out)]
@@ -113,7 +111,7 @@ def test_a_program_with_a_time_of_its_own(tmp_path, monkeypatch):
 def test_a_program_reads_its_ceilings_from_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "cuda_reasons", list)
     monkeypatch.setattr(program, "CudaDevice", Told)
-    monkeypatch.setattr(roofline, "measure", lambda device: pytest.fail("measured again"))
+    monkeypatch.setattr(ceilings, "measure", lambda device, log: pytest.fail("measured again"))
     seen, path, out = [], tmp_path / "ceilings.jsonl", tmp_path / "rows.jsonl"
     words = ["--ceilings", str(path), "--out", str(out)]
     options = program.parser("bench.toy", "", 0.4).parse_args(words)

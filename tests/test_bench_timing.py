@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bench import roofline
-from bench.measure import timing
+from bench.measure import ceilings, timing
+from bench.measure.ceilings import Ceilings
+from bench.measure.data_sheets import SHEETS
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice, Iteration, Timing, interleave, iteration_size
 
@@ -115,16 +117,16 @@ def test_the_hosts_clock():
 
 
 def test_limits_and_what_binds():
-    ceilings = roofline.Ceilings(4e12, {torch.bfloat16: 800e12, torch.float32: 50e12})
-    assert ceilings.limit(4_000_000, 0, torch.bfloat16) == (1e-6, "memory")
-    assert ceilings.limit(4_000_000, 1_600_000_000, torch.bfloat16) == (2e-6, "compute")
-    assert ceilings.limit(4_000_000, 400_000_000, torch.bfloat16) == (1e-6, "memory")
-    assert ceilings.limit(4_000_000, 400_000_000, torch.float32) == (8e-6, "compute")
+    known = Ceilings(4e12, {torch.bfloat16: 800e12, torch.float32: 50e12})
+    assert known.limit(4_000_000, 0, torch.bfloat16) == (1e-6, "memory")
+    assert known.limit(4_000_000, 1_600_000_000, torch.bfloat16) == (2e-6, "compute")
+    assert known.limit(4_000_000, 400_000_000, torch.bfloat16) == (1e-6, "memory")
+    assert known.limit(4_000_000, 400_000_000, torch.float32) == (8e-6, "compute")
 
 
 def test_data_sheets_name_their_sources():
-    assert len(roofline.SHEETS) == 5
-    for name, sheet in roofline.SHEETS.items():
+    assert len(SHEETS) == 5
+    for name, sheet in SHEETS.items():
         assert "data sheet" in sheet.source or "Technical Brief" in sheet.source, name
         assert 100e12 < sheet.bfloat16 < 3000e12 and 1e12 < sheet.bandwidth < 10e12
         assert sheet.float8 is None or sheet.float8 == pytest.approx(2 * sheet.bfloat16, rel=0.01)
@@ -141,14 +143,14 @@ def test_data_sheets_name_their_sources():
     ],
 )
 def test_data_sheets_state_what_the_vendor_states(name, bfloat16, float8, bandwidth):
-    sheet = roofline.SHEETS[name]
+    sheet = SHEETS[name]
     assert (sheet.bfloat16, sheet.bandwidth) == (bfloat16 * 1e12, pytest.approx(bandwidth * 1e9))
     assert sheet.float8 == (None if float8 is None else float8 * 1e12)
     printed = sheet.source.replace(",", "")  # the sheet's own words carry the same bandwidth, but for a twin's
     assert f"{bandwidth / 1000:g} TB/s" in printed or f"{bandwidth} GB/s" in printed or "the H100's" in printed
 
 
-def test_ceilings_are_rates_of_what_was_moved_and_multiplied():
+def test_ceilings_are_rates_of_what_was_moved_and_multiplied(tmp_path):
     """With an iteration of 1 ms: 2 × 4 KB copied, 2 · 16³ FLOPs."""
 
     class Slow(HostDevice):
@@ -156,9 +158,10 @@ def test_ceilings_are_rates_of_what_was_moved_and_multiplied():
             iteration()
             return [0.001] * count
 
-    ceilings, rows = roofline.measure(Slow(), seconds=0.01, size=16, copied=4096)
-    assert ceilings.bandwidth == pytest.approx(8192 / 0.001)
-    assert ceilings.matmul == dict.fromkeys(
+    found = ceilings.measure(Slow(), Log("cpu", tmp_path / "rows.jsonl"), seconds=0.01, size=16, copied=4096)
+    rows = list(read(tmp_path / "rows.jsonl", "cpu"))
+    assert found.bandwidth == pytest.approx(8192 / 0.001)
+    assert found.matmul == dict.fromkeys(
         (torch.bfloat16, torch.float16, torch.float32), pytest.approx(2 * 16**3 / 0.001)
     )
     assert [row["ceiling"] for row in rows] == ["copy", "matmul bfloat16", "matmul float16", "matmul float32"]
@@ -176,39 +179,39 @@ CEILINGS = ("copy", "matmul bfloat16", "matmul float16", "matmul float32")
 
 
 def test_ceilings_of_a_file_are_what_was_measured(tmp_path):
-    measured, rows = roofline.measure(HostDevice(), seconds=0.01, size=16, copied=4096)
     path, log = tmp_path / "ceilings.jsonl", Log("cpu", tmp_path / "ceilings.jsonl")
     log.write({"kind": "other"})
-    for row in rows:
-        log.write(row)
-    found = roofline.read_ceilings(path, "cpu")
+    measured = ceilings.measure(HostDevice(), log, seconds=0.01, size=16, copied=4096)
+    found = ceilings.read_ceilings(path, "cpu")
     assert found.bandwidth == pytest.approx(measured.bandwidth) and found.matmul == pytest.approx(measured.matmul)
 
 
 def test_ceilings_of_a_file_are_refused_by_name(tmp_path):
     some = ceiling_rows(tmp_path / "some.jsonl", *CEILINGS[:2])
     with pytest.raises(ValueError, match=r"some.jsonl lacks ceilings: matmul float16, matmul float32; python -m bench"):
-        roofline.read_ceilings(some, "cpu")
+        ceilings.read_ceilings(some, "cpu")
     with pytest.raises(ValueError, match=r"some.jsonl lacks ceilings: copy, .*"):
-        roofline.read_ceilings(some, "cuda")  # rows of a CPU say nothing of a GPU
+        ceilings.read_ceilings(some, "cuda")  # rows of a CPU say nothing of a GPU
     other = ceiling_rows(tmp_path / "other.jsonl", *CEILINGS, gpu="NVIDIA H200")
     with pytest.raises(ValueError, match=r"other.jsonl has ceilings of NVIDIA H200; this GPU is None"):
-        roofline.read_ceilings(other, "cpu")
+        ceilings.read_ceilings(other, "cpu")
     (tmp_path / "no.jsonl").write_text("copy 3 TB/s\n")
     with pytest.raises(ValueError, match=r"no.jsonl, line 1: not a row"):
-        roofline.read_ceilings(tmp_path / "no.jsonl", "cpu")
+        ceilings.read_ceilings(tmp_path / "no.jsonl", "cpu")
 
 
-def test_roofline_measures_as_long_as_it_is_told(tmp_path, monkeypatch, capsys):
+ROW = {"kind": "ceiling", "ceiling": "copy", "rate": 3.0, "unit": "TB/s", "spread": 0.0, "sheet": None}
+
+
+def test_roofline_measures_as_long_as_it_is_told(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(roofline, "cuda_reasons", list)
     monkeypatch.setattr(roofline, "CudaDevice", HostDevice)
     monkeypatch.setattr(roofline, "op_costs", lambda: ())
-    row = {"kind": "ceiling", "ceiling": "copy", "rate": 3.0, "unit": "TB/s", "spread": 0.0, "sheet": None}
-    monkeypatch.setattr(roofline, "measure", lambda device, seconds: asked.append(seconds) or (None, [row]))
-    assert roofline.main(["--seconds", "0.25", "--out", str(tmp_path / "rows.jsonl")]) == 0 and asked == [0.25]
+    monkeypatch.setattr(ceilings, "measure", lambda device, log, seconds: asked.append((log.write(ROW), seconds)))
+    assert roofline.main(["--seconds", "0.25", "--out", str(tmp_path / "rows.jsonl")]) == 0 and asked[0][1] == 0.25
     assert [row["rate"] for row in read(tmp_path / "rows.jsonl", "cpu")] == [3.0]
-    assert "copy                 3.00 TB/s" in capsys.readouterr().out
+    assert ceilings.text(ROW) == "copy                 3.00 TB/s (spread 0.0%)"
 
 
 def test_model_and_optimizer_costs():

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from bench import roofline
 from bench.measure import timing
+from bench.measure.ceilings import Ceilings
 from bench.measure.cutoff import NEVER, CutOff, Deadline
+from bench.measure.data_sheets import SHEETS
 from bench.measure.failures import status_of
 from bench.measure.progress import ENDED, PeakMemory, Progress, Ready, Timed
 from bench.measure.rows import Log, Row, clocks
@@ -59,7 +60,7 @@ class Comparison(ABC):
 
     device: Device
     log: Log
-    ceilings: roofline.Ceilings | None
+    ceilings: Ceilings | None
     seconds: float = 30.0
     rounds: int = 4
     until: Deadline = NEVER
@@ -266,7 +267,7 @@ class Comparison(ABC):
         """`mfu` of the data sheet and `fraction` of the large matmul in this run; None on a CPU."""
         if self.ceilings is None:
             return {"mfu": None, "fraction": None}
-        sheet = roofline.SHEETS.get(torch.cuda.get_device_name())
+        sheet = SHEETS.get(torch.cuda.get_device_name())
         stated = sheet.bfloat16 if sheet and dtype == torch.bfloat16 else None
         return {"mfu": flops_per_second / stated if stated else None,
                 "fraction": flops_per_second / self.ceilings.matmul[dtype]}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench import roofline
+from bench.measure import ceilings
 from bench.measure.comparison import Comparison
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
@@ -38,10 +38,12 @@ def add_ceilings(parser: argparse.ArgumentParser) -> None:
                         help="rows of bench.roofline on this GPU, to be read instead of measured again")  # fmt: skip
 
 
-def ceilings_of(module: str, options: argparse.Namespace, device: Device, log: Log) -> roofline.Ceilings:
+def ceilings_of(module: str, options: argparse.Namespace, device: Device, log: Log) -> ceilings.Ceilings:
     """As the option says; a file that does not have them ends the program."""
     try:
-        return roofline.obtain(device, log, options.ceilings)
+        if options.ceilings is None:
+            return ceilings.measure(device, log)
+        return ceilings.read_ceilings(options.ceilings, device.kind)
     except (ValueError, OSError) as error:
         print(f"{module}: --ceilings: {error}", file=sys.stderr)
         sys.exit(USAGE)
@@ -66,8 +68,8 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Comparison
         with stoppable():
             device = CudaDevice()
             log = Log(device.kind, options.out)
-            ceilings = ceilings_of(module, options, device, log)
-            return work_through(make(device, log, ceilings, seconds=options.seconds, until=until), todo)
+            found = ceilings_of(module, options, device, log)
+            return work_through(make(device, log, found, seconds=options.seconds, until=until), todo)
     except CutOff as cut:
         print(f"cut off by {cut}; whoever had been measured has a row", file=sys.stderr)
         return 128 + cut.number

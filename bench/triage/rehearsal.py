@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import gemms, ops, roofline, sampling, step, tokenizer
-from bench.measure import program, timing
+from bench.measure import ceilings, program, timing
 from bench.measure.timing import HostDevice
 from bench.workloads import training, variants
 from bench.workloads.providers import providers_for
@@ -58,7 +58,7 @@ def stand_in() -> None:
     torch.cuda.get_device_name = lambda device=None: "a CPU"
     timing.WARM_UP = 0.0
     timing.iteration_size = gemms.iteration_size = lambda moved, l2_bytes: (2, 2)
-    roofline.measure = partial(roofline.measure, size=64, copied=1 << 16)
+    ceilings.measure = partial(ceilings.measure, size=64, copied=1 << 16)
     for module in (step, gemms, sampling):
         module.named_config = lambda name, **given: TINY
     for name, variant in variants.TRAINING.items():

@@ -26,19 +26,19 @@ MISTAKES = {
         "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_round",
     ),
     "bandwidth_of_an_h200": Mistake(
-        "bench/roofline.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
+        "bench/measure/data_sheets.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
         "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
     ),
     "rate_with_sparsity": Mistake(
-        "bench/roofline.py", "989e12, 1979e12, 4.8e12,", "1979e12, 3958e12, 4.8e12,",
+        "bench/measure/data_sheets.py", "989e12, 1979e12, 4.8e12,", "1979e12, 3958e12, 4.8e12,",
         "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
     ),
     "copy_counted_once": Mistake(
-        "bench/roofline.py", '{"copy": 2 * copied}', '{"copy": copied}',
+        "bench/measure/ceilings.py", 'state("copy", 2 * copied,', 'state("copy", copied,',
         "test_bench_timing.py::test_ceilings_are_rates_of_what_was_moved_and_multiplied",
     ),
     "limit_of_what_does_not_bind": Mistake(
-        "bench/roofline.py", 'if memory >= compute else', 'if memory < compute else',
+        "bench/measure/ceilings.py", 'if memory >= compute else', 'if memory < compute else',
         "test_bench_timing.py::test_limits_and_what_binds",
     ),
     "fraction_upside_down": Mistake(
