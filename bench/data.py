@@ -14,19 +14,23 @@ import sys
 import tempfile
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from bench.measure import program
+from bench.measure.comparison import Comparison
+from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Log, Row, version
-from bench.measure.timing import Device, HostDevice, Iteration, Timing, interleave
+from bench.measure.timing import HostDevice, Iteration
 from launch.training.loader import BatchSplit, SampleOrder, micro_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
@@ -65,27 +69,19 @@ class FilePerSample(Dataset):
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to read, with so many workers."""
+class LoaderJob:
+    """The latents of a set, read in both ways, each with every number of workers."""
 
-    name: str
-    includes: str
-    package: str
-    stream: Callable[[LatentDataset, int, int], Iterator]  # of batches of so many samples, by so many workers
-    workers: int
+    data: LatentDataset
+    batch_size: int
+    workers: tuple[int, ...]
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(f"{way}-{workers}" for way in WAYS for workers in self.workers)
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.workers}"
-
-
-def providers(workers: list[int]) -> list[Provider]:
-    """Both ways, each with every number of workers."""
-    ours = partial(
-        Provider, OURS, includes="LatentDataset through launch.training.loader", package="torch", stream=_ours
-    )
-    published = partial(Provider, PUBLISHED, includes="one file opened per sample; DataLoader, default collate",
-                        package="safetensors", stream=_published)  # fmt: skip
-    return [way(workers=count) for way in (ours, published) for count in workers]
+        return f"{self.data.path} batch {self.batch_size}"
 
 
 def _ours(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
@@ -98,6 +94,14 @@ def _published(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
     samples = FilePerSample(data)
     return iter(DataLoader(samples, batch_size, sampler=RandomSampler(samples, num_samples=FOREVER),
                            num_workers=workers, pin_memory=torch.cuda.is_available()))  # fmt: skip
+
+
+#: Way to read → what its time covers, the package whose version a row states, and batches of so many samples by so
+#: many workers.
+WAYS: dict[str, tuple[str, str, Callable[[LatentDataset, int, int], Iterator]]] = {
+    OURS: ("LatentDataset through launch.training.loader", "torch", _ours),
+    PUBLISHED: ("one file opened per sample; DataLoader, default collate", "safetensors", _published),
+}
 
 
 def disagreement(data: LatentDataset, published: Dataset, count: int = 64, seed: int = 0) -> str:
@@ -113,36 +117,57 @@ def disagreement(data: LatentDataset, published: Dataset, count: int = 64, seed:
 
 
 @dataclass(frozen=True)
-class LoaderComparison:
-    """seconds: of samples, for each provider."""
+class LoaderComparison(Comparison):
+    """Without times where both ways disagree."""
 
-    device: Device
-    log: Log
-    batch_size: int = 128
     seconds: float = 4.0
+    rounds: int = 8
 
-    def run(self, data: LatentDataset, workers: list[int]) -> list[Row]:
-        """A row for each provider, written to the log; without times where both ways disagree."""
-        present, machine = providers(workers), host()
-        wrong = disagreement(data, FilePerSample(data))
-        if wrong:
-            return [self._write(c, machine, status="incorrect", reason=wrong) for c in present]
-        timings = self._timings(data, present)
-        size = 4 * int(np.prod(data.shape))
-        return [self._write(c, machine, **figures(str(c), timings, size)) for c in present]
+    kind: ClassVar[str] = "data"
+    unit: ClassVar[tuple[str, float]] = ("us", 1e6)
+    early: ClassVar[bool] = False
 
-    def _timings(self, data: LatentDataset, present: list[Provider]) -> dict[str, Timing]:
-        iterations = {}
-        for provider in present:
-            stream = provider.stream(data, self.batch_size, provider.workers)
-            iterations[str(provider)] = Iteration(partial(read, stream), BATCHES * self.batch_size, method="host clock")
-        return interleave(iterations, self.device, self.seconds)
+    def named(self, job: LoaderJob, name: str) -> Row:
+        way, _, workers = name.rpartition("-")
+        includes, package, _ = WAYS[way]
+        return {"provider": way, "workers": int(workers), "batch_size": job.batch_size, "includes": includes,
+                "version": version(package), "pinned": torch.cuda.is_available(), **host()}  # fmt: skip
 
-    def _write(self, provider: Provider, machine: Row, **figures) -> Row:
-        row = {"kind": "data", "provider": provider.name, "workers": provider.workers, "status": "ok", "reason": "",
-               "batch_size": self.batch_size, "includes": provider.includes, "version": version(provider.package),
-               "pinned": torch.cuda.is_available(), **machine}  # fmt: skip
-        return self.log.write(row | figures)
+    def set_up(self, job: LoaderJob) -> str:
+        """What both ways differ in."""
+        facts = host()
+        print(f"{facts['cpu']}, {facts['cores']} cores, load {facts['load']}; batches of {job.batch_size}")
+        print(f"{'':16} {'workers':>7} {'latents/s':>10} {'p20 to p80':>19} {'GB/s':>6}")
+        return disagreement(job.data, FilePerSample(job.data))
+
+    def prepare(self, job: LoaderJob, name: str, shared: str) -> Ready:
+        if shared:
+            return Ready({}, shared)
+        way, _, workers = name.rpartition("-")
+        stream = WAYS[way][2](job.data, job.batch_size, int(workers))
+        iteration = Iteration(partial(read, stream), BATCHES * job.batch_size, method="host clock")
+        return Ready({"": iteration}, "", {"calls": iteration.calls, "method": iteration.method})
+
+    def wrong(self, job: LoaderJob, values: Mapping[str, str], shared: str) -> dict[str, str]:
+        return {name: why for name, why in values.items() if why}
+
+    def figures(self, job: LoaderJob, timed: Timed) -> Row:
+        return {"latents_per_second": 1 / timed.seconds(), "bytes": 4 * int(np.prod(job.data.shape))}
+
+    def label(self, row: Row) -> str:
+        return f"{row['provider']:16} {row['workers']:7}"
+
+    def measured(self, row: Row) -> str:
+        rate, between = row["latents_per_second"], f"{1e6 / row['p80_us']:,.0f} to {1e6 / row['p20_us']:,.0f}"
+        return f"{rate:10,.0f} {between:>19} {rate * row['bytes'] / 1e9:6.2f}"
+
+    def conclude(self, rows: list[Row]) -> None:
+        """Print the best of ours against the best of the published way."""
+        rates = {way: [row["latents_per_second"] for row in rows if row["provider"] == way and row["status"] == "ok"]
+                 for way in (OURS, PUBLISHED)}  # fmt: skip
+        if all(rates.values()):
+            ratio = max(rates[OURS]) / max(rates[PUBLISHED])
+            print(f"best against best: {ratio:.1f}x the way that opens one file per sample")
 
 
 def read(stream: Iterator) -> None:
@@ -150,17 +175,7 @@ def read(stream: Iterator) -> None:
     deque(islice(stream, BATCHES), maxlen=0)
 
 
-def figures(name: str, timings: dict[str, Timing], size: int) -> Row:
-    """The numbers of a row; size: bytes of a latent."""
-    mine = timings[name]
-    return {
-        **{f"p{q}_us": mine.quantile(q / 100) * 1e6 for q in (20, 50, 80)},
-        "latents_per_second": 1 / mine.median, "bytes": size, "spread": mine.spread, "samples": len(mine.samples),
-        "calls": mine.calls, "method": mine.method,
-        "times_faster_than": {other: t.median / mine.median for other, t in timings.items() if other != name},
-    }  # fmt: skip
-
-
+@cache
 def host() -> Row:
     """The CPU, how many of its cores this process may use, and how many processes wanted one in the last minute."""
     model = platform.processor() or None
@@ -169,25 +184,6 @@ def host() -> Row:
         names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
-
-
-def table(rows: list[Row]) -> str:
-    """The rows to read, and the best of ours against the best of the published way."""
-    first = rows[0]
-    lines = [f"{first['cpu']}, {first['cores']} cores, load {first['load']}; batches of {first['batch_size']}",
-             f"{'':16} {'workers':>7} {'latents/s':>10} {'p20 to p80':>19} {'GB/s':>6}"]  # fmt: skip
-    best: dict[str, float] = {}
-    for row in rows:
-        head = f"{row['provider']:16} {row['workers']:7}"
-        if row["status"] != "ok":
-            lines.append(f"{head} {row['status']}: {row['reason']}")
-            continue
-        rate, between = row["latents_per_second"], f"{1e6 / row['p80_us']:,.0f} to {1e6 / row['p20_us']:,.0f}"
-        lines.append(f"{head} {rate:10,.0f} {between:>19} {rate * row['bytes'] / 1e9:6.2f}")
-        best[row["provider"]] = max(rate, best.get(row["provider"], 0))
-    if len(best) == 2:
-        lines.append(f"best against best: {best[OURS] / best[PUBLISHED]:.1f}x the way that opens one file per sample")
-    return "\n".join(lines)
 
 
 def make_set(directory: Path, count: int) -> None:
@@ -229,15 +225,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     device = HostDevice()
-    bench = LoaderComparison(device, Log(device.kind, options.out), options.batch_size, options.seconds)
+    comparison = LoaderComparison(device, Log(device.kind, options.out), None, options.seconds)
     with tempfile.TemporaryDirectory() as own:
         directory = options.directory or Path(own)
         if options.directory is None:
             make_set(directory, options.samples)
         warm(directory)
-        rows = bench.run(LatentDataset(directory, verify=False), options.workers or [0, 2])
-    print(table(rows))
-    return int(any(row["status"] != "ok" for row in rows))
+        data = LatentDataset(directory, verify=False)
+        workers = tuple(options.workers or (0, 2))
+        return program.work_through(comparison, [LoaderJob(data, options.batch_size, workers)])
 
 
 if __name__ == "__main__":

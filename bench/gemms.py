@@ -16,12 +16,11 @@ from typing import ClassVar
 import torch
 
 from bench.measure import program
-from bench.measure.comparison import Comparison
+from bench.measure.comparison import Comparison, mismatches
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration, iteration_size
 from bench.step import PAPER
-from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 
 #: Provider → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.
@@ -83,7 +82,7 @@ class GemmJob:
     model: str
     batch: int
     product: Product
-    names: tuple[str, ...] = tuple(LIBRARIES)
+    providers: tuple[str, ...] = tuple(LIBRARIES)
 
     def __str__(self) -> str:
         return f"{self.model} batch {self.batch} {self.product.layer} {self.product.direction}"
@@ -128,22 +127,20 @@ class GemmComparison(Comparison):
         """By the tests' rule, beside the exact product rounded once."""
         a, b = shared[0][0]
         exact = a.double() @ b.double()
-        found = {name: mismatch("product", got, exact.bfloat16(), exact) for name, got in values.items()}
-        return {name: why for name, why in found.items() if why}
+        return mismatches("product", values, exact.bfloat16(), exact)
 
     def figures(self, job: GemmJob, timed: Timed) -> Row:
         flops, seconds = job.product.flops, timed.seconds()
         return {"flops": flops, "bytes": job.product.moved, "tflops": flops / seconds / 1e12,
                 **self.limits(flops / seconds)}  # fmt: skip
 
-    def text(self, row: Row) -> str:
-        shape = " x ".join(map(str, row["shape"]))
+    def label(self, row: Row) -> str:
         of = f"{row['model']} batch {row['batch']} {row['layer']:4} {row['direction']:7}"
-        head = f"{of} {shape:20} {row['provider']:8}"
-        if row["status"] != "ok":
-            return f"{head} {row['status']}: {row['reason']}"
+        return f"{of} {' x '.join(map(str, row['shape'])):20} {row['provider']:8}"
+
+    def measured(self, row: Row) -> str:
         part = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
-        return f"{head} {row['tflops']:6.1f} TFLOP/s ({row['p50_ms'] * 1e3:.1f} µs ±{row['spread'] / 2:.1%}{part})"
+        return f"{row['tflops']:6.1f} TFLOP/s ({row['p50_ms'] * 1e3:.1f} µs ±{row['spread'] / 2:.1%}{part})"
 
     def conclude(self, rows: list[Row]) -> None:
         for (model, batch, name), rate in means(rows).items():

@@ -1,32 +1,29 @@
-"""Time ops on a GPU: every production case, dtype and direction, against the device's limits and whoever else is there.
+"""Time ops on a GPU: every production case, dtype and direction, against the device's limits and other providers.
 
     python -m bench.ops [OP …] [--quick] [--minutes M] [--out FILE] …
 
-No number without correctness: a provider whose results are wrong by the tests' rule is reported, not timed. The most
+No number without correctness: a provider whose results are wrong by the tests' rule is reported, not timed. The
 representative cases come first. Ends with 1 if one of our backends is wrong or fails, with 2 if there is no GPU.
 """
 
 import argparse
-import gc
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 
 import kernels
 from bench.baselines import Adapter, Provider
 from bench.measure import program, timing
-from bench.measure.ceilings import Ceilings
-from bench.measure.rows import Log, Row, clocks, version
-from bench.measure.timing import CudaDevice, Device, Timing
+from bench.measure.comparison import Comparison
+from bench.measure.failures import status_of
+from bench.measure.progress import Ready, Timed
+from bench.measure.rows import Row, version
 from bench.measure.work import DIRECTIONS, Reference, Sets
 from bench.workloads.providers import Compiler, inductor, ours, providers_for
-from kernels.backends.device import cuda_reasons
 from kernels.registry import BackendUnavailable, Op
 from kernels.testing.cases import Case
 
@@ -70,87 +67,141 @@ def jobs(ops: Iterable[Op], cases: Iterable[str] = (), dtypes: Iterable[torch.dt
 
 
 @dataclass(frozen=True)
-class OpComparison:
-    """How rows are measured.
+class DirectionJob:
+    """An `OpJob` in one direction, with the providers that can serve it.
 
     Attributes:
-        ceilings: None on a CPU, whose rows state no fraction of a limit.
-        seconds: of samples, for each provider and direction.
+        present: name → provider and its adapter.
+        moved, flops: what one call has to do at least, bytes and floating-point operations.
+    """
+
+    job: OpJob
+    direction: str
+    reference: Reference
+    present: Mapping[str, tuple[Provider, Adapter]]
+    moved: int
+    flops: int
+
+    @property
+    def names(self) -> Row:
+        return self.job.names | {"direction": self.direction}
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return tuple(self.present)
+
+    def __str__(self) -> str:
+        return f"{self.job} {self.direction}"
+
+
+@dataclass(frozen=True)
+class OpComparison(Comparison):
+    """Every provider of an op, by turns, in each direction.
+
+    Attributes:
+        directions: those of ops that have gradients; the others have "forward" alone.
         invited: whether a provider of that name takes part.
         emulated: lets backends take part that run in an emulator, to test the bench.
     """
 
-    device: Device
-    log: Log
-    ceilings: Ceilings | None
     seconds: float = 0.5
+    rounds: int = 8
     directions: tuple[str, ...] = DIRECTIONS[:2]
     invited: Callable[[str], bool] = lambda name: True
     compiler: Compiler = inductor
     emulated: bool = False
 
+    kind: ClassVar[str] = "op"
+    unit: ClassVar[tuple[str, float]] = ("us", 1e6)
+    early: ClassVar[bool] = False
+
+    def named(self, job: OpJob | DirectionJob, name: str) -> Row:
+        return {"direction": None, **job.names, "provider": name}
+
     def run(self, job: OpJob) -> list[Row]:
-        """All rows of a job, written to the log. Whatever fails is recorded in its row."""
+        """All rows of a case: of each direction, and of providers that cannot serve it."""
         rows: list[Row] = []
-        torch._dynamo.reset()  # it counts recompilations by function, and falls back to eager after a few
         with self.device.active():
             try:
-                rows.extend(self._rows(job))
+                directions, absent = self.by_direction(job)
+                rows += [self._absent(job, name, *why) for name, why in absent.items()]
+                for direction in directions:
+                    rows += super().run(direction)
             except Exception as error:
-                rows.append(self._write(job, None, "all", "failed", reason(error)))
+                rows.append(self._absent(job, "all", *status_of(error)))
         torch._dynamo.reset()
-        gc.collect()
-        if self.device.kind == "cuda":
-            torch.cuda.empty_cache()
         return rows
 
-    def _rows(self, job: OpJob) -> Iterator[Row]:
+    def by_direction(self, job: OpJob) -> tuple[list[DirectionJob], dict[str, tuple[str, str]]]:
+        """The job in each direction, and the providers that cannot serve it, with status and reason."""
+        torch._dynamo.reset()  # it counts recompilations by function, and falls back to eager after a few
         inputs = job.case.inputs(job.dtype, self.device.kind)
-        expected, cost = Reference(job.op, inputs), job.op.cost(**inputs)
-        present = []
+        reference, cost = Reference(job.op, inputs), job.op.cost(**inputs)
+        present, absent = {}, {}
         for provider in providers_for(job.op, self.compiler, self.emulated):
             if self.invited(provider.name):
                 adapter, status, why = ready(provider, inputs)
                 if adapter is not None:
-                    present.append((provider, adapter))
+                    present[provider.name] = provider, adapter
                 else:
-                    yield self._write(job, None, provider.name, status, why)
+                    absent[provider.name] = status, why
+        found = []
         for direction in self.directions if job.op.differentiable else ("forward",):
-            yield from self._direction(job, expected, present, Work(cost, direction, job.dtype, self.ceilings))
+            parts = ("forward", "backward") if direction == "both" else (direction,)
+            moved, flops = (sum(getattr(cost, f"{part}_{unit}") for part in parts) for unit in ("bytes", "flops"))
+            found.append(DirectionJob(job, direction, reference, present, moved, flops))
+        return found, absent
 
-    def _direction(self, job: OpJob, expected: Reference, present: list, work: "Work") -> Iterator[Row]:
-        count, calls = timing.iteration_size(work.moved, self.device.l2_bytes)
-        sets, iterations = Sets(expected, count, calls), {}
-        for provider, adapter in present:
-            status, why = "incorrect", ""
-            try:
-                why = "; ".join(expected.mismatches(adapter, work.direction))
-                if not why:
-                    iterations[provider.name] = sets.iteration(provider, adapter, work.direction, self.device)
-            except Exception as error:
-                status, why = "failed", reason(error)
-            if why:
-                yield self._write(job, work.direction, provider.name, status, why)
-        timings = None
-        while timings is None:
-            try:
-                timings = timing.interleave(iterations, self.device, self.seconds)
-            except timing.IterationFailed as failure:  # the others start again, without it
-                del iterations[failure.name]
-                yield self._write(job, work.direction, failure.name, "failed", reason(failure.__cause__))
-        state = clocks() if self.device.kind == "cuda" else {}
-        for provider, _ in present:
-            if provider.name in timings:
-                told = {"includes": provider.includes, "version": version(provider.package), "clocks": state}
-                size = {"sets": count, "footprint_mb": count * work.moved / 1e6}
-                measured = work.figures(provider.name, timings)
-                yield self._write(job, work.direction, provider.name, "ok", "", **told, **size, **measured)
-
-    def _write(self, job: OpJob, direction: str | None, name: str, status: str, why: str, **figures: Any) -> Row:
-        row = {"kind": "op", **job.names, "direction": direction, "provider": name, "status": status, "reason": why}
-        row = self.log.write(row | figures)
-        print(text(row), flush=True)
+    def _absent(self, job: OpJob, name: str, status: str, why: str) -> Row:
+        row = self.log.write({"kind": self.kind, **self.named(job, name), "status": status, "reason": why})
+        self._say(row)
         return row
+
+    def tidy(self) -> None:
+        """What was compiled serves the other direction too."""
+        self._free()
+
+    def set_up(self, job: DirectionJob) -> Sets:
+        return Sets(job.reference, *timing.iteration_size(job.moved, self.device.l2_bytes))
+
+    def prepare(self, job: DirectionJob, name: str, shared: Sets) -> Ready:
+        """Its value says what is wrong with its results; then nothing of it is timed."""
+        provider, adapter = job.present[name]
+        if wrong := "; ".join(job.reference.mismatches(adapter, job.direction)):
+            return Ready({}, wrong)
+        iteration = shared.iteration(provider, adapter, job.direction, self.device)
+        about = {
+            "includes": provider.includes,
+            "version": version(provider.package),
+            "sets": shared.count,
+            "footprint_mb": shared.count * job.moved / 1e6,
+            "calls": iteration.calls,
+            "method": iteration.method,
+        }
+        return Ready({"": iteration}, "", about)
+
+    def wrong(self, job: DirectionJob, values: Mapping[str, str], shared: Sets) -> dict[str, str]:
+        return {name: why for name, why in values.items() if why}
+
+    def figures(self, job: DirectionJob, timed: Timed) -> Row:
+        limit = {"limit_us": None, "bound": None, "fraction": None}
+        if self.ceilings is not None:
+            seconds, bound = self.ceilings.limit(job.moved, job.flops, job.job.dtype)
+            limit = {"limit_us": seconds * 1e6, "bound": bound, "fraction": seconds / timed.seconds()}
+        return {"bytes": job.moved, "flops": job.flops, **limit}
+
+    def label(self, row: Row) -> str:
+        return f"{row['op']} {row['case']} {row['dtype']} {row['direction'] or '':8} {row['provider']:20}"
+
+    def measured(self, row: Row) -> str:
+        part = "" if row["fraction"] is None else f" {row['fraction']:6.1%} of the {row['bound']} limit"
+        rates = f" {row['bytes'] / row['p50_us'] / 1e6:5.2f} TB/s"
+        rates += f" {row['flops'] / row['p50_us'] / 1e6:6.1f} TFLOP/s" if row["flops"] else ""
+        return f"{row['p50_us']:9.1f} µs ±{row['spread'] / 2:.1%}{part}{rates}"
+
+    def alarming(self, row: Row) -> bool:
+        """Whether one of our backends, or a job as a whole, is wrong or failed."""
+        return super().alarming(row) and row["provider"] in ("all", *ours(kernels.OPS[row["op"]]))
 
 
 def ready(provider: Provider, inputs: dict) -> tuple[Adapter | None, str, str]:
@@ -160,78 +211,24 @@ def ready(provider: Provider, inputs: dict) -> tuple[Adapter | None, str, str]:
         reasons = provider.unsupported(**inputs)
     except BackendUnavailable as error:
         return None, "unavailable", "; ".join(error.reasons)
-    except (ImportError, OSError) as error:
-        return None, "unavailable", f"not installed: {reason(error)}"
+    except OSError as error:  # a library of a package that is there
+        return None, "unavailable", f"not installed: {error}"
     except Exception as error:
-        return None, "failed", reason(error)
+        return None, *status_of(error)
     return (None, "unsupported", "; ".join(reasons)) if reasons else (adapter, "ok", "")
-
-
-def reason(error: Exception) -> str:
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first}"[:300]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call in one direction has to do at least, and how its times are stated."""
-
-    cost: kernels.testing.cases.Cost
-    direction: str
-    dtype: torch.dtype
-    ceilings: Ceilings | None
-    moved: int = field(init=False)
-    flops: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        parts = ("forward", "backward") if self.direction == "both" else (self.direction,)
-        for name, unit in (("moved", "bytes"), ("flops", "flops")):
-            object.__setattr__(self, name, sum(getattr(self.cost, f"{part}_{unit}") for part in parts))
-
-    def figures(self, name: str, timings: dict[str, Timing]) -> Row:
-        """The numbers of a row, those of `name` among all that were timed with it."""
-        mine = timings[name]
-        microseconds = {f"p{q}_us": mine.quantile(q / 100) * 1e6 for q in (20, 50, 80)}
-        limit = {"limit_us": None, "bound": None, "fraction": None}
-        if self.ceilings is not None:
-            seconds, bound = self.ceilings.limit(self.moved, self.flops, self.dtype)
-            limit = {"limit_us": seconds * 1e6, "bound": bound, "fraction": seconds / mine.median}
-        return {
-            **microseconds, "spread": mine.spread, "samples": len(mine.samples), "calls": mine.calls,
-            "method": mine.method, "bytes": self.moved, "flops": self.flops, **limit,
-            "times_faster_than": {other: t.median / mine.median for other, t in timings.items() if other != name},
-        }  # fmt: skip
-
-
-def text(row: Row) -> str:
-    """A row as a line to read."""
-    head = f"{row['op']} {row['case']} {row['dtype']} {row['direction'] or '':8} {row['provider']:20}"
-    if row["status"] != "ok":
-        return f"{head} {row['status']}: {row['reason']}"
-    part = "" if row["fraction"] is None else f" {row['fraction']:6.1%} of the {row['bound']} limit"
-    rates = f" {row['bytes'] / row['p50_us'] / 1e6:5.2f} TB/s" + (
-        f" {row['flops'] / row['p50_us'] / 1e6:6.1f} TFLOP/s" if row["flops"] else ""
-    )
-    others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
-    return f"{head} {row['p50_us']:9.1f} µs ±{row['spread'] / 2:.1%}{part}{rates}{others}"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = program.parser("bench.ops", __doc__, seconds=0.5)
     parser.add_argument("op", nargs="*", help=f"default: all of {', '.join(kernels.OPS)}")
     parser.add_argument("--case", action="append", default=[], help="a production case's id; repeatable")
     parser.add_argument("--dtype", action="append", choices=names, help="repeatable")
     parser.add_argument("--direction", action="append", choices=DIRECTIONS, help="default: forward and backward")
     parser.add_argument("--only", action="append", default=[], help="a provider's name; repeatable")
     parser.add_argument("--without", action="append", default=[], help="a provider's name; repeatable")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of samples for each provider (default 0.5)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing that would end later")
     parser.add_argument("--quick", action="store_true", help="the representative case of each op, in bfloat16")
     parser.add_argument("--after-quick", action="store_true", help="everything that --quick leaves out")
-    parser.add_argument("--out", type=Path, help="append rows to this file")
-    program.add_ceilings(parser)
     options = parser.parse_args(argv)
     known = {case.id for op in kernels.OPS.values() for case in op.cases if case.production}
     for kind, given, allowed in (("op", options.op, kernels.OPS), ("case", options.case, known)):
@@ -247,45 +244,14 @@ def plan(options: argparse.Namespace) -> list[OpJob]:
     return [job for job in found if not ((options.quick and job.rank) or (options.after_quick and not job.rank))]
 
 
-def work_through(
-    bench: OpComparison, todo: list[OpJob], minutes: float, clock: Callable[[], float] = time.monotonic
-) -> int:
-    """Run jobs until the time is up, estimated by the longest so far; the exit status."""
-    start, longest, rows = clock(), 0.0, []
-    for number, job in enumerate(todo):
-        begun = clock()
-        if begun + longest > start + 60 * minutes:
-            print(f"time is up, not measured: {', '.join(map(str, todo[number:]))}")
-            break
-        rows += bench.run(job)
-        longest = max(longest, clock() - begun)
-    print("rows: " + ", ".join(f"{count} {status}" for status, count in Counter(r["status"] for r in rows).items()))
-    return int(any(map(alarming, rows)))
-
-
-def alarming(row: Row) -> bool:
-    """Whether one of our backends, or a job as a whole, is wrong or failed."""
-    mine = row["provider"] in ("all", *ours(kernels.OPS[row["op"]]))
-    return mine and row["status"] in ("incorrect", "failed")
-
-
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    if reasons := cuda_reasons():
-        print(f"bench.ops needs a GPU: {'; '.join(reasons)}", file=sys.stderr)
-        return 2
-    device = CudaDevice()
-    log = Log(device.kind, options.out)
-    ceilings = program.ceilings_of("bench.ops", options, device, log)
-    bench = OpComparison(
-        device,
-        log,
-        ceilings,
-        options.seconds,
-        tuple(options.direction or DIRECTIONS[:2]),
-        lambda name: name not in options.without and (not options.only or name in options.only),
+    make = partial(
+        OpComparison,
+        directions=tuple(options.direction or DIRECTIONS[:2]),
+        invited=lambda name: name not in options.without and (not options.only or name in options.only),
     )
-    return work_through(bench, plan(options), options.minutes)
+    return program.run("bench.ops", options, make, plan(options))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from bench.measure import program
-from bench.measure.comparison import Comparison, Varied
+from bench.measure.comparison import Comparison, Varied, mismatches
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.step import PAPER
 from bench.workloads.variants import SAMPLING, Variant
-from kernels.testing.tolerance import mismatch
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig
@@ -85,8 +84,7 @@ class SamplingComparison(Comparison):
 
     def wrong(self, job: SamplingJob, values: Mapping[str, "Sampler"], shared: "SamplingSetup") -> dict[str, str]:
         """By the tests' rule: an error at most twice that of the plain model."""
-        found = {n: mismatch("latents", sampler.samples, shared.eager, shared.exact) for n, sampler in values.items()}
-        return {name: why for name, why in found.items() if why}
+        return mismatches("latents", {name: made.samples for name, made in values.items()}, shared.eager, shared.exact)
 
     def figures(self, job: SamplingJob, timed: Timed) -> Row:
         """FLOPs are what samples need: the plain loop's halves that are thrown away do not count."""
@@ -102,15 +100,14 @@ class SamplingComparison(Comparison):
                              "times": timed.ready.times},
         }  # fmt: skip
 
-    def text(self, row: Row) -> str:
-        head = f"{row['model']} batch {row['batch']} {row['precision']} {row['provider']:13}"
-        if row["status"] != "ok":
-            return f"{head} {row['status']}: {row['reason']}"
+    def label(self, row: Row) -> str:
+        return f"{row['model']} batch {row['batch']} {row['precision']} {row['provider']:13}"
+
+    def measured(self, row: Row) -> str:
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
-        others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["extrapolated"]["parts_ms"].items())
-        return (f"{head} {row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
-                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}{others}")  # fmt: skip
+        return (f"{row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
+                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,8 +73,8 @@ class StepComparison(Comparison):
         return {"model": job.model, "batch": job.batch, "variant": name, "features": job.variant(name).features()}
 
     def order(self, job: StepJob) -> list[str]:
-        baseline = next((name for name in LOSS_BASELINES if name in job.names), None)
-        return sorted(job.names, key=lambda name: name != baseline)
+        baseline = next((name for name in LOSS_BASELINES if name in job.providers), None)
+        return sorted(job.providers, key=lambda name: name != baseline)
 
     def prepare(self, job: StepJob, name: str, shared: None) -> Ready:
         begun = time.perf_counter()
@@ -104,23 +104,16 @@ class StepComparison(Comparison):
     def afterwards(self, job: StepJob, ready: Ready) -> Row:
         return where_time_goes(ready.iterations[""].run, self.device.kind)
 
-    def text(self, row: Row) -> str:
-        return text(row)
+    def label(self, row: Row) -> str:
+        return f"{row['model']} batch {row['batch']} {row['variant']:24}"
 
-
-def text(row: Row) -> str:
-    """A row as a line to read."""
-    head = f"{row['model']} batch {row['batch']} {row['variant']:24}"
-    if row["status"] != "ok":
-        return f"{head} {row['status']}: {row['reason']}"
-    share = f", {row['mfu']:.1%} MFU" if row["mfu"] else ""
-    memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-    others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
-    hours = row["extrapolated"]["hours"]
-    return (
-        f"{head} {row['images_per_second']:7.1f} images/s{share} ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
-        f"{memory}), 64 epochs on 8 GPUs: {hours:.1f} h (extrapolated){others}"
-    )
+    def measured(self, row: Row) -> str:
+        share = f", {row['mfu']:.1%} MFU" if row["mfu"] else ""
+        memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
+        return (
+            f"{row['images_per_second']:7.1f} images/s{share} ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
+            f"{memory}), 64 epochs on 8 GPUs: {row['extrapolated']['hours']:.1f} h (extrapolated)"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

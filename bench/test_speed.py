@@ -1,64 +1,156 @@
-"""Entry points for pytest-benchmark, on a GPU; a run of the tests does not collect them.
+"""Benchmarks for pytest-benchmark and its comparison tools, on a GPU; a run of the tests does not collect them.
 
     pytest bench/ --benchmark-json=now.json [-k "swiglu and XL and bfloat16"]
     pytest-benchmark compare before.json now.json
 
-A test is one provider of a group that is measured together. All of it is checked as `python -m bench.ops` and
-`bench.step` check: what is wrong is not timed.
+A test is one provider of an op, or one way to train, made and checked as `bench.ops` and `bench.step` do: what is wrong
+is not timed. pytest-benchmark does the timing, by CUDA events; a sample is the time of one call.
 """
+
+from contextlib import ExitStack
+from functools import lru_cache
 
 import pytest
 
 pytest.importorskip("pytest_benchmark")
 
+import torch
+
 import kernels
-from bench import step
-from bench.measure import ceilings
-from bench.measure.rows import Log
-from bench.measure.timing import CudaDevice
-from bench.ops import DIRECTIONS, OpJob, jobs
+from bench import ops, step
+from bench.gate import compare
+from bench.measure import ceilings, timing
+from bench.measure.comparison import Comparison
+from bench.measure.failures import status_of
+from bench.measure.losses import LOSS_BASELINES
+from bench.measure.progress import PeakMemory, Timed
+from bench.measure.rows import Log, machine
 from bench.pages.measured import HEADLINE
-from bench.plugins.samples import REPLAY, Last, OpBench, StepBench, play, row_of
 from bench.workloads.providers import providers_for
 from kernels.backends.device import cuda_reasons
 
-NEEDS = cuda_reasons()
-pytestmark = [pytest.mark.skipif(bool(NEEDS), reason="; ".join(NEEDS)), pytest.mark.benchmark(timer=REPLAY)]
+SECONDS, WARMUP_SECONDS, LEAST_ROUNDS = 1.0, 0.2, 5
+EXTRA = ("gpu", "revision", "fraction", "bound", "method", "calls", "images_per_second", "mfu", "peak_gb")
 
-COMPARISONS = [
+
+class CudaTimer:
+    """Seconds on the GPU, by an event at each reading; `calls`: of a call, where so many lie between two readings."""
+
+    __name__ = "CUDA events"
+
+    def __init__(self) -> None:
+        self.calls, self._total, self._last = 1, 0.0, None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self._last is not None:  # summed up, as an event's float32 milliseconds are too coarse for a long session
+            self._total += self._last.elapsed_time(event) / 1000
+        self._last = event
+        return self._total / self.calls
+
+
+TIMER = CudaTimer()
+NEEDS = cuda_reasons()
+pytestmark = [
+    pytest.mark.skipif(bool(NEEDS), reason=f"speed is measured on a GPU: {'; '.join(NEEDS)}"),
+    pytest.mark.benchmark(timer=TIMER),
+]
+
+OPS = [
     pytest.param(job, direction, provider.name, id="-".join([*job.names.values(), direction, provider.name]))
-    for job in jobs(kernels.OPS.values())
-    for direction in (DIRECTIONS[:2] if job.op.differentiable else ("forward",))
+    for job in ops.jobs(kernels.OPS.values())
+    for direction in (ops.DIRECTIONS[:2] if job.op.differentiable else ("forward",))
     for provider in providers_for(job.op)
-]  # fmt: skip
+]
 STEPS = next(step.jobs([HEADLINE[0]], [HEADLINE[1]], list(step.QUICK)))
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """What a bench needs: the device, a log without a file, ceilings."""
-    device = CudaDevice()
+    """What a comparison needs: the device, a log without a file, ceilings."""
+    device = timing.CudaDevice()
     log = Log(device.kind)
     return device, log, ceilings.measure(device, log)
 
 
 @pytest.fixture(scope="module")
-def measured_op(parts):
-    return Last(OpBench(*parts).measured)
+def op_comparison(parts):
+    return ops.OpComparison(*parts)
 
 
 @pytest.fixture(scope="module")
-def measured_step(parts):
-    return Last(StepBench(*parts).measured)
+def by_direction(op_comparison):
+    """Job → what `OpComparison.by_direction` says, kept for the neighbouring tests."""
+    return lru_cache(maxsize=1)(op_comparison.by_direction)
 
 
-@pytest.mark.parametrize(("job", "direction", "provider"), COMPARISONS)
-def test_op(benchmark, measured_op, job: OpJob, direction: str, provider: str):
+@pytest.fixture(scope="module")
+def step_comparison(parts):
+    return step.StepComparison(*parts)
+
+
+@pytest.fixture(scope="module")
+def baseline_loss(step_comparison):
+    """The first loss of the plain model, which those of the other ways are checked against."""
+    name = next(name for name in LOSS_BASELINES if name in STEPS.providers)
+    ready = step_comparison.prepare(STEPS, name, None)
+    ready.release()
+    return {name: ready.value}
+
+
+@pytest.mark.parametrize(("job", "direction", "provider"), OPS)
+def test_op(benchmark, op_comparison, by_direction, job, direction, provider):
     benchmark.group = f"{job} {direction}"
-    play(benchmark, *row_of(measured_op(job), direction, provider))
+    with op_comparison.device.active():
+        try:
+            found, absent = by_direction(job)
+        except Exception as error:
+            absent = {provider: status_of(error)}
+        if provider in absent:
+            refuse(op_comparison.named(job, provider) | {"kind": "op"}, *absent[provider])
+        (wanted,) = (one for one in found if one.direction == direction)
+        measure(benchmark, op_comparison, wanted, provider, op_comparison.set_up(wanted), {})
 
 
-@pytest.mark.parametrize("variant", [variant.name for variant in STEPS.variants])
-def test_step(benchmark, measured_step, variant: str):
-    benchmark.group = f"{STEPS.model} batch {STEPS.batch}"
-    play(benchmark, *measured_step(STEPS)[variant])
+@pytest.mark.parametrize("variant", STEPS.providers)
+def test_step(benchmark, step_comparison, baseline_loss, variant):
+    benchmark.group = str(STEPS)
+    measure(benchmark, step_comparison, STEPS, variant, None, baseline_loss)
+
+
+def measure(benchmark, comparison: Comparison, job, name: str, shared, values: dict) -> None:
+    """Make a provider, check it beside the values of others, and let pytest-benchmark time it."""
+    row, device = comparison.named(job, name) | {"kind": comparison.kind}, comparison.device
+    with ExitStack() as stack:
+        stack.callback(comparison.tidy)
+        try:
+            with PeakMemory(device.kind == "cuda") as peak:
+                ready = comparison.prepare(job, name, shared)
+            stack.callback(ready.release)
+            why = "incorrect", comparison.wrong(job, values | {name: ready.value}, shared).get(name)
+        except Exception as error:
+            why = status_of(error)
+        if why[1]:
+            refuse(row, *why)
+        (iteration,) = ready.iterations.values()
+        once = max(device.seconds(iteration.run, 2)[1], 1e-7)
+        TIMER.calls = iteration.calls
+        benchmark.pedantic(
+            iteration.run,
+            setup=iteration.restore,
+            rounds=max(LEAST_ROUNDS, int(SECONDS / once)),
+            warmup_rounds=int(WARMUP_SECONDS / once) + 1,
+        )
+        samples = list(benchmark.stats.stats.data)
+        timed = Timed(name, ready, {"": timing.Timing(iteration.calls, iteration.method, samples)})
+        facts = machine(device.kind) | ready.about | comparison.figures(job, timed) | {"peak_gb": peak.gigabytes}
+        benchmark.extra_info |= {key: facts[key] for key in EXTRA if key in facts}
+
+
+def refuse(row: dict, status: str, why: str) -> None:
+    """Fail where a provider of ours is wrong or fails; skip any other that cannot be timed."""
+    if status in compare.WRONG and compare.mine(row):
+        pytest.fail(f"{status}: {why}", pytrace=False)
+    pytest.skip(f"{status}: {why}")

@@ -16,12 +16,11 @@ import torch
 
 from bench.measure import program
 from bench.measure.breakdown import where_time_goes
-from bench.measure.comparison import Comparison, Varied
+from bench.measure.comparison import Comparison, Varied, mismatches
 from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration
 from bench.workloads.variants import TOKENIZER, TokenizerVariant
-from kernels.testing.tolerance import mismatch
 from vavae.config import AutoencoderConfig
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class TokenizerComparison(Comparison):
         return PassSetup(job.part, job.config, job.size, job.batch, getattr(torch, job.precision), self.device.kind)
 
     def order(self, job: TokenizerJob) -> list[str]:
-        return sorted(job.names, key=lambda name: job.part != "train" or name != "reference")
+        return sorted(job.providers, key=lambda name: job.part != "train" or name != "reference")
 
     def prepare(self, job: TokenizerJob, name: str, shared: Any) -> Ready:
         run, value = shared.provider(job.variant(name))
@@ -101,8 +100,7 @@ class TokenizerComparison(Comparison):
     def wrong(self, job: TokenizerJob, values: Mapping[str, Any], shared: Any) -> dict[str, str]:
         if job.part == "train":
             return wrong_losses(values)
-        found = {name: mismatch(job.part, value, shared.eager, shared.exact) for name, value in values.items()}
-        return {name: why for name, why in found.items() if why}
+        return mismatches(job.part, values, shared.eager, shared.exact)
 
     def figures(self, job: TokenizerJob, timed: Timed) -> Row:
         seconds, dtype = timed.seconds(), getattr(torch, job.precision)
@@ -111,15 +109,14 @@ class TokenizerComparison(Comparison):
     def afterwards(self, job: TokenizerJob, ready: Ready) -> Row:
         return where_time_goes(ready.iterations[""].run, self.device.kind)
 
-    def text(self, row: Row) -> str:
-        head = f"{row['part']} batch {row['batch']} {row['precision']} {row['provider']:32}"
-        if row["status"] != "ok":
-            return f"{head} {row['status']}: {row['reason']}"
+    def label(self, row: Row) -> str:
+        return f"{row['part']} batch {row['batch']} {row['precision']} {row['provider']:32}"
+
+    def measured(self, row: Row) -> str:
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-        others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
-        return (f"{head} {row['images_per_second']:8.1f} images/s ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
-                f"{share}{memory}){others}")  # fmt: skip
+        return (f"{row['images_per_second']:8.1f} images/s ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
+                f"{share}{memory})")  # fmt: skip
 
 
 def wrong_losses(values: Mapping[str, dict[str, float] | None]) -> dict[str, str]:

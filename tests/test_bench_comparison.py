@@ -24,7 +24,7 @@ NAMES["toy"] = ("provider",)
 
 @dataclass(frozen=True)
 class Job:
-    names: tuple[str, ...] = ("a", "b", "c")
+    providers: tuple[str, ...] = ("a", "b", "c")
 
     def __str__(self) -> str:
         return "a job"
@@ -67,7 +67,7 @@ class Toy(Comparison):
         assert shared == "shared"
         if name in self.fails:
             raise self.fails[name]
-        each = (job.names.index(name) + 1) / 100
+        each = (job.providers.index(name) + 1) / 100
         iterations = {
             "": Iteration(lambda: each),
             "more": Iteration(lambda: self.iteration(name) if self.iteration else 2 * each),
@@ -83,8 +83,11 @@ class Toy(Comparison):
     def afterwards(self, job, ready):
         return {"seen": True}
 
-    def text(self, row):
-        return f"{row['provider']} {row['status']}"
+    def label(self, row):
+        return row["provider"]
+
+    def measured(self, row):
+        return "ok"
 
 
 def toy(path=None, **settings) -> Toy:
@@ -231,7 +234,7 @@ def test_when_the_time_is_up_whoever_was_timed_has_a_row(rounds, capsys):
     if rounds < 18:
         early = {"rounds": 1, "of": 4, "interleaved": False, "cut_off": TIME_IS_UP}
         assert rests == [early] * started and (TIME_IS_UP in printed)
-        assert printed.count("ok; 1 of 4 rounds, not by turns, cut off: the time is up") == started
+        assert printed.count("; 1 of 4 rounds, not by turns, cut off: the time is up") == started
     else:
         assert all(rest["rounds"] <= 4 and (rest["cut_off"] is None) == (rest == WHOLE) for rest in rests)
         assert (rests == [WHOLE] * 3) == (rounds >= 18 + 12 + 24 - 1)

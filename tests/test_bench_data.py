@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bench import data as bench_data
-from bench.data import BATCHES, FilePerSample, LoaderComparison, disagreement, figures, host, make_set, providers, table
+from bench.data import BATCHES, WAYS, FilePerSample, LoaderComparison, LoaderJob, disagreement, make_set
 from bench.measure import rows
-from bench.measure.timing import Timing
 from lightningdit.data import LatentDataset
 from tests.golden.golden import ROOT
 
@@ -84,19 +83,20 @@ def test_a_wrong_bit_label_row_or_mirroring_is_a_disagreement(latents, wrong, wh
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_provider_reads_whole_epochs_in_an_order_of_its_own(latents, workers):
-    for provider in providers([workers]):
-        stream = provider.stream(latents, 14, workers)
+    for name, (_, _, way) in WAYS.items():
+        stream = way(latents, 14, workers)
         labels = [(batch["y"] if isinstance(batch, dict) else batch[1]) for batch in islice(stream, 6)]
         first, second = torch.cat(labels[:3]), torch.cat(labels[3:])
-        assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(42)), str(provider)
+        assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(42)), name
         assert first.tolist() != second.tolist() != list(range(42))
         del stream
 
 
-def test_what_a_row_says(latents, tmp_path):
+def test_what_a_row_says(latents, tmp_path, capsys):
     """Iterations of 16 × 8 latents in 1, 2, 8 and 4 ms."""
     out = tmp_path / "rows.jsonl"
-    got = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), batch_size=8).run(latents, [0, 1])
+    comparison = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), None)
+    got = comparison.run(LoaderJob(latents, 8, (0, 1)))
     assert [(row["provider"], row["workers"]) for row in got] == [
         ("latents", 0), ("latents", 1), ("file-per-sample", 0), ("file-per-sample", 1)]  # fmt: skip
     assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000])
@@ -107,24 +107,25 @@ def test_what_a_row_says(latents, tmp_path):
     assert (first["bytes"], first["calls"], first["kind"], first["status"]) == (32768, BATCHES * 8, "data", "ok")
     assert first["cpu"] and first["cores"] >= 1 and first["load"] >= 0
     assert list(rows.read(out, "cpu")) == json.loads(json.dumps(got))
-    assert "best against best: 4.0x" in table(got) and "128,000" in table(got)
+    comparison.conclude(got)
+    printed = capsys.readouterr().out
+    assert "best against best: 4.0x" in printed and "128,000" in printed and f"{first['cores']} cores" in printed
 
 
 def test_quantiles_of_a_time_are_those_of_the_rate_the_other_way_round():
-    timings = {"a": Timing(2, "told", [float(n) for n in range(1, 12)]), "b": Timing(2, "told", [12.0])}
-    row = figures("a", timings, 100)
-    assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (3e6, 6e6, 9e6)
-    assert row["latents_per_second"] == 1 / 6 and row["spread"] == 1 and row["times_faster_than"] == {"b": 2}
-    shown = {"provider": "latents", "workers": 0, "batch_size": 8, "status": "ok", "p20_us": 20, "p80_us": 50}
-    assert "20,000 to 50,000" in table([row | host() | shown])
+    shown = {"latents_per_second": 3e4, "bytes": 100, "p20_us": 20, "p80_us": 50}
+    assert "20,000 to 50,000" in LoaderComparison(None, None, None).measured(shown)
 
 
-def test_no_time_beside_wrong_numbers(latents, monkeypatch, tmp_path):
+def test_no_time_beside_wrong_numbers(latents, monkeypatch, capsys):
     monkeypatch.setattr(bench_data, "disagreement", lambda data, published: "x differ")
-    got = LoaderComparison(Told(), rows.Log("cpu")).run(latents, [0])
+    comparison = LoaderComparison(Told(), rows.Log("cpu"), None)
+    got = comparison.run(LoaderJob(latents, 8, (0,)))
     assert [(row["status"], row["reason"]) for row in got] == [("incorrect", "x differ")] * 2
     assert not any("p50_us" in row or "latents_per_second" in row for row in got)
-    assert table(got).count("incorrect: x differ") == 2 and "best" not in table(got)
+    comparison.conclude(got)
+    printed = capsys.readouterr().out
+    assert printed.count("incorrect: x differ") == 2 and "best" not in printed
     assert bench_data.main(["--samples", "4", "--workers", "0"]) == 1
 
 

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 import kernels
 from bench import ops
 from bench.baselines import Adapter, Provider
-from bench.measure import rows, timing
+from bench.measure import program, rows, timing
 from bench.measure.ceilings import Ceilings
+from bench.measure.progress import Ready, Timed
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.measure.work import Reference, Sets
-from bench.ops import OpComparison, OpJob, alarming, jobs, parse, plan, text, work_through
+from bench.ops import DirectionJob, OpComparison, OpJob, jobs, parse, plan
 from kernels.testing.tolerance import reference
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,18 @@ SWIGLU = kernels.OPS["swiglu"]
 KEYS = {"format", "kind", "date", "device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton",
         "revision", "run", "op", "case", "dtype", "direction", "provider", "status", "reason"}  # fmt: skip
 FIGURES = {"includes", "version", "clocks", "p20_us", "p50_us", "p80_us", "spread", "samples", "calls", "sets"}
-FIGURES |= {"footprint_mb", "method", "bytes", "flops", "limit_us", "bound", "fraction", "times_faster_than"}
+FIGURES |= {
+    "coverage",
+    "peak_gb",
+    "footprint_mb",
+    "method",
+    "bytes",
+    "flops",
+    "limit_us",
+    "bound",
+    "fraction",
+    "times_faster_than",
+}
 
 
 class Millisecond(HostDevice):
@@ -101,17 +113,14 @@ def test_fraction_of_the_limit():
     row = bench(ceilings=ceilings, invited=lambda name: name == "eager").run(job)[0]
     assert row["bound"] == "memory" and row["limit_us"] == pytest.approx(row["bytes"] / 1e3)
     assert row["fraction"] == pytest.approx(row["limit_us"] / row["p50_us"])
-    assert f"{row['fraction']:.1%} of the memory limit" in text(row)
+    assert f"{row['fraction']:.1%} of the memory limit" in bench().text(row)
 
 
-def test_figures_of_a_provider_among_others():
-    cost = kernels.testing.cases.Cost(forward_bytes=6_000_000, backward_bytes=8_000_000, backward_flops=4_000_000_000)
-    timings = {"ours": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6]), "theirs": timing.Timing(2, "graph", [12e-6])}
-    ceilings = Ceilings(4e12, {torch.float16: 1e15})
-    got = ops.Work(cost, "backward", torch.float16, ceilings).figures("ours", timings)
-    assert (got["p50_us"], got["samples"], got["calls"]) == (pytest.approx(4.0), 3, 2)
-    assert got["p20_us"] == pytest.approx(2.8) and got["p80_us"] == pytest.approx(5.2)
-    assert got["spread"] == pytest.approx(0.6) and got["times_faster_than"] == {"theirs": pytest.approx(3.0)}
+def test_figures_of_a_provider():
+    job = OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float16)
+    backward = DirectionJob(job, "backward", None, {}, moved=8_000_000, flops=4_000_000_000)
+    timed = Timed("ours", Ready({}), {"": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6])})
+    got = bench(ceilings=Ceilings(4e12, {torch.float16: 1e15})).figures(backward, timed)
     assert (got["limit_us"], got["bound"], got["fraction"]) == (pytest.approx(4.0), "compute", pytest.approx(1.0))
     assert (got["bytes"], got["flops"]) == (8_000_000, 4_000_000_000)
 
@@ -141,12 +150,12 @@ def test_incorrect_failing_and_missing_providers_are_recorded_and_the_rest_is_ti
                missing=load, right=reference(SWIGLU))  # fmt: skip
     written = bench().run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
     status = {(r["direction"], r["provider"]): (r["status"], r["reason"]) for r in written}
-    assert status[None, "missing"] == ("unavailable", "not installed: ImportError: No module named 'fast'")
+    assert status[None, "missing"] == ("unavailable", "not installed: No module named 'fast'")
     assert status["forward", "wrong"][0] == "incorrect" and "result 0: error" in status["forward", "wrong"][1]
     assert status["backward", "wrong"][0] == "incorrect"
     assert status["forward", "wrong_backward"] == ("ok", "")
     assert status["backward", "wrong_backward"][0] == "incorrect"
-    assert status["forward", "breaks"] == ("failed", "RuntimeError: out of shared memory")
+    assert status["forward", "breaks"] == ("failed", "RuntimeError: out of shared memory\nand more")
     assert status["forward", "breaks_later"] == ("failed", "RuntimeError: illegal address")
     assert status["forward", "right"] == status["backward", "right"] == ("ok", "")
     assert all("p50_us" not in row for row in written if row["status"] != "ok"), "no number without correctness"
@@ -159,7 +168,7 @@ def test_a_job_that_fails_as_a_whole_is_a_row(monkeypatch):
     monkeypatch.setattr(ops, "Reference", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     (row,) = bench().run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
     assert (row["provider"], row["status"], row["reason"]) == ("all", "failed", "OutOfMemoryError: no memory")
-    assert alarming(row)
+    assert bench().alarming(row)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "adamw_ema_"])
@@ -282,40 +291,13 @@ def test_unknown_names_are_refused(argv, message, capsys):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-class Recorder:
-    """In place of a bench: each job takes so many minutes and gives that row."""
-
-    def __init__(self, minutes: list[float], row: dict):
-        self.minutes, self.row, self.now, self.ran = iter(minutes), row, 0.0, []
-
-    def run(self, job):
-        self.ran.append(str(job))
-        self.now += 60 * next(self.minutes)
-        return [self.row]
-
-
-OK = {"op": "swiglu", "provider": "triton", "status": "ok"}
-
-
-def test_nothing_is_started_that_would_end_too_late(capsys):
-    todo = jobs([SWIGLU])[:5]
-    recorder = Recorder([1, 3, 2, 2, 2], OK)
-    assert work_through(recorder, todo, minutes=7, clock=lambda: recorder.now) == 0
-    # After 6 minutes, the longest job so far would end at 9.
-    assert recorder.ran == [str(job) for job in todo[:3]]
-    printed = capsys.readouterr().out
-    assert f"time is up, not measured: {todo[3]}, {todo[4]}" in printed and "rows: 3 ok" in printed
-
-
 @pytest.mark.parametrize(
-    ("changes", "status"),
-    [({}, 0), ({"status": "incorrect"}, 1), ({"status": "failed"}, 1), ({"status": "unavailable"}, 0),
-     ({"status": "unsupported"}, 0), ({"status": "incorrect", "provider": "liger"}, 0),
-     ({"status": "failed", "provider": "cuda"}, 1), ({"status": "failed", "provider": "all"}, 1)],
+    ("provider", "status", "alarming"),
+    [("triton", "ok", 0), ("triton", "incorrect", 1), ("triton", "failed", 1), ("triton", "unavailable", 0),
+     ("triton", "unsupported", 0), ("liger", "incorrect", 0), ("cuda", "failed", 1), ("all", "failed", 1)],
 )  # fmt: skip
-def test_exit_status(changes, status):
-    recorder = Recorder([1], OK | changes)
-    assert work_through(recorder, jobs([SWIGLU])[:1], 10, clock=lambda: recorder.now) == status
+def test_exit_status(provider, status, alarming):
+    assert bench().alarming({"op": "swiglu", "provider": provider, "status": status}) == alarming
 
 
 def test_without_a_gpu_it_says_so(capsys):
@@ -325,17 +307,13 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "needs a GPU" in capsys.readouterr().err
 
 
-def test_ceilings_of_a_file_are_those_of_the_run(tmp_path, monkeypatch, capsys):
-    seen, path = [], tmp_path / "ceilings.jsonl"
-    monkeypatch.setattr(ops, "cuda_reasons", list)
-    monkeypatch.setattr(ops, "CudaDevice", HostDevice)
-    monkeypatch.setattr(ops, "work_through", lambda bench, todo, minutes: seen.append(bench.ceilings) or 0)
-    with pytest.raises(SystemExit) as refused:
-        ops.main(["--ceilings", str(path)])
-    assert refused.value.code == 64 and capsys.readouterr().err.startswith("bench.ops: --ceilings: ")
-    for name in ("copy", "matmul bfloat16", "matmul float16", "matmul float32"):
-        Log("cpu", path).write({"kind": "ceiling", "ceiling": name, "rate": 2.0})
-    assert ops.main(["--ceilings", str(path)]) == 0 and seen[0].bandwidth == 2e12
+def test_options_reach_the_comparison(monkeypatch):
+    seen = []
+    monkeypatch.setattr(program, "run", lambda module, options, make, todo: seen.append((make(None, None, None), todo)))
+    ops.main(["swiglu", "--quick", "--direction", "both", "--without", "liger", "--seconds", "2"])
+    ((made, todo),) = seen
+    assert made.directions == ("both",) and made.invited("eager") and not made.invited("liger")
+    assert list(map(str, todo)) == ["swiglu XL bfloat16"]
 
 
 # Rows

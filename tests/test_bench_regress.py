@@ -257,7 +257,7 @@ def test_measuring_again_plans_one_row(monkeypatch):
         bench.main(regress.command(made)[1:])
         ((make, (job,)),) = planned
         comparison = make(None, None, None)
-        (name,) = job.names
+        (name,) = job.providers
         assert compare.key(made) == compare.key(comparison.named(job, name) | {"kind": comparison.kind})
 
 

@@ -121,7 +121,7 @@ def test_another_sample_is_incorrect_and_not_timed(monkeypatch):
 
 def test_providers_of_a_run():
     made = next(jobs(["LightningDiT-XL/1"], [64], ["bfloat16"], list(SAMPLING)))
-    assert made.names == tuple(SAMPLING) and str(made) == "LightningDiT-XL/1 batch 64 bfloat16"
+    assert made.providers == tuple(SAMPLING) and str(made) == "LightningDiT-XL/1 batch 64 bfloat16"
     assert set(QUICK) < set(SAMPLING) and made.tokenizer.downsample_ratio * made.config.input_size == 256
     table = SAMPLING["cuda"].ops().table()
     assert all((row["backend"] == "cuda") == ("cuda" in OPS[name].backends) for name, row in table.items())

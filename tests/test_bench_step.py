@@ -15,7 +15,7 @@ from bench import step as bench_step
 from bench.measure.breakdown import Interval, breakdown, kind_of, longest
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
-from bench.step import StepComparison, StepJob, jobs, text, wrong_losses
+from bench.step import StepComparison, StepJob, jobs, wrong_losses
 from bench.workloads import backends
 from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.training import (
@@ -146,7 +146,7 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert first["coverage"] == {"rounds": 2, "of": 2, "interleaved": False, "cut_off": None}
     assert first["loss"] == pytest.approx(rows[1]["loss"], rel=0.02)
     assert first["seconds_to_first_step"] > first["p20_ms"] / 1e3, "it has made the model too"
-    assert "extrapolated" in text(first) and "images/s" in capsys.readouterr().out
+    assert "extrapolated" in bench().text(first) and "images/s" in capsys.readouterr().out
 
 
 def test_what_cannot_run_is_recorded_and_the_rest_goes_on():
@@ -220,7 +220,7 @@ CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends)
 def test_a_variant_on_other_backends(asked, name, kernels, per_op, ops):
     """Its name says which, as a row is known by it; ops without a CUDA kernel and ops in graphs stay on "auto"."""
     (job,) = jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-eager"], asked)
-    assert job.names == (name, "plain-eager"), "the peer has no such ops"
+    assert job.providers == (name, "plain-eager"), "the peer has no such ops"
     features = bench().named(job, name)["features"]
     assert (features["kernels"], features["per_op"]) == (kernels, per_op)
     table, auto = job.variants[0].ops().table(), select("auto").table()

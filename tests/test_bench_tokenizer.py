@@ -181,12 +181,12 @@ def test_providers_of_a_run():
     found = list(jobs(["encode", "train"], [], ["bfloat16", "float32"], [], quick=False))
     assert [str(job) for job in found[:3]] == [
         "encode batch 32 bfloat16", "encode batch 32 float32", "train batch 32 bfloat16"]  # fmt: skip
-    assert len(found) == 2 * 3 + 2 and found[0].names == tuple(TOKENIZER["encode"])
+    assert len(found) == 2 * 3 + 2 and found[0].providers == tuple(TOKENIZER["encode"])
     found = list(jobs(list(TOKENIZER), [], ["bfloat16"], [], quick=True))
     assert [job.part for job in found] == ["encode", "decode", "train"]
-    assert {name for job in found for name in job.names} == set(QUICK)
+    assert {name for job in found for name in job.providers} == set(QUICK)
     (job,) = jobs(["encode", "train"], [7], ["float32"], ["trainer"], quick=False)
-    assert (job.part, job.batch, job.precision, job.names) == ("train", 7, "bfloat16", ("trainer",))
+    assert (job.part, job.batch, job.precision, job.providers) == ("train", 7, "bfloat16", ("trainer",))
     job = next(jobs(["train"], [], [], [], quick=False))
     assert bench().order(job)[0] == "reference", "whom the others are checked against"
 

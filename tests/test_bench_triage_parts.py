@@ -59,7 +59,6 @@ def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_p
     """Up to the point where each of them asks for a GPU."""
     for module in (bench_step, gemms, sampling, tokenizer):
         monkeypatch.setattr(module.program, "cuda_reasons", lambda: ["none here"])
-    monkeypatch.setattr(ops, "cuda_reasons", lambda: ["none here"])
     monkeypatch.setattr(roofline, "cuda_reasons", lambda: ["none here"])
     mains = {f"bench.{module.__name__.split('.')[-1]}": module.main
              for module in (bench_step, gemms, ops, roofline, sampling, tokenizer)}  # fmt: skip

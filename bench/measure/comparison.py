@@ -1,13 +1,14 @@
-"""Providers of one job, checked, then timed by turns, and a row for each, also where the run is cut off.
+"""The harness of the bench: providers of one job are checked, timed in interleaved rounds, and have a row each.
 
-`bench.step`, `bench.sampling`, `bench.tokenizer` and `bench.gemms` are such comparisons: each says how a provider is
-made, when it is wrong, and what its row states. A provider is timed for a moment as soon as it has started, later all
-of them by turns, or one after the other where memory cannot hold them together. Whoever has been timed has a row in the
-file from then on, which says what it covers and is replaced when there is more: what ends the process loses nothing.
+A program is a `Comparison`, which says how a provider is made, when it is wrong, and what its row states. A provider is
+timed for a moment as soon as it has started, later all of them by turns, or one after the other where memory cannot
+hold them together. Whoever has been timed has a row in the file from then on, which says what it covers and is replaced
+when there is more: what ends the process loses nothing.
 """
 
 import gc
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -22,6 +23,7 @@ from bench.measure.failures import status_of
 from bench.measure.progress import ENDED, PeakMemory, Progress, Ready, Timed
 from bench.measure.rows import Log, Row, clocks
 from bench.measure.timing import Device
+from kernels.testing.tolerance import mismatch
 
 #: Most seconds of iterations right after a provider has started: all that its row covers until the rounds begin.
 EARLY = 1.0
@@ -31,7 +33,8 @@ TIME_IS_UP = "the time is up"
 class Job(Protocol):
     """What the rows of a comparison share; its text says what is measured."""
 
-    names: tuple[str, ...]
+    @property
+    def providers(self) -> tuple[str, ...]: ...
 
 
 class Varied:
@@ -40,7 +43,7 @@ class Varied:
     variants: tuple[Any, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def providers(self) -> tuple[str, ...]:
         return tuple(variant.name for variant in self.variants)
 
     def variant(self, name: str) -> Any:
@@ -54,7 +57,7 @@ class Comparison(ABC):
     Attributes:
         ceilings: None on a CPU, whose rows state no fraction of a limit.
         seconds: of samples, for each part of each provider.
-        rounds: rounds that these are cut into, alternating with the others'.
+        rounds: how many these are cut into, alternating with the others'.
         until: when to stop, in the middle of a job if need be.
     """
 
@@ -66,11 +69,15 @@ class Comparison(ABC):
     until: Deadline = NEVER
 
     kind: ClassVar[str]
+    #: Unit of the times in rows, and how many of it are a second.
+    unit: ClassVar[tuple[str, float]] = ("ms", 1e3)
+    #: Whether a provider is timed for a moment as soon as it has started.
+    early: ClassVar[bool] = True
     #: Whether all providers are held and timed by turns; else the memory of each is given back before the next starts,
     #: and what `prepare` gives as its value has to be small.
     interleaved: ClassVar[bool] = True
 
-    # What a bench says of itself.
+    # What a program says of itself.
 
     @abstractmethod
     def named(self, job: Any, name: str) -> Row:
@@ -82,7 +89,7 @@ class Comparison(ABC):
 
     def order(self, job: Any) -> Iterable[str]:
         """In which order providers start: those the others are checked against first."""
-        return job.names
+        return job.providers
 
     @abstractmethod
     def prepare(self, job: Any, name: str, shared: Any) -> Ready:
@@ -101,12 +108,20 @@ class Comparison(ABC):
         return {}
 
     @abstractmethod
-    def text(self, row: Row) -> str:
-        """A row as a line to read."""
+    def label(self, row: Row) -> str:
+        """What a row is of, to begin a line with."""
+
+    @abstractmethod
+    def measured(self, row: Row) -> str:
+        """The numbers of a row as part of a line."""
+
+    def alarming(self, row: Row) -> bool:
+        """Whether a row makes the program end with 1."""
+        return row["status"] in ("incorrect", "failed")
 
     def conclude(self, rows: list[Row]) -> None:
         """Print what the rows of all jobs come to."""
-        return None
+        print("rows: " + ", ".join(f"{n} {status}" for status, n in Counter(row["status"] for row in rows).items()))
 
     # The course of a job.
 
@@ -134,34 +149,35 @@ class Comparison(ABC):
             raise cut
         for name in list(progress.ready):
             _give_back(progress.drop(name))
-        self._tidy()
+        self.tidy()
         return list(progress.rows.values())
 
     def _measure(self, job: Any, progress: Progress) -> None:
         try:
             progress.shared = self.set_up(job)
         except Exception as error:
-            for name in job.names:
+            for name in job.providers:
                 self._say(self._write(job, progress, name, *status_of(error)))
             return
         left = list(self.order(job))
         while left and not self.until.passed():
-            self._enter(job, left.pop(0), progress)
+            name = left.pop(0)
+            failed = self._start(job, name, progress)
+            if failed is not None:
+                self._drop(job, progress, name, *failed)
+            elif name in progress.early:
+                self._report(job, progress, name)
             if not self.interleaved:
                 self._time(job, progress)
-                self._let_go(job, progress)
+                if name in progress.held():
+                    self._look(job, progress.ready[name], self._clocks())
+                    self._report(job, progress, name)
+                    _give_back(progress.ready[name])
+                self.tidy()
         if left:
             progress.stopped = TIME_IS_UP
             print(f"{TIME_IS_UP}, not measured: {job} {', '.join(left)}", flush=True)
         self._time(job, progress)
-
-    def _enter(self, job: Any, name: str, progress: Progress) -> None:
-        """Start a provider, and write its first row."""
-        failed = self._start(job, name, progress)
-        if failed is not None:
-            self._drop(job, progress, name, *failed)
-        elif name in progress.ready:
-            self._report(job, progress, name)
 
     def _start(self, job: Any, name: str, progress: Progress) -> tuple[str, str] | None:
         """Make, check and time a provider for a moment; status and reason where that fails.
@@ -175,7 +191,7 @@ class Comparison(ABC):
             progress.ready[name] = ready
             for other, why in self.wrong(job, progress.values(), progress.shared).items():
                 self._drop(job, progress, other, "incorrect", why)
-            if name in progress.ready:
+            if self.early and name in progress.ready:
                 seconds = min(EARLY, self.seconds / self.rounds)
                 progress.early[name] = timing.interleave(ready.iterations, self.device, seconds, rounds=1)
         except Exception as error:
@@ -192,11 +208,8 @@ class Comparison(ABC):
 
     def _all_rounds(self, progress: Progress) -> tuple[str, str, str] | None:
         """Fill `progress.late` until the time is up; name, status and reason of a provider that failed."""
-        iterations = {
-            (name, part): iteration
-            for name, ready in progress.held().items()
-            for part, iteration in ready.iterations.items()
-        }
+        held = progress.held()
+        iterations = {(name, part): run for name, ready in held.items() for part, run in ready.iterations.items()}
         try:
             for timings in timing.time_rounds(iterations, self.device, self.seconds, self.rounds):
                 progress.late |= timings
@@ -215,23 +228,18 @@ class Comparison(ABC):
             _give_back(ready)
         self._free()
 
-    def _let_go(self, job: Any, progress: Progress) -> None:
-        """Write the rows of those that are held, and give back their memory."""
-        for name, ready in progress.held().items():
-            self._look(job, ready)
-            self._report(job, progress, name)
-            _give_back(ready)
-        self._tidy()
-
     def _last_rows(self, job: Any, progress: Progress, look: bool) -> None:
         """Write the last rows of all that was timed; look: there is time for what is looked at afterwards."""
-        for name, timed in sorted(progress.timed().items(), key=lambda item: job.names.index(item[0])):
-            if look and timed.ready.iterations:
-                self._look(job, timed.ready)
+        timed = sorted(progress.timed(), key=job.providers.index)
+        state = self._clocks() if look else {}
+        for name in timed:
+            ready = progress.ready[name]
+            if look and ready.iterations:
+                self._look(job, ready, state)
             self._report(job, progress, name, last=True)
 
-    def _look(self, job: Any, ready: Ready) -> None:
-        ready.about["clocks"] = clocks() if self.device.kind == "cuda" else {}
+    def _look(self, job: Any, ready: Ready, state: Row) -> None:
+        ready.about["clocks"] = state
         try:
             ready.about |= self.afterwards(job, ready)
         except Exception as error:
@@ -251,17 +259,23 @@ class Comparison(ABC):
     def _figures(self, job: Any, mine: Timed, everybody: dict[str, Timed]) -> Row:
         low, middle, high = (mine.seconds(q / 100) for q in (20, 50, 80))
         others = {name: timed.seconds() for name, timed in everybody.items() if timed is not mine}
+        unit, many = self.unit
         return {
-            "p20_ms": low * 1e3, "p50_ms": middle * 1e3, "p80_ms": high * 1e3, "spread": (high - low) / middle,
+            **{f"p{q}_{unit}": seconds * many for q, seconds in ((20, low), (50, middle), (80, high))},
+            "spread": (high - low) / middle,
             "samples": min(len(part.samples) for part in mine.parts.values()),
             "times_faster_than": {name: seconds / middle for name, seconds in others.items()},
             **self.figures(job, mine),
-        }  # fmt: skip
+        }
 
     def _coverage(self, timed: Timed, progress: Progress) -> Row:
         whole = not timed.early and timed.rounds == self.rounds
-        return {"rounds": timed.rounds, "of": self.rounds, "interleaved": self.interleaved and not timed.early,
-                "cut_off": None if whole else progress.stopped or ENDED}  # fmt: skip
+        return {
+            "rounds": timed.rounds,
+            "of": self.rounds,
+            "interleaved": self.interleaved and not timed.early,
+            "cut_off": None if whole else progress.stopped or ENDED,
+        }
 
     def limits(self, flops_per_second: float, dtype: torch.dtype = torch.bfloat16) -> Row:
         """`mfu` of the data sheet and `fraction` of the large matmul in this run; None on a CPU."""
@@ -269,10 +283,15 @@ class Comparison(ABC):
             return {"mfu": None, "fraction": None}
         sheet = SHEETS.get(torch.cuda.get_device_name())
         stated = sheet.bfloat16 if sheet and dtype == torch.bfloat16 else None
-        return {"mfu": flops_per_second / stated if stated else None,
-                "fraction": flops_per_second / self.ceilings.matmul[dtype]}  # fmt: skip
+        return {
+            "mfu": flops_per_second / stated if stated else None,
+            "fraction": flops_per_second / self.ceilings.matmul[dtype],
+        }
 
-    def _tidy(self) -> None:
+    def _clocks(self) -> Row:
+        return clocks() if self.device.kind == "cuda" else {}
+
+    def tidy(self) -> None:
         """Forget what was compiled, too: only when nobody is held who goes on."""
         torch._dynamo.reset()
         self._free()
@@ -283,23 +302,36 @@ class Comparison(ABC):
             torch.cuda.empty_cache()
 
     def _write(self, job: Any, progress: Progress, name: str, status: str, why: str, **figures: Any) -> Row:
-        row = {"kind": self.kind, **self.named(job, name), "status": status, "reason": why}
         progress.rows.pop(name, None)
+        row = {"kind": self.kind, **self.named(job, name), "status": status, "reason": why}
         progress.rows[name] = self.log.write(row | figures)
         return progress.rows[name]
+
+    def text(self, row: Row) -> str:
+        """A row as a line to read."""
+        if row["status"] != "ok":
+            return f"{self.label(row)} {row['status']}: {row['reason']}"
+        others = "".join(f", {ratio:.2f}x {name}" for name, ratio in row["times_faster_than"].items())
+        return f"{self.label(row)} {self.measured(row)}{others}"
 
     def _say(self, row: Row, last: bool = True) -> None:
         text = self.text(row)
         print("; ".join(filter(None, (text, coverage_text(row)))) if last else f"so far: {text}", flush=True)
 
 
+def mismatches(what: str, values: Mapping[str, torch.Tensor], eager: Any, exact: Any) -> dict[str, str]:
+    """Provider → how its value breaks the tests' rule: an error at most twice that of `eager`, beside float64."""
+    found = {name: mismatch(what, value, eager, exact) for name, value in values.items()}
+    return {name: why for name, why in found.items() if why}
+
+
 def coverage_text(row: Row) -> str:
-    """In words, what a row rests on whose run was cut off; empty for others."""
-    rests = row.get("coverage") or {}
-    if not rests.get("cut_off"):
+    """In words, what a row covers whose run was cut off; empty for others."""
+    covered = row.get("coverage") or {}
+    if not covered.get("cut_off"):
         return ""
-    turns = "" if rests["interleaved"] else ", not by turns"
-    return f"{rests['rounds']} of {rests['of']} rounds{turns}, cut off: {rests['cut_off']}"
+    turns = "" if covered["interleaved"] else ", not by turns"
+    return f"{covered['rounds']} of {covered['of']} rounds{turns}, cut off: {covered['cut_off']}"
 
 
 def _give_back(ready: Ready) -> None:

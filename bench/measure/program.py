@@ -1,4 +1,4 @@
-"""What the programs of comparisons share: their options, the GPU they need, ceilings, and an end in order."""
+"""Command line of the comparisons: common options, the GPU they need, ceilings, exit statuses, and signals."""
 
 import argparse
 import sys
@@ -12,10 +12,10 @@ from bench.measure import ceilings
 from bench.measure.comparison import Comparison
 from bench.measure.cutoff import CutOff, Deadline, stoppable
 from bench.measure.rows import Log
-from bench.measure.timing import CudaDevice, Device
+from bench.measure.timing import CudaDevice
 from kernels.backends.device import cuda_reasons
 
-#: Kinds of providers compile the same functions, each for itself.
+#: Variants compile the same functions, each for itself.
 RECOMPILE_LIMIT = 64
 #: Exit status of a program that was asked wrongly, where 2 says that there is no GPU.
 USAGE = 64
@@ -23,30 +23,14 @@ USAGE = 64
 
 def parser(module: str, description: str, seconds: float) -> argparse.ArgumentParser:
     """With the options of every comparison; seconds: the default of samples."""
-    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    made.add_argument("--seconds", type=float, default=seconds, help=f"of samples (default {seconds:g})")
+    formatter = argparse.RawDescriptionHelpFormatter
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=formatter)
+    made.add_argument("--seconds", type=float, default=seconds, help=f"of samples of a provider (default {seconds:g})")
     made.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with rows of what was measured")
     made.add_argument("--out", type=Path, help="append rows to this file")
-    add_ceilings(made)
+    made.add_argument("--ceilings", type=Path, metavar="FILE",
+                      help="rows of bench.roofline on this GPU, to be read instead of measured again")  # fmt: skip
     return made
-
-
-def add_ceilings(parser: argparse.ArgumentParser) -> None:
-    """The option that `ceilings_of` reads."""
-    parser.add_argument("--ceilings", type=Path, metavar="FILE",
-                        help="rows of bench.roofline on this GPU, to be read instead of measured again")  # fmt: skip
-
-
-def ceilings_of(module: str, options: argparse.Namespace, device: Device, log: Log) -> ceilings.Ceilings:
-    """As the option says; a file that does not have them ends the program."""
-    try:
-        if options.ceilings is None:
-            return ceilings.measure(device, log)
-        return ceilings.read_ceilings(options.ceilings, device.kind)
-    except (ValueError, OSError) as error:
-        print(f"{module}: --ceilings: {error}", file=sys.stderr)
-        sys.exit(USAGE)
 
 
 def run(module: str, options: argparse.Namespace, make: Callable[..., Comparison], todo: list[Any]) -> int:
@@ -68,7 +52,12 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Comparison
         with stoppable():
             device = CudaDevice()
             log = Log(device.kind, options.out)
-            found = ceilings_of(module, options, device, log)
+            try:
+                path = options.ceilings
+                found = ceilings.read_ceilings(path, device.kind) if path else ceilings.measure(device, log)
+            except (ValueError, OSError) as error:
+                print(f"{module}: --ceilings: {error}", file=sys.stderr)
+                sys.exit(USAGE)
             return work_through(make(device, log, found, seconds=options.seconds, until=until), todo)
     except CutOff as cut:
         print(f"cut off by {cut}; whoever had been measured has a row", file=sys.stderr)
@@ -76,7 +65,7 @@ def run(module: str, options: argparse.Namespace, make: Callable[..., Comparison
 
 
 def work_through(comparison: Comparison, todo: list[Any]) -> int:
-    """Run jobs until the time is up, by the longest so far; the exit status: 1 if a provider was wrong or failed."""
+    """Run jobs until the time is up, by the longest so far; the exit status: 1 if a row is alarming."""
     clock, longest, rows = comparison.until.clock, 0.0, []
     for number, job in enumerate(todo):
         begun = clock()
@@ -86,4 +75,4 @@ def work_through(comparison: Comparison, todo: list[Any]) -> int:
         rows += comparison.run(job)
         longest = max(longest, clock() - begun)
     comparison.conclude(rows)
-    return int(any(row["status"] in ("incorrect", "failed") for row in rows))
+    return int(any(map(comparison.alarming, rows)))

@@ -97,7 +97,7 @@ class Sets:
     """
 
     def __init__(self, expected: Reference, count: int, calls: int):
-        self.op = expected.op
+        self.op, self.count = expected.op, count
         self._calls = calls
         self._inputs = [expected.inputs, *(copied(expected.inputs) for _ in range(count - 1))]
         self._upstreams = [expected.upstream, *(copied(expected.upstream) for _ in range(count - 1))]
@@ -111,8 +111,13 @@ class Sets:
         own = provider.overwrites or bool(self.op.mutates)
         calls = [Call(self.op, adapter, copied(inputs) if own else inputs) for inputs in self._inputs]
         restorers = [call.restorer() for call in calls] if own else []
+
+        def restore() -> None:
+            for each in restorers:
+                each()
+
         run, method = device.replayable(self._run(calls, direction))
-        return Iteration(run, self._calls, (lambda: [restore() for restore in restorers]) if own else None, method)
+        return Iteration(run, self._calls, restore if own else None, method)
 
     def _run(self, calls: list[Call], direction: str) -> Callable[[], Any]:
         turns = [number % len(calls) for number in range(self._calls)]

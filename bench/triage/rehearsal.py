@@ -52,7 +52,7 @@ def small(module: str, arguments: list[str]) -> list[str]:
 
 def stand_in() -> None:
     """Put the stand-ins where the programs of the bench look for their device, their sizes and their compiler."""
-    for module in (program, ops, roofline):
+    for module in (program, roofline):
         module.cuda_reasons = lambda min_capability=None: []
         module.CudaDevice = HostDevice
     torch.cuda.get_device_name = lambda device=None: "a CPU"

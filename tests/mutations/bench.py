@@ -42,8 +42,8 @@ MISTAKES = {
         "test_bench_timing.py::test_limits_and_what_binds",
     ),
     "fraction_upside_down": Mistake(
-        "bench/measure/comparison.py", "flops_per_second / self.ceilings.matmul[dtype]}",
-        "self.ceilings.matmul[dtype] / flops_per_second}",
+        "bench/measure/comparison.py", "flops_per_second / self.ceilings.matmul[dtype],",
+        "self.ceilings.matmul[dtype] / flops_per_second,",
         "test_bench_comparison.py::test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run",
     ),
     "hours_of_one_gpu": Mistake(
