@@ -127,7 +127,7 @@ def test_ops_are_clean(mode):
     import kernels
 
     names = [name for name, op in kernels.OPS.items() if "emulated" in op.backends]
-    done = under(mode, "-m", "tests.sanitizer_lane", *names, halt=True)
+    done = under(mode, "-m", "tests.sanitized_ops", *names, halt=True)
     assert done.returncode == 0, done.stderr[-4000:]
     counts = dict(line.split() for line in done.stdout.splitlines())
     assert set(counts) == set(names) and all(int(count) for count in counts.values()), counts

@@ -15,12 +15,12 @@ from kernels.testing.tolerance import tensors_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = [(op, name) for op in kernels.OPS.values() for name in op.backends]
-#: Backends about which a GPU says nothing that a CPU does not: the others are judged by the one, the other computes on
-#: the CPU wherever its arguments are.
+#: Backends that a run on a GPU tells nothing new about: the reference, with which the others are compared, and the
+#: emulation, which computes on the CPU.
 NOT_FOR_GPUS = ("reference", "emulated")
 
 
-def lanes() -> Iterator:
+def all_cases() -> Iterator:
     """Op, backend name, case, dtype and device: small cases on the CPU, all of them on a GPU."""
     for op, name in BACKENDS:
         for case in op.cases:
@@ -45,7 +45,7 @@ def first_cases(also: tuple[str, ...] = ()) -> Iterator:
 
 
 def test_a_gpu_is_asked_what_a_cpu_cannot_tell():
-    for found in (lanes(), first_cases()):
+    for found in (all_cases(), first_cases()):
         names = {device: {p.values[1] for p in params} for device, params in by_device(found).items()}
         assert names["cpu"] >= {"reference", "triton", "emulated"} and names["cuda"] == {"triton", "cuda"}
     assert "reference" in {p.values[1] for p in by_device(first_cases(also=("reference",)))["cuda"]}
@@ -89,13 +89,13 @@ def small_cases(op: Op, name: str, device: str) -> list[tuple[Backend, Case, tor
     return [(backend, case, dtype) for case in cases if case.id not in refused]
 
 
-@pytest.mark.parametrize(("op", "name", "case", "dtype", "device"), lanes())
+@pytest.mark.parametrize(("op", "name", "case", "dtype", "device"), all_cases())
 def test_forward(op, name, case, dtype, device):
     checks.check_forward(op, able(op, name, case, dtype, device), case, dtype, device)
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "case", "dtype", "device"), [lane for lane in lanes() if lane.values[0].differentiable]
+    ("op", "name", "case", "dtype", "device"), [param for param in all_cases() if param.values[0].differentiable]
 )
 def test_gradients(op, name, case, dtype, device):
     checks.check_gradients(op, able(op, name, case, dtype, device), case, dtype, device)

@@ -31,7 +31,7 @@ def ops_on(backend: str, device: str, dtype: torch.dtype) -> kernels.Ops:
     return kernels.select("reference", **having)
 
 
-def lanes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+def backends_and_devices(*dtypes: torch.dtype) -> pytest.MarkDecorator:
     """Every backend with kernels, on a CPU and on a device."""
     found = [
         pytest.param(backend, dtype, device, id=f"{backend}-{str(dtype).removeprefix('torch.')}-{device}", marks=marks)
@@ -48,7 +48,7 @@ def ieee_convolutions(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@lanes(*LIMITS)
+@backends_and_devices(*LIMITS)
 @pytest.mark.parametrize("variant", ["a", "b", "d"])
 def test_lightningdit(variant, backend, dtype, device):
     """Variants: a with RMSNorm, SwiGLU and RoPE; b also with QK norm and without shift; d as DiT."""
@@ -66,7 +66,7 @@ def test_lightningdit(variant, backend, dtype, device):
     close_grads(variant, gradients, g.group("grad/"), relmax=gradient, zero_floor=1e-5 if dtype.itemsize > 2 else 1e-2)
 
 
-@lanes(torch.float32)  # the recorded weights are those of a network that trains in it
+@backends_and_devices(torch.float32)  # the recorded weights are those of a network that trains in it
 def test_tokenizer(backend, dtype, device):
     ops, g = ops_on(backend, device, dtype), G("04_vae_tiny")
     model = AutoencoderKL(AutoencoderConfig(**J("04_vae_tiny")["tiny_config"]), ops)
@@ -86,7 +86,7 @@ def test_tokenizer(backend, dtype, device):
     close_grads("tokenizer", gradients, g.group("grad/"), zero_floor=2e-2)
 
 
-@lanes(*LIMITS)
+@backends_and_devices(*LIMITS)
 @pytest.mark.parametrize("margins", [(0.0, 0.0), (0.25, 0.5)])
 def test_vf_loss(margins, backend, dtype, device):
     """Value and gradients of the weighted terms; in 16 bits the inputs alone move the gradient by 1e-2."""

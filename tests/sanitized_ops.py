@@ -2,7 +2,7 @@
 
 In float32 or bfloat16, by turns where a case has both: float16 takes the lines and the addresses of bfloat16.
 
-    python -m tests.sanitizer_lane OP …      one line for each op; the sanitizer ends the process at its first finding
+    python -m tests.sanitized_ops OP …      one line for each op; the sanitizer ends the process at its first finding
 
 A process of its own, because a sanitizer has to be there from the start (see `tests.emulated.under`).
 """
