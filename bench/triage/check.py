@@ -54,44 +54,44 @@ def fewer_samples(case: Case, batch: int) -> Case:
 
 
 def cases(op: Op, backend: Backend, device: str, samples: int) -> Iterator[tuple[Case, torch.dtype]]:
-    """The representative case with so many samples (not at 0), and two small ones that the backend supports."""
+    """The representative case with so many samples (not at 0), and two small ones, as the backend supports them."""
+
+    def reasons(case: Case, dtype: torch.dtype) -> list[str]:
+        return backend.unsupported(**case.inputs(dtype, device)) if backend.unsupported is not None else []
+
     if samples:
-        yield fewer_samples(next(case for case in op.cases if case.id == representative(op)), samples), torch.bfloat16
-    found = sorted((case for case in op.cases if not case.production), key=lambda case: case.id not in SMALL)
-    orders = (torch.float32, torch.float16), (torch.bfloat16 if device == "cuda" else torch.float16, torch.float32)
-    supported: list[tuple[Case, torch.dtype]] = []
-    for case in found:
-        dtypes = [dtype for dtype in orders[len(supported)] if dtype in op.dtypes & case.dtypes & backend.dtypes
-                  and not unsupported_reasons(backend, case, dtype, device)]  # fmt: skip
-        supported += [(case, dtypes[0])] if dtypes else []
-        if len(supported) == 2:
-            break
-    yield from supported
-
-
-def unsupported_reasons(backend: Backend, case: Case, dtype: torch.dtype, device: str) -> list[str]:
-    return backend.unsupported(**case.inputs(dtype, device)) if backend.unsupported is not None else []
+        large = fewer_samples(next(case for case in op.cases if case.id == representative(op)), samples)
+        if not (found := reasons(large, torch.bfloat16)):
+            yield large, torch.bfloat16
+        else:
+            print(f"{large.id}: not supported: {'; '.join(found)}", flush=True)
+    orders = [(torch.float32, torch.float16), (torch.bfloat16 if device == "cuda" else torch.float16, torch.float32)]
+    for case in sorted((case for case in op.cases if not case.production), key=lambda case: case.id not in SMALL):
+        dtypes = (dtype for dtype in orders[0] if dtype in op.dtypes & case.dtypes & backend.dtypes)
+        if (dtype := next((dtype for dtype in dtypes if not reasons(case, dtype)), None)) is not None:
+            yield case, dtype
+            if not orders[1:]:
+                return
+            orders.pop(0)
 
 
 def faults(op: Op, backend: Backend, device: str, samples: int) -> tuple[list[str], int]:
-    """What is wrong, and how many cases the backend supports."""
+    """The checks that failed, and the number of cases that the backend supports."""
     wrong, count = [], 0
     for case, dtype in cases(op, backend, device, samples):
-        if case.production and (reasons := unsupported_reasons(backend, case, dtype, device)):
-            print(f"{case.id} {dtype}: not supported: {'; '.join(reasons)}", flush=True)
-            continue
         count += 1
         for name, check in CHECKS.items():
             if name == "gradients" and not op.differentiable:
                 continue
-            print(f"{case.id} {str(dtype).removeprefix('torch.')} {name} …", end=" ", flush=True)
+            label = f"{case.id} {str(dtype).removeprefix('torch.')} {name}"
+            print(f"{label} …", end=" ", flush=True)
             try:
                 check(op, backend, case, dtype, device)
                 if device == "cuda":
                     torch.cuda.synchronize()
             except AssertionError as error:
                 text = str(error) or traceback.format_exc()
-                wrong.append(f"{case.id} {str(dtype).removeprefix('torch.')} {name}: {text}")
+                wrong.append(f"{label}: {text}")
                 print(f"wrong: {text}", flush=True)
             else:
                 print("right", flush=True)
