@@ -125,7 +125,7 @@ bench more 85 bench.ops --after-quick --seconds 0.3 "${without[@]}"
 
 # Committed rows may be of more than this run had time for.
 partial=(--partial step --partial sampling --partial tokenizer)
-if (($(grep -cE '^(ops|more) +ok' "$out/summary.txt") < 2)) || grep -q '^time is up' "$logs"/{ops,more}.log; then
+if (($(grep -cE '^(ops|more) +ok' "$out/summary.txt") < 2)) || grep -qE '^(the )?time is up' "$logs"/{ops,more}.log; then
     partial+=(--partial op)
 fi
 limit="$(share 100)"
@@ -137,7 +137,7 @@ part regress "$limit" "$PYTHON" -m bench.regress "$out/rows.jsonl" --minutes "$(
     grep -h ' images/s' "$logs"/{step,sampling,tokenizer}.log | grep -v '^so far'
     grep -h ' mean over the step' "$logs/gemms.log"
     grep -h '^best against best' "$logs/data.log"
-    grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$logs"/{ops,more}.log
+    grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$logs"/{ops,more}.log | grep -v '^so far'
     grep -hiE '^(the )?time is up' "$logs"/*.log
     cat "$logs/regress.log"
     ((${#failed[@]} == 0)) && echo "all parts ok" || echo "not ok: ${failed[*]}"
