@@ -2,7 +2,7 @@
 
 import sys
 
-from launch.runtime.packages import strangers
+from launch.runtime.packages import foreign_packages
 
-for sentence in strangers().values():
+for sentence in foreign_packages().values():
     sys.exit(f"error: {sentence}")

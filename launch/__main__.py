@@ -9,7 +9,7 @@ import sys
 from typing import NoReturn
 
 from launch.runtime import launcher, packages
-from launch.runtime.lifetime import leave
+from launch.runtime.lifetime import exit_process
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
@@ -22,7 +22,7 @@ PROGRAMS = {
 }
 
 
-ALONE = ("evaluate", "export", "quickstart")  # run as one process
+SINGLE_PROCESS = ("evaluate", "export", "quickstart")  # run as one process
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as e:
-        if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_for_the_user(e):
+        if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_user_error(e):
             raise
-        if not (getattr(e, "said_by_main", False) and launcher.rank()):
-            print(f"error: {_shown(_message(e))}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
+        if not (getattr(e, "reported_by_main", False) and launcher.rank()):
+            print(f"error: {_printable(_message(e))}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
 
@@ -49,16 +49,16 @@ def _program(argv: list[str]) -> int:
     if argv[0] not in PROGRAMS:
         print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2
-    if argv[0] != "doctor" and (foreign := packages.strangers()):  # the doctor says more
+    if argv[0] != "doctor" and (foreign := packages.foreign_packages()):  # the doctor says more
         print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
         return 2
-    if argv[0] in ALONE and (place := launcher.place()) is not None and place.world_size > 1:
+    if argv[0] in SINGLE_PROCESS and (env := launcher.launch_environment()) is not None and env.world_size > 1:
         error = launcher.LaunchError(
-            f"{argv[0]} runs as one process, and WORLD_SIZE is {place.world_size}: start it with `python -m launch`"
+            f"{argv[0]} runs as one process, and WORLD_SIZE is {env.world_size}: start it with `python -m launch`"
         )
-        error.said_by_main = True
+        error.reported_by_main = True
         raise error
-    _speak()
+    _configure_logging()
     return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
 
 
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> NoReturn:
     """Run one program as this process, which ends with it: in order, whatever happens, and with its launcher."""
     try:
         _open_streams()
-        launcher.follow()
+        launcher.exit_with_launcher()
         status = main(argv)
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
@@ -78,7 +78,7 @@ def run(argv: list[str]) -> NoReturn:
         status = 1
     # After a failure there is nothing to leave together: peers wait for this process in another place.
     together = (status == 0 or status > 128) and "launch.training.engine" in sys.modules
-    leave(status, sys.modules["launch.training.engine"].stop_processes if together else None)
+    exit_process(status, sys.modules["launch.training.engine"].stop_processes if together else None)
 
 
 def _open_streams() -> None:
@@ -97,7 +97,7 @@ def _open_streams() -> None:
         stream.reconfigure(errors="replace")
 
 
-def _speak() -> None:
+def _configure_logging() -> None:
     """Let the main process's packages say what they chose and left out; the others only warn."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
@@ -109,10 +109,10 @@ def _speak() -> None:
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return _shown(super().format(record))
+        return _printable(super().format(record))
 
 
-def _shown(text: str) -> str:
+def _printable(text: str) -> str:
     """Much of what is said is text of files: what a terminal would obey in it comes as escapes."""
     from common.text import printable  # here and below: where a stranger has its name, there is nothing to import
 
@@ -140,7 +140,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _is_for_the_user(error: Exception) -> bool:
+def _is_user_error(error: Exception) -> bool:
     """Whether the message says it all; other RuntimeErrors are faults, and their traceback is wanted."""
     from common.files import DownloadError
     from kernels import BackendUnavailable

@@ -23,7 +23,7 @@ from pathlib import Path
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-from launch.runtime.packages import ROOT, strangers
+from launch.runtime.packages import ROOT, foreign_packages
 
 DISTRIBUTION = "lightningdit"
 NAMESAKE = "kernels"  # a public distribution whose package has the name of one of ours
@@ -94,7 +94,7 @@ def package_rows() -> list[Row]:
 
 def own_rows() -> list[Row]:
     """This project's packages: that they are those that are imported, and as they were installed."""
-    rows = [Row(name, "not ours", sentence, ok=False) for name, sentence in strangers().items()]
+    rows = [Row(name, "not ours", sentence, ok=False) for name, sentence in foreign_packages().items()]
     if altered := altered_files():
         note = f"not as {DISTRIBUTION} installed them; install it again: {', '.join(altered)}"
         rows.append(Row("files", f"{len(altered)} altered", note, ok=False))
@@ -229,7 +229,7 @@ def _version(program: str) -> str:
 
 def op_rows(backend: str = "auto") -> list[Row]:
     """The backend each op would use here, and the reason."""
-    if "kernels" in strangers():
+    if "kernels" in foreign_packages():
         return [Row("ops", "not loaded", "kernels is not this project's")]
     try:
         import kernels

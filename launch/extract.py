@@ -24,7 +24,7 @@ from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
 from launch.runtime.read_ahead import read_in_processes
-from launch.runtime.run_lock import owning
+from launch.runtime.run_lock import lock_directory
 from launch.training.checkpoint import find_checkpoint
 from lightningdit.latents import STATISTICS_FILE
 from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
@@ -93,7 +93,7 @@ def extract(
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
     images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)
     processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
-    with owning(output, processes):
+    with lock_directory(output, processes):
         identity = {
             "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
             "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
@@ -132,7 +132,7 @@ def extract(
             manifest = finish(
                 output, world_size=processes.world_size, tokenizer=facts, expected=len(images), classes=images.classes
             )
-        manifest = processes.share(manifest)
+        manifest = processes.broadcast(manifest)
         if processes.is_main:
             print(
                 f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "

@@ -29,7 +29,7 @@ from common.sections import short
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
-from launch.runtime.run_lock import owning
+from launch.runtime.run_lock import lock_directory
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
@@ -95,7 +95,7 @@ def generate(
             shutil.rmtree(parts, ignore_errors=True)  # a kill may have come before it
             print(f"{npz} is already there")
         return npz
-    with owning(output, processes):
+    with lock_directory(output, processes):
         _claim(parts, facts, write=processes.is_main)
         processes.barrier()
         generator.to(processes.device)

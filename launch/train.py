@@ -8,7 +8,7 @@ import torch
 from launch.arguments import add_run_file, load_run
 from launch.config import ConfigError, Run
 from launch.runtime import launcher
-from launch.runtime.run_lock import owning
+from launch.runtime.run_lock import lock_directory
 from launch.training.build import make_trainer, name_run
 from launch.training.checks import check_run
 from launch.training.dry_run import plan_run
@@ -39,11 +39,11 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
 
     processes = start_processes()
     run = name_run(run, kind, processes)
-    with owning(Path(run.train.output_dir) / run.train.exp_name, processes):
+    with lock_directory(Path(run.train.output_dir) / run.train.exp_name, processes):
         trainer = make_trainer(run, kind, processes)
         return trainer.config.directory, trainer.run()
 
 
 def _processes_here() -> int:
-    place = launcher.place()
-    return place.world_size if place else max(torch.cuda.device_count(), 1)
+    environment = launcher.launch_environment()
+    return environment.world_size if environment else max(torch.cuda.device_count(), 1)

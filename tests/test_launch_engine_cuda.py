@@ -31,7 +31,7 @@ def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     monkeypatch.setattr(engine, "uses_cuda", lambda: True)
     monkeypatch.setattr(engine.deepspeed, "ops", Refusing())
     monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **settings: asked.update(settings))
-    monkeypatch.setattr(engine, "meet", lambda place: asked.update(met=place))
+    monkeypatch.setattr(engine, "rendezvous", lambda environment: asked.update(met=environment))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)

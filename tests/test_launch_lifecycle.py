@@ -16,7 +16,7 @@ from common.files import WriteError
 from launch.__main__ import main
 from launch.config import load
 from launch.runtime import launcher, lifetime, processes
-from launch.runtime.launcher import LaunchError, Place, place
+from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_environment
 from launch.runtime.lifetime import StopRequest
 from launch.training import checkpoint
 from launch.training.build import make_trainer
@@ -214,18 +214,18 @@ def set_launcher(monkeypatch, variables: dict[str, str]) -> None:
 def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, said):
     set_launcher(monkeypatch, variables)
     with pytest.raises(LaunchError, match=said):
-        place()
+        launch_environment()
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
     ({}, None), ({"WORLD_SIZE": "1"}, None), ({"LOCAL_RANK": "0"}, None),
     ({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "http"}, None),
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"},
-     Place(1, 2, 0, "node-0", 29500)),
+     LaunchEnvironment(1, 2, 0, "node-0", 29500)),
 ])  # fmt: skip
 def test_the_place_that_a_launcher_gives(monkeypatch, variables, expected):
     set_launcher(monkeypatch, variables)
-    assert place() == expected
+    assert launch_environment() == expected
 
 
 @pytest.mark.parametrize(("asked", "gpus_here", "found"), [
@@ -278,10 +278,10 @@ def test_a_name_that_nobody_knows_is_waited_for_and_named(monkeypatch, caplog, k
     monkeypatch.setattr(processes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     if known_after is None:
         with pytest.raises(LaunchError, match="MASTER_ADDR is 'node-0', a name that nobody knows here"):
-            processes.meet(Place(1, 2, 0, "node-0", 29500))
-        assert now[0] == pytest.approx(processes.NAMING, abs=2)
+            processes.rendezvous(LaunchEnvironment(1, 2, 0, "node-0", 29500))
+        assert now[0] == pytest.approx(processes.HOSTNAME_TIMEOUT, abs=2)
     else:
-        processes._await_name("node-0")
+        processes._await_hostname("node-0")
         assert len(asked) == known_after + 1
     assert len(caplog.records) == (known_after != 0)
 
@@ -322,21 +322,21 @@ def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, 
 def test_who_follows_the_process_that_started_it(monkeypatch, variables, nohup, parent, follows):
     """A launcher's ranks, also below nohup; not what a person starts, nor what a shell started to outlive it."""
     followed = []
-    monkeypatch.setattr(launcher, "follow_parent", lambda number, pid: followed.append((number, pid)))
+    monkeypatch.setattr(launcher, "signal_on_parent_exit", lambda number, pid: followed.append((number, pid)))
     monkeypatch.setattr(launcher, "_name", lambda pid: parent)
     monkeypatch.delenv("RANK", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     try:
-        launcher.follow()
+        launcher.exit_with_launcher()
     finally:
         signal.signal(signal.SIGHUP, former)
     assert followed == ([(signal.SIGTERM, os.getppid())] if follows else [])
 
 
 def _watch(pid: int, other: int | None, ready) -> None:
-    launcher._when_ended(pid, os.getpid() if other is None else other)
+    launcher._signal_when_ended(pid, os.getpid() if other is None else other)
     ready.set()
     time.sleep(600)
 
@@ -365,11 +365,11 @@ def test_deepspeeds_processes_watch_each_other(monkeypatch):
     commands = {os.getppid(): "python -m deepspeed.launcher.launch", 7: "python deepspeed --module launch"}
     watched = []
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(launcher, "follow_parent", lambda number, pid: None)
+    monkeypatch.setattr(launcher, "signal_on_parent_exit", lambda number, pid: None)
     monkeypatch.setattr(launcher, "_command", commands.get)
     monkeypatch.setattr(launcher, "_parent", {os.getppid(): 7}.get)
-    monkeypatch.setattr(launcher, "_when_ended", lambda pid, other: watched.append((pid, other)))
-    launcher.follow()
+    monkeypatch.setattr(launcher, "_signal_when_ended", lambda pid, other: watched.append((pid, other)))
+    launcher.exit_with_launcher()
     assert watched == [(7, os.getpid()), (os.getppid(), 7)]
 
 
@@ -377,7 +377,7 @@ def test_a_checkpoint_slower_than_a_launchers_patience_is_said_once(monkeypatch,
     monkeypatch.setattr(launcher, "_warned", False)
     monkeypatch.setenv("RANK", "0")
     for seconds in (29.0, 41.0, 55.0):
-        launcher.warn_of_grace(seconds)
+        launcher.warn_of_slow_checkpoint(seconds)
     (message,) = caplog.messages
     assert "took 41 s" in message and "30 s after" in message
 
@@ -390,7 +390,7 @@ def _leave(tmp: Path, what: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    lifetime.LEAVING = 1.0
+    lifetime.EXIT_TIMEOUT = 1.0
     import atexit
 
     atexit._clear()
@@ -405,7 +405,7 @@ def _leave(tmp: Path, what: str) -> None:
 
     if what == "thread":
         threading.Thread(target=time.sleep, args=(600,)).start()
-    lifetime.leave(0 if what != "status" else 5, first)
+    lifetime.exit_process(0 if what != "status" else 5, first)
 
 
 @pytest.mark.parametrize(("what", "status", "said"), [

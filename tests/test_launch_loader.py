@@ -304,7 +304,7 @@ def test_processes_end_with_the_one_they_read_for():
 
 
 def test_a_thread_that_does_not_end_keeps_nobody_waiting(monkeypatch):
-    monkeypatch.setattr(read_ahead, "CLOSING", 0.1)
+    monkeypatch.setattr(read_ahead, "CLOSE_TIMEOUT", 0.1)
     data, gate, first = Threaded(100), threading.Event(), SampleOrder(100, 2, 1).slice(1, 0, 2)[1]
     plain = data.batch
     data.batch = lambda e, i, **k: (torch.equal(i, first) or gate.wait()) and plain(e, i, **k)

@@ -40,14 +40,14 @@ def another(folder: Path, file: str, monkeypatch) -> Path:
 
 
 def test_our_own_packages_are_ours(site):
-    assert packages.strangers() == {}
+    assert packages.foreign_packages() == {}
 
 
 @pytest.mark.parametrize("name", packages.PACKAGES)
 @pytest.mark.parametrize("file", ["{}/__init__.py", "{}.py"])
 def test_a_package_found_first_is_named_with_its_folder(name, file, site, tmp_path, monkeypatch):
     path = another(tmp_path / "work", file.format(name), monkeypatch)
-    (sentence,) = packages.strangers().values()
+    (sentence,) = packages.foreign_packages().values()
     assert sentence == (
         f"`import {name}` gives {path}, which is not this project's {site / name / '__init__.py'}; "
         f"start from a folder other than {tmp_path / 'work'}, and take that off PYTHONPATH"
@@ -56,12 +56,12 @@ def test_a_package_found_first_is_named_with_its_folder(name, file, site, tmp_pa
 
 def test_one_that_was_installed_elsewhere_is_to_be_uninstalled(site, tmp_path, monkeypatch):
     another(tmp_path / "other" / "site-packages", "kernels/__init__.py", monkeypatch)
-    assert "pip uninstall kernels" in packages.strangers()["kernels"]
+    assert "pip uninstall kernels" in packages.foreign_packages()["kernels"]
 
 
 def test_a_file_of_ours_that_was_overwritten_is_named(site, monkeypatch):
     path = another(site, "kernels/__init__.py", monkeypatch)
-    (sentence,) = packages.strangers().values()
+    (sentence,) = packages.foreign_packages().values()
     assert sentence.startswith(f"{path} is not this project's") and "install this project again" in sentence
 
 
@@ -69,7 +69,7 @@ def test_a_file_of_ours_that_was_removed_is_named(site, monkeypatch):
     """As uninstalling the other package leaves it: a folder, which Python would import as an empty package."""
     (site / "kernels" / "__init__.py").unlink()
     monkeypatch.setattr(packages, "find_spec", lambda name: PathFinder.find_spec(name, [str(site)]))
-    (sentence,) = packages.strangers().values()
+    (sentence,) = packages.foreign_packages().values()
     assert str(site / "kernels" / "__init__.py") in sentence and "install this project again" in sentence
 
 
@@ -83,14 +83,14 @@ def test_a_file_of_ours_that_cannot_be_read_is_named(site, monkeypatch):
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert packages.strangers() == {"kernels": f"this project's {path} cannot be read: Permission denied"}
+    assert packages.foreign_packages() == {"kernels": f"this project's {path} cannot be read: Permission denied"}
 
 
 def test_in_a_checkout_the_file_is_to_be_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "ROOT", tmp_path)
     monkeypatch.delitem(sys.modules, "kernels")
     another(tmp_path, "kernels/__init__.py", monkeypatch)
-    assert "restore it" in packages.strangers()["kernels"]
+    assert "restore it" in packages.foreign_packages()["kernels"]
 
 
 @pytest.mark.parametrize("program", sorted(set(PROGRAMS) - {"doctor"}))

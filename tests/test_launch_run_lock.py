@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.runtime import run_lock
-from launch.runtime.run_lock import NAME, InUse, Owner, owning
+from launch.runtime.run_lock import NAME, InUse, Owner, lock_directory
 from tests import toy
 from tests.children import launch
 
@@ -23,13 +23,13 @@ class Alone:
 
     is_main = True
 
-    def raise_together(self, error):
+    def raise_on_all(self, error):
         if error is not None:
             raise error
 
 
 def hold(directory: Path, ready, released) -> None:
-    with owning(directory, Alone()):
+    with lock_directory(directory, Alone()):
         ready.set()
         released.wait()
 
@@ -47,7 +47,7 @@ def holder(tmp_path):
 
 
 def take(directory: Path) -> None:
-    with owning(directory, Alone()):
+    with lock_directory(directory, Alone()):
         assert json.loads((directory / NAME).read_text())["pid"] == os.getpid()
 
 
@@ -73,7 +73,7 @@ def test_one_that_was_killed_is_succeeded_and_that_is_said(tmp_path, holder, cap
 
 
 def test_a_process_does_not_hold_a_directory_twice(tmp_path):
-    with owning(tmp_path, Alone()), pytest.raises(InUse, match=f"process {os.getpid()} "):
+    with lock_directory(tmp_path, Alone()), pytest.raises(InUse, match=f"process {os.getpid()} "):
         take(tmp_path / ".." / tmp_path.name)
     take(tmp_path)
 
@@ -90,7 +90,7 @@ def test_a_lock_that_its_owner_is_just_removing_counts_for_nothing(tmp_path, mon
         return handle
 
     monkeypatch.setattr(os, "open", and_removed)
-    with owning(tmp_path, Alone()):
+    with lock_directory(tmp_path, Alone()):
         assert len(opened) == 2 and os.path.samestat(os.fstat(opened[1]), (tmp_path / NAME).stat())
 
 
@@ -113,7 +113,7 @@ def test_a_directory_made_for_nothing_goes_again(tmp_path):
     take(tmp_path / "a")
     (tmp_path / "b").mkdir()
     take(tmp_path / "b")
-    with owning(tmp_path / "c", Alone()):
+    with lock_directory(tmp_path / "c", Alone()):
         (tmp_path / "c/file").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
 
@@ -165,7 +165,7 @@ def test_tasks_of_one_srun_are_told_what_they_are(tmp_path, monkeypatch, environ
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with owning(tmp_path, Alone()), pytest.raises(InUse) as refused:
+    with lock_directory(tmp_path, Alone()), pytest.raises(InUse) as refused:
         take(tmp_path)
     assert ("SLURM started" in str(refused.value)) == hint == ("launcher" in str(refused.value))
 

@@ -17,7 +17,7 @@ from launch import sample
 from launch.config import LightningDiTRun
 from launch.export import export
 from launch.runtime import processes
-from launch.runtime.run_lock import InUse, owning
+from launch.runtime.run_lock import InUse, lock_directory
 from launch.trained import from_checkpoint
 from launch.training import checkpoint, engine
 from launch.training.checkpoint import find_checkpoint
@@ -60,12 +60,12 @@ def test_images_labels_and_facts(weights, tmp_path):
 
 
 def test_a_directory_that_is_in_use_is_refused_until_its_images_are_there(weights, tmp_path):
-    with owning(tmp_path / "a", processes.Processes(0, 1, CPU)):
+    with lock_directory(tmp_path / "a", processes.Processes(0, 1, CPU)):
         with pytest.raises(InUse, match=rf"{tmp_path}/a is in use by process"):
             sample.generate(a_run(weights), tmp_path / "a")
         assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
     npz = sample.generate(a_run(weights), tmp_path / "a")
-    with owning(tmp_path / "a", processes.Processes(0, 1, CPU)):
+    with lock_directory(tmp_path / "a", processes.Processes(0, 1, CPU)):
         assert sample.generate(a_run(weights), tmp_path / "a") == npz
 
 
@@ -266,7 +266,7 @@ class Rank(processes.Processes):
     def barrier(self) -> None:
         pass
 
-    def share(self, value):
+    def broadcast(self, value):
         return value
 
 

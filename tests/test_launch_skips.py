@@ -209,7 +209,7 @@ def test_two_processes_skip_what_one_of_them_cannot_take(tmp_path, run_file):
 class Told(Processes):
     """Three processes of which this is the second; the others answer as they are told."""
 
-    def gather(self, value):
+    def all_gather(self, value):
         return [self.others[0], value, self.others[1]]
 
 

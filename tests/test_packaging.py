@@ -207,5 +207,5 @@ def test_the_scripts_of_the_sdist_work_and_write_where_they_are_called(built, tm
 def test_a_checkout_is_installed_in_place(built, tmp_path):
     python = interpreter(tmp_path / "venv")
     install(python, built.tree, "--editable")
-    statement = "from launch import packages; print(packages.ROOT, packages.strangers())"
+    statement = "from launch.runtime import packages; print(packages.ROOT, packages.foreign_packages())"
     assert done(python, "-c", statement, cwd=tmp_path).strip() == f"{built.tree} {{}}"

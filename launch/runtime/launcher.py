@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.runtime.lifetime import follow_parent
+from launch.runtime.lifetime import signal_on_parent_exit
 
 log = logging.getLogger(__name__)
-GRACE = 30.0  # seconds that DeepSpeed's launcher and torchrun give a process to end
+LAUNCHER_GRACE = 30.0  # seconds that DeepSpeed's launcher and torchrun give a process to end
 _warned = False
 _KNOWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun and by DeepSpeed's launcher
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh"}
@@ -24,7 +24,7 @@ class LaunchError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnvironment:
     """This process's place in a run, and where the run's processes meet."""
 
     rank: int
@@ -34,7 +34,7 @@ class Place:
     port: int
 
 
-def place() -> Place | None:
+def launch_environment() -> LaunchEnvironment | None:
     """What a launcher says, or None without one; raises LaunchError, naming the variable, for what makes no sense."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         if (local := os.environ.get("LOCAL_RANK", "0")) != "0":
@@ -51,7 +51,7 @@ def place() -> Place | None:
             f"RANK is {rank} of WORLD_SIZE {world_size}, but MASTER_ADDR does not say where they meet: a "
             "launcher (deepspeed, torchrun) sets it to the name of the machine of rank 0"
         )
-    return Place(rank, world_size, local_rank, address, _number("MASTER_PORT", 1, 65535))
+    return LaunchEnvironment(rank, world_size, local_rank, address, _number("MASTER_PORT", 1, 65535))
 
 
 def accelerator(*, gpus_here: bool) -> str:
@@ -84,7 +84,7 @@ def _number(name: str, least: int, most: int | None) -> int:
     )
 
 
-def follow() -> None:
+def exit_with_launcher() -> None:
     """Have this process told by SIGTERM when the launcher that started it has ended; without one it follows nobody.
 
     DeepSpeed's runner is followed, too: its launcher, which is our parent, does not notice that it has gone. Nor does
@@ -93,26 +93,26 @@ def follow() -> None:
     parent = os.getppid()
     if "RANK" not in os.environ or _is_to_outlive(parent):
         return
-    follow_parent(signal.SIGTERM, parent)
+    signal_on_parent_exit(signal.SIGTERM, parent)
     if _name(parent) in _FIRST_PROCESSES and any(name in os.environ for name in _KNOWN):
         signal.raise_signal(signal.SIGTERM)  # it had gone before we looked
     if "deepspeed.launcher.launch" in _command(parent):
         runner = _parent(parent)
         if "deepspeed" in _command(runner):
-            _when_ended(runner, os.getpid())
-            _when_ended(parent, runner)
+            _signal_when_ended(runner, os.getpid())
+            _signal_when_ended(parent, runner)
 
 
-def warn_of_grace(seconds: float) -> None:
+def warn_of_slow_checkpoint(seconds: float) -> None:
     """Say, once, where a checkpoint takes longer than launchers wait between a signal and a kill."""
     global _warned
-    if seconds > GRACE and not _warned and "RANK" in os.environ:
+    if seconds > LAUNCHER_GRACE and not _warned and "RANK" in os.environ:
         _warned = True
         log.warning(
             "a checkpoint took %.0f s, but launchers kill a process %.0f s after they signal it: one begun at "
             "a signal would be lost; signal the processes, not the launcher",
             seconds,
-            GRACE,
+            LAUNCHER_GRACE,
         )
 
 
@@ -121,7 +121,7 @@ def _is_to_outlive(parent: int) -> bool:
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and _name(parent) in _SHELLS
 
 
-def _when_ended(pid: int, other: int) -> None:
+def _signal_when_ended(pid: int, other: int) -> None:
     """Have the process `other` told by SIGTERM when the process `pid` has ended."""
     try:
         watched, told = os.pidfd_open(pid), os.pidfd_open(other)

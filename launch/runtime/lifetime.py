@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-LEAVING = 20.0  # seconds that a process has to leave in order
+EXIT_TIMEOUT = 20.0  # seconds that a process has to leave in order
 _COPIES = {signal.SIGTERM: 10.0, signal.SIGINT: 2.0}  # seconds in which another signal is taken for a launcher's copy
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def follow_parent(number: int, parent: int) -> None:
+def signal_on_parent_exit(number: int, parent: int) -> None:
     """Have the system (Linux) send this process a signal when its parent ends, to be exact the thread that started it.
 
     Args:
@@ -55,7 +55,7 @@ class StopRequest:
             signal.raise_signal(number)
 
 
-def leave(status: int, first: Callable[[], None] | None = None) -> NoReturn:
+def exit_process(status: int, first: Callable[[], None] | None = None) -> NoReturn:
     """End this process with `status`, in order: call `first`, then what was registered for an exit, then flush.
 
     The interpreter is not taken down: it would wait for threads that may be reading what never comes, and threads of
@@ -64,7 +64,7 @@ def leave(status: int, first: Callable[[], None] | None = None) -> NoReturn:
     """
     for number in _COPIES:
         signal.signal(number, signal.SIG_IGN)
-    end = threading.Timer(LEAVING, os._exit, [status or 1])
+    end = threading.Timer(EXIT_TIMEOUT, os._exit, [status or 1])
     end.daemon = True
     end.start()
     for step in (first, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):

@@ -14,7 +14,7 @@ PACKAGES = ("kernels", "common", "lightningdit", "vavae")
 MARKS = {"kernels": b'__project__ = "lightningdit"'}
 
 
-def strangers() -> dict[str, str]:
+def foreign_packages() -> dict[str, str]:
     """Package → a sentence that says which file was found in its place and what to do; empty if all are ours."""
     sentences = {name: _stranger(name, find_spec(name)) for name in PACKAGES}
     return {name: sentence for name, sentence in sentences.items() if sentence}

@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from launch.runtime.launcher import LaunchError, Place
+from launch.runtime.launcher import LaunchEnvironment, LaunchError
 
 log = logging.getLogger(__name__)
-MEETING = timedelta(minutes=10)  # that the first process waits for the last
-NAMING = 60.0  # seconds that a name may take to become known
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # that the first process waits for the last
+HOSTNAME_TIMEOUT = 60.0  # seconds that a name may take to become known
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of all processes' values."""
         if self.world_size == 1:
             return value
@@ -43,27 +43,27 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(self.largest(int(flag)))
+        return bool(self.all_reduce_max(int(flag)))
 
-    def share(self, value):
+    def broadcast(self, value):
         """The main process's value (any picklable), on every process."""
         box = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def gather(self, value) -> list:
+    def all_gather(self, value) -> list:
         """Every process's value (any picklable), by rank, on every process."""
         box = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(box, value, group=self.host_group)
         return box
 
-    def raise_together(self, error: Exception | None) -> None:
+    def raise_on_all(self, error: Exception | None) -> None:
         """Raise the main process's error, where it met one, on every process; it is the main one that says it."""
-        error = self.share(error)
+        error = self.broadcast(error)
         if error is not None:
-            error.said_by_main = True
+            error.reported_by_main = True
             raise error
 
     def barrier(self) -> None:
@@ -71,9 +71,9 @@ class Processes:
         self.any(False)
 
 
-def own_gpu(place: Place | None) -> int:
+def local_gpu(env: LaunchEnvironment | None) -> int:
     """The GPU of this process; raises LaunchError where there is none for it."""
-    index, count = place.local_rank if place else 0, torch.cuda.device_count()
+    index, count = env.local_rank if env else 0, torch.cuda.device_count()
     if index >= count:
         raise LaunchError(
             f"LOCAL_RANK is {index}, but this process sees {count} GPUs (CUDA_VISIBLE_DEVICES "
@@ -82,12 +82,12 @@ def own_gpu(place: Place | None) -> int:
     return index
 
 
-def meet(place: Place) -> dist.Store:
+def rendezvous(env: LaunchEnvironment) -> dist.Store:
     """The store at which the run's processes have met; raises LaunchError where they do not."""
-    where = f"{place.address}:{place.port} (MASTER_ADDR, MASTER_PORT)"
-    _await_name(place.address)
+    where = f"{env.address}:{env.port} (MASTER_ADDR, MASTER_PORT)"
+    _await_hostname(env.address)
     try:
-        store, *_ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=MEETING))
+        store, *_ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=RENDEZVOUS_TIMEOUT))
     except (dist.DistError, RuntimeError, ValueError) as e:
         text = str(e).splitlines()[0]
         if "EADDRINUSE" in text:
@@ -95,17 +95,17 @@ def meet(place: Place) -> dist.Store:
                 "the port is in use, by another run or one that is just ending; give another MASTER_PORT "
                 "(an option of launchers: --master_port)"
             )
-        elif place.rank == 0 and "waiting for clients" in text:
-            reason = f"not all of WORLD_SIZE {place.world_size} processes have come within {MEETING}: {text}"
+        elif env.rank == 0 and "waiting for clients" in text:
+            reason = f"not all of WORLD_SIZE {env.world_size} processes have come within {RENDEZVOUS_TIMEOUT}: {text}"
         else:
-            reason = f"no meeting with the process of rank 0 within {MEETING} ({text})"
+            reason = f"no meeting with the process of rank 0 within {RENDEZVOUS_TIMEOUT} ({text})"
         raise LaunchError(f"{where}: {reason}") from None
     return store
 
 
-def _await_name(address: str) -> None:
+def _await_hostname(address: str) -> None:
     """Wait until the name of a machine is known, which on clusters it may become late; raises LaunchError if never."""
-    end = time.monotonic() + NAMING
+    end = time.monotonic() + HOSTNAME_TIMEOUT
     for attempt in itertools.count():
         try:
             socket.getaddrinfo(address, None)
@@ -118,6 +118,8 @@ def _await_name(address: str) -> None:
                 ) from None
             if attempt == 0:
                 log.warning(
-                    "MASTER_ADDR is %r, which is not known here yet: waiting up to %.0f s for it", address, NAMING
+                    "MASTER_ADDR is %r, which is not known here yet: waiting up to %.0f s for it",
+                    address,
+                    HOSTNAME_TIMEOUT,
                 )
             time.sleep(1)

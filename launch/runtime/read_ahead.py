@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from launch.runtime.lifetime import follow_parent
+from launch.runtime.lifetime import signal_on_parent_exit
 
-CLOSING = 5.0  # seconds that a reader gets to end
+CLOSE_TIMEOUT = 5.0  # seconds that a reader gets to end
 
 
 def read_in_processes(dataset: Dataset, keys: Iterable, *, num_workers: int, pin_memory: bool = False) -> Generator:
@@ -37,9 +37,9 @@ def read_in_processes(dataset: Dataset, keys: Iterable, *, num_workers: int, pin
         yield from DataLoader(dataset, sampler=keys, batch_size=None, pin_memory=pin_memory)
         return
     items = iter(DataLoader(
-        _Reports(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
+        _ReturnExceptions(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
         # Whatever this process was begun by: they share its memory, and have it as their parent.
-        multiprocessing_context="fork", worker_init_fn=partial(_begin_worker, parent=os.getpid()),
+        multiprocessing_context="fork", worker_init_fn=partial(_init_worker, parent=os.getpid()),
     ))  # fmt: skip
     # Else torch raises its error wherever the main thread is when a worker dies, such as amid a collective.
     _remove_worker_pids(id(items))
@@ -71,7 +71,7 @@ def read_in_threads(load: Callable[[Any], Any], keys: Iterable, *, threads: int)
             yield loaded
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        if not wait([future for future in coming if not future.cancelled()], timeout=CLOSING).not_done:
+        if not wait([future for future in coming if not future.cancelled()], timeout=CLOSE_TIMEOUT).not_done:
             pool.shutdown()
 
 
@@ -95,7 +95,7 @@ class _Failure:
         return pickle.loads(self.pickled)
 
 
-class _Reports(Dataset):
+class _ReturnExceptions(Dataset):
     """A dataset whose exceptions are results: torch would put its traceback in place of their message."""
 
     def __init__(self, dataset: Dataset):
@@ -108,11 +108,11 @@ class _Reports(Dataset):
             return _Failure.of(e)
 
 
-def _begin_worker(number: int, parent: int) -> None:
+def _init_worker(number: int, parent: int) -> None:
     """A launcher signals every process below it: workers must outlive the step that ends in a checkpoint."""
     for ignored in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
-    follow_parent(signal.SIGKILL, parent)
+    signal_on_parent_exit(signal.SIGKILL, parent)
 
 
 def _next(items):
@@ -126,10 +126,10 @@ def _next(items):
         dead = [worker for worker in items._workers if worker.exitcode is not None]
         if not dead:
             raise
-        raise ChildProcessError(_how_it_died(dead[0], len(items._workers))) from e
+        raise ChildProcessError(_describe_death(dead[0], len(items._workers))) from e
 
 
-def _how_it_died(worker, num_workers: int) -> str:
+def _describe_death(worker, num_workers: int) -> str:
     who = f"loader process {worker.pid} (one of data.num_workers {num_workers})"
     if worker.exitcode >= 0:
         return f"{who} ended with status {worker.exitcode}"
@@ -149,4 +149,4 @@ def _kill(items) -> None:
     for worker in items._workers:
         worker.kill()
     for worker in items._workers:
-        worker.join(timeout=CLOSING)  # one that waits for a disk that does not answer cannot even be killed
+        worker.join(timeout=CLOSE_TIMEOUT)  # one that waits for a disk that does not answer cannot even be killed

@@ -53,7 +53,7 @@ class Owner(Record):
 
 
 @contextmanager
-def owning(directory: Path, processes: Processes) -> Iterator[None]:
+def lock_directory(directory: Path, processes: Processes) -> Iterator[None]:
     """Hold `directory` (made where there is none) for a run of these processes; the main one holds it for all.
 
     Raises InUse on every process where another run holds it, and WriteError where nothing can be written. A lock whose
@@ -65,7 +65,7 @@ def owning(directory: Path, processes: Processes) -> Iterator[None]:
             lock = _Lock.take(directory)
         except (InUse, OSError) as e:
             error = e
-    processes.raise_together(error)
+    processes.raise_on_all(error)
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ def name_run(run: Run, kind: str, processes: "Processes") -> Run:
     if run.train.exp_name is not None:
         return run
     model = (getattr(run.model, "model_type", None) or kind).replace("/", "-")
-    name = processes.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
+    name = processes.broadcast(f"{time.strftime('%Y%m%d-%H%M%S')}-{model}")
     if processes.is_main:
         print(f"no train.exp_name: this is a new run; to resume it, say train.exp_name={name}")
     return run.model_copy(update={"train": run.train.model_copy(update={"exp_name": name})})

@@ -17,7 +17,7 @@ from torch import nn
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
 from launch.runtime import launcher
-from launch.runtime.processes import Processes, meet, own_gpu
+from launch.runtime.processes import Processes, local_gpu, rendezvous
 from launch.training.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if launcher.accelerator(gpus_here=torch.cuda.is_available()) == "cpu":
@@ -44,20 +44,22 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
 
     Raises LaunchError where the environment makes no sense, or the processes do not meet.
     """
-    place = launcher.place()
+    environment = launcher.launch_environment()
     deepspeed_logger.setLevel(logging.WARNING)
     # float32 products are IEEE, and a run repeats bit for bit; cuDNN's defaults promise neither.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     cuda = uses_cuda()
-    device = torch.device("cuda", own_gpu(place)) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_gpu(environment)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        if place is not None:
-            store = meet(place)
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        if environment is not None:
+            store = rendezvous(environment)
+            dist.init_process_group(
+                backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
+            )
         else:
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

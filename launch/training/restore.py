@@ -30,8 +30,8 @@ def agree_on_start(checkpoints: Path, train: TrainConfig, processes: Processes) 
             path = find_start(checkpoints, train)
         except (ValueError, OSError) as e:
             error = e
-    processes.raise_together(error)
-    path = processes.share(path)
+    processes.raise_on_all(error)
+    path = processes.broadcast(path)
     if processes.any(path is not None and not path.is_dir()):
         raise CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
     return path and Checkpoint(path)

@@ -43,7 +43,7 @@ class SkippedSteps:
         if not here:
             return []
         found = []
-        for (number, name, _), *faults in zip(here, *processes.gather([loss for *_, loss in here]), strict=True):
+        for (number, name, _), *faults in zip(here, *processes.all_gather([loss for *_, loss in here]), strict=True):
             ranks = [rank for rank, fault in enumerate(faults) if fault]
             cause = "loss" if ranks else "gradient"
             found.append({"step": number, "network": name, "not_finite": cause, "ranks": ranks})

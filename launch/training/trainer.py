@@ -109,7 +109,7 @@ class Trainer:
             if log is not None:
                 log.step()
             # A signal to any process, asked of all of them, so that all stop after the same step.
-            stopped_by = self.processes.largest(stop.number or 0) if self.step < last else 0
+            stopped_by = self.processes.all_reduce_max(stop.number or 0) if self.step < last else 0
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self.step % train.log_every == 0 or self.step == last:
                 self._log(log)
@@ -262,7 +262,7 @@ class Trainer:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
         begin = time.perf_counter()
         networks = {name: engine.full_state(keep=self.processes.is_main) for name, engine in self.engines.items()}
-        counters, meters = self._read_counters(), self.processes.gather(self._meter.state_dict())
+        counters, meters = self._read_counters(), self.processes.all_gather(self._meter.state_dict())
         self._skipped_steps += self._skips.read(self.step, self.processes)
         if self.processes.is_main:
             state = {
@@ -284,7 +284,7 @@ class Trainer:
             checkpoint.save(self._checkpoints, state, networks)
             if self.config.train.keep_checkpoints:
                 checkpoint.prune(self._checkpoints, self.config.train.keep_checkpoints)
-            launcher.warn_of_grace(time.perf_counter() - begin)
+            launcher.warn_of_slow_checkpoint(time.perf_counter() - begin)
         self.processes.barrier()
 
     @property

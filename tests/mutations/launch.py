@@ -47,7 +47,7 @@ MISTAKES = {
         ONE_SIGNAL,
     ),
     "stop_without_agreement": Mistake(
-        "launch/training/trainer.py", "self.processes.largest(stop.number or 0)", "(stop.number or 0)",
+        "launch/training/trainer.py", "self.processes.all_reduce_max(stop.number or 0)", "(stop.number or 0)",
         ONE_SIGNAL,
     ),
     "meter_of_one_process": Mistake(
