@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: its name may say something else, and a download may be a page about it."""
+"""File types told by the first bytes: a name may say something else, and a download may be a web page."""
 
 import codecs
 
@@ -32,7 +32,7 @@ def is_safetensors(begin: bytes) -> bool:
 
 
 def describe_content(begin: bytes) -> str | None:
-    """What a file that begins so is, where tensors cannot be read from it; None where the bytes do not tell."""
+    """The end of a sentence on why no tensors are read from a file with these first bytes; None for unknown ones."""
     if not begin:
         return "is empty"
     if (text := as_text(begin)) is not None:

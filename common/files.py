@@ -1,6 +1,6 @@
-"""Files and JSON: written whole or not at all, read only where they are what they should be.
+"""Atomic writes, and reads of regular files and JSON with errors that name the file.
 
-Every file of this project that another run may read is written by `atomic_write`; a test looks for other writers. Needs
+Every file of this project that another run may read is written by `atomic_write`; a test finds other writers. Needs
 the standard library alone.
 """
 
@@ -97,7 +97,7 @@ def link_without_overwrite(source: Path, path: Path) -> None:
 
 
 def write_error(path: Path | str, error: OSError) -> WriteError:
-    """What to raise where writing `path` failed with `error`."""
+    """The WriteError for a write to `path` that failed with `error`."""
     return WriteError(f"cannot write {path}: {error.strerror or error}")
 
 

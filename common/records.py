@@ -1,4 +1,4 @@
-"""JSON files of fixed keys: checked when they are read, with a checksum over themselves where that matters."""
+"""JSON files as typed records, validated when they are read, with a checksum over themselves where that matters."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Sections of a run file: frozen groups of keys with strict types, and what is wrong with one in plain words.
+"""`Section`, the base of every config section, the types of its fields, and validation errors in plain words.
 
 Whole numbers have upper limits far above what anybody trains, so that a typing mistake is an error and not an endless
 run. Needs no torch.

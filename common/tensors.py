@@ -1,4 +1,4 @@
-"""Tensors in files: read without running code, loaded strictly, written so that others can read them.
+"""Files of tensors: reading without running code, strict loading into modules, writing safetensors.
 
 Both models read the same kinds of file, told by their content and not by their name: safetensors, or what `torch.save`
 wrote of tensors by name, at the top or under an entry such as `ema`, `model` or `state_dict`.
@@ -130,7 +130,7 @@ def _load_safetensors(path: Path, begin: bytes) -> Tensors:
 
 
 def _why_unread(error: Exception, by_torch: bool) -> str | None:
-    """What torch's refusal means, without its advice to switch safety off; None where it says no more than that."""
+    """The reason in torch's error, without its advice to switch safety off; None where it has none."""
     if not by_torch:
         return None
     if not isinstance(error, pickle.UnpicklingError):
@@ -210,7 +210,7 @@ def _is_finite(value: torch.Tensor) -> bool:
 
 
 def model_of(keys: Iterable[str]) -> str | None:
-    """Which of the two models has parameters of these names, without wrappers: "LightningDiT", "tokenizer" or None."""
+    """The model whose parameters have these names (without wrappers): "LightningDiT", "tokenizer" or None."""
     keys = set(keys)
     return next((model for model, key in _MARKS.items() if key in keys), None)
 

@@ -1,4 +1,4 @@
-"""What the programs' command lines have in common: a run file with `key=value`, and paths with `~`."""
+"""Arguments that the programs share: a run file with `key=value` overrides, and paths with `~`."""
 
 import argparse
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""A run, as one YAML file and `key=value` overrides say it: loaded strictly, published files included.
+"""Run files: one YAML file of sections and `key=value` overrides, loaded strictly, published files included.
 
     run = load("launch/configs/digits.yaml", ["train.max_steps=20"], kind="lightningdit")
 

@@ -1,4 +1,4 @@
-"""A config file as a mapping, and mappings merged.
+"""Config files: YAML and JSON read as mappings, overrides parsed, mappings merged.
 
 YAML as PyYAML reads it, but for what would change a run without a word: a key may not stand twice in a mapping, numbers
 that programs read in different ways (010, 1:30) are refused, 1e-4 is a number, and dates and `=` are text. Without
@@ -115,7 +115,7 @@ _SIGNS = {
 
 
 def _more_than_a_value(text: str) -> str | None:
-    """What of a text YAML would take for a sign or leave out, said in words; None where all of it is values."""
+    """The part of a text that YAML would take for syntax or leave out, in words; None where all of it is values."""
     end = 0
     try:
         for token in yaml.scan(text, _Loader):

@@ -147,7 +147,7 @@ def device_rows() -> list[Row]:
 
 
 def gpu_rows() -> list[Row]:
-    """What torch sees."""
+    """The GPUs that torch sees."""
     try:
         import torch
     except (ImportError, OSError) as e:
@@ -164,7 +164,7 @@ def gpu_rows() -> list[Row]:
 
 
 def compiler_rows() -> list[Row]:
-    """What building the CUDA extension takes, and whether it is all there."""
+    """The tools that building the CUDA extension takes, and whether they are all there."""
     tools = {name: find() for name, find in (("g++", _cxx), ("nvcc", _nvcc), ("ninja", _ninja))}
     rows = [Row(name, _version(path) if path else "not found", path or "") for name, path in tools.items()]
     folder, lacking = cuda_headers()

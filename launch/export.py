@@ -79,7 +79,7 @@ def _paths(name: Path, suffixes: Sequence[str]) -> list[Path]:
 
 @contextmanager
 def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
-    """Where to write an export's files: they get their names, all of them or none, when the block ends well.
+    """Temporary paths for an export's files: they get their names, all of them or none, when the block ends well.
 
     Raises ConfigError where one is taken, before the block or meanwhile, WriteError where one cannot be written.
     """

@@ -258,7 +258,7 @@ def _claim(parts: Path, facts: dict, *, write: bool) -> None:
 
 
 def _require_same(description: Path, ours: dict) -> dict:
-    """What the description says; raises ValueError where it is of other images."""
+    """The content of the description; raises ValueError where it is of other images."""
     theirs = read_json(description)
     if not isinstance(theirs, dict):
         raise FileError(f"{description} is damaged: it describes no images")

@@ -1,4 +1,4 @@
-"""Trained networks, found and loaded for the programs that use them: a checkpoint, an export or a published file."""
+"""Loading of trained networks from a checkpoint, an export or a published file."""
 
 import json
 from pathlib import Path

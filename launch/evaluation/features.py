@@ -1,4 +1,4 @@
-"""What images are compared by: the 2015 Inception network of the published figures, or a foundation model at hand.
+"""Feature extractors of images: the 2015 Inception network of the published figures, or a foundation model.
 
 An extractor is a function from uint8 images `[B, H, W, 3]` to named features: `features [B, D]` (Fréchet distance,
 precision and recall) and, from Inception only, `spatial [B, D']` (sFID) and `logits [B, classes]` (inception score).
@@ -81,7 +81,7 @@ def _build_inception(network: type[nn.Module], weights: str | Path | None, path:
 
 
 class FoundationRecord(Record):
-    """What lies beside the weights of a foundation model: its section of a run file, and its tokens a side."""
+    """The JSON file beside the weights of a foundation model: its section of a run file, and its tokens a side."""
 
     config: FoundationConfig
     grid: SmallCount

@@ -1,4 +1,4 @@
-"""Where images to measure come from: a folder of files or an `.npz`. uint8 `[B, H, W, 3]`, a fixed order."""
+"""Images to evaluate, from a folder of files or an `.npz`, in batches: uint8 `[B, H, W, 3]` in a fixed order."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""How evenly a set of latents fills its space: the figures by which arXiv 2501.01423 compares tokenizers."""
+"""Uniformity of a set of latents: the figures by which arXiv 2501.01423 compares tokenizers."""
 
 import hashlib
 from dataclasses import asdict

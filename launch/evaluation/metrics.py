@@ -1,4 +1,4 @@
-"""Measures of images and latents: pure functions of tensors, exact in float64, no model and no file in sight.
+"""Metrics of images and latents as pure functions of tensors in float64: FID, PSNR, SSIM, IS, precision, recall.
 
 Images are uint8 `[N, H, W, 3]`; features are floating `[N, D]`. What cannot be measured (non-finite values, too few
 samples, shapes that do not belong together) raises `ValueError`; nothing is patched up on the way.
@@ -214,7 +214,7 @@ def _coverage(centres: Tensor, points: Tensor, k: int, block: int) -> float:
 
 @dataclass(frozen=True)
 class Uniformity:
-    """How evenly points are spread, from the density at each of them; equal densities give 0, 0, 1."""
+    """Evenness of points, from the density at each of them; equal densities give 0, 0, 1."""
 
     density_cv: float  # standard deviation over mean
     gini: float

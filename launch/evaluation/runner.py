@@ -31,7 +31,7 @@ _PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of features, and of spatial o
 
 @dataclass
 class Measured:
-    """What one pass over images gives."""
+    """The result of one pass over images."""
 
     description: str
     count: int

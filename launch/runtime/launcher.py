@@ -1,4 +1,4 @@
-"""The launcher that started this process: what it says in the environment, and that this process ends with it."""
+"""The launcher that started this process (deepspeed, torchrun): its environment variables, and ending with it."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """This process's place in a run, and where the run's processes meet."""
+    """Rank of this process in a run, and the address at which the run's processes meet."""
 
     rank: int
     world_size: int
@@ -35,7 +35,7 @@ class LaunchEnvironment:
 
 
 def launch_environment() -> LaunchEnvironment | None:
-    """What a launcher says, or None without one; raises LaunchError, naming the variable, for what makes no sense."""
+    """The launcher's environment variables, None without one; raises LaunchError, naming a variable that is invalid."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         if (local := os.environ.get("LOCAL_RANK", "0")) != "0":
             raise LaunchError(

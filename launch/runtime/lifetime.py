@@ -1,4 +1,4 @@
-"""How a process ends: with its parent, on a signal, and in order."""
+"""The end of a process: with its parent, on a signal, and in order."""
 
 import atexit
 import ctypes

@@ -1,4 +1,4 @@
-"""Whether the packages that Python finds under this project's names are this project's; none of them is imported.
+"""Detects packages of other projects under the names of this project's, without importing any.
 
 `kernels` is also the name of a public package. Installing that one overwrites files of ours, and where a folder with it
 comes first on Python's path, it is what `import kernels` gives.

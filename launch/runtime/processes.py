@@ -1,4 +1,4 @@
-"""The processes of a run: how they meet and agree."""
+"""The processes of a run: their rendezvous, and collectives on host values."""
 
 import itertools
 import logging

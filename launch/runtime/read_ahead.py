@@ -1,7 +1,7 @@
-"""Reading in the background, in processes or in threads; every way out of reading ends them.
+"""Data loading in background processes or threads, which end however reading ends.
 
-What a reader cannot read is raised where it is asked for, as the exception that it was: nobody has to look for the
-file's name in another process's traceback.
+An exception in a worker is raised, as it was, where its item is asked for: nobody has to look for the file's name in
+another process's traceback.
 """
 
 import os

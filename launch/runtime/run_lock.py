@@ -1,4 +1,4 @@
-"""A directory that a program writes into has one owner at a time: `.lock` in it says who, and is locked while he lives.
+"""The lock of a directory that a program writes into: `.lock` names the owning process, which holds a lock on it.
 
 The lock is the system's (`lockf`), so that it ends with its process, however that ends. Where a file system has no
 locks, host and process in the file decide.
@@ -151,7 +151,7 @@ def _lock(path: Path, handle: int, new: bool) -> None:
 
 
 def _read(handle: int) -> Owner | None:
-    """Who the file names; None where it is empty or damaged, as a kill may leave it."""
+    """The owner that the file names; None where it is empty or damaged, as a kill may leave it."""
     try:
         return Owner.model_validate(json.loads(os.pread(handle, 1 << 12, 0)))
     except (ValueError, ValidationError):
@@ -170,7 +170,7 @@ def _refusal(path: Path, owner: Owner | None) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """What tells a process from others that have its number: this boot, and the clock tick it began at."""
+    """The boot and the clock tick that a process began at, which tell it from others of the same number."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot}/{Path(f'/proc/{pid}/stat').read_text('utf-8', 'replace').rpartition(')')[2].split()[19]}"

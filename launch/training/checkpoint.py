@@ -74,7 +74,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict:
-        """What `save` was given, checked as `State`."""
+        """The state that `save` was given, validated as `State`."""
         path = self._checked("state.json")
         state = _read(path, State)
         if state.step != self.manifest.step:

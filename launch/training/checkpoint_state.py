@@ -46,7 +46,7 @@ class Counters(Record):
 
 
 class MeterState(Record):
-    """What one process had added to its `Meter` (`launch.training.log`); `counts`: the names of integers."""
+    """The sums in one process's `Meter` (`launch.training.log`); `counts`: the names of integers."""
 
     sums: dict[str, tuple[float, Annotated[float, Field(ge=0)]]]
     counts: tuple[str, ...]
@@ -73,7 +73,7 @@ class SkippedStep(Record):
 
 
 class RowState(Record):
-    """What belongs to a row of the log that was not yet due. `meters`: by rank, all with the same names."""
+    """The part of a row of the log that was not yet due. `meters`: by rank, all with the same names."""
 
     meters: tuple[MeterState, ...] = Field(min_length=1)
     skipped_steps: tuple[SkippedStep, ...]
@@ -87,7 +87,7 @@ class RowState(Record):
 
 
 class TaskState(Record):
-    """What a `Task` keeps; all but the classes it checks itself."""
+    """The state of a `Task`, which checks all but the classes itself."""
 
     classes: ClassNames | None = None
 

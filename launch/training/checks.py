@@ -1,4 +1,4 @@
-"""What training asks before it builds anything, and a dry run before it plans: the same questions, the same answers."""
+"""Checks of a run before anything is built, the same in training and in a dry run."""
 
 import os
 from pathlib import Path

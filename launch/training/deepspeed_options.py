@@ -1,4 +1,4 @@
-"""What goes into DeepSpeed's configuration: this project's own settings, a file, and overrides on top.
+"""DeepSpeed's configuration: this project's own settings, a file, and overrides on top.
 
 The sections below have the keys that a run may set; each takes real steps in a test. What a run leaves out is
 DeepSpeed's choice. `refused` holds every other key that DeepSpeed knows, with the reason; what is in neither is
@@ -65,7 +65,7 @@ def _not_nvme(value: Any) -> Any:
 
 
 class Offload(Options):
-    """Where something is kept: "cpu" is the host's memory."""
+    """The device that something is kept on: "cpu" is the host's memory."""
 
     device: Annotated[Literal["none", "cpu"], BeforeValidator(_not_nvme)] = UNSET
     pin_memory: bool = UNSET
@@ -240,7 +240,7 @@ class DeepSpeedConfig(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     def merged_overrides(self, precision: str) -> dict[str, Any]:
-        """What goes on top of the configuration this project makes, for a run in `precision`.
+        """Options of file and overrides, to merge into the configuration this project makes for a run in `precision`.
 
         Raises ConfigError where the file cannot be read, a key is misspelt, has no effect or cannot be set, a value is
         not allowed, or file and overrides are for another ZeRO stage.
@@ -263,7 +263,7 @@ class DeepSpeedConfig(Section):
         return merged
 
     def notes(self) -> list[str]:
-        """What to say of `file` where its name is that of a shipped one: which was taken."""
+        """A note on which file was taken where `file` has the name of a shipped one."""
         which = [] if self.file is None else which_config(self.file, DEEPSPEED_FILES)
         return [f"deepspeed.file {self.file}: {note}" for note in which]
 

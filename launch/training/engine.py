@@ -79,7 +79,7 @@ def stop_processes() -> None:
 
 
 def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:
-    """What `train.compile` comes to on this machine under a ZeRO stage: a mode other than "auto".
+    """The mode that `train.compile` means on this machine under a ZeRO stage; never "auto".
 
     Raises ValueError for CUDA graphs where gradients would wait in a graph's memory for those of the next micro-batch
     (`accumulation` of them make a step), whose replay overwrites them. ZeRO 2 and 3 take each away at once.

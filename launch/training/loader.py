@@ -1,4 +1,4 @@
-"""Which samples a step sees, and the loader that brings them: a function of the step alone, so resuming is exact."""
+"""Sample order and data loader: the samples of a step are a function of the step alone, so resuming is exact."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Key = tuple[int, int]  # step and micro-batch
 
 
 class Batches(Protocol):
-    """What a task gives to load from: `batch` depends on its arguments (and the task's seed) alone.
+    """A task's data set: `batch` depends on its arguments (and the task's seed) alone.
 
     Where it says `threaded = True`, `batch` also takes `pin_memory`, and is called from several threads at once: it
     should hold Python's lock for as little as it can. Otherwise it is called in processes of its own.
@@ -64,7 +64,7 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a global batch is cut: micro-batch m of process r is one run of samples inside it."""
+    """A global batch cut into micro-batches: micro-batch m of process r is one run of samples inside it."""
 
     global_batch_size: int
     world_size: int

@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, TensorBoard, a progress bar. Values stay on the device until a row is due."""
+"""The log of a run: JSON lines, TensorBoard, a progress bar. Values stay on the device until a row is due."""
 
 import itertools
 import json
@@ -60,7 +60,7 @@ class Meter:
         return row
 
     def state_dict(self) -> dict:
-        """What was added in this process since the last reading, exact, for a checkpoint."""
+        """The sums of this process since the last reading, exact, for a checkpoint."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         return {"sums": dict(zip(self._sums, sums, strict=True)), "counts": sorted(self._counts & self._sums.keys())}
 

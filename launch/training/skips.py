@@ -1,4 +1,4 @@
-"""Which steps were skipped, and why: noted on the device in every step, read when a row is due."""
+"""Skipped steps and their causes: recorded on the device in every step, read when a row of the log is due."""
 
 from collections.abc import Iterable
 

@@ -10,7 +10,7 @@ from launch.training.loader import Batches, Tensors
 
 
 class Task(Protocol):
-    """What the loop asks of a model package.
+    """A model package as the trainer uses it.
 
     `networks` are the trained networks by name, float32 and on the CPU when built; each gets an engine of its own.
     """
@@ -42,7 +42,7 @@ class Task(Protocol):
         """Scalars of one micro-batch of validation data, without gradients."""
 
     def state_dict(self) -> dict:
-        """What a checkpoint must also hold (JSON), such as the latents' statistics."""
+        """More state for a checkpoint (JSON), such as the latents' statistics."""
 
     def load_state_dict(self, state: dict) -> None:
-        """Take it back; raises ValueError where it contradicts the run."""
+        """Restore it; raises ValueError where it contradicts the run."""

@@ -32,7 +32,7 @@ from launch.training.task import Task
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What a trainer needs to know of a run: what to train how long, and where to put it."""
+    """A run as the trainer needs it: kind and length, output directory, sections of the run file."""
 
     kind: str
     directory: Path
@@ -220,7 +220,7 @@ class Trainer:
         }
 
     def _identity(self) -> dict:
-        """What must not change for a step to mean the same images and the same noise."""
+        """Values that must not change for a step to mean the same images and the same noise."""
         return {
             "global_batch_size": self.split.global_batch_size,
             "seed": self.config.train.global_seed,
@@ -228,7 +228,7 @@ class Trainer:
         }
 
     def _stop_nonfinite(self, row: dict, in_a_row: int, which: str, why: str) -> None:
-        """Leave a report and stop: going back to a checkpoint would meet the same batches and the same numbers."""
+        """Write a report and raise: going back to a checkpoint would meet the same batches and the same numbers."""
         report = self.config.directory / f"nonfinite_step_{self.step:07d}.json"
         if self.processes.is_main:
             steps = [each | samples_of_step(self.order, self.split, each["step"]) for each in self._skipped_steps]
