@@ -35,7 +35,7 @@ def _fresh_dict(factory: Any = None) -> dict:
 
 
 #: What other programs save beside tensors and that only holds values: command lines, paths, dates, NumPy's numbers.
-_HARMLESS = [
+_SAFE_GLOBALS = [
     argparse.Namespace, OrderedDict, (_fresh_dict, "collections.defaultdict"),
     *(set, frozenset, list, dict, tuple, int, float, bool, str, complex),
     pathlib.PosixPath, pathlib.PurePosixPath, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone,
@@ -51,9 +51,9 @@ _DTYPES = {
 }  # fmt: skip
 #: Several numbers in one, or none: torch can do nothing with them.
 _PACKED = {torch.float4_e2m1fn_x2, torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
-_MARKS = {"LightningDiT": "x_embedder.proj.weight", "tokenizer": "encoder.conv_in.weight"}
-_NAMED = 5  # keys in a message
-_DEEPEST = 4  # entries inside one another; a file may hold itself
+_MODEL_KEYS = {"LightningDiT": "x_embedder.proj.weight", "tokenizer": "encoder.conv_in.weight"}
+_MAX_NAMED = 5  # keys in a message
+_MAX_DEPTH = 4  # entries inside one another; a file may hold itself
 
 
 class WeightsError(FileError):
@@ -86,7 +86,7 @@ def read_entry(path: Path | str, entries: Iterable[str]) -> tuple[str | None, Te
     found = content = _load(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds {type(content).__name__}, not tensors by name")
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         inner = next((e for e in entries if isinstance(found.get(e), Mapping)), None)
         if inner is None:
             break
@@ -112,7 +112,7 @@ def _load(path: Path) -> Any:
     try:
         if archive:
             _check_archive(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive or None)
     except WeightsError:
         raise
@@ -212,13 +212,13 @@ def _is_finite(value: torch.Tensor) -> bool:
 def model_of(keys: Iterable[str]) -> str | None:
     """The model whose parameters have these names (without wrappers): "LightningDiT", "tokenizer" or None."""
     keys = set(keys)
-    return next((model for model, key in _MARKS.items() if key in keys), None)
+    return next((model for model, key in _MODEL_KEYS.items() if key in keys), None)
 
 
 def _some(keys: Iterable[str]) -> str:
     keys = list(keys)
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return (", ".join(keys[:_NAMED]) or "nothing") + more
+    more = f" and {len(keys) - _MAX_NAMED} more" if len(keys) > _MAX_NAMED else ""
+    return (", ".join(keys[:_MAX_NAMED]) or "nothing") + more
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):

@@ -27,7 +27,7 @@ from common.sections import (
     short,
 )
 from kernels.registry import check_names
-from launch.config_files import ConfigError, find_config, merge, parse_value, read_mapping, which_config
+from launch.config_files import ConfigError, config_note, find_config, merge, parse_value, read_mapping
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig
 from vavae.published import from_published
@@ -214,7 +214,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
             or stands twice; a value has the wrong type or is not allowed, or values contradict each other.
     """
     found = find_config(path)
-    document, notes = read_mapping(found), which_config(path)
+    document, notes = read_mapping(found), config_note(path)
     try:
         _refuse_other_kind(document, kind)
         if kind == "vavae" and _is_published_tokenizer(document):

@@ -62,9 +62,9 @@ def _resolve(tag: str, pattern: str) -> None:
     _Loader.add_implicit_resolver(tag, re.compile(rf"[-+]?(?:{pattern})$"), list("-+.0123456789"))
 
 
-_OWN = {_TAG + kind for kind in ("timestamp", "value", "int", "float")}
+_REPLACED_TAGS = {_TAG + kind for kind in ("timestamp", "value", "int", "float")}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _OWN]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED_TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _resolve("!refused", r"0[0-9_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
@@ -107,7 +107,7 @@ def parse_value(text: str, where: str) -> Any:
         raise (e if "in quotes" in str(e) else ConfigError(f"{e}; {quoted}")) from None
 
 
-_SIGNS = {
+_SYNTAX_TOKENS = {
     yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
     yaml.DirectiveToken: "a directive", yaml.DocumentStartToken: "the start of a document",
     yaml.DocumentEndToken: "the end of a document",
@@ -123,8 +123,8 @@ def _more_than_a_value(text: str) -> str | None:
             end = token.end_mark.index
             if between:
                 return f"{between} is a comment in YAML"
-            if type(token) in _SIGNS:
-                return f"{text[start:end]} is {_SIGNS[type(token)]} in YAML"
+            if type(token) in _SYNTAX_TOKENS:
+                return f"{text[start:end]} is {_SYNTAX_TOKENS[type(token)]} in YAML"
             if isinstance(token, yaml.ScalarToken) and (
                 token.style in ("|", ">") or (token.plain and "\n" in text[start:end])
             ):
@@ -143,7 +143,7 @@ def find_config(path: str | Path, shipped: Path = SHIPPED) -> Path:
     return ours if found else Path(path)
 
 
-def which_config(path: str | Path, shipped: Path = SHIPPED) -> list[str]:
+def config_note(path: str | Path, shipped: Path = SHIPPED) -> list[str]:
     """A note, where a mere name is that of a shipped file, on which file `find_config` finds by it."""
     ours = shipped / path
     if not _is_name_of(path, ours):

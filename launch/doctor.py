@@ -35,7 +35,7 @@ OPTIONAL = {
     "liger_kernel": (("liger-kernel", "liger-kernel-nightly"), "peer of the norms and swiglu"),
     "quack": (("quack-kernels",), "peer of the norms"),
 }
-BUILT_FROM_SOURCE = "it is built where the source distribution or a checkout is installed with --no-build-isolation"
+NOT_BUILT_NOTE = "it is built where the source distribution or a checkout is installed with --no-build-isolation"
 CUDA_HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")  # what torch's own headers include
 
 
@@ -177,7 +177,7 @@ def extension_row(missing: list[str]) -> Row:
     """Whether the CUDA extension can be built with what is here; without its sources, whether it is installed."""
     if not (ROOT / "csrc").is_dir():
         found = next((ROOT / "kernels").glob("_cuda*.so"), None)
-        return Row("cuda extension", "installed" if found else "not installed", str(found or BUILT_FROM_SOURCE))
+        return Row("cuda extension", "installed" if found else "not installed", str(found or NOT_BUILT_NOTE))
     verdict = f"cannot be built: no {', '.join(missing)}" if missing else "can be built"
     return Row("cuda extension", verdict, "" if not missing else "the other backends serve instead, see ops")
 

@@ -41,7 +41,7 @@ from vavae.weights import fingerprint, load_tokenizer
 
 _IMAGES = ("samples", "originals")
 #: Option → the questions that it serves.
-_SERVES = {
+_OPTION_MODES = {
     "config": ("samples", "latents"), "reference": ("samples",), "reconstructions": ("originals",),
     "tokenizer": ("originals",), "image_size": _IMAGES, "crop": _IMAGES, "posterior": ("originals",),
     "seed": ("originals", "latents"), "vectors": ("latents",), "repeats": ("latents",), "inception_weights": _IMAGES,
@@ -49,20 +49,21 @@ _SERVES = {
     "allow_few": _IMAGES,
 }  # fmt: skip
 #: Pairs of which the first means nothing beside the second, and pairs of which it means nothing without the second.
-_INSTEAD = [
+_EXCLUSIVE = [
     ("inception_weights", "foundation"),
     ("config", "reference"),
     ("posterior", "reconstructions"),
     ("seed", "reconstructions"),
 ]
-_ONLY_WITH = [("crop", "image_size")]
-_ALWAYS = {"metrics", "skipped", "notes"}
+_REQUIRES = [("crop", "image_size")]
+_COMMON_ENTRIES = {"metrics", "skipped", "notes"}
 #: Question → the entries of its result that are no metadata.
-_MEASURED = {
-    "samples": _ALWAYS | {"samples", "samples_sha256", "reference", "features"},
-    "originals": _ALWAYS | {"images", "originals", "reconstructions", "features"},
-    "latents": _ALWAYS | {"spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images",
-                          "shape"},
+_RESULT_ENTRIES = {
+    "samples": _COMMON_ENTRIES | {"samples", "samples_sha256", "reference", "features"},
+    "originals": _COMMON_ENTRIES | {"images", "originals", "reconstructions", "features"},
+    "latents": _COMMON_ENTRIES | {
+        "spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images", "shape"
+    },
 }  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     out.add_argument("--output", type=local_path, help="JSON file for the result; replaces an earlier result only")
     args = parser.parse_intermixed_args(argv)
     _require_pair(args)
-    _refuse_unused({name for name in _SERVES if getattr(args, name) != parser.get_default(name)}, args)
+    _refuse_unused({name for name in _OPTION_MODES if getattr(args, name) != parser.get_default(name)}, args)
     return args
 
 
@@ -144,20 +145,20 @@ def _require_pair(args: argparse.Namespace) -> None:
 
 def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
     """Raise ValueError for an option that the question asked has no use for: who gives it expects it to count."""
-    asked = _asked(args)
+    asked = _mode(args)
     for name in sorted(given):
-        if asked not in _SERVES[name]:
-            served = " and ".join(f"--{question}" for question in _SERVES[name])
+        if asked not in _OPTION_MODES[name]:
+            served = " and ".join(f"--{question}" for question in _OPTION_MODES[name])
             raise ValueError(f"{_option(name)} is for {served}; with --{asked} it changes nothing")
-    for name, other in _INSTEAD:
+    for name, other in _EXCLUSIVE:
         if name in given and other in given:
             raise ValueError(f"{_option(name)} changes nothing beside {_option(other)}: give one of them")
-    for name, other in _ONLY_WITH:
+    for name, other in _REQUIRES:
         if name in given and other not in given:
             raise ValueError(f"{_option(name)} changes nothing without {_option(other)}")
 
 
-def _asked(args: argparse.Namespace) -> str:
+def _mode(args: argparse.Namespace) -> str:
     return next(name for name in ("samples", "originals", "latents") if getattr(args, name) is not None)
 
 
@@ -275,7 +276,7 @@ def _metadata(args: argparse.Namespace, images: Path | None) -> dict:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {short(setting)} is not of the form key=value")
-        if key in _MEASURED[_asked(args)]:
+        if key in _RESULT_ENTRIES[_mode(args)]:
             raise ValueError(f"--set {short(setting)}: {key} is what evaluate itself finds out")
         facts[key] = parse_value(value, f"--set {short(setting)}")
         try:

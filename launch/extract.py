@@ -108,7 +108,7 @@ def extract(
         if processes.is_main:
             processes.barrier()
         grid = run.data.image_size // tokenizer.config.downsample_ratio
-        batches = _Batches(
+        batches = _BatchDataset(
             images,
             (2, tokenizer.config.embed_dim, grid, grid),
             run.train.global_seed,
@@ -197,7 +197,7 @@ def batch_bounds(first: int, last: int, shard_size: int, batch_size: int) -> lis
     ]
 
 
-class _Batches(Dataset):
+class _BatchDataset(Dataset):
     """The images of each of `bounds`, every one with noise of its own."""
 
     def __init__(self, images: ImageFolder, noise_shape: tuple[int, ...], seed: int, bounds: list[tuple[int, int]]):

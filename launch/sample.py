@@ -116,7 +116,7 @@ def generate(
 
 
 @dataclass
-class Generator:
+class SampleGenerator:
     """From labels and indices to images: network, sampler settings, statistics, tokenizer.
 
     model_from, tokenizer_from: where their weights are from, for messages.
@@ -195,7 +195,7 @@ def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] 
     return list(labels)
 
 
-def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) -> tuple[Generator, dict]:
+def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) -> tuple[SampleGenerator, dict]:
     """The networks, and the facts that an image depends on or that a result must state."""
     ops, found = select_ops(run.kernels), diffusion_weights(run)
     tokenizer = build_tokenizer(run, ops)
@@ -204,7 +204,7 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
         raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
     source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
     model = build_diffusion(found, ops, source)
-    generator = Generator(
+    generator = SampleGenerator(
         model, tokenizer, found.latents, Transport.from_config(run.transport), settings, source, run.vae.ckpt_path
     )
     facts = {

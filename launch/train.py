@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
     if args.dry_run:
-        print("\n".join(plan_run(run, args.kind, args.gpus or _processes_here()).lines()))
+        print("\n".join(plan_run(run, args.kind, args.gpus or _default_processes()).lines()))
         return 0
     _, stopped_by = run_training(run, args.kind)
     return 128 + stopped_by if stopped_by else 0
@@ -44,6 +44,6 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
         return trainer.config.directory, trainer.run()
 
 
-def _processes_here() -> int:
+def _default_processes() -> int:
     environment = launcher.launch_environment()
     return environment.world_size if environment else max(torch.cuda.device_count(), 1)

@@ -58,7 +58,7 @@ def test_every_optional_key_of_a_published_file_has_its_effect(tmp_path):
     assert notes == [] and (run.data.valid_path, run.optimizer.max_grad_norm) == ("/path/to/valid", 1.0)
     assert (run.train.weight_init, run.train.resume) == ("/path/to/weights.pt", True)
     assert run.network().learn_sigma and run.network().out_channels == 64 and run.network().use_checkpoint
-    assert run.train.validating(run.data.valid_path).valid_every == 20_000
+    assert run.train.with_validation(run.data.valid_path).valid_every == 20_000
     for section in ("model", "train"):  # either of the two keys of one name is enough
         either, _ = load(path, [f"{section}.use_checkpoint=false"], kind="lightningdit")
         assert either.network().use_checkpoint
@@ -266,11 +266,11 @@ def test_what_follows_from_our_keys_is_not_overridden(published, key):
 def test_validation_needs_data_and_defaults_to_checkpoints(published):
     run, _ = load(published, ["train.valid_every=5"], kind="lightningdit")
     with pytest.raises(ConfigError, match=r"valid_every is 5, but data\.valid_path names no data"):
-        run.train.validating(None)
-    assert run.train.validating("somewhere").valid_every == 5
+        run.train.with_validation(None)
+    assert run.train.with_validation("somewhere").valid_every == 5
     run, _ = load(published, kind="lightningdit")
-    assert run.train.validating("somewhere").valid_every == run.train.ckpt_every
-    assert run.train.validating(None).valid_every is None
+    assert run.train.with_validation("somewhere").valid_every == run.train.ckpt_every
+    assert run.train.with_validation(None).valid_every is None
 
 
 def test_merge_goes_down():

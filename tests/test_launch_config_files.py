@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config_files import NUMBER_LIMIT, ConfigError, find_config, parse, parse_value, read_mapping, which_config
+from launch.config_files import NUMBER_LIMIT, ConfigError, config_note, find_config, parse, parse_value, read_mapping
 
 REFUSED = {
     "a: 1\nb: 2\na: 3": "line 3: a .* line 1",
@@ -102,17 +102,17 @@ def test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said(tmp_path,
     (shipped / "a.yaml").touch()
     monkeypatch.chdir(here)
     assert find_config("a.yaml", shipped) == shipped / "a.yaml"
-    assert which_config("a.yaml", shipped) == [f"not here, so the one in {shipped}"]
+    assert config_note("a.yaml", shipped) == [f"not here, so the one in {shipped}"]
     (here / "a.yaml").touch()
     assert find_config("a.yaml", shipped) == Path("a.yaml")
-    assert which_config("a.yaml", shipped) == [f"the one here, not that in {shipped}"]
+    assert config_note("a.yaml", shipped) == [f"the one here, not that in {shipped}"]
     for plain in ("./a.yaml", "b.yaml", str(shipped / "a.yaml"), "", "."):
-        assert find_config(plain, shipped) == Path(plain) and which_config(plain, shipped) == []
+        assert find_config(plain, shipped) == Path(plain) and config_note(plain, shipped) == []
     (here / "a.yaml").unlink()
     (here / "a.yaml").symlink_to("absent")
-    assert find_config("a.yaml", shipped) == Path("a.yaml") and which_config("a.yaml", shipped)
+    assert find_config("a.yaml", shipped) == Path("a.yaml") and config_note("a.yaml", shipped)
     monkeypatch.chdir(shipped)
-    assert find_config("a.yaml", shipped).samefile("a.yaml") and which_config("a.yaml", shipped) == []
+    assert find_config("a.yaml", shipped).samefile("a.yaml") and config_note("a.yaml", shipped) == []
 
 
 @pytest.mark.parametrize("value", ["010", "1:30", "2024-01-31", "=", "no", "~", "0x1", 10, 1e-5, True, None])

@@ -179,7 +179,7 @@ SMALL = FoundationConfig(
 
 def test_foundation_training_learns_repeats_and_loads(tmp_path, splits, monkeypatch):
     monkeypatch.setattr(foundation, "MODEL", SMALL)
-    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.5)
+    monkeypatch.setattr(foundation, "MIN_ACCURACY", 0.5)
     train, heldout = splits["train"], splits["heldout"]
     state = torch.random.get_rng_state()
     config, accuracy = foundation.train_foundation(tmp_path / "a.safetensors", train, heldout, seed=3, steps=120)
@@ -197,7 +197,7 @@ def test_foundation_training_learns_repeats_and_loads(tmp_path, splits, monkeypa
     facts = json.loads((tmp_path / "b.json").read_text())
     assert facts["config"] == again.model_dump(mode="json") and facts["heldout_accuracy"] == accuracy
 
-    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.95)
+    monkeypatch.setattr(foundation, "MIN_ACCURACY", 0.95)
     with pytest.raises(RuntimeError, match="stand-in foundation model knows"):
         foundation.train_foundation(tmp_path / "c.safetensors", train, heldout, seed=4, steps=1)
     assert not (tmp_path / "c.safetensors").exists()

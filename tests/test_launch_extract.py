@@ -16,7 +16,7 @@ from launch import extract as program
 from launch.config import VavaeRun
 from launch.extract import batch_bounds, extract
 from launch.runtime.processes import Processes
-from launch.runtime.run_lock import InUse, lock_directory
+from launch.runtime.run_lock import DirectoryInUseError, lock_directory
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError
 from tests import children
@@ -183,7 +183,7 @@ def test_two_processes_write_a_half_each_and_together_the_same_set(files, whole,
 
 def test_a_directory_that_is_in_use_is_refused(files, tmp_path):
     with lock_directory(tmp_path, Processes(0, 1, torch.device("cpu"))):
-        with pytest.raises(InUse, match=f"{tmp_path} is in use by process"):
+        with pytest.raises(DirectoryInUseError, match=f"{tmp_path} is in use by process"):
             extracted(files, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

@@ -28,7 +28,7 @@ def hasty(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "CONFIGS", configs)
     hurried = functools.partial(foundation.train_foundation, steps=2)
     monkeypatch.setattr(quickstart, "train_foundation", hurried)
-    monkeypatch.setattr(foundation, "LEAST_ACCURACY", 0.0)
+    monkeypatch.setattr(foundation, "MIN_ACCURACY", 0.0)
     monkeypatch.setattr(extract, "LEAST_PSNR", 0.0)
     return tmp_path / "out"
 

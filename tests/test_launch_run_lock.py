@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.runtime import run_lock
-from launch.runtime.run_lock import NAME, InUse, Owner, lock_directory
+from launch.runtime.run_lock import NAME, DirectoryInUseError, Owner, lock_directory
 from tests import toy
 from tests.children import launch
 
@@ -54,7 +54,7 @@ def take(directory: Path) -> None:
 def test_a_second_owner_is_refused_and_told_of_the_first(tmp_path, holder, capsys):
     process, released = holder
     owner = f"process {process.pid} on {socket.gethostname()}"
-    with pytest.raises(InUse, match=rf"{tmp_path} is in use by {owner} since 2\d\d\d-"):
+    with pytest.raises(DirectoryInUseError, match=rf"{tmp_path} is in use by {owner} since 2\d\d\d-"):
         take(tmp_path)
     released.set()
     process.join()
@@ -73,7 +73,7 @@ def test_one_that_was_killed_is_succeeded_and_that_is_said(tmp_path, holder, cap
 
 
 def test_a_process_does_not_hold_a_directory_twice(tmp_path):
-    with lock_directory(tmp_path, Alone()), pytest.raises(InUse, match=f"process {os.getpid()} "):
+    with lock_directory(tmp_path, Alone()), pytest.raises(DirectoryInUseError, match=f"process {os.getpid()} "):
         take(tmp_path / ".." / tmp_path.name)
     take(tmp_path)
 
@@ -146,12 +146,14 @@ class TestWithoutLocks:
             take(tmp_path)
             assert f"was left by {owner}" in capsys.readouterr().out
         else:
-            with pytest.raises(InUse, match=f"in use by {owner} .*if that has ended, remove {tmp_path / NAME}"):
+            with pytest.raises(
+                DirectoryInUseError, match=f"in use by {owner} .*if that has ended, remove {tmp_path / NAME}"
+            ):
                 take(tmp_path)
 
     def test_an_owner_about_to_write_his_name_is_one(self, tmp_path):
         (tmp_path / NAME).touch()
-        with pytest.raises(InUse, match="in use by another process"):
+        with pytest.raises(DirectoryInUseError, match="in use by another process"):
             take(tmp_path)
 
 
@@ -165,7 +167,7 @@ def test_tasks_of_one_srun_are_told_what_they_are(tmp_path, monkeypatch, environ
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with lock_directory(tmp_path, Alone()), pytest.raises(InUse) as refused:
+    with lock_directory(tmp_path, Alone()), pytest.raises(DirectoryInUseError) as refused:
         take(tmp_path)
     assert ("SLURM started" in str(refused.value)) == hint == ("launcher" in str(refused.value))
 

@@ -17,7 +17,7 @@ from launch import sample
 from launch.config import LightningDiTRun
 from launch.export import export
 from launch.runtime import processes
-from launch.runtime.run_lock import InUse, lock_directory
+from launch.runtime.run_lock import DirectoryInUseError, lock_directory
 from launch.trained import from_checkpoint
 from launch.training import checkpoint, engine
 from launch.training.checkpoint import find_checkpoint
@@ -61,7 +61,7 @@ def test_images_labels_and_facts(weights, tmp_path):
 
 def test_a_directory_that_is_in_use_is_refused_until_its_images_are_there(weights, tmp_path):
     with lock_directory(tmp_path / "a", processes.Processes(0, 1, CPU)):
-        with pytest.raises(InUse, match=rf"{tmp_path}/a is in use by process"):
+        with pytest.raises(DirectoryInUseError, match=rf"{tmp_path}/a is in use by process"):
             sample.generate(a_run(weights), tmp_path / "a")
         assert [path.name for path in (tmp_path / "a").iterdir()] == [".lock"]
     npz = sample.generate(a_run(weights), tmp_path / "a")
@@ -113,7 +113,7 @@ def test_likelihoods_lie_beside_the_images(weights, tmp_path):
 
 def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
     whole = sample.generate(a_run(weights), tmp_path / "whole")
-    original, calls = sample.Generator.images, []
+    original, calls = sample.SampleGenerator.images, []
 
     def dies(self, indices, labels):
         calls.append(indices)
@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(self, indices, labels)
 
-    monkeypatch.setattr(sample.Generator, "images", dies)
+    monkeypatch.setattr(sample.SampleGenerator, "images", dies)
     with pytest.raises(KeyboardInterrupt):
         sample.generate(a_run(weights), tmp_path / "cut")
     npz = sample.generate(a_run(weights), tmp_path / "cut")
@@ -272,13 +272,13 @@ class Rank(processes.Processes):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_batch_is_made_by_one_process(weights, tmp_path, monkeypatch, world_size):
-    real, made = sample.Generator.images, []
+    real, made = sample.SampleGenerator.images, []
 
     def counted(self, indices, labels):
         made.append((rank, list(indices)))
         return real(self, indices, labels)
 
-    monkeypatch.setattr(sample.Generator, "images", counted)
+    monkeypatch.setattr(sample.SampleGenerator, "images", counted)
     parts, elsewhere = tmp_path / "parts", tmp_path / "elsewhere"
     parts.mkdir()
     elsewhere.mkdir()

@@ -106,7 +106,7 @@ class Sampler:
 
 
 class OurSampler(Sampler):
-    """`launch.sample.Generator` as the program makes it, but for the weights."""
+    """`launch.sample.SampleGenerator` as the program makes it, but for the weights."""
 
     def __init__(self, variant: Variant, setup: SamplingSetup):
         ops, s = variant.ops(), setup.settings

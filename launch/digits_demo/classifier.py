@@ -14,7 +14,7 @@ from launch.digits_demo.dataset import CLASSES, HELD_OUT_PER_CLASS, Digits, down
 from launch.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
 
 Features = Callable[[Tensor], Tensor]  # uint8 [N, 32, 32, 3] → floating [N, D]
-LEAST_ACCURACY = 0.97  # of the classifier on held-out digits: below that its verdicts say nothing
+MIN_ACCURACY = 0.97  # of the classifier on held-out digits: below that its verdicts say nothing
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class DigitClassifier:
         # Radial basis functions of counts 0..16; C and gamma by five-fold cross-validation on the training digits.
         self._svc = SVC(kernel="rbf", C=10.0, gamma=0.001).fit(self._train.numpy(), train.labels.numpy())
         self.accuracy = self.recognised(heldout.images, heldout.labels).mean().item()
-        if self.accuracy < LEAST_ACCURACY:
-            found = f"{self.accuracy:.1%} of held-out digits, not {LEAST_ACCURACY:.0%}"
+        if self.accuracy < MIN_ACCURACY:
+            found = f"{self.accuracy:.1%} of held-out digits, not {MIN_ACCURACY:.0%}"
             raise RuntimeError(f"the classifier recognises {found}")
         self._usual_distance = self._nearest(heldout.images).median().item()
 

@@ -35,7 +35,7 @@ MODEL = FoundationConfig(
 STEPS = 300
 BATCH_SIZE = 64
 PEAK_LR = 2e-3
-LEAST_ACCURACY = 0.95
+MIN_ACCURACY = 0.95
 
 
 def train_foundation(
@@ -61,9 +61,9 @@ def train_foundation(
         model = FoundationModel.classifier(MODEL, GRID, CLASSES)
     fit(model.to(device), train, seed=seed, steps=steps)
     accuracy = classification_accuracy(model, heldout)
-    if accuracy < LEAST_ACCURACY:
+    if accuracy < MIN_ACCURACY:
         raise RuntimeError(
-            f"the stand-in foundation model knows {accuracy:.1%} of held-out digits, not {LEAST_ACCURACY:.0%}"
+            f"the stand-in foundation model knows {accuracy:.1%} of held-out digits, not {MIN_ACCURACY:.0%}"
         )
     path = Path(path)
     model.save(path)

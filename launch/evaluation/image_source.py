@@ -22,8 +22,8 @@ from vavae.images import center_crop, published_eval_crop, to_uint8
 log = logging.getLogger(__name__)
 
 ARRAY = "arr_0"  # the images' name inside an npz, as the ADM evaluator expects it
-MOST_PIXELS = 2**24  # of an image in an npz, which is read by batches
-MOST_BYTES = 2**30  # of statistics; Inception's are 34 MB
+MAX_PIXELS = 2**24  # of an image in an npz, which is read by batches
+MAX_BYTES = 2**30  # of statistics; Inception's are 34 MB
 
 
 class ImageSource(Protocol):
@@ -51,10 +51,10 @@ class NpzImages:
                 raise ValueError(
                     f"{self.path}: {ARRAY} must be uint8 [N, H, W, 3] in C order, it is {dtype} {list(shape)}"
                 )
-            if min(shape) < 1 or shape[1] * shape[2] > MOST_PIXELS:
+            if min(shape) < 1 or shape[1] * shape[2] > MAX_PIXELS:
                 raise ValueError(
                     f"{self.path}: {ARRAY} is {list(shape)}; wanted is an image at least, each of at most "
-                    f"{MOST_PIXELS:,} pixels"
+                    f"{MAX_PIXELS:,} pixels"
                 )
             self.shape = shape
 
@@ -170,9 +170,9 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
     """An array of an npz as float64; raises ValueError where it is damaged, of another kind, or larger than 1 GiB."""
     with _opened_array(path, name) as (file, shape, fortran_order, dtype):
         size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in "fiu" or not 0 < size <= MOST_BYTES:
+        if dtype.kind not in "fiu" or not 0 < size <= MAX_BYTES:
             raise ValueError(
-                f"{path}: {name} must be numbers of at most {MOST_BYTES:,} bytes, it is {dtype} {list(shape)}"
+                f"{path}: {name} must be numbers of at most {MAX_BYTES:,} bytes, it is {dtype} {list(shape)}"
             )
         content = file.read(size)
         if len(content) != size:

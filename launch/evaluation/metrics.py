@@ -14,7 +14,7 @@ from torch import Tensor
 from vavae import images
 
 NOT_STATED = "not stated"  # in a result, of a fact that nobody told
-LARGEST = 1e100  # of a mean or covariance; far beyond features, and a distance of it would overflow
+MAX_MOMENT = 1e100  # of a mean or covariance; far beyond features, and a distance of it would overflow
 
 
 Moments = tuple[Tensor, Tensor]  # mean [D], covariance [D, D]
@@ -110,7 +110,7 @@ def require_moments(mean: Tensor, covariance: Tensor, names: tuple[str, str]) ->
         if tuple(value.shape) != shape or not dim:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape if dim else 'some values'}")
         _require_finite(name, value)
-        if (largest := float(value.abs().max())) > LARGEST:
+        if (largest := float(value.abs().max())) > MAX_MOMENT:
             raise ValueError(f"{name} holds {largest:.3g}: no statistics of features are that large")
     _symmetric(names[1], covariance)
 

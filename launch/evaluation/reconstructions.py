@@ -95,7 +95,7 @@ def evaluate_reconstructions(
     """
     require_pairs(originals, reconstructions)
     _require_sides(originals, *(("LPIPS", 16) if lpips else ("SSIM", 11)))
-    pairs = _Pairs(originals, reconstructions, lpips)
+    pairs = _PairSource(originals, reconstructions, lpips)
     skipped = dict(skipped or {})
     if extractor is None:
         skipped.setdefault("rfid", "no network was given to compare by")
@@ -138,7 +138,7 @@ def _require_sides(images: ImageSource, figure: str, least: int) -> None:
         )
 
 
-class _Pairs:
+class _PairSource:
     """The reconstructions; going through them once also takes the figures of each pair."""
 
     def __init__(self, originals: ImageSource, reconstructions: ImageSource, lpips):

@@ -23,14 +23,14 @@ from launch.evaluation.metrics import (
     require_moments,
 )
 
-STATED = ("solver", "nfe", "dtype", "guidance", "hashes")  # facts that no figure may be without
-NEIGHBOURS = 3  # of precision and recall
-KEPT = 50_000  # images whose features are kept for precision and recall; 0.4 GB of Inception's
+REQUIRED_METADATA = ("solver", "nfe", "dtype", "guidance", "hashes")  # facts that no figure may be without
+NEAREST_K = 3  # of precision and recall
+MAX_KEPT = 50_000  # images whose features are kept for precision and recall; 0.4 GB of Inception's
 _PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of features, and of spatial ones, in a file of statistics
 
 
 @dataclass
-class Measured:
+class ImageFeatures:
     """The result of one pass over images."""
 
     description: str
@@ -38,13 +38,13 @@ class Measured:
     sha256: str = ""  # of all pixels in order
     features: FeatureStatistics = field(default_factory=FeatureStatistics)
     spatial: FeatureStatistics = field(default_factory=FeatureStatistics)
-    kept: Tensor | None = None  # [N, D] float32, None of more than KEPT images
+    kept: Tensor | None = None  # [N, D] float32, None of more than MAX_KEPT images
     logits: Tensor | None = None
 
 
-def measure(images: ImageSource, extractor: Extractor, batch_size: int = 64) -> Measured:
+def measure(images: ImageSource, extractor: Extractor, batch_size: int = 64) -> ImageFeatures:
     """One pass over `images` through the extractor; raises ValueError for features that are not finite."""
-    digest, result = hashlib.sha256(), Measured(images.description, len(images))
+    digest, result = hashlib.sha256(), ImageFeatures(images.description, len(images))
     kept, logits = [], []
     for batch in tqdm(images.batches(batch_size), total=-(-len(images) // batch_size), disable=None, leave=False):
         digest.update(batch.contiguous().numpy().tobytes())
@@ -57,7 +57,7 @@ def measure(images: ImageSource, extractor: Extractor, batch_size: int = 64) -> 
             raise ValueError(f"{images.description}: {e}") from None
         if "logits" in found:
             logits.append(found["logits"])
-        if len(images) <= KEPT:
+        if len(images) <= MAX_KEPT:
             kept.append(found["features"])
     result.sha256 = digest.hexdigest()
     result.kept = torch.cat(kept) if kept else None
@@ -148,12 +148,12 @@ def evaluate_samples(
         metrics["inception_score"] = inception_score(got.logits)
     if real is None or got.kept is None or real.kept is None:
         skipped["precision, recall"] = (
-            f"need at most {KEPT:,} samples and as many reference images, not statistics alone"
+            f"need at most {MAX_KEPT:,} samples and as many reference images, not statistics alone"
         )
-    elif min(real.count, got.count) <= NEIGHBOURS:
-        skipped["precision, recall"] = f"need more than {NEIGHBOURS} samples and reference images"
+    elif min(real.count, got.count) <= NEAREST_K:
+        skipped["precision, recall"] = f"need more than {NEAREST_K} samples and reference images"
     else:
-        metrics["precision"], metrics["recall"] = precision_recall(real.kept, got.kept, NEIGHBOURS)
+        metrics["precision"], metrics["recall"] = precision_recall(real.kept, got.kept, NEAREST_K)
     about = {"images": real.count if real else None, "sha256": reference.sha256 or real.sha256}
     facts = {"samples": got.count, "samples_sha256": got.sha256}
     facts["reference"] = {"path": reference.description, **about}
@@ -194,10 +194,10 @@ def named_distance(made: Moments, real: Moments, names: tuple[str, str]) -> floa
 
 def _needs_images(reference: Reference) -> bool:
     """Statistics beside images spare a pass over a large set; a set small enough for precision and recall is used."""
-    return reference.images is not None and (reference.features is None or len(reference.images) <= KEPT)
+    return reference.images is not None and (reference.features is None or len(reference.images) <= MAX_KEPT)
 
 
-def check_count(measured: Measured, allowed: bool, what: str = "samples") -> list[str]:
+def check_count(measured: ImageFeatures, allowed: bool, what: str = "samples") -> list[str]:
     """A note where there are no more images than features; raises ValueError there unless `allowed`."""
     if measured.count < 2:
         raise ValueError(f"{measured.description} holds {measured.count} image; a distance needs at least 2")
@@ -211,11 +211,11 @@ def check_count(measured: Measured, allowed: bool, what: str = "samples") -> lis
 
 
 def make_result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
-    """The JSON-ready result of an evaluation, in which facts of `STATED` that the metadata lack are said to be."""
-    missing = [key for key in STATED if key not in metadata]
+    """The JSON-ready result of an evaluation; facts of `REQUIRED_METADATA` that nobody stated are marked so."""
+    missing = [key for key in REQUIRED_METADATA if key not in metadata]
     if missing:
         notes = [*notes, f"not stated by whoever made the images: {', '.join(missing)}"]
-    stated = {key: metadata.get(key, NOT_STATED) for key in STATED}
+    stated = {key: metadata.get(key, NOT_STATED) for key in REQUIRED_METADATA}
     name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
     used = {} if extractor is None else {"features": name}
     measured = {"metrics": metrics, **facts, **used, "skipped": skipped, "notes": notes}

@@ -14,9 +14,9 @@ from launch.runtime.lifetime import signal_on_parent_exit
 log = logging.getLogger(__name__)
 LAUNCHER_GRACE = 30.0  # seconds that DeepSpeed's launcher and torchrun give a process to end
 _warned = False
-_KNOWN = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun and by DeepSpeed's launcher
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun and by DeepSpeed's launcher
 _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh", "csh"}
-_FIRST_PROCESSES = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit"}  # they adopt orphans
+_INIT_PROCESSES = {"systemd", "init", "tini", "dumb-init", "docker-init", "catatonit"}  # they adopt orphans
 
 
 class LaunchError(ValueError):
@@ -91,10 +91,10 @@ def exit_with_launcher() -> None:
     the runner take a launcher that was killed for a failure (it ends with 0), so it is signalled.
     """
     parent = os.getppid()
-    if "RANK" not in os.environ or _is_to_outlive(parent):
+    if "RANK" not in os.environ or _started_by_nohup(parent):
         return
     signal_on_parent_exit(signal.SIGTERM, parent)
-    if _name(parent) in _FIRST_PROCESSES and any(name in os.environ for name in _KNOWN):
+    if _name(parent) in _INIT_PROCESSES and any(name in os.environ for name in _LAUNCHER_VARIABLES):
         signal.raise_signal(signal.SIGTERM)  # it had gone before we looked
     if "deepspeed.launcher.launch" in _command(parent):
         runner = _parent(parent)
@@ -116,7 +116,7 @@ def warn_of_slow_checkpoint(seconds: float) -> None:
         )
 
 
-def _is_to_outlive(parent: int) -> bool:
+def _started_by_nohup(parent: int) -> bool:
     """Whether a shell started this process by nohup."""
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and _name(parent) in _SHELLS
 

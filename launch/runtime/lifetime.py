@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_TIMEOUT = 20.0  # seconds that a process has to leave in order
-_COPIES = {signal.SIGTERM: 10.0, signal.SIGINT: 2.0}  # seconds in which another signal is taken for a launcher's copy
+#: Seconds in which another signal is taken for a launcher's copy of the first.
+_REPEAT_SECONDS = {signal.SIGTERM: 10.0, signal.SIGINT: 2.0}
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -40,7 +41,7 @@ class StopRequest:
         self._clock, self._since = clock, 0.0
 
     def __enter__(self) -> "StopRequest":
-        self._former = {number: signal.signal(number, self._take) for number in _COPIES}
+        self._former = {number: signal.signal(number, self._take) for number in _REPEAT_SECONDS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -50,7 +51,7 @@ class StopRequest:
     def _take(self, number: int, frame) -> None:
         if self.number is None:
             self.number, self._since = number, self._clock()
-        elif self._clock() - self._since > _COPIES[number]:
+        elif self._clock() - self._since > _REPEAT_SECONDS[number]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
@@ -62,7 +63,7 @@ def exit_process(status: int, first: Callable[[], None] | None = None) -> NoRetu
     gloo and DeepSpeed, met while their libraries are destroyed, now and then abort a process whose work was all done.
     Whatever that order meets, the process is gone within seconds.
     """
-    for number in _COPIES:
+    for number in _REPEAT_SECONDS:
         signal.signal(number, signal.SIG_IGN)
     end = threading.Timer(EXIT_TIMEOUT, os._exit, [status or 1])
     end.daemon = True

@@ -27,7 +27,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.
 _held: set[Path] = set()  # by this process, which its own lock would not keep out
 
 
-class InUse(ValueError):
+class DirectoryInUseError(ValueError):
     """A directory that another process writes into."""
 
 
@@ -56,14 +56,14 @@ class Owner(Record):
 def lock_directory(directory: Path, processes: Processes) -> Iterator[None]:
     """Hold `directory` (made where there is none) for a run of these processes; the main one holds it for all.
 
-    Raises InUse on every process where another run holds it, and WriteError where nothing can be written. A lock whose
-    owner was killed is taken over, and that is said.
+    Raises DirectoryInUseError on every process where another run holds it, and WriteError where nothing can be written.
+    A lock whose owner was killed is taken over, and that is said.
     """
     lock = error = None
     if processes.is_main:
         try:
             lock = _Lock.take(directory)
-        except (InUse, OSError) as e:
+        except (DirectoryInUseError, OSError) as e:
             error = e
     processes.raise_on_all(error)
     try:
@@ -87,7 +87,7 @@ class _Lock:
         directory = make_directory(directory).resolve()
         path = directory / NAME
         if directory in _held:
-            raise InUse(_refusal(path, Owner.this_process()))
+            raise DirectoryInUseError(_refusal(path, Owner.this_process()))
         try:
             handle, former = _open(path)
             os.truncate(handle, 0)
@@ -111,7 +111,7 @@ class _Lock:
 
 
 def _open(path: Path) -> tuple[int, Owner | None]:
-    """The lock's file, locked, and who has left it; raises InUse."""
+    """The lock's file, locked, and who has left it; raises DirectoryInUseError."""
     while True:
         new, handle = _create(path)
         try:
@@ -141,11 +141,11 @@ def _lock(path: Path, handle: int, new: bool) -> None:
     except OSError as e:
         owner = _read(handle)
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise InUse(_refusal(path, owner)) from None
+            raise DirectoryInUseError(_refusal(path, owner)) from None
         if e.errno not in _NO_LOCKS:
             raise
         if not new and not (owner and owner.has_ended()):
-            raise InUse(
+            raise DirectoryInUseError(
                 f"{_refusal(path, owner)} (its file system has no locks: if that has ended, remove {path})"
             ) from None
 

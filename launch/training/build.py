@@ -33,7 +33,7 @@ def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
     from launch.training.trainer import Trainer, TrainerConfig
 
     run = name_run(run, kind, processes)
-    train = run.train.validating(run.data.valid_path)
+    train = run.train.with_validation(run.data.valid_path)
     ops = select_ops(run.kernels)
     task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
     directory = Path(train.output_dir) / train.exp_name

@@ -20,7 +20,7 @@ def check_run(run: Run) -> None:
     """
     if isinstance(run, VavaeRun):
         check_sections(run.model, run.features(), run.loss, run.data, run.stages)
-    run.train.validating(run.data.valid_path)
+    run.train.with_validation(run.data.valid_path)
     run.train.steps(1)
     if run.train.ckpt is not None and run.train.weight_init is not None:
         raise ConfigError(

@@ -72,7 +72,7 @@ class TrainConfig(Section):
             raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
         return self
 
-    def validating(self, valid_path: str | None) -> "TrainConfig":
+    def with_validation(self, valid_path: str | None) -> "TrainConfig":
         """The section with `valid_every` as it is meant: by default at every checkpoint, where there is data for it."""
         if valid_path is None and self.valid_every is not None:
             raise ConfigError(f"train.valid_every is {self.valid_every}, but data.valid_path names no data for it")

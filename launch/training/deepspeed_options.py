@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from common.sections import Count, NonNegative, PathText, Section, describe
 from common.text import nearest
-from launch.config_files import ConfigError, find_config, merge, read_mapping, which_config
+from launch.config_files import ConfigError, config_note, find_config, merge, read_mapping
 
 DEEPSPEED_FILES = Path(__file__).parents[1] / "deepspeed"
 
@@ -264,7 +264,7 @@ class DeepSpeedConfig(Section):
 
     def notes(self) -> list[str]:
         """A note on which file was taken where `file` has the name of a shipped one."""
-        which = [] if self.file is None else which_config(self.file, DEEPSPEED_FILES)
+        which = [] if self.file is None else config_note(self.file, DEEPSPEED_FILES)
         return [f"deepspeed.file {self.file}: {note}" for note in which]
 
     def _checked(self, options: dict, where: str) -> dict[str, Any]:

@@ -20,12 +20,12 @@ class SkippedSteps:
     def __init__(self, networks: Iterable[str], step: int, capacity: int, device: torch.device):
         self._networks = tuple(networks)
         self._flags = torch.zeros(capacity, len(self._networks), 2, dtype=torch.bool, device=device)
-        self._absent = torch.zeros(2, dtype=torch.bool, device=device)
+        self._no_flags = torch.zeros(2, dtype=torch.bool, device=device)
         self._read_to = step
 
     def record(self, step: int, skip_flags: dict[str, torch.Tensor]) -> None:
         """Keep `AdamWEma.skip_flags` of each network that was trained in this step; nothing is copied to the host."""
-        rows = [skip_flags.get(name, self._absent) for name in self._networks]
+        rows = [skip_flags.get(name, self._no_flags) for name in self._networks]
         self._flags[step % len(self._flags)] = torch.stack(rows)
 
     def read(self, step: int, processes: Processes) -> list[dict]:
@@ -50,7 +50,7 @@ class SkippedSteps:
         return found
 
 
-def only_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
+def all_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
     """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
     nothing = dict.fromkeys(COUNTERS, 0.0)
     earlier = {name: before.get(name, nothing) for name in after}

@@ -26,7 +26,7 @@ from launch.training.loader import Batches, BatchSplit, SampleOrder, Tensors, mi
 from launch.training.log import Meter, RunLog, Throughput
 from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
-from launch.training.skips import SkippedSteps, only_skipped
+from launch.training.skips import SkippedSteps, all_skipped
 from launch.training.task import Task
 
 
@@ -100,7 +100,7 @@ class Trainer:
         train, last = self.config.train, self.config.last_step
         self._throughput.start(self.step)
         if self.step >= last:
-            if only_skipped({}, self._start_counters):
+            if all_skipped({}, self._start_counters):
                 raise NonFiniteError(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
             if log is not None:
                 print(f"already at step {self.step} of {last}: nothing to train")
@@ -204,7 +204,7 @@ class Trainer:
         if most >= self.config.train.max_skipped_in_a_row:
             allowed = f"allowed: {self.config.train.max_skipped_in_a_row - 1}"
             self._stop_nonfinite(row, most, f"{most} steps in a row up to step {self.step}", allowed)
-        if self.step == self.config.last_step and only_skipped(self._start_counters, counters):
+        if self.step == self.config.last_step and all_skipped(self._start_counters, counters):
             self._stop_nonfinite(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
         going_on = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
         self._skipped_steps = [each for each in self._skipped_steps if each["step"] > going_on[each["network"]]]

@@ -141,7 +141,7 @@ MISTAKES = {
         "test_launch_run_lock.py::test_a_directory_made_for_nothing_goes_again",
     ),
     "copies_of_a_signal_end_at_once": Mistake(
-        "launch/runtime/lifetime.py", "elif self._clock() - self._since > _COPIES[number]:", "else:",
+        "launch/runtime/lifetime.py", "elif self._clock() - self._since > _REPEAT_SECONDS[number]:", "else:",
         "test_launch_lifecycle.py::test_a_second_signal_ends_at_once_unless_it_is_a_copy",
     ),
     "success_where_leaving_fails": Mistake(
@@ -405,7 +405,7 @@ MISTAKES = {
         "test_launch_config.py::test_an_empty_override_empties",
     ),
     "statistics_of_any_size_compared": Mistake(
-        "launch/evaluation/metrics.py", "value.abs().max())) > LARGEST", "value.abs().max())) > math.inf",
+        "launch/evaluation/metrics.py", "value.abs().max())) > MAX_MOMENT", "value.abs().max())) > math.inf",
         "test_launch_evaluation.py::test_statistics_without_a_distance_are_named_with_their_file",
     ),
     "results_replace_what_made_the_images": Mistake(
