@@ -92,7 +92,7 @@ class Trainer:
                 log.close()
 
     def close(self) -> None:
-        """Give the memory of networks and optimizers back; nothing can be trained afterwards."""
+        """Free the memory of networks and optimizers; nothing can be trained afterwards."""
         for engine in self.engines.values():
             engine.close()
 
@@ -108,7 +108,7 @@ class Trainer:
             self.train_step(stream)
             if log is not None:
                 log.step()
-            # A signal to any process, asked of all of them, so that all stop after the same step.
+            # All processes agree on a signal to any of them, so that they stop after the same step.
             stopped_by = self.processes.all_reduce_max(stop.number or 0) if self.step < last else 0
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self.step % train.log_every == 0 or self.step == last:
@@ -163,8 +163,8 @@ class Trainer:
                 self.engines[name].backward(loss)
                 stepped.append(name)
 
-            here = {name: value[start:stop] for name, value in draws.items()}
-            logs = self.task.train_step(self.engines, batch, here, self.step, backward)
+            own_draws = {name: value[start:stop] for name, value in draws.items()}
+            logs = self.task.train_step(self.engines, batch, own_draws, self.step, backward)
             self._meter.add(logs, self.split.micro_batch_size / self.split.global_batch_size)
             for name in stepped:
                 self.engines[name].step()
@@ -196,7 +196,7 @@ class Trainer:
         return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
 
     def _check_skips(self, row: dict, counters: dict[str, dict[str, float]]) -> None:
-        """Give up where too many steps in a row were skipped since the last row, or all there were to the end."""
+        """Stop where too many steps in a row were skipped since the last row of the log, or all steps of the run."""
         self._skipped_steps += self._skips.read(self.step, self.processes)
         for engine in self.engines.values():
             engine.optimizer.reset_most_skipped()
@@ -206,8 +206,8 @@ class Trainer:
             self._stop_nonfinite(row, most, f"{most} steps in a row up to step {self.step}", allowed)
         if self.step == self.config.last_step and all_skipped(self._start_counters, counters):
             self._stop_nonfinite(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
-        going_on = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
-        self._skipped_steps = [each for each in self._skipped_steps if each["step"] > going_on[each["network"]]]
+        last_applied = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
+        self._skipped_steps = [each for each in self._skipped_steps if each["step"] > last_applied[each["network"]]]
 
     def _position(self) -> dict:
         images = self.step * self.split.global_batch_size
@@ -247,11 +247,11 @@ class Trainer:
             first = (number * self.processes.world_size + self.processes.rank) * size
             indices = torch.arange(first, first + size) % len(self._validation)
             batch = self._to_device(self._validation.batch(torch.zeros_like(indices), indices))
-            together = size * self.processes.world_size
-            draws = self.task.draw(-1 - number, together, self.processes.device)
+            draws = self.task.draw(-1 - number, size * self.processes.world_size, self.processes.device)
             start = self.processes.rank * size
-            here = {name: value[start : start + size] for name, value in draws.items()}
-            meter.add({f"valid/{k}": v for k, v in self.task.validate(self.engines, batch, here).items()})
+            own_draws = {name: value[start : start + size] for name, value in draws.items()}
+            losses = self.task.validate(self.engines, batch, own_draws)
+            meter.add({f"valid/{name}": value for name, value in losses.items()})
         for engine in self.engines.values():
             engine.train()
         means = meter.read()
