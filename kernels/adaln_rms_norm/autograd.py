@@ -12,8 +12,8 @@ def register_autograd(forward: torch.library.CustomOpDef, backward: torch.librar
 
     Args:
         forward: (x, weight, shift, scale, eps, out_dtype) → y, and what `backward` takes besides: `kept`, if anything.
-        backward: (x, weight, shift, scale, *kept, gradient of y, eps, vectors) → the gradients of x, weight, shift and
-            scale; the last three empty unless `vectors`.
+        backward: (x, weight, shift, scale, *kept, gradient of y, eps, vector_grads) → the gradients of x, weight, shift
+            and scale; the last three empty unless `vector_grads`.
     """
 
     def save(ctx, inputs, output):

@@ -1,4 +1,4 @@
-"""The modulated RMS norm on the kernels of csrc/adaln_rms_norm.cu; operators and launch configuration."""
+"""The CUDA backend of `adaln_rms_norm`: operators and launch configuration of csrc/adaln_rms_norm.cu."""
 
 from dataclasses import dataclass
 
@@ -27,36 +27,58 @@ BACKWARD = LaunchConfig(tokens_per_block=32)
 
 @operator("adaln_rms_norm_cuda_fwd")
 def adaln_rms_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor, eps: float,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
     out_dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     launch(
-        "adaln_rms_norm_fwd", x.contiguous(), weight.contiguous(), dense_rows(shift), dense_rows(scale), y, eps,
+        "adaln_rms_norm_fwd",
+        x.contiguous(),
+        weight.contiguous(),
+        dense_rows(shift),
+        dense_rows(scale),
+        y,
+        eps,
         FORWARD.tokens_per_block,
-    )  # fmt: skip
+    )
     return y
 
 
 @operator("adaln_rms_norm_cuda_bwd")
 def adaln_rms_norm_bwd(
-    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor, d_y: torch.Tensor,
-    eps: float, vectors: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The gradients of x, weight, shift and scale; the last three empty unless `vectors`."""
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    d_y: torch.Tensor,
+    eps: float,
+    vector_grads: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x, weight, shift and scale; the last three empty unless `vector_grads`."""
     samples, tokens, width = x.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     chunks = -(-tokens // BACKWARD.tokens_per_block)
-    count = samples if vectors else 0
-    d_weight = weight.new_empty(width if vectors else 0)
+    count = samples if vector_grads else 0
+    d_weight = weight.new_empty(width if vector_grads else 0)
     d_scale = scale.new_empty((count, width))
     d_shift = (scale if shift is None else shift).new_empty((count, width))
     partials = x.new_empty((count, chunks, 2, width), dtype=torch.float32)
-    asked = (partials, d_weight, d_scale, d_shift) if vectors else (None,) * 4
+    asked = (partials, d_weight, d_scale, d_shift) if vector_grads else (None,) * 4
     launch(
-        "adaln_rms_norm_bwd", x.contiguous(), weight.contiguous(), dense_rows(scale), d_y.contiguous(), d_x, *asked,
-        eps, BACKWARD.tokens_per_block,
-    )  # fmt: skip
+        "adaln_rms_norm_bwd",
+        x.contiguous(),
+        weight.contiguous(),
+        dense_rows(scale),
+        d_y.contiguous(),
+        d_x,
+        *asked,
+        eps,
+        BACKWARD.tokens_per_block,
+    )
     return d_x, d_weight, d_shift, d_scale
 
 

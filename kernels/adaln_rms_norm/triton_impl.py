@@ -1,4 +1,4 @@
-"""The modulated RMS norm in Triton; see triton_passes.py for the launches."""
+"""The Triton backend of `adaln_rms_norm`: operators. Allocation and launches are in triton_passes.py."""
 
 import torch
 
@@ -10,21 +10,33 @@ from kernels.backends.triton_launch import DTYPES, backend, operator, unsupporte
 
 @operator("adaln_rms_norm_fwd")
 def adaln_rms_norm_fwd(
-    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor, eps: float,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and the reciprocal root mean squares `[B, N]` that the backward pass needs."""
-    _, y, rstd = forward_pass(x, None, None, None, weight, shift, scale, eps, out_dtype)
+    _, y, rstd = forward_pass(x, weight=weight, shift=shift, scale=scale, eps=eps, y_dtype=out_dtype)
     return y, rstd
 
 
 @operator("adaln_rms_norm_bwd")
 def adaln_rms_norm_bwd(
-    x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor, rstd: torch.Tensor,
-    d_y: torch.Tensor, eps: float, vectors: bool,
-) -> list[torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    rstd: torch.Tensor,
+    d_y: torch.Tensor,
+    eps: float,
+    vector_grads: bool,
+) -> list[torch.Tensor]:
     """The gradients of x, weight, shift and scale, empty where there is none. `eps` is in `rstd` already."""
-    d_x, _, _, _, *others = backward_pass(d_y, None, x, None, rstd, None, None, weight, shift, scale, vectors)
+    d_x, _, _, _, *others = backward_pass(
+        d_y, x, rstd, weight=weight, shift=shift, scale=scale, vector_grads=vector_grads
+    )
     return [d_x, *others]
 
 

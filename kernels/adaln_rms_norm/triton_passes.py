@@ -7,20 +7,21 @@ from kernels.adaln_rms_norm.triton_kernels import modulated_norm_bwd, modulated_
 from kernels.backends.layout import contiguous, dense_rows
 from kernels.backends.triton_launch import architecture, launch
 
-Optional = torch.Tensor | None
+MaybeTensor = torch.Tensor | None
 
 
 def forward_pass(
     x: torch.Tensor,
-    branch: Optional,
-    gate: Optional,
-    bias: Optional,
+    branch: MaybeTensor = None,
+    gate: MaybeTensor = None,
+    bias: MaybeTensor = None,
+    *,
     weight: torch.Tensor,
-    shift: Optional,
+    shift: MaybeTensor,
     scale: torch.Tensor,
     eps: float,
     y_dtype: torch.dtype,
-) -> tuple[Optional, torch.Tensor, torch.Tensor]:
+) -> tuple[MaybeTensor, torch.Tensor, torch.Tensor]:
     """x' (None without a branch), y and rsqrt(mean(x'²) + eps) `[B, N]` in float32. One launch."""
     samples, tokens, width = x.shape
     x, branch = contiguous(x), contiguous(branch)
@@ -42,20 +43,21 @@ def forward_pass(
 
 def backward_pass(
     dy: torch.Tensor,
-    dx_new: Optional,
     x_new: torch.Tensor,
-    branch: Optional,
     rstd: torch.Tensor,
-    gate: Optional,
-    bias: Optional,
+    dx_new: MaybeTensor = None,
+    branch: MaybeTensor = None,
+    gate: MaybeTensor = None,
+    bias: MaybeTensor = None,
+    *,
     weight: torch.Tensor,
-    shift: Optional,
+    shift: MaybeTensor,
     scale: torch.Tensor,
-    vectors: bool,
+    vector_grads: bool,
 ) -> list[torch.Tensor]:
-    """The gradients of x, branch, gate, bias, weight, shift, scale: two launches, one where `vectors` is false.
+    """The gradients of x, branch, gate, bias, weight, shift, scale: two launches, one where `vector_grads` is false.
 
-    They are empty for an argument that is None, and for the five vectors where `vectors` is false. `dx_new` is the
+    They are empty for an argument that is None, and for the five vectors where `vector_grads` is false. `dx_new` is the
     upstream gradient of x', `dy` that of y.
     """
     samples, tokens, width = x_new.shape
@@ -67,7 +69,7 @@ def backward_pass(
     config = backward_config(width, bytes_of_token, architecture(), bias is not None)
     chunks, chunk_tokens = chunking(samples, tokens, config, architecture())
     partials = None
-    if vectors:
+    if vector_grads:
         num_sums = 2 if branch is None else 4
         partials = torch.empty(samples, chunks, num_sums, width, dtype=torch.float32, device=dy.device)
     launch(
@@ -84,8 +86,13 @@ def backward_pass(
 
 
 def vector_gradients(
-    partials: Optional, gate: Optional, bias: Optional, weight: torch.Tensor, shift: Optional, scale: torch.Tensor
-) -> list[Optional]:
+    partials: MaybeTensor,
+    gate: MaybeTensor,
+    bias: MaybeTensor,
+    weight: torch.Tensor,
+    shift: MaybeTensor,
+    scale: torch.Tensor,
+) -> list[MaybeTensor]:
     """The gradients of the five vectors from the float32 sums of each chunk, `[B, chunks, 2 or 4, D]`. One launch."""
     if partials is None:
         return [None] * 5
@@ -120,9 +127,9 @@ def options(width: int, config) -> dict:
     }
 
 
-def stride(vector: Optional) -> int:
+def stride(vector: MaybeTensor) -> int:
     return 0 if vector is None else vector.stride(0)
 
 
-def token_bytes(*tensors: Optional) -> int:
+def token_bytes(*tensors: MaybeTensor) -> int:
     return sum(tensor.shape[-1] * tensor.element_size() for tensor in tensors if tensor is not None)

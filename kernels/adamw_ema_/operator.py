@@ -22,12 +22,27 @@ def register_op(name: str, update: Callable[..., None]) -> Callable[..., None]:
 
     @operator(name, mutates=OP.mutates)
     def update_(
-        param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, ema: torch.Tensor,
-        bf16_param: torch.Tensor | None, step: torch.Tensor, lr: torch.Tensor, grad_scale: torch.Tensor,
-        skip: torch.Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float,
-    ) -> None:  # fmt: skip
-        update(param, grad.contiguous(), exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip,
-               beta1, beta2, eps, weight_decay, ema_decay)  # fmt: skip
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        ema: torch.Tensor,
+        bf16_param: torch.Tensor | None,
+        step: torch.Tensor,
+        lr: torch.Tensor,
+        grad_scale: torch.Tensor,
+        skip: torch.Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        ema_decay: float,
+    ) -> None:
+        update(
+            *(param, grad.contiguous(), exp_avg, exp_avg_sq, ema, bf16_param),
+            *(step, lr, grad_scale, skip),
+            *(beta1, beta2, eps, weight_decay, ema_decay),
+        )
 
     def adamw_ema_(
         param,
@@ -46,8 +61,11 @@ def register_op(name: str, update: Callable[..., None]) -> Callable[..., None]:
         skip,
         bf16_param=None,
     ):
-        update_(param, grad, exp_avg, exp_avg_sq, ema, bf16_param, step, lr, grad_scale, skip, *betas, eps,
-                weight_decay, ema_decay)  # fmt: skip
+        update_(
+            *(param, grad, exp_avg, exp_avg_sq, ema, bf16_param),
+            *(step, lr, grad_scale, skip),
+            *(*betas, eps, weight_decay, ema_decay),
+        )
 
     return adamw_ema_
 

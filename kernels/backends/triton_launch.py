@@ -139,6 +139,13 @@ def backend(
         torch_ops, configs, dtypes, min_capability: as `Backend` has them.
     """
     return Backend(
-        "triton", run, partial(triton_reasons, min_capability), unsupported, dtypes, emulated=INTERPRETED,
-        torch_ops=tuple(torch_ops), configs=configs, min_capability=min_capability,
-    )  # fmt: skip
+        "triton",
+        run,
+        partial(triton_reasons, min_capability),
+        unsupported,
+        dtypes,
+        emulated=INTERPRETED,
+        torch_ops=tuple(torch_ops),
+        configs=configs,
+        min_capability=min_capability,
+    )

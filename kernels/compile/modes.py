@@ -107,8 +107,11 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
         register_lowerings()
         from kernels.compile.recompute_policy import SaveBlockOutputs
 
-        options = {"deterministic": deterministic, "triton.cudagraphs": mode == "cudagraphs",
-                   "joint_custom_pre_pass": SaveBlockOutputs()}  # fmt: skip
+        options = {
+            "deterministic": deterministic,
+            "triton.cudagraphs": mode == "cudagraphs",
+            "joint_custom_pre_pass": SaveBlockOutputs(),
+        }
         if ops is not None:
             from kernels.compile.graph_passes import inductor_options
 

@@ -25,16 +25,14 @@ class SaveBlockOutputs(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            if node.meta.get(POLICY) in RECOMPUTED and not is_free(node) and read_by_later_block(node):
+            if node.meta.get(POLICY) not in RECOMPUTED or is_free(node):
+                continue
+            if any(user.meta.get(BLOCK, -1) > node.meta[BLOCK] for user in users_through_views(node)):
                 for saved in (node, *(user for user in node.users if user.target is operator.getitem)):
                     saved.meta[POLICY] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> Any:
         return get_hash_for_files((__file__,))
-
-
-def read_by_later_block(node: fx.Node) -> bool:
-    return any(user.meta.get(BLOCK, -1) > node.meta[BLOCK] for user in users_through_views(node))
 
 
 def users_through_views(node: fx.Node) -> Iterator[fx.Node]:

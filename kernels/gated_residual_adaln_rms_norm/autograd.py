@@ -14,8 +14,8 @@ def register_autograd(forward: torch.library.CustomOpDef, backward: torch.librar
         forward: (x, branch, gate, weight, shift, scale, branch_bias, eps) → x', y, and what `backward` takes besides:
             `kept`, if anything.
         backward: (x', branch, gate, weight, shift, scale, branch_bias, *kept, gradient of x', gradient of y, eps,
-            vectors) → the gradients of forward's seven tensors, in their order; the last five empty unless `vectors`.
-            One of the two gradients it is given may be None.
+            vector_grads) → the gradients of forward's seven tensors, in their order; the last five empty unless
+            `vector_grads`. One of the two gradients it is given may be None.
     """
 
     def save(ctx, inputs, output):

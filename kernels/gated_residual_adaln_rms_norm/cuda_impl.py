@@ -1,4 +1,4 @@
-"""The gated residual and its norm on the kernels of csrc; operators and launch configuration."""
+"""The CUDA backend of `gated_residual_adaln_rms_norm`: operators and launch configuration."""
 
 import torch
 
@@ -16,32 +16,53 @@ BACKWARD = LaunchConfig(tokens_per_block=32)
 
 @operator("gated_residual_adaln_rms_norm_cuda_fwd")
 def gated_residual_adaln_rms_norm_fwd(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None,
-    scale: torch.Tensor, branch_bias: torch.Tensor | None, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    branch_bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     x_new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=branch.dtype, device=x.device)
     launch(
-        "gated_residual_adaln_rms_norm_fwd", x.contiguous(), branch.contiguous(), dense_rows(gate),
-        weight.contiguous(), dense_rows(shift), dense_rows(scale), contiguous(branch_bias), x_new, y, eps,
+        "gated_residual_adaln_rms_norm_fwd",
+        x.contiguous(),
+        branch.contiguous(),
+        dense_rows(gate),
+        weight.contiguous(),
+        dense_rows(shift),
+        dense_rows(scale),
+        contiguous(branch_bias),
+        x_new,
+        y,
+        eps,
         FORWARD.tokens_per_block,
-    )  # fmt: skip
+    )
     return x_new, y
 
 
 @operator("gated_residual_adaln_rms_norm_cuda_bwd")
 def gated_residual_adaln_rms_norm_bwd(
-    x_new: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None,
-    scale: torch.Tensor, branch_bias: torch.Tensor | None, d_x_new: torch.Tensor | None, d_y: torch.Tensor | None,
-    eps: float, vectors: bool,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:  # fmt: skip
-    """The gradients of x, branch, gate, weight, shift, scale, branch_bias; the last five empty unless `vectors`."""
+    x_new: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    branch_bias: torch.Tensor | None,
+    d_x_new: torch.Tensor | None,
+    d_y: torch.Tensor | None,
+    eps: float,
+    vector_grads: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of x, branch, gate, weight, shift, scale, bias; the last five empty unless `vector_grads`."""
     samples, tokens, width = x_new.shape
     d_x = torch.empty(x_new.shape, dtype=x_new.dtype, device=x_new.device)
     d_branch = torch.empty(branch.shape, dtype=branch.dtype, device=x_new.device)
-    count, columns = (samples, width) if vectors else (0, 0)
+    count, columns = (samples, width) if vector_grads else (0, 0)
     d_gate, d_scale = gate.new_empty((count, width)), scale.new_empty((count, width))
     d_shift = (scale if shift is None else shift).new_empty((count, width))
     d_weight = weight.new_empty(columns)
@@ -49,12 +70,23 @@ def gated_residual_adaln_rms_norm_bwd(
     d_bias = branch_bias.new_empty(columns) if biased else weight.new_empty(0)
     shape = (count, -(-tokens // BACKWARD.tokens_per_block), 3 + biased, width)
     partials = x_new.new_empty(shape, dtype=torch.float32)
-    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias if biased else None) if vectors else (None,) * 6
+    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias if biased else None) if vector_grads else (None,) * 6
     launch(
-        "gated_residual_adaln_rms_norm_bwd", x_new.contiguous(), branch.contiguous(), dense_rows(gate),
-        weight.contiguous(), dense_rows(scale), contiguous(branch_bias), contiguous(d_x_new), contiguous(d_y), d_x,
-        d_branch, *asked, eps, BACKWARD.tokens_per_block,
-    )  # fmt: skip
+        "gated_residual_adaln_rms_norm_bwd",
+        x_new.contiguous(),
+        branch.contiguous(),
+        dense_rows(gate),
+        weight.contiguous(),
+        dense_rows(scale),
+        contiguous(branch_bias),
+        contiguous(d_x_new),
+        contiguous(d_y),
+        d_x,
+        d_branch,
+        *asked,
+        eps,
+        BACKWARD.tokens_per_block,
+    )
     return d_x, d_branch, d_gate, d_weight, d_shift, d_scale, d_bias
 
 

@@ -1,4 +1,4 @@
-"""The gated residual and its norm in Triton; see kernels/adaln_rms_norm/triton_passes.py for the launches."""
+"""The Triton backend of `gated_residual_adaln_rms_norm`: operators. The kernels are those of `adaln_rms_norm`."""
 
 import torch
 
@@ -10,26 +10,53 @@ from kernels.gated_residual_adaln_rms_norm.autograd import register_autograd
 
 @operator("gated_residual_adaln_rms_norm_fwd")
 def gated_residual_adaln_rms_norm_fwd(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None,
-    scale: torch.Tensor, branch_bias: torch.Tensor | None, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    branch_bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x', y, and the reciprocal root mean squares `[B, N]` that the backward pass needs."""
-    return forward_pass(x, branch, gate, branch_bias, weight, shift, scale, eps, branch.dtype)
+    return forward_pass(
+        x, branch, gate, branch_bias, weight=weight, shift=shift, scale=scale, eps=eps, y_dtype=branch.dtype
+    )
 
 
 @operator("gated_residual_adaln_rms_norm_bwd")
 def gated_residual_adaln_rms_norm_bwd(
-    x_new: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None,
-    scale: torch.Tensor, branch_bias: torch.Tensor | None, rstd: torch.Tensor, d_x_new: torch.Tensor | None,
-    d_y: torch.Tensor | None, eps: float, vectors: bool,
-) -> list[torch.Tensor]:  # fmt: skip
+    x_new: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    branch_bias: torch.Tensor | None,
+    rstd: torch.Tensor,
+    d_x_new: torch.Tensor | None,
+    d_y: torch.Tensor | None,
+    eps: float,
+    vector_grads: bool,
+) -> list[torch.Tensor]:
     """The gradients of x, branch, gate, weight, shift, scale and bias, empty where there is none.
 
     `eps` is in `rstd` already.
     """
     d_y = torch.zeros_like(branch) if d_y is None else d_y  # x' alone was used
     d_x, d_branch, d_gate, d_bias, *others = backward_pass(
-        d_y, d_x_new, x_new, branch, rstd, gate, branch_bias, weight, shift, scale, vectors
+        d_y,
+        x_new,
+        rstd,
+        d_x_new,
+        branch,
+        gate,
+        branch_bias,
+        weight=weight,
+        shift=shift,
+        scale=scale,
+        vector_grads=vector_grads,
     )
     return [d_x, d_branch, d_gate, *others, d_bias]
 

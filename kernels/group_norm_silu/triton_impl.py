@@ -119,9 +119,15 @@ def launch_forward(x, weight, bias, groups, eps, y, statistics) -> None:
 
 @operator("group_norm_silu_bwd")
 def backward_operator(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, statistics: torch.Tensor,
-    groups: int, needs_dx: bool, needs_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    statistics: torch.Tensor,
+    groups: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx in the memory format of `x`, dweight and dbias; those not asked for are empty."""
     shape = x.shape if needs_dx else (0, *x.shape[1:])
     dx = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))

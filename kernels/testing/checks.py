@@ -191,9 +191,8 @@ class OperatorCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name in self._names and name not in self.seen:
-            self.seen[name] = func, *tree_map_only(torch.Tensor, leaf_copy, (args, kwargs or {}))
+            copies = tree_map_only(
+                torch.Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (args, kwargs or {})
+            )
+            self.seen[name] = func, *copies
         return func(*args, **kwargs or {})
-
-
-def leaf_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

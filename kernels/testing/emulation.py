@@ -110,7 +110,8 @@ def compiled(source: Path, extra: tuple[str, ...]) -> Path:
     """The object of one source, made if it is not there."""
     flags = [*COMMON, *extra, "-Wall", "-Wno-unknown-pragmas"]
     if source.suffix == ".cpp":
-        flags += [f"-DLDIT_MODULE={MODULE}", *(f"-I{folder}" for folder in include_folders())]
+        torch_headers = Path(torch.__file__).parent / "include"  # DLPack, and pybind11
+        flags += [f"-DLDIT_MODULE={MODULE}", f"-I{torch_headers}", f"-I{sysconfig.get_path('include')}"]
     text = " ".join([compiler(), *flags])
     target = CACHE / f"{source.stem}-{digest(*included(source, CSRC), text=text)}.o"
     if not target.exists():
@@ -128,11 +129,6 @@ def included(source: Path, csrc: Path) -> list[Path]:
             if path not in found:
                 found.append(path)
     return found
-
-
-def include_folders() -> list[str]:
-    torch_headers = str(Path(torch.__file__).parent / "include")  # DLPack, and pybind11
-    return [torch_headers, sysconfig.get_path("include")]
 
 
 def build(target: Path, arguments: list[str]) -> None:
