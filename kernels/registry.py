@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 FILES = MappingProxyType(
     {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl", "emulated": "cuda_impl"}
 )
-#: What "auto" prefers, unless an op says otherwise: Triton first, until a measurement on a GPU shows that op's CUDA
-#: kernel to be faster.
+#: Order in which "auto" prefers backends, unless an op has its own: Triton first, until a measurement on a GPU shows
+#: that op's CUDA kernel to be faster.
 ORDER = ("triton", "cuda", "reference")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -94,7 +94,7 @@ class Op:
 
     @property
     def doc(self) -> str:
-        """What the op computes: the docstring of its folder."""
+        """The docstring of the op's folder, which says what it computes."""
         return import_module(self._module()).__doc__
 
     @property

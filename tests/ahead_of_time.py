@@ -31,7 +31,7 @@ LOAD = re.compile(r"ld\.global[.\w]*?(?:\.v(\d))?\.[bfus](\d+)\b")
 
 
 class Offline:
-    """What Triton asks of a driver to compile for a device that is not there."""
+    """The part of a Triton driver that compiling needs, for a device that is not there."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -78,7 +78,7 @@ def check_launcher(kernel) -> None:
 
 
 def report(kernel) -> dict:
-    """What `cuobjdump` and the PTX say; a stack is where spilled registers go, Triton has no other use for it."""
+    """Resources as `cuobjdump` and the PTX state them; Triton uses a stack for spilled registers only."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

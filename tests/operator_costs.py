@@ -1,4 +1,4 @@
-"""What one call of an operator costs, read off its arguments and results: bytes moved, and whether the host waits."""
+"""Cost of one operator call from its arguments and results: bytes moved, and whether the host waits."""
 
 import torch
 from torch.utils._pytree import tree_leaves

@@ -96,7 +96,7 @@ print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name i
 
 
 def kept(source_hash: str, folder: Path) -> dict[str, int]:
-    """What a new process finds of an op that was compiled before, by a version whose sources have that hash."""
+    """Cache hits and misses of a new process for an op that was compiled before, with sources of that hash."""
     environment = {name: value for name, value in os.environ.items() if name != modes.DIRECTORY}
     environment |= {"XDG_CACHE_HOME": str(folder), "TRITON_INTERPRET": "1"}
     code = KEPT.replace("SOURCES", repr(source_hash))

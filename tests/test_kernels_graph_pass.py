@@ -1,4 +1,4 @@
-"""What ops make of compiled graphs: which nodes they take the place of, and that the graph computes the same."""
+"""Graph passes of ops: the nodes that they replace, and that the graph computes the same."""
 
 import operator
 import pickle

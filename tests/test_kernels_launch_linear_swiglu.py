@@ -1,4 +1,4 @@
-"""How the Triton backends of `linear_swiglu` and `swiglu_linear_grad` cut their work, asked without a GPU."""
+"""Launches of the Triton backends of `linear_swiglu` and `swiglu_linear_grad`, without a GPU."""
 
 import pytest
 import torch

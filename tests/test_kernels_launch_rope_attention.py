@@ -1,4 +1,4 @@
-"""What `rope_attention` launches with Triton, and the cases of its kernels that dtypes of their own tell apart."""
+"""Launches of the Triton backend of `rope_attention`, and cases in which its arguments have different dtypes."""
 
 import itertools
 

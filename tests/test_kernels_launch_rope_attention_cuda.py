@@ -1,4 +1,4 @@
-"""What the CUDA kernels of `rope_attention` are launched with: properties that csrc/rope_attention_*.cu asks for."""
+"""Launch configurations of the CUDA backend of `rope_attention`: properties that csrc/rope_attention_*.cu relies on."""
 
 import pytest
 import torch

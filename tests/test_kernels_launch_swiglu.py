@@ -1,4 +1,4 @@
-"""How the Triton backend of `swiglu` cuts its work, asked without a GPU, and what it launches."""
+"""Launch configurations and launches of the Triton backend of `swiglu`, without a GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The generic checks judge backends they have never seen: a right one passes, wrong ones fail.
+"""The generic checks on backends they have never seen: a right one passes, wrong ones fail.
 
 Most wrong backends are a reference with one edit of its source, `wrong_edits` in the op's `expectations.py`: a
 forgotten eps, a margin ignored, a sign turned.

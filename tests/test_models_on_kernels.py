@@ -16,7 +16,7 @@ LIMITS = {torch.float32: (2e-5, 2e-5), torch.float16: (5e-3, 3e-2), torch.bfloat
 
 
 def ops_on(backend: str, device: str, dtype: torch.dtype) -> kernels.Ops:
-    """What models call on `backend`, where it has that, else the reference; skips, with reasons, if that cannot run."""
+    """The ops on `backend`, where they have it, else the reference; skips, with reasons, if that cannot run."""
     called = {name: op for name, op in kernels.OPS.items() if not op.graph_pass and not op.mutates}
     having = {name: backend for name, op in called.items() if backend in op.backends}
     reasons = cuda_reasons() if device == "cuda" else []

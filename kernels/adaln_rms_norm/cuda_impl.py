@@ -14,7 +14,7 @@ MAX_WIDTH = 4096
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many tokens of a sample a block walks over."""
+    """Launch configuration: tokens of one sample that a block takes, one after the other."""
 
     tokens_per_block: int
 

@@ -12,31 +12,37 @@ def _case(
     width: int,
     *,
     rows=Draw.rows,
-    shifted=True,
-    stream=None,
-    small=None,
-    bias=None,
-    layout=lambda x: x,
-    vectors=lambda x: x,
+    has_shift=True,
+    x_dtype=None,
+    vector_dtype=None,
+    bias_mean=None,
+    token_layout=lambda x: x,
+    vector_layout=lambda x: x,
     production=False,
 ) -> Case:
-    """`stream` is the dtype of `x`, `small` that of the modulation, where they are not that of `branch`.
+    """`x_dtype` is the dtype of `x`, `vector_dtype` that of the modulation, where they are not that of `branch`.
 
-    `layout` is that of `x` and `branch`, `vectors` that of the others; `bias` the mean of a bias of the branch, if any.
+    `token_layout` lays out `x` and `branch` in memory, `vector_layout` the others; `bias_mean` is the mean of a bias of
+    the branch, None for no bias.
     """
 
     def make(draw: Draw) -> dict:
-        gate, shift, scale = (vectors(part.to(small or draw.dtype)) for part in draw.chunks(3, samples, width))
-        return {
-            "x": layout(rows(draw, samples, tokens, width, dtype=stream)),
-            "branch": layout(rows(draw, samples, tokens, width)),
+        gate, shift, scale = (
+            vector_layout(part.to(vector_dtype or draw.dtype)) for part in draw.chunks(3, samples, width)
+        )
+        inputs = {
+            "x": token_layout(rows(draw, samples, tokens, width, dtype=x_dtype)),
+            "branch": token_layout(rows(draw, samples, tokens, width)),
             "gate": gate,
-            "weight": vectors(draw.normal(width, mean=1.0, std=0.2, dtype=small)),
-            "shift": shift if shifted else None,
+            "weight": vector_layout(draw.normal(width, mean=1.0, std=0.2, dtype=vector_dtype)),
+            "shift": shift if has_shift else None,
             "scale": scale,
             "eps": EPS,
-            "branch_bias": None if bias is None else vectors(draw.normal(width, mean=bias, std=0.5, dtype=small)),
+            "branch_bias": None,
         }
+        if bias_mean is not None:
+            inputs["branch_bias"] = vector_layout(draw.normal(width, mean=bias_mean, std=0.5, dtype=vector_dtype))
+        return inputs
 
     return Case(name, make, production)
 
@@ -45,25 +51,25 @@ CASES = (
     _case("one_row", 1, 1, 8),
     _case("one_token", 3, 1, 8),
     _case("odd", 3, 5, 37),
-    _case("odd_no_shift", 2, 7, 19, shifted=False),
+    _case("odd_no_shift", 2, 7, 19, has_shift=False),
     _case("even_rows", 2, 16, 48, rows=Draw.normal),
     _case("XL_width", 2, 3, 1152),
     _case("three_blocks_of_columns", 2, 3, 440),
-    _case("strided", 2, 5, 24, layout=strided),
-    _case("strided_vectors", 2, 5, 24, vectors=strided, bias=0.7),
-    _case("transposed", 2, 6, 24, layout=lambda x: x.mT.contiguous().mT),
-    _case("float32_stream", 2, 5, 40, stream=torch.float32),
-    _case("float32_stream_and_modulation", 2, 37, 33, stream=torch.float32, small=torch.float32),
-    _case("bias", 3, 20, 37, bias=0.7),
-    _case("bias_no_shift", 2, 7, 19, shifted=False, bias=-0.7),
-    _case("float32_stream_and_bias", 2, 18, 40, stream=torch.float32, small=torch.float32, bias=0.7),
+    _case("strided", 2, 5, 24, token_layout=strided),
+    _case("strided_vectors", 2, 5, 24, vector_layout=strided, bias_mean=0.7),
+    _case("transposed", 2, 6, 24, token_layout=lambda x: x.mT.contiguous().mT),
+    _case("float32_stream", 2, 5, 40, x_dtype=torch.float32),
+    _case("float32_stream_and_modulation", 2, 37, 33, x_dtype=torch.float32, vector_dtype=torch.float32),
+    _case("bias", 3, 20, 37, bias_mean=0.7),
+    _case("bias_no_shift", 2, 7, 19, has_shift=False, bias_mean=-0.7),
+    _case("float32_stream_and_bias", 2, 18, 40, x_dtype=torch.float32, vector_dtype=torch.float32, bias_mean=0.7),
     _case("B", 32, 256, 768, rows=Draw.normal, production=True),
     _case("L", 32, 256, 1024, rows=Draw.normal, production=True),
     _case("XL", 128, 256, 1152, rows=Draw.normal, production=True),
     _case("1p6B", 32, 256, 1792, production=True),
-    _case("XL_float32_stream", 128, 256, 1152, rows=Draw.normal, stream=torch.float32, production=True),
-    _case("XL_bias", 128, 256, 1152, rows=Draw.normal, bias=0.7, production=True),
-    _case("XL_float32_stream_bias", 32, 256, 1152, stream=torch.float32, bias=0.7, production=True),
+    _case("XL_float32_stream", 128, 256, 1152, rows=Draw.normal, x_dtype=torch.float32, production=True),
+    _case("XL_bias", 128, 256, 1152, rows=Draw.normal, bias_mean=0.7, production=True),
+    _case("XL_float32_stream_bias", 32, 256, 1152, x_dtype=torch.float32, bias_mean=0.7, production=True),
 )
 
 

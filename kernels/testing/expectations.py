@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TritonLimits:
-    """What a Triton kernel may use at most, in every production case, dtype and architecture.
+    """Upper limits for a Triton kernel, in every production case, dtype and architecture.
 
     Attributes:
         registers: per thread.
@@ -30,7 +30,7 @@ class TritonLimits:
 
 @dataclass(frozen=True)
 class CudaLimits:
-    """What a CUDA kernel may use at most, over all its instances and architectures. None may spill.
+    """Upper limits for a CUDA kernel, over all its instances and architectures. None may spill.
 
     Attributes:
         registers: per thread.

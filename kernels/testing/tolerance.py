@@ -24,7 +24,7 @@ TENSOR_CORE_TRUNCATION = 2.0**-17
 
 
 def mismatches(got: Tensors, eager: Tensors, exact: Tensors, half_precision: bool = False) -> list[str]:
-    """What is wrong with results: names, dtypes, shapes, errors above the tolerance; empty if they are right.
+    """Reasons why results are wrong: names, dtypes, shapes, errors above the tolerance; empty if they are right.
 
     Args:
         got: results by name, of the implementation under test.
@@ -41,7 +41,7 @@ def mismatches(got: Tensors, eager: Tensors, exact: Tensors, half_precision: boo
 def mismatch(
     name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, half_precision: bool = False
 ) -> str:
-    """What is wrong with one result, or an empty text; `half_precision` as `mismatches` takes it."""
+    """The reason why one result is wrong, or an empty text; `half_precision` as `mismatches` takes it."""
     if (got.dtype, got.shape) != (eager.dtype, eager.shape):
         return f"{name}: {got.dtype} {tuple(got.shape)}, the reference gives {eager.dtype} {tuple(eager.shape)}"
     if not (eager.isfinite().all() and exact.isfinite().all()):
