@@ -6,29 +6,31 @@ import torch
 
 from kernels.backends.layout import contiguous, dense_rows
 
-WIDEST = 128
+MAX_WIDTH = 128
 
 
 def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
-    """Give one operator its gradient by the other; returns the op as these two compute it.
+    """Register `backward` as the gradient of `forward`; returns the op that calls them.
+
+    Rows of the tensors they are given are dense.
 
     Args:
-        forward: (qkv, bias, table, q_weight, k_weight, eps) → the result; log2 Σ exp of the scores, `[B, heads, N]`
-            float32. `table` `[N, d/2, 2]` float32: cos and sin of each pair. Rows of `qkv` are dense, and all vectors.
-        backward: (gradient of the result, qkv, bias, table, q_weight, k_weight, result, log-sum-exp, eps, summed) → the
-            gradients of `qkv` (packed, contiguous), of `q_weight` and of `k_weight`, empty where there are none, and of
-            `bias`, empty unless `summed`.
+        forward: (qkv `[B, N, 3, H, D]`, bias `[3·H·D]`, table `[N, D/2, 2]` float32, q_weight `[D]`, k_weight `[D]`,
+            eps) → out `[B, N, H·D]`, lse `[B, H, N]` float32. All but qkv and eps may be None. `table` holds cos and
+            sin of each pair, lse is log2 Σ exp of the scores.
+        backward: (d_out, qkv, bias, table, q_weight, k_weight, out, lse, eps, summed) → d_qkv, contiguous; d_q_weight
+            and d_k_weight, empty without weights; d_bias, empty unless `summed`.
     """
 
     def save(ctx, inputs, output):
         *tensors, ctx.eps = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)  # the log-sum-exp gets no gradient: not one of zeros either
+        ctx.set_materialize_grads(False)  # lse has no gradient: do not make one of zeros
 
     def gradients(ctx, d_out, _):
         if d_out is None:
             return (None,) * 6
-        saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
         normed, summed = saved[3] is not None, ctx.needs_input_grad[1]
         d_qkv, d_q_weight, d_k_weight, d_bias = backward(dense_rows(d_out), *saved, ctx.eps, summed)
         d_weights = (d_q_weight, d_k_weight) if normed else (None, None)
@@ -45,14 +47,14 @@ def register_autograd(forward: torch.library.CustomOpDef, backward: torch.librar
 
 
 def pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Tables `[N, d]` → `[N, d/2, 2]` float32: each angle once, its cos and sin side by side, read in one go.
+    """Tables `[N, D]` → `[N, D/2, 2]` float32: each angle once, its cos and sin side by side.
 
-    Plain torch operations, so that a compiled model makes it once for all its layers.
+    Plain torch operations, so that a compiled model makes the result once for all its layers.
     """
     return torch.stack((cos[:, ::2], sin[:, ::2]), dim=-1).float()
 
 
-def width_reasons(qkv: torch.Tensor, widest: int = WIDEST) -> list[str]:
+def width_reasons(qkv: torch.Tensor, max_width: int = MAX_WIDTH) -> list[str]:
     """Why kernels cannot take these heads; empty if they can."""
     width = qkv.shape[-1]
-    return [f"heads are {width} wide, above {widest} in {qkv.dtype}"] if width > widest else []
+    return [f"heads are {width} wide, above {max_width} in {qkv.dtype}"] if width > max_width else []

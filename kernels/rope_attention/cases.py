@@ -4,7 +4,7 @@ from kernels.registry import FLOATS
 from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 EPS = 1e-6
-WIDE, NARROW = frozenset({torch.float32, torch.float64}), frozenset({torch.float16, torch.bfloat16})
+FULL_PRECISION, HALF_PRECISION = frozenset({torch.float32, torch.float64}), frozenset({torch.float16, torch.bfloat16})
 #: Of production cases that differ from others in one thing: once is enough.
 TRAINED = frozenset({torch.bfloat16})
 FLOAT32_TOO = TRAINED | {torch.float32}
@@ -22,20 +22,20 @@ def _case(
     bias=False,
     std=1.5,
     mean=0.2,
-    small=None,
+    vector_dtype=None,
     layout=lambda x: x,
     production=False,
     dtypes=FLOATS,
 ) -> Case:
-    """`std`, `mean`: of queries, keys and values; `small`: dtype of weights and bias where it is not that of `qkv`."""
+    """`std`, `mean`: of queries, keys and values; `vector_dtype`: of weights and bias, if not that of `qkv`."""
 
     def make(draw: Draw) -> dict:
         qkv = draw.normal(samples, tokens, 3, heads, width, std=std, mean=mean, dtype=torch.float32)
         if norm and not bias:  # with one, no row is small
             qkv[:, 1::2, :2] *= 1e-3  # the eps of the norm decides these rows
         cos, sin = draw.angles(tokens, width) if rope else (None, None)
-        q_weight, k_weight = (draw.normal(width, mean=1.0, std=0.3, dtype=small) if norm else None for _ in "qk")
-        vector = draw.normal(3 * heads * width, mean=-0.3, std=0.5, dtype=small) if bias else None
+        q_weight, k_weight = (draw.normal(width, mean=1.0, std=0.3, dtype=vector_dtype) if norm else None for _ in "qk")
+        vector = draw.normal(3 * heads * width, mean=-0.3, std=0.5, dtype=vector_dtype) if bias else None
         return {
             "qkv": layout(qkv.to(draw.dtype)),
             "cos": cos,
@@ -54,8 +54,8 @@ def _heads_first(qkv: torch.Tensor) -> torch.Tensor:
     return qkv.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
 
 
-def _turn_one_head_away(qkv: torch.Tensor) -> torch.Tensor:
-    """The second head's queries against its keys: where all scores are far below 0, a key past the end shows."""
+def _negate_queries_of_one_head(qkv: torch.Tensor) -> torch.Tensor:
+    """Negate the second head's queries: where all scores are far below 0, a key past the end shows."""
     qkv = qkv.clone()
     qkv[:, :, 0, 1] *= -1
     return qkv
@@ -70,10 +70,10 @@ CASES = (
     _case("odd_no_norm", 2, 5, 3, 10, norm=False),
     _case("norm_only", 2, 7, 2, 8, rope=False),
     _case("plain_odd_width", 1, 6, 2, 7, rope=False, norm=False),
-    # exp overflows unless the row's maximum is taken off. Scores that large also show the rounding of rotated queries
-    # and keys, which kernels for tensor cores cannot do without in 16 bits: wide dtypes here, no rotation below (where
-    # float32 would show that delta comes from the result).
-    _case("peaked", 1, 9, 2, 16, norm=False, std=8.0, dtypes=WIDE),
+    # exp overflows unless the row's maximum is subtracted. Scores that large also show the rounding of rotated queries
+    # and keys, which tensor cores impose in 16 bits: full precision here, no rotation below (where float32 would show
+    # that delta comes from the result).
+    _case("peaked", 1, 9, 2, 16, norm=False, std=8.0, dtypes=FULL_PRECISION),
     _case(
         "large_scores",
         1,
@@ -84,25 +84,25 @@ CASES = (
         norm=False,
         std=0.5,
         mean=5.0,
-        layout=_turn_one_head_away,
-        dtypes=NARROW,
+        layout=_negate_queries_of_one_head,
+        dtypes=HALF_PRECISION,
     ),
     _case("strided", 2, 5, 2, 12, layout=strided),
     _case("heads_first", 2, 5, 2, 12, layout=_heads_first),
-    _case("float16_weights", 2, 6, 2, 12, bias=True, small=torch.float16, dtypes=WIDE),
+    _case("float16_weights", 2, 6, 2, 12, bias=True, vector_dtype=torch.float16, dtypes=FULL_PRECISION),
     _case("width_64", 1, 33, 2, 64, norm=False),
     _case("width_72", 1, 37, 2, 72),
     # Tiles of Triton are 16 to 128 rows: several of each kind, the last one with one row, or full.
     _case("width_80_65_tokens", 1, 65, 1, 80),
     _case("width_96_128_tokens", 1, 128, 1, 96, norm=False, std=1.0),
     _case("width_128_two_heads", 1, 20, 2, 128, norm=False),
-    _case("width_88_130_tokens", 1, 130, 1, 88, dtypes=NARROW),  # more keys than a CUDA block takes at a time
+    _case("width_88_130_tokens", 1, 130, 1, 88, dtypes=HALF_PRECISION),  # more keys than a CUDA block takes at a time
     # Several samples, heads or tiles: a bias differs in each head, and all samples and tokens add to its gradient.
     _case("bias", 3, 5, 2, 10, norm=False, bias=True),
     _case("bias_plain", 2, 6, 2, 7, rope=False, norm=False, bias=True),
     _case("bias_width_72", 1, 70, 1, 72, norm=False, bias=True),
     _case("bias_norm_width_64", 1, 33, 2, 64, bias=True),
-    _case("257_tokens", 1, 257, 1, 24, dtypes=NARROW),  # one more than may stay in shared memory
+    _case("257_tokens", 1, 257, 1, 24, dtypes=HALF_PRECISION),  # one more than may stay in shared memory
     # The bias is that of the projection, which leaves it to the op unless parameters are partitioned.
     _case("B", 32, 256, 12, 64, norm=False, bias=True, production=True, dtypes=FLOAT32_TOO),
     _case("L", 32, 256, 16, 64, norm=False, bias=True, production=True, dtypes=TRAINED),

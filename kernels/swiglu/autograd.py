@@ -6,11 +6,11 @@ import torch
 
 
 def register_autograd(forward: torch.library.CustomOpDef, backward: torch.library.CustomOpDef) -> Callable:
-    """Give one operator its gradient by the other; returns the op as these two compute it. It saves its inputs only.
+    """Register `backward` as the gradient of `forward`; returns the op that calls them. Only the inputs are saved.
 
     Args:
-        forward: (gate_up, bias) → the result.
-        backward: (its gradient, gate_up, bias, summed) → the gradients of `gate_up` and, empty unless `summed`, `bias`.
+        forward: (gate_up `[…, 2H]`, bias `[2H]` or None) → out `[…, H]`.
+        backward: (d_out, gate_up, bias, summed) → d_gate_up; d_bias, empty unless `summed`.
     """
 
     def setup_context(ctx, inputs, output):

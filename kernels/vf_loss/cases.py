@@ -3,7 +3,7 @@ import torch
 from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 PUBLISHED = (0.25, 0.5)  # margins of the paper's last training stage
-EXACT = frozenset({torch.float64, torch.float32})
+FULL_PRECISION = frozenset({torch.float64, torch.float32})
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -87,8 +87,8 @@ CASES = (
     _case("float16_features", 2, 11, 3, 4, features=torch.float16, layout=_channels_last),
     _case("channels_last", 2, 12, 3, 4, layout=_channels_last),
     _case("strided", 2, 9, 3, 4, layout=strided),
-    Case("below_the_floors", _below_the_floors, dtypes=EXACT),
-    Case("below_both_floors", _below_both_floors, dtypes=EXACT),
+    Case("below_the_floors", _below_the_floors, dtypes=FULL_PRECISION),
+    Case("below_both_floors", _below_both_floors, dtypes=FULL_PRECISION),
     _case("tiles", 1, 20, 17, 16, few=True),
     _case("tiles_channels_last", 1, 70, 9, 9, (0.11, 0.1), few=True, layout=_channels_last),
     _case("dinov2_large", 32, 1024, 16, 16, production=True),

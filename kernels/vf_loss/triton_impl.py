@@ -88,31 +88,31 @@ def larger_dtype(z: torch.Tensor, f: torch.Tensor) -> torch.dtype:
 
 
 @operator("vf_loss_fwd")
-def forward(
+def vf_loss_fwd(
     z: torch.Tensor, f: torch.Tensor, distmat_margin: float, cos_margin: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both terms, and `[3, B, N]` float32: the norms of `z` and of `f`, and the products z·f."""
     z, f = z.flatten(2), f.flatten(2)
     samples, channels, positions = z.shape
     strides = *z.stride(), *f.stride()
-    kept = z.new_empty((3, samples, positions), dtype=torch.float32)
-    distmat, cos = kept.new_empty(()), kept.new_empty(())
+    saved = z.new_empty((3, samples, positions), dtype=torch.float32)
+    distmat, cos = saved.new_empty(()), saved.new_empty(())
 
     config = positions_config(channels, positions)
     grid = triton.cdiv(positions, config.positions), samples
-    cos_sums = kept.new_empty(grid)
+    cos_sums = saved.new_empty(grid)
     launch(
         vf_loss_positions, grid,
-        z, f, *kept, cos_sums, cos_margin, *strides,
+        z, f, *saved, cos_sums, cos_margin, *strides,
         C=channels, N=positions, BC=config.depth, BN=config.positions, num_warps=config.warps,
     )  # fmt: skip
 
     config = forward_config(larger_dtype(z, f), samples, positions, architecture())
     tiles_across = triton.cdiv(positions, config.rows)
-    tile_sums = kept.new_empty((samples, tiles_across * tiles_across))
+    tile_sums = saved.new_empty((samples, tiles_across * tiles_across))
     launch(
         vf_loss_tiles, (tiles_across * tiles_across, samples),
-        z, f, *kept[:2], tile_sums, tiles_across, distmat_margin, *strides,
+        z, f, *saved[:2], tile_sums, tiles_across, distmat_margin, *strides,
         C=channels, N=positions, BI=config.rows, BC=config.depth, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     launch(
@@ -120,15 +120,15 @@ def forward(
         tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel(),
         float(samples * positions**2), float(samples * positions), BLOCK=1024,
     )  # fmt: skip
-    return distmat, cos, kept
+    return distmat, cos, saved
 
 
 @operator("vf_loss_bwd")
-def backward_of_first(
-    z: torch.Tensor, f: torch.Tensor, kept: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
+def vf_loss_bwd(
+    z: torch.Tensor, f: torch.Tensor, saved: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
     distmat_margin: float, cos_margin: float, swapped: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """The gradient of `z`; with `swapped`, `z` and `f` are the other way round than in the forward pass."""
+    """The gradient of `z`; with `swapped`, `z` and `f` are exchanged with respect to the forward pass."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
     z, f, dz_flat = z.flatten(2), f.flatten(2), dz.flatten(2)
     samples, channels, positions = z.shape
@@ -136,7 +136,7 @@ def backward_of_first(
     one_tile = positions <= config.columns
     in_place = one_tile or z.dtype == torch.float32
     partial = dz_flat if in_place else torch.empty_like(dz_flat, dtype=torch.float32)
-    z_norms, f_norms, products = (kept[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
+    z_norms, f_norms, products = (saved[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
     launch(
         vf_loss_gradient, (triton.cdiv(positions, config.rows), samples),
         z, f, z_norms, f_norms, products, d_distmat, d_cos, partial, dz_flat, distmat_margin, cos_margin,
@@ -147,7 +147,7 @@ def backward_of_first(
     return dz
 
 
-vf_loss = register_autograd(forward, backward_of_first)
+vf_loss = register_autograd(vf_loss_fwd, vf_loss_bwd)
 
 
 def unsupported(z, f, distmat_margin, cos_margin):
