@@ -17,10 +17,10 @@ def truncated(values: torch.Tensor) -> torch.Tensor:
 
 def cosines(vectors: torch.Tensor, add) -> torch.Tensor:
     """Those of bfloat16 rows with each other; `add` rounds the sum after each step of 16 products."""
-    wide, total = vectors.double(), torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for part in wide.split(16, dim=1):
+    vectors, total = vectors.double(), torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for part in vectors.split(16, dim=1):
         total = add(total + part @ part.T).double()
-    lengths = wide.norm(dim=1)
+    lengths = vectors.norm(dim=1)
     return total / lengths[:, None] / lengths
 
 
@@ -45,7 +45,7 @@ def test_sums_that_tensor_cores_truncate_pass_and_coarser_ones_do_not():
     assert mismatch("mean", in_float16, exact.float(), exact, half_precision=True)
 
 
-WIDE = torch.linspace(-3, 3, 25, dtype=torch.float64)
+EXACT = torch.linspace(-3, 3, 25, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,10 +53,10 @@ WIDE = torch.linspace(-3, 3, 25, dtype=torch.float64)
 def test_twice_the_error_of_the_reference_is_the_limit(times, right, dtype):
     """Where that error is large beside the roundings of the dtype; the largest difference counts, of either sign."""
     error = 512 * torch.finfo(dtype).eps
-    eager, got = WIDE.clone(), WIDE.clone()
+    eager, got = EXACT.clone(), EXACT.clone()
     eager[3] += error
     got[20] -= times * error
-    assert (mismatch("x", got.to(dtype), eager.to(dtype), WIDE) == "") is right
+    assert (mismatch("x", got.to(dtype), eager.to(dtype), EXACT) == "") is right
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def test_low_precision_is_float32_arithmetic_rounded_once(op, dtype):
         inputs = case.inputs(dtype)
         if inputs.get("x") is not None and "branch" in inputs and inputs["x"].dtype == dtype:
             continue  # two roundings, one after the other: tested below
-        wide = tree_map(float32, inputs)
-        got, want = outputs(op, function, inputs), outputs(op, function, wide)
+        inputs_fp32 = tree_map(float32, inputs)
+        got, want = outputs(op, function, inputs), outputs(op, function, inputs_fp32)
         for name in got:
             assert got[name].dtype == result_dtype(op, inputs, name, dtype)
             assert torch.equal(got[name], want[name].to(got[name].dtype)), f"{case.id}: {name}"

@@ -45,12 +45,12 @@ PRODUCTION = [(op, case) for op in kernels.OPS.values() for case in op.cases if 
 def test_the_memory_counted_for_a_test_covers_its_check(op, case, dtype, monkeypatch):
     """The checks of `kernels.testing.checks`, on tensors without memory, with the reference for a backend."""
 
-    def judged(inputs, got, eager, exact):
+    def compared(inputs, got, eager, fp64):
         for name, result in got.items():
-            (result.double() - exact[name]).abs().max()
+            (result.double() - fp64[name]).abs().max()
 
     monkeypatch.setattr(op_checks, "random_like", torch.empty_like)
-    monkeypatch.setattr(op_checks, "assert_within_tolerance", judged)
+    monkeypatch.setattr(op_checks, "assert_within_tolerance", compared)
     monkeypatch.setattr(op_checks, "same_bits", lambda a, b: True)
     if dtype not in op.dtypes & case.dtypes:
         pytest.skip(f"no case in {dtype}")

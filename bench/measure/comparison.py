@@ -319,9 +319,9 @@ class Comparison(ABC):
         print("; ".join(filter(None, (text, coverage_text(row)))) if last else f"so far: {text}", flush=True)
 
 
-def mismatches(what: str, values: Mapping[str, torch.Tensor], eager: Any, exact: Any) -> dict[str, str]:
+def mismatches(what: str, values: Mapping[str, torch.Tensor], eager: Any, fp64: Any) -> dict[str, str]:
     """Provider → how its value breaks the tests' rule: an error at most twice that of `eager`, beside float64."""
-    found = {name: mismatch(what, value, eager, exact) for name, value in values.items()}
+    found = {name: mismatch(what, value, eager, fp64) for name, value in values.items()}
     return {name: why for name, why in found.items() if why}
 
 

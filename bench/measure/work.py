@@ -34,13 +34,13 @@ class Reference:
     def __init__(self, op: Op, inputs: Inputs):
         self.op, self.inputs = op, inputs
         self._eager = outputs(op, reference(op), inputs)
-        wide = as_float64(inputs)
-        self._exact = outputs(op, reference(op), wide)
+        inputs_fp64 = as_float64(inputs)
+        self._fp64 = outputs(op, reference(op), inputs_fp64)
         self.upstream: Tensors = {}
         if op.differentiable:
             self.upstream = {name: random_like(result) for name, result in self._eager.items()}
             self._eager_gradients = gradients(op, reference(op), inputs, self.upstream)
-            self._exact_gradients = gradients(op, reference(op), wide, as_float64(self.upstream))
+            self._fp64_gradients = gradients(op, reference(op), inputs_fp64, as_float64(self.upstream))
 
     def mismatches(self, adapter: Adapter, direction: str) -> list[str]:
         """What is wrong with a provider's results in that direction; empty if it may be timed."""
@@ -51,11 +51,11 @@ class Reference:
         if direction != "backward":
             mutated = {name: call.inputs[name] for name in self.op.mutates if call.inputs[name] is not None}
             wrong += mismatches({name: result.detach() for name, result in results.items()} | mutated,
-                            self._eager, self._exact, has_half_precision(self.inputs))  # fmt: skip
+                            self._eager, self._fp64, has_half_precision(self.inputs))  # fmt: skip
         if direction != "forward":
             found = dict(zip(call.leaves, call.gradients(results, self.upstream), strict=True))
             merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}
-            wrong += mismatches(merged, self._eager_gradients, self._exact_gradients, has_half_precision(self.inputs))
+            wrong += mismatches(merged, self._eager_gradients, self._fp64_gradients, has_half_precision(self.inputs))
         return wrong
 
 

@@ -112,14 +112,14 @@ def _check_compiled(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
     function = torch.compile(op.bind(backend), fullgraph=True, backend=compiler)
     inputs = case.inputs(dtype, device)
     eager = outputs(op, reference(op), inputs)
-    exact = outputs(op, reference(op), as_float64(inputs))
+    fp64 = outputs(op, reference(op), as_float64(inputs))
     if op.differentiable:
         upstream = {name: random_like(result) for name, result in eager.items()}
         eager = gradients(op, reference(op), inputs, upstream, keep=True)
-        exact = gradients(op, reference(op), as_float64(inputs), as_float64(upstream), keep=True)
-        assert_within_tolerance(inputs, gradients(op, function, inputs, upstream, keep=True), eager, exact)
+        fp64 = gradients(op, reference(op), as_float64(inputs), as_float64(upstream), keep=True)
+        assert_within_tolerance(inputs, gradients(op, function, inputs, upstream, keep=True), eager, fp64)
     else:
-        assert_within_tolerance(inputs, outputs(op, function, inputs), eager, exact)
+        assert_within_tolerance(inputs, outputs(op, function, inputs), eager, fp64)
 
 
 def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -148,8 +148,8 @@ def check_limits(op: Op, backend: Backend, case: Case, device: str = "cpu") -> N
         assert reasons and all(isinstance(reason, str) for reason in reasons), f"no reason against {dtype}"
 
 
-def assert_within_tolerance(inputs: Inputs, got: Tensors, eager: Tensors, exact: Tensors) -> None:
-    wrong = mismatches(got, eager, exact, has_half_precision(inputs))
+def assert_within_tolerance(inputs: Inputs, got: Tensors, eager: Tensors, fp64: Tensors) -> None:
+    wrong = mismatches(got, eager, fp64, has_half_precision(inputs))
     assert not wrong, "; ".join(wrong)
 
 

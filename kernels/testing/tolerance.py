@@ -1,7 +1,7 @@
 """The tolerance rule for results of ops, and the calls whose results it compares; for tests and benches.
 
-A result is right when its error is at most twice that of the reference in the same dtype, plus 4·eps·max|exact|; both
-errors are taken against the reference in float64, on the same (rounded) inputs, as the largest absolute difference.
+A result is right when its error is at most twice that of the reference in the same dtype, plus 4·eps·max|r|. Errors are
+largest absolute differences from r, the reference in float64 on the same (rounded) inputs.
 
 Where inputs have 16 bits, 4·eps is at least `TENSOR_CORE_TRUNCATION`, which matters to float32 results: tensor cores
 add up products of 16-bit numbers in float32, but truncate what that cannot hold, where the reference rounds to nearest.
@@ -23,32 +23,32 @@ Tensors = dict[str, torch.Tensor]
 TENSOR_CORE_TRUNCATION = 2.0**-17
 
 
-def mismatches(got: Tensors, eager: Tensors, exact: Tensors, half_precision: bool = False) -> list[str]:
+def mismatches(got: Tensors, eager: Tensors, fp64: Tensors, half_precision: bool = False) -> list[str]:
     """Reasons why results are wrong: names, dtypes, shapes, errors above the tolerance; empty if they are right.
 
     Args:
         got: results by name, of the implementation under test.
         eager: those of the reference, on the same inputs.
-        exact: those of the reference in float64.
+        fp64: those of the reference in float64.
         half_precision: whether any input has 16-bit floats.
     """
     if set(got) != set(eager):
         return [f"got {sorted(got)}, the reference gives {sorted(eager)}"]
-    found = (mismatch(name, got[name], eager[name], exact[name], half_precision) for name in eager)
+    found = (mismatch(name, got[name], eager[name], fp64[name], half_precision) for name in eager)
     return [text for text in found if text]
 
 
 def mismatch(
-    name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, half_precision: bool = False
+    name: str, got: torch.Tensor, eager: torch.Tensor, fp64: torch.Tensor, half_precision: bool = False
 ) -> str:
     """The reason why one result is wrong, or an empty text; `half_precision` as `mismatches` takes it."""
     if (got.dtype, got.shape) != (eager.dtype, eager.shape):
         return f"{name}: {got.dtype} {tuple(got.shape)}, the reference gives {eager.dtype} {tuple(eager.shape)}"
-    if not (eager.isfinite().all() and exact.isfinite().all()):
+    if not (eager.isfinite().all() and fp64.isfinite().all()):
         return f"{name}: the reference is not finite, a bad case"
-    eager_error, error = (float((t.double() - exact).abs().max()) for t in (eager, got))
+    eager_error, error = (float((t.double() - fp64).abs().max()) for t in (eager, got))
     relative = max(4 * torch.finfo(got.dtype).eps, TENSOR_CORE_TRUNCATION if half_precision else 0.0)
-    limit = 2 * eager_error + relative * float(exact.abs().max())
+    limit = 2 * eager_error + relative * float(fp64.abs().max())
     if error <= limit:  # false for NaN
         return ""
     return f"{name}: error {error:.3e}, limit {limit:.3e}, that of the reference {eager_error:.3e}"

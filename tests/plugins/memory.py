@@ -68,10 +68,12 @@ def needed(about: OpParameters) -> int:
     """Bytes that a check of an op takes."""
     op = about.op
     with Peak() as peak:
-        exact = as_float64(about.case.inputs(about.dtype, "meta"))
-        results = outputs(op, reference(op), exact)
+        inputs_fp64 = as_float64(about.case.inputs(about.dtype, "meta"))
+        results = outputs(op, reference(op), inputs_fp64)
         if op.differentiable:
-            gradients(op, reference(op), exact, {name: torch.empty_like(result) for name, result in results.items()})
+            gradients(
+                op, reference(op), inputs_fp64, {name: torch.empty_like(result) for name, result in results.items()}
+            )
     return CHECKED * peak.bytes
 
 
