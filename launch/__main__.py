@@ -125,19 +125,16 @@ def _message(error: Exception) -> str:
     from common.sections import describe
 
     if _lost_peer(error):
+        first_line = str(error).partition("\n")[0]
         return (
             f"another process of this run has ended or does not answer; what it or the launcher says tells why "
-            f"({_first_line(error)})"
+            f"({first_line})"
         )
     if isinstance(error, ValidationError):
         return describe(error)
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write to standard output: {error.strerror}"  # every file that is written has its name there
     return str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _is_user_error(error: Exception) -> bool:

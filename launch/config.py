@@ -217,7 +217,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
     document, notes = read_mapping(found), config_note(path)
     try:
         _refuse_other_kind(document, kind)
-        if kind == "vavae" and _is_published_tokenizer(document):
+        model = document.get("model")
+        if kind == "vavae" and ("lightning" in document or (isinstance(model, Mapping) and "params" in model)):
             document, converted = from_published(document)
             notes += converted
         for override in overrides:
@@ -236,11 +237,6 @@ def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
         return KINDS[kind].model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"{source}: {describe(e)}") from None
-
-
-def _is_published_tokenizer(document: Mapping) -> bool:
-    model = document.get("model")
-    return "lightning" in document or (isinstance(model, Mapping) and "params" in model)
 
 
 def _refuse_other_kind(document: Mapping, kind: str) -> None:

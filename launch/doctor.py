@@ -165,7 +165,11 @@ def gpu_rows() -> list[Row]:
 
 def compiler_rows() -> list[Row]:
     """The tools that building the CUDA extension takes, and whether they are all there."""
-    tools = {name: find() for name, find in (("g++", _cxx), ("nvcc", _nvcc), ("ninja", _ninja))}
+    tools = {
+        "g++": shutil.which(os.environ.get("CXX", "g++")),
+        "nvcc": _nvcc(),
+        "ninja": shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja")),
+    }
     rows = [Row(name, _version(path) if path else "not found", path or "") for name, path in tools.items()]
     folder, lacking = cuda_headers()
     rows.append(Row("cuda headers", str(folder or "not found"), f"lacks {', '.join(lacking)}" if lacking else ""))
@@ -197,19 +201,11 @@ def _cuda_homes() -> list[Path]:
     return [Path(p) for p in [*named, "/usr/local/cuda"]]
 
 
-def _cxx() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
 def _nvcc() -> str | None:
     spec = importlib.util.find_spec("nvidia")
     wheels = [Path(p) / "cu13" for p in (spec.submodule_search_locations if spec else [])]
     beside = [str(home / "bin" / "nvcc") for home in [*_cuda_homes(), *wheels]]
     return next(filter(None, map(shutil.which, ["nvcc", *beside])), None)
-
-
-def _ninja() -> str | None:
-    return shutil.which("ninja") or shutil.which(str(Path(sys.executable).parent / "ninja"))
 
 
 def run(*command: str) -> str:

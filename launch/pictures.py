@@ -5,7 +5,8 @@ Images are uint8 `[N, H, W, 3]`. Small ones are enlarged by whole pixels, so tha
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def loss_curves(
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for color, (name, (steps, values)) in zip(_cycle(SERIES, len(curves)), curves.items(), strict=True):
+        for color, (name, (steps, values)) in zip(cycle(SERIES), curves.items(), strict=False):
             axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, running_median(steps, values), color=color, linewidth=1.8, label=name)
         _style(axes, title, curves, log_steps)
@@ -186,7 +187,3 @@ def _label_logarithmic(axis, text: str) -> None:
 
 def _hex(color: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
-
-
-def _cycle(colors: Sequence[str], count: int) -> Iterable[str]:
-    return [colors[i % len(colors)] for i in range(count)]

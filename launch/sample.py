@@ -106,7 +106,8 @@ def generate(
             path = part_path(output, start)
             if not path.exists():
                 made = generator.images(range(start, min(start + size, len(labels))), labels)
-                _save_part(path, first=start, **made)
+                with atomic_write(path) as file:
+                    np.savez(file, first=start, **made)
         processes.barrier()
         if processes.is_main:
             _gather(output, starts, labels, facts)
@@ -271,11 +272,6 @@ def _require_same(description: Path, ours: dict) -> dict:
             f"{ours[first]} now); give another --output or remove it"
         )
     return theirs
-
-
-def _save_part(path: Path, **arrays) -> None:
-    with atomic_write(path) as file:
-        np.savez(file, **arrays)
 
 
 def _read_part(path: Path, start: int, count: int) -> dict[str, np.ndarray]:

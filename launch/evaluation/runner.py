@@ -131,7 +131,10 @@ def evaluate_samples(
     _require_widths(reference, samples, extractor)
     got = measure(samples, extractor, batch_size)
     notes = check_count(got, allow_few)
-    real = measure(reference.images, extractor, batch_size) if _needs_images(reference) else None
+    real = None
+    # Statistics beside images spare a pass over a large set; one small enough for precision and recall is used.
+    if reference.images is not None and (reference.features is None or len(reference.images) <= MAX_KEPT):
+        real = measure(reference.images, extractor, batch_size)
     if real is not None and reference.features is None:
         notes += check_count(real, allow_few, "reference images")
     metrics, skipped = {}, {}
@@ -190,11 +193,6 @@ def named_distance(made: Moments, real: Moments, names: tuple[str, str]) -> floa
         return frechet_distance(*made, *real)
     except ValueError as e:
         raise ValueError(f"no distance of {names[0]} (mu1, sigma1) to {names[1]} (mu2, sigma2): {e}") from None
-
-
-def _needs_images(reference: Reference) -> bool:
-    """Statistics beside images spare a pass over a large set; a set small enough for precision and recall is used."""
-    return reference.images is not None and (reference.features is None or len(reference.images) <= MAX_KEPT)
 
 
 def check_count(measured: ImageFeatures, allowed: bool, what: str = "samples") -> list[str]:

@@ -31,7 +31,10 @@ def check_run(run: Run) -> None:
     for key, path in _weights(run).items():
         check_file(key, path)
     if run.train.ckpt is not None:
-        _check_checkpoint("train.ckpt", Path(run.train.ckpt))
+        try:
+            find_checkpoint(Path(run.train.ckpt))
+        except ValueError as e:
+            raise ConfigError(f"train.ckpt: {e}") from None
     check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
 
 
@@ -87,13 +90,6 @@ def _weights(run: Run) -> dict[str, str]:
         named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None
         named["loss.perceptual_weights"] = run.loss.perceptual_weights if run.loss.perceptual == "lpips" else None
     return {key: path for key, path in named.items() if path is not None}
-
-
-def _check_checkpoint(key: str, path: Path) -> None:
-    try:
-        find_checkpoint(path)
-    except ValueError as e:
-        raise ConfigError(f"{key}: {e}") from None
 
 
 def check_file(key: str, path: Path | str) -> None:

@@ -144,7 +144,8 @@ class ZeroOptimization(Options):
         for key in self.model_fields_set - {"stage"}:
             allowed = (3,) if key.startswith("stage3_") else _STAGES.get(key, (1, 2, 3))
             if self.stage not in allowed:
-                raise ValueError(f"{key} means nothing under ZeRO {self.stage}, only under {_listed(allowed)}")
+                stages = " and ".join(map(str, allowed)) if len(allowed) < 3 else "1, 2 and 3"
+                raise ValueError(f"{key} means nothing under ZeRO {self.stage}, only under {stages}")
         return self
 
 
@@ -154,10 +155,6 @@ _STAGES = {
                      "parameter_alignment"), (1, 2)),
     **dict.fromkeys(("offload_param", "memory_efficient_linear"), (3,)),
 }  # fmt: skip
-
-
-def _listed(stages: tuple[int, ...]) -> str:
-    return " and ".join(map(str, stages)) if len(stages) < 3 else "1, 2 and 3"
 
 
 class DataTypes(Options):

@@ -229,10 +229,10 @@ MISTAKES = {
     # Files.
     "sample_parts_written_in_place": Mistake(
         "launch/sample.py", '''\
-    with atomic_write(path) as file:
-        np.savez''', '''\
-    with open(path, "wb") as file:
-        np.savez''', WRITERS,
+                with atomic_write(path) as file:
+                    np.savez''', '''\
+                with open(path, "wb") as file:
+                    np.savez''', WRITERS,
     ),
     # Extraction and sampling.
     "mirrored_along_the_rows": Mistake(
