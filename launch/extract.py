@@ -86,9 +86,8 @@ def extract(
     Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
     `least_psnr` (dB), or `output` holds the latents of another extraction or is in use by one.
     """
-    from launch.training.engine import (
-        start_processes,  # imports DeepSpeed: seconds that a mistake in the config need not wait
-    )
+    # Imports DeepSpeed: seconds that a mistake in the config need not wait.
+    from launch.training.engine import start_processes
 
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
     images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)

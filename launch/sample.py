@@ -81,9 +81,8 @@ def generate(
     Raises ValueError where weights are missing or do not fit, a label is no class, `output` holds images that other
     settings or weights have made, or a sample is not finite: then no part of its batch is kept.
     """
-    from launch.training.engine import (
-        start_processes,  # imports DeepSpeed: seconds that a mistake in the config need not wait
-    )
+    # Imports DeepSpeed: seconds that a mistake in the config need not wait.
+    from launch.training.engine import start_processes
 
     settings = settings or run.sampling()
     labels = _labels(run, settings, labels)

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
 def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     """Train as `run` says → the run's directory, and the signal that ended it early or None."""
     check_run(run)
-    from launch.training.engine import start_processes  # imports DeepSpeed, which a mistake or a dry run need not await
+    # Imports DeepSpeed: seconds that a mistake or a dry run need not wait.
+    from launch.training.engine import start_processes
 
     processes = start_processes()
     run = name_run(run, kind, processes)

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from launch.config import LightningDiTRun, Run, VavaeRun, select_ops
+from launch.runtime.processes import Processes
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
 if TYPE_CHECKING:
-    from launch.runtime.processes import Processes
     from launch.training.trainer import Trainer
     from vavae.data import ImageFolder
     from vavae.task import VavaeTask
 
 
-def name_run(run: Run, kind: str, processes: "Processes") -> Run:
+def name_run(run: Run, kind: str, processes: Processes) -> Run:
     """The run with a name: one without `train.exp_name` gets it from the main process's time and the model."""
     if run.train.exp_name is not None:
         return run
@@ -28,9 +28,9 @@ def name_run(run: Run, kind: str, processes: "Processes") -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"exp_name": name})})
 
 
-def make_trainer(run: Run, kind: str, processes: "Processes") -> "Trainer":
+def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
-    from launch.training.trainer import Trainer, TrainerConfig
+    from launch.training.trainer import Trainer, TrainerConfig  # imports DeepSpeed: seconds of its own
 
     run = name_run(run, kind, processes)
     train = run.train.with_validation(run.data.valid_path)

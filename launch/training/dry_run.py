@@ -193,7 +193,7 @@ def _lightningdit_costs(run: LightningDiTRun):
 
 
 def _vavae_costs(run: VavaeRun):
-    import vavae.cost as vae_cost
+    import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
 
     costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size)
     width = BYTES[run.train.precision]
