@@ -58,10 +58,10 @@ def test_tensorboard_gets_the_numbers_of_every_row(tmp_path):
     """Read back by TensorBoard itself; a resumed run's scalars replace those after its checkpoint."""
     log = RunLog(tmp_path, 0, 9)
     for step in (2, 4, 6):
-        log.row(row(step, loss=step / 8, unreadable=step, gone=None))
+        log.write_row(row(step, loss=step / 8, unreadable=step, gone=None))
     log.close()
     log = RunLog(tmp_path, 4, 9)
-    log.row(row(6, loss=10.0))
+    log.write_row(row(6, loss=10.0))
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     numbers = {"loss", "unreadable", "last_step", "epoch", "images", "global_batch_size", "eta_seconds"}
@@ -75,12 +75,12 @@ def test_tensorboard_gets_the_numbers_of_every_row(tmp_path):
 def test_rows_after_the_checkpoint_are_cut(tmp_path):
     log = RunLog(tmp_path, 0, 9, tensorboard=False)
     for step in (2, 4, 6):
-        log.row(row(step, loss=float(step)))
+        log.write_row(row(step, loss=float(step)))
     log.close()
     with log.path.open("a") as f:
         f.write('{"step": 8, "lo')  # what a kill leaves
     log = RunLog(tmp_path, 4, 9, tensorboard=False)
-    log.row(row(6, loss=60.0))
+    log.write_row(row(6, loss=60.0))
     log.close()
     assert [(r["step"], r["loss"]) for r in rows(log.path)] == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
@@ -97,13 +97,13 @@ def test_cutting_nothing_leaves_the_file_alone(tmp_path):
 @pytest.mark.parametrize("loss", ["removed", "replaced"])
 def test_a_log_that_is_gone_is_found_at_the_next_row(tmp_path, loss, tensorboard):
     log = RunLog(tmp_path / "run", 0, 9, tensorboard=tensorboard)
-    log.row(row(2, loss=1.0))
+    log.write_row(row(2, loss=1.0))
     shutil.rmtree(tmp_path / "run")
     if loss == "replaced":
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(WriteError, match=r"run/metrics\.jsonl is gone"):
-        log.row(row(4, loss=1.0))
+        log.write_row(row(4, loss=1.0))
     log.close()
 
 
@@ -114,7 +114,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
     file.close()
     file._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
     with pytest.raises(WriteError, match=rf"cannot write .*{name}.*: No space left on device"):
-        log.row(row(2, loss=1.0))
+        log.write_row(row(2, loss=1.0))
     log.close()
 
 

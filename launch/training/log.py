@@ -99,10 +99,10 @@ class Throughput:
 
 
 class AppendOnlyFile:
-    """A file that is only added to; each addition is in it when `add` returns. `mode`: "a", or "x" for a new one.
+    """An unbuffered file that is only appended to; `mode`: "a", or "x" for a new one.
 
-    Raises WriteError, naming the file, where the system refuses an addition or the file is gone from its place, as it
-    is where somebody removes the directory of a run.
+    Raises WriteError, naming the file, where a write fails or the file is gone from its path, as it is where somebody
+    removes the directory of a run.
     """
 
     def __init__(self, path: Path, mode: str):
@@ -139,9 +139,9 @@ class AppendOnlyFile:
 
 
 class TensorBoardWriter:
-    """Scalars in TensorBoard's format, each written before `row` returns.
+    """Scalars in TensorBoard's format, each written before `write_row` returns.
 
-    SummaryWriter hands them to a thread, whose errors nobody meets.
+    torch's SummaryWriter writes them in a thread, whose errors nobody sees.
     """
 
     def __init__(self, directory: Path, first_step: int):
@@ -150,10 +150,10 @@ class TensorBoardWriter:
         taken = (directory / f"{name}.{number}" for number in itertools.count())
         self._records = RecordWriter(AppendOnlyFile(next(path for path in taken if not path.exists()), "x"))
         self._add(Event(file_version="brain.Event:2"))
-        # What an earlier start wrote from this step on does not count.
+        # TensorBoard drops what an earlier start wrote from this step on.
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def row(self, row: dict) -> None:
+    def write_row(self, row: dict) -> None:
         values = [(k, v) for k, v in row.items() if isinstance(v, int | float) and k != "step"]
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values]
         self._add(Event(step=row["step"], summary=Summary(value=scalars)))
@@ -184,11 +184,11 @@ class RunLog:
     def step(self) -> None:
         self._bar.update()
 
-    def row(self, row: dict) -> None:
+    def write_row(self, row: dict) -> None:
         """Write one row; the numbers of it go to TensorBoard at `row["step"]`."""
         self._file.write(f"{json.dumps(row)}\n".encode())
         if self._board is not None:
-            self._board.row(row)
+            self._board.write_row(row)
         with self._bar.external_write_mode():
             print(describe(row), flush=True)
 
@@ -209,8 +209,8 @@ def describe(row: dict) -> str:
     head += f"  (batch {row['global_batch_size']})"
     told = {"step", "last_step", "epoch", "images", "global_batch_size", "seconds_per_step", "eta_seconds"}
     told |= {"skipped"} if not row.get("skipped") else set()
-    values = (f"{name} {_short(value)}" for name, value in row.items() if name not in told)
-    return f"{head}  {'  '.join(values)}  eta {_duration(row['eta_seconds'])}"
+    values = (f"{name} {_format_value(value)}" for name, value in row.items() if name not in told)
+    return f"{head}  {'  '.join(values)}  eta {_format_duration(row['eta_seconds'])}"
 
 
 def truncate_rows(path: Path, step: int) -> None:
@@ -218,13 +218,13 @@ def truncate_rows(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if 0 <= _step_of(line) <= step]
+    kept = [line for line in lines if 0 <= _row_step(line) <= step]
     if len(kept) < len(lines):
         with atomic_write(path) as f:
             f.writelines(kept)
 
 
-def _step_of(line: bytes) -> int:
+def _row_step(line: bytes) -> int:
     """The step of a row; −1 where the line is cut short or none."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else -1
@@ -232,13 +232,13 @@ def _step_of(line: bytes) -> int:
         return -1
 
 
-def _short(value) -> str:
+def _format_value(value) -> str:
     if value is None:
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -189,7 +189,7 @@ class Trainer:
             **self._throughput.read(self.step, self.config.last_step, self.split.global_batch_size),
         }
         if log is not None:
-            log.row(row)
+            log.write_row(row)
         self._check_skips(row, counters)
 
     def _read_counters(self) -> dict[str, dict[str, float]]:
@@ -256,7 +256,7 @@ class Trainer:
             engine.train()
         means = meter.read()
         if log is not None:
-            log.row({**self._position(), **means, "eta_seconds": 0.0})
+            log.write_row({**self._position(), **means, "eta_seconds": 0.0})
 
     def save(self) -> None:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
