@@ -40,7 +40,7 @@ from lightningdit.data import LatentDataset
 from vavae.weights import fingerprint, load_tokenizer
 
 _IMAGES = ("samples", "originals")
-#: Option → the questions that it serves.
+#: Option → the modes that read it; a mode is the option that names what to measure.
 _OPTION_MODES = {
     "config": ("samples", "latents"), "reference": ("samples",), "reconstructions": ("originals",),
     "tokenizer": ("originals",), "image_size": _IMAGES, "crop": _IMAGES, "posterior": ("originals",),
@@ -48,7 +48,7 @@ _OPTION_MODES = {
     "foundation": _IMAGES, "lpips_weights": ("originals",), "device": _IMAGES, "batch_size": _IMAGES,
     "allow_few": _IMAGES,
 }  # fmt: skip
-#: Pairs of which the first means nothing beside the second, and pairs of which it means nothing without the second.
+#: Pairs of options of which the first has no effect beside the second, and of which it has none without the second.
 _EXCLUSIVE = [
     ("inception_weights", "foundation"),
     ("config", "reference"),
@@ -57,7 +57,7 @@ _EXCLUSIVE = [
 ]
 _REQUIRES = [("crop", "image_size")]
 _COMMON_ENTRIES = {"metrics", "skipped", "notes"}
-#: Question → the entries of its result that are no metadata.
+#: Mode → the entries of its result that are no metadata.
 _RESULT_ENTRIES = {
     "samples": _COMMON_ENTRIES | {"samples", "samples_sha256", "reference", "features"},
     "originals": _COMMON_ENTRIES | {"images", "originals", "reconstructions", "features"},
@@ -125,13 +125,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     out.add_argument("--allow-few", action="store_true", help="accept no more samples than there are features")
     out.add_argument("--output", type=local_path, help="JSON file for the result; replaces an earlier result only")
     args = parser.parse_intermixed_args(argv)
-    _require_pair(args)
+    _check_mode(args)
     _refuse_unused({name for name in _OPTION_MODES if getattr(args, name) != parser.get_default(name)}, args)
     return args
 
 
-def _require_pair(args: argparse.Namespace) -> None:
-    """Exactly one question must have been asked."""
+def _check_mode(args: argparse.Namespace) -> None:
+    """Raise ValueError where the options do not choose exactly one mode, or have values that none allows."""
     asked = [name for name in ("samples", "originals", "latents") if getattr(args, name) is not None]
     if len(asked) != 1:
         raise ValueError(f"evaluate needs one of --samples, --originals and --latents, got {len(asked)} of them")
@@ -144,12 +144,12 @@ def _require_pair(args: argparse.Namespace) -> None:
 
 
 def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that the question asked has no use for: who gives it expects it to count."""
-    asked = _mode(args)
+    """Raise ValueError for an option that the chosen mode does not read: who gives it expects it to count."""
+    mode = _mode(args)
     for name in sorted(given):
-        if asked not in _OPTION_MODES[name]:
-            served = " and ".join(f"--{question}" for question in _OPTION_MODES[name])
-            raise ValueError(f"{_option(name)} is for {served}; with --{asked} it changes nothing")
+        if mode not in _OPTION_MODES[name]:
+            modes = " and ".join(f"--{other}" for other in _OPTION_MODES[name])
+            raise ValueError(f"{_option(name)} is for {modes}; with --{mode} it changes nothing")
     for name, other in _EXCLUSIVE:
         if name in given and other in given:
             raise ValueError(f"{_option(name)} changes nothing beside {_option(other)}: give one of them")
