@@ -21,7 +21,7 @@ constexpr int kVectors = 2;  // of one thread, in flight at a time: 5 loads each
 struct Rates {
   float beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay, ema_decay, ema_rest;
 
-  explicit Rates(const AdamWSettings& s)
+  explicit Rates(const AdamWHyperparams& s)
       : beta1(float(s.beta1)), rest1(float(1 - s.beta1)), log_beta1(float(std::log(s.beta1))),
         beta2(float(s.beta2)), rest2(float(1 - s.beta2)), log_beta2(float(std::log(s.beta2))),
         eps(float(s.eps)), weight_decay(float(s.weight_decay)), ema_decay(float(s.ema_decay)),
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
-                      const AdamWSettings& settings, std::int64_t numbers,
+                      const AdamWHyperparams& hyperparams, std::int64_t numbers,
                       std::int64_t elements_per_block, Stream stream) {
   bool bf16_grad = arrays.grad.dtype == DType::bfloat16;
   bool aligned = is_aligned(arrays.param) && is_aligned(arrays.exp_avg) &&
@@ -144,7 +144,7 @@ void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
   auto run = [&](auto kernel, int count) {
     std::int64_t step = kThreads * kVectors * count, steps = (elements_per_block + step - 1) / step;
     dim3 grid = blocks("adamw_ema", (numbers + steps * step - 1) / (steps * step));
-    launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(settings),
+    launch({"adamw_ema", grid, kThreads, stream}, kernel, pointers, scalars, Rates(hyperparams),
            numbers, int(steps));
   };
   if (bf16_grad) aligned ? run(adamw_ema<bf16, 4>, 4) : run(adamw_ema<bf16, 1>, 1);

@@ -173,13 +173,13 @@ struct AdamWScalars {
   Scalar step, lr, grad_scale, skip;
 };
 
-struct AdamWSettings {
+struct AdamWHyperparams {
   double beta1, beta2, eps, weight_decay, ema_decay;
 };
 
 // A block updates `elements_per_block`, rounded up to what its threads take at a time.
 void launch_adamw_ema(const AdamWArrays& arrays, const AdamWScalars& scalars,
-                      const AdamWSettings& settings, std::int64_t numbers,
+                      const AdamWHyperparams& hyperparams, std::int64_t numbers,
                       std::int64_t elements_per_block, Stream stream);
 
 // --- vf_loss: both terms for vectors z and f, [samples, channels, positions], of one dtype.
