@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
   const Part part(sizes);
-  float factor[kColumns], of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
+  float factor[kColumns], sum_dy[kColumns] = {}, sum_dy_xhat[kColumns] = {};
   load_factor<aligned>(modulation, part, factor);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += kRowsBackward, round ^= 1) {
@@ -63,23 +63,22 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
       if (!part.has(token + i)) continue;
-      const auto [r, along] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
+      const auto [r, projection] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
       Raw<X, kColumns> result;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        float d = upstream[i][j], value = rows[i][j];
-        result.set(j, r * d * factor[j] - value * along);
-        of_upstream[j] += d;
-        of_upstream_times_normed[j] += d * value * r;
+        float dy = upstream[i][j], value = rows[i][j];
+        result.set(j, r * dy * factor[j] - value * projection);
+        sum_dy[j] += dy;
+        sum_dy_xhat[j] += dy * value * r;
       }
       if (d_x != nullptr)
         store_some<aligned>(d_x + part.offset(sizes, token + i), result, part.valid);
     }
   }
   if (partials != nullptr) {
-    store_partial<aligned>(partials, 2, kOfUpstream, sizes, part, of_upstream);
-    store_partial<aligned>(partials, 2, kOfUpstreamTimesNormed, sizes, part,
-                           of_upstream_times_normed);
+    store_partial<aligned>(partials, 2, kSumDy, sizes, part, sum_dy);
+    store_partial<aligned>(partials, 2, kSumDyXhat, sizes, part, sum_dy_xhat);
   }
 }
 

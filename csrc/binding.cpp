@@ -94,7 +94,7 @@ void adaln_rms_norm_bwd(py::handle x, py::handle weight, py::handle scale, py::h
   Tensor input(call, "x", x), upstream(call, "d_y", d_y);
   NormSizes sizes = norm_sizes(call, input, tokens_per_block, eps);
   Shape x_shape = {sizes.samples, sizes.tokens, sizes.width},
-        of_sample = {sizes.samples, sizes.width};
+        sample_shape = {sizes.samples, sizes.width};
   Floats d_input = floats_or_none(call, "d_x", d_x, x_shape);
   call.require(d_input.data == nullptr || d_input.dtype == input.dtype(), "d_x",
                "has another dtype than x");
@@ -103,8 +103,8 @@ void adaln_rms_norm_bwd(py::handle x, py::handle weight, py::handle scale, py::h
       upstream.shaped(x_shape).floats(), d_input,
       partial_sums(call, partials, {sizes.samples, sizes.chunks(), 2, sizes.width}),
       floats_or_none(call, "d_weight", d_weight, {sizes.width}),
-      floats_or_none(call, "d_scale", d_scale, of_sample),
-      floats_or_none(call, "d_shift", d_shift, of_sample), sizes, call.stream());
+      floats_or_none(call, "d_scale", d_scale, sample_shape),
+      floats_or_none(call, "d_shift", d_shift, sample_shape), sizes, call.stream());
 }
 
 Residual residual(Call& call, py::handle gate, py::handle branch_bias, const NormSizes& sizes) {
@@ -162,21 +162,21 @@ void gated_residual_adaln_rms_norm_bwd(py::handle x_new, py::handle branch, py::
   Floats stream = input.floats(),
          added = branch_floats(call, Tensor(call, "branch", branch), sizes, stream.dtype);
   Residual joined = residual(call, gate, branch_bias, sizes);
-  Shape of_sample = {sizes.samples, sizes.width}, of_column = {sizes.width};
-  ModulationGradients gradients{floats_or_none(call, "d_weight", d_weight, of_column),
-                                floats_or_none(call, "d_scale", d_scale, of_sample),
-                                floats_or_none(call, "d_shift", d_shift, of_sample),
-                                floats_or_none(call, "d_gate", d_gate, of_sample),
-                                floats_or_none(call, "d_bias", d_bias, of_column)};
-  std::int64_t kinds = joined.bias.data == nullptr ? 3 : 4;
+  Shape sample_shape = {sizes.samples, sizes.width}, column_shape = {sizes.width};
+  ModulationGradients gradients{floats_or_none(call, "d_weight", d_weight, column_shape),
+                                floats_or_none(call, "d_scale", d_scale, sample_shape),
+                                floats_or_none(call, "d_shift", d_shift, sample_shape),
+                                floats_or_none(call, "d_gate", d_gate, sample_shape),
+                                floats_or_none(call, "d_bias", d_bias, column_shape)};
+  std::int64_t num_sums = joined.bias.data == nullptr ? 3 : 4;
   launch_gated_residual_adaln_rms_norm_bwd(
       stream, added, joined, modulation(call, weight, scale, py::none(), sizes),
       tokens_or_none(call, "d_x_new", d_x_new, sizes, stream.dtype),
       tokens_or_none(call, "d_y", d_y, sizes, added.dtype),
       tokens(call, "d_x", d_x, sizes, stream.dtype),
       tokens(call, "d_branch", d_branch, sizes, added.dtype),
-      partial_sums(call, partials, {sizes.samples, sizes.chunks(), kinds, sizes.width}), gradients,
-      sizes, call.stream());
+      partial_sums(call, partials, {sizes.samples, sizes.chunks(), num_sums, sizes.width}),
+      gradients, sizes, call.stream());
 }
 
 AttentionSizes attention_sizes(Call& call, const Tensor& qkv, int queries, int keys, int warps) {
@@ -319,16 +319,16 @@ void vf_loss_bwd(py::handle z, py::handle f, py::handle z_norms, py::handle f_no
   auto numbers = [&](const char* name, py::handle object, const Shape& shape) {
     return Tensor(call, name, object).shaped(shape).as<float>(DType::float32);
   };
-  Shape of_positions = {sizes.samples, sizes.positions};
+  Shape norms_shape = {sizes.samples, sizes.positions};
   Floats sums = floats_or_none(call, "partial", partial, z_shape);
   call.require(sums.dtype == DType::float32, "partial", "is not float32");
   call.require(sums.data != nullptr || sizes.positions <= kVfPanel, "partial",
                "is needed for so many positions");
   launch_vf_loss_bwd(input, second.shaped(z_shape).typed(input.dtype).data(),
-                     numbers("z_norms", z_norms, of_positions),
-                     numbers("f_norms", f_norms, of_positions),
-                     numbers("inner", inner, of_positions), numbers("d_distmat", d_distmat, {}),
-                     numbers("d_cos", d_cos, {}), static_cast<float*>(sums.data),
+                     numbers("z_norms", z_norms, norms_shape),
+                     numbers("f_norms", f_norms, norms_shape), numbers("inner", inner, norms_shape),
+                     numbers("d_distmat", d_distmat, {}), numbers("d_cos", d_cos, {}),
+                     static_cast<float*>(sums.data),
                      result.shaped(z_shape).typed(input.dtype).data(), sizes, call.stream());
 }
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kNormThreads)
                                       Residual residual, Modulation modulation,
                                       const X* __restrict__ d_x_new, const Y* __restrict__ d_y,
                                       X* __restrict__ d_x, Y* __restrict__ d_branch,
-                                      float* __restrict__ partials, int kinds, NormSizes sizes) {
+                                      float* __restrict__ partials, int num_sums, NormSizes sizes) {
   constexpr int steps = kRowsBackward<X, aligned>;
   using Sums = BlockSums<2 * steps>;
   LDIT_SHARED(float, memory, Sums::size);
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kNormThreads)
   const Sums sums(memory);
   const Part part(sizes);
   float factor[kColumns];
-  float of_upstream[kColumns] = {}, of_upstream_times_normed[kColumns] = {};
-  float of_stream_times_branch[kColumns] = {}, of_stream[kColumns] = {};
+  float sum_dy[kColumns] = {}, sum_dy_xhat[kColumns] = {};
+  float sum_dx_branch[kColumns] = {}, sum_dx[kColumns] = {};
   keep_gate<aligned>(residual, part, gates);
   load_factor<aligned>(modulation, part, factor);
   int round = 0;
@@ -123,33 +123,30 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
       if (!part.has(token + i)) continue;
-      const auto [r, along] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
+      const auto [r, projection] = RowGradient(both[2 * i], both[2 * i + 1], sizes);
       Raw<float, kColumns> gate = kept_gate(gates);
-      Raw<X, kColumns> of_x;
-      Raw<Y, kColumns> of_branch;
+      Raw<X, kColumns> d_x_row;
+      Raw<Y, kColumns> d_branch_row;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        float d = upstream[i][j], value = rows[i][j];
-        float total = stream[i][j] + r * d * factor[j] - value * along;
-        of_x.set(j, total);
-        of_branch.set(j, gate[j] * total);
-        of_upstream[j] += d;
-        of_upstream_times_normed[j] += d * value * r;
-        of_stream_times_branch[j] += total * added[i][j];
-        of_stream[j] += total;
+        float dy = upstream[i][j], value = rows[i][j];
+        float dx = stream[i][j] + r * dy * factor[j] - value * projection;
+        d_x_row.set(j, dx);
+        d_branch_row.set(j, gate[j] * dx);
+        sum_dy[j] += dy;
+        sum_dy_xhat[j] += dy * value * r;
+        sum_dx_branch[j] += dx * added[i][j];
+        sum_dx[j] += dx;
       }
-      store_some<aligned>(d_x + part.offset(sizes, token + i), of_x, part.valid);
-      store_some<aligned>(d_branch + part.offset(sizes, token + i), of_branch, part.valid);
+      store_some<aligned>(d_x + part.offset(sizes, token + i), d_x_row, part.valid);
+      store_some<aligned>(d_branch + part.offset(sizes, token + i), d_branch_row, part.valid);
     }
   }
   if (partials != nullptr) {
-    store_partial<aligned>(partials, kinds, kOfUpstream, sizes, part, of_upstream);
-    store_partial<aligned>(partials, kinds, kOfUpstreamTimesNormed, sizes, part,
-                           of_upstream_times_normed);
-    store_partial<aligned>(partials, kinds, kOfStreamTimesBranch, sizes, part,
-                           of_stream_times_branch);
-    if (kinds > kOfStream)
-      store_partial<aligned>(partials, kinds, kOfStream, sizes, part, of_stream);
+    store_partial<aligned>(partials, num_sums, kSumDy, sizes, part, sum_dy);
+    store_partial<aligned>(partials, num_sums, kSumDyXhat, sizes, part, sum_dy_xhat);
+    store_partial<aligned>(partials, num_sums, kSumDxBranch, sizes, part, sum_dx_branch);
+    if (num_sums > kSumDx) store_partial<aligned>(partials, num_sums, kSumDx, sizes, part, sum_dx);
   }
 }
 
@@ -199,7 +196,7 @@ void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const
                  is_aligned(d_x_new) && is_aligned(d_y) && is_aligned(d_x) &&
                  is_aligned(d_branch) && is_aligned(partials) &&
                  rows_aligned(residual, sizes.width) && rows_aligned(modulation, sizes.width);
-  int kinds = residual.bias.data == nullptr ? 3 : 4;
+  int num_sums = residual.bias.data == nullptr ? 3 : 4;
   with_types(x_new.dtype, branch.dtype, aligned, [&](auto x_tag, auto y_tag, auto aligned) {
     using X = typename decltype(x_tag)::type;
     using Y = typename decltype(y_tag)::type;
@@ -210,10 +207,10 @@ void launch_gated_residual_adaln_rms_norm_bwd(Floats x_new, Floats branch, const
            gated_residual_adaln_rms_norm_bwd<X, Y, decltype(aligned)::value>,
            static_cast<const X*>(x_new.data), added, residual, modulation,
            static_cast<const X*>(d_x_new), static_cast<const Y*>(d_y), static_cast<X*>(d_x),
-           static_cast<Y*>(d_branch), partials, kinds, sizes);
+           static_cast<Y*>(d_branch), partials, num_sums, sizes);
   });
   if (partials == nullptr) return;
-  if (kinds == 3)
+  if (num_sums == 3)
     launch_reduce_modulation<3>(partials, modulation, residual, gradients, sizes, stream);
   else launch_reduce_modulation<4>(partials, modulation, residual, gradients, sizes, stream);
 }

@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < count; ++j) {
         float a = gate[i][j] + gate_bias[j], b = up[i][j] + up_bias[j], d = upstream[i][j],
               s = sigmoid(a);
-        float of_gate = d * b * s * (1.f + a * (1.f - s)), of_up = d * a * s;
-        d_gate.set(j, of_gate);
-        d_up.set(j, of_up);
-        gate_sums[j] += of_gate;
-        up_sums[j] += of_up;
+        float d_a = d * b * s * (1.f + a * (1.f - s)), d_b = d * a * s;
+        d_gate.set(j, d_a);
+        d_up.set(j, d_b);
+        gate_sums[j] += d_a;
+        up_sums[j] += d_b;
       }
       T* to = d_gate_up + (row + i) * 2 * width + strip.column;
       store(to, d_gate);

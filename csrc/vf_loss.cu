@@ -30,25 +30,25 @@ LDIT_DEVICE float above(float x) { return x <= 0.f ? 0.f : x; }  // relu, but Na
 
 // --- Norms, products z·f and the second term.
 
-constexpr int kSides = 32, kAcross = 8;  // threads of a block over channels and over positions
-constexpr int kPositionsThreads = kSides * kAcross;
+constexpr int kThreadsY = 32, kThreadsX = 8;  // of a block: over channels, over positions
+constexpr int kPositionsThreads = kThreadsY * kThreadsX;
 
 template <class T, int count>
 __global__ void __launch_bounds__(kPositionsThreads)
     vf_loss_positions(const T* __restrict__ z, const T* __restrict__ f, float* __restrict__ kept,
                       float* __restrict__ cos_sums, VfSizes sizes) {
-  constexpr int width = kAcross * count;
-  LDIT_SHARED(float, memory, 3 * kSides * width);
+  constexpr int width = kThreadsX * count;
+  LDIT_SHARED(float, memory, 3 * kThreadsY * width);
   LDIT_SHARED(float, totals, BlockSums<1>::size);
   const std::int64_t positions = sizes.positions;
   unsigned parts = unsigned((positions + width - 1) / width);
   std::int64_t sample = blockIdx.x / parts, begin = std::int64_t(blockIdx.x % parts) * width;
-  int side = threadIdx.x / kAcross, local = threadIdx.x % kAcross * count;
+  int ty = threadIdx.x / kThreadsX, local = threadIdx.x % kThreadsX * count;
   float zz[count] = {}, ff[count] = {}, zf[count] = {};
   if (begin + local < positions) {
     const std::int64_t offset = sample * sizes.channels * positions + begin + local;
 #pragma unroll 4
-    for (std::int64_t channel = side; channel < sizes.channels; channel += kSides) {
+    for (std::int64_t channel = ty; channel < sizes.channels; channel += kThreadsY) {
       auto a = load<count>(z + offset + channel * positions),
            b = load<count>(f + offset + channel * positions);
 #pragma unroll
@@ -58,18 +58,18 @@ __global__ void __launch_bounds__(kPositionsThreads)
   }
 #pragma unroll
   for (int j = 0; j < count; ++j) {
-    memory[side * width + local + j] = zz[j];
-    memory[(kSides + side) * width + local + j] = ff[j];
-    memory[(2 * kSides + side) * width + local + j] = zf[j];
+    memory[ty * width + local + j] = zz[j];
+    memory[(kThreadsY + ty) * width + local + j] = ff[j];
+    memory[(2 * kThreadsY + ty) * width + local + j] = zf[j];
   }
   __syncthreads();
   float term[1] = {0.f};
   std::int64_t position = begin + threadIdx.x;
   if (threadIdx.x < width && position < positions) {
     float sums[3] = {};
-    for (int from = 0; from < kSides; ++from)
+    for (int from = 0; from < kThreadsY; ++from)
 #pragma unroll
-      for (int k = 0; k < 3; ++k) sums[k] += memory[(k * kSides + from) * width + threadIdx.x];
+      for (int k = 0; k < 3; ++k) sums[k] += memory[(k * kThreadsY + from) * width + threadIdx.x];
     float z_norm = sqrtf(sums[0]), f_norm = sqrtf(sums[1]);
     std::int64_t all = sizes.samples * positions, at = sample * positions + position;
     kept[at] = z_norm;
@@ -226,15 +226,15 @@ template <class B, class T>
 LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t first_row,
                           std::int64_t first_column, const Shared<T>& memory, float (&zz)[2][4][4],
                           float (&ff)[2][4][4]) {
-  constexpr std::int64_t of_rows = B::Rows::size(kDepth<T>),
-                         of_columns = B::Columns::size(kDepth<T>);
+  constexpr std::int64_t rows_size = B::Rows::size(kDepth<T>),
+                         columns_size = B::Columns::size(kDepth<T>);
   auto rows = [&](int stage, int which) {
-    return
-        typename B::Rows{memory.part(stage * B::stage + which * (of_rows + of_columns), of_rows)};
+    return typename B::Rows{
+        memory.part(stage * B::stage + which * (rows_size + columns_size), rows_size)};
   };
   auto columns = [&](int stage, int which) {
-    return typename B::Columns{
-        memory.part(stage * B::stage + which * (of_rows + of_columns) + of_rows, of_columns)};
+    return typename B::Columns{memory.part(
+        stage * B::stage + which * (rows_size + columns_size) + rows_size, columns_size)};
   };
   auto load_step = [&](int step) {
     std::int64_t channel = std::int64_t(step) * kDepth<T>;
@@ -257,8 +257,8 @@ struct Norms {
   const float *z, *f;  // of one sample
   std::int64_t positions;
 
-  LDIT_DEVICE float of_z(std::int64_t i) const { return i < positions ? z[i] : 0.f; }
-  LDIT_DEVICE float of_f(std::int64_t i) const { return i < positions ? f[i] : 0.f; }
+  LDIT_DEVICE float z_at(std::int64_t i) const { return i < positions ? z[i] : 0.f; }
+  LDIT_DEVICE float f_at(std::int64_t i) const { return i < positions ? f[i] : 0.f; }
 };
 
 // Calls `use(m, half, n, e, difference of the cosines)` for each product zz[m][n][2·half + e] of
@@ -272,23 +272,23 @@ LDIT_DEVICE void differences(const Norms& norms, std::int64_t first_row, std::in
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       std::int64_t i = first_row + B::row() + 16 * m + 8 * half;
-      z_row[m][half] = inverse_norm(norms.of_z(i), kFloorDistmat);
-      f_row[m][half] = inverse_norm(norms.of_f(i), kFloorDistmat);
+      z_row[m][half] = inverse_norm(norms.z_at(i), kFloorDistmat);
+      f_row[m][half] = inverse_norm(norms.f_at(i), kFloorDistmat);
     }
 #pragma unroll
   for (int n = 0; n < 4; ++n)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       std::int64_t j = first_column + B::column() + 8 * n + e;
-      float z_column = inverse_norm(norms.of_z(j), kFloorDistmat),
-            f_column = inverse_norm(norms.of_f(j), kFloorDistmat);
+      float z_column = inverse_norm(norms.z_at(j), kFloorDistmat),
+            f_column = inverse_norm(norms.f_at(j), kFloorDistmat);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float of_z = zz[m][n][2 * half + e] * z_row[m][half] * z_column;
-          float of_f = ff[m][n][2 * half + e] * f_row[m][half] * f_column;
-          use(m, half, n, e, of_z - of_f);
+          float z_cosine = zz[m][n][2 * half + e] * z_row[m][half] * z_column;
+          float f_cosine = ff[m][n][2 * half + e] * f_row[m][half] * f_column;
+          use(m, half, n, e, z_cosine - f_cosine);
         }
     }
 }
@@ -363,23 +363,23 @@ struct Panel : Block<T, 2, 4> {
       (2 * Self::stage + Weights::size(Self::rows)) * sizeof(T) + 7 * Self::rows * sizeof(float);
 };
 
-// What the thread of a row works out for all of its channels: the gradient is pull·Σ + of_z·z +
-// of_f·f.
+// Factors of the gradient of a row, for all of its channels: pull·Σ + z·z_c + f·f_c.
 struct RowScales {
-  float pull, of_z, of_f;
+  float pull, z, f;
 };
 
-LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, float along,
+LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, float projection,
                                  float d_distmat, float d_cos, const VfSizes& sizes) {
   float to_unit = inverse_norm(z_norm, kFloorDistmat);
   RowScales scales;
   scales.pull = to_unit * (d_distmat * 2.f / sizes.pairs());
   float z_to_unit = inverse_norm(z_norm, kFloorCos), f_to_unit = inverse_norm(f_norm, kFloorCos);
   float cosine = product * z_to_unit * f_to_unit;
-  float of_cos = 1.f - sizes.cos_margin - cosine > 0.f ? d_cos / sizes.vectors() * z_to_unit : 0.f;
-  scales.of_f = -of_cos * f_to_unit;
-  scales.of_z = z_norm >= kFloorCos ? of_cos * cosine * z_to_unit : 0.f;
-  if (z_norm >= kFloorDistmat) scales.of_z -= along * to_unit * to_unit * scales.pull;
+  float d_cosine =
+      1.f - sizes.cos_margin - cosine > 0.f ? d_cos / sizes.vectors() * z_to_unit : 0.f;
+  scales.f = -d_cosine * f_to_unit;
+  scales.z = z_norm >= kFloorCos ? d_cosine * cosine * z_to_unit : 0.f;
+  if (z_norm >= kFloorDistmat) scales.z -= projection * to_unit * to_unit * scales.pull;
   return scales;
 }
 
@@ -394,21 +394,21 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   DynamicShared dynamic;
   const Shared<T> memory = dynamic.template take<T>(2 * B::stage);
   const typename B::Weights weights{dynamic.template take<T>(B::Weights::size(B::rows))};
-  const Shared<float> alongs = dynamic.template take<float>(4 * B::rows);
+  const Shared<float> projections = dynamic.template take<float>(4 * B::rows);
   const Shared<float> scales = dynamic.template take<float>(3 * B::rows);
   const std::int64_t positions = sizes.positions, channels = sizes.channels;
   unsigned tiles = unsigned((positions + B::rows - 1) / B::rows);
   std::int64_t sample = blockIdx.x / tiles, first_row = std::int64_t(blockIdx.x % tiles) * B::rows;
   std::int64_t offset = sample * channels * positions;
-  const Sample<T> of_z{z + offset, channels, positions, aligned},
-      of_f{f + offset, channels, positions, aligned};
+  const Sample<T> z_sample{z + offset, channels, positions, aligned},
+      f_sample{f + offset, channels, positions, aligned};
   const Norms norms{z_norms + sample * positions, f_norms + sample * positions, positions};
   // A vector of zeros pulls nothing: its weight must not be the one that the others are scaled by.
   auto weight = [&](std::int64_t j) {
-    float norm = norms.of_z(j);
+    float norm = norms.z_at(j);
     return norm > 0.f ? inverse_norm(norm, kFloorDistmat) : 0.f;
   };
-  float along[2][2] = {};
+  float projection[2][2] = {};
   for (std::int64_t first = 0; first < positions; first += B::width) {
     const bool last = first + B::width >= positions;
     float max_weight = 0.f;
@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
 
     for (std::int64_t part = 0; part < B::width && first + part < positions; part += B::columns) {
       float zz[2][4][4] = {}, ff[2][4][4] = {};
-      products<B>(of_z, of_f, first_row, first + part, memory, zz, ff);
+      products<B>(z_sample, f_sample, first_row, first + part, memory, zz, ff);
       float pull[2][2][4][2];
       differences<B>(norms, first_row, first + part, zz, ff,
                      [&](int m, int half, int n, int e, float difference) {
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
                                          : 0.f;
                        // As rounded for the product: its rounding is then taken out too.
                        pulls = to_float(from_float<T>(pulls));
-                       along[m][half] += pulls * zz[m][n][2 * half + e] * unscale;
+                       projection[m][half] += pulls * zz[m][n][2 * half + e] * unscale;
                        pull[m][half][n][e] = pulls;
                      });
 #pragma unroll
@@ -449,20 +449,20 @@ __global__ void __launch_bounds__(Panel<T>::threads)
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float sum = warp_sum(along[m][half], 4);
+          float sum = warp_sum(projection[m][half], 4);
           if (member_index() == 0)
-            alongs[warp_index() % 4 * B::rows + B::row() + 16 * m + 8 * half] = sum;
+            projections[warp_index() % 4 * B::rows + B::row() + 16 * m + 8 * half] = sum;
         }
       __syncthreads();
       std::int64_t i = first_row + threadIdx.x;
       if (threadIdx.x < B::rows && i < positions) {
         float sum = 0.f;
-        for (int k = 0; k < 4; ++k) sum += alongs[k * B::rows + threadIdx.x];
-        RowScales row = row_scales(norms.of_z(i), norms.of_f(i), inner[sample * positions + i], sum,
+        for (int k = 0; k < 4; ++k) sum += projections[k * B::rows + threadIdx.x];
+        RowScales row = row_scales(norms.z_at(i), norms.f_at(i), inner[sample * positions + i], sum,
                                    *d_distmat, *d_cos, sizes);
         scales[threadIdx.x] = row.pull;
-        scales[B::rows + threadIdx.x] = row.of_z;
-        scales[2 * B::rows + threadIdx.x] = row.of_f;
+        scales[B::rows + threadIdx.x] = row.z;
+        scales[2 * B::rows + threadIdx.x] = row.f;
       }
     }
     __syncthreads();
@@ -475,7 +475,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
           memory.part(step % 2 * B::Vectors::size(kChunk), B::Vectors::size(kChunk))};
     };
     auto load_step = [&](int step) {
-      fetch<B::threads>(vectors(step), of_z, std::int64_t(step / across) * kChunk,
+      fetch<B::threads>(vectors(step), z_sample, std::int64_t(step / across) * kChunk,
                         first + step % across * kChunk, kChunk);
     };
     const int channel_of_warp = warp_index() / 4 * 32, row_of_warp = warp_index() % 4 * 16;
@@ -522,18 +522,18 @@ void launch_vf_loss_fwd(Floats z, const void* f, float* kept, float* cos_sums, f
   std::int64_t cos_parts = 0;
   dispatch(z.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const T *of_z = static_cast<const T*>(z.data), *of_f = static_cast<const T*>(f);
+    const T *z_data = static_cast<const T*>(z.data), *f_data = static_cast<const T*>(f);
     auto positions = [&](auto kernel, int count) {
-      cos_parts = sizes.samples * ((sizes.positions + kAcross * count - 1) / (kAcross * count));
+      cos_parts = sizes.samples * ((sizes.positions + kThreadsX * count - 1) / (kThreadsX * count));
       dim3 grid = blocks("vf_loss_positions", cos_parts);
-      launch({"vf_loss_positions", grid, kPositionsThreads, stream}, kernel, of_z, of_f, kept,
+      launch({"vf_loss_positions", grid, kPositionsThreads, stream}, kernel, z_data, f_data, kept,
              cos_sums, sizes);
     };
     if (aligned) positions(vf_loss_positions<T, kVector<T>>, kVector<T>);
     else positions(vf_loss_positions<T, 1>, 1);
     dim3 grid = blocks("vf_loss_tiles", sizes.tile_parts());
-    launch({"vf_loss_tiles", grid, Square<T>::threads, stream}, vf_loss_tiles<T>, of_z, of_f, kept,
-           tile_sums, sizes, aligned);
+    launch({"vf_loss_tiles", grid, Square<T>::threads, stream}, vf_loss_tiles<T>, z_data, f_data,
+           kept, tile_sums, sizes, aligned);
   });
   launch({"vf_loss_means", dim3(1), kMeansThreads, stream}, vf_loss_means, tile_sums, cos_sums,
          distmat, cos, sizes.tile_parts(), cos_parts, sizes.pairs(), sizes.vectors());

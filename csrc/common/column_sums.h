@@ -8,18 +8,18 @@
 
 namespace ldit {
 
-constexpr int kSumColumns = 8;  // 32 bytes: the least that memory gives
-constexpr int kSumParts = 32;   // taken side by side
-constexpr int kSumThreads = kSumColumns * kSumParts;
+constexpr int kSumThreadsX = 8;   // columns of a block: 32 bytes, the least that memory gives
+constexpr int kSumThreadsY = 32;  // threads that share a column
+constexpr int kSumThreads = kSumThreadsX * kSumThreadsY;
 
-// Adds what the `kSumParts` threads of a column have summed, in their order; the result is that of
-// side 0.
-LDIT_DEVICE float sum_sides(const Shared<float>& memory, float sum) {
+// The sum of what the `kSumThreadsY` threads of a column bring, in their order; threads of ty = 0
+// get it. `memory` holds kSumThreads floats.
+LDIT_DEVICE float block_column_sum(const Shared<float>& memory, float sum) {
   memory[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x >= kSumColumns) return 0.f;
+  if (threadIdx.x >= kSumThreadsX) return 0.f;
   sum = 0.f;
-  for (int side = 0; side < kSumParts; ++side) sum += memory[side * kSumColumns + threadIdx.x];
+  for (int ty = 0; ty < kSumThreadsY; ++ty) sum += memory[ty * kSumThreadsX + threadIdx.x];
   return sum;
 }
 
@@ -28,21 +28,21 @@ __global__ void __launch_bounds__(kSumThreads)
     column_sums(const float* __restrict__ partials, Floats out, std::int64_t parts,
                 std::int64_t columns) {
   LDIT_SHARED(float, memory, kSumThreads);
-  int side = threadIdx.x / kSumColumns;
-  std::int64_t column = std::int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  int ty = threadIdx.x / kSumThreadsX;
+  std::int64_t column = std::int64_t(blockIdx.x) * kSumThreadsX + threadIdx.x % kSumThreadsX;
   float sum = 0.f;
   if (column < columns) {
 #pragma unroll parts_at_once
-    for (std::int64_t part = side; part < parts; part += kSumParts)
+    for (std::int64_t part = ty; part < parts; part += kSumThreadsY)
       sum += partials[part * columns + column];
   }
-  sum = sum_sides(memory, sum);
-  if (side == 0 && column < columns) store_float(out, column, sum);
+  sum = block_column_sum(memory, sum);
+  if (ty == 0 && column < columns) store_float(out, column, sum);
 }
 
 inline void launch_column_sums(const float* partials, Floats out, std::int64_t parts,
                                std::int64_t columns, Stream stream) {
-  dim3 grid = blocks("column_sums", (columns + kSumColumns - 1) / kSumColumns);
+  dim3 grid = blocks("column_sums", (columns + kSumThreadsX - 1) / kSumThreadsX);
   launch({"column_sums", grid, kSumThreads, stream}, column_sums<4>, partials, out, parts, columns);
 }
 

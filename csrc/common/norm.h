@@ -136,79 +136,81 @@ LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& 
 }
 
 struct RowGradient {
-  float r, along;  // d_x = r·g − x·along
+  float r, projection;  // d_x = r·g − x·projection
 
   LDIT_DEVICE RowGradient(float squares, float products, const NormSizes& sizes)
       : r(inverse_rms(squares, sizes)),
-        along(products / static_cast<float>(sizes.width) * r * r * r) {}
+        projection(products / static_cast<float>(sizes.width) * r * r * r) {}
 };
 
 // --- Gradients of a modulation: sums over tokens, a part of them by each block of the first stage.
 
-// Which sums lie in `partials` [samples, chunks, kinds, width], in this order.
-enum Sum { kOfUpstream, kOfUpstreamTimesNormed, kOfStreamTimesBranch, kOfStream };
+// The sums over tokens in `partials` [samples, chunks, num_sums, width], in this order: Σ d_y (for
+// the gradient of shift), Σ d_y·x/rms(x) (scale and weight), Σ d_x'·branch (gate), Σ d_x' (bias,
+// gate).
+enum PartialSum { kSumDy, kSumDyXhat, kSumDxBranch, kSumDx };
 
 template <bool aligned>
-LDIT_DEVICE void store_partial(float* partials, int kinds, Sum which, const NormSizes& sizes,
-                               const Part& part, const float (&sum)[kColumns]) {
+LDIT_DEVICE void store_partial(float* partials, int num_sums, PartialSum which,
+                               const NormSizes& sizes, const Part& part,
+                               const float (&sum)[kColumns]) {
   if (part.valid == 0) return;
   Raw<float, kColumns> raw;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) raw.set(j, sum[j]);
   float* row =
-      partials + ((part.sample * sizes.chunks() + part.chunk) * kinds + which) * sizes.width;
+      partials + ((part.sample * sizes.chunks() + part.chunk) * num_sums + which) * sizes.width;
   store_some<aligned>(row + part.column, raw, part.valid);
 }
 
-// The second stage. A block owns `kSumColumns` columns of all samples, so the sums over samples
+// The second stage. A block owns `kSumThreadsX` columns of all samples, so the sums over samples
 // need no third.
-template <int kinds>
+template <int num_sums>
 __global__ void __launch_bounds__(kSumThreads)
     reduce_modulation(const float* __restrict__ partials, Modulation modulation, Residual residual,
                       ModulationGradients gradients, NormSizes sizes) {
   LDIT_SHARED(float, dw_sums, kSumThreads);
-  int side = threadIdx.x / kSumColumns;
-  std::int64_t column = std::int64_t(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  int ty = threadIdx.x / kSumThreadsX;
+  std::int64_t column = std::int64_t(blockIdx.x) * kSumThreadsX + threadIdx.x % kSumThreadsX;
   std::int64_t chunks = sizes.chunks();
   bool mine = column < sizes.width;
   float weight_sum = 0.f, weight = mine ? load_float(modulation.weight, column) : 0.f;
   float bias_sum = 0.f, bias = 0.f;
-  if constexpr (kinds > kOfStream) bias = mine ? load_float(residual.bias, column) : 0.f;
-  for (std::int64_t sample = side; mine && sample < sizes.samples; sample += kSumParts) {
-    float sums[kinds] = {};
-    const float* from = partials + sample * chunks * kinds * sizes.width + column;
+  if constexpr (num_sums > kSumDx) bias = mine ? load_float(residual.bias, column) : 0.f;
+  for (std::int64_t sample = ty; mine && sample < sizes.samples; sample += kSumThreadsY) {
+    float sums[num_sums] = {};
+    const float* from = partials + sample * chunks * num_sums * sizes.width + column;
 #pragma unroll 4
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
 #pragma unroll
-      for (int k = 0; k < kinds; ++k) sums[k] += from[(chunk * kinds + k) * sizes.width];
+      for (int k = 0; k < num_sums; ++k) sums[k] += from[(chunk * num_sums + k) * sizes.width];
     std::int64_t at = sample * sizes.width + column;
-    store_float(gradients.shift, at, sums[kOfUpstream]);
-    store_float(gradients.scale, at, weight * sums[kOfUpstreamTimesNormed]);
-    if constexpr (kinds > kOfStream) {
-      sums[kOfStreamTimesBranch] += bias * sums[kOfStream];
+    store_float(gradients.shift, at, sums[kSumDy]);
+    store_float(gradients.scale, at, weight * sums[kSumDyXhat]);
+    if constexpr (num_sums > kSumDx) {
+      sums[kSumDxBranch] += bias * sums[kSumDx];
       bias_sum +=
-          load_float(residual.gate.array, sample * residual.gate.stride + column) * sums[kOfStream];
+          load_float(residual.gate.array, sample * residual.gate.stride + column) * sums[kSumDx];
     }
-    if constexpr (kinds > kOfStreamTimesBranch)
-      store_float(gradients.gate, at, sums[kOfStreamTimesBranch]);
+    if constexpr (num_sums > kSumDxBranch) store_float(gradients.gate, at, sums[kSumDxBranch]);
     float scale = load_float(modulation.scale.array, sample * modulation.scale.stride + column);
-    weight_sum += (1.f + scale) * sums[kOfUpstreamTimesNormed];
+    weight_sum += (1.f + scale) * sums[kSumDyXhat];
   }
-  weight_sum = sum_sides(dw_sums, weight_sum);
-  if (side == 0 && mine) store_float(gradients.weight, column, weight_sum);
-  if constexpr (kinds > kOfStream) {
+  weight_sum = block_column_sum(dw_sums, weight_sum);
+  if (ty == 0 && mine) store_float(gradients.weight, column, weight_sum);
+  if constexpr (num_sums > kSumDx) {
     LDIT_SHARED(float, db_sums, kSumThreads);
-    bias_sum = sum_sides(db_sums, bias_sum);
-    if (side == 0 && mine) store_float(gradients.bias, column, bias_sum);
+    bias_sum = block_column_sum(db_sums, bias_sum);
+    if (ty == 0 && mine) store_float(gradients.bias, column, bias_sum);
   }
 }
 
-template <int kinds>
+template <int num_sums>
 void launch_reduce_modulation(const float* partials, const Modulation& modulation,
                               const Residual& residual, const ModulationGradients& gradients,
                               const NormSizes& sizes, Stream stream) {
-  dim3 grid = blocks("reduce_modulation", (sizes.width + kSumColumns - 1) / kSumColumns);
-  launch({"reduce_modulation", grid, kSumThreads, stream}, reduce_modulation<kinds>, partials,
+  dim3 grid = blocks("reduce_modulation", (sizes.width + kSumThreadsX - 1) / kSumThreadsX);
+  launch({"reduce_modulation", grid, kSumThreads, stream}, reduce_modulation<num_sums>, partials,
          modulation, residual, gradients, sizes);
 }
 

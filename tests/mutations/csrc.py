@@ -36,18 +36,18 @@ MISTAKES = {
         "adaln_rms_norm", "csrc/common/norm.h", " + sizes.eps);", ");",
     ),
     "dropped_term": KernelMistake(
-        "adaln_rms_norm", "csrc/adaln_rms_norm.cu", "r * d * factor[j] - value * along", "r * d * factor[j]",
+        "adaln_rms_norm", "csrc/adaln_rms_norm.cu", "r * dy * factor[j] - value * projection", "r * dy * factor[j]",
     ),
     "gate_left_out_of_the_branch": KernelMistake(
-        "gated_residual_adaln_rms_norm", "csrc/gated_residual_adaln_rms_norm.cu", "of_branch.set(j, gate[j] * total);",
-        "of_branch.set(j, total);",
+        "gated_residual_adaln_rms_norm", "csrc/gated_residual_adaln_rms_norm.cu", "d_branch_row.set(j, gate[j] * dx);",
+        "d_branch_row.set(j, dx);",
     ),
     "gradient_of_the_stream": KernelMistake(
-        "gated_residual_adaln_rms_norm", "csrc/gated_residual_adaln_rms_norm.cu", "float total = stream[i][j] + ",
-        "float total = ",
+        "gated_residual_adaln_rms_norm", "csrc/gated_residual_adaln_rms_norm.cu", "float dx = stream[i][j] + ",
+        "float dx = ",
     ),
     "bias_left_out_of_the_gate": KernelMistake(
-        "gated_residual_adaln_rms_norm", "csrc/common/norm.h", "sums[kOfStreamTimesBranch] += bias * sums[kOfStream];",
+        "gated_residual_adaln_rms_norm", "csrc/common/norm.h", "sums[kSumDxBranch] += bias * sums[kSumDx];",
         "",
     ),
     "gate_of_another_thread": KernelMistake(
@@ -108,7 +108,7 @@ MISTAKES = {
         "min(from.positions - 1 - position - column,",
     ),
     "gradient_along_the_vector": KernelMistake(
-        "vf_loss", "csrc/vf_loss.cu", "scales.of_z -= along * to_unit * to_unit * scales.pull;", "{}",
+        "vf_loss", "csrc/vf_loss.cu", "scales.z -= projection * to_unit * to_unit * scales.pull;", "{}",
     ),
     "earlier_panels": KernelMistake(
         "vf_loss", "csrc/vf_loss.cu", "if (first > 0) sum += partial[at];", "",
