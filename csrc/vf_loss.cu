@@ -144,7 +144,7 @@ LDIT_DEVICE void add_products(const Rows& a_tile, const Columns& b_tile, float (
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int n = 0; n < 4; ++n) multiply<T, 2>(sums[m][n], a[m], b[n]);
+        for (int n = 0; n < 4; ++n) mma<T, 2>(sums[m][n], a[m], b[n]);
     }
   } else {
 #pragma unroll 4
@@ -183,7 +183,7 @@ LDIT_DEVICE void add_pulls(const Vectors& a_tile, const Weights& b_tile, int cha
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
-        for (int n = 0; n < 2; ++n) multiply<T, 2>(sums[m][n], a[m], b[n]);
+        for (int n = 0; n < 2; ++n) mma<T, 2>(sums[m][n], a[m], b[n]);
     } else {
       float2 a[4], b[4];
 #pragma unroll

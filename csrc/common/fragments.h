@@ -160,7 +160,7 @@ LDIT_DEVICE float2 from_lane(float2 pair, int lane) {
 
 // One tile deep, by FMA: the rows of A are in the lanes of a group, a column of B in those of
 // another.
-LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 below, float2 b) {
+LDIT_DEVICE void mma_fp32_by_shuffles(float (&d)[4], float2 above, float2 below, float2 b) {
   int row = lane_index() / 4 * 4, column = lane_index() % 4 * 8;
 #pragma unroll 1  // a quarter of the code, which takes long to compile
   for (int pair = 0; pair < 4; ++pair) {
@@ -173,15 +173,15 @@ LDIT_DEVICE void multiply_add_by_shuffles(float (&d)[4], float2 above, float2 be
   }
 }
 
-LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 b,
-                              [[maybe_unused]] Site site = Site::here()) {
+LDIT_DEVICE void mma_fp32(float (&d)[4], float2 above, float2 below, float2 b,
+                          [[maybe_unused]] Site site = Site::here()) {
 #ifdef LDIT_EMULATED
   // The same sums, in the same order, in one exchange between the lanes instead of 32
   // (tests/csrc/helpers.cu compares them).
   float2 a[2] = {above, below};
-  emulated_mma<float, 8>("multiply_add", d, a, &b, site);
+  emulated_mma<float, 8>("mma_fp32", d, a, &b, site);
 #else
-  multiply_add_by_shuffles(d, above, below, b);
+  mma_fp32_by_shuffles(d, above, below, b);
 #endif
 }
 
@@ -189,8 +189,8 @@ LDIT_DEVICE void multiply_add(float (&d)[4], float2 above, float2 below, float2 
 
 // d += a·b over all tiles.
 template <class T, int tiles>
-LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles],
-                          Site site = Site::here()) {
+LDIT_DEVICE void mma(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles],
+                     Site site = Site::here()) {
   if constexpr (kIs16Bit<T>) {
 #pragma unroll
     for (int t = 0; t + 1 < tiles; t += 2) {
@@ -201,13 +201,13 @@ LDIT_DEVICE void multiply(float (&d)[4], const Word<T> (&a)[2 * tiles], const Wo
       mma_m16n8k8<T>(d, {a[2 * tiles - 2], a[2 * tiles - 1]}, {b[tiles - 1]}, site);
   } else {
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) detail::multiply_add(d, a[2 * t], a[2 * t + 1], b[t], site);
+    for (int t = 0; t < tiles; ++t) detail::mma_fp32(d, a[2 * t], a[2 * t + 1], b[t], site);
   }
 }
 
 // The A fragment, two tiles deep, of two neighbouring products D.
 template <class T>
-LDIT_DEVICE void as_a(Word<T> (&a)[4], const float (&first)[4], const float (&second)[4]) {
+LDIT_DEVICE void pack_a(Word<T> (&a)[4], const float (&first)[4], const float (&second)[4]) {
   a[0] = word<T>(first[0], first[1]), a[1] = word<T>(first[2], first[3]);
   a[2] = word<T>(second[0], second[1]), a[3] = word<T>(second[2], second[3]);
 }

@@ -174,7 +174,7 @@ struct KeyGradients {
       Word<T> b_frag[deep];
       load_b(b_frag, b, query + 8 * n, column);
 #pragma unroll
-      for (int m = 0; m < Shape::m; ++m) multiply<T>(product[m][n], a_frag[m], b_frag);
+      for (int m = 0; m < Shape::m; ++m) mma<T>(product[m][n], a_frag[m], b_frag);
     }
   }
 
@@ -187,9 +187,9 @@ struct KeyGradients {
     load_b_transposed(b_frag, b, query, 0);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
-      as_a<T>(a_frag[m], p[m][n], p[m][n + 1]);
+      pack_a<T>(a_frag[m], p[m][n], p[m][n + 1]);
 #pragma unroll
-      for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], a_frag[m], b_frag[t]);
+      for (int t = 0; t < Shape::tiles; ++t) mma<T>(acc[m][t], a_frag[m], b_frag[t]);
     }
   }
 };
@@ -206,7 +206,7 @@ LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4],
     load_a_transposed(a_frag, memory.ds, key, column);
     load_b_transposed(b_frag, memory.keys, key, first);
 #pragma unroll
-    for (int t = 0; t < tiles; ++t) multiply<T>(dq[t], a_frag, b_frag[t]);
+    for (int t = 0; t < tiles; ++t) mma<T>(dq[t], a_frag, b_frag[t]);
   }
 }
 

@@ -50,7 +50,7 @@ struct OnlineSoftmax {
       Word<T> b[Shape::tiles];
       load_b(b, keys, first + 8 * n, 0);
 #pragma unroll
-      for (int m = 0; m < Shape::m; ++m) multiply<T>(scores[m][n], q[m], b);
+      for (int m = 0; m < Shape::m; ++m) mma<T>(scores[m][n], q[m], b);
     }
     if (remaining < Shape::keys) mask_scores(scores, remaining);
 #pragma unroll
@@ -64,9 +64,9 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) {
         Word<T> a[4];
-        as_a<T>(a, scores[m][n], scores[m][n + 1]);
+        pack_a<T>(a, scores[m][n], scores[m][n + 1]);
 #pragma unroll
-        for (int t = 0; t < Shape::tiles; ++t) multiply<T>(acc[m][t], a, b[t]);
+        for (int t = 0; t < Shape::tiles; ++t) mma<T>(acc[m][t], a, b[t]);
       }
     }
   }

@@ -39,8 +39,8 @@ __global__ void multiply_float32(const float* a, const float* b, float* d, float
   float2 below{a[(group + 8) * 8 + first], a[(group + 8) * 8 + first + 1]};
   float2 b_frag{b[first * 8 + group], b[(first + 1) * 8 + group]};
   float sums[4] = {}, sums_by_shuffles[4] = {};
-  detail::multiply_add(sums, above, below, b_frag);
-  detail::multiply_add_by_shuffles(sums_by_shuffles, above, below, b_frag);
+  detail::mma_fp32(sums, above, below, b_frag);
+  detail::mma_fp32_by_shuffles(sums_by_shuffles, above, below, b_frag);
   for (int i = 0; i < 4; ++i) {
     int at = (group + 8 * (i / 2)) * 8 + 2 * member + i % 2;
     d[at] = sums[i], by_shuffles[at] = sums_by_shuffles[i];
