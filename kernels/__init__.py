@@ -22,6 +22,7 @@ OPS: dict[str, Op] = load_ops(
     "vf_loss",
     "group_norm_silu",
     "adamw_ema_",
+    "stacked_linear",
     "linear_swiglu",
     "swiglu_linear_grad",
     "weight_gradients",
@@ -33,7 +34,8 @@ def select(backend: str = "auto", /, **per_op: str) -> Ops:
 
     Args:
         backend: `"reference"`, `"triton"`, `"cuda"`, or `"auto"`: for each op the first backend of its order that can
-            serve on this machine. Which ones those are is logged, once for each outcome.
+            serve on this machine. Which ones those are is logged, once for each outcome. An op that computes with the
+            library's own products (`"library"`) needs no kernels, so it does that too under a name that it lacks.
         per_op: op name → backend name, in place of `backend` for that op.
 
     Returns:

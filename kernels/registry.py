@@ -17,8 +17,16 @@ log = logging.getLogger(__name__)
 
 #: Backend name → the file of an op's folder that holds it, as the module variable `BACKEND` ("emulated": `EMULATED`).
 FILES = MappingProxyType(
-    {"reference": "reference", "triton": "triton_impl", "cuda": "cuda_impl", "emulated": "cuda_impl"}
+    {
+        "reference": "reference",
+        "triton": "triton_impl",
+        "cuda": "cuda_impl",
+        "library": "library_impl",
+        "emulated": "cuda_impl",
+    }
 )
+#: The backend that computes with the library's own products, on any device. An op that has it needs no kernels.
+LIBRARY = "library"
 #: Order in which "auto" prefers backends, unless an op has its own: Triton first, until a measurement on a GPU shows
 #: that op's CUDA kernel to be faster.
 ORDER = ("triton", "cuda", "reference")
@@ -71,10 +79,12 @@ class Op:
     Attributes:
         name: also the folder, the attribute of a bundle and the test id.
         check: validates the arguments for every backend; its parameters are the op's signature. Raises ValueError.
-        differentiable: names of the arguments that gradients flow to.
+        differentiable: names of the arguments that gradients flow to, tensors or lists of them.
         mutates: names of the arguments changed in place.
         dtypes: dtypes of the main input that `check` lets through.
         order: backends in the order "auto" prefers them.
+        save_when_checkpointing: activation checkpointing that computes only cheap operators again keeps its results: it
+            takes long to compute for what they need in memory.
         graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
             (`kernels.compile.graph_passes`).
         package: import path of the folder, `kernels.<name>` if empty.
@@ -86,6 +96,7 @@ class Op:
     mutates: tuple[str, ...] = ()
     dtypes: frozenset[torch.dtype] = FLOATS
     order: tuple[str, ...] = ORDER
+    save_when_checkpointing: bool = False
     graph_pass: bool = False
     package: str = ""
 
@@ -196,11 +207,16 @@ class Ops:
     Copies and pickles name the backends that were chosen, so they compute the same: "auto" is not asked again.
     """
 
-    def __init__(self, ops: Mapping[str, Op], chosen: Mapping[str, str]):
+    def __init__(
+        self, ops: Mapping[str, Op], chosen: Mapping[str, str], reasons: Mapping[str, str] = MappingProxyType({})
+    ):
+        """reasons: op → why this backend, where the choice itself does not say."""
         resolved = {name: op.resolve(chosen[name]) for name, op in ops.items()}
         vars(self).update({name: function for name, (function, _) in resolved.items()})
         vars(self)["_ops"] = ops
-        vars(self)["_table"] = {name: row for name, (_, row) in resolved.items()}
+        vars(self)["_table"] = {
+            name: row | {"reason": reasons.get(name, row["reason"])} for name, (_, row) in resolved.items()
+        }
 
     def table(self) -> dict[str, dict[str, str]]:
         """Op name → `{"backend": its name, "reason": why this one}`, for logs and checkpoints."""
@@ -210,6 +226,12 @@ class Ops:
         """The backend chosen for an op; None where that one cannot serve."""
         chosen = self._table[name]["backend"]
         return None if self._ops[name].reasons(chosen) else self._ops[name].backend(chosen)
+
+    def saved_operators(self) -> list[torch._ops.OpOverload]:
+        """The operators of ops with `save_when_checkpointing`, on the backends chosen for them."""
+        backends = [self.backend(name) for name, op in self._ops.items() if op.save_when_checkpointing]
+        names = [name.split("::") for backend in backends if backend is not None for name in backend.torch_ops]
+        return [getattr(getattr(torch.ops, namespace), name).default for namespace, name in names]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         known = vars(self)["_ops"]
@@ -252,12 +274,21 @@ def check_names(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) 
 
 
 def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Ops:
-    """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`."""
+    """The bundle of `ops` on `backend`, but for the ops named in `per_op`; see `kernels.select`.
+
+    An op that has the backend `library` and lacks `backend` computes by the library.
+    """
     check_names(ops, backend, per_op)
     for name, value in per_op.items():
         if ops[name].graph_pass and value != "auto" and (reasons := ops[name].reasons(value)):
             raise BackendUnavailable(name, value, reasons)
-    bundle = Ops(dict(ops), {name: per_op.get(name, backend) for name in ops})
+    chosen = {name: per_op.get(name, backend) for name in ops}
+    replaced = {
+        name: f"this op has no {backend} backend"
+        for name, op in ops.items()
+        if name not in per_op and backend not in ("auto", *op.backends) and LIBRARY in op.backends
+    }
+    bundle = Ops(dict(ops), chosen | dict.fromkeys(replaced, LIBRARY), replaced)
     if "auto" in (backend, *per_op.values()):
         _log_once(bundle.table())
     return bundle

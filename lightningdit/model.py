@@ -245,6 +245,8 @@ class LightningDiT(Float32Tables):
     ):
         super().__init__()
         self.config, self.residual_dtype, self.params_gathered = config, residual_dtype, params_gathered
+        self.ops = ops
+        self.saved_operators = ops.saved_operators() if config.use_checkpoint == "pointwise" else []
         self.x_embedder = PatchEmbed(config)
         self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, config.grid_size), requires_grad=False)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
@@ -296,11 +298,13 @@ class LightningDiT(Float32Tables):
         x = self.x_embedder(x.to(weights_dtype)) + self.pos_embed.to(acc_dtype)  # [B, N, D]
         x = x.to(torch.promote_types(weights_dtype, self.residual_dtype))
         adaln = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
-        vectors = modulations(adaln, c) if self.params_gathered else (layer(c) for layer in adaln)  # [B, D] each
+        vectors = modulations(adaln, c, self.ops) if self.params_gathered else (m(c) for m in adaln)  # [B, D] each
         pending: PendingResidual | None = None
         for block, modulation in zip(self.blocks, vectors, strict=True):
             if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, pending = recomputed(block, self.config.use_checkpoint, x, pending, modulation, cos, sin)
+                x, pending = recomputed(
+                    block, self.saved_operators, self.config.use_checkpoint, x, pending, modulation, cos, sin
+                )
             else:
                 x, pending = block(x, pending, modulation, cos, sin)
         x = self.final_layer(x, pending, c)  # [B, N, P·P·out_channels]

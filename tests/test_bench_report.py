@@ -114,7 +114,7 @@ def test_the_committed_pages_agree_with_the_committed_rows(capsys):
 
 def test_the_readme_is_short_and_has_every_table():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 200
+    assert len(report.MARKER.sub("", text).splitlines()) <= 175, "without its tables, which grow with the ops"
     assert set(re.findall(r"<!-- bench:(\w+) -->", text)) == set(tables.BLOCKS)
 
 
@@ -155,7 +155,7 @@ def test_new_rows_or_a_lost_page_make_the_pages_stale(tree, monkeypatch):
 def test_without_rows_nothing_is_claimed(tmp_path):
     assert load(tmp_path) == []
     page = report.page([], tmp_path)
-    assert page.count("not measured yet") == len(TARGETS) + len(kernels.OPS) and "No GPU has been measured" in page
+    assert page.count("not measured yet") == len(TARGETS) + 1 and "No GPU has been measured" in page
     assert tables.training([]).count("not measured yet") == 1
     assert "GPU |" in tables.training([]) and "650" in tables.training([]), "what is aimed at is said all the same"
     assert all(target.read(Measured("none", ())) is None for target in TARGETS)
@@ -255,7 +255,7 @@ def test_markers_are_a_pair_and_name_a_table():
     assert "| not measured yet |" in report.filled("<!-- bench:ops -->\n<!-- /bench:ops -->", [])
     for text, why in (
         ("<!-- bench:ops -->\n", "other half"), ("<!-- bench:ops -->\n<!-- /bench:training -->", "other half"),
-        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "no table is called speed; known: training, ops, others"),
+        ("<!-- bench:speed -->\n<!-- /bench:speed -->", "no table is called speed; known: backends, training"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
             report.filled(text, [])

@@ -22,6 +22,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+STACKED = "stacked_linear"
 ADALN, GATED, GRADIENTS = "adaln_rms_norm", "gated_residual_adaln_rms_norm", "weight_gradients"
 LINEAR, GRAD = "linear_swiglu", "swiglu_linear_grad"
 MODULATED = [
@@ -117,6 +118,14 @@ BAD = [
     (GRADIENTS, {"inputs": [zeros(37, 7), zeros(2, 37, 9)]}, "shape of inputs[1] is (2, 37, 9)", "37 tokens"),
     (GRADIENTS, {"inputs": [zeros(37, 7), zeros(37, 9).half()]}, "dtype of inputs[1] is torch.float16", "float32"),
     (GRADIENTS, {"inputs": [zeros(37, 7), zeros(37, 9, device="meta")]}, "device of inputs[1] is meta", "cpu"),
+    (STACKED, {"x": zeros(7)}, "shape of x is (7,)", "[B, D]"),
+    (STACKED, {"x": zeros(5, 7).int()}, "dtype of x is torch.int32", "torch.float32"),
+    (STACKED, {"biases": [zeros(11)]}, "weights and biases is 3 and 1 tensors", "as many of one"),
+    (STACKED, {"weights": [zeros(11, 7), zeros(11, 6), zeros(11, 7)]}, "shape of weights[1] is (11, 6)", "(11, 7)"),
+    (STACKED, {"weights": [zeros(0, 7)] * 3}, "shape of weights[0] is (0, 7)", "no dimension 0"),
+    (STACKED, {"biases": [zeros(11), zeros(11), zeros(1)]}, "shape of biases[2] is (1,)", "(11,) (K)"),
+    (STACKED, {"biases": [zeros(11).half()] * 3}, "dtype of biases[0] is torch.float16", "torch.float32"),
+    (STACKED, {"weights": [zeros(11, 7, device="meta")] * 3}, "device of weights[0] is meta", "cpu"),
     ("adamw_ema_", {"ema_decay": 1.5}, "ema_decay is 1.5", "[0, 1]"),
 ]
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import kernels
 from kernels.backends.device import cuda_reasons
 from kernels.registry import FLOATS, Backend, Op
 from kernels.testing import checks
 from kernels.testing.cases import Case
-from kernels.testing.tolerance import tensors_of
+from kernels.testing.tolerance import leaves, tensors_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = [(op, name) for op in kernels.OPS.values() for name in op.backends]
@@ -47,7 +48,7 @@ def first_cases(also: tuple[str, ...] = ()) -> Iterator:
 def test_a_gpu_is_asked_what_a_cpu_cannot_tell():
     for found in (all_cases(), first_cases()):
         names = {device: {p.values[1] for p in params} for device, params in by_device(found).items()}
-        assert names["cpu"] >= {"reference", "triton", "emulated"} and names["cuda"] == {"triton", "cuda"}
+        assert names["cpu"] >= {"reference", "triton", "emulated"} and names["cuda"] == {"triton", "cuda", "library"}
     assert "reference" in {p.values[1] for p in by_device(first_cases(also=("reference",)))["cuda"]}
 
 
@@ -149,13 +150,12 @@ def test_gradients_of_the_reference_are_those_of_its_results(op):
         if case.production or case.dtypes != FLOATS:  # where narrow dtypes do not fit, neither do finite differences
             continue
         inputs = checks.as_float64(case.inputs(torch.float64))
-        names = [name for name in op.differentiable if inputs[name] is not None]
-        leaves = [inputs[name].detach().requires_grad_() for name in names]
+        asked, structure = tree_flatten(leaves(inputs, [n for n in op.differentiable if inputs[n] is not None]))
 
-        def call(*values, names=names, inputs=inputs):
-            return op.backend("reference").run(**{**inputs, **dict(zip(names, values, strict=True))})
+        def call(*values, inputs=inputs, structure=structure):
+            return op.backend("reference").run(**inputs | tree_unflatten(values, structure))
 
-        assert torch.autograd.gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-5), case.id
+        assert torch.autograd.gradcheck(call, asked, fast_mode=True, eps=1e-7, atol=1e-5), case.id
 
 
 @pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)

@@ -143,6 +143,9 @@ def test_an_op_that_nobody_calls_is_refused_at_once_where_it_is_named(folder):
 def test_a_named_backend_serves_or_says_why_not(op, name):
     ops = kernels.select(name)
     row = ops.table()[op.name]
+    if name not in op.backends and registry.LIBRARY in op.backends:
+        assert row == {"backend": "library", "reason": f"this op has no {name} backend"}
+        return
     assert row["backend"] == name
     if reasons := op.reasons(name):
         assert all(reason in row["reason"] for reason in reasons)
@@ -181,6 +184,23 @@ def test_auto_takes_the_first_that_can_serve_and_says_why(folder, caplog):
     assert ops.scale(torch.ones(1)) == 2
     (record,) = caplog.records
     assert "scale: triton (not cuda: no device, no driver)" in record.getMessage(), "logged once for each outcome"
+
+
+def test_an_op_of_the_library_serves_in_place_of_kernels_unless_they_are_asked_of_it(folder):
+    files = {"reference": backend_file("reference", 1), "library_impl": backend_file("library", 2)}
+    op = plant(folder, "planted_library", **files)
+    ops = registry.choose({"scale": op}, "cuda", {})
+    assert ops.scale(torch.ones(1)) == 2 and pickle.loads(pickle.dumps(ops)).scale(torch.ones(1)) == 2
+    assert registry.choose({"scale": op}, "reference", {}).scale(torch.ones(1)) == 1
+    with pytest.raises(BackendUnavailable, match="scale: backend 'cuda' cannot serve: this op has no cuda backend"):
+        registry.choose({"scale": op}, "reference", {"scale": "cuda"}).scale(torch.ones(1))
+
+
+def test_operators_that_checkpointing_saves_are_those_of_the_chosen_backends():
+    expected = {"reference": set(), "triton": {"rope_attention_fwd", "rope_attention_bwd"}}
+    for backend, names in expected.items():
+        found = {op._schema.name for op in kernels.select(backend).saved_operators()}
+        assert found == {f"ldit::{name}" for name in names if not kernels.OPS["rope_attention"].reasons(backend)}
 
 
 def test_auto_never_picks_an_emulator(folder):

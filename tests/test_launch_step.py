@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.stacked_linear.library_impl import evenly_spaced
 from launch.config import load
 from launch.training.build import make_trainer
 from launch.training.deepspeed_options import deepspeed_config
@@ -17,7 +18,6 @@ from launch.training.optimizer import AdamWEma
 from launch.training.trainer import Trainer
 from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
-from lightningdit.modulation import evenly_spaced
 from tests import toy
 from tests.host_reads import HostReads
 from tests.operator_costs import moved_bytes

@@ -130,8 +130,7 @@ def test_flops_are_those_torch_counts(flags):
     import kernels
 
     config = ModelConfig(input_size=8, patch_size=2, hidden_size=48, depth=3, num_heads=4, num_classes=5, **flags)
-    # The counter does not see operators of our own, such as the one that computes all modulations at once.
-    model = LightningDiT(config, kernels.select("reference"), params_gathered=False)
+    model = LightningDiT(config, kernels.select("reference"))
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     assert counter.get_total_flops() == 2 * flops_per_image(config)[0]
@@ -176,6 +175,7 @@ def test_activation_bytes_are_those_autograd_keeps(swiglu):
         gated_residual_adaln_rms_norm=lambda *args, branch_bias: Gated.apply(*args[:-1]),
         swiglu=lambda gate_up, bias: activate(gate_up),
         rope_attention=lambda qkv, cos, sin, q, k, eps, bias: attend(qkv, cos, sin),
+        stacked_linear=kernels.select("auto").stacked_linear,
     )
     flags = PAPER | {"use_swiglu": swiglu}
     config = ModelConfig(input_size=16, patch_size=1, hidden_size=64, depth=24, num_heads=4, num_classes=5, **flags)

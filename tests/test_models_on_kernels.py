@@ -28,7 +28,7 @@ def ops_on(backend: str, device: str, dtype: torch.dtype) -> kernels.Ops:
             reasons = [f"{name}: {backend} is not emulated on the CPU here"]
     if reasons or not having:
         pytest.skip("; ".join(reasons) or f"no op has a {backend} backend")
-    return kernels.select("reference", **having)
+    return kernels.select("reference", **having, stacked_linear="library")
 
 
 def backends_and_devices(*dtypes: torch.dtype) -> pytest.MarkDecorator:

@@ -24,7 +24,8 @@ class Adapter:
         arrange: the op's arguments → those of `run`, before the clock starts: what a user has ready anyway, such as
             another memory layout or an optimizer object.
         differentiable: names of `run`'s arguments that gradients flow to; None for those of the op.
-        merge: gradients by those names → gradients by the op's names, to be checked; not timed.
+        merge: gradients by those names → gradients by the op's names, to be checked; not timed. Those of a list are by
+            "name[0]", "name[1]", …
     """
 
     run: Callable[..., Any]

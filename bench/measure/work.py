@@ -13,6 +13,7 @@ from kernels.testing.tolerance import (
     Tensors,
     as_float64,
     copied,
+    flattened,
     gradients,
     has_half_precision,
     leaves,
@@ -53,7 +54,7 @@ class Reference:
             wrong += mismatches({name: result.detach() for name, result in results.items()} | mutated,
                             self._eager, self._fp64, has_half_precision(self.inputs))  # fmt: skip
         if direction != "forward":
-            found = dict(zip(call.leaves, call.gradients(results, self.upstream), strict=True))
+            found = dict(zip(flattened(call.leaves), call.gradients(results, self.upstream), strict=True))
             merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}
             wrong += mismatches(merged, self._eager_gradients, self._fp64_gradients, has_half_precision(self.inputs))
         return wrong
@@ -74,8 +75,9 @@ class Call:
 
     def gradients(self, results: Tensors, upstream: Tensors) -> tuple[torch.Tensor, ...]:
         """Of its leaves, in their order; the forward pass stays as it is, to be asked again."""
+        asked = list(flattened(self.leaves).values())
         return torch.autograd.grad(
-            list(results.values()), list(self.leaves.values()), [upstream[name] for name in results], retain_graph=True
+            list(results.values()), asked, [upstream[name] for name in results], retain_graph=True
         )
 
     def restorer(self) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Tables of training, ops and targets over all GPUs, for the README, and of ops, ceilings and revisions of one GPU."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -34,10 +35,19 @@ def training(results: list[Measured]) -> str:
 def ops(results: list[Measured]) -> str:
     """Every op in its representative case: the fraction of the limit, and the ratio to the fastest other provider."""
     head = ["op", "GPU", "forward, of the limit", "× fastest other", "backward, of the limit", "× fastest other"]
-    names = {name: f"`{name}` {representative(name).names['case']}" for name in kernels.OPS}
-    lines = [[shown, gpu.gpu, *_forward_backward(gpu, name)] for name, shown in names.items()
-             for gpu in results if gpu.comparisons]  # fmt: skip
-    return table(head, lines or [[shown, NOT_YET, "", "", "", ""] for shown in names.values()])
+    lines = [[f"`{name}` {representative(name).names['case']}", gpu.gpu, *_forward_backward(gpu, name)]
+             for name in kernels.OPS for gpu in results if gpu.comparisons]  # fmt: skip
+    return table(head, lines or [[NOT_YET, "", "", "", "", ""]])
+
+
+def backends(results: list[Measured]) -> str:
+    """Every op, what its docstring says first, and the backends it has beside the reference."""
+    columns = {"triton": "Triton", "cuda": "CUDA", "library": "library"}
+    lines = [
+        [f"`{name}`", re.split(r": |\.?\n", op.doc)[0], *("✓" if key in op.backends else "" for key in columns)]
+        for name, op in kernels.OPS.items()
+    ]
+    return table(["op", "computes", *columns.values()], lines)
 
 
 def _forward_backward(gpu: Measured, name: str) -> Iterator[str]:
@@ -125,6 +135,7 @@ def lacking(gpu: Measured) -> str:
 
 #: Name of a marker in the README → its table.
 BLOCKS: dict[str, Callable[[list[Measured]], str]] = {
+    "backends": backends,
     "training": training,
     "ops": ops,
     "others": partial(targets, names=("gemm", "sampling", "encode", "decode", "vavae")),

@@ -43,7 +43,7 @@ def fewer_samples(case: Case, batch: int) -> Case:
 
     def make(draw) -> dict[str, Any]:
         inputs = case.make(draw)
-        samples = next((t.shape[0] for t in tensors_of(inputs) if t.ndim > 2), 0)
+        samples = next((t.shape[0] for t in tensors_of(inputs) if t.ndim > 1), 0)
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[:batch] if tensor.ndim > 1 and tensor.shape[0] == samples else tensor

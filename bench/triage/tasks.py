@@ -12,7 +12,7 @@ MODEL = "LightningDiT-XL/1"
 STEP_OPS = ("rope_attention", "adaln_rms_norm", "gated_residual_adaln_rms_norm", "swiglu", "adamw_ema_")
 SAMPLED_OPS = STEP_OPS[:-1]
 #: Backend → its file in an op's folder, as in `kernels.registry.FILES`.
-FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py"}
+FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py", "library": "library_impl.py"}
 
 
 def backends() -> dict[str, tuple[str, ...]]:

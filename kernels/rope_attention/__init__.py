@@ -79,4 +79,4 @@ def _both(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | Non
 
 
 NAME = "rope_attention"
-OP = Op(NAME, check, differentiable=("qkv", "q_weight", "k_weight", "bias"))
+OP = Op(NAME, check, differentiable=("qkv", "q_weight", "k_weight", "bias"), save_when_checkpointing=True)

@@ -86,6 +86,7 @@ def gradients(
 ) -> Tensors:
     """Argument name → gradient, of the `wanted` arguments (else all); with the results too if `keep`.
 
+    Of an argument that is a list of tensors, each has a gradient, "gradient of name[0]" and so on.
     `upstream` may leave out results: no gradient comes from them.
     """
     wanted = [name for name in wanted or op.differentiable if inputs[name] is not None]
@@ -93,19 +94,28 @@ def gradients(
     results = named(function(**inputs | asked))
     pairs = [(results[name], gradient) for name, gradient in upstream.items() if results[name].requires_grad]
     assert pairs, f"{op.name}: no result carries a gradient"
+    by_name = flattened(asked)
     found = torch.autograd.grad(
-        [result for result, _ in pairs], list(asked.values()), [gradient for _, gradient in pairs], allow_unused=True
+        [result for result, _ in pairs], list(by_name.values()), [gradient for _, gradient in pairs], allow_unused=True
     )
     gradient_of = {
-        f"gradient of {name}": torch.zeros_like(inputs[name]) if gradient is None else gradient
-        for name, gradient in zip(wanted, found, strict=True)
+        f"gradient of {name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(by_name.items(), found, strict=True)
     }
     return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
 
 
-def leaves(inputs: Inputs, names: list[str]) -> Tensors:
+def leaves(inputs: Inputs, names: list[str]) -> Inputs:
     """Those arguments, asking for gradients; they share memory with `inputs`."""
-    return {name: inputs[name].detach().requires_grad_() for name in names}
+    return {name: tree_map(lambda tensor: tensor.detach().requires_grad_(), inputs[name]) for name in names}
+
+
+def flattened(inputs: Inputs) -> Tensors:
+    """The tensors among arguments by name; those of a list are "name[0]", "name[1]", …"""
+    found: Tensors = {}
+    for name, value in inputs.items():
+        found |= {f"{name}[{i}]": t for i, t in enumerate(value)} if isinstance(value, list) else {name: value}
+    return found
 
 
 def named(result: torch.Tensor | tuple[torch.Tensor, ...] | None) -> Tensors:
@@ -125,7 +135,13 @@ def as_float64(inputs: Inputs) -> Inputs:
 
 
 def copy(value):
-    """Tensors, or lists of them, in memory of their own; anything else as it is."""
+    """Tensors, or lists of them, in memory of their own; anything else as it is.
+
+    Tensors of a list that share a storage share one in the copy too, at the same places.
+    """
+    if isinstance(value, list) and len({tensor.untyped_storage()._cdata for tensor in value}) == 1 < len(value):
+        storage = value[0].new_empty(0).set_(value[0].untyped_storage()).clone()
+        return [storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in value]
     return tree_map_only(torch.Tensor, torch.clone, value)
 
 
