@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from bench.measure import program
 from bench.measure.comparison import Comparison
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import HostDevice, Iteration
 from launch.training.loader import BatchSplit, SampleOrder, micro_batches
@@ -151,8 +151,8 @@ class LoaderComparison(Comparison):
     def wrong(self, job: LoaderJob, values: Mapping[str, str], shared: str) -> dict[str, str]:
         return {name: why for name, why in values.items() if why}
 
-    def figures(self, job: LoaderJob, timed: Timed) -> Row:
-        return {"latents_per_second": 1 / timed.seconds(), "bytes": 4 * int(np.prod(job.data.shape))}
+    def figures(self, job: LoaderJob, ready: Ready) -> Row:
+        return {"latents_per_second": 1 / ready.seconds(), "bytes": 4 * int(np.prod(job.data.shape))}
 
     def label(self, row: Row) -> str:
         return f"{row['provider']:16} {row['workers']:7}"

@@ -17,7 +17,7 @@ import torch
 
 from bench.measure import program
 from bench.measure.comparison import Comparison, mismatches
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration, iteration_size
 from bench.step import PAPER
@@ -129,8 +129,8 @@ class GemmComparison(Comparison):
         exact = a.double() @ b.double()
         return mismatches("product", values, exact.bfloat16(), exact)
 
-    def figures(self, job: GemmJob, timed: Timed) -> Row:
-        flops, seconds = job.product.flops, timed.seconds()
+    def figures(self, job: GemmJob, ready: Ready) -> Row:
+        flops, seconds = job.product.flops, ready.seconds()
         return {"flops": flops, "bytes": job.product.moved, "tflops": flops / seconds / 1e12,
                 **self.limits(flops / seconds)}  # fmt: skip
 

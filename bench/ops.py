@@ -2,7 +2,7 @@
 
     python -m bench.ops [OP …] [--quick] [--minutes M] [--out FILE] …
 
-No number without correctness: a provider whose results are wrong by the tests' rule is reported, not timed. The
+No number without correctness: a provider whose results are wrong by the tests' rule is reported, not ready. The
 representative cases come first. Ends with 1 if one of our backends is wrong or fails, with 2 if there is no GPU.
 """
 
@@ -20,7 +20,7 @@ from bench.baselines import Adapter, Provider
 from bench.measure import program, timing
 from bench.measure.comparison import Comparison
 from bench.measure.failures import status_of
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Row, version
 from bench.measure.work import DIRECTIONS, Reference, Sets
 from bench.workloads.providers import Compiler, inductor, ours, providers_for
@@ -124,11 +124,11 @@ class OpComparison(Comparison):
         with self.device.active():
             try:
                 directions, absent = self.by_direction(job)
-                rows += [self._absent(job, name, *why) for name, why in absent.items()]
+                rows += [self.write(job, name, *why) for name, why in absent.items()]
                 for direction in directions:
                     rows += super().run(direction)
             except Exception as error:
-                rows.append(self._absent(job, "all", *status_of(error)))
+                rows.append(self.write(job, "all", *status_of(error)))
         torch._dynamo.reset()
         return rows
 
@@ -152,20 +152,15 @@ class OpComparison(Comparison):
             found.append(DirectionJob(job, direction, reference, present, moved, flops))
         return found, absent
 
-    def _absent(self, job: OpJob, name: str, status: str, why: str) -> Row:
-        row = self.log.write({"kind": self.kind, **self.named(job, name), "status": status, "reason": why})
-        self._say(row)
-        return row
-
     def tidy(self) -> None:
         """What was compiled serves the other direction too."""
-        self._free()
+        self.free()
 
     def set_up(self, job: DirectionJob) -> Sets:
         return Sets(job.reference, *timing.iteration_size(job.moved, self.device.l2_bytes))
 
     def prepare(self, job: DirectionJob, name: str, shared: Sets) -> Ready:
-        """Its value says what is wrong with its results; then nothing of it is timed."""
+        """Its value says what is wrong with its results; then nothing of it is ready."""
         provider, adapter = job.present[name]
         if wrong := "; ".join(job.reference.mismatches(adapter, job.direction)):
             return Ready({}, wrong)
@@ -183,11 +178,11 @@ class OpComparison(Comparison):
     def wrong(self, job: DirectionJob, values: Mapping[str, str], shared: Sets) -> dict[str, str]:
         return {name: why for name, why in values.items() if why}
 
-    def figures(self, job: DirectionJob, timed: Timed) -> Row:
+    def figures(self, job: DirectionJob, ready: Ready) -> Row:
         limit = {"limit_us": None, "bound": None, "fraction": None}
         if self.ceilings is not None:
             seconds, bound = self.ceilings.limit(job.moved, job.flops, job.job.dtype)
-            limit = {"limit_us": seconds * 1e6, "bound": bound, "fraction": seconds / timed.seconds()}
+            limit = {"limit_us": seconds * 1e6, "bound": bound, "fraction": seconds / ready.seconds()}
         return {"bytes": job.moved, "flops": job.flops, **limit}
 
     def label(self, row: Row) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from bench.measure import program
 from bench.measure.comparison import Comparison, Varied, mismatches
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.step import PAPER
 from bench.workloads.variants import SAMPLING, Variant
@@ -86,18 +86,18 @@ class SamplingComparison(Comparison):
         """By the tests' rule: an error at most twice that of the plain model."""
         return mismatches("latents", {name: made.samples for name, made in values.items()}, shared.eager, shared.exact)
 
-    def figures(self, job: SamplingJob, timed: Timed) -> Row:
+    def figures(self, job: SamplingJob, ready: Ready) -> Row:
         """FLOPs are what samples need: the plain loop's halves that are thrown away do not count."""
-        seconds, (guided, unguided) = timed.seconds(), timed.ready.value.calls
-        decoding = timed.parts["decode"].median
-        flops = (2 * guided + unguided) * flops_per_image(job.config)[0] + timed.ready.about["decode_flops"]
-        measured = {part: timing.median * 1e3 for part, timing in timed.parts.items()}
+        seconds, (guided, unguided) = ready.seconds(), ready.value.calls
+        decoding = ready.parts["decode"].median
+        flops = (2 * guided + unguided) * flops_per_image(job.config)[0] + ready.about["decode_flops"]
+        measured = {part: timing.median * 1e3 for part, timing in ready.parts.items()}
         return {
             "images_per_second": job.batch / seconds, "latents_per_second": job.batch / (seconds - decoding),
             "flops": flops * job.batch,
             **self.limits(flops * job.batch / seconds, getattr(torch, job.precision)),
             "extrapolated": {"guided_calls": guided, "unguided_calls": unguided, "parts_ms": measured,
-                             "times": timed.ready.times},
+                             "times": ready.times},
         }  # fmt: skip
 
     def label(self, row: Row) -> str:

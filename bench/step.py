@@ -21,7 +21,7 @@ from bench.measure import program
 from bench.measure.breakdown import where_time_goes
 from bench.measure.comparison import Comparison, Varied
 from bench.measure.losses import LOSS_BASELINES, wrong_losses
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration
 from bench.workloads.training import STEPS
@@ -93,8 +93,8 @@ class StepComparison(Comparison):
     def wrong(self, job: StepJob, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)
 
-    def figures(self, job: StepJob, timed: Timed) -> Row:
-        rate, flops = job.batch / timed.seconds(), flops_per_image(job.config)[1]
+    def figures(self, job: StepJob, ready: Ready) -> Row:
+        rate, flops = job.batch / ready.seconds(), flops_per_image(job.config)[1]
         hours = IMAGES / (8 * rate) / 3600
         return {
             "images_per_second": rate, "flops": flops * job.batch, **self.limits(rate * flops),

@@ -23,7 +23,7 @@ from bench.measure import ceilings, timing
 from bench.measure.comparison import Comparison
 from bench.measure.failures import status_of
 from bench.measure.losses import LOSS_BASELINES
-from bench.measure.progress import PeakMemory, Timed
+from bench.measure.progress import PeakMemory
 from bench.measure.rows import Log, machine
 from bench.pages.measured import HEADLINE
 from bench.workloads.providers import providers_for
@@ -143,9 +143,8 @@ def measure(benchmark, comparison: Comparison, job, name: str, shared, values: d
             rounds=max(LEAST_ROUNDS, int(SECONDS / once)),
             warmup_rounds=int(WARMUP_SECONDS / once) + 1,
         )
-        samples = list(benchmark.stats.stats.data)
-        timed = Timed(name, ready, {"": timing.Timing(iteration.calls, iteration.method, samples)})
-        facts = machine(device.kind) | ready.about | comparison.figures(job, timed) | {"peak_gb": peak.gigabytes}
+        ready.early[""] = timing.Timing(iteration.calls, iteration.method, list(benchmark.stats.stats.data))
+        facts = machine(device.kind) | ready.about | comparison.figures(job, ready) | {"peak_gb": peak.gigabytes}
         benchmark.extra_info |= {key: facts[key] for key in EXTRA if key in facts}
 
 

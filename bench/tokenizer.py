@@ -17,7 +17,7 @@ import torch
 from bench.measure import program
 from bench.measure.breakdown import where_time_goes
 from bench.measure.comparison import Comparison, Varied, mismatches
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration
 from bench.workloads.variants import TOKENIZER, TokenizerVariant
@@ -102,9 +102,9 @@ class TokenizerComparison(Comparison):
             return wrong_losses(values)
         return mismatches(job.part, values, shared.eager, shared.exact)
 
-    def figures(self, job: TokenizerJob, timed: Timed) -> Row:
-        seconds, dtype = timed.seconds(), getattr(torch, job.precision)
-        return {"images_per_second": job.batch / seconds, **self.limits(timed.ready.about["flops"] / seconds, dtype)}
+    def figures(self, job: TokenizerJob, ready: Ready) -> Row:
+        seconds, dtype = ready.seconds(), getattr(torch, job.precision)
+        return {"images_per_second": job.batch / seconds, **self.limits(ready.about["flops"] / seconds, dtype)}
 
     def afterwards(self, job: TokenizerJob, ready: Ready) -> Row:
         return where_time_goes(ready.iterations[""].run, self.device.kind)

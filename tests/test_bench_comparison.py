@@ -14,7 +14,7 @@ import torch
 from bench.measure.ceilings import Ceilings
 from bench.measure.comparison import TIME_IS_UP, Comparison, coverage_text
 from bench.measure.cutoff import CutOff, Deadline, stoppable
-from bench.measure.progress import ENDED, Ready, Timed
+from bench.measure.progress import ENDED, Ready
 from bench.measure.rows import NAMES, Log, read
 from bench.measure.timing import Iteration, Timing
 
@@ -77,8 +77,8 @@ class Toy(Comparison):
     def wrong(self, job, values, shared):
         return {name: f"{value} is not 1" for name, value in values.items() if value != 1}
 
-    def figures(self, job, timed):
-        return {"per_second": 1 / timed.seconds()}
+    def figures(self, job, ready):
+        return {"per_second": 1 / ready.seconds()}
 
     def afterwards(self, job, ready):
         return {"seen": True}
@@ -327,5 +327,5 @@ def test_the_end_of_a_loaders_process_does_no_harm():
 
 def test_a_whole_of_several_parts():
     parts = {"a": Timing(1, "", [1.0, 2.0, 3.0]), "b": Timing(1, "", [10.0, 10.0, 40.0])}
-    timed = Timed("x", Ready({}, times={"a": 100}), parts)
-    assert (timed.seconds(), timed.seconds(1.0)) == (210.0, 340.0)
+    ready = Ready({}, times={"a": 100}, early=parts)
+    assert (ready.seconds(), ready.seconds(1.0)) == (210.0, 340.0)

@@ -13,7 +13,7 @@ from bench import ops
 from bench.baselines import Adapter, Provider
 from bench.measure import program, rows, timing
 from bench.measure.ceilings import Ceilings
-from bench.measure.progress import Ready, Timed
+from bench.measure.progress import Ready
 from bench.measure.rows import Log
 from bench.measure.timing import HostDevice
 from bench.measure.work import Reference, Sets
@@ -119,8 +119,8 @@ def test_fraction_of_the_limit():
 def test_figures_of_a_provider():
     job = OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float16)
     backward = DirectionJob(job, "backward", None, {}, moved=8_000_000, flops=4_000_000_000)
-    timed = Timed("ours", Ready({}), {"": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6])})
-    got = bench(ceilings=Ceilings(4e12, {torch.float16: 1e15})).figures(backward, timed)
+    ready = Ready({}, early={"": timing.Timing(2, "graph", [2e-6, 4e-6, 6e-6])})
+    got = bench(ceilings=Ceilings(4e12, {torch.float16: 1e15})).figures(backward, ready)
     assert (got["limit_us"], got["bound"], got["fraction"]) == (pytest.approx(4.0), "compute", pytest.approx(1.0))
     assert (got["bytes"], got["flops"]) == (8_000_000, 4_000_000_000)
 

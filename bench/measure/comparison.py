@@ -20,7 +20,7 @@ from bench.measure.ceilings import Ceilings
 from bench.measure.cutoff import NEVER, CutOff, Deadline
 from bench.measure.data_sheets import SHEETS
 from bench.measure.failures import status_of
-from bench.measure.progress import ENDED, PeakMemory, Progress, Ready, Timed
+from bench.measure.progress import ENDED, PeakMemory, Progress, Ready
 from bench.measure.rows import Log, Row, clocks
 from bench.measure.timing import Device
 from kernels.testing.tolerance import mismatch
@@ -100,7 +100,7 @@ class Comparison(ABC):
         return {}
 
     @abstractmethod
-    def figures(self, job: Any, timed: Timed) -> Row:
+    def figures(self, job: Any, ready: Ready) -> Row:
         """The numbers of a row beside those that all rows have."""
 
     def afterwards(self, job: Any, ready: Ready) -> Row:
@@ -134,7 +134,7 @@ class Comparison(ABC):
             CutOff: a signal came; the rows of whoever had been timed are written.
         """
         progress, cut = Progress(), None
-        self._free()  # what was measured before
+        self.free()  # what was measured before
         try:
             self._measure(job, progress)
         except CutOff as signal:
@@ -147,8 +147,9 @@ class Comparison(ABC):
             self._last_rows(job, progress, look=False)
         if cut is not None:
             raise cut
-        for name in list(progress.ready):
-            _give_back(progress.drop(name))
+        for ready in progress.ready.values():
+            _give_back(ready)
+        progress.ready.clear()
         self.tidy()
         return list(progress.rows.values())
 
@@ -157,22 +158,21 @@ class Comparison(ABC):
             progress.shared = self.set_up(job)
         except Exception as error:
             for name in job.providers:
-                self._say(self._write(job, progress, name, *status_of(error)))
+                self._write(job, progress, name, *status_of(error))
             return
         left = list(self.order(job))
         while left and not self.until.passed():
             name = left.pop(0)
-            failed = self._start(job, name, progress)
-            if failed is not None:
+            if failed := self._start(job, name, progress):
                 self._drop(job, progress, name, *failed)
-            elif name in progress.early:
+            elif name in progress.timed():
                 self._report(job, progress, name)
             if not self.interleaved:
                 self._time(job, progress)
-                if name in progress.held():
-                    self._look(job, progress.ready[name], self._clocks())
+                for ready in progress.held().values():
+                    self._look(job, ready, self._clocks())
                     self._report(job, progress, name)
-                    _give_back(progress.ready[name])
+                    _give_back(ready)
                 self.tidy()
         if left:
             progress.stopped = TIME_IS_UP
@@ -189,11 +189,12 @@ class Comparison(ABC):
                 ready = self.prepare(job, name, progress.shared)
             ready.peak_gb = peak.gigabytes
             progress.ready[name] = ready
-            for other, why in self.wrong(job, progress.values(), progress.shared).items():
+            values = {name: ready.value for name, ready in progress.ready.items()}
+            for other, why in self.wrong(job, values, progress.shared).items():
                 self._drop(job, progress, other, "incorrect", why)
             if self.early and name in progress.ready:
                 seconds = min(EARLY, self.seconds / self.rounds)
-                progress.early[name] = timing.interleave(ready.iterations, self.device, seconds, rounds=1)
+                ready.early = timing.interleave(ready.iterations, self.device, seconds, rounds=1)
         except Exception as error:
             return status_of(error)
         return None
@@ -207,12 +208,13 @@ class Comparison(ABC):
             self._drop(job, progress, *failed)
 
     def _all_rounds(self, progress: Progress) -> tuple[str, str, str] | None:
-        """Fill `progress.late` until the time is up; name, status and reason of a provider that failed."""
+        """Time rounds until the time is up; name, status and reason of a provider that failed."""
         held = progress.held()
         iterations = {(name, part): run for name, ready in held.items() for part, run in ready.iterations.items()}
         try:
             for timings in timing.time_rounds(iterations, self.device, self.seconds, self.rounds):
-                progress.late |= timings
+                for (name, part), found in timings.items():
+                    held[name].late[part] = found
                 if self.until.passed():
                     progress.stopped = TIME_IS_UP
                     break
@@ -222,17 +224,16 @@ class Comparison(ABC):
 
     def _drop(self, job: Any, progress: Progress, name: str, status: str, why: str) -> None:
         """Take a provider out that is wrong or has failed, and give back its memory."""
-        ready = progress.drop(name)
-        self._say(self._write(job, progress, name, status, why))
+        ready = progress.ready.pop(name, None)
+        self._write(job, progress, name, status, why)
         if ready is not None:
             _give_back(ready)
-        self._free()
+        self.free()
 
     def _last_rows(self, job: Any, progress: Progress, look: bool) -> None:
         """Write the last rows of all that was timed; look: there is time for what is looked at afterwards."""
-        timed = sorted(progress.timed(), key=job.providers.index)
         state = self._clocks() if look else {}
-        for name in timed:
+        for name in sorted(progress.timed(), key=job.providers.index):
             ready = progress.ready[name]
             if look and ready.iterations:
                 self._look(job, ready, state)
@@ -247,35 +248,33 @@ class Comparison(ABC):
 
     def _report(self, job: Any, progress: Progress, name: str, last: bool = False) -> None:
         """Write the row of a provider that was timed, unless it is written as it is."""
-        everybody = progress.timed()
-        mine = everybody[name]
-        told = self._figures(job, mine, everybody) | {"coverage": self._coverage(mine, progress)}
-        told |= {"peak_gb": mine.ready.peak_gb, "clocks": {}, **mine.ready.about}
-        if told != progress.told.get(name):
-            self._write(job, progress, name, "ok", "", **told)
-            progress.told[name] = told
-        self._say(progress.rows[name], last)
-
-    def _figures(self, job: Any, mine: Timed, everybody: dict[str, Timed]) -> Row:
+        mine = progress.ready[name]
         low, middle, high = (mine.seconds(q / 100) for q in (20, 50, 80))
-        others = {name: timed.seconds() for name, timed in everybody.items() if timed is not mine}
         unit, many = self.unit
-        return {
+        rounds, late = min(part.rounds for part in mine.parts.values()), mine.parts is mine.late
+        figures = {
             **{f"p{q}_{unit}": seconds * many for q, seconds in ((20, low), (50, middle), (80, high))},
             "spread": (high - low) / middle,
             "samples": min(len(part.samples) for part in mine.parts.values()),
-            "times_faster_than": {name: seconds / middle for name, seconds in others.items()},
+            "times_faster_than": {
+                other: ready.seconds() / middle for other, ready in progress.timed().items() if other != name
+            },
             **self.figures(job, mine),
+            "coverage": {
+                "rounds": rounds,
+                "of": self.rounds,
+                "interleaved": self.interleaved and late,
+                "cut_off": None if late and rounds == self.rounds else progress.stopped or ENDED,
+            },
+            "peak_gb": mine.peak_gb,
+            "clocks": {},
+            **mine.about,
         }
-
-    def _coverage(self, timed: Timed, progress: Progress) -> Row:
-        whole = not timed.early and timed.rounds == self.rounds
-        return {
-            "rounds": timed.rounds,
-            "of": self.rounds,
-            "interleaved": self.interleaved and not timed.early,
-            "cut_off": None if whole else progress.stopped or ENDED,
-        }
+        if figures == progress.figures.get(name):
+            self._say(progress.rows[name], last)
+        else:
+            progress.figures[name] = figures
+            self._write(job, progress, name, "ok", "", last, **figures)
 
     def limits(self, flops_per_second: float, dtype: torch.dtype = torch.bfloat16) -> Row:
         """`mfu` of the data sheet and `fraction` of the large matmul in this run; None on a CPU."""
@@ -294,18 +293,25 @@ class Comparison(ABC):
     def tidy(self) -> None:
         """Forget what was compiled, too: only when nobody is held who goes on."""
         torch._dynamo.reset()
-        self._free()
+        self.free()
 
-    def _free(self) -> None:
+    def free(self) -> None:
         gc.collect()
         if self.device.kind == "cuda":
             torch.cuda.empty_cache()
 
-    def _write(self, job: Any, progress: Progress, name: str, status: str, why: str, **figures: Any) -> Row:
+    def _write(
+        self, job: Any, progress: Progress, name: str, status: str, why: str, last: bool = True, **figures: Any
+    ) -> None:
         progress.rows.pop(name, None)
+        progress.rows[name] = self.write(job, name, status, why, last, **figures)
+
+    def write(self, job: Any, name: str, status: str, why: str, last: bool = True, **figures: Any) -> Row:
+        """Log and print a row."""
         row = {"kind": self.kind, **self.named(job, name), "status": status, "reason": why}
-        progress.rows[name] = self.log.write(row | figures)
-        return progress.rows[name]
+        row = self.log.write(row | figures)
+        self._say(row, last)
+        return row
 
     def text(self, row: Row) -> str:
         """A row as a line to read."""

@@ -55,7 +55,7 @@ MISTAKES = {
         "test_bench_sampling.py::test_rows_of_a_job",
     ),
     "times_faster_upside_down": Mistake(
-        "bench/measure/comparison.py", "{name: seconds / middle for", "{name: middle / seconds for",
+        "bench/measure/comparison.py", "other: ready.seconds() / middle for", "other: middle / ready.seconds() for",
         "test_bench_comparison.py::test_a_whole_job",
     ),
     "losses_of_speed_let_through": Mistake(
