@@ -81,18 +81,11 @@ ATTENTION = (
             ("math", SDPBackend.MATH, lambda **inputs: [], False),
         )
     ),
-    Provider(
-        "flash-attn-2",
-        flash_attn_2,
-        _half_precision_only,
-        "bias and norm by torch, rotation by its own kernel",
-        "flash-attn",
-    ),
-    Provider(
-        "flash-attn-3",
-        flash_attn_3,
-        _half_precision_only,
-        "bias and norm by torch, rotation by flash-attn's kernel",
-        "flash-attn-3",
+    *(
+        Provider(name, load, _half_precision_only, f"bias and norm by torch, rotation by {whose} kernel", package)
+        for name, load, whose, package in (
+            ("flash-attn-2", flash_attn_2, "its own", "flash-attn"),
+            ("flash-attn-3", flash_attn_3, "flash-attn's", "flash-attn-3"),
+        )
     ),
 )

@@ -11,23 +11,32 @@ from bench.baselines.interface import Adapter, Provider
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-def adaln(norm: Norm) -> Adapter:
-    """`adaln_rms_norm` from a norm; torch modulates in one kernel."""
+#: (x, weight, shift, scale, eps) → that, modulated
+ModulatedNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, float], torch.Tensor]
+
+
+def adaln(norm: ModulatedNorm) -> Adapter:
+    """`adaln_rms_norm` from a modulated norm."""
 
     def run(x, weight, shift, scale, eps, *, out_dtype=None):
-        return _modulated(norm(x, weight, eps), shift, scale).to(out_dtype or x.dtype)
+        return norm(x, weight, shift, scale, eps).to(out_dtype or x.dtype)
 
     return Adapter(run)
 
 
-def gated(norm: Norm) -> Adapter:
-    """`gated_residual_adaln_rms_norm` from a norm; torch adds in one kernel, and modulates in another."""
+def gated(norm: ModulatedNorm) -> Adapter:
+    """`gated_residual_adaln_rms_norm` from a modulated norm; torch adds in one kernel."""
 
     def run(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
         x = _residual(x, branch, gate, branch_bias)
-        return x, _modulated(norm(x, weight, eps), shift, scale).to(branch.dtype)
+        return x, norm(x, weight, shift, scale, eps).to(branch.dtype)
 
     return Adapter(run)
+
+
+def modulated(norm: Norm) -> ModulatedNorm:
+    """torch modulates in one kernel."""
+    return lambda x, weight, shift, scale, eps: _modulated(norm(x, weight, eps), shift, scale)
 
 
 def _modulated(y: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
@@ -37,11 +46,7 @@ def _modulated(y: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor)
 
 def _residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`x + gate · branch` in one kernel; it computes in the widest of the dtypes."""
-    return torch.addcmul(x, gate[:, None], _biased(branch, bias)).to(x.dtype)
-
-
-def _biased(branch: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return branch if bias is None else branch + bias
+    return torch.addcmul(x, gate[:, None], branch if bias is None else branch + bias).to(x.dtype)
 
 
 def torch_norm() -> Norm:
@@ -75,7 +80,7 @@ def quack_norm() -> Norm:
     return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
 
 
-def liger_modulated() -> Callable[..., torch.Tensor]:
+def liger_modulated() -> ModulatedNorm:
     from liger_kernel.ops.modulated_rms_norm import LigerModulatedRMSNormFunction
 
     def norm(x, weight, shift, scale, eps):
@@ -84,31 +89,12 @@ def liger_modulated() -> Callable[..., torch.Tensor]:
     return norm
 
 
-def liger_modulated_adaln() -> Adapter:
-    norm = liger_modulated()
-
-    def run(x, weight, shift, scale, eps, *, out_dtype=None):
-        return norm(x, weight, shift, scale, eps).to(out_dtype or x.dtype)
-
-    return Adapter(run)
-
-
-def liger_modulated_gated() -> Adapter:
-    norm = liger_modulated()
-
-    def run(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-        x = _residual(x, branch, gate, branch_bias)
-        return x, norm(x, weight, shift, scale, eps).to(branch.dtype)
-
-    return Adapter(run)
-
-
 def quack_gated() -> Adapter:
     """quack adds the residual in its norm kernel and returns the sum too."""
     from quack import rmsnorm
 
     def run(x, branch, gate, weight, shift, scale, eps, *, branch_bias=None):
-        product = gate[:, None].to(x.dtype) * _biased(branch, branch_bias)
+        product = gate[:, None].to(x.dtype) * (branch if branch_bias is None else branch + branch_bias)
         y, x = rmsnorm(product, weight, residual=x, out_dtype=branch.dtype, eps=eps, prenorm=True)
         return x, _modulated(y, shift, scale).to(branch.dtype)
 
@@ -152,45 +138,32 @@ def _channels_last_only(x, **rest) -> list[str]:
     return [] if last else ["its kernels take channels-last tensors; for others it calls torch"]
 
 
+_CONTIGUOUS = "from a contiguous tensor, as its kernel takes; SiLU by torch"
+_NORMS = (("torch", torch_norm, "torch"), ("liger", liger_norm, "liger-kernel"), ("apex", apex_norm, "apex"))
 _REST = "modulation, gate, residual and bias by torch"
-_NORMS = (
-    ("torch", torch_norm, "torch"),
-    ("liger", liger_norm, "liger-kernel"),
-    ("apex", apex_norm, "apex"),
-    ("quack", quack_norm, "quack-kernels"),
-)
-ADALN = (
-    *(
-        Provider(name, lambda load=load: adaln(load()), includes=_REST, package=package)
-        for name, load, package in _NORMS
-    ),
-    Provider(
-        "liger-modulated",
-        liger_modulated_adaln,
-        includes="norm and modulation in one kernel, float atomics backward",
-        package="liger-kernel",
-    ),
+
+
+def _providers(op: Callable[[ModulatedNorm], Adapter], norms: tuple, liger: str) -> tuple[Provider, ...]:
+    """Those of an op from a modulated norm; liger: what its own modulated norm includes."""
+    made = (
+        Provider(name, lambda load=load: op(modulated(load())), includes=_REST, package=package)
+        for name, load, package in norms
+    )
+    own = Provider("liger-modulated", lambda: op(liger_modulated()), includes=liger, package="liger-kernel")
+    return (*made, own)
+
+
+ADALN = _providers(
+    adaln,
+    (*_NORMS, ("quack", quack_norm, "quack-kernels")),
+    "norm and modulation in one kernel, float atomics backward",
 )
 GATED = (
-    *(
-        Provider(name, lambda load=load: gated(load()), includes=_REST, package=package)
-        for name, load, package in _NORMS[:-1]
-    ),
-    Provider(
-        "liger-modulated",
-        liger_modulated_gated,
-        includes="gate and residual by torch; float atomics backward",
-        package="liger-kernel",
-    ),
+    *_providers(gated, _NORMS, "gate and residual by torch; float atomics backward"),
     Provider("quack", quack_gated, includes="gate and modulation by torch", package="quack-kernels"),
 )
 GROUP_NORM = (
     Provider("torch", torch_group_norm, includes="two kernels: group norm, SiLU"),
-    Provider(
-        "liger",
-        liger_group_norm,
-        includes="from a contiguous tensor, as its kernel takes; SiLU by torch",
-        package="liger-kernel",
-    ),
+    Provider("liger", liger_group_norm, includes=_CONTIGUOUS, package="liger-kernel"),
     Provider("apex", apex_group_norm, _channels_last_only, "SiLU in its kernel", "apex"),
 )

@@ -1,5 +1,6 @@
 """AdamW as libraries have it, then the moving average and the bfloat16 copy as passes of their own."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,27 +17,10 @@ def torch_fused() -> Adapter:
         return {"steps": (step - 1).float(), "inverse_scale": grad_scale.float().reciprocal(), **rest}
 
     @torch.no_grad()
-    def run(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        ema,
-        *,
-        steps,
-        lr,
-        betas,
-        eps,
-        weight_decay,
-        ema_decay,
-        inverse_scale,
-        bf16_param=None,
-    ):
-        adamw(
-            [param], [grad.to(param.dtype)], [exp_avg], [exp_avg_sq], [], [steps],
-            fused=True, grad_scale=inverse_scale, amsgrad=False, maximize=False,
-            beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
-        )  # fmt: skip
+    def run(param, grad, exp_avg, exp_avg_sq, ema, *, steps, betas, ema_decay, inverse_scale, bf16_param=None, **rest):
+        states = [exp_avg], [exp_avg_sq], [], [steps]
+        scaled = {"fused": True, "grad_scale": inverse_scale, "amsgrad": False, "maximize": False}
+        adamw([param], [grad.to(param.dtype)], *states, beta1=betas[0], beta2=betas[1], **scaled, **rest)
         _average_and_copy(param, ema, ema_decay, bf16_param)
 
     return Adapter(run, arrange)
@@ -58,15 +42,8 @@ def _optimizer(FusedAdam: type) -> Adapter:
     """An optimizer object that holds these states; learning rate and step are the host's, as it has them."""
 
     def arrange(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, skip, **rest) -> Inputs:
-        optimizer = FusedAdam(
-            [param],
-            lr=float(lr),
-            bias_correction=True,
-            betas=betas,
-            eps=eps,
-            adam_w_mode=True,
-            weight_decay=weight_decay,
-        )
+        settings = {"lr": float(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        optimizer = FusedAdam([param], bias_correction=True, adam_w_mode=True, **settings)
         done = int(step) - 1
         optimizer.param_groups[0]["step"] = done  # apex counts here, DeepSpeed in the state
         optimizer.state[param] = {"step": done, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -96,23 +73,15 @@ def _never_skips(skip, **rest) -> list[str]:
 
 
 _THREE = "AdamW, moving average and bfloat16 copy, each a pass"
+_provider = partial(Provider, unsupported=_never_skips, overwrites=True)
 OPTIMIZERS = (
-    Provider(
+    _provider(
         "torch-fused",
         torch_fused,
-        _never_skips,
-        f"{_THREE}; the scaled gradient is written back; a bfloat16 gradient is cast first",
-        overwrites=True,
+        includes=f"{_THREE}; the scaled gradient is written back; a bfloat16 gradient is cast first",
     ),
-    Provider(
-        "apex-fused-adam", apex_adam, _never_skips, f"{_THREE}; one more to scale the gradient", "apex", overwrites=True
-    ),
-    Provider(
-        "deepspeed-fused-adam",
-        deepspeed_adam,
-        _never_skips,
-        f"{_THREE}; one more to scale the gradient",
-        "deepspeed",
-        overwrites=True,
+    *(
+        _provider(f"{package}-fused-adam", load, includes=f"{_THREE}; one more to scale the gradient", package=package)
+        for package, load in (("apex", apex_adam), ("deepspeed", deepspeed_adam))
     ),
 )
