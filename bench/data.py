@@ -31,9 +31,9 @@ from bench.measure.comparison import Comparison
 from bench.measure.progress import Ready
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import HostDevice, Iteration
+from bench.workloads.latents import write_latents
 from launch.training.loader import BatchSplit, SampleOrder, micro_batches
 from lightningdit.data import LatentDataset
-from lightningdit.latents_writer import LatentsWriter, finish
 
 SHAPE = (32, 16, 16)
 FOREVER = 10**9
@@ -186,24 +186,6 @@ def host() -> Row:
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
 
 
-def make_set(directory: Path, count: int) -> None:
-    """A finished set of random latents in four shards."""
-    writer, random = LatentsWriter(directory, shard_size=-(-count // 4)), torch.Generator().manual_seed(0)
-    for start in range(0, count, 512):
-        x = torch.randn(min(512, count - start), *SHAPE, generator=random)
-        writer.add(x, x.flip(-1), torch.arange(start, start + len(x)) % 1000)
-    writer.close()
-    finish(directory, expected=count)
-
-
-def warm(directory: Path) -> None:
-    """Read everything once, into the page cache."""
-    for path in directory.iterdir():
-        with path.open("rb") as f:
-            while f.read(1 << 24):
-                pass
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     def at_least(least: int, text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -229,8 +211,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as own:
         directory = options.directory or Path(own)
         if options.directory is None:
-            make_set(directory, options.samples)
-        warm(directory)
+            write_latents(directory, SHAPE, options.samples, 1000, shard_size=-(-options.samples // 4))
+        for path in directory.iterdir():  # read everything once, into the page cache
+            with path.open("rb") as file:
+                deque(iter(partial(file.read, 1 << 24), b""), maxlen=0)
         data = LatentDataset(directory, verify=False)
         workers = tuple(options.workers or (0, 2))
         return program.work_through(comparison, [LoaderJob(data, options.batch_size, workers)])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench import data as bench_data
-from bench.data import BATCHES, WAYS, FilePerSample, LoaderComparison, LoaderJob, disagreement, make_set
+from bench.data import BATCHES, WAYS, FilePerSample, LoaderComparison, LoaderJob, disagreement
 from bench.measure import rows
+from bench.workloads.latents import write_latents
 from lightningdit.data import LatentDataset
 from tests.golden.golden import ROOT
 
@@ -34,7 +35,7 @@ class Told:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     directory = tmp_path_factory.mktemp("latents")
-    make_set(directory, 42)
+    write_latents(directory, (32, 16, 16), 42, 1000, shard_size=11)
     return LatentDataset(directory)
 
 

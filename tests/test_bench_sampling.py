@@ -91,7 +91,7 @@ def test_rows_of_a_job(precision, tmp_path, capsys):
 def test_what_an_iteration_runs():
     """The updates are the sampler's own, and what is decoded are images."""
     made = setup()
-    ours, plain = samplers.OurSampler(OURS, made), samplers.PlainSampler(PLAIN, made)
+    ours, plain = samplers.our_sampler(OURS, made), samplers.plain_sampler(PLAIN, made)
     network, z = made.network(select("reference")), made.noise()
     zero, null = torch.zeros(3), torch.full((3,), 5)
     cond, uncond = network(z, zero, made.y), network(z, zero, null)
@@ -106,7 +106,7 @@ def test_what_an_iteration_runs():
 
 
 def test_another_sample_is_incorrect_and_not_timed(monkeypatch):
-    true = samplers.OurSampler
+    true = samplers.our_sampler
 
     def wrong(variant, made):
         sampler = true(variant, made)

@@ -5,6 +5,7 @@ A call of each kind stands for all of that kind, as the time of a network does n
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from bench.workloads.variants import Variant
 from kernels.compile.modes import compiled
 from kernels.registry import Ops
 from launch.config import load
-from launch.sample import Generator
+from launch.sample import SampleGenerator
 from lightningdit.config import ModelConfig, SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
@@ -51,8 +52,8 @@ class SamplingSetup:
         labels = network.y_embedder.embedding_table.weight  # of N(0, 0.02): labels, and so guidance, hardly matter
         torch.nn.init.normal_(labels, generator=torch.Generator(device).manual_seed(0))
         self._weights = network.state_dict()
-        narrow = getattr(torch, precision)
-        self.eager = self.baseline_samples(self.plain(None if narrow == torch.float32 else narrow))
+        dtype = getattr(torch, precision)
+        self.eager = self.baseline_samples(self.plain(None if dtype == torch.float32 else dtype))
         self.exact = self.baseline_samples(self.plain(None).double(), torch.float64)
 
     def network(self, ops: Ops) -> LightningDiT:
@@ -89,8 +90,9 @@ class SamplingSetup:
         return made.guided_nfe, made.nfe - made.guided_nfe
 
 
+@dataclass
 class Sampler:
-    """A way to sample, made from a `SamplingSetup`.
+    """A way to sample.
 
     Attributes:
         iterations: part → what is timed: "noise" and "decode" of the whole batch, others of one call and its update.
@@ -105,49 +107,45 @@ class Sampler:
     samples: torch.Tensor
 
 
-class OurSampler(Sampler):
+def our_sampler(variant: Variant, setup: SamplingSetup) -> Sampler:
     """`launch.sample.SampleGenerator` as the program makes it, but for the weights."""
-
-    def __init__(self, variant: Variant, setup: SamplingSetup):
-        ops, s = variant.ops(), setup.settings
-        tokenizer = make_tokenizer(setup.tokenizer, ops, setup.device)
-        statistics = LatentStatistics.identity(setup.config.in_channels)
-        generator = Generator(setup.network(ops), tokenizer, statistics, setup.transport, s)
-        generator.to(setup.y.device)
-        model, null = compiled(generator.model, variant.compile), setup.config.null_label
-        indices = range(len(setup.y))
-        self.samples = sample(model, setup.transport, setup.checked_settings(), setup.y, indices, shape=setup.shape,
-                              null_label=null).latents  # fmt: skip
-        z, always = setup.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
-        guided, unguided = (partial(self._update, setup, Denoiser(model, setup.y, g), z) for g in (always, None))
-        parts = {"noise": setup.noise, "guided": guided, "unguided": unguided,
-                 "decode": partial(generator.pixels, self.samples)}  # fmt: skip
-        self.iterations = {name: Iteration(part) for name, part in parts.items()}
-        self.calls = setup.calls()
-        self.times = dict(zip(("guided", "unguided"), self.calls, strict=True))
+    ops, s, null = variant.ops(), setup.settings, setup.config.null_label
+    generator = _generator(setup, ops, setup.network(ops))
+    generator.to(setup.y.device)
+    model, checked = compiled(generator.model, variant.compile), setup.checked_settings()
+    made = sample(model, setup.transport, checked, setup.y, range(len(setup.y)), shape=setup.shape, null_label=null)
+    z, always = setup.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
 
     @torch.no_grad()
-    def _update(self, setup: SamplingSetup, predict: Denoiser, z: torch.Tensor) -> torch.Tensor:
-        return sample_ode(setup.transport, predict, z, method=setup.settings.sampling_method, steps=2)
+    def update(guidance: Guidance | None) -> torch.Tensor:
+        predict = Denoiser(model, setup.y, guidance)
+        return sample_ode(setup.transport, predict, z, method=s.sampling_method, steps=2)
+
+    updates = {"guided": partial(update, always), "unguided": partial(update, None)}
+    return _sampler(setup, generator, made.latents, updates, dict(zip(updates, setup.calls(), strict=True)))
 
 
-class PlainSampler(Sampler):
-    """The peer, both halves in every call; its images come from the tokenizer with the reference ops."""
-
-    def __init__(self, variant: Variant, setup: SamplingSetup):
-        s, narrow = setup.settings, getattr(torch, setup.settings.precision)
-        plain = setup.plain(None if narrow == torch.float32 else narrow)
-        network = compiled(plain, variant.compile, deterministic=False)
-        self.samples = setup.baseline_samples(network)
-        statistics = LatentStatistics.identity(setup.config.in_channels)
-        tokenizer = make_tokenizer(setup.tokenizer, variant.ops(), setup.device)
-        generator = Generator(network, tokenizer, statistics, setup.transport, s)
-        ends, z = torch.tensor([0.0, 1.0], device=setup.y.device), setup.noise()
-        parts = {"noise": setup.noise, "guided": partial(setup.plain_samples, network, z, ends),
-                 "decode": partial(generator.pixels, self.samples)}  # fmt: skip
-        self.iterations = {name: Iteration(part) for name, part in parts.items()}
-        self.calls = setup.calls()
-        self.times = {"guided": sum(self.calls)}
+def plain_sampler(variant: Variant, setup: SamplingSetup) -> Sampler:
+    """The plain model, both halves in every call; its images come from the tokenizer with the reference ops."""
+    dtype = getattr(torch, setup.settings.precision)
+    network = compiled(setup.plain(None if dtype == torch.float32 else dtype), variant.compile, deterministic=False)
+    ends, z = torch.tensor([0.0, 1.0], device=setup.y.device), setup.noise()
+    updates = {"guided": partial(setup.plain_samples, network, z, ends)}
+    generator, samples = _generator(setup, variant.ops(), network), setup.baseline_samples(network)
+    return _sampler(setup, generator, samples, updates, {"guided": sum(setup.calls())})
 
 
-SAMPLERS: dict[str, Callable[[Variant, SamplingSetup], Sampler]] = {"ours": OurSampler, "plain": PlainSampler}
+def _generator(setup: SamplingSetup, ops: Ops, network: Callable) -> SampleGenerator:
+    tokenizer = make_tokenizer(setup.tokenizer, ops, setup.device)
+    statistics = LatentStatistics.identity(setup.config.in_channels)
+    return SampleGenerator(network, tokenizer, statistics, setup.transport, setup.settings)
+
+
+def _sampler(
+    setup: SamplingSetup, generator: SampleGenerator, samples: torch.Tensor, updates: dict[str, Callable], times: dict
+) -> Sampler:
+    parts = {"noise": setup.noise, **updates, "decode": partial(generator.pixels, samples)}
+    return Sampler({name: Iteration(part) for name, part in parts.items()}, times, setup.calls(), samples)
+
+
+SAMPLERS: dict[str, Callable[[Variant, SamplingSetup], Sampler]] = {"ours": our_sampler, "plain": plain_sampler}

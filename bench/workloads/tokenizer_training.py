@@ -7,7 +7,7 @@ disk. The task then reads all of it as it reads the real ones.
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 
 import kernels
 from bench.workloads.tokenizers import set_numerics
-from bench.workloads.training import FlatAdamW
+from bench.workloads.training import FlatAdamW, TrainerLoop
 from bench.workloads.variants import TokenizerVariant
 from common.tensors import write_tensors
 from kernels.compile.modes import compiled
@@ -55,7 +55,8 @@ class TrainingSetup:
         write_vgg(folder / "vgg.safetensors", self.device)
         grid = run.data.image_size // run.model.downsample_ratio
         FoundationModel.from_config(run.features(), grid, pretrained=False).save(folder / "foundation.safetensors")
-        self.flops = flops_per_image(run)
+        costs = training_cost(run.model, run.features(), run.loss, run.data.image_size)
+        self.flops = sum(cost.flops for cost in costs.values())
         self.about = {"frozen_weights": "random", "images": "random pictures, JPEG"}
 
     def provider(self, variant: TokenizerVariant) -> tuple[Callable[[], object], dict[str, float] | None]:
@@ -65,23 +66,9 @@ class TrainingSetup:
         return step, losses and {name: float(loss) for name, loss in losses.items()}
 
 
-class TrainerStep:
-    """The trainer's own loop, with DeepSpeed and the loader; its losses are those of noise and images of its own."""
-
+class TrainerStep(TrainerLoop):
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
-        from launch.training.build import make_trainer
-        from launch.training.engine import start_processes
-
-        run = setup.run.model_copy(update={"kernels": variant.kernels})
-        self._trainer = make_trainer(run, "vavae", start_processes())
-        self._stream = self._trainer.stream()
-
-    def __call__(self) -> None:
-        self._trainer.train_step(self._stream)
-
-    def close(self) -> None:
-        self._stream.close()
-        self._trainer.close()
+        super().__init__(setup.run.model_copy(update={"kernels": variant.kernels}), "vavae")
 
 
 class BareStep:
@@ -120,12 +107,6 @@ class BareStep:
         return logs
 
 
-def flops_per_image(run: VavaeRun) -> int:
-    """FLOPs of an image in a training step, through the trained networks and the frozen ones."""
-    costs = training_cost(run.model, run.features(), run.loss, run.data.image_size)
-    return sum(cost.flops for cost in costs.values())
-
-
 def write_images(folder: Path, count: int, size: int) -> None:
     """Random pictures of one class: blots of colour, as noise of single pixels would cost a decoder more."""
     random = np.random.default_rng(0)
@@ -138,13 +119,10 @@ def write_images(folder: Path, count: int, size: int) -> None:
 
 def write_vgg(path: Path, device: torch.device) -> None:
     """Random weights of VGG-16 in torchvision's layout, of a size that keeps activations' (arXiv 1502.01852)."""
-    write_tensors(path, {name: value.cpu() for name, value in _vgg(device)})
-
-
-def _vgg(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    generator = torch.Generator(device).manual_seed(0)
+    generator, found = torch.Generator(device).manual_seed(0), {}
     for key, value in lpips_network("meta").net.state_dict().items():
         drawn = torch.zeros(value.shape, device=device)
         if value.ndim > 1:
             drawn.normal_(std=math.sqrt(2 / value[0].numel()), generator=generator)
-        yield f"features.{key.split('.', 1)[1]}", drawn
+        found[f"features.{key.split('.', 1)[1]}"] = drawn.cpu()
+    write_tensors(path, found)

@@ -9,16 +9,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import kernels
 from bench.workloads import backends
+from bench.workloads.latents import write_latents
 from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.variants import TrainingVariant
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
-from lightningdit import latents_writer
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -149,22 +150,35 @@ class PlainStep:
         return loss.detach()
 
 
-class TrainerStep:
-    """The trainer's own loop: a run file as a user writes it, latents on disk, loader, draws, DeepSpeed, logging sums.
+class TrainerLoop:
+    """Steps of the trainer's own loop: loader, DeepSpeed, logging sums, and noise of its own, so that losses differ."""
 
-    The run is `launch/configs/lightningdit_xl_64ep.yaml` but for the sizes asked for. Its draws are its own, so its
-    losses are those of other noise.
-    """
+    def __init__(self, run: Any, kind: str):
+        from launch.training.build import make_trainer
+        from launch.training.engine import start_processes
+
+        self._trainer = make_trainer(run, kind, start_processes())
+        self._stream = self._trainer.stream()
+
+    def __call__(self) -> None:
+        self._trainer.train_step(self._stream)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._trainer.close()
+
+
+class TrainerStep(TrainerLoop):
+    """The run is `launch/configs/lightningdit_xl_64ep.yaml` but for the sizes asked for, its latents on disk."""
 
     def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str,
                  images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
         from launch.config import load
-        from launch.training.build import make_trainer
-        from launch.training.engine import start_processes
 
         self._directory = tempfile.TemporaryDirectory()
         directory = Path(self._directory.name)
-        write_latents(directory / "latents", config, images)
+        shape = (config.in_channels, config.input_size, config.input_size)
+        write_latents(directory / "latents", shape, images, config.num_classes)
         overrides = [
             f"data.data_path={directory / 'latents'}", f"data.num_classes={config.num_classes}",
             f"data.image_size={16 * config.input_size}", f"data.num_workers={workers}", "data.verify=false",
@@ -177,30 +191,8 @@ class TrainerStep:
             "model.model_type=null", f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
         ]  # fmt: skip
-        run, _ = load(CONFIG, overrides, kind="lightningdit")
-        self._trainer = make_trainer(run, "lightningdit", start_processes())
-        self._stream = self._trainer.stream()
-
-    def __call__(self) -> None:
-        self._trainer.train_step(self._stream)
-
-    def close(self) -> None:
-        self._stream.close()
-        self._trainer.close()
+        super().__init__(load(CONFIG, overrides, kind="lightningdit")[0], "lightningdit")
 
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
 STEPS = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}
-
-
-def write_latents(directory: Path, config: ModelConfig, count: int) -> None:
-    """Random latents in the project's format."""
-    generator = torch.Generator().manual_seed(0)
-    writer = latents_writer.LatentsWriter(directory)
-    for first in range(0, count, 1024):
-        size = min(1024, count - first)
-        shape = (size, config.in_channels, config.input_size, config.input_size)
-        plain = torch.randn(shape, generator=generator)
-        writer.add(plain, plain.flip(-1), torch.randint(config.num_classes, (size,), generator=generator))
-    writer.close()
-    latents_writer.finish(directory)
