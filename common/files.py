@@ -66,7 +66,7 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def _to_replace(path: Path) -> Path:
-    """The file that links at `path` lead to; raises WriteError where it is none."""
+    """The target of the links at `path`; raises WriteError where it exists and is no regular file."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
@@ -147,7 +147,7 @@ def require_writable(path: Path | str) -> None:
 
 
 def open_regular(path: Path | str) -> BinaryIO:
-    """Open a file for reading; raises FileError for whatever is no regular file, and never waits for one."""
+    """Open a file for reading; raises FileError for anything but a regular file, and never blocks on one."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -187,7 +187,7 @@ def refuse_placeholders(path: Path | str, begin: bytes) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """The content of a JSON file; raises FileError where there is none, or what is there is no JSON in UTF-8."""
+    """The content of a JSON file; raises FileError where it is missing or not JSON in UTF-8."""
     with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
         if size > JSON_LIMIT:

@@ -48,7 +48,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def read_record(path: Path | str, record: type[SomeRecord]) -> SomeRecord:
-    """A JSON file as a record; raises FileError, naming the file and the key, where it is none.
+    """A JSON file as a record; raises FileError, naming the file and the key, where it does not validate.
 
     Where it was written by `write_checksummed`, every value is as it was written.
     """

@@ -148,7 +148,7 @@ def _why_unread(error: Exception, by_torch: bool) -> str | None:
 
 
 def _check_archive(path: Path) -> None:
-    """torch.save compresses nothing, so a file that unpacks to more than it has is none of its making."""
+    """Refuse archives that torch.save did not write: it does not compress, so they never unpack to more bytes."""
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     unpacked, size = sum(info.file_size for info in infos), path.stat().st_size

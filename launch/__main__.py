@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     argv = [a for a in argv if not a.startswith("--local_rank")]  # launchers add it; LOCAL_RANK says the same
     try:
         return _program(argv)
-    except BrokenPipeError:  # whoever read what this program says has enough of it, as `head` has
+    except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as e:
@@ -63,7 +63,7 @@ def _program(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> NoReturn:
-    """Run one program as this process, which ends with it: in order, whatever happens, and with its launcher."""
+    """Run one program as this process and exit with its status, also after an exception or when the launcher ends."""
     try:
         _open_streams()
         launcher.exit_with_launcher()
@@ -76,7 +76,7 @@ def run(argv: list[str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    # After a failure there is nothing to leave together: peers wait for this process in another place.
+    # After a failure the process group is not destroyed: peers wait for this process in another collective.
     together = (status == 0 or status > 128) and "launch.training.engine" in sys.modules
     exit_process(status, sys.modules["launch.training.engine"].stop_processes if together else None)
 
@@ -114,7 +114,7 @@ class _Formatter(logging.Formatter):
 
 def _printable(text: str) -> str:
     """Much of what is said is text of files: what a terminal would obey in it comes as escapes."""
-    from common.text import printable  # here and below: where a stranger has its name, there is nothing to import
+    from common.text import printable  # here and below: late, as `foreign_packages` is asked first whether it is ours
 
     return printable(text, lines=True)
 
@@ -148,7 +148,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _lost_peer(error: Exception) -> bool:
-    """Whether a process of the run has ended while this one talked to it, as gloo and NCCL say it."""
+    """Whether gloo or NCCL report that another process of the run has ended or does not answer."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",

@@ -232,7 +232,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
 
 
 def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
-    """The run that a checkpoint holds; raises ConfigError, naming `source`, where it is none of `kind`."""
+    """The run file stored in a checkpoint; raises ConfigError, naming `source`, where it is not valid for `kind`."""
     try:
         return KINDS[kind].model_validate(content)
     except ValidationError as e:

@@ -1,6 +1,6 @@
 """Config files: YAML and JSON read as mappings, overrides parsed, mappings merged.
 
-YAML as PyYAML reads it, but for what would change a run without a word: a key may not stand twice in a mapping, numbers
+YAML as PyYAML reads it, but for what would silently change a run: a key may not stand twice in a mapping, numbers
 that programs read in different ways (010, 1:30) are refused, 1e-4 is a number, and dates and `=` are text. Without
 quotes, yes, no, on and off are true and false.
 """
@@ -158,7 +158,7 @@ def _is_name_of(path: str | Path, shipped: Path) -> bool:
 
 
 def read_mapping(path: str | Path) -> dict:
-    """A YAML or JSON file's mapping; raises ConfigError where there is none."""
+    """A YAML or JSON file's mapping; raises ConfigError where the file is missing or holds something else."""
     text = _read_text(path)
     if Path(path).suffix == ".json":
         text = text.replace("\t", " ")  # YAML lets no tab indent; JSON has them nowhere else

@@ -93,7 +93,7 @@ def package_rows() -> list[Row]:
 
 
 def own_rows() -> list[Row]:
-    """This project's packages: that they are those that are imported, and as they were installed."""
+    """Whether the packages imported are this project's, and unchanged since they were installed."""
     rows = [Row(name, "not ours", sentence, ok=False) for name, sentence in foreign_packages().items()]
     if altered := altered_files():
         note = f"not as {DISTRIBUTION} installed them; install it again: {', '.join(altered)}"
@@ -106,7 +106,7 @@ def own_rows() -> list[Row]:
 
 
 def altered_files() -> list[str]:
-    """Of the installed distribution that this is part of, the files that are gone, unreadable or altered."""
+    """Files of this installed distribution that are missing, unreadable or altered."""
     try:
         files = metadata.distribution(DISTRIBUTION).files or []
     except metadata.PackageNotFoundError:
@@ -231,7 +231,7 @@ def op_rows(backend: str = "auto") -> list[Row]:
         import kernels
 
         table = kernels.select(backend).table()
-    except Exception as e:  # whatever keeps the ops from loading is what the doctor is asked about
+    except Exception as e:  # any reason why the ops do not load is a finding
         return [Row("ops", "do not load", f"{type(e).__name__}: {e}", ok=False)]
     return [Row(name, row["backend"], row["reason"]) for name, row in table.items()]
 

@@ -144,7 +144,7 @@ def _check_mode(args: argparse.Namespace) -> None:
 
 
 def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
-    """Raise ValueError for an option that the chosen mode does not read: who gives it expects it to count."""
+    """Raise ValueError for an option that the chosen mode does not read."""
     mode = _mode(args)
     for name in sorted(given):
         if mode not in _OPTION_MODES[name]:

@@ -35,7 +35,7 @@ from vavae.model import AutoencoderKL
 from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
 
 SHARD_SIZE = 10_000
-LEAST_PSNR = 12.0  # dB; a tokenizer that does worse than this on real images is not the one that was meant
+LEAST_PSNR = 12.0  # dB; a tokenizer below this on real images is untrained, or another one than was meant
 
 
 def main(argv: list[str]) -> int:

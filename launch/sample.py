@@ -169,7 +169,7 @@ class SampleGenerator:
         return self.tokenizer.decode(self.statistics.denormalise(latents))
 
     def _require_finite(self, what: str, values: torch.Tensor, indices: Sequence[int]) -> None:
-        """8 bits would show NaN as black, and nobody would know."""
+        """Raise ValueError for NaN and infinity, which 8 bits would show as black."""
         finite = values.isfinite().reshape(len(values), -1).all(1)
         wrong = [index for index, good in zip(indices, finite.tolist(), strict=True) if not good]
         if wrong:

@@ -86,7 +86,7 @@ CONTRADICTIONS = [
     ("since_last_row.meters.1.sums", {}, "since_last_row: the processes' meters have other names"),
     ("since_last_row.meters.1.sums", METER["sums"] | {"more": [0.0, 0.0]}, "the processes' meters have other names"),
     ("since_last_row.meters.1.counts", [], "the processes' meters have other names"),
-    ("since_last_row.meters.1.counts", ["other"], "meters.1: counts: 'other' is none of the sums, 'loss', "),
+    ("since_last_row.meters.1.counts", ["other"], "meters.1: counts: 'other' is not one of the sums, 'loss', "),
     ("since_last_row.meters.0.counts", ["loss"], "meters.0: counts: 'loss' is no count, its sum is 1.5"),
     ("since_last_row.skipped_steps.0.step", 4, "skipped_steps: step 4 of 'model', in step 3 of 'model'"),
     ("since_last_row.skipped_steps.0.network", "more", "skipped_steps: step 2 of 'more', in step 3 of 'model'"),

@@ -277,7 +277,7 @@ def test_a_name_that_nobody_knows_is_waited_for_and_named(monkeypatch, caplog, k
     monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(processes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     if known_after is None:
-        with pytest.raises(LaunchError, match="MASTER_ADDR is 'node-0', a name that nobody knows here"):
+        with pytest.raises(LaunchError, match="MASTER_ADDR is 'node-0', a name that does not resolve here"):
             processes.rendezvous(LaunchEnvironment(1, 2, 0, "node-0", 29500))
         assert now[0] == pytest.approx(processes.HOSTNAME_TIMEOUT, abs=2)
     else:

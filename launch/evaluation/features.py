@@ -63,7 +63,7 @@ def _inception(weights: str | Path | None) -> nn.Module:
         tensors = read_tensors(weights, ())
     except WeightsError as e:
         raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
-    # torch-fidelity would run whatever code a file holds: it is given one that holds the tensors alone.
+    # torch-fidelity unpickles without weights_only, which may run code: it gets a file of the tensors alone.
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "inception.pth")
         save_pickled(path, tensors)

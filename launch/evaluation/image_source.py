@@ -161,7 +161,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def npz_names(path: str | Path) -> list[str]:
-    """Names of the arrays inside an npz; raises ValueError where it is none."""
+    """Names of the arrays inside an npz; raises ValueError where it is no npz."""
     with _opened(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vavae import images
 
-NOT_STATED = "not stated"  # in a result, of a fact that nobody told
+NOT_STATED = "not stated"  # value of a fact that the metadata lack
 MAX_MOMENT = 1e100  # of a mean or covariance; far beyond features, and a distance of it would overflow
 
 

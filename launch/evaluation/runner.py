@@ -164,8 +164,8 @@ def evaluate_samples(
 
 
 def require_one_size(first: ImageSource, second: ImageSource) -> None:
-    """Raise ValueError where two sources hold images of different sizes: networks scale whatever they are given, and
-    the figures would be wrong without a word."""
+    """Raise ValueError where two sources hold images of different sizes: the extractor scales
+    its input, and the figures would be silently wrong."""
     sizes = [image_size(images) for images in (first, second)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -209,7 +209,7 @@ def check_count(measured: ImageFeatures, allowed: bool, what: str = "samples") -
 
 
 def make_result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
-    """The JSON-ready result of an evaluation; facts of `REQUIRED_METADATA` that nobody stated are marked so."""
+    """The JSON-ready result of an evaluation; facts of `REQUIRED_METADATA` that are missing are marked so."""
     missing = [key for key in REQUIRED_METADATA if key not in metadata]
     if missing:
         notes = [*notes, f"not stated by whoever made the images: {', '.join(missing)}"]
@@ -217,5 +217,5 @@ def make_result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
     name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
     used = {} if extractor is None else {"features": name}
     measured = {"metrics": metrics, **facts, **used, "skipped": skipped, "notes": notes}
-    # What was measured stands, whatever the metadata say.
+    # Measured values take precedence over metadata of the same name.
     return measured | {key: value for key, value in (metadata | stated).items() if key not in measured}

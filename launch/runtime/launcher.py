@@ -85,7 +85,7 @@ def _number(name: str, least: int, most: int | None) -> int:
 
 
 def exit_with_launcher() -> None:
-    """Have this process told by SIGTERM when the launcher that started it has ended; without one it follows nobody.
+    """Have this process get SIGTERM when the launcher that started it ends; without a launcher nothing is done.
 
     DeepSpeed's runner is followed, too: its launcher, which is our parent, does not notice that it has gone. Nor does
     the runner take a launcher that was killed for a failure (it ends with 0), so it is signalled.
@@ -122,7 +122,7 @@ def _started_by_nohup(parent: int) -> bool:
 
 
 def _signal_when_ended(pid: int, other: int) -> None:
-    """Have the process `other` told by SIGTERM when the process `pid` has ended."""
+    """Send SIGTERM to the process `other` when the process `pid` ends."""
     try:
         watched, told = os.pidfd_open(pid), os.pidfd_open(other)
     except (AttributeError, OSError):  # no Linux of the last years, or one of them has just ended

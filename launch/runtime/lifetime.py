@@ -61,7 +61,7 @@ def exit_process(status: int, first: Callable[[], None] | None = None) -> NoRetu
 
     The interpreter is not taken down: it would wait for threads that may be reading what never comes, and threads of
     gloo and DeepSpeed, met while their libraries are destroyed, now and then abort a process whose work was all done.
-    Whatever that order meets, the process is gone within seconds.
+    The process is gone within `EXIT_TIMEOUT`, also where one of these blocks or raises.
     """
     for number in _REPEAT_SECONDS:
         signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ HOSTNAME_TIMEOUT = 60.0  # seconds that a name may take to become known
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers."""
+    """The process group as one of its processes sees it."""
 
     rank: int
     world_size: int
@@ -72,7 +72,7 @@ class Processes:
 
 
 def local_gpu(env: LaunchEnvironment | None) -> int:
-    """The GPU of this process; raises LaunchError where there is none for it."""
+    """The index of this process's GPU; raises LaunchError where this machine has no such GPU."""
     index, count = env.local_rank if env else 0, torch.cuda.device_count()
     if index >= count:
         raise LaunchError(
@@ -113,7 +113,7 @@ def _await_hostname(address: str) -> None:
         except (OSError, UnicodeError) as e:
             if time.monotonic() > end:
                 raise LaunchError(
-                    f"MASTER_ADDR is {address!r}, a name that nobody knows here ({e}): a launcher "
+                    f"MASTER_ADDR is {address!r}, a name that does not resolve here ({e}): a launcher "
                     "(deepspeed, torchrun) sets it to the name of the machine of rank 0"
                 ) from None
             if attempt == 0:

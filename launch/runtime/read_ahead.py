@@ -1,7 +1,7 @@
 """Data loading in background processes or threads, which end however reading ends.
 
-An exception in a worker is raised, as it was, where its item is asked for: nobody has to look for the file's name in
-another process's traceback.
+An exception in a worker is raised unchanged where its item is asked for, so that its message, which names the file,
+is not buried in another process's traceback.
 """
 
 import os
@@ -38,7 +38,7 @@ def read_in_processes(dataset: Dataset, keys: Iterable, *, num_workers: int, pin
         return
     items = iter(DataLoader(
         _ReturnExceptions(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-        # Whatever this process was begun by: they share its memory, and have it as their parent.
+        # Whatever the start method of this process: workers share its memory and have it as their parent.
         multiprocessing_context="fork", worker_init_fn=partial(_init_worker, parent=os.getpid()),
     ))  # fmt: skip
     # Else torch raises its error wherever the main thread is when a worker dies, such as amid a collective.
@@ -96,7 +96,7 @@ class _Failure:
 
 
 class _ReturnExceptions(Dataset):
-    """A dataset whose exceptions are results: torch would put its traceback in place of their message."""
+    """A dataset that returns its exceptions: torch would replace their message by a traceback."""
 
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
@@ -120,7 +120,7 @@ def _next(items):
     try:
         return next(items, None)
     except (RuntimeError, OSError, EOFError) as e:
-        # A failure to read would be an item: this is one of the machinery, and mostly the death of a process.
+        # Exceptions of the dataset come as items: this is one of the loader itself, mostly as a worker has died.
         for worker in items._workers:
             worker.join(timeout=1 / len(items._workers))
         dead = [worker for worker in items._workers if worker.exitcode is not None]

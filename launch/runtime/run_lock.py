@@ -24,7 +24,7 @@ from launch.runtime.processes import Processes
 NAME = ".lock"
 _PLAIN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link to another's file, never waiting
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
-_held: set[Path] = set()  # by this process, which its own lock would not keep out
+_held: set[Path] = set()  # by this process: a lock of lockf does not exclude its own process
 
 
 class DirectoryInUseError(ValueError):
@@ -54,7 +54,7 @@ class Owner(Record):
 
 @contextmanager
 def lock_directory(directory: Path, processes: Processes) -> Iterator[None]:
-    """Hold `directory` (made where there is none) for a run of these processes; the main one holds it for all.
+    """Lock `directory` (made if missing) for a run of these processes; the main one holds the lock for all.
 
     Raises DirectoryInUseError on every process where another run holds it, and WriteError where nothing can be written.
     A lock whose owner was killed is taken over, and that is said.
@@ -75,7 +75,7 @@ def lock_directory(directory: Path, processes: Processes) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Lock:
-    """made: whether there was no such directory before; then it goes again if nothing came into it."""
+    """made: whether the directory was created for the lock; it is removed on release if nothing was written into it."""
 
     directory: Path
     handle: int
@@ -102,7 +102,7 @@ class _Lock:
     def release(self) -> None:
         _held.discard(self.directory)
         path = self.directory / NAME
-        with suppress(OSError):  # whoever removed the directory removed the lock
+        with suppress(OSError):  # the directory may have been removed, and the lock with it
             if os.path.samestat(path.stat(), os.fstat(self.handle)):
                 path.unlink()
             if self.made and not any(self.directory.iterdir()):
@@ -111,7 +111,7 @@ class _Lock:
 
 
 def _open(path: Path) -> tuple[int, Owner | None]:
-    """The lock's file, locked, and who has left it; raises DirectoryInUseError."""
+    """A handle of the locked file, and the killed owner that left it, if any; raises DirectoryInUseError."""
     while True:
         new, handle = _create(path)
         try:

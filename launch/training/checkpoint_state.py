@@ -57,7 +57,7 @@ class MeterState(Record):
             return self
         for name in self.counts:
             if name not in self.sums:
-                raise ValueError(f"counts: {name!r} is none of the sums, {', '.join(map(repr, self.sums))}")
+                raise ValueError(f"counts: {name!r} is not one of the sums, {', '.join(map(repr, self.sums))}")
             if not self.sums[name][0].is_integer():
                 raise ValueError(f"counts: {name!r} is no count, its sum is {self.sums[name][0]}")
         return self

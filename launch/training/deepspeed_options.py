@@ -310,7 +310,7 @@ def deepspeed_config(
         # It can do without where it neither offloads nor, under ZeRO 1, sums bfloat16 gradients in float32.
         config["zero_optimization"]["compute_grad_norm"] = offloaded or (stage == 1 and bf16 and summed)
     if world_size == 1 and stage in (1, 2):
-        # There is nobody to talk to while the backward pass goes on, and before it talks it waits for the device.
+        # One process has nothing to overlap with the backward pass, and DeepSpeed would wait for the device first.
         config["zero_optimization"]["overlap_comm"] = False
     if bf16 and stage in (1, 2) and not summed and not offloaded:
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}

@@ -159,7 +159,7 @@ class Engine:
             kept.copy_(buffer)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the parameters: they keep weights and optimizer alive, whoever else is gone."""
+        """Remove DeepSpeed's hooks from the parameters, which would keep weights and optimizer alive."""
         self._engine.destroy()
 
     def full_state(self, *, keep: bool) -> State:

@@ -101,8 +101,8 @@ class Throughput:
 class AppendOnlyFile:
     """An unbuffered file that is only appended to; `mode`: "a", or "x" for a new one.
 
-    Raises WriteError, naming the file, where a write fails or the file is gone from its path, as it is where somebody
-    removes the directory of a run.
+    Raises WriteError, naming the file, where a write fails or the file is gone from its path, as after the removal
+    of the run's directory.
     """
 
     def __init__(self, path: Path, mode: str):

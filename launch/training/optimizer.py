@@ -1,6 +1,6 @@
 """AdamW whose exponential moving average of the weights is one more optimizer state.
 
-The optimizer works on whatever tensors it is given: the parameters themselves (ZeRO 0) or the flat float32 partitions
+The optimizer works on the tensors it is given: the parameters themselves (ZeRO 0) or the flat float32 partitions
 that DeepSpeed puts in their place (ZeRO 1 to 3). The moving average is thus sharded, saved and resumed with the master
 weights, and no second model exists on any device. A bfloat16 tensor gets its float32 master weights as one more state,
 and is itself written by the pass that updates them. Norm, clip factor and skip flag never leave the device.
@@ -61,10 +61,10 @@ class AdamWEma(torch.optim.Optimizer):
         self._initialized = False
         self._lr = torch.tensor(lr, dtype=torch.float32, device=device)
         self._nonfinite_losses = torch.zeros((), device=device)
-        # Everything a log line or a checkpoint may want, kept on the device until somebody reads it.
+        # Counters for logs and checkpoints, kept on the device until they are read.
         self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.grad_norm = torch.zeros((), device=device)
-        # Of the last step, bool [2]: was it skipped (on every process), and was a loss of this process not finite?
+        # bool [2] of the last step: skipped (on every process); a loss of this process was not finite.
         self.skip_flags = torch.zeros(2, dtype=torch.bool, device=device)
 
     def init_states(self, partitions: Iterable[torch.Tensor] = ()) -> None:
