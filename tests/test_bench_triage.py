@@ -14,7 +14,7 @@ from bench.triage.coordinator import Triage
 from bench.triage.parts import Part, allowance
 from bench.triage.processes import Ended
 from bench.triage.records import read_rows
-from bench.triage.tasks import Task, check, own, step
+from bench.triage.tasks import Task, check, step, triage_task
 
 FACTS = {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0", "driver": "580", "python": "3.12",
          "torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "revision": "1234abc"}  # fmt: skip
@@ -22,11 +22,11 @@ MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB
 
 
 @dataclass
-class Script:
-    """What a child does: rows and a result when it starts, a log, and how it ends after so many seconds.
+class Behaviour:
+    """Of a simulated child: its rows and result from the start, its log, and its status after so many seconds.
 
     rows: some row unless they are given.
-    deaf: it ends only when it is killed, ten seconds after it was told to.
+    ignores_sigterm: it ends only when it is killed, ten seconds after it was told to.
     """
 
     status: int = 0
@@ -34,79 +34,81 @@ class Script:
     rows: list[dict] | None = None
     result: dict | None = None
     log: str = ""
-    deaf: bool = False
+    ignores_sigterm: bool = False
 
 
-class Stage:
+class FakeProcesses:
     """A clock that only sleep moves, and the children that were started: their labels, commands and limits."""
 
-    def __init__(self, scripts: dict[str, Script]):
-        self.scripts, self.now = scripts, 0.0
+    def __init__(self, behaviours: dict[str, Behaviour]):
+        self.behaviours, self.now = behaviours, 0.0
         self.started: dict[str, list[str]] = {}
         self.limits: dict[str, float] = {}
         self.at_once = self.most = 0
         self.on_sleep = lambda: None
 
-    def start(self, command, log: Path, limit: float) -> "Player":
+    def start(self, command, log: Path, limit: float) -> "FakeChild":
         label = log.stem
         self.started[label], self.limits[label] = command, limit
-        script = self.scripts.get(label, Script())
+        behaviour = self.behaviours.get(label, Behaviour())
         words = dict(pairwise(command))
         if "--out" in words:
             some = [row("data", provider=label, workers=0, batch_size=1)]
-            rows = some if script.rows is None else script.rows
+            rows = some if behaviour.rows is None else behaviour.rows
             Path(words["--out"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if "--result" in words and script.result is not None:
-            Path(words["--result"]).write_text(json.dumps(script.result))
+        if "--result" in words and behaviour.result is not None:
+            Path(words["--result"]).write_text(json.dumps(behaviour.result))
         with log.open("a") as file:
-            file.write(script.log)
-        return Player(self, script, limit)
+            file.write(behaviour.log)
+        return FakeChild(self, behaviour, limit)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.on_sleep()
 
 
-class Player:
-    def __init__(self, stage: Stage, script: Script, limit: float):
-        self.stage, self.script, self.begun, self.limit = stage, script, stage.now, limit
-        self.told_at, self.why = None, ""
-        stage.at_once += 1
-        stage.most = max(stage.most, stage.at_once)
+class FakeChild:
+    def __init__(self, fake: FakeProcesses, behaviour: Behaviour, limit: float):
+        self.fake, self.behaviour, self.begun, self.limit = fake, behaviour, fake.now, limit
+        self.stopped_at, self.why = None, ""
+        fake.at_once += 1
+        fake.most = max(fake.most, fake.at_once)
 
     def poll(self) -> Ended | None:
-        ran = self.stage.now - self.begun
-        if self.told_at is None and ran >= self.limit:
-            self.told_at, self.why = ran, "timeout"
-        if self.told_at is not None and (not self.script.deaf or ran >= self.told_at + 10):
-            return self.end(-9 if self.script.deaf else -15, ran)
-        return self.end(self.script.status, ran) if self.told_at is None and ran >= self.script.seconds else None
+        ran = self.fake.now - self.begun
+        if self.stopped_at is None and ran >= self.limit:
+            self.stopped_at, self.why = ran, "timeout"
+        if self.stopped_at is not None and (not self.behaviour.ignores_sigterm or ran >= self.stopped_at + 10):
+            return self.end(-9 if self.behaviour.ignores_sigterm else -15, ran)
+        return (
+            self.end(self.behaviour.status, ran) if self.stopped_at is None and ran >= self.behaviour.seconds else None
+        )
 
     def end(self, status: int, ran: float) -> Ended:
-        self.stage.at_once -= 1
+        self.fake.at_once -= 1
         return Ended(status, ran, self.why)
 
     def stop(self) -> None:
-        if self.told_at is None:
-            self.told_at, self.why = self.stage.now - self.begun, "stopped"
+        if self.stopped_at is None:
+            self.stopped_at, self.why = self.fake.now - self.begun, "stopped"
 
     def kill(self) -> None:
-        self.stage.at_once -= 1
+        self.fake.at_once -= 1
 
 
-def run(out: Path, parts, scripts=None, minutes: float = 8.0, earlier=(), on_sleep=None):
-    """Whether all was well, the rows of the file by label, and the stage."""
+def run(out: Path, parts, behaviours=None, minutes: float = 8.0, earlier=(), on_sleep=None):
+    """Whether it succeeded, the verdicts in the file by label, and the processes that were simulated."""
     out.mkdir(exist_ok=True)
-    stage = Stage(scripts or {})
-    triage = Triage(out, minutes, earlier, start=stage.start, clock=lambda: stage.now, sleep=stage.sleep,
+    fake = FakeProcesses(behaviours or {})
+    triage = Triage(out, minutes, earlier, start=fake.start, clock=lambda: fake.now, sleep=fake.sleep,
                     command=lambda module, arguments, limit: [module, *arguments])  # fmt: skip
-    stage.triage = triage
+    fake.triage = triage
     if on_sleep is not None:
-        stage.on_sleep = lambda: on_sleep(stage)
-    well = triage.run(parts)
+        fake.on_sleep = lambda: on_sleep(fake)
+    succeeded = triage.run(parts)
     assert {path.name for path in out.iterdir()} == {"rows.jsonl", "summary.txt", "log.txt", "logs.tgz"}
     rows = read_rows(out / "rows.jsonl")
-    return well, {f"{row['part']}/{row['name']}": row for row in rows if row["kind"] == "triage"}, stage
+    return succeeded, {f"{row['part']}/{row['name']}": row for row in rows if row["kind"] == "triage"}, fake
 
 
 def row(kind: str, **keys) -> dict:
@@ -130,57 +132,63 @@ def checked(op: str, backend: str, verdict: str) -> dict:
     return row("triage", part="ops", name=f"{op} {backend}", op=op, backend=backend, verdict=verdict, reason="why")
 
 
-MACHINE = Part("machine", 12, (own("machine", "machine"),))
+MACHINE = Part("machine", 12, (triage_task("machine", "machine"),))
 CEILINGS = Part("ceilings", 8, (Task("ceilings", "bench.roofline", takes=("--out",)),))
 OPS = Part("ops", 55, tuple(check(op, name) for op in ("swiglu", "vf_loss") for name in ("triton", "cuda")), at_once=3)
 BARE = Part("bare", 45, (step("bare", 8),), essential=True)
 PLAIN = Part("plain-eager", 25, (step("plain-eager", 8),), essential=True)
-WELL = Script(result={**FACTS, "verdict": "ok", "reason": "", "packages": {"lpips": None}})
+MACHINE_OK = Behaviour(result={**FACTS, "verdict": "ok", "reason": "", "packages": {"lpips": None}})
 
 
 def test_each_ending_has_its_verdict(tmp_path):
-    scripts = {
-        "machine-machine": WELL,
-        "ops-swiglu-triton": Script(-11, log="a line\n" * 40 + "XL bfloat16 gradients … Segmentation fault\n"),
-        "ops-swiglu-cuda": Script(3, result={"verdict": "wrong", "reason": "XL forward: error 3.0"}),
-        "ops-vf_loss-triton": Script(seconds=1e9, deaf=True, log="XL bfloat16 forward …"),
-        "ops-vf_loss-cuda": Script(1, log="Traceback …\nRuntimeError: CUDA error: illegal memory access\nmore\n"),
-        "bare-bare": Script(1, rows=[step_row("bare", 150.0, status="failed", reason=MEMORY)]),
-        "bare-bare-at-64": Script(1, log=f"{MEMORY}\n"),
+    behaviours = {
+        "machine-machine": MACHINE_OK,
+        "ops-swiglu-triton": Behaviour(-11, log="a line\n" * 40 + "XL bfloat16 gradients … Segmentation fault\n"),
+        "ops-swiglu-cuda": Behaviour(3, result={"verdict": "wrong", "reason": "XL forward: error 3.0"}),
+        "ops-vf_loss-triton": Behaviour(seconds=1e9, ignores_sigterm=True, log="XL bfloat16 forward …"),
+        "ops-vf_loss-cuda": Behaviour(1, log="Traceback …\nRuntimeError: CUDA error: illegal memory access\nmore\n"),
+        "bare-bare": Behaviour(1, rows=[step_row("bare", 150.0, status="failed", reason=MEMORY)]),
+        "bare-bare-at-64": Behaviour(1, log=f"{MEMORY}\n"),
     }
-    well, told, stage = run(tmp_path / "out", (MACHINE, OPS, BARE), scripts)
-    assert not well and {name: told[name]["verdict"] for name in told} == {
+    succeeded, outcomes, fake = run(tmp_path / "out", (MACHINE, OPS, BARE), behaviours)
+    assert not succeeded and {name: outcomes[name]["verdict"] for name in outcomes} == {
         "machine/machine": "ok", "ops/swiglu triton": "signal SIGSEGV", "ops/swiglu cuda": "wrong",
         "ops/vf_loss triton": "timeout", "ops/vf_loss cuda": "failed", "bare/bare": "out of memory",
         "bare/bare at 64": "out of memory"}  # fmt: skip
-    lines = told["ops/swiglu triton"]["log"]
+    lines = outcomes["ops/swiglu triton"]["log"]
     assert len(lines) == 20 and lines[-1] == "XL bfloat16 gradients … Segmentation fault"
-    assert told["ops/swiglu cuda"]["reason"] == "XL forward: error 3.0"
-    assert told["ops/vf_loss cuda"]["reason"] == "RuntimeError: CUDA error: illegal memory access"
-    assert told["ops/vf_loss cuda"]["exit_status"] == 1 and told["ops/vf_loss cuda"]["seconds"] == pytest.approx(5, 0.1)
-    hung = told["ops/vf_loss triton"]
+    assert outcomes["ops/swiglu cuda"]["reason"] == "XL forward: error 3.0"
+    assert outcomes["ops/vf_loss cuda"]["reason"] == "RuntimeError: CUDA error: illegal memory access"
+    assert outcomes["ops/vf_loss cuda"]["exit_status"] == 1 and outcomes["ops/vf_loss cuda"][
+        "seconds"
+    ] == pytest.approx(5, 0.1)
+    hung = outcomes["ops/vf_loss triton"]
     assert hung["exit_status"] == -9 and hung["seconds"] == pytest.approx(hung["limit"] + 10, abs=0.3)
-    assert stage.most == 3 and all({k: line[k] for k in FACTS} == FACTS for line in told.values())
-    assert told["bare/bare at 64"]["note"].startswith("at batch 64") and "64" in stage.started["bare-bare-at-64"]
+    assert fake.most == 3 and all({k: line[k] for k in FACTS} == FACTS for line in outcomes.values())
+    assert outcomes["bare/bare at 64"]["note"].startswith("at batch 64") and "64" in fake.started["bare-bare-at-64"]
     text = (tmp_path / "out" / "summary.txt").read_text()
     assert "triton SIGNAL SIGSEGV, cuda WRONG" in text and "XL forward: error 3.0" in text and "lpips" in text
     with tarfile.open(tmp_path / "out" / "logs.tgz") as logs:
-        assert {f"logs/{label}.log" for label in stage.started} <= set(logs.getnames())
+        assert {f"logs/{label}.log" for label in fake.started} <= set(logs.getnames())
 
 
 def test_when_the_time_is_up_everything_left_has_a_row_that_says_so(tmp_path):
-    slow = {label: Script(seconds=70.0) for label in ("bare-bare", "plain-eager-plain-eager")}
+    slow = {label: Behaviour(seconds=70.0) for label in ("bare-bare", "plain-eager-plain-eager")}
     trainer = Part("trainer", 60, (step("trainer", 8),), essential=True)
     later = trainer, Part("others", 35, (Task("a", "m"), Task("b", "m")))
-    well, told, stage = run(tmp_path / "out", (MACHINE, BARE, PLAIN, *later), {"machine-machine": WELL, **slow}, 3.0)
-    assert told["bare/bare"]["verdict"] == "ok" and told["plain-eager/plain-eager"]["verdict"] == "timeout"
-    assert told["trainer/trainer"]["verdict"] == "ok", "an essential part keeps its time"
-    assert [told[f"others/{name}"]["verdict"] for name in "ab"] == ["ok", "ok"]
-    assert not well and stage.now <= 180
-    well, told, stage = run(tmp_path / "late", (MACHINE, BARE, *later), {"machine-machine": WELL, **slow}, 1.0)
-    skipped = [label for label, line in told.items() if line["verdict"] == "skipped"]
-    assert skipped == ["trainer/trainer", "others/a", "others/b"] and not well and stage.now <= 60
-    assert all(told[label]["reason"].startswith("no time: ") for label in skipped)
+    succeeded, outcomes, fake = run(
+        tmp_path / "out", (MACHINE, BARE, PLAIN, *later), {"machine-machine": MACHINE_OK, **slow}, 3.0
+    )
+    assert outcomes["bare/bare"]["verdict"] == "ok" and outcomes["plain-eager/plain-eager"]["verdict"] == "timeout"
+    assert outcomes["trainer/trainer"]["verdict"] == "ok", "an essential part keeps its time"
+    assert [outcomes[f"others/{name}"]["verdict"] for name in "ab"] == ["ok", "ok"]
+    assert not succeeded and fake.now <= 180
+    succeeded, outcomes, fake = run(
+        tmp_path / "late", (MACHINE, BARE, *later), {"machine-machine": MACHINE_OK, **slow}, 1.0
+    )
+    skipped = [label for label, line in outcomes.items() if line["verdict"] == "skipped"]
+    assert skipped == ["trainer/trainer", "others/a", "others/b"] and not succeeded and fake.now <= 60
+    assert all(outcomes[label]["reason"].startswith("no time: ") for label in skipped)
 
 
 def test_the_rule_of_time():
@@ -195,126 +203,139 @@ def test_the_rule_of_time():
 
 def test_tasks_of_a_part_share_its_time_and_what_one_leaves_goes_to_the_next(tmp_path):
     part = Part("others", 30, tuple(Task(name, "m") for name in "abc"))
-    scripts = {"others-a": Script(seconds=5), "others-b": Script(seconds=1e9), "others-c": Script(seconds=1e9)}
-    _, told, stage = run(tmp_path / "out", (part,), scripts)
-    assert stage.limits["others-a"] == pytest.approx(60), "80 s but for the shares of the other two"
-    assert stage.limits["others-b"] == pytest.approx(65, abs=0.2)
-    assert [line["verdict"] for line in told.values()] == ["ok", "timeout", "timeout"]
-    assert stage.limits["others-c"] == pytest.approx(10, abs=0.5), "a hang leaves the share of the next one"
-    minutes = float(stage.started["others-a"][stage.started["others-a"].index("--minutes") + 1])
+    behaviours = {
+        "others-a": Behaviour(seconds=5),
+        "others-b": Behaviour(seconds=1e9),
+        "others-c": Behaviour(seconds=1e9),
+    }
+    _, outcomes, fake = run(tmp_path / "out", (part,), behaviours)
+    assert fake.limits["others-a"] == pytest.approx(60), "80 s but for the shares of the other two"
+    assert fake.limits["others-b"] == pytest.approx(65, abs=0.2)
+    assert [line["verdict"] for line in outcomes.values()] == ["ok", "timeout", "timeout"]
+    assert fake.limits["others-c"] == pytest.approx(10, abs=0.5), "a hang leaves the share of the next one"
+    minutes = float(fake.started["others-a"][fake.started["others-a"].index("--minutes") + 1])
     assert 60 * minutes == pytest.approx(54, abs=0.1), "to end by itself, before its limit"
 
 
 def test_a_stop_ends_children_and_leaves_four_files(tmp_path):
-    def stop(stage):
-        if stage.now > 30:
-            stage.triage.stop("SIGTERM")
+    def stop(fake):
+        if fake.now > 30:
+            fake.triage.stop("SIGTERM")
 
-    scripts = {"machine-machine": WELL, "bare-bare": Script(seconds=1e9, deaf=True, rows=[step_row("bare", 150.0)])}
-    _, told, stage = run(tmp_path / "out", (MACHINE, BARE, PLAIN), scripts, on_sleep=stop)
-    assert stage.now == pytest.approx(40.2, abs=0.5) and stage.at_once == 0
-    assert told["bare/bare"]["verdict"] == "skipped" and "stopped" in told["bare/bare"]["reason"]
-    assert told["plain-eager/plain-eager"]["reason"] == "the run was stopped: SIGTERM"
+    behaviours = {
+        "machine-machine": MACHINE_OK,
+        "bare-bare": Behaviour(seconds=1e9, ignores_sigterm=True, rows=[step_row("bare", 150.0)]),
+    }
+    _, outcomes, fake = run(tmp_path / "out", (MACHINE, BARE, PLAIN), behaviours, on_sleep=stop)
+    assert fake.now == pytest.approx(40.2, abs=0.5) and fake.at_once == 0
+    assert outcomes["bare/bare"]["verdict"] == "skipped" and "stopped" in outcomes["bare/bare"]["reason"]
+    assert outcomes["plain-eager/plain-eager"]["reason"] == "the run was stopped: SIGTERM"
     assert "853.3 images/s" in (tmp_path / "out" / "summary.txt").read_text(), "what had been timed is not lost"
 
 
 def test_nothing_outlives_a_fault_of_the_coordinator(tmp_path):
-    stages = []
+    fakes = []
 
-    def break_down(stage):
-        stages.append(stage)
+    def break_down(fake):
+        fakes.append(fake)
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
         run(tmp_path / "out", (OPS,), on_sleep=break_down)
-    assert stages[0].most == 3 and stages[0].at_once == 0
+    assert fakes[0].most == 3 and fakes[0].at_once == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"rows.jsonl", "summary.txt", "log.txt", "logs.tgz"}
 
 
 def test_steps_are_judged_and_compared_when_all_are_known(tmp_path):
     folded = Part("variants", 90, (step("bare-folded", 8),))
-    scripts = {
-        "machine-machine": WELL,
-        "bare-bare": Script(rows=[step_row("bare", 400.0), step_row("bare", 200.0)]),
-        "variants-bare-folded": Script(rows=[step_row("bare-folded", 100.0, loss=2.1)]),
-        "plain-eager-plain-eager": Script(rows=[step_row("plain-eager", 600.0, loss=2.01)]),
+    behaviours = {
+        "machine-machine": MACHINE_OK,
+        "bare-bare": Behaviour(rows=[step_row("bare", 400.0), step_row("bare", 200.0)]),
+        "variants-bare-folded": Behaviour(rows=[step_row("bare-folded", 100.0, loss=2.1)]),
+        "plain-eager-plain-eager": Behaviour(rows=[step_row("plain-eager", 600.0, loss=2.01)]),
     }
-    well, told, _ = run(tmp_path / "out", (MACHINE, BARE, folded, PLAIN), scripts)
+    succeeded, outcomes, _ = run(tmp_path / "out", (MACHINE, BARE, folded, PLAIN), behaviours)
     rows = {line["variant"]: line for line in read_rows(tmp_path / "out" / "rows.jsonl") if line["kind"] == "step"}
     assert rows["bare"]["times_faster_than"] == {"plain-eager": pytest.approx(3.0)}, "the later row counts"
     assert rows["plain-eager"]["times_faster_than"] == {"bare": pytest.approx(1 / 3)}
     assert rows["bare-folded"]["status"] == "incorrect" and "2.10000" in rows["bare-folded"]["reason"]
-    assert not well and told["variants/bare-folded"]["verdict"] == "wrong" and told["bare/bare"]["verdict"] == "ok"
+    assert (
+        not succeeded
+        and outcomes["variants/bare-folded"]["verdict"] == "wrong"
+        and outcomes["bare/bare"]["verdict"] == "ok"
+    )
     lines = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
     assert len(lines) == 4 + 3, "one row of each name"
     assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_steps_at_other_batches_are_not_compared(tmp_path):
-    scripts = {
-        "bare-bare": Script(rows=[step_row("bare", 200.0)]),
-        "plain-eager-plain-eager": Script(1, rows=[step_row("plain-eager", 1.0, status="failed", reason=MEMORY)]),
-        "plain-eager-plain-eager-at-64": Script(rows=[step_row("plain-eager", 300.0, batch=64, loss=9.0)]),
+    behaviours = {
+        "bare-bare": Behaviour(rows=[step_row("bare", 200.0)]),
+        "plain-eager-plain-eager": Behaviour(1, rows=[step_row("plain-eager", 1.0, status="failed", reason=MEMORY)]),
+        "plain-eager-plain-eager-at-64": Behaviour(rows=[step_row("plain-eager", 300.0, batch=64, loss=9.0)]),
     }
-    _, told, _ = run(tmp_path / "out", (BARE, PLAIN), scripts)
+    _, outcomes, _ = run(tmp_path / "out", (BARE, PLAIN), behaviours)
     rows = [line for line in read_rows(tmp_path / "out" / "rows.jsonl") if line["kind"] == "step"]
     assert [(line["batch"], line["status"], line["times_faster_than"]) for line in rows] == [
         (128, "ok", {}), (128, "failed", {}), (64, "ok", {})]  # fmt: skip
     assert rows[2]["note"] == "at batch 64: out of memory at 128"
-    assert told["plain-eager/plain-eager"]["verdict"] == "out of memory"
+    assert outcomes["plain-eager/plain-eager"]["verdict"] == "out of memory"
 
 
 def test_ceilings_are_measured_once_and_read_by_the_others(tmp_path):
     copy = row("ceiling", ceiling="copy", rate=2.9)
-    _, _, stage = run(tmp_path / "out", (CEILINGS, BARE), {"ceilings-ceilings": Script(rows=[copy])})
-    assert stage.started["bare-bare"][stage.started["bare-bare"].index("--ceilings") + 1].endswith(".jsonl")
-    _, _, stage = run(tmp_path / "none", (CEILINGS, BARE), {"ceilings-ceilings": Script(1, rows=[])})
-    assert "--ceilings" not in stage.started["bare-bare"], "each measures its own"
+    _, _, fake = run(tmp_path / "out", (CEILINGS, BARE), {"ceilings-ceilings": Behaviour(rows=[copy])})
+    assert fake.started["bare-bare"][fake.started["bare-bare"].index("--ceilings") + 1].endswith(".jsonl")
+    _, _, fake = run(tmp_path / "none", (CEILINGS, BARE), {"ceilings-ceilings": Behaviour(1, rows=[])})
+    assert "--ceilings" not in fake.started["bare-bare"], "each measures its own"
 
 
 def test_the_extension_is_built_only_where_the_one_here_does_not_run(tmp_path):
     building = Part("build", 60, (tasks.BUILD,))
-    _, told, _ = run(tmp_path / "out", (MACHINE, building), {"machine-machine": WELL})
-    assert set(told) == {"machine/machine"}
-    lacking = Script(result={**FACTS, "verdict": "ok", "reason": "", "extension": ["not built"]})
-    _, told, stage = run(tmp_path / "other", (MACHINE, building), {"machine-machine": lacking})
-    assert stage.started["build-extension"] == ["setup", "--quiet", "build_ext", "--inplace"]
-    assert told["build/extension"]["note"] == "not built"
+    _, outcomes, _ = run(tmp_path / "out", (MACHINE, building), {"machine-machine": MACHINE_OK})
+    assert set(outcomes) == {"machine/machine"}
+    lacking = Behaviour(result={**FACTS, "verdict": "ok", "reason": "", "extension": ["not built"]})
+    _, outcomes, fake = run(tmp_path / "other", (MACHINE, building), {"machine-machine": lacking})
+    assert fake.started["build-extension"] == ["setup", "--quiet", "build_ext", "--inplace"]
+    assert outcomes["build/extension"]["note"] == "not built"
 
 
 def test_without_a_device_nothing_is_started(tmp_path):
     nothing = {"no_device": ["no CUDA device is visible"], "verdict": "failed", "reason": "no device: x"}
-    scripts = {"machine-machine": Script(result=nothing)}
-    well, told, stage = run(tmp_path / "out", (MACHINE, CEILINGS, OPS, BARE), scripts)
-    assert not well and list(stage.started) == ["machine-machine"] and len(told) == 7
-    assert stage.triage.no_device and "why there is no GPU" in (tmp_path / "out" / "summary.txt").read_text()
+    behaviours = {"machine-machine": Behaviour(result=nothing)}
+    succeeded, outcomes, fake = run(tmp_path / "out", (MACHINE, CEILINGS, OPS, BARE), behaviours)
+    assert not succeeded and list(fake.started) == ["machine-machine"] and len(outcomes) == 7
+    assert fake.triage.no_device and "why there is no GPU" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_facts_of_the_machine_come_from_the_first_child_that_reports_them(tmp_path):
     """Where the first child hung."""
-    scripts = {"machine-machine": Script(seconds=1e9), "bare-bare": Script(rows=[step_row("bare", 150.0)])}
-    _, told, _ = run(tmp_path / "out", (MACHINE, BARE), scripts)
-    assert {line["gpu"] for line in told.values()} == {FACTS["gpu"]}
+    behaviours = {"machine-machine": Behaviour(seconds=1e9), "bare-bare": Behaviour(rows=[step_row("bare", 150.0)])}
+    _, outcomes, _ = run(tmp_path / "out", (MACHINE, BARE), behaviours)
+    assert {line["gpu"] for line in outcomes.values()} == {FACTS["gpu"]}
 
 
 def test_a_second_run_into_the_folder_keeps_rows_that_it_does_not_replace(tmp_path):
-    bare, plain = (Script(rows=[step_row(name, ms)]) for name, ms in (("bare", 200.0), ("plain-eager", 600.0)))
-    run(tmp_path / "out", (BARE, PLAIN), {"bare-bare": bare, "plain-eager-plain-eager": Script(-11)})
-    _, told, _ = run(tmp_path / "out", (PLAIN,), {"plain-eager-plain-eager": plain})
-    assert {label: line["verdict"] for label, line in told.items()} == dict.fromkeys(told, "ok") and len(told) == 2
+    bare, plain = (Behaviour(rows=[step_row(name, ms)]) for name, ms in (("bare", 200.0), ("plain-eager", 600.0)))
+    run(tmp_path / "out", (BARE, PLAIN), {"bare-bare": bare, "plain-eager-plain-eager": Behaviour(-11)})
+    _, outcomes, _ = run(tmp_path / "out", (PLAIN,), {"plain-eager-plain-eager": plain})
+    assert {label: line["verdict"] for label, line in outcomes.items()} == dict.fromkeys(outcomes, "ok") and len(
+        outcomes
+    ) == 2
     with tarfile.open(tmp_path / "out" / "logs.tgz") as logs:
         assert "logs/bare-bare.log" in logs.getnames()
     assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()
 
 
 def test_a_bench_that_measures_nothing_has_failed_and_one_that_ends_early_says_so(tmp_path):
-    part = Part("others", 30, (Task("none", "m"), Task("some", "m"), Task("told", "m", takes=())))
-    some = Script(rows=[op_row("swiglu", "triton", 0.9)], log="time is up, not measured: vf_loss dinov2_large\n")
-    none = Script(rows=[], log="so it is\n")
-    _, told, _ = run(tmp_path / "out", (part,), {"others-none": none, "others-some": some})
-    assert told["others/none"]["verdict"] == "failed"
-    assert told["others/none"]["reason"] == "it has measured nothing: so it is"
-    assert told["others/some"]["verdict"] == told["others/told"]["verdict"] == "ok"
+    part = Part("others", 30, (Task("none", "m"), Task("some", "m"), Task("outcomes", "m", takes=())))
+    some = Behaviour(rows=[op_row("swiglu", "triton", 0.9)], log="time is up, not measured: vf_loss dinov2_large\n")
+    none = Behaviour(rows=[], log="so it is\n")
+    _, outcomes, _ = run(tmp_path / "out", (part,), {"others-none": none, "others-some": some})
+    assert outcomes["others/none"]["verdict"] == "failed"
+    assert outcomes["others/none"]["reason"] == "it has measured nothing: so it is"
+    assert outcomes["others/some"]["verdict"] == outcomes["others/outcomes"]["verdict"] == "ok"
     assert "others/some: time is up, not measured: vf_loss" in (tmp_path / "out" / "summary.txt").read_text()
 
 
@@ -323,5 +344,5 @@ def test_files_of_a_killed_run_are_no_hindrance(tmp_path):
     (tmp_path / "out" / ".rows.jsonl.tmp").write_text("{")
     (tmp_path / "out" / "rows.jsonl").write_text(json.dumps(step_row("plain-eager", 600.0)) + '\n{"format": 2, "ki')
     (tmp_path / "out" / "logs.tgz").write_bytes(b"\x1f\x8b cut")
-    run(tmp_path / "out", (BARE,), {"bare-bare": Script(rows=[step_row("bare", 200.0)])})
+    run(tmp_path / "out", (BARE,), {"bare-bare": Behaviour(rows=[step_row("bare", 200.0)])})
     assert "3.00x plain-eager" in (tmp_path / "out" / "summary.txt").read_text()

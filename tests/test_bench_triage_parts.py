@@ -158,7 +158,7 @@ def test_parts_of_a_second_run(monkeypatch):
 MACHINE = row("triage", part="machine", name="machine", verdict="ok", reason="", packages={"timm": None})
 
 
-def told(part: str, verdict: str, reason: str = "", name: str = "") -> dict:
+def ended(part: str, verdict: str, reason: str = "", name: str = "") -> dict:
     return row("triage", part=part, name=name or part, verdict=verdict, reason=reason)
 
 
@@ -168,20 +168,20 @@ HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager",
 @pytest.mark.parametrize(("rows", "advice"), [
     ([MACHINE | {"verdict": "failed", "reason": "no device: none"}], "why there is no GPU"),
     ([MACHINE | {"collectives": ["NCCL says no"]}, checked("swiglu", "cuda", "wrong")], "NCCL: .* NCCL says no"),
-    ([MACHINE, told("trainer", "failed"), checked("swiglu", "cuda", "wrong"), checked("vf_loss", "triton", "timeout")],
+    ([MACHINE, ended("trainer", "failed"), checked("swiglu", "cuda", "wrong"), checked("vf_loss", "triton", "timeout")],
      "vf_loss on triton: timeout.*--second"),
-    ([MACHINE, *HEADLINE[1:], told("trainer", "failed", "ModuleNotFoundError: x")], "trainer: failed.*--only trainer"),
-    ([MACHINE, *HEADLINE, told("bare", "out of memory"), told("variants", "timeout", "no end", "bare-folded")],
+    ([MACHINE, *HEADLINE[1:], ended("trainer", "failed", "ModuleNotFoundError: x")], "trainer: failed.*--only trainer"),
+    ([MACHINE, *HEADLINE, ended("bare", "out of memory"), ended("variants", "timeout", "no end", "bare-folded")],
      "bare: out of memory|variants/bare-folded: timeout"),
-    ([MACHINE, *HEADLINE, told("others", "skipped", "no time: 1 s are left"), told("gemms", "skipped", "no time: 0 s")],
+    ([MACHINE, *HEADLINE, ended("others", "skipped", "no time: 1 s"), ended("gemms", "skipped", "no time: 0 s")],
      "parts without time: .* --only others --only gemms"),
     ([MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)], "swiglu XL.*50.0%.*ncu"),
     ([MACHINE, *HEADLINE], "nothing failed"),
-    ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "failed", "", "memcheck swiglu cuda")],
+    ([MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "failed", "", "memcheck swiglu cuda")],
      "read the sanitizer's report on swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz"),
-    ([MACHINE, checked("swiglu", "cuda", "wrong"), told("sanitizer", "skipped", "", "memcheck swiglu cuda")],
+    ([MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "skipped", "", "memcheck swiglu cuda")],
      "swiglu on cuda: wrong.*--second"),
-    ([MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), told("ncu", "ok", "", "swiglu cuda forward")],
+    ([MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), ended("ncu", "ok", "", "swiglu cuda forward")],
      "read why swiglu XL forward cuda is at 50.0% .*: ncu/swiglu cuda forward"),
 ])  # fmt: skip
 def test_the_next_thing_to_do(rows, advice):
@@ -194,7 +194,7 @@ def test_the_summary_shows_every_kind_of_row():
     rows = [MACHINE, *HEADLINE, checked("swiglu", "triton", "ok"), checked("swiglu", "cuda", "skipped"), *gemm,
             op_row("swiglu", "triton", 0.9), op_row("swiglu", "eager", 0.1), op_row("vf_loss", "cuda", 0.3),
             row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
-            told("others", "skipped", "no time: 1 s are left", "sampling")]  # fmt: skip
+            ended("others", "skipped", "no time: 1 s are left", "sampling")]  # fmt: skip
     text = summary.text(rows)
     assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text
     assert "swiglu                         triton right, cuda not checked" in text

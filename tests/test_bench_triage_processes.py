@@ -12,20 +12,20 @@ import pytest
 from bench.triage.processes import Child, Ended, command
 
 ROOT = Path(__file__).parents[1]
-DEAF = """
+IGNORES_SIGTERM = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("started", child.pid, flush=True)
 time.sleep(60)
 """
-ORDERLY = """
+EXITS_ON_SIGTERM = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(5))
 print("up", flush=True)
 time.sleep(60)
 """
-FORGETFUL = """
+LEAVES_A_CHILD = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("left", child.pid, flush=True)
@@ -70,7 +70,7 @@ def test_a_child_that_ends_by_itself(tmp_path):
 
 def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path):
     log = tmp_path / "log"
-    child = Child([sys.executable, "-c", DEAF], log, limit=3.0, grace=0.3)
+    child = Child([sys.executable, "-c", IGNORES_SIGTERM], log, limit=3.0, grace=0.3)
     found = ended(child)
     assert (found.status, found.why) == (-signal.SIGKILL, "timeout") and 3.3 <= found.seconds < 15
     assert gone(word_after(log, "started"))
@@ -78,13 +78,13 @@ def test_a_child_that_ignores_sigterm_is_killed_with_its_own_children(tmp_path):
 
 def test_processes_of_a_child_end_with_it(tmp_path):
     log = tmp_path / "log"
-    found = ended(Child([sys.executable, "-c", FORGETFUL], log, 20))
+    found = ended(Child([sys.executable, "-c", LEAVES_A_CHILD], log, 20))
     assert (found.status, found.why) == (0, "") and gone(word_after(log, "left"))
 
 
 def test_a_stopped_child_may_end_in_order(tmp_path):
     log = tmp_path / "log"
-    child = Child([sys.executable, "-c", ORDERLY], log, 20)
+    child = Child([sys.executable, "-c", EXITS_ON_SIGTERM], log, 20)
     while "up" not in log.read_text():
         time.sleep(0.01)
     child.stop()
@@ -108,7 +108,7 @@ def test_a_hung_module_says_where_it_hangs(tmp_path, monkeypatch):
 
 def test_a_child_that_nothing_ends_is_given_up(tmp_path, monkeypatch):
     """As one that waits for a driver; here, SIGKILL does not reach it."""
-    child = Child([sys.executable, "-c", DEAF], tmp_path / "log", limit=1.0, grace=0.3)
+    child = Child([sys.executable, "-c", IGNORES_SIGTERM], tmp_path / "log", limit=1.0, grace=0.3)
     with monkeypatch.context() as patched:
         patched.setattr(os, "killpg", lambda *arguments: None)
         found = ended(child)
@@ -117,7 +117,7 @@ def test_a_child_that_nothing_ends_is_given_up(tmp_path, monkeypatch):
 
 
 def test_a_child_does_not_outlive_a_killed_coordinator(tmp_path):
-    (tmp_path / "deaf.py").write_text(DEAF)
+    (tmp_path / "deaf.py").write_text(IGNORES_SIGTERM)
     program = """
 import sys, time
 from pathlib import Path
@@ -150,7 +150,7 @@ def test_a_module_runs_as_if_it_were_called_by_name(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_coordinator_ends_its_children(number, tmp_path):
     """The program itself, at its first child, which here hangs and hears nothing."""
-    (tmp_path / "deaf.py").write_text(DEAF)
+    (tmp_path / "deaf.py").write_text(IGNORES_SIGTERM)
     out = tmp_path / "out"
     program = f"""
 import sys

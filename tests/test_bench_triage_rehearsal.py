@@ -33,15 +33,15 @@ def test_everything_ends_well(rehearsed):
     assert status == 0, printed
     assert {path.name for path in out.iterdir()} == {"rows.jsonl", "summary.txt", "log.txt", "logs.tgz"}
     rows = list(read(out / "rows.jsonl", "cpu"))
-    told = {f"{row['part']}/{row['name']}": row["verdict"] for row in rows if row["kind"] == "triage"}
-    assert set(told.values()) == {"ok"} and {name.split("/")[0] for name in told} == {
+    outcomes = {f"{row['part']}/{row['name']}": row["verdict"] for row in rows if row["kind"] == "triage"}
+    assert set(outcomes.values()) == {"ok"} and {name.split("/")[0] for name in outcomes} == {
         "machine", "ceilings", "ops", "bare", "plain-eager", "gemms", "fractions", "others"}  # fmt: skip
-    assert {"ops/swiglu triton", "ops/swiglu cuda", "ops/swiglu_linear_grad triton"} <= set(told)
+    assert {"ops/swiglu triton", "ops/swiglu cuda", "ops/swiglu_linear_grad triton"} <= set(outcomes)
     assert {row["revision"] for row in rows} == {"1234abc"} and {row["device"] for row in rows} == {"cpu"}
     with tarfile.open(out / "logs.tgz") as logs:
         names = {name.removeprefix("logs/") for name in logs.getnames()}
         log = logs.extractfile("logs/ops-swiglu-cuda.log").read().decode()
-    assert {f"{name.replace('/', '-').replace(' ', '-')}.log" for name in told} <= names
+    assert {f"{name.replace('/', '-').replace(' ', '-')}.log" for name in outcomes} <= names
     assert "odd float32 gradients … right" in log and "strided float16 same bits … right" in log
 
 

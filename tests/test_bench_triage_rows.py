@@ -9,7 +9,7 @@ from bench.gate import baseline
 from bench.measure.rows import read
 from bench.triage import __main__ as program
 from bench.triage.records import Records
-from tests.test_bench_triage import BARE, MACHINE, PLAIN, WELL, Script, checked, op_row, row, run, step_row
+from tests.test_bench_triage import BARE, MACHINE, MACHINE_OK, PLAIN, Behaviour, checked, op_row, row, run, step_row
 
 
 def test_verdicts_are_not_compared(tmp_path):
@@ -22,9 +22,9 @@ def test_verdicts_are_not_compared(tmp_path):
 def test_the_gate_takes_the_rows_of_a_triage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(baseline, "RESULTS", tmp_path / "results")
     features = {"engine": "bare"}
-    fast, slow = (Script(rows=[step_row("bare", ms, fraction=50 / ms, features=features, spread=0.01)
+    fast, slow = (Behaviour(rows=[step_row("bare", ms, fraction=50 / ms, features=features, spread=0.01)
                                for ms in (2 * time, time)]) for time in (100.0, 125.0))  # fmt: skip
-    run(tmp_path / "first", (MACHINE, BARE), {"machine-machine": WELL, "bare-bare": fast})
+    run(tmp_path / "first", (MACHINE, BARE), {"machine-machine": MACHINE_OK, "bare-bare": fast})
     rows = str(tmp_path / "first" / "rows.jsonl")
     assert regress.main([rows]) == regress.NO_BASELINE
     assert regress.main([rows, "--update", "--reason", "the first"]) == 0
@@ -32,7 +32,7 @@ def test_the_gate_takes_the_rows_of_a_triage(tmp_path, monkeypatch, capsys):
     assert [row["kind"] for row in read(committed)] == ["baseline", "step"]
     assert [row.get("fraction") for row in read(committed)] == [None, 0.5], "the last row of a step"
     capsys.readouterr()
-    run(tmp_path / "second", (MACHINE, BARE), {"machine-machine": WELL, "bare-bare": slow})
+    run(tmp_path / "second", (MACHINE, BARE), {"machine-machine": MACHINE_OK, "bare-bare": slow})
     assert regress.main([str(tmp_path / "second" / "rows.jsonl")]) == 1
     assert "50.0% →   40.0%" in capsys.readouterr().out
 
@@ -82,10 +82,10 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path, capsys):
 
 def test_a_program_without_a_device_stops_the_others(tmp_path):
     """Where one part alone is asked for, nobody has looked for a device before."""
-    alone = Script(status=2, rows=[], log="bench.step needs a GPU: no CUDA device is visible\n")
-    _, told, stage = run(tmp_path, (BARE, PLAIN), {"bare-bare": alone})
-    assert stage.triage.no_device == "no CUDA device is visible"
-    assert told["plain-eager/plain-eager"]["verdict"] == "skipped"
+    alone = Behaviour(status=2, rows=[], log="bench.step needs a GPU: no CUDA device is visible\n")
+    _, outcomes, fake = run(tmp_path, (BARE, PLAIN), {"bare-bare": alone})
+    assert fake.triage.no_device == "no CUDA device is visible"
+    assert outcomes["plain-eager/plain-eager"]["verdict"] == "skipped"
 
 
 def test_a_closed_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
@@ -93,6 +93,6 @@ def test_a_closed_pipe_does_not_stop_a_run(tmp_path, monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", closed)
-    _, told, _ = run(tmp_path, (MACHINE, BARE), {"machine-machine": WELL})
-    assert set(told) == {"machine/machine", "bare/bare"}
+    _, outcomes, _ = run(tmp_path, (MACHINE, BARE), {"machine-machine": MACHINE_OK})
+    assert set(outcomes) == {"machine/machine", "bare/bare"}
     assert "== bare" in (tmp_path / "log.txt").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.measure.rows import Row
 from bench.triage.summary import slowest, worst_check
-from bench.triage.tasks import BUILD, ENCODE, SAMPLING, STEP_OPS, Fractions, Task, backends, check, own, step
+from bench.triage.tasks import BUILD, ENCODE, SAMPLING, STEP_OPS, Fractions, Task, backends, check, step, triage_task
 
 #: Seconds that a step is timed for: a few dozen of the slowest.
 STEP_SECONDS = 8.0
@@ -65,7 +65,7 @@ def first_parts() -> tuple[Part, ...]:
     quick = ("--quick", "--seconds", "0.2")
     timed = (("step", STEP_OPS), ("graph", in_graph), ("others", others))
     return (
-        Part("machine", 12, (own("machine", "machine"),)),
+        Part("machine", 12, (triage_task("machine", "machine"),)),
         Part("build", 60, (BUILD,)),
         Part("ceilings", 8, (Task("ceilings", "bench.roofline", ("--seconds", "0.15"), takes=("--out",)),)),
         Part("ops", 55, tuple(check(op, name) for op, names in existing.items() for name in names), at_once=5),
@@ -108,7 +108,7 @@ def sanitized(op: str, backend: str, tool: str) -> Task:
 def profiled(op: str, backend: str, direction: str) -> Task:
     # The clocks of a measurement, not the lower ones that ncu would fix.
     options = ("--clock-control", "none", "--profile-from-start", "off", "--set", "full", "--target-processes", "all")
-    task = own(f"{op} {backend} {direction}", "profile", op, backend, direction)
+    task = triage_task(f"{op} {backend} {direction}", "profile", op, backend, direction)
     return under("ncu", options, replace(task, takes=()))
 
 

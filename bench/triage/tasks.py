@@ -74,13 +74,15 @@ class Task:
         return [self]
 
 
-def own(name: str, module: str, *arguments: str, **more) -> Task:
+def triage_task(name: str, module: str, *arguments: str, **more) -> Task:
     """A child of this package, which reports its own verdict."""
     return Task(name, f"bench.triage.{module}", arguments, takes=("--result",), **more)
 
 
 def check(op: str, backend: str, *options: str, **more) -> Task:
-    return own(f"{op} {backend}", "check", op, backend, *options, about=(("op", op), ("backend", backend)), **more)
+    return triage_task(
+        f"{op} {backend}", "check", op, backend, *options, about=(("op", op), ("backend", backend)), **more
+    )
 
 
 @dataclass(frozen=True)
