@@ -23,10 +23,10 @@ def swiglu_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gate, up = biased(gate_up, bias).chunk(2, dim=-1)
     sigmoid = 1 / (1 + torch.exp(-gate))
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    both = torch.cat((grad.float() * up * slope, grad.float() * gate * sigmoid), dim=-1)
-    total = both.view(-1, both.shape[-1]).sum(dim=0)
-    return both.to(gate_up.dtype), total.to((gate_up if bias is None else bias).dtype)
+    d_silu = sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up = torch.cat((grad.float() * up * d_silu, grad.float() * gate * sigmoid), dim=-1)
+    d_bias = d_gate_up.view(-1, d_gate_up.shape[-1]).sum(dim=0)
+    return d_gate_up.to(gate_up.dtype), d_bias.to((gate_up if bias is None else bias).dtype)
 
 
 @swiglu_bwd.register_fake

@@ -6,15 +6,24 @@ from kernels.testing.cases import Case, Cost, Draw, nbytes, strided
 
 
 def cases(tensors: Callable[..., dict], columns: int) -> tuple[Case, ...]:
-    """Those of a linear layer on either side of SwiGLU.
+    """The cases of a linear layer on either side of SwiGLU.
 
     Args:
         tensors: (draw, rows, width of the layer's other side, hidden width) → the arguments but for the bias.
         columns: of the hidden width in a tile.
     """
 
-    def case(name: str, rows: tuple[int, ...], width: int, hidden: int, *, bias=True, bias_dtype=None,
-             layout=lambda x: x, production=False) -> Case:  # fmt: skip
+    def case(
+        name: str,
+        rows: tuple[int, ...],
+        width: int,
+        hidden: int,
+        *,
+        bias=True,
+        bias_dtype=None,
+        layout=lambda x: x,
+        production=False,
+    ) -> Case:
         def make(draw: Draw) -> dict:
             vector = draw.normal(2 * hidden, mean=-0.4, dtype=bias_dtype) if bias else None
             drawn = tensors(draw, rows, width, hidden)

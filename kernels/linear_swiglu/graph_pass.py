@@ -1,4 +1,4 @@
-"""Finds a linear layer with `swiglu` behind it in a compiled graph, and lets `linear_swiglu` compute both."""
+"""Graph pass that replaces a linear layer and the `swiglu` behind it by one `linear_swiglu`."""
 
 import operator as python
 

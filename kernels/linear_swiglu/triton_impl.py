@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, aligned_rows, alignment_reasons, backend, tensor_descriptor
+from kernels.backends.layout import contiguous
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 
 
@@ -95,15 +96,20 @@ def linear_swiglu_fwd(
     gate_up, activated = x.new_empty(rows, 2 * hidden), x.new_empty(rows, hidden)
     weight = aligned_rows(weight)
     launch(
-        linear_swiglu_kernel, (min(CONFIG.count(rows, hidden), num_sms()),),
+        linear_swiglu_kernel,
+        (min(CONFIG.count(rows, hidden), num_sms()),),
         tensor_descriptor(aligned_rows(x), CONFIG.rows, CONFIG.depth),
         *(tensor_descriptor(half, CONFIG.columns, CONFIG.depth) for half in weight.chunk(2)),
-        None if bias is None else bias.contiguous(),
+        contiguous(bias),
         *(tensor_descriptor(half, CONFIG.rows, CONFIG.columns) for half in (*gate_up.chunk(2, dim=1), activated)),
-        rows, hidden, width,
-        BM=CONFIG.rows, BH=CONFIG.columns, BD=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
+        *(rows, hidden, width),
+        BM=CONFIG.rows,
+        BH=CONFIG.columns,
+        BD=CONFIG.depth,
+        STAGES=CONFIG.stages,
+        FLATTEN=CONFIG.flatten,
         num_warps=CONFIG.warps,
-    )  # fmt: skip
+    )
     return gate_up, activated
 
 

@@ -103,26 +103,38 @@ def shared_limit(device: torch.device) -> int:
 
 @operator("rope_attention_cuda_fwd")
 def rope_attention_fwd(
-    qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None, q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     samples, tokens, _, heads, width = qkv.shape
     out = qkv.new_empty((samples, tokens, heads * width))
     lse = qkv.new_empty((samples, heads, tokens), dtype=torch.float32)
     config = forward_config(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     launch(
-        "rope_attention_fwd", aligned(qkv), bias, table, q_weight, k_weight, out, lse, eps,
-        config.queries, config.keys, config.warps,
-    )  # fmt: skip
+        "rope_attention_fwd",
+        *(aligned(qkv), bias, table, q_weight, k_weight, out, lse, eps),
+        *(config.queries, config.keys, config.warps),
+    )
     return out, lse
 
 
 @operator("rope_attention_cuda_bwd")
 def rope_attention_bwd(
-    d_out: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor | None,
-    q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, eps: float,
+    d_out: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    eps: float,
     summed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     samples, tokens, _, heads, width = qkv.shape
     config = backward_config(tokens, width, qkv.element_size(), shared_limit(qkv.device))
     d_qkv = qkv.new_empty(qkv.shape)
@@ -135,9 +147,11 @@ def rope_attention_bwd(
     if summed:
         d_bias, db_partial = torch.empty_like(bias), lse.new_empty((samples, 3, heads, width))
     launch(
-        "rope_attention_bwd", aligned(d_out), aligned(qkv), bias, table, q_weight, k_weight, out, lse, d_qkv, scratch,
-        dw_partial, db_partial, *d_weights, d_bias, eps, config.queries, config.keys, config.warps,
-    )  # fmt: skip
+        "rope_attention_bwd",
+        *(aligned(d_out), aligned(qkv), bias, table, q_weight, k_weight, out, lse, d_qkv, scratch),
+        *(dw_partial, db_partial, *d_weights, d_bias, eps),
+        *(config.queries, config.keys, config.warps),
+    )
     return d_qkv, *(qkv.new_empty(0) if gradient is None else gradient for gradient in (*d_weights, d_bias))
 
 

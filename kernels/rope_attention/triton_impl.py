@@ -50,26 +50,26 @@ class LaunchConfig:
 # (64, 128, 4, keys_in_smem=True); dkdv (32, 128, 8), (32, 64, 4, keys_in_smem=True).
 CONFIGS = {
     "fwd": LaunchConfig(64, 64, 4, 168),
-    "fwd wide": LaunchConfig(64, 64, 4),
+    "fwd wide heads": LaunchConfig(64, 64, 4),
     "fwd smem": LaunchConfig(64, 64, 4, keys_in_smem=True),
     "fwd float32": LaunchConfig(32, 32, 4),
     "fwd sm_80": LaunchConfig(64, 32, 4),
-    "fwd sm_80 wide": LaunchConfig(32, 32, 4),
+    "fwd sm_80 wide heads": LaunchConfig(32, 32, 4),
     "dq": LaunchConfig(64, 32, 4, 168),
     "dq normed": LaunchConfig(64, 32, 4),
-    "dq wide": LaunchConfig(64, 32, 4),
+    "dq wide heads": LaunchConfig(64, 32, 4),
     "dq smem": LaunchConfig(64, 64, 4, keys_in_smem=True),
     "dq smem normed": LaunchConfig(64, 32, 4, keys_in_smem=True),
     "dq float32": LaunchConfig(32, 16, 4),
     "dq sm_80": LaunchConfig(32, 16, 4),
-    "dq sm_80 wide": LaunchConfig(32, 16, 4),
+    "dq sm_80 wide heads": LaunchConfig(32, 16, 4),
     "dkdv": LaunchConfig(32, 64, 4),
     "dkdv normed": LaunchConfig(32, 128, 8),
-    "dkdv wide": LaunchConfig(16, 128, 8),
+    "dkdv wide heads": LaunchConfig(16, 128, 8),
     "dkdv smem": LaunchConfig(64, 64, 4, keys_in_smem=True),
     "dkdv float32": LaunchConfig(16, 32, 4),
     "dkdv sm_80": LaunchConfig(16, 32, 4),
-    "dkdv sm_80 wide": LaunchConfig(16, 32, 4),
+    "dkdv sm_80 wide heads": LaunchConfig(16, 32, 4),
 }
 
 
@@ -93,7 +93,7 @@ def dkdv_config(tokens: int, width: int, dtype: torch.dtype, normed: bool, arch:
 def _variant(tokens: int, width: int, dtype: torch.dtype, arch: int) -> str:
     if dtype == torch.float32:
         return " float32"  # its products run without tensor cores, from registers: small tiles
-    wide = " wide" if width > SMEM_WIDTH else ""  # more columns for each thread to hold
+    wide = " wide heads" if width > SMEM_WIDTH else ""  # more columns for each thread to hold
     if arch < 90:
         return " sm_80" + wide  # operands of mma come from registers: small tiles
     if wide:
@@ -198,17 +198,23 @@ def rope_attention_bwd(
     scale_log2 = width**-0.5 / math.log(2)
     strides = d_out.stride(0), *runtime_strides(qkv)
     launch(
-        rope_attention_bwd_dq_kernel, (q_programs * heads * samples,),
-        d_out, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, dqw_partial, dqb_partial, eps,
-        scale_log2, tokens, q_programs, q_tiles, *strides,
-        do_stride_n=d_out.stride(1), BLOCKS=q_blocks, **constants(qkv, dq),
-    )  # fmt: skip
+        rope_attention_bwd_dq_kernel,
+        (q_programs * heads * samples,),
+        *(d_out, qkv, out, lse, table, q_weight, k_weight, bias, dqkv, delta, dqw_partial, dqb_partial),
+        *(eps, scale_log2, tokens, q_programs, q_tiles, *strides),
+        do_stride_n=d_out.stride(1),
+        BLOCKS=q_blocks,
+        **constants(qkv, dq),
+    )
     launch(
-        rope_attention_bwd_dkdv_kernel, (k_programs * heads * samples,),
-        d_out, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, dkw_partial, dkb_partial, eps,
-        scale_log2, tokens, k_programs, k_tiles, *strides,
-        do_stride_n=d_out.stride(1), BLOCKS=k_blocks, **constants(qkv, dkdv),
-    )  # fmt: skip
+        rope_attention_bwd_dkdv_kernel,
+        (k_programs * heads * samples,),
+        *(d_out, qkv, lse, delta, table, q_weight, k_weight, bias, dqkv, dkw_partial, dkb_partial),
+        *(eps, scale_log2, tokens, k_programs, k_tiles, *strides),
+        do_stride_n=d_out.stride(1),
+        BLOCKS=k_blocks,
+        **constants(qkv, dkdv),
+    )
     dq_weight, dk_weight, dbias = (qkv.new_empty(0) for _ in range(3))
     if normed:
         dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)

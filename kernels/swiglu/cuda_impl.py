@@ -1,4 +1,4 @@
-"""SwiGLU on the kernels of csrc/swiglu.cu; operators and launch configuration."""
+"""The CUDA backend of `swiglu`, on csrc/swiglu.cu: operators and launch configurations."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from kernels.swiglu.autograd import register_autograd
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many rows a block walks down."""
+    """Rows of a block."""
 
     rows_per_block: int
 
@@ -50,14 +50,15 @@ def swiglu_bwd(
     rows = gate_up.numel() // packed
     config = summing(rows, packed // 2) if summed else ALONE
     d_gate_up = gate_up.new_empty(gate_up.shape)
-    d_bias, partials = gate_up.new_empty(0), None
+    d_bias, db_partial = gate_up.new_empty(0), None
     if summed:
         d_bias = bias.new_empty(packed)
-        partials = gate_up.new_empty((-(-rows // config.rows_per_block), packed), dtype=torch.float32)
+        db_partial = gate_up.new_empty((-(-rows // config.rows_per_block), packed), dtype=torch.float32)
     launch(
-        "swiglu_bwd", gate_up.contiguous(), contiguous(bias), d_out.contiguous(), d_gate_up, partials,
-        d_bias if summed else None, config.rows_per_block,
-    )  # fmt: skip
+        "swiglu_bwd",
+        *(gate_up.contiguous(), contiguous(bias), d_out.contiguous(), d_gate_up, db_partial),
+        *(d_bias if summed else None, config.rows_per_block),
+    )
     return d_gate_up, d_bias
 
 

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.backends.layout import contiguous
 from kernels.backends.triton_launch import backend, launch, operator, unsupported_reasons
 from kernels.swiglu.autograd import register_autograd
 
@@ -210,11 +211,14 @@ def swiglu_fwd(gate_up: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor
     config = launch_config(rows, hidden, gate_up.element_size(), VECTORS["forward"])
     tiles_across = triton.cdiv(hidden, config.columns)
     launch(
-        swiglu_fwd_kernel, (triton.cdiv(rows, config.rows) * tiles_across,),
-        gate_up.contiguous(), None if bias is None else bias.contiguous(), out,
-        rows, hidden // config.vector, tiles_across,
-        VECTOR=config.vector, BM=config.rows, BH=config.columns, num_warps=config.warps,
-    )  # fmt: skip
+        swiglu_fwd_kernel,
+        (triton.cdiv(rows, config.rows) * tiles_across,),
+        *(gate_up.contiguous(), contiguous(bias), out, rows, hidden // config.vector, tiles_across),
+        VECTOR=config.vector,
+        BM=config.rows,
+        BH=config.columns,
+        num_warps=config.warps,
+    )
     return out
 
 
@@ -231,11 +235,16 @@ def swiglu_bwd(
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     db_partial = torch.empty((parts, 2 * hidden), device=d_out.device) if summed else None
     launch(
-        swiglu_bwd_kernel, (parts * tiles_across,),
-        d_out.contiguous(), gate_up.contiguous(), None if bias is None else bias.contiguous(), d_gate_up, db_partial,
-        rows, hidden // config.vector, tiles_across, config.rows_each,
-        VECTOR=config.vector, BM=config.rows, BH=config.columns, STAGES=config.stages, num_warps=config.warps,
-    )  # fmt: skip
+        swiglu_bwd_kernel,
+        (parts * tiles_across,),
+        *(d_out.contiguous(), gate_up.contiguous(), contiguous(bias), d_gate_up, db_partial),
+        *(rows, hidden // config.vector, tiles_across, config.rows_each),
+        VECTOR=config.vector,
+        BM=config.rows,
+        BH=config.columns,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
     if not summed:
         return d_gate_up, d_gate_up.new_empty(0)
     return d_gate_up, sum_of_parts(db_partial, bias.dtype)
@@ -246,9 +255,13 @@ def sum_of_parts(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     parts, width = partial.shape
     total = torch.empty(width, dtype=dtype, device=partial.device)
     launch(
-        swiglu_sum_kernel, (triton.cdiv(width, SUM_COLUMNS),), partial, total, parts, width,
-        BP=SUM_PARTS, BW=SUM_COLUMNS, num_warps=4,
-    )  # fmt: skip
+        swiglu_sum_kernel,
+        (triton.cdiv(width, SUM_COLUMNS),),
+        *(partial, total, parts, width),
+        BP=SUM_PARTS,
+        BW=SUM_COLUMNS,
+        num_warps=4,
+    )
     return total
 
 

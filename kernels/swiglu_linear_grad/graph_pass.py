@@ -1,4 +1,4 @@
-"""Finds the gradient through a linear layer and `swiglu` in a compiled graph; `swiglu_linear_grad` computes both."""
+"""Graph pass that replaces the gradient through a linear layer and `swiglu` by one `swiglu_linear_grad`."""
 
 import operator as python
 

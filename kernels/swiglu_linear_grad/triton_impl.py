@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.backends.descriptors import DTYPES, aligned_rows, alignment_reasons, backend, tensor_descriptor
+from kernels.backends.layout import contiguous
 from kernels.backends.triton_launch import launch, num_sms, operator, unsupported_reasons
 from kernels.linear_swiglu.triton_impl import LaunchConfig, add_bias
 from kernels.swiglu.triton_impl import sum_of_parts, swiglu_d_gate_up
@@ -110,10 +111,14 @@ def swiglu_linear_grad_2d(
         tensor_descriptor(aligned_rows(d_output), CONFIG.rows, CONFIG.depth),
         tensor_descriptor(aligned_rows(weight), CONFIG.depth, CONFIG.columns),
         *(tensor_descriptor(half, CONFIG.rows, CONFIG.columns // 2) for half in halves),
-        None if bias is None else bias.contiguous(), db_partial, rows, hidden, width,
-        BM=CONFIG.rows, BH=CONFIG.columns, BD=CONFIG.depth, STAGES=CONFIG.stages, FLATTEN=CONFIG.flatten,
+        *(contiguous(bias), db_partial, rows, hidden, width),
+        BM=CONFIG.rows,
+        BH=CONFIG.columns,
+        BD=CONFIG.depth,
+        STAGES=CONFIG.stages,
+        FLATTEN=CONFIG.flatten,
         num_warps=CONFIG.warps,
-    )  # fmt: skip
+    )
     if bias is None:
         return d_gate_up, d_gate_up.new_empty(0)
     return d_gate_up, sum_of_parts(db_partial, bias.dtype)

@@ -49,9 +49,15 @@ def vf_loss_fwd(
 
 @operator("vf_loss_cuda_bwd")
 def vf_loss_bwd(
-    z: torch.Tensor, f: torch.Tensor, saved: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
-    distmat_margin: float, cos_margin: float, swapped: bool,
-) -> torch.Tensor:  # fmt: skip
+    z: torch.Tensor,
+    f: torch.Tensor,
+    saved: torch.Tensor,
+    d_distmat: torch.Tensor,
+    d_cos: torch.Tensor,
+    distmat_margin: float,
+    cos_margin: float,
+    swapped: bool,
+) -> torch.Tensor:
     """The gradient of `z`; with `swapped`, `z` and `f` are exchanged with respect to the forward pass."""
     flat_z, flat_f = flat(z, f)
     d_z, partial = torch.empty_like(flat_z), None

@@ -102,32 +102,51 @@ def vf_loss_fwd(
     grid = triton.cdiv(positions, config.positions), samples
     cos_sums = saved.new_empty(grid)
     launch(
-        vf_loss_positions, grid,
-        z, f, *saved, cos_sums, cos_margin, *strides,
-        C=channels, N=positions, BC=config.depth, BN=config.positions, num_warps=config.warps,
-    )  # fmt: skip
+        vf_loss_positions,
+        grid,
+        *(z, f, *saved, cos_sums, cos_margin, *strides),
+        C=channels,
+        N=positions,
+        BC=config.depth,
+        BN=config.positions,
+        num_warps=config.warps,
+    )
 
     config = forward_config(larger_dtype(z, f), samples, positions, architecture())
     tiles_across = triton.cdiv(positions, config.rows)
     tile_sums = saved.new_empty((samples, tiles_across * tiles_across))
     launch(
-        vf_loss_tiles, (tiles_across * tiles_across, samples),
-        z, f, *saved[:2], tile_sums, tiles_across, distmat_margin, *strides,
-        C=channels, N=positions, BI=config.rows, BC=config.depth, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        vf_loss_tiles,
+        (tiles_across * tiles_across, samples),
+        *(z, f, *saved[:2], tile_sums, tiles_across, distmat_margin, *strides),
+        C=channels,
+        N=positions,
+        BI=config.rows,
+        BC=config.depth,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     launch(
-        vf_loss_means, (1,),
-        tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel(),
-        float(samples * positions**2), float(samples * positions), BLOCK=1024,
-    )  # fmt: skip
+        vf_loss_means,
+        (1,),
+        *(tile_sums, cos_sums, distmat, cos, tile_sums.numel(), cos_sums.numel()),
+        *(float(samples * positions**2), float(samples * positions)),
+        BLOCK=1024,
+    )
     return distmat, cos, saved
 
 
 @operator("vf_loss_bwd")
 def vf_loss_bwd(
-    z: torch.Tensor, f: torch.Tensor, saved: torch.Tensor, d_distmat: torch.Tensor, d_cos: torch.Tensor,
-    distmat_margin: float, cos_margin: float, swapped: bool,
-) -> torch.Tensor:  # fmt: skip
+    z: torch.Tensor,
+    f: torch.Tensor,
+    saved: torch.Tensor,
+    d_distmat: torch.Tensor,
+    d_cos: torch.Tensor,
+    distmat_margin: float,
+    cos_margin: float,
+    swapped: bool,
+) -> torch.Tensor:
     """The gradient of `z`; with `swapped`, `z` and `f` are exchanged with respect to the forward pass."""
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device, memory_format=memory_format(z))
     z, f, dz_flat = z.flatten(2), f.flatten(2), dz.flatten(2)
@@ -138,12 +157,21 @@ def vf_loss_bwd(
     partial = dz_flat if in_place else torch.empty_like(dz_flat, dtype=torch.float32)
     z_norms, f_norms, products = (saved[k] for k in ((1, 0, 2) if swapped else (0, 1, 2)))
     launch(
-        vf_loss_gradient, (triton.cdiv(positions, config.rows), samples),
-        z, f, z_norms, f_norms, products, d_distmat, d_cos, partial, dz_flat, distmat_margin, cos_margin,
-        float(samples * positions**2), float(samples * positions), *z.stride(), *f.stride(), *dz_flat.stride(),
-        C=channels, N=positions, BI=config.rows, BJ=config.columns, BC=config.depth, BO=config.out, ONE_TILE=one_tile,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        vf_loss_gradient,
+        (triton.cdiv(positions, config.rows), samples),
+        *(z, f, z_norms, f_norms, products, d_distmat, d_cos, partial, dz_flat, distmat_margin, cos_margin),
+        *(float(samples * positions**2), float(samples * positions)),
+        *(*z.stride(), *f.stride(), *dz_flat.stride()),
+        C=channels,
+        N=positions,
+        ONE_TILE=one_tile,
+        BI=config.rows,
+        BJ=config.columns,
+        BC=config.depth,
+        BO=config.out,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return dz
 
 

@@ -1,8 +1,8 @@
-"""Finds weight gradients in a compiled backward pass and lets `weight_gradients` compute those of a block in one call.
+"""Graph pass that replaces the weight gradients of a block, in a compiled backward pass, by one `weight_gradients`.
 
-Autograd asks for the gradient of each weight as soon as it can, so no function that a model could call has several of
-them at hand. A product is taken for a weight gradient if its first factor is the transpose of a tensor of tokens, and
-if nobody but the caller of the graph wants it.
+Autograd computes the gradient of each weight as soon as it can, so no function that a model could call has several of
+them at hand. A product counts as a weight gradient if its first factor is the transpose of a tensor of tokens, and if
+the graph only returns it.
 """
 
 from collections.abc import Iterator

@@ -172,16 +172,25 @@ def flat_weight_gradients(d_outputs: list[torch.Tensor], inputs: list[torch.Tens
     layers = [value for pair in zip(d_outputs, inputs, strict=True) for value in _layer_arguments(*pair)]
     layers += [None] * (MOST_LAYERS * 5 - len(layers))
     launch(
-        weight_gradients_kernel, (sum(CONFIG.count(*pair) for pair in widths), count),
-        *layers, partial, tokens, tokens_each, elements,
-        BO=CONFIG.rows, BI=CONFIG.columns, BI2=CONFIG.right_columns, BN=CONFIG.depth, STAGES=CONFIG.stages,
+        weight_gradients_kernel,
+        (sum(CONFIG.count(*pair) for pair in widths), count),
+        *layers,
+        *(partial, tokens, tokens_each, elements),
+        BO=CONFIG.rows,
+        BI=CONFIG.columns,
+        BI2=CONFIG.right_columns,
+        BN=CONFIG.depth,
+        STAGES=CONFIG.stages,
         num_warps=CONFIG.warps,
-    )  # fmt: skip
+    )
     if count > 1:
         launch(
-            weight_gradients_sum_kernel, (triton.cdiv(elements, SUM_BLOCK),), partial, result, count, elements,
-            BLOCK=SUM_BLOCK, num_warps=4,
-        )  # fmt: skip
+            weight_gradients_sum_kernel,
+            (triton.cdiv(elements, SUM_BLOCK),),
+            *(partial, result, count, elements),
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
     return result
 
 
