@@ -141,15 +141,15 @@ def test_layers_are_taken_four_at_a_time(hopper, count, calls):
 def test_a_product_that_the_graph_reads_stays_where_it_is():
     graph = fx.Graph()
     a, b = graph.placeholder("a"), graph.placeholder("b")
-    turned = graph.call_function(torch.ops.aten.permute.default, (a, [1, 0]))
-    product = graph.call_function(PRODUCT, (turned, b))
+    transposed = graph.call_function(torch.ops.aten.permute.default, (a, [1, 0]))
+    product = graph.call_function(PRODUCT, (transposed, b))
     viewed = graph.call_function(torch.ops.aten.view.default, (product, [-1]))
     graph.output((viewed,))
     assert graph_pass.is_weight_gradient(product) and graph_pass.factors(product) == (a, b)
     with graph.inserting_after(viewed):
         graph.call_function(torch.ops.aten.neg.default, (viewed,))
     assert not graph_pass.is_weight_gradient(product)
-    assert not graph_pass.is_weight_gradient(turned)
+    assert not graph_pass.is_weight_gradient(transposed)
 
 
 def backward_graph() -> tuple[fx.Graph, dict[str, fx.Node]]:

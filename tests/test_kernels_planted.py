@@ -1,7 +1,7 @@
 """The generic checks on backends they have never seen: a right one passes, wrong ones fail.
 
 Most wrong backends are a reference with one edit of its source, `wrong_edits` in the op's `expectations.py`: a
-forgotten eps, a margin ignored, a sign turned.
+forgotten eps, a margin ignored, a sign flipped.
 """
 
 import importlib
@@ -56,7 +56,7 @@ def failures(op: Op, backend: Backend) -> Iterable[str]:
     ],
 )
 def test_a_wrong_backend_is_found(op, old, new):
-    assert next(iter(failures(op, edited(op, old, new))), None), f"nothing finds {old!r} turned into {new!r}"
+    assert next(iter(failures(op, edited(op, old, new))), None), f"nothing finds {old!r} changed into {new!r}"
 
 
 @pytest.mark.parametrize("op", kernels.OPS.values(), ids=lambda op: op.name)

@@ -173,7 +173,7 @@ def merged(out: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def turned(u: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def rotated(u: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Pairs of neighbours as complex numbers, times e^(i·angle), `angle` `[N, d / 2]`."""
     numbers = torch.view_as_complex(u.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(numbers * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
@@ -188,7 +188,7 @@ def test_attention_is_torch_attention_of_complex_rotations(width, norm):
     q, k, v = split(qkv)
     if norm:
         q, k = (F.rms_norm(u, (width,), weight, 1e-6) for u, weight in zip((q, k), weights, strict=True))
-    want = merged(F.scaled_dot_product_attention(turned(q, angle), turned(k, angle), v))
+    want = merged(F.scaled_dot_product_attention(rotated(q, angle), rotated(k, angle), v))
     cos, sin = (table.repeat_interleave(2, dim=1) for table in (angle.cos(), angle.sin()))
     close("attention", OPS.rope_attention(qkv, cos, sin, *weights), want, atol=1e-13)
 
@@ -221,7 +221,7 @@ def test_recorded_rotation_gives_the_recorded_attention():
     k, v = normal(*q.shape, seed=1, dtype=torch.float32), normal(*q.shape, seed=2, dtype=torch.float32)
     cos, sin = MODULES["rope/hd24_n4/freqs_cos"], MODULES["rope/hd24_n4/freqs_sin"]
     # The score of a rotated query with a key unit vector in the first plane reads the rotation off one coordinate at a
-    # time; with the keys rotated back beforehand only the query turns.
+    # time; with the keys rotated back beforehand only the query is rotated.
     back = k.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * torch.tensor([1.0, -1.0]).repeat(12)
     keys_before = k * cos[:, None] + back * sin[:, None]
     want = F.scaled_dot_product_attention(*(u.transpose(1, 2) for u in (rotated, k, v)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.baselines.interface import Adapter, Provider
-from kernels.rope_attention.reference import rotate
+from kernels.rope_attention.reference import apply_rope
 
 
 def sdpa(backend: SDPBackend) -> Adapter:
@@ -18,7 +18,7 @@ def sdpa(backend: SDPBackend) -> Adapter:
         q, k, v = _biased(qkv, bias).permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, d]
         q, k = _normed(q, q_weight, eps), _normed(k, k_weight, eps)
         if cos is not None:
-            q, k = (rotate(t, cos, sin).to(qkv.dtype) for t in (q, k))
+            q, k = (apply_rope(t, cos, sin).to(qkv.dtype) for t in (q, k))
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(q, k, v)
         return out.transpose(1, 2).flatten(2)

@@ -49,7 +49,7 @@ class PlainLightningDiT(nn.Module):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation(c)
         y = modulate(x, block.norm1.weight, shift, scale)
         qkv = block.attn.qkv(y).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (rotate(part, cos, sin) for part in qkv[:2])
+        q, k = (apply_rope(part, cos, sin) for part in qkv[:2])
         attention = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).flatten(2)
         x = x + gate[:, None] * block.attn.proj(attention)
         a, b = block.mlp.w12(modulate(x, block.norm2.weight, shift_mlp, scale_mlp)).chunk(2, dim=-1)
@@ -78,7 +78,7 @@ def modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
-def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of neighbours turned by the tables [N, d]; u [B, H, N, d], its dtype kept."""
+def apply_rope(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of neighbours rotated by the tables [N, d]; u [B, H, N, d], its dtype kept."""
     even, odd = u.unflatten(-1, (-1, 2)).unbind(-1)
     return (u * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin).to(u.dtype)

@@ -5,8 +5,8 @@
     qkv     = qkv + bias                                            if it is given
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k    = rms_norm(q) · q_weight, rms_norm(k) · k_weight        if the weights are given; over d, for each head
-    q, k    = rotate(q), rotate(k)                                  if the tables are given
-    rotate:   (u[2i], u[2i+1]) → (u[2i]·cos[2i] − u[2i+1]·sin[2i],  u[2i+1]·cos[2i+1] + u[2i]·sin[2i+1])
+    q, k    = apply_rope(q), apply_rope(k)                          if the tables are given
+    apply_rope: (u[2i], u[2i+1]) → (u[2i]·cos[2i] − u[2i+1]·sin[2i],  u[2i+1]·cos[2i+1] + u[2i]·sin[2i+1])
     out     = softmax(q · kᵀ / sqrt(d)) · v                         within a head
 
 Args:

@@ -34,8 +34,8 @@ MISTAKES = {
     ),
     "rotation_of_queries_alone": Mistake(
         "kernels/rope_attention/reference.py",
-        "q, k = (rotate(t, cos.to(acc_dtype), sin.to(acc_dtype)) for t in (q, k))",
-        "q = rotate(q, cos.to(acc_dtype), sin.to(acc_dtype))", ATTENTION,
+        "q, k = (apply_rope(t, cos.to(acc_dtype), sin.to(acc_dtype)) for t in (q, k))",
+        "q = apply_rope(q, cos.to(acc_dtype), sin.to(acc_dtype))", ATTENTION,
     ),
     "scores_not_scaled": Mistake(
         "kernels/rope_attention/reference.py", "(q * q.shape[-1] ** -0.5) @", "q @",
