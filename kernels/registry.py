@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Signature, signature
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Op:
     @property
     def doc(self) -> str:
         """The docstring of the op's folder, which says what it computes."""
-        return import_module(self._module()).__doc__
+        return import_module(self._module()).__doc__ or ""
 
     @property
     def cases(self) -> tuple:
@@ -180,7 +180,7 @@ class Op:
         return self._named(refuse), {"backend": name, "reason": f"cannot serve: {'; '.join(reasons)}"}
 
     def _resolve_auto(self) -> tuple[Callable[..., Any], dict[str, str]]:
-        rejected = []
+        rejected: list[str] = []
         for name in self.order:
             reasons = self.reasons(name)
             if not reasons and self.backend(name).emulated:
@@ -192,7 +192,8 @@ class Op:
         raise BackendUnavailable(self.name, "auto", rejected)
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__signature__ = signature(self.check).replace(return_annotation=Signature.empty)
+        assert isinstance(function, FunctionType)
+        function.__dict__["__signature__"] = signature(self.check).replace(return_annotation=Signature.empty)
         function.__name__ = function.__qualname__ = self.name
         # torch.compile (2.11) limits recompilations by code object, so each op gets one of its own. Otherwise
         # tests/test_kernels_registry.py::test_compiled_ops_do_not_share_a_limit_on_recompilations fails.
@@ -206,6 +207,9 @@ class Ops:
 
     Copies and pickles name the backends that were chosen, so they compute the same: "auto" is not asked again.
     """
+
+    _ops: Mapping[str, Op]
+    _table: Mapping[str, dict[str, str]]
 
     def __init__(
         self, ops: Mapping[str, Op], chosen: Mapping[str, str], reasons: Mapping[str, str] = MappingProxyType({})

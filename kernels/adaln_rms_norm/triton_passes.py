@@ -25,7 +25,8 @@ def forward_pass(
     """x' (None without a branch), y and rsqrt(mean(x'²) + eps) `[B, N]` in float32. One launch."""
     samples, tokens, width = x.shape
     x, branch = contiguous(x), contiguous(branch)
-    gate, bias, weight, shift, scale = (dense_rows(vector) for vector in (gate, bias, weight, shift, scale))
+    gate, bias, shift = (dense_rows(vector) for vector in (gate, bias, shift))
+    weight, scale = dense_rows(weight), dense_rows(scale)
     x_new = None if branch is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=y_dtype)
     rstd = torch.empty(samples, tokens, dtype=torch.float32, device=x.device)
@@ -61,8 +62,8 @@ def backward_pass(
     upstream gradient of x', `dy` that of y.
     """
     samples, tokens, width = x_new.shape
-    dy, dx_new, x_new, branch = (contiguous(tensor) for tensor in (dy, dx_new, x_new, branch))
-    gate, bias, weight, scale = (dense_rows(vector) for vector in (gate, bias, weight, scale))
+    dy, dx_new, x_new, branch = contiguous(dy), contiguous(dx_new), contiguous(x_new), contiguous(branch)
+    gate, bias, weight, scale = dense_rows(gate), dense_rows(bias), dense_rows(weight), dense_rows(scale)
     dx = torch.empty_like(x_new)
     dbranch = None if branch is None else torch.empty_like(branch)
     bytes_of_token = token_bytes(dy, dx_new, x_new, branch)

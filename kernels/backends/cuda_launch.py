@@ -5,6 +5,7 @@ The launchers of `csrc/ops.h` exist twice: compiled for a device (`kernels._cuda
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -62,8 +63,8 @@ def backends(
 
         return reasons
 
-    shared = {"run": run, "dtypes": dtypes, "torch_ops": tuple(torch_ops), "configs": configs}
+    backend = partial(Backend, run=run, dtypes=dtypes, torch_ops=tuple(torch_ops), configs=configs)
     return (
-        Backend("cuda", unavailable=extension_reasons, unsupported=on("cuda"), **shared),
-        Backend("emulated", unavailable=emulation.reasons, unsupported=on("cpu"), emulated=True, **shared),
+        backend("cuda", unavailable=extension_reasons, unsupported=on("cuda")),
+        backend("emulated", unavailable=emulation.reasons, unsupported=on("cpu"), emulated=True),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx.node import Argument
 
 from kernels import OPS
 from kernels.registry import Backend, Ops
@@ -61,8 +62,9 @@ def call(graph: fx.Graph, target: Any, *args: Any, value: Any) -> fx.Node:
     return node
 
 
-def value(node: fx.Node) -> torch.Tensor:
+def value(node: Argument) -> torch.Tensor:
     """The node's result as a tensor without memory: its shape, dtype and strides."""
+    assert isinstance(node, fx.Node)
     return node.meta["val"]
 
 
@@ -70,20 +72,22 @@ def reshaped(graph: fx.Graph, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
     return call(graph, aten.view.default, node, list(shape), value=value(node).view(shape))
 
 
-def transpose_input(node: fx.Node) -> fx.Node | None:
+def transpose_input(node: Argument) -> fx.Node | None:
     """The matrix that this node transposes; None if it is no transpose."""
-    dims = node.args[1:]
-    if node.target is aten.t.default or (node.target in TRANSPOSES and (dims == ([1, 0],) or sorted(dims) == [0, 1])):
-        return node.args[0]
+    assert isinstance(node, fx.Node)
+    source, *dims = node.args or [None]
+    if node.target is aten.t.default or (node.target in TRANSPOSES and dims in ([[1, 0]], [0, 1], [1, 0])):
+        assert isinstance(source, fx.Node)
+        return source
     return None
 
 
-def through_views(node: fx.Node) -> Iterator[fx.Node]:
+def through_views(node: Argument) -> Iterator[fx.Node]:
     """The node and, while it is a view that keeps the last dimension, the nodes it is a view of."""
+    assert isinstance(node, fx.Node)
     yield node
-    while node.target in VIEWS and value(node.args[0]).shape[-1] == value(node).shape[-1]:
-        node = node.args[0]
-        yield node
+    if node.target in VIEWS and value(node.args[0]).shape[-1] == value(node).shape[-1]:
+        yield from through_views(node.args[0])
 
 
 def only_returned(node: fx.Node) -> bool:

@@ -70,10 +70,11 @@ def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, determi
         ValueError: an unknown mode, or "regional" for a module without regions.
     """
     if mode == "regional":
-        if not hasattr(module, "regions"):
+        regions = getattr(module, "regions", None)
+        if regions is None:
             raise ValueError(f"compile mode is 'regional', but {type(module).__name__} names no regions")
         forwards: dict[type, Callable] = {}
-        for region in module.regions:
+        for region in regions:
             kind = type(region)
             if kind not in forwards:
                 forwards[kind] = compiled(kind.forward, "inductor", ops, deterministic)

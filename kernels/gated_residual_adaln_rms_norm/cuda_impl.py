@@ -66,11 +66,11 @@ def gated_residual_adaln_rms_norm_bwd(
     d_gate, d_scale = gate.new_empty((count, width)), scale.new_empty((count, width))
     d_shift = (scale if shift is None else shift).new_empty((count, width))
     d_weight = weight.new_empty(columns)
-    biased = branch_bias is not None
-    d_bias = branch_bias.new_empty(columns) if biased else weight.new_empty(0)
-    shape = (count, -(-tokens // BACKWARD.tokens_per_block), 3 + biased, width)
+    d_bias = None if branch_bias is None else branch_bias.new_empty(columns)
+    num_sums = 3 if branch_bias is None else 4
+    shape = (count, -(-tokens // BACKWARD.tokens_per_block), num_sums, width)
     partials = x_new.new_empty(shape, dtype=torch.float32)
-    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias if biased else None) if vector_grads else (None,) * 6
+    asked = (partials, d_gate, d_weight, d_shift, d_scale, d_bias) if vector_grads else (None,) * 6
     launch(
         "gated_residual_adaln_rms_norm_bwd",
         x_new.contiguous(),
@@ -87,7 +87,7 @@ def gated_residual_adaln_rms_norm_bwd(
         eps,
         BACKWARD.tokens_per_block,
     )
-    return d_x, d_branch, d_gate, d_weight, d_shift, d_scale, d_bias
+    return d_x, d_branch, d_gate, d_weight, d_shift, d_scale, weight.new_empty(0) if d_bias is None else d_bias
 
 
 gated_residual_adaln_rms_norm = register_autograd(gated_residual_adaln_rms_norm_fwd, gated_residual_adaln_rms_norm_bwd)

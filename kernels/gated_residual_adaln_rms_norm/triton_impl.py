@@ -20,9 +20,11 @@ def gated_residual_adaln_rms_norm_fwd(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x', y, and the reciprocal root mean squares `[B, N]` that the backward pass needs."""
-    return forward_pass(
+    x_new, y, rstd = forward_pass(
         x, branch, gate, branch_bias, weight=weight, shift=shift, scale=scale, eps=eps, y_dtype=branch.dtype
     )
+    assert x_new is not None
+    return x_new, y, rstd
 
 
 @operator("gated_residual_adaln_rms_norm_bwd")

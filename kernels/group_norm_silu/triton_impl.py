@@ -72,7 +72,7 @@ def split_count(flat: torch.Tensor, groups: int) -> int:
     return groups if flat.stride(2) < flat.stride(1) else 1
 
 
-def tile_options(channels: int, groups: int, splits: int, config: LaunchConfig) -> dict[str, int]:
+def tile_options(channels: int, groups: int, splits: int, config: LaunchConfig) -> dict[str, int | None]:
     """Compile-time values and options that all four kernels share."""
     return {
         "C": channels // splits,

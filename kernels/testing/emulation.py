@@ -82,7 +82,9 @@ def load(path: Path) -> ModuleType:
     """The Python module in a library made from `binding.cpp`."""
     name = f"{path.stem}.{MODULE}"  # one name for each library: pybind11 hands out a module it knows again by name
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    found = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    found = importlib.util.module_from_spec(spec)
     loader.exec_module(found)
     return found
 
