@@ -40,21 +40,21 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def store_qk_gradient(
-    dx, ptr, dx_ptr, stride_n, dx_stride_n, remaining, table_ptr, weight_ptr, bias_ptr, dw_ptr, db_ptr, eps,
+    dy, ptr, dx_ptr, stride_n, dx_stride_n, remaining, table_ptr, weight_ptr, bias_ptr, dw_ptr, db_ptr, eps,
     D: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Take the gradient dx [R, D] of what `load_qk` returned back through RoPE and norm, and store it.
+    """Take dy [R, D], the gradient of what `load_qk` returned, back through RoPE and norm, and store it as dx.
 
-    With x̂ = x · rstd and dy the gradient behind the norm: dw = Σ over rows of dy · x̂, and
+    With x̂ = x · rstd, dy rotated back and g = dy · weight:
 
-        dx = (g − x̂ · mean(g · x̂)) · rstd,  g = dy · weight
+        dw = Σ over rows of dy · x̂     dx = (g − x̂ · mean(g · x̂)) · rstd     db = Σ over rows of dx
 
     Args:
         ptr, dx_ptr: of the rows that were loaded, and of where their gradient goes.
         dw_ptr, db_ptr: where these rows' parts of the gradients of weight and bias go, [D] float32; db_ptr may be None.
     """
-    R: tl.constexpr = dx[0].shape[0]
-    main, rest = dx  # [R, D]
+    R: tl.constexpr = dy[0].shape[0]
+    main, rest = dy  # [R, D]
     if bias_ptr is not None and RAGGED:  # rows past the end hold the bias
         exists = tl.arange(0, R)[:, None] < remaining  # [R, 1]
         main = tl.where(exists, main, 0.0)  # [R, MAIN]
@@ -69,15 +69,15 @@ def store_qk_gradient(
         x_hat = x[0] * scale, x[1] * scale  # [R, D]
         store_columns(dw_ptr, tl.sum(main * x_hat[0], axis=0), 0, D)
         main *= load_vector(weight_ptr, 0, MAIN, D)  # [R, MAIN]
-        along = tl.sum(main * x_hat[0], axis=1)  # [R]
+        projection = tl.sum(main * x_hat[0], axis=1)  # [R]
         if REST:
             store_columns(dw_ptr, tl.sum(rest * x_hat[1], axis=0), MAIN, D)
             rest *= load_vector(weight_ptr, MAIN, REST, D)  # [R, REST]
-            along += tl.sum(rest * x_hat[1], axis=1)  # [R]
-        along = along[:, None] / D  # [R, 1]
-        main = (main - x_hat[0] * along) * scale  # [R, MAIN]
+            projection += tl.sum(rest * x_hat[1], axis=1)  # [R]
+        projection = projection[:, None] / D  # [R, 1]
+        main = (main - x_hat[0] * projection) * scale  # [R, MAIN]
         if REST:
-            rest = (rest - x_hat[1] * along) * scale  # [R, REST]
+            rest = (rest - x_hat[1] * projection) * scale  # [R, REST]
     store_rows(dx_ptr, dx_stride_n, remaining, (main, rest), D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED)
     if db_ptr is not None:
         store_column_sums(db_ptr, (main, rest), D, MAIN, REST)
@@ -239,7 +239,7 @@ def rope_attention_bwd_dq_kernel(
         if q_weight_ptr is not None or db_ptr is not None:
             tl.debug_barrier()  # else what the way back needs is loaded before, and registers spill
         store_qk_gradient(
-            dx=(dq[0] * softmax_scale, dq[1] * softmax_scale), ptr=q_ptr + q_row * stride_n,
+            dy=(dq[0] * softmax_scale, dq[1] * softmax_scale), ptr=q_ptr + q_row * stride_n,
             dx_ptr=dqkv_ptr + q_row * 3 * ROW, stride_n=stride_n, dx_stride_n=3 * ROW, remaining=q_remaining,
             table_ptr=q_table_ptr, weight_ptr=q_weight_ptr, bias_ptr=q_bias_ptr, dw_ptr=dw_ptr, db_ptr=db_ptr, eps=eps,
             D=D, MAIN=MAIN, REST=REST, RAGGED=RAGGED_Q,
@@ -336,7 +336,7 @@ def rope_attention_bwd_dkdv_kernel(
         dw_ptr = dw_partial_ptr + part if dw_partial_ptr is not None else None
         db_ptr = db_partial_ptr + part if db_partial_ptr is not None else None
         store_qk_gradient(
-            dx=(dk[0] * softmax_scale, dk[1] * softmax_scale), ptr=k_ptr + k_row * stride_n,
+            dy=(dk[0] * softmax_scale, dk[1] * softmax_scale), ptr=k_ptr + k_row * stride_n,
             dx_ptr=dqkv_ptr + k_row * 3 * ROW, stride_n=stride_n, dx_stride_n=3 * ROW, remaining=k_remaining,
             table_ptr=k_table_ptr, weight_ptr=k_weight_ptr, bias_ptr=k_bias_ptr,
             dw_ptr=dw_ptr, db_ptr=db_ptr, eps=eps,
