@@ -50,7 +50,7 @@ def _sequence(value: Any) -> Any:
 
 Float = Annotated[float, BeforeValidator(_read_float), Field(allow_inf_nan=False)]
 NonNegative = Annotated[Float, Field(ge=0)]
-AboveZero = Annotated[Float, Field(gt=0)]
+Positive = Annotated[Float, Field(gt=0)]
 Probability = Annotated[Float, Field(ge=0, lt=1)]
 #: Steps, images, epochs.
 Count = Annotated[int, Field(ge=1, le=10**9)]

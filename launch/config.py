@@ -16,9 +16,9 @@ import kernels
 import lightningdit.config as dit
 import vavae.config as vae
 from common.sections import (
-    AboveZero,
     Count,
     PathText,
+    Positive,
     Probability,
     Section,
     SmallCount,
@@ -147,7 +147,7 @@ class TokenizerTrainConfig(TrainConfig):
 class TokenizerOptimizerConfig(OptimizerConfig):
     """Adam(0.5, 0.9) at 1e-4 for both networks, not scaled by the batch; no moving average unless asked for."""
 
-    lr: AboveZero = 1e-4
+    lr: Positive = 1e-4
     beta1: Probability = 0.5
     beta2: Probability = 0.9
     ema_decay: Probability = 0.0

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from common.sections import (
-    AboveZero,
     Classes,
     Count,
     Float,
     NonNegative,
     PathText,
+    Positive,
     Probability,
     Recompute,
     Section,
@@ -234,8 +234,8 @@ class SampleConfig(Section):
 
     mode: Literal["ODE", "SDE"] = "ODE"
     sampling_method: Text = "euler"
-    atol: AboveZero = 1e-6
-    rtol: AboveZero = 1e-3
+    atol: Positive = 1e-6
+    rtol: Positive = 1e-3
     reverse: Literal[False] = False
     likelihood: bool = False
     num_sampling_steps: Annotated[int, Field(ge=2, le=100_000)] = 250
@@ -248,7 +248,7 @@ class SampleConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     diffusion_form: Text = "sigma"
-    diffusion_norm: AboveZero = 1.0
+    diffusion_norm: Positive = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[Float, Field(gt=0, lt=1)] = 0.04
 
@@ -289,7 +289,7 @@ class DataConfig(Section):
     num_classes: Classes = 1000
     num_workers: SmallCountFrom0 = 8
     latent_norm: bool = True
-    latent_multiplier: AboveZero = 1.0
+    latent_multiplier: Positive = 1.0
     latent_flip: bool = True
     verify: bool | None = None
     num_images: Count = 1_281_167

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from common.sections import (
-    AboveZero,
     Count,
     CountFrom0,
     Float,
     Levels,
     NonNegative,
     PathText,
+    Positive,
     Probability,
     Section,
     Size,
@@ -115,7 +115,7 @@ class ModelArgs(Section):
     embed_dim: Size | None = None
     depth: SmallCount | None = None
     num_heads: SmallCount | None = None
-    mlp_ratio: AboveZero | None = None
+    mlp_ratio: Positive | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
     proj_bias: bool | None = None

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from common.sections import (
-    AboveZero,
     Count,
     CountFrom0,
     Float,
     NonNegative,
     PathText,
+    Positive,
     Probability,
     Recompute,
     Section,
@@ -91,7 +91,7 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and the moving average. Published: `lr`, `beta2`, `max_grad_norm` (0: no clipping)."""
 
-    lr: AboveZero = 2e-4
+    lr: Positive = 2e-4
     beta1: Probability = 0.9
     beta2: Probability = 0.95
     eps: Annotated[Float, Field(ge=1e-30)] = 1e-8  # in float32 a smaller one vanishes beside a small gradient's root
