@@ -35,7 +35,7 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     run = name_run(run, kind, processes)
     train = run.train.with_validation(run.data.valid_path)
     ops = select_ops(run.kernels)
-    task, validation = _vavae_task(run, ops) if kind == "vavae" else _lightningdit_task(run, ops)
+    task, validation = _vavae_task(run, ops) if isinstance(run, VavaeRun) else _lightningdit_task(run, ops)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -70,7 +70,7 @@ def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
-    return task, None if run.data.valid_path is None else open_dataset(run, run.data.valid_path)
+    return task, None if run.data.valid_path is None else _open_images(run, run.data.valid_path)
 
 
 def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
@@ -89,18 +89,24 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
         task.load_weights(run.train.weight_init, "model" if run.preset == "paper" else "ema")
     if run.data.valid_path is None:
         return task, None
-    validation = open_dataset(run, run.data.valid_path)
+    validation = _open_latents(run, run.data.valid_path)
     check_classes(task.batches, validation)
     return task, validation
 
 
 def open_dataset(run: Run, folder: str) -> "LatentDataset | ImageFolder":
     """The data in a folder as validation takes it, fit for the run's model; raises ValueError where it is not."""
-    seed = run.train.global_seed
-    if isinstance(run, VavaeRun):
-        from vavae.data import ImageFolder  # imports torchvision: seconds of its own
+    return _open_images(run, folder) if isinstance(run, VavaeRun) else _open_latents(run, folder)
 
-        return ImageFolder.from_config(run.data.model_copy(update={"data_path": folder, "crop": "center"}), seed)
-    latents = LatentDataset.from_config(run.data.model_copy(update={"data_path": folder}), seed)
+
+def _open_images(run: VavaeRun, folder: str) -> "ImageFolder":
+    from vavae.data import ImageFolder  # imports torchvision: seconds of its own
+
+    data = run.data.model_copy(update={"data_path": folder, "crop": "center"})
+    return ImageFolder.from_config(data, run.train.global_seed)
+
+
+def _open_latents(run: LightningDiTRun, folder: str) -> LatentDataset:
+    latents = LatentDataset.from_config(run.data.model_copy(update={"data_path": folder}), run.train.global_seed)
     check_latents(latents, run.network())
     return latents

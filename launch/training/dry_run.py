@@ -130,7 +130,7 @@ def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
             num_images, assumed = len(opened[0]), False
     if kind == "lightningdit" and len(opened) == 2:
         check_classes(*opened)
-    networks, frozen, latents = _vavae_costs(run) if kind == "vavae" else _lightningdit_costs(run)
+    networks, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
     if train.global_batch_size % processes:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
     steps = train.steps(num_images)

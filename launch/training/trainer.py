@@ -157,7 +157,7 @@ class Trainer:
         for micro in range(self.split.accumulation):
             batch = self._to_device(next(stream))
             start, stop = self.split.bounds(micro, self.processes.rank)
-            stepped = []
+            stepped: list[str] = []
 
             def backward(name: str, loss: torch.Tensor, stepped=stepped) -> None:
                 self.engines[name].backward(loss)
@@ -239,6 +239,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, log: RunLog | None) -> None:
         """Mean losses over the first `valid_batches` batches of the validation set, always with the same draws."""
+        assert self._validation is not None
         size = self.split.micro_batch_size
         meter = Meter()
         for engine in self.engines.values():
