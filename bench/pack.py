@@ -26,12 +26,13 @@ from collections.abc import Iterable
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from zipfile import Path as ZipPath
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
-from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.utils import NormalizedName, canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from bench.measure.rows import ROOT, revision
@@ -51,7 +52,7 @@ PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
              "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]  # fmt: skip
 
 
-def pinned(root: Path, named: Iterable[str]) -> list[Requirement]:
+def pinned(root: Path, named: Iterable[NormalizedName]) -> list[Requirement]:
     """The dependencies of pyproject.toml that an image lacks, and those that were named, of its extras too."""
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
     texts = chain(project["dependencies"], *project.get("optional-dependencies", {}).values())
@@ -72,7 +73,7 @@ class Wheels:
         abi = f"cp{python.replace('.', '')}"
         self._tags: set[Tag] = {*cpython_tags(release, [abi], PLATFORMS), *compatible_tags(release, abi, PLATFORMS)}
         linux = {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-        self._environment = {**default_environment(), **linux, "python_version": python,
+        self._environment: dict[str, Any] = {**default_environment(), **linux, "python_version": python,
                              "python_full_version": f"{python}.0"}  # fmt: skip
 
     def find(self, requirement: Requirement) -> Path | None:
@@ -109,7 +110,8 @@ class Wheels:
         name, version = wheel.name.split("-")[:2]
         listed = metadata.PathDistribution(ZipPath(wheel, f"{name}-{version}.dist-info/")).requires or []
         environments = [self._environment | {"extra": extra} for extra in ("", *extras)]
-        return [r for r in map(Requirement, listed) if r.marker is None or any(map(r.marker.evaluate, environments))]
+        return [r for r in map(Requirement, listed)
+                if r.marker is None or any(r.marker.evaluate(environment) for environment in environments)]  # fmt: skip
 
 
 def tested(requirement: Requirement) -> Requirement:
@@ -135,12 +137,12 @@ def select(wanted: list[Requirement], wheels: Wheels) -> tuple[list[Path], list[
         name = canonicalize_name(requirement.name)
         if name not in chosen:
             try:
-                chosen[name] = wheels.get(requirement)
+                chosen[name] = wheel = wheels.get(requirement)
             except RuntimeError as error:
                 chosen[name] = None
                 lacking.append(f"{requirement.name}{requirement.specifier} ({error})")
                 continue
-            needs = wheels.needs(chosen[name], requirement.extras)
+            needs = wheels.needs(wheel, requirement.extras)
             queue.extend(need for need in needs if canonicalize_name(need.name) not in IN_IMAGE)
         elif (path := chosen[name]) and not requirement.specifier.contains(parse_wheel_filename(path.name)[1], True):
             lacking.append(f"{requirement.name}{requirement.specifier} (a package needs it, another took {path.name})")

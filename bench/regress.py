@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from bench.gate import baseline, compare
 from bench.gate.compare import NotMeasured
@@ -156,7 +157,7 @@ def report(findings: list[compare.Finding], known: list[Row], rows: list[Row]) -
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """2 means that there is no baseline."""
         self.print_usage(sys.stderr)
         self.exit(USAGE, f"{self.prog}: error: {message}\n")

@@ -65,8 +65,8 @@ def _gpu(gpu: Measured, notes: Path) -> list[str]:
     ]  # fmt: skip
     if lost := missed(gpu):
         parts.append("### Targets missed\n")
-        parts += [f"* **{target.metric}**, {target.text(target.read(gpu))} of {target.text(target.target)}: "
-                  f"{note(notes, target.name)}\n" for target in lost]  # fmt: skip
+        parts += [f"* **{target.metric}**, {target.text(value)} of {target.text(target.target)}: "
+                  f"{note(notes, target.name)}\n" for target, value in lost.items()]  # fmt: skip
     drawn = [f"![{title}]({name})\n" for name, title in pictures.names(gpu).items()]
     tabled = [f"### {title}\n\n{make(gpu)}\n" for title, kind, make in sections if gpu.of(kind)]
     return [*parts, *drawn, *tabled]
@@ -87,7 +87,7 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 def stale(root: Path = ROOT) -> str:
     """Differences of the pages from their content by the rows; empty where there are none."""
-    found = []
+    found: list[str] = []
     for path, want in pages(root).items():
         have = path.read_text(encoding="utf-8") if path.exists() else ""
         name = str(path.relative_to(root))

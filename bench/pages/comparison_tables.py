@@ -3,7 +3,7 @@
 from bench import gemms
 from bench.measure.breakdown import KINDS, OTHER
 from bench.measure.rows import Row
-from bench.pages.markdown import comparison_table, row_table, text
+from bench.pages.markdown import Cell, comparison_table, row_table, text
 from bench.pages.measured import HEADLINE, Measured
 from bench.pages.targets import gemm_rate
 from bench.step import IMAGES
@@ -20,7 +20,7 @@ def hours(images_per_second: float) -> str:
     return f"{IMAGES / (8 * images_per_second) / 3600:.1f} h"
 
 
-STEP_FIGURES = {
+STEP_FIGURES: dict[str, Cell] = {
     "images/s per GPU": lambda row: text("{images_per_second:.0f} (±{half:.1%})", row | {"half": row["spread"] / 2}),
     **FRACTION,
     "MFU": "{mfu:.1%}",
@@ -79,17 +79,17 @@ def products(gpu: Measured) -> str:
     for (model, batch, provider), rate in gemms.means(gpu.numbers("gemm")).items():
         about = {"model": model, "batch": batch, "provider": provider, "direction": "mean over a step"}
         rows.append(together | about | {"tflops": rate})
-    if (rate := gemm_rate(gpu)) is not None:
+    if (within := gemm_rate(gpu)) is not None:
         about = {"model": "", "batch": "", "provider": "torch", "direction": "within a step, by the profiler"}
-        rows.append(together | about | {"tflops": rate})
-    names = MODEL | {"layer": "{layer}", "product": "{direction}"}
+        rows.append(together | about | {"tflops": within})
+    names: dict[str, Cell] = {**MODEL, "layer": "{layer}", "product": "{direction}"}
     names |= {"M × N × K": lambda row: " × ".join(map(str, row["shape"])), "library": "{provider}"}
     return comparison_table(rows, names, {"TFLOP/s": "{tflops:.1f}", **SPREAD, **FRACTION})
 
 
 def loaders(gpu: Measured) -> str:
     """Latents of the loader and of the published way to read them, by processes that read."""
-    columns = {
+    columns: dict[str, Cell] = {
         "provider": "{provider}",
         "workers": "{workers}",
         "latents/s": "{latents_per_second:,.0f}",

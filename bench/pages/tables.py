@@ -10,7 +10,7 @@ from bench.gate import compare
 from bench.measure.comparison import coverage_text
 from bench.measure.rows import Row
 from bench.pages.comparison_tables import SPREAD, STEP_FIGURES, hours
-from bench.pages.markdown import cells, row_table, table, text
+from bench.pages.markdown import Cell, cells, row_table, table, text
 from bench.pages.measured import NOT_YET, Measured, peers, representative, tflops
 from bench.pages.targets import TARGETS, Target, verdict
 
@@ -98,7 +98,7 @@ def every_op(gpu: Measured) -> str:
         return f"{row['bytes'] / row['p50_us'] / 1e6:.2f} TB/s"
 
     rows = (row for comparison in _ordered(gpu) for row in gpu.comparisons[comparison].values() if compare.mine(row))
-    columns = {
+    columns: dict[str, Cell] = {
         "op": "{op}", "case": "{case}", "dtype": "{dtype}", "direction": "{direction}", "backend": "{provider}",
         "µs": "{p50_us:,.1f}", **SPREAD, "of the limit": "{fraction:.1%} {bound}", "": rate,
         "× eager": "{times_faster_than[eager]:.2f}", "× compile": "{times_faster_than[compile]:.2f}",

@@ -10,6 +10,7 @@ with 1 if something failed or was wrong, with 2 if there is no GPU, with 128 and
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     return NO_DEVICE if triage.no_device else int(not succeeded)
 
 
-def rehearsed(module: str, arguments: list[str], limit: float) -> list[str]:
+def rehearsed(module: str, arguments: Sequence[str], limit: float) -> list[str]:
     return command("bench.triage.rehearsal", [module, *arguments], limit)
 
 

@@ -137,10 +137,10 @@ def select_parts(everything: Sequence[Part], only: Sequence[str]) -> tuple[Part,
         name, slash, prefix = text.partition("/")
         if name not in parts:
             raise ValueError(f"no part is called {name!r}; allowed: {', '.join(parts)}")
-        tasks = [task for task in parts[name].tasks if not slash or task.name.startswith(prefix)]
-        if not tasks:
+        named = [task for task in parts[name].tasks if not slash or task.name.startswith(prefix)]
+        if not named:
             raise ValueError(f"{name} has no {prefix!r}; allowed: {', '.join(task.name for task in parts[name].tasks)}")
-        wanted.setdefault(name, set()).update(tasks)
+        wanted.setdefault(name, set()).update(named)
     if any("--ceilings" in task.takes for tasks in wanted.values() for task in tasks):
         wanted["ceilings"] = set(parts["ceilings"].tasks)
     if "build" in wanted:  # decided by what the first child says of the extension

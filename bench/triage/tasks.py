@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Self
 
 from bench.measure.rows import ROOT, Row
 from bench.triage.verdicts import OK, SKIPPED, crashed, outcomes
@@ -67,7 +66,7 @@ class Task:
     note: str = ""
     wrapper: tuple[str, ...] = ()
     skip: str = ""
-    smaller: "Self | None" = None
+    smaller: "Task | None" = None
 
     def adapted(self, findings: Findings) -> "list[Task]":
         """The tasks to run in its place when some ops have crashed: none, itself, others, or several."""
