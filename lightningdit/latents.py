@@ -116,7 +116,7 @@ class Manifest(Record):
                 raise LatentsError(f"{directory / name} is missing though {MANIFEST_FILE} lists it")
             if damage := damage_of(directory / name, entry, checksum=checksums):
                 raise LatentsError(damage)
-        for path in named_as_shards(directory):
+        for path in shard_files(directory):
             if path.name not in listed:
                 raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")
 
@@ -126,7 +126,7 @@ def shard_name(rank: int, number: int) -> str:
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
 
 
-def named_as_shards(directory: Path) -> list[Path]:
+def shard_files(directory: Path) -> list[Path]:
     """The files of a directory whose names are those of shards, sorted by name."""
     return sorted(path for path in directory.glob("*.safetensors") if SHARD_NAME.fullmatch(path.name))
 
@@ -137,7 +137,7 @@ def shards_of(directory: Path, manifest: Manifest | None) -> list[Path]:
     manifest: the set's, against which it has been checked. Without one, raises LatentsError where the names of the
     shards leave a gap.
     """
-    shards = named_as_shards(directory)
+    shards = shard_files(directory)
     others = sorted({path.name for path in directory.glob("*.safetensors")} - {path.name for path in shards})
     if not shards:
         held = f"; it holds {shortened(others, 5)}" if others else ""

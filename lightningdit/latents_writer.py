@@ -24,9 +24,9 @@ from lightningdit.latents import (
     ShardRecord,
     damage_of,
     manifest_in,
-    named_as_shards,
     read_latents_record,
     read_manifest,
+    shard_files,
     shard_name,
     shards_of,
 )
@@ -182,7 +182,7 @@ def finish(
         return manifest
     records = _records(directory)
     known = {record.file for record in records}
-    strays = [p.name for p in named_as_shards(directory) if p.name not in known]
+    strays = [p.name for p in shard_files(directory) if p.name not in known]
     if strays or not records:
         what = f"unfinished shards {', '.join(strays)}" if strays else "no complete shard"
         raise LatentsError(f"{directory} holds {what}; run the extraction again to complete it")
@@ -227,7 +227,7 @@ def _remove_records(directory: Path, manifest: Manifest) -> None:
 
 def _records(directory: Path) -> "list[FinishedShard]":
     """The records of the complete shards of an unfinished extraction, sorted by the shards' names."""
-    paths = [p for p in named_as_shards(directory) if path_exists(p.with_suffix(".json"))]
+    paths = [p for p in shard_files(directory) if path_exists(p.with_suffix(".json"))]
     records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
     for path, record in zip(paths, records, strict=True):
         if record.file != path.name:
