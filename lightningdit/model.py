@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.registry import Ops
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import (
     Float32Tables,
@@ -62,7 +63,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 class ModulatedRMSNorm(nn.Module):
     """Adds the pending residual to the stream, then RMSNorm, scale and shift: both in one pass of one op."""
 
-    def __init__(self, hidden_size: int, ops):
+    def __init__(self, hidden_size: int, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.ops = ops
@@ -96,7 +97,7 @@ class ModulatedLayerNorm(nn.Module):
         return x, y.to(scale.dtype)
 
 
-def modulated_norm(config: ModelConfig, ops) -> nn.Module:
+def modulated_norm(config: ModelConfig, ops: Ops) -> nn.Module:
     return ModulatedRMSNorm(config.hidden_size, ops) if config.use_rmsnorm else ModulatedLayerNorm()
 
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
     The op adds the bias of `qkv`, unless a LayerNorm reads queries and keys before it.
     """
 
-    def __init__(self, config: ModelConfig, ops):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.num_heads, self.ops = config.num_heads, ops
         linear = nn.Linear if config.use_qknorm and not config.use_rmsnorm else DeferredBiasLinear
@@ -142,7 +143,7 @@ class Attention(nn.Module):
 class SwiGLUMLP(nn.Module):
     """SwiGLU feed-forward layer (arXiv 2002.05202); the next norm adds the bias of its last linear layer."""
 
-    def __init__(self, config: ModelConfig, ops):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.ops = ops
         self.w12 = DeferredBiasLinear(config.hidden_size, 2 * config.mlp_hidden)
@@ -178,7 +179,7 @@ class GELUMLP(nn.Module):
 class Block(nn.Module):
     """Transformer block with adaLN-zero: attention and feed-forward layer, each modulated before and gated after."""
 
-    def __init__(self, config: ModelConfig, ops):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.norm1 = modulated_norm(config, ops)
         self.attn = Attention(config, ops)
@@ -209,7 +210,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """The last gated residual, norm and modulation, then the linear layer from tokens to patches."""
 
-    def __init__(self, config: ModelConfig, ops):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.norm_final = modulated_norm(config, ops)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
@@ -232,8 +233,8 @@ def unpatchify(x: Tensor, patch_size: int) -> Tensor:
 class LightningDiT(Float32Tables):
     """The network of `config`, computing with `ops` (`kernels.select`); keys and shapes as published.
 
-    residual_dtype: dtype of the residual stream, at least as wide as the weights'. The module may be cast to bfloat16
-    or float16: timestep embedding, condition, norms, RoPE and the output stay float32.
+    residual_dtype: dtype of the residual stream, or the weights' where that is wider. The module may be cast to
+    bfloat16 or float16: timestep embedding, condition, norms, RoPE and the output stay float32.
     params_gathered: whether every parameter is whole at any time; false under ZeRO 3, which gathers a module's
     parameters only while it runs.
     """
@@ -241,7 +242,7 @@ class LightningDiT(Float32Tables):
     tables = ("pos_embed",)
 
     def __init__(
-        self, config: ModelConfig, ops, residual_dtype: torch.dtype = torch.float32, params_gathered: bool = True
+        self, config: ModelConfig, ops: Ops, residual_dtype: torch.dtype = torch.float32, params_gathered: bool = True
     ):
         super().__init__()
         self.config, self.residual_dtype, self.params_gathered = config, residual_dtype, params_gathered

@@ -7,6 +7,7 @@ import torch
 
 from common.seeds import generator, torch_seed
 from common.tensors import load_strict
+from kernels.registry import Ops
 from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
@@ -32,7 +33,7 @@ class LightningDiTTask:
         model: ModelConfig,
         transport: TransportConfig,
         data: DataConfig,
-        ops,
+        ops: Ops,
         *,
         seed: int,
         residual_dtype: torch.dtype = torch.float32,

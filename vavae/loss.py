@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lpips
 import torch
@@ -20,6 +19,7 @@ from torchvision.models import VGG16_Weights
 
 from common.files import DownloadError
 from common.tensors import is_downloaded, load_strict, read_tensors
+from kernels.registry import Ops
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
 from vavae.model import Posterior
@@ -144,7 +144,7 @@ def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, layer: torch.Te
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=limit).detach()
 
 
-def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+def vf_term(config: LossConfig, ops: Ops, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
     """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
     distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)  # scalars
     distmat, cos = _upcast(distmat), _upcast(cos)
@@ -154,7 +154,7 @@ def vf_term(config: LossConfig, ops: Any, latents: torch.Tensor, features: torch
 
 def generator_loss(
     config: LossConfig,
-    ops: Any,
+    ops: Ops,
     output: AutoencoderOutput,
     perceptual: Callable[..., torch.Tensor] | None,
     discriminator: Callable[..., torch.Tensor] | None,

@@ -10,12 +10,12 @@ the latents (H / downsample_ratio), Z z_channels, E embed_dim.
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log, pi
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.registry import Ops
 from vavae.config import GROUPS, AutoencoderConfig
 
 EPS = 1e-6  # of every GroupNorm
@@ -24,7 +24,7 @@ EPS = 1e-6  # of every GroupNorm
 class GroupNormSilu(nn.Module):
     """GroupNorm with gain and bias, then SiLU, in one op. Parameters are named as nn.GroupNorm's."""
 
-    def __init__(self, channels: int, ops: Any):
+    def __init__(self, channels: int, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -37,7 +37,7 @@ class GroupNormSilu(nn.Module):
 class ResnetBlock(nn.Module):
     """Two 3×3 convolutions, each after a norm; the shortcut is a 1×1 convolution where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float, ops: Any):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, ops: Ops):
         super().__init__()
         self.norm1 = GroupNormSilu(in_channels, ops)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -116,7 +116,7 @@ class Level(nn.Module):
     Encoder and decoder replace one of the identities by their resampling to the next resolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float, ops: Any):
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float, ops: Ops):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         pairs = pairwise(widths)
@@ -134,7 +134,7 @@ class Level(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block, at the latents' resolution."""
 
-    def __init__(self, channels: int, dropout: float, ops: Any):
+    def __init__(self, channels: int, dropout: float, ops: Ops):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, dropout, ops)
         self.attn_1 = AttnBlock(channels)
@@ -147,7 +147,7 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     """Images [B, in_channels, H, W] → [B, 2Z, h, w]."""
 
-    def __init__(self, config: AutoencoderConfig, ops: Any):
+    def __init__(self, config: AutoencoderConfig, ops: Ops):
         super().__init__()
         widths = [config.ch] + [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """[B, Z, h, w] → images [B, out_ch, H, W]. `up` is indexed as `down`: the last runs first."""
 
-    def __init__(self, config: AutoencoderConfig, ops: Any):
+    def __init__(self, config: AutoencoderConfig, ops: Ops):
         super().__init__()
         resolutions = config.decoder_attn_resolutions
         resolutions = config.attn_resolutions if resolutions is None else resolutions
@@ -252,7 +252,7 @@ class AutoencoderKL(nn.Module):
         ops: of `kernels.select(...)`; `group_norm_silu` is used.
     """
 
-    def __init__(self, config: AutoencoderConfig, ops: Any):
+    def __init__(self, config: AutoencoderConfig, ops: Ops):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, ops)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from common.seeds import generator, torch_seed
 from common.tensors import load_strict, read_tensors
 from common.text import shortened
+from kernels.registry import Ops
 from vavae import seeds
 from vavae.config import (
     AutoencoderConfig,
@@ -52,7 +52,7 @@ class AlignedAutoencoder(AutoencoderKL):
         fixed: the projection is not trained.
     """
 
-    def __init__(self, config: AutoencoderConfig, ops: Any, feature_dim: int | None, *, reverse: bool, fixed: bool):
+    def __init__(self, config: AutoencoderConfig, ops: Ops, feature_dim: int | None, *, reverse: bool, fixed: bool):
         super().__init__(config, ops)
         self.reverse = reverse
         if feature_dim is not None:
@@ -117,7 +117,7 @@ class VavaeTask:
         foundation: FoundationConfig | None,
         loss: LossConfig,
         data: DataConfig,
-        ops: Any,
+        ops: Ops,
         seed: int,
         global_batch_size: int,
         stages: Iterable[StageConfig] = (),
@@ -236,7 +236,7 @@ class VavaeTask:
 
 
 def build_networks(
-    model: AutoencoderConfig, loss: LossConfig, ops: Any, seed: int, feature_dim: int | None
+    model: AutoencoderConfig, loss: LossConfig, ops: Ops, seed: int, feature_dim: int | None
 ) -> dict[str, nn.Module]:
     """The trained networks by name; their initial weights depend on the seed alone.
 

@@ -20,6 +20,7 @@ from common.files import atomic_write, make_directory
 from common.records import Record, read_record, require_kind, write_checksummed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
+from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 from vavae.sizes import infer_config, refuse_other_layouts
@@ -74,7 +75,7 @@ def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> 
     return TokenizerWeights(autoencoder, discriminator, dict(dropped))
 
 
-def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None = None) -> AutoencoderKL:
+def load_tokenizer(path: str | Path, ops: Ops, config: AutoencoderConfig | None = None) -> AutoencoderKL:
     """A tokenizer in evaluation mode, without gradients, from an export or a published checkpoint.
 
     Args:
@@ -92,7 +93,7 @@ def load_tokenizer(path: str | Path, ops: Any, config: AutoencoderConfig | None 
 
 
 def build_tokenizer(
-    tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Any, source: str | Path
+    tensors: Mapping[str, torch.Tensor], config: AutoencoderConfig, ops: Ops, source: str | Path
 ) -> AutoencoderKL:
     """A tokenizer in evaluation mode, without gradients, from tensors of `source`; those of other networks are dropped.
 
