@@ -166,9 +166,9 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m bench.regress", description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("rows", nargs="?", type=Path, help="what --out of the benches wrote")
+    parser.add_argument("rows", nargs="?", type=Path, help="a file that --out of the benches wrote")
     parser.add_argument("--baseline", type=Path, help="default: bench/results/<gpu>.jsonl")
-    parser.add_argument("--update", action="store_true", help="write the baseline, whatever the comparison says")
+    parser.add_argument("--update", action="store_true", help="write the baseline, whatever the findings")
     parser.add_argument("--reason", help="why the baseline changes")
     parser.add_argument("--partial", action="append", default=[], choices=tuple(compare.TOLERANCE),
                         help="a kind of rows of which the run measured a part only; repeatable")  # fmt: skip

@@ -153,7 +153,7 @@ def _without_number(name: Key, before: float, rows: list[Row]) -> Finding | None
 
 
 def _fresh(name: Key, known: list[Row], rows: list[Row]) -> Finding:
-    """A row that the baseline has no number for. What was wrong there may still be wrong here."""
+    """A row that the baseline has no number for. One that was wrong there may still be wrong here."""
     row = typical(rows)
     if row["status"] in WRONG:
         verdict = "unchanged" if row["status"] in {old["status"] for old in known} else "broken"

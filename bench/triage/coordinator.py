@@ -1,4 +1,4 @@
-"""The process that runs the parts of a triage: starts children within its time and writes what becomes of each."""
+"""The process that runs the parts of a triage: it starts children within its time and records how each ended."""
 
 import json
 import shlex
@@ -51,10 +51,10 @@ class Running:
 class Triage:
     """One run into the folder `out`, which holds rows.jsonl, log.txt, and after each part summary.txt and logs.tgz.
 
-    What children write lies elsewhere until then. `stop` may be called from a handler of signals.
+    Files of children are in a temporary folder until then. `stop` may be called from a signal handler.
 
     Attributes:
-        no_device: why there is no device to measure; empty if there is one, or nobody knows yet.
+        no_device: why there is no device to measure; empty if there is one, or it is not known yet.
     """
 
     def __init__(self, out: Path, minutes: float, earlier: Sequence[Row] = (), start: Callable[..., Child] = Child,
@@ -193,7 +193,7 @@ class Triage:
         self.say(": ".join(filter(None, (f"{task.name:34} {verdict:14} {row['seconds']:5.1f} s", reason, task.note))))
 
     def _publish(self) -> None:
-        """Write what is known so far into the four files."""
+        """Write the state so far into the four files."""
         for row in compare_steps(self.records.of("step")):
             self.records.add(row)
             if row["status"] == "incorrect":

@@ -2,8 +2,8 @@
 
     python -m bench.triage.machine --result FILE [--device cpu]
 
-Packages, driver, the CUDA extension on a small call, NCCL on one process. The file is written after each of them:
-what hangs costs nothing of the others.
+Packages, driver, the CUDA extension on a small call, NCCL on one process. The file is written after each of them: a
+check that hangs does not lose the results of the others.
 """
 
 import argparse

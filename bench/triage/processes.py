@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.measure.rows import ROOT
 
-#: Seconds between SIGTERM and SIGKILL: a bench writes what it has measured, a compiler may not listen.
+#: Seconds between SIGTERM and SIGKILL: a bench writes its rows, a compiler may ignore the signal.
 GRACE = 10.0
 #: A child prints its tracebacks this long before its limit, as far as the limit allows.
 NOTICE = 2.0
@@ -25,7 +25,7 @@ class Ended:
     Attributes:
         status: its exit status; minus the number of the signal that ended it.
         seconds: from its start to its end.
-        why: "timeout" or "stopped" where it was told to end, else empty.
+        why: "timeout" or "stopped" where this process ended it, else empty.
     """
 
     status: int

@@ -52,10 +52,10 @@ class Task:
         takes: options it is given values for: `--out FILE` for rows, `--result FILE` for its own verdict,
             `--ceilings FILE` of an earlier child, `--minutes` to end by itself.
         about: keys of its verdict's row.
-        note: what its rows have to say of how they came about.
+        note: a remark for its rows, such as a backend in the place of another.
         wrapper: a program that runs it, such as a sanitizer, with its options.
         skip: why it is not to be run.
-        smaller: what is run where this is out of memory.
+        smaller: the task to run where this one is out of memory.
     """
 
     name: str
