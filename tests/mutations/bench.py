@@ -58,6 +58,10 @@ MISTAKES = {
         "bench/measure/comparison.py", "other: ready.seconds() / middle for", "other: middle / ready.seconds() for",
         "test_bench_comparison.py::test_a_whole_job",
     ),
+    "column_of_no_key": Mistake(
+        "bench/pages/tables.py", '"measured": "{rate:.2f} {unit}"', '"measured": "{rates:.2f} {unit}"',
+        "test_bench_report.py::test_the_page_of_a_gpu",
+    ),
     "losses_of_speed_let_through": Mistake(
         "bench/gate/compare.py", '"op": 0.05,', '"op": 0.5,',
         "test_bench_regress.py::test_six_percent_of_one_op_fails_and_two_percent_does_not",
