@@ -280,8 +280,7 @@ class LightningDiT(Float32Tables):
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
-        adaln = [module for module in self.modules() if isinstance(module, Modulation)]
-        zeroed = [layer for modulation in adaln for layer in modulation if isinstance(layer, nn.Linear)]
+        zeroed = [module.linear for module in self.modules() if isinstance(module, Modulation)]
         for linear in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
