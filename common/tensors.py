@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -35,13 +36,13 @@ def _fresh_dict(factory: Any = None) -> dict:
 
 
 #: What other programs save beside tensors and that only holds values: command lines, paths, dates, NumPy's numbers.
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Any] = [
     argparse.Namespace, OrderedDict, (_fresh_dict, "collections.defaultdict"),
     *(set, frozenset, list, dict, tuple, int, float, bool, str, complex),
     pathlib.PosixPath, pathlib.PurePosixPath, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone,
     (pathlib.PosixPath, "pathlib._local.PosixPath"), np.dtype, np.ndarray,
-    np._core.multiarray._reconstruct, (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np._core.multiarray.scalar,
+    multiarray._reconstruct, (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (multiarray.scalar, "numpy.core.multiarray.scalar"), multiarray.scalar,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDUSMm"},
 ]  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel wrapping and of torch.compile
@@ -245,7 +246,7 @@ def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata
     text += b" " * (-len(text) % 8)
     f.write(len(text).to_bytes(8, "little") + text)
     for _, value in ordered:
-        f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def save_pickled(path: Path | str, content: Any) -> None:
