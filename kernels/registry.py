@@ -71,6 +71,10 @@ class Backend:
     configs: Mapping[str, Any] = field(default_factory=dict)
     min_capability: tuple[int, int] = (8, 0)
 
+    def supports(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether it can serve a call with these arguments."""
+        return self.unsupported is None or not self.unsupported(*args, **kwargs)
+
 
 @dataclass(frozen=True)
 class Op:

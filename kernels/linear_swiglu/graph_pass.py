@@ -16,7 +16,7 @@ def rewrite(graph: fx.Graph, backend: Backend) -> None:
         if product.target is aten.mm.default and (weight := transpose_input(product.args[1])) is not None:
             x, bias = product.args[0], activation.args[1]
             vector = None if bias is None else value(bias)
-            if not backend.unsupported(value(x), value(weight), bias=vector):
+            if backend.supports(value(x), value(weight), bias=vector):
                 _replace(graph, product, activation, (x, weight, bias), backend)
 
 

@@ -54,13 +54,15 @@ def check(
     if three != 3:
         refuse(NAME, "shape of qkv", tuple(qkv.shape), "[B, N, 3, heads, d]")
     check_dtype(NAME, "qkv", qkv)
-    if _both("cos", cos, "sin", sin):
+    _check_pair("cos", cos, "sin", sin)
+    if cos is not None and sin is not None:
         if width % 2:
             refuse(NAME, "d, the last dimension of qkv,", width, "an even number, where cos and sin are given")
         for argument, table in (("cos", cos), ("sin", sin)):
             check_shape(NAME, argument, table, (tokens, width), "N, d")
             check_dtype(NAME, argument, table, TABLES)
-    if _both("q_weight", q_weight, "k_weight", k_weight):
+    _check_pair("q_weight", q_weight, "k_weight", k_weight)
+    if q_weight is not None and k_weight is not None:
         for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
             check_shape(NAME, argument, weight, (width,), "d")
             check_dtype(NAME, argument, weight)
@@ -71,11 +73,10 @@ def check(
     check_eps(NAME, eps)
 
 
-def _both(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | None) -> bool:
+def _check_pair(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | None) -> None:
     if (a is None) != (b is None):
         missing, given = (first, second) if a is None else (second, first)
         refuse(NAME, missing, None, f"a tensor, as {given} is one; or None for both")
-    return a is not None
 
 
 NAME = "rope_attention"

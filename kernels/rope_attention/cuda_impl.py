@@ -140,19 +140,20 @@ def rope_attention_bwd(
     d_qkv = qkv.new_empty(qkv.shape)
     dq_in_memory = config.keys < tokens or kernel_width(width, qkv.element_size()) > 72  # summed over blocks of keys
     scratch = lse.new_empty((samples, heads, tokens, width)) if dq_in_memory else None
-    d_weights, d_bias, dw_partial, db_partial = (None, None), None, None, None
-    if q_weight is not None:
-        d_weights = torch.empty_like(q_weight), torch.empty_like(k_weight)
+    dq_weight = dk_weight = d_bias = dw_partial = db_partial = None
+    if q_weight is not None and k_weight is not None:
+        dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
         dw_partial = lse.new_empty((2, samples * heads, width))
-    if summed:
+    if summed and bias is not None:
         d_bias, db_partial = torch.empty_like(bias), lse.new_empty((samples, 3, heads, width))
     launch(
         "rope_attention_bwd",
         *(aligned(d_out), aligned(qkv), bias, table, q_weight, k_weight, out, lse, d_qkv, scratch),
-        *(dw_partial, db_partial, *d_weights, d_bias, eps),
+        *(dw_partial, db_partial, dq_weight, dk_weight, d_bias, eps),
         *(config.queries, config.keys, config.warps),
     )
-    return d_qkv, *(qkv.new_empty(0) if gradient is None else gradient for gradient in (*d_weights, d_bias))
+    dq_weight, dk_weight, d_bias = (qkv.new_empty(0) if d is None else d for d in (dq_weight, dk_weight, d_bias))
+    return d_qkv, dq_weight, dk_weight, d_bias
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -159,13 +159,13 @@ def rope_attention_fwd(
     common = constants(qkv, config)
     scale_log2 = width**-0.5 / math.log(2)
     programs, tiles, blocks = split(tokens, config.queries, config.keys, config.keys_in_smem)
+    grid = (programs * heads * samples,)
     arguments = qkv, table, q_weight, k_weight, bias, out, lse, eps, scale_log2, tokens, programs
+    strides = runtime_strides(qkv)
     if config.keys_in_smem:
-        kernel = rope_attention_fwd_keys_in_smem_kernel
-        arguments, common = (*arguments, tiles), common | {"BLOCKS": blocks}
+        launch(rope_attention_fwd_keys_in_smem_kernel, grid, *arguments, tiles, *strides, **common, BLOCKS=blocks)
     else:
-        kernel = rope_attention_fwd_kernel
-    launch(kernel, (programs * heads * samples,), *arguments, *runtime_strides(qkv), **common)
+        launch(rope_attention_fwd_kernel, grid, *arguments, *strides, **common)
     return out, lse
 
 
@@ -216,10 +216,10 @@ def rope_attention_bwd(
         **constants(qkv, dkdv),
     )
     dq_weight, dk_weight, dbias = (qkv.new_empty(0) for _ in range(3))
-    if normed:
+    if q_weight is not None and k_weight is not None:
         dq_weight, dk_weight = torch.empty_like(q_weight), torch.empty_like(k_weight)
         sums(2, width, dqw_partial, dkw_partial, dq_weight, dk_weight, q_rows * heads, k_rows * heads)
-    if summed:
+    if summed and bias is not None:
         dbias = torch.empty_like(bias)
         sums(3, heads * width, dqb_partial, dkb_partial, dbias, dbias[heads * width :], q_rows, k_rows)
     return dqkv, dq_weight, dk_weight, dbias

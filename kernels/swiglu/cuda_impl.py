@@ -51,7 +51,7 @@ def swiglu_bwd(
     config = summing(rows, packed // 2) if summed else ALONE
     d_gate_up = gate_up.new_empty(gate_up.shape)
     d_bias, db_partial = gate_up.new_empty(0), None
-    if summed:
+    if summed and bias is not None:
         d_bias = bias.new_empty(packed)
         db_partial = gate_up.new_empty((-(-rows // config.rows_per_block), packed), dtype=torch.float32)
     launch(

@@ -245,7 +245,7 @@ def swiglu_bwd(
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    if not summed:
+    if bias is None or db_partial is None:
         return d_gate_up, d_gate_up.new_empty(0)
     return d_gate_up, sum_of_parts(db_partial, bias.dtype)
 

@@ -22,7 +22,7 @@ def rewrite(graph: fx.Graph, backend: Backend) -> None:
         d_output, weight = product.args
         known = [value(node).flatten(0, -2) for node in (d_output, weight, gate_up)]
         vector = None if bias is None else value(bias)
-        if not backend.unsupported(*known, bias=vector):
+        if backend.supports(*known, bias=vector):
             _replace(graph, d_gate_up, (d_output, weight, gate_up, bias), backend)
             for node in chain:
                 graph.erase_node(node)
@@ -39,6 +39,8 @@ def _replace(graph: fx.Graph, d_gate_up: fx.Node, args: tuple, backend: Backend)
         flat_d_gate_up, d_bias = (call(graph, python.getitem, both, i, value=values[i]) for i in range(2))
         results = reshaped(graph, flat_d_gate_up, shape), d_bias
     for user in list(d_gate_up.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        _, index = user.args
+        assert isinstance(index, int)  # the operator has two results
+        user.replace_all_uses_with(results[index])
         graph.erase_node(user)
     graph.erase_node(d_gate_up)

@@ -119,7 +119,7 @@ def swiglu_linear_grad_2d(
         FLATTEN=CONFIG.flatten,
         num_warps=CONFIG.warps,
     )
-    if bias is None:
+    if bias is None or db_partial is None:
         return d_gate_up, d_gate_up.new_empty(0)
     return d_gate_up, sum_of_parts(db_partial, bias.dtype)
 

@@ -98,8 +98,8 @@ def vf_loss_fwd(
     saved = z.new_empty((3, samples, positions), dtype=torch.float32)
     distmat, cos = saved.new_empty(()), saved.new_empty(())
 
-    config = positions_config(channels, positions)
-    grid = triton.cdiv(positions, config.positions), samples
+    vectors = positions_config(channels, positions)
+    grid = triton.cdiv(positions, vectors.positions), samples
     cos_sums = saved.new_empty(grid)
     launch(
         vf_loss_positions,
@@ -107,9 +107,9 @@ def vf_loss_fwd(
         *(z, f, *saved, cos_sums, cos_margin, *strides),
         C=channels,
         N=positions,
-        BC=config.depth,
-        BN=config.positions,
-        num_warps=config.warps,
+        BC=vectors.depth,
+        BN=vectors.positions,
+        num_warps=vectors.warps,
     )
 
     config = forward_config(larger_dtype(z, f), samples, positions, architecture())

@@ -31,7 +31,7 @@ def groups(graph: fx.Graph, backend: Backend) -> Iterator[list[fx.Node]]:
         if not is_weight_gradient(node) or min(value(node).shape) < NARROWEST:
             continue
         d_output, x = map(value, factors(node))
-        if backend.unsupported([d_output], [x]):
+        if not backend.supports([d_output], [x]):
             continue
         group = waiting.setdefault(len(x), [])
         group.append(node)
@@ -45,7 +45,9 @@ def is_weight_gradient(node: fx.Node) -> bool:
 
 def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The gradient of a layer's result and its input, `[tokens, width]` each."""
-    return transpose_input(product.args[0]), product.args[1]
+    d_output, x = transpose_input(product.args[0]), product.args[1]
+    assert d_output is not None and isinstance(x, fx.Node)  # see is_weight_gradient
+    return d_output, x
 
 
 def _replace(graph: fx.Graph, products: list[fx.Node], backend: Backend) -> None:
