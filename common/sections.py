@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from common.text import nearest, printable
 
-# YAML 1.1 reads 1e-4 as text: it wants the dot of 1.0e-4.
+# YAML 1.1 reads 1e-4 as text, as it lacks the dot of 1.0e-4. Run files are read so that it is a number already
+# (`launch.config_files`); this is for values from elsewhere, and in quotes.
 _DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -20,11 +21,11 @@ NAME_LIMIT, PATH_LIMIT = 255, 4095  # bytes, of Linux
 
 
 class SectionError(ValueError):
-    """Values that make no section; names the keys, the values got and what is allowed."""
+    """Values that do not validate as a section; names the keys, the values got and what is allowed."""
 
 
 def plain_text(text: str) -> str:
-    """`text`; raises ValueError for what no name or path can be: control characters, what is no UTF-8, or too long."""
+    """`text`; raises ValueError for control characters, what is not UTF-8, and what is too long for a name or path."""
     if printable(text) != text:
         raise ValueError(f"{short(text)} holds what is not allowed in names and paths: control characters, or no UTF-8")
     if max(map(len, text.encode().split(b"/"))) > NAME_LIMIT or len(text.encode()) > PATH_LIMIT:
@@ -77,7 +78,7 @@ def _recompute(value: Any) -> Any:
     raise ValueError(f"allowed are false, true and 'pointwise' (got {value!r})")
 
 
-#: What the backward pass computes again: nothing, whole blocks, or norms and activations between matrix products.
+#: Activation checkpointing: none, of whole blocks, or of the norms and activations between matrix products.
 Recompute = Annotated[bool | Literal["pointwise"], BeforeValidator(_recompute)]
 
 

@@ -107,11 +107,9 @@ def write(directory: str | Path) -> Folders:
         return folders
 
     names = {f"{split}/{name}": image for split, part in source().items() for name, image in _named(part)}
-    strangers = sorted(present.keys() - names.keys())
-    if strangers:
-        raise ValueError(
-            f"{directory} holds {len(strangers)} files that are not of the digits set, e.g. {strangers[0]}"
-        )
+    unknown = sorted(present.keys() - names.keys())
+    if unknown:
+        raise ValueError(f"{directory} holds {len(unknown)} files that are not of the digits set, e.g. {unknown[0]}")
     manifest.unlink(missing_ok=True)
     for name, image in names.items():
         path = directory / name
