@@ -1,1 +1,1 @@
-"""Training: the loop, DeepSpeed engines, the optimizer, the loader, checkpoints and logs."""
+"""Training: trainer, building and restoring it, DeepSpeed engines, optimizer, loader, checkpoints, log, dry run."""
