@@ -145,7 +145,7 @@ def modulated_norm_bwd(
         for i in tl.static_range(len(BLOCK_D)):
             d = (dx_hats[i] - x_hats[i] * (dot / D)) * r  # [BLOCK_D]
             if dx_new is not None:
-                d += _load(dx_new + row * D, columns[i], D)
+                d += _load(dx_new + row * D, columns[i], D)  # [BLOCK_D]
             _store(dx + row * D, columns[i], d, D)
             if branch is not None:
                 next_dx_branch += (sum_dx_branch[i] + d * _load(branch + row * D, columns[i], D),)  # [BLOCK_D]

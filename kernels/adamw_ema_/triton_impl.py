@@ -48,7 +48,7 @@ def one_minus_power(log_beta, step):
     series = 1.0
     for i in tl.static_range(10):
         series = 1 + series * (near * (1 / (11 - i)))  # []
-    return tl.where(x > -1, -near * series, 1 - tl.exp(x))
+    return tl.where(x > -1, -near * series, 1 - tl.exp(x))  # []
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def adamw_ema_kernel(
 ):  # fmt: skip
     """The update of BLOCK elements, unless `skip` is not zero. Every program but the last goes without a mask."""
     t, rate, scale = tl.load(step).to(tl.float32), tl.load(lr).to(tl.float32), tl.load(grad_scale).to(tl.float32)  # []
-    if tl.load(skip) == 0:
+    if tl.load(skip) == 0:  # []
         start = tl.program_id(0).to(tl.int64) * BLOCK
         offsets = tl.arange(0, BLOCK)  # [BLOCK]
         if start + BLOCK <= n:

@@ -125,7 +125,7 @@ def group_norm_silu_sums(
     C: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Σ dh and Σ dh·x̂ of a chunk with dh = dy·silu'(h): of each channel, and weighted of each group."""
+    """Σ dh and Σ dh·x̂ of a chunk with dh = dy·silu'(h): of each channel, and weighted s1 and s2 of each group."""
     part = tl.program_id(1).to(tl.int64)
     c, n = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_N)  # [BLOCK_C], [BLOCK_N]
     mean, rstd, mean_lo = load_statistics(statistics, part, tl.num_programs(1), c, C, GROUPS)  # [BLOCK_C] each
@@ -150,11 +150,9 @@ def group_norm_silu_sums(
     sum_dh_x = tl.sum(dh_x_total, 0) - mean_lo * sum_dh  # [BLOCK_C]
     store_vectors(channel_sums, (sum_dh, sum_dh_x), c, C)
     in_group = group_mask(C, GROUPS, BLOCK_C, BLOCK_G)  # [BLOCK_G, BLOCK_C]
-    weighted = (
-        sum_over_channels(gain * sum_dh, in_group),
-        sum_over_channels(gain * sum_dh_x, in_group),
-    )  # [BLOCK_G] each
-    store_vectors(group_sums, weighted, tl.arange(0, BLOCK_G), GROUPS)
+    s1 = sum_over_channels(gain * sum_dh, in_group)  # [BLOCK_G]
+    s2 = sum_over_channels(gain * sum_dh_x, in_group)  # [BLOCK_G]
+    store_vectors(group_sums, (s1, s2), tl.arange(0, BLOCK_G), GROUPS)
 
 
 @triton.jit
@@ -267,11 +265,10 @@ def load_channels(vector, part, c, C: tl.constexpr, SPLITS: tl.constexpr):
 def load_statistics(statistics, part, parts, c, C: tl.constexpr, GROUPS: tl.constexpr):
     """mean, rstd and mean_lo for each channel of a part."""
     offsets, size = part * GROUPS + c // (C // GROUPS), parts.to(tl.int64) * GROUPS  # [BLOCK_C], []
-    mean, rstd = (
-        tl.load(statistics + offsets, c < C, 0.0),
-        tl.load(statistics + size + offsets, c < C, 0.0),
-    )  # [BLOCK_C]
-    return mean, rstd, tl.load(statistics + 2 * size + offsets, c < C, 0.0)
+    mean = tl.load(statistics + offsets, c < C, 0.0)  # [BLOCK_C]
+    rstd = tl.load(statistics + size + offsets, c < C, 0.0)  # [BLOCK_C]
+    mean_lo = tl.load(statistics + 2 * size + offsets, c < C, 0.0)  # [BLOCK_C]
+    return mean, rstd, mean_lo
 
 
 @triton.jit
