@@ -251,14 +251,14 @@ def examine() -> dict[str, list[Row]]:
 def as_text(findings: dict[str, list[Row]]) -> str:
     """Aligned columns under a heading for each section, problems repeated at the end."""
     everything = [row for rows in findings.values() for row in rows]
-    wide = max(len(row.name) for row in everything)
+    name_width = max(len(row.name) for row in everything)
     lines = []
     for title, rows in findings.items():
         lines += [title, "-" * len(title)]
         values = max((len(row.value) for row in rows if row.note), default=0)
         for row in rows:
             mark = {None: " ", True: "✓", False: "✗"}[row.ok]
-            lines.append(f"{mark} {row.name:<{wide}}  {row.value:<{values}}  {row.note}".rstrip())
+            lines.append(f"{mark} {row.name:<{name_width}}  {row.value:<{values}}  {row.note}".rstrip())
         lines.append("")
     bad = [row for row in everything if row.ok is False]
     lines += [f"✗ {row.name}: {row.value} {row.note}".rstrip() for row in bad]

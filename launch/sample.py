@@ -283,8 +283,8 @@ def _read_part(path: Path, start: int, count: int) -> dict[str, np.ndarray]:
         first_line = str(error).partition("\n")[0]
         raise FileError(f"{path} is damaged ({first_line}): {advice}") from None
     images, numbers = part.get("images"), [part.get(name) for name in ("nfe", "guided_nfe")]
-    whole = all(number is not None and number.shape == () for number in numbers)
-    if images is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or not whole:
+    counts_are_scalars = all(number is not None and number.shape == () for number in numbers)
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or len(images) != count or not counts_are_scalars:
         raise FileError(f"{path} does not hold {count} images: {advice}")
     if int(part.get("first", start)) != start:  # parts of before it was kept have none
         raise FileError(f"{path} holds the images from {int(part['first'])} on: {advice}")

@@ -105,9 +105,9 @@ class Checkpoint:
 
         Raises CheckpointError where one is not finite.
         """
-        whole = self.tensors(network) | (self.tensors(network, key) if key != "model" else {})
-        self._require_finite(network, key, whole)
-        return whole
+        state_dict = self.tensors(network) | (self.tensors(network, key) if key != "model" else {})
+        self._require_finite(network, key, state_dict)
+        return state_dict
 
     def _tensors_path(self, network: str, key: str) -> Path:
         return self.path / f"{network}.{key}.safetensors"

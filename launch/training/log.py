@@ -68,8 +68,8 @@ class Meter:
         """Take back what the processes of a run had added; of another number of them, the first process takes all."""
         names = states[0]["sums"]
         self._counts = set(names) & set(states[0]["counts"])
-        whole = [[state["sums"][name] for name in names] for state in states]
-        parts = torch.tensor(whole, dtype=torch.float64, device=device).view(len(states), len(names), 2)
+        sums = [[state["sums"][name] for name in names] for state in states]
+        parts = torch.tensor(sums, dtype=torch.float64, device=device).view(len(states), len(names), 2)
         if len(states) != world_size:
             parts = torch.cat([parts.sum(0, keepdim=True), parts.new_zeros(world_size - 1, *parts.shape[1:])])
         self._sums = dict(zip(names, parts[rank], strict=True))
