@@ -152,3 +152,16 @@ def test_the_packages_under_test_are_these():
     """`kernels` is also the name of a public distribution."""
     for package in PACKAGES:
         assert Path(__import__(package).__file__).parent == ROOT / package
+
+
+def test_the_way_from_command_to_loss_in_the_readme_is_there():
+    """Each line names a file and a function in it, a method by its class."""
+    section = (ROOT / "README.md").read_text().partition("### From command to loss")[2].partition("\n## ")[0]
+    lines = re.findall(r"^ {4}(\S+\.py) +(\S+) +\S", section, re.MULTILINE)
+    assert len(lines) >= 8
+    for path, name in lines:
+        scope = ast.parse((ROOT / path).read_text()).body
+        for part in name.split("."):
+            found = [n for n in scope if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+            assert found, f"{path} has no {name}"
+            scope = found[0].body
