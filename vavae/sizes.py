@@ -55,11 +55,17 @@ def _config(tensors: Mapping[str, torch.Tensor]) -> AutoencoderConfig:
     )
     z_channels, embed_dim = tensors["post_quant_conv.weight"].shape[:2]
     return AutoencoderConfig(
-        embed_dim=embed_dim, ch=ch, ch_mult=tuple(width // ch for width in widths), num_res_blocks=blocks,
-        attn_resolutions=attention, resolution=resolution, in_channels=in_channels,
+        embed_dim=embed_dim,
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=blocks,
+        attn_resolutions=attention,
+        resolution=resolution,
+        in_channels=in_channels,
         decoder_attn_resolutions=None if decoder_attention == attention else decoder_attention,
-        out_ch=tensors["decoder.conv_out.weight"].shape[0], z_channels=z_channels,
-    )  # fmt: skip
+        out_ch=tensors["decoder.conv_out.weight"].shape[0],
+        z_channels=z_channels,
+    )
 
 
 def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
