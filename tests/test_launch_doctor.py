@@ -224,4 +224,4 @@ sys.exit(code)
     findings = json.loads(done.stdout)
     assert {"torch", "deepspeed"} <= {row["name"] for row in findings["required packages"]}
     ops = findings["ops (backend that auto takes, and why)"]
-    assert ops and all(row["value"] in ("reference", "triton", "cuda") and row["note"] for row in ops)
+    assert ops and all(row["value"] in ("reference", "library", "triton", "cuda") and row["note"] for row in ops)
