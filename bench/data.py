@@ -1,4 +1,4 @@
-"""How many latents per second reach the training loop, beside the published way of reading them.
+"""Time loading latents for the training loop, in latents per second, against the published way of reading them.
 
     python -m bench.data [--out FILE]        a set of its own, made for the run, or --directory with extracted latents
 
@@ -105,7 +105,7 @@ WAYS: dict[str, tuple[str, str, Callable[[LatentDataset, int, int], Iterator]]] 
 
 
 def disagreement(data: LatentDataset, published: Dataset, count: int = 64, seed: int = 0) -> str:
-    """What differs between both ways on the same samples, bit for bit; "" where nothing does."""
+    """Differences between both ways on the same samples, bit for bit, in words; "" where there are none."""
     indices = np.random.default_rng(seed).integers(0, len(data), count)
     np.random.seed(seed)
     x, y = (torch.stack(parts) for parts in zip(*(published[i] for i in indices.tolist()), strict=True))
@@ -134,7 +134,7 @@ class LoaderComparison(Comparison):
                 "version": version(package), "pinned": torch.cuda.is_available(), **host()}  # fmt: skip
 
     def set_up(self, job: LoaderJob) -> str:
-        """What both ways differ in."""
+        """Differences between both ways."""
         facts = host()
         print(f"{facts['cpu']}, {facts['cores']} cores, load {facts['load']}; batches of {job.batch_size}")
         print(f"{'':16} {'workers':>7} {'latents/s':>10} {'p20 to p80':>19} {'GB/s':>6}")

@@ -1,4 +1,4 @@
-"""Time the matrix products of a training step on a GPU, each alone: which of them the library leaves time with.
+"""Time the matrix products of a training step on a GPU, each alone, as torch and as cuBLASLt run them.
 
     python -m bench.gemms [--model NAME] [--batch N] [--only NAME] [--minutes M] [--out FILE]
 

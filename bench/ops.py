@@ -153,7 +153,7 @@ class OpComparison(Comparison):
         return found, absent
 
     def tidy(self) -> None:
-        """What was compiled serves the other direction too."""
+        """Compiled code is kept: it serves the other direction too."""
         self.free()
 
     def set_up(self, job: DirectionJob) -> Sets:

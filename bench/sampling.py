@@ -4,7 +4,7 @@
 
 The `sample` section is that of the published 64-epoch run: 250 points of Euler, guided from time 0.10 on; below it the
 unconditional half is not run. A measured call of each kind, guided and not, stands for all of that kind: what a row
-says of a whole sample is extrapolated. Its peer is the plain model under the plain loop, with both halves in all calls.
+says of a whole sample is extrapolated. The baseline is the plain model and loop, with both halves in all calls.
 First the latents of a short grid are checked against float64, beside those of the plain model.
 """
 

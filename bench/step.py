@@ -3,7 +3,7 @@
     python -m bench.step [--model NAME] [--batch N] [--variant NAME] [--kernels [OP=]BACKEND] [--quick] [--out FILE]
 
 The headline row is the variant "trainer": the loop that `python -m launch train` runs, with DeepSpeed, on the run file
-of the 64 epochs. Its peers in the same run are the plain model, eager and under torch.compile. Ends with 1 if a variant
+of the 64 epochs. Baselines in the same run are the plain model, eager and under torch.compile. Ends with 1 if a variant
 is wrong or fails, with 2 if there is no GPU. Variants are timed one after the other, as memory does not hold several. A
 run that is cut off leaves a row of each variant that had started.
 """

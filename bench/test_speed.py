@@ -69,7 +69,7 @@ STEPS = next(step.jobs([HEADLINE[0]], [HEADLINE[1]], list(step.QUICK)))
 
 @pytest.fixture(scope="module")
 def parts():
-    """What a comparison needs: the device, a log without a file, ceilings."""
+    """Device, log (without a file) and ceilings."""
     device = timing.CudaDevice()
     log = Log(device.kind)
     return device, log, ceilings.measure(device, log)

@@ -220,7 +220,7 @@ CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends)
 def test_a_variant_on_other_backends(asked, name, kernels, per_op, ops):
     """Its name says which, as a row is known by it; ops without a CUDA kernel and ops in graphs stay on "auto"."""
     (job,) = jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-eager"], asked)
-    assert job.providers == (name, "plain-eager"), "the peer has no such ops"
+    assert job.providers == (name, "plain-eager"), "the plain model has no such ops"
     features = bench().named(job, name)["features"]
     assert (features["kernels"], features["per_op"]) == (kernels, per_op)
     table, auto = job.variants[0].ops().table(), select("auto").table()

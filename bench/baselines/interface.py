@@ -1,4 +1,4 @@
-"""What a provider in a row is: an op as somebody computes it."""
+"""Interface of providers: an implementation of an op, ours or a library's, that a row states times of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ def _serves_all(**inputs: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a provider computes an op.
+    """An implementation of an op.
 
     Attributes:
         run: called with what `arrange` returns, returns what the op returns. All of it is timed.
@@ -36,7 +36,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody who may take part.
+    """An implementation that can be compared with others.
 
     Attributes:
         name: in rows and on the command line.

@@ -11,7 +11,7 @@ from kernels.testing.tolerance import Inputs
 
 
 def torch_fused() -> Adapter:
-    """What `torch.optim.AdamW(fused=True)` calls. It divides by its gradient scale, and writes the quotient back."""
+    """The functional form of `torch.optim.AdamW(fused=True)`. Writes the gradient back, divided by its scale."""
 
     def arrange(*, step, grad_scale, skip, **rest) -> Inputs:
         return {"steps": (step - 1).float(), "inverse_scale": grad_scale.float().reciprocal(), **rest}

@@ -45,7 +45,7 @@ class Finding:
 
 
 def mine(row: Row) -> bool:
-    """Whether a row is of our own code, not of a peer's."""
+    """Whether a row is of our own code, not of a baseline's."""
     if row["kind"] == "step":
         return row["features"]["engine"] != "plain"
     if "ours" in row:

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a GPU, by the names of its kernels."""
+"""Breakdown of a step's GPU time by kind of kernel, from the profiler."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ class Interval:
 
 
 def kind_of(name: str) -> str:
-    """Which part of the step a kernel belongs to."""
+    """The part of a step that a kernel of that name belongs to."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(name)), OTHER)
 
 
@@ -61,7 +61,7 @@ def where_time_goes(step: Callable[[], object], device: str, steps: int = 3) -> 
 
 
 def profiled(step: Callable[[], object], steps: int) -> list[Interval]:
-    """What ran on the GPU during so many steps."""
+    """Kernels and copies on the GPU during so many steps."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):

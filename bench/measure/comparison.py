@@ -31,7 +31,7 @@ TIME_IS_UP = "the time is up"
 
 
 class Job(Protocol):
-    """What the rows of a comparison share; its text says what is measured."""
+    """A group of providers that are compared with each other; its text names the group."""
 
     @property
     def providers(self) -> tuple[str, ...]: ...
@@ -52,7 +52,7 @@ class Varied:
 
 @dataclass(frozen=True)
 class Comparison(ABC):
-    """How rows are measured.
+    """One kind of measurement: how its jobs are run, checked and written.
 
     Attributes:
         ceilings: None on a CPU, whose rows state no fraction of a limit.
@@ -84,7 +84,7 @@ class Comparison(ABC):
         """The keys that name a row, and what else is known of a provider before it starts."""
 
     def set_up(self, job: Any) -> Any:
-        """What the providers of a job share; given to `prepare` and `wrong`."""
+        """State that the providers of a job share; given to `prepare` and `wrong`."""
         return None
 
     def order(self, job: Any) -> Iterable[str]:
@@ -104,12 +104,12 @@ class Comparison(ABC):
         """The numbers of a row beside those that all rows have."""
 
     def afterwards(self, job: Any, ready: Ready) -> Row:
-        """What is looked at when all that is held has been timed; left out where the run is cut off by a signal."""
+        """Further keys of a row, found when all that is held has been timed; left out after a signal."""
         return {}
 
     @abstractmethod
     def label(self, row: Row) -> str:
-        """What a row is of, to begin a line with."""
+        """Names of a row, to begin a line with."""
 
     @abstractmethod
     def measured(self, row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Ends a measurement early and in order: when its time is up, and when the process is told to stop."""
+"""Deadlines and signals that end a measurement early, with its rows written."""
 
 import math
 import os

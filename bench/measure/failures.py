@@ -1,4 +1,4 @@
-"""What a row says of an error: its status and its reason."""
+"""Status and reason of a row for an error."""
 
 from collections.abc import Iterator
 

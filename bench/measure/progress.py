@@ -55,7 +55,7 @@ class Ready:
 
 @dataclass
 class Progress:
-    """How far a job has come.
+    """State of one job.
 
     Attributes:
         shared: lives as long; providers may read files that go with it.

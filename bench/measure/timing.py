@@ -1,4 +1,4 @@
-"""The one clock: iterations of several providers by turns, on a device that can be replaced.
+"""Timing: iterations of several providers in interleaved rounds, by CUDA graphs and events, past the L2.
 
 An iteration calls the work with several sets of buffers in turn, so that a set that comes again has left the L2 cache,
 and often enough that the gap between two iterations does not matter. The clock times whole iterations, each provider's
@@ -31,7 +31,7 @@ WARM_UP = 0.2
 
 
 class Device(Protocol):
-    """Where iterations run, and what times them."""
+    """A device that runs and times iterations; tests replace it."""
 
     kind: str
     l2_bytes: int
@@ -48,7 +48,7 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Iteration:
-    """What is timed: `run` makes `calls` calls; `restore`, never timed, puts back what they have overwritten."""
+    """A unit of timing: `run` makes `calls` calls; `restore`, never timed, puts back what they have overwritten."""
 
     run: Callable[[], Any]
     calls: int = 1
@@ -188,7 +188,7 @@ class CudaDevice:
 
 
 def _end_allocations(pool: tuple[int, int]) -> None:
-    """What torch before 2.12 leaves undone when a capture fails: its allocator then refuses to free any memory."""
+    """Clean up after a failed capture, as torch before 2.12 does not: its allocator then refuses to free any memory."""
     with suppress(RuntimeError):  # it was done, and the graph will give the pool back
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch._C._cuda_releasePool(torch.cuda.current_device(), pool)

@@ -1,4 +1,4 @@
-"""What a provider is given: whether it computes the op at all, then iterations of calls over sets of buffers."""
+"""Checks of an op's results against its reference, and iterations of calls over sets of buffers past the L2."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +44,7 @@ class Reference:
             self._fp64_gradients = gradients(op, reference(op), inputs_fp64, as_float64(self.upstream))
 
     def mismatches(self, adapter: Adapter, direction: str) -> list[str]:
-        """What is wrong with a provider's results in that direction; empty if it may be timed."""
+        """Mismatches of a provider's results in that direction; empty if it may be timed."""
         call = Call(self.op, adapter, copied(self.inputs))
         with torch.set_grad_enabled(bool(self.op.differentiable)):
             results = call.results()

@@ -1,1 +1,1 @@
-"""What is timed: steps, samplers and passes of the tokenizer, ours and plain ones, and who takes part for an op."""
+"""Workloads: training steps, samplers and passes of the tokenizer, their variants, and the providers of an op."""

@@ -1,4 +1,4 @@
-"""Which backends the ops of a variant have: one for all ops that have it, and others by the name of the op."""
+"""Choice of backends for the ops of a variant: one for all ops that have it, and others by the name of the op."""
 
 from collections.abc import Iterable, Mapping
 
@@ -31,7 +31,7 @@ def select(backend: str, named: Mapping[str, str]) -> Ops:
 
 
 def parse(texts: Iterable[str]) -> tuple[str | None, dict[str, str]]:
-    """What `--kernels BACKEND` and `--kernels OP=BACKEND` say together: the backend of all ops, if any, and of some.
+    """Parse `--kernels BACKEND` and `--kernels OP=BACKEND`, repeated: the backend of all ops, if any, and of some.
 
     Raises:
         ValueError: an unknown name, a backend that the op lacks, or two backends for the same ops.

@@ -1,4 +1,4 @@
-"""The peer of the training step and of the sampler: LightningDiT as it is usually written, in PyTorch's own operators.
+"""Baseline of training steps and samplers: LightningDiT as it is usually written, in PyTorch's own operators.
 
 float32 weights under bfloat16 autocast as the published code trains, attention by torch's own choice of kernel, norms
 by `F.rms_norm`, fused AdamW, and a moving average over lists of tensors (the published one loops in Python). It reads
@@ -25,7 +25,9 @@ class PlainLightningDiT(nn.Module):
         super().__init__()
         config = network.config
         if not (config.use_rmsnorm and config.use_swiglu and config.use_rope) or config.use_qknorm or config.wo_shift:
-            raise ValueError(f"the plain peer has RMSNorm, SwiGLU, RoPE and shifts, no QK norm; the config is {config}")
+            raise ValueError(
+                f"the plain model has RMSNorm, SwiGLU, RoPE and shifts, no QK norm; the config is {config}"
+            )
         self.network, self.autocast = network, autocast
         for module in network.modules():
             if isinstance(module, DeferredBiasLinear):

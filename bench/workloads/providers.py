@@ -1,4 +1,4 @@
-"""Who takes part in a row: backends of the op, its reference, torch.compile of it, and the baselines."""
+"""Providers of an op: our backends, its reference, torch.compile of that, and the baselines."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +22,7 @@ def inductor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def providers_for(op: Op, compiler: Compiler = inductor, emulated: bool = False) -> Iterator[Provider]:
-    """Everybody who computes this op: our backends, "eager" and "compile" (the reference), the baselines.
+    """All providers of an op: our backends, "eager" and "compile" (the reference), the baselines.
 
     emulated: let backends take part that run in an emulator, to test the bench.
     """

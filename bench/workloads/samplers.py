@@ -1,4 +1,4 @@
-"""Ways to sample, to be timed: the program's own with the ops of a backend, and the plain model under the plain loop.
+"""Samplers: the program's own with the ops of a backend, and the plain model under the plain loop.
 
 All have the same weights (none of them zero), labels and noise, and the `sample` section of the published 64-epoch run.
 A call of each kind stands for all of that kind, as the time of a network does not depend on what it is shown.
@@ -38,7 +38,7 @@ def published_settings(precision: str) -> tuple[SampleConfig, Transport]:
 
 
 class SamplingSetup:
-    """What all samplers of a model share: weights, settings, labels, and the results that they are checked against."""
+    """State that the samplers of a model share: weights, settings, labels, and the results to check against."""
 
     def __init__(self, config: ModelConfig, tokenizer: AutoencoderConfig, batch: int, precision: str,
                  device: torch.device | str):  # fmt: skip
@@ -66,7 +66,7 @@ class SamplingSetup:
         return PlainLightningDiT(self.network(kernels.select("reference")), autocast)
 
     def noise(self) -> torch.Tensor:
-        """Where all samples of the batch start."""
+        """Starting noise of the batch."""
         return sample_noise(self.settings.seed, range(len(self.y)), self.shape, device=self.y.device)
 
     def checked_settings(self) -> SampleConfig:

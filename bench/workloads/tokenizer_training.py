@@ -1,4 +1,4 @@
-"""Whole training steps of a tokenizer to be timed: the trainer's own, and the same task without DeepSpeed.
+"""Training steps of the tokenizer: the trainer's own, and the same task without DeepSpeed.
 
 The run is `launch/configs/vavae_f16d32_dinov2.yaml` with the GAN running from the first step. What would have to be
 downloaded, the vision transformer and LPIPS's VGG-16, is written with random weights; images are random pictures on
@@ -32,7 +32,7 @@ IMAGES, FOREVER = 256, 1_000_000
 
 
 class TrainingSetup:
-    """What all ways to train share: a run file, random weights and images on disk.
+    """State that all ways to train share: a run file, random weights and images on disk.
 
     Attributes:
         flops: of an image, all networks together.

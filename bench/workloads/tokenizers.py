@@ -1,4 +1,4 @@
-"""Tokenizers to be timed: random weights, the same for everybody, and the passes that an iteration makes."""
+"""Encoding and decoding passes of tokenizers with random weights, the same for every provider."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -57,7 +57,7 @@ class Encode:
     @staticmethod
     @torch.no_grad()
     def result(tokenizer: AutoencoderKL, inputs: torch.Tensor) -> torch.Tensor:
-        """What providers are checked against."""
+        """First results, to be checked."""
         return tokenizer.moments(inputs)
 
 
@@ -86,8 +86,7 @@ PASSES: dict[str, type[Encode] | type[Decode]] = {"encode": Encode, "decode": De
 
 
 class PassSetup:
-    """What providers of a pass share: inputs, and the first results of the reference ops, checked against their own in
-    float64.
+    """State that the providers of a pass share: inputs, and first results of the reference ops to check against.
 
     Attributes:
         eager: results of the reference ops in the dtype asked for.
@@ -108,7 +107,7 @@ class PassSetup:
         self.flops, self.about = flops_per_image(config, size)[part], {}
 
     def provider(self, variant: TokenizerVariant) -> tuple[Encode | Decode, torch.Tensor]:
-        """What is timed, and its first results."""
+        """A pass to call, and its first results."""
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         tokenizer = make_tokenizer(self._config, kernels.select(variant.kernels), self._inputs.device)
         tokenizer.to(self._inputs.device, self._dtype, memory_format=layout)

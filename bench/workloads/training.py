@@ -1,4 +1,4 @@
-"""Whole training steps to be timed: the trainer's own, the same network without DeepSpeed, and the plain peer.
+"""Training steps of LightningDiT: the trainer's own, the same network without DeepSpeed, and the plain model.
 
 All start from the same weights (none of them zero: zeros draw less power and run faster), see the same latents, noise
 and times, and make one optimizer step with the moving average in each call.
@@ -125,7 +125,7 @@ class BareStep:
 
 
 class PlainStep:
-    """The peer, with torch's fused AdamW where there is one (on CUDA) and a moving average over lists of tensors."""
+    """The plain model, with torch's fused AdamW (on CUDA) and a moving average over lists of tensors."""
 
     def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str):
         network = make_network(config, kernels.select("reference"), device)
