@@ -193,14 +193,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return int(text)
 
     positive, natural = partial(at_least, 1), partial(at_least, 0)
-    parser = argparse.ArgumentParser(prog="python -m bench.data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = program.parser("bench.data", __doc__, seconds=4.0, gpu=False)
     parser.add_argument("--directory", type=Path, help="latents to read (default: random ones, made for the run)")
     parser.add_argument("--samples", type=positive, default=8192, help="of the set made for the run (default 8192)")
     parser.add_argument("--batch-size", type=positive, default=128, help="of one process (default 128)")
     parser.add_argument("--workers", type=natural, action="append", help="repeatable (default: 0 and 2)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of samples for each provider (default 4)")
-    parser.add_argument("--out", type=Path, help="append rows to this file")
     return parser.parse_args(argv)
 
 

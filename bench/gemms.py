@@ -20,8 +20,8 @@ from bench.measure.comparison import Comparison, mismatches
 from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration, iteration_size
-from bench.step import PAPER
-from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
+from bench.workloads.published import published_config
+from lightningdit.config import MODEL_NAMES, ModelConfig
 
 #: Provider → what `torch.backends.cuda.preferred_blas_library` is told; its default is cuBLAS on NVIDIA's GPUs.
 LIBRARIES = {"torch": "default", "cublaslt": "cublaslt"}
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128, help="images per step (default 128)")
     parser.add_argument("--only", action="append", choices=LIBRARIES, help="a provider; repeatable")
     options = parser.parse_args(argv)
-    config = named_config(options.model, input_size=16, in_channels=32, **PAPER)
+    config = published_config(options.model)
     names = tuple(options.only or LIBRARIES)
     todo = [GemmJob(options.model, options.batch, product, names) for product in products(config, options.batch)]
     return program.run("bench.gemms", options, GemmComparison, todo)

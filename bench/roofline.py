@@ -17,9 +17,9 @@ from bench.measure import ceilings
 from bench.measure.data_sheets import SHEETS
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice
+from bench.workloads.published import published_config
 from kernels.backends.device import cuda_reasons
 from kernels.testing.cases import Cost
-from lightningdit.config import named_config
 from lightningdit.cost import flops_per_image
 
 
@@ -40,8 +40,7 @@ def optimizer_bytes_per_parameter() -> float:
 
 def model_flops(name: str = "LightningDiT-XL/1") -> tuple[int, int]:
     """(forward, training) FLOPs of one image by the published model of that name, on 16 × 16 × 32 latents."""
-    published = dict(use_swiglu=True, use_rope=True, use_rmsnorm=True)
-    return flops_per_image(named_config(name, input_size=16, in_channels=32, **published))
+    return flops_per_image(published_config(name))
 
 
 def main(argv: list[str] | None = None) -> int:

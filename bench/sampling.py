@@ -19,9 +19,9 @@ from bench.measure import program
 from bench.measure.comparison import Comparison, Varied, mismatches
 from bench.measure.progress import Ready
 from bench.measure.rows import Row
-from bench.step import PAPER
+from bench.workloads.published import published_config
 from bench.workloads.variants import SAMPLING, Variant
-from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
+from lightningdit.config import MODEL_NAMES, ModelConfig
 from lightningdit.cost import flops_per_image
 from vavae.config import AutoencoderConfig
 
@@ -50,7 +50,7 @@ class SamplingJob(Varied):
 
 def jobs(models: list[str], batches: list[int], precisions: list[str], names: list[str]) -> Iterator[SamplingJob]:
     for model in models:
-        config = named_config(model, input_size=16, in_channels=32, **PAPER)
+        config = published_config(model)
         for precision in precisions:
             for batch in batches:
                 yield SamplingJob(model, config, batch, precision, tuple(SAMPLING[name] for name in names))

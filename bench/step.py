@@ -24,12 +24,12 @@ from bench.measure.losses import LOSS_BASELINES, wrong_losses
 from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration
+from bench.workloads.published import published_config
 from bench.workloads.training import STEPS
 from bench.workloads.variants import TRAINING, TrainingVariant
-from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
+from lightningdit.config import MODEL_NAMES, ModelConfig
 from lightningdit.cost import flops_per_image
 
-PAPER = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 IMAGES = 64 * 1_281_167  # of 64 epochs of ImageNet
 BATCHES = {"LightningDiT-XL/1": (128, 64), "LightningDiT-L/1": (128, 256), "LightningDiT-B/1": (256, 512)}
 QUICK = ("trainer", "bare", "plain-compile", "plain-eager")
@@ -51,7 +51,7 @@ class StepJob(Varied):
 def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequence[str] = ()) -> Iterator[StepJob]:
     """The largest model first, each at its own batches unless some are given; `asked`: backends of other ops."""
     for model in models:
-        config = named_config(model, input_size=16, in_channels=32, **PAPER)
+        config = published_config(model)
         for batch in batches or BATCHES.get(model, (128,)):
             yield StepJob(model, config, batch, tuple(TRAINING[name].on(asked) for name in names))
 

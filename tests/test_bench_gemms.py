@@ -10,8 +10,8 @@ from bench.gemms import LIBRARIES, GemmComparison, GemmJob, Product, means, prod
 from bench.measure import timing
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
-from bench.step import PAPER
-from lightningdit.config import ModelConfig, named_config
+from bench.workloads.published import published_config
+from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image
 from lightningdit.model import LightningDiT
 
@@ -50,7 +50,7 @@ def test_the_products_are_those_of_a_block():
 
 def test_the_products_are_nearly_all_of_a_step():
     """What is left of the published FLOPs: attention, modulation and both ends."""
-    config = named_config("LightningDiT-XL/1", input_size=16, in_channels=32, **PAPER)
+    config = published_config("LightningDiT-XL/1")
     part = config.depth * sum(product.flops for product in products(config, 1)) / flops_per_image(config)[1]
     assert 0.96 < part < 0.965
     assert {p.shape for p in products(config, 128) if p.direction == "wgrad"} == {

@@ -21,15 +21,16 @@ RECOMPILE_LIMIT = 64
 USAGE = 64
 
 
-def parser(module: str, description: str, seconds: float) -> argparse.ArgumentParser:
-    """With the options of every comparison; seconds: the default of samples."""
+def parser(module: str, description: str, seconds: float, gpu: bool = True) -> argparse.ArgumentParser:
+    """With the options of every comparison; seconds: the default of samples; gpu: for `run`."""
     formatter = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(prog=f"python -m {module}", description=description, formatter_class=formatter)
     made.add_argument("--seconds", type=float, default=seconds, help=f"of samples of a provider (default {seconds:g})")
-    made.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with rows of what was measured")
     made.add_argument("--out", type=Path, help="append rows to this file")
-    made.add_argument("--ceilings", type=Path, metavar="FILE",
-                      help="rows of bench.roofline on this GPU, to be read instead of measured again")  # fmt: skip
+    if gpu:
+        made.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with rows of what there is")
+        ceilings_help = "rows of bench.roofline on this GPU, to be read instead of measured again"
+        made.add_argument("--ceilings", type=Path, metavar="FILE", help=ceilings_help)
     return made
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench import gemms
 from bench.pages.measured import HEADLINE, Measured, tflops
-from lightningdit.config import named_config
+from bench.workloads.published import published_config
 
 Reader = Callable[[Measured], float | None]
 
@@ -87,7 +87,7 @@ def gemm_rate(gpu: Measured) -> float | None:
     row = gpu.step("trainer") or gpu.step("bare")
     if not row or not (spent := row.get("breakdown_ms", {}).get("gemm")):
         return None
-    config = named_config(HEADLINE[0], input_size=16, in_channels=32, use_swiglu=True, use_rope=True, use_rmsnorm=True)
+    config = published_config(HEADLINE[0])
     per_token = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.mlp_hidden
     return 3 * 2 * config.depth * config.num_tokens * per_token * row["batch"] / spent / 1e9
 
