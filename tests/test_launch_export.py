@@ -110,7 +110,7 @@ def test_what_cannot_be_exported_is_said(weights, tmp_path):
     config.write_text(yaml.safe_dump(document(weights) | {"model": document(weights)["model"] | {"depth": 3}}))
     for argv, why in (
         ([weights / "published.pt"], "give --config"),
-        ([tmp_path / "other.pt"], r"other\.pt .*no tokenizer"),
+        ([tmp_path / "other.pt"], r"other\.pt .*not a tokenizer"),
         ([weights / "run", "--config", config], "holds its own run"),
         ([tmp_path / "none"], "does not exist"),
         ([weights / "tokenizer.safetensors", "model.ch=64"], "model.ch=64 changes nothing without --config"),

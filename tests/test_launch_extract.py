@@ -266,7 +266,7 @@ def test_statistics_of_latents_that_came_without(files, whole, tmp_path, capsys)
     assert len(LatentDataset(published)) == COUNT
     for argv, why in (
         (["--statistics", str(published)], "is already there"),
-        (["--statistics", str(tmp_path / "none")], "no directory"),
+        (["--statistics", str(tmp_path / "none")], "not a directory"),
         (["--statistics", str(tmp_path), "--output", "x"], "takes no config and no --output"),
         (["--output", "x"], "needs a config and --output"),
     ):
