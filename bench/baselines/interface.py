@@ -7,14 +7,6 @@ from typing import Any
 from kernels.testing.tolerance import Inputs, Tensors
 
 
-def _as_given(**inputs: Any) -> Inputs:
-    return inputs
-
-
-def _serves_all(**inputs: Any) -> list[str]:
-    return []
-
-
 @dataclass(frozen=True)
 class Adapter:
     """An implementation of an op.
@@ -29,7 +21,7 @@ class Adapter:
     """
 
     run: Callable[..., Any]
-    arrange: Callable[..., Inputs] = _as_given
+    arrange: Callable[..., Inputs] = lambda **inputs: inputs
     differentiable: tuple[str, ...] | None = None
     merge: Callable[[Tensors], Tensors] = dict
 
@@ -51,7 +43,7 @@ class Provider:
 
     name: str
     load: Callable[[], Adapter]
-    unsupported: Callable[..., list[str]] = _serves_all
+    unsupported: Callable[..., list[str]] = lambda **inputs: []
     includes: str = ""
     package: str = "torch"
     overwrites: bool = False

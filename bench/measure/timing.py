@@ -52,7 +52,7 @@ class Iteration:
 
     run: Callable[[], Any]
     calls: int = 1
-    restore: Callable[[], None] | None = None
+    restore: Callable[[], None] = lambda: None
     method: str = ""
 
 
@@ -122,7 +122,7 @@ def time_rounds(
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             with _named(name):
-                _restore(iterations[name])
+                iterations[name].restore()
                 samples = device.seconds(iterations[name].run, counts[name] + 1)[1:]
             timings[name].samples += [sample / iterations[name].calls for sample in samples]
             timings[name].rounds += 1
@@ -139,15 +139,10 @@ def _named(name: Any) -> Iterator[None]:
 
 def _count(iteration: Iteration, device: Device, seconds: float, providers: int) -> int:
     """Warm the iteration up, and say how many fit into `seconds`."""
-    _restore(iteration)
+    iteration.restore()
     once = max(device.seconds(iteration.run, 2)[1], 1e-7)
     device.seconds(iteration.run, max(1, math.ceil(WARM_UP / providers / once)))
     return max(1, int(seconds / once))
-
-
-def _restore(iteration: Iteration) -> None:
-    if iteration.restore is not None:
-        iteration.restore()
 
 
 class CudaDevice:

@@ -119,7 +119,7 @@ class Sets:
                 each()
 
         run, method = device.replayable(self._run(calls, direction))
-        return Iteration(run, self._calls, restore if own else None, method)
+        return Iteration(run, self._calls, restore, method)
 
     def _run(self, calls: list[Call], direction: str) -> Callable[[], Any]:
         turns = [number % len(calls) for number in range(self._calls)]

@@ -20,7 +20,7 @@ from kernels.compile.modes import compiled
 from kernels.registry import Ops
 from launch.config import load
 from launch.sample import SampleGenerator
-from lightningdit.config import ModelConfig, SampleConfig
+from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
@@ -31,19 +31,14 @@ from vavae.config import AutoencoderConfig
 CHECKED_POINTS = 5
 
 
-def published_settings(precision: str) -> tuple[SampleConfig, Transport]:
-    """The `sample` section of the 64-epoch run in that precision, and what integrates it."""
-    run, _ = load(CONFIG, [f"sample.precision={precision}"], kind="lightningdit")
-    return run.sampling(), Transport.from_config(run.transport)
-
-
 class SamplingSetup:
     """State that the samplers of a model share: weights, settings, labels, and the results to check against."""
 
     def __init__(self, config: ModelConfig, tokenizer: AutoencoderConfig, batch: int, precision: str,
                  device: torch.device | str):  # fmt: skip
         self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.settings, self.transport = published_settings(precision)
+        run, _ = load(CONFIG, [f"sample.precision={precision}"], kind="lightningdit")  # the 64-epoch run
+        self.settings, self.transport = run.sampling(), Transport.from_config(run.transport)
         self.y = torch.arange(batch, device=device) % config.num_classes
         self.shape = (config.in_channels, config.input_size, config.input_size)
         self.decode_flops = flops_per_image(tokenizer, config.input_size * tokenizer.downsample_ratio)["decode"]
@@ -68,10 +63,6 @@ class SamplingSetup:
     def noise(self) -> torch.Tensor:
         """Starting noise of the batch."""
         return sample_noise(self.settings.seed, range(len(self.y)), self.shape, device=self.y.device)
-
-    def checked_settings(self) -> SampleConfig:
-        """The settings with the short grid on which samples are checked."""
-        return self.settings.model_copy(update={"num_sampling_steps": CHECKED_POINTS})
 
     def baseline_samples(self, network: PlainLightningDiT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         times = time_grid(0.0, 1.0, CHECKED_POINTS, self.settings.timestep_shift).to(self.y.device)
@@ -112,7 +103,8 @@ def our_sampler(variant: Variant, setup: SamplingSetup) -> Sampler:
     ops, s, null = variant.ops(), setup.settings, setup.config.null_label
     generator = _generator(setup, ops, setup.network(ops))
     generator.to(setup.y.device)
-    model, checked = compiled(generator.model, variant.compile), setup.checked_settings()
+    model = compiled(generator.model, variant.compile)
+    checked = s.model_copy(update={"num_sampling_steps": CHECKED_POINTS})  # the short grid
     made = sample(model, setup.transport, checked, setup.y, range(len(setup.y)), shape=setup.shape, null_label=null)
     z, always = setup.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
 

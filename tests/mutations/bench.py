@@ -22,7 +22,7 @@ MISTAKES = {
         "test_bench_timing.py::test_buffers_exceed_the_l2_and_iterations_a_millisecond",
     ),
     "nothing_put_back": Mistake(
-        "bench/measure/timing.py", "                _restore(iterations[name])\n", "",
+        "bench/measure/timing.py", "                iterations[name].restore()\n", "",
         "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_round",
     ),
     "bandwidth_of_an_h200": Mistake(
