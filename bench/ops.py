@@ -179,7 +179,7 @@ class OpComparison(Comparison):
         return {name: why for name, why in values.items() if why}
 
     def figures(self, job: DirectionJob, ready: Ready) -> Row:
-        limit = {"limit_us": None, "bound": None, "fraction": None}
+        limit: Row = {"limit_us": None, "bound": None, "fraction": None}
         if self.ceilings is not None:
             seconds, bound = self.ceilings.limit(job.moved, job.flops, job.job.dtype)
             limit = {"limit_us": seconds * 1e6, "bound": bound, "fraction": seconds / ready.seconds()}

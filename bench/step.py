@@ -31,7 +31,11 @@ from lightningdit.config import MODEL_NAMES, ModelConfig
 from lightningdit.cost import flops_per_image
 
 IMAGES = 64 * 1_281_167  # of 64 epochs of ImageNet
-BATCHES = {"LightningDiT-XL/1": (128, 64), "LightningDiT-L/1": (128, 256), "LightningDiT-B/1": (256, 512)}
+BATCHES: dict[str, tuple[int, ...]] = {
+    "LightningDiT-XL/1": (128, 64),
+    "LightningDiT-L/1": (128, 256),
+    "LightningDiT-B/1": (256, 512),
+}
 QUICK = ("trainer", "bare", "plain-compile", "plain-eager")
 
 
@@ -84,7 +88,7 @@ class StepComparison(Comparison):
             first = step()
             if self.device.kind == "cuda":
                 torch.cuda.synchronize()
-            about = {"seconds_to_first_step": time.perf_counter() - begun}
+            about: Row = {"seconds_to_first_step": time.perf_counter() - begun}
             for _ in range(2):  # compiles, tunes, fills caches
                 step()
             about["loss"] = None if first is None else float(first)

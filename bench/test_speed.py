@@ -9,6 +9,7 @@ is not timed. pytest-benchmark does the timing, by CUDA events; a sample is the 
 
 from contextlib import ExitStack
 from functools import lru_cache
+from typing import NoReturn
 
 import pytest
 
@@ -39,7 +40,8 @@ class CudaTimer:
     __name__ = "CUDA events"
 
     def __init__(self) -> None:
-        self.calls, self._total, self._last = 1, 0.0, None
+        self.calls, self._total = 1, 0.0
+        self._last: torch.cuda.Event | None = None
 
     def __call__(self) -> float:
         event = torch.cuda.Event(enable_timing=True)
@@ -103,13 +105,14 @@ def baseline_loss(step_comparison):
 @pytest.mark.parametrize(("job", "direction", "provider"), OPS)
 def test_op(benchmark, op_comparison, by_direction, job, direction, provider):
     benchmark.group = f"{job} {direction}"
+    row = op_comparison.named(job, provider) | {"kind": "op"}
     with op_comparison.device.active():
         try:
             found, absent = by_direction(job)
         except Exception as error:
-            absent = {provider: status_of(error)}
+            refuse(row, *status_of(error))
         if provider in absent:
-            refuse(op_comparison.named(job, provider) | {"kind": "op"}, *absent[provider])
+            refuse(row, *absent[provider])
         (wanted,) = (one for one in found if one.direction == direction)
         measure(benchmark, op_comparison, wanted, provider, op_comparison.set_up(wanted), {})
 
@@ -129,11 +132,11 @@ def measure(benchmark, comparison: Comparison, job, name: str, shared, values: d
             with PeakMemory(device.kind == "cuda") as peak:
                 ready = comparison.prepare(job, name, shared)
             stack.callback(ready.release)
-            why = "incorrect", comparison.wrong(job, values | {name: ready.value}, shared).get(name)
+            wrong = comparison.wrong(job, values | {name: ready.value}, shared)
         except Exception as error:
-            why = status_of(error)
-        if why[1]:
-            refuse(row, *why)
+            refuse(row, *status_of(error))
+        if name in wrong:
+            refuse(row, "incorrect", wrong[name])
         (iteration,) = ready.iterations.values()
         once = max(device.seconds(iteration.run, 2)[1], 1e-7)
         TIMER.calls = iteration.calls
@@ -148,7 +151,7 @@ def measure(benchmark, comparison: Comparison, job, name: str, shared, values: d
         benchmark.extra_info |= {key: facts[key] for key in EXTRA if key in facts}
 
 
-def refuse(row: dict, status: str, why: str) -> None:
+def refuse(row: dict, status: str, why: str) -> NoReturn:
     """Fail where a provider of ours is wrong or fails; skip any other that cannot be timed."""
     if status in compare.WRONG and compare.mine(row):
         pytest.fail(f"{status}: {why}", pytrace=False)

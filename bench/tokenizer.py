@@ -33,8 +33,6 @@ BATCHES = {"encode": (32, 128, 8), "decode": (32, 128, 8), "train": (32, 8)}
 #: How far a first loss may be from the reference ops': as for training steps of the transformer.
 LOSS_TOLERANCE = 0.02
 CHECKED_LOSSES = ("nll", "kl", "vf_distmat", "vf_cos", "d_loss")
-
-
 QUICK = ("auto", "auto-channels-last", "reference", "reference-channels-last", "trainer", "bare")
 
 

@@ -53,7 +53,7 @@ def measure(device: Device, log: Log, seconds: float = SECONDS, size: int = MATM
         }
         print(text(log.write(row)), flush=True)
 
-    state("copy", 2 * copied, _copy(device, seconds, copied), sheet and sheet.bandwidth)
+    state("copy", 2 * copied, _copy(device, seconds, copied), sheet.bandwidth if sheet else None)
     for dtype, name in MATMULS.items():
         stated = sheet.bfloat16 if sheet and dtype != torch.float32 else None
         state(name, 2 * size**3, _matmul(device, seconds, size, dtype), stated)

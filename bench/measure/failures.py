@@ -13,7 +13,7 @@ NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 def status_of(error: BaseException) -> tuple[str, str]:
     """The status and the reason of a row; where memory ran out the reason begins with "OutOfMemoryError"."""
     if isinstance(error, IterationFailed):
-        error = error.__cause__
+        error = error.__cause__ or error
     if isinstance(error, ImportError):
         return "unavailable", f"not installed: {error}"
     name, cause = type(error).__name__, error

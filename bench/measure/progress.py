@@ -84,7 +84,8 @@ class PeakMemory:
     """`gigabytes` of device memory, at most at once within the context; None where there is no device."""
 
     def __init__(self, on_device: bool):
-        self._on_device, self.gigabytes = on_device, None
+        self._on_device = on_device
+        self.gigabytes: float | None = None
 
     def __enter__(self) -> "PeakMemory":
         if self._on_device:

@@ -107,7 +107,7 @@ def machine(kind: str) -> Row:
     """The device and the versions that a run measures with. A row from a CPU names no GPU."""
     import torch
 
-    gpu = {"gpu": None, "capability": None, "driver": None}
+    gpu: Row = {"gpu": None, "capability": None, "driver": None}
     if kind == "cuda":
         properties = torch.cuda.get_device_properties()
         gpu = {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
@@ -147,8 +147,8 @@ def clocks() -> dict[str, float]:
     found = {}
     for name, text in zip(names, _nvidia_smi(*names.values()), strict=True):
         try:
-            found[name] = float(text)
-        except (TypeError, ValueError):  # None, "[N/A]"
+            found[name] = float(text or "")
+        except ValueError:  # None, "[N/A]"
             continue
     return found
 

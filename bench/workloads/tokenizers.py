@@ -104,7 +104,8 @@ class PassSetup:
         self.exact = self._way.result(tokenizer.double(), few)
         tokenizer = make_tokenizer(config, kernels.select("reference"), device).to(dtype)
         self.eager = self._way.result(tokenizer, few)
-        self.flops, self.about = flops_per_image(config, size)[part], {}
+        self.flops = flops_per_image(config, size)[part]
+        self.about: dict[str, str] = {}
 
     def provider(self, variant: TokenizerVariant) -> tuple[Encode | Decode, torch.Tensor]:
         """A pass to call, and its first results."""
