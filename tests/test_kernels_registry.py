@@ -60,7 +60,8 @@ def test_every_folder_is_an_op_with_the_same_files():
         assert (op.name, op.order[-1]) == (name, "reference") and "reference" in op.backends
         assert len({case.id for case in op.cases}) == len(op.cases)
         assert {case.production for case in op.cases} == {True, False}
-        assert "Raises:" in op.doc and "arXiv" in op.doc
+        for backend in ("triton", "cuda"):
+            assert bool(getattr(op.expectations, backend)) == (backend in op.backends), f"limits of {name} on {backend}"
         parameters = inspect.signature(op.check).parameters
         assert set(op.differentiable + op.mutates) <= set(parameters)
 
