@@ -1,10 +1,36 @@
-// The backward kernel: a block takes a head, and each warp some of its keys, whose gradients it
-// sums in registers. Scores stand transposed, keys by queries, so that p and ds multiply the
-// queries' rows from registers; ds goes to shared memory once, from where all warps together make
-// the gradient of a block of queries: five matrix products, and no sum over blocks.
+// rope_attention, the backward kernel. A block computes the gradients of one head of one sample:
 //
-// Where not all keys fit in shared memory, the block takes a part of them at a time, and sums the
-// gradient of the queries in `scratch`, as it always does where heads are wide.
+//   p  = 2^(q·kᵀ·softmax_scale_log2 − lse)    q, k normed and rotated; lse of the forward pass
+//   dv = pᵀ·d_out
+//   dp = d_out·vᵀ
+//   ds = p∘(dp − delta)                       delta = d_out·out, summed over the columns of a row
+//   dk = softmax_scale·dsᵀ·q
+//   dq = softmax_scale·ds·k
+//
+// and then brings dq and dk back through rotation and norm (gradients.h).
+//
+// Letters: T is the dtype of qkv; width the columns of a head, padded; a warp works on m tiles of
+// 16 keys and n tiles of 8 queries at a time; t counts tiles of 8 columns of a head; i the four
+// floats that a lane holds of a [16, 8] fragment of D (common/mma.h).
+//
+// A warp owns the 16·m rows of `keys` and `values` from warp·16·m on, and sums their dk and dv in
+// registers, [16·m, width] each. It computes p, dp and ds transposed, [16·m keys, 8·n queries], so
+// that they are the A of the products with d_out and q without leaving registers. ds also goes to
+// shared memory, once for `block` queries, and there a warp owns 16 queries at a time for dq =
+// ds·k, over the keys of all warps. So there are five matrix products, and no sum over blocks.
+//
+// Where not all keys fit in shared memory, the block takes a part of them at a time, and sums dq in
+// `scratch` in global memory, as it always does where heads are wider than 72.
+//
+// Shared memory, K and Q rows of keys and queries (sizes.keys, sizes.queries), rows padded to
+// `stride` of Tile:
+//
+//   keys, values      T [K, width]               k normed and rotated; v without its bias
+//   queries, d_out    T [Q, width]               q normed and rotated
+//   ds                T [K, block]               transposed: rows are keys, columns queries
+//   sums              float [warps, 5, width]    of each warp: see Vectors in rows.h
+//   lse_and_delta     float [max_queries / 8, 2, 8]
+//   shared_vectors    float [5, width]           weights of the norms, bias
 #pragma once
 
 #include "gradients.h"
@@ -33,7 +59,7 @@ struct BackwardShape {
   }
 };
 
-// What all warps share.
+// The dynamic shared memory of a block, and lse_and_delta. See the layout above.
 template <class T, int width, bool head_in_smem>
 struct BackwardMemory {
   using Shape = BackwardShape<T, width, head_in_smem>;
@@ -56,13 +82,23 @@ struct BackwardMemory {
   }
 };
 
-// Rows [first, first + rows) of the upstream gradient, with the log-sum-exp of their queries and
-// delta = Σ d_out·out, of out without the bias of the values, as these are in shared memory.
-// Queries that do not exist get an lse of infinity, so that their p is 0.
+// The tensors [samples, tokens, heads·width] of the result and its gradient; lse [samples, heads,
+// tokens], in units of log 2.
+template <class T>
+struct Outputs {
+  const T* d_out;
+  const T* out;
+  const float* lse;
+};
+
+// Loads rows [first, first + rows) of d_out, four threads to a row, with the log-sum-exp of their
+// queries and delta = Σ d_out·out, of out without the bias of the values, as these are in shared
+// memory. Queries that do not exist get an lse of infinity, so that their p is 0.
 template <class T, int width, bool head_in_smem>
-LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memory, const T* d_out,
-                             const T* out, const float* lse, const Head<width, head_in_smem>& head,
-                             const Vectors<width>& vectors, int first, int rows) {
+LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memory,
+                             const Outputs<T>& outputs, const HeadRows<T, width, head_in_smem>& in,
+                             int first, int rows) {
+  const auto& head = in.head;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
     bool there = token < head.tokens;
@@ -71,37 +107,39 @@ LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memor
 #pragma unroll
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
       int valid = there ? head.valid_columns(column, kChunk) : 0;
-      auto d_row = head.template load_some<kChunk>(d_out + at + column, valid);
-      auto result = head.template load_some<kChunk>(out + at + column, valid);
+      auto d_row = head.template load_some<kChunk>(outputs.d_out + at + column, valid);
+      auto out_row = head.template load_some<kChunk>(outputs.out + at + column, valid);
       store(memory.d_out.at(row, column, kChunk), d_row);
-      auto without_bias = vectors.add_bias(result, 2, column, -1.f);
+      auto without_bias = in.vectors.add_bias(out_row, 2, column, -1.f);
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) delta += d_row[j] * without_bias[j];
     }
     delta = warp_sum(delta, 4);
     if (member_index() == 0) {
       const int at = 16 * (row / 8) + row % 8;
-      memory.lse_and_delta[at] = there ? lse[head.in_heads(token)] : INFINITY;
+      memory.lse_and_delta[at] = there ? outputs.lse[head.in_heads(token)] : INFINITY;
       memory.lse_and_delta[at + 8] = delta;
     }
   }
 }
 
-// The gradients of a warp's keys and values.
+// dk and dv of a warp's keys.
 template <class T, int width, bool head_in_smem>
 struct KeyGradients {
   using Shape = BackwardShape<T, width, head_in_smem>;
-  float dk[Shape::m][Shape::tiles][4] = {}, dv[Shape::m][Shape::tiles][4] = {};
+  float dk[Shape::m][Shape::tiles][4] = {};  // [16·m, width] per warp
+  float dv[Shape::m][Shape::tiles][4] = {};  // [16·m, width] per warp
 
   // Adds what 8·n queries from `query` on give, and leaves their ds in shared memory, from `column`
   // on. Of the keys, in rows from `row` on, `remaining` exist.
   LDIT_DEVICE void add(const BackwardMemory<T, width, head_in_smem>& memory, int row, int remaining,
                        int query, int column, float softmax_scale_log2) {
     constexpr int M = Shape::m, N = Shape::n;
-    float p[M][N][4] = {};
+    float p[M][N][4] = {};  // pᵀ, later dsᵀ: [16·m keys, 8·n queries] per warp
     dot_nt<N>(p, memory.keys, row, memory.queries, query);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
+      // Of queries 2·member and 2·member + 1 of the tile: a lane's columns of pᵀ.
       auto lse = load<2>(memory.lse_and_delta.span(2 * (query + 8 * n) + 2 * member_index(), 2));
 #pragma unroll
       for (int m = 0; m < M; ++m)
@@ -115,7 +153,7 @@ struct KeyGradients {
     // Of two tiles at a time, because there are no registers for more.
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      float dp[M][2][4] = {};
+      float dp[M][2][4] = {};  // dpᵀ: [16·m keys, 16 queries] per warp
       dot_nt<2>(dp, memory.values, row, memory.d_out, query + 8 * n);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -166,12 +204,12 @@ struct KeyGradients {
   LDIT_DEVICE static void dot_nt_slice(float (&product)[Shape::m][count][4],
                                        const Tile<T, width>& a, int row, const Tile<T, width>& b,
                                        int query, int column) {
-    Word<T> a_frag[Shape::m][2 * deep];
+    Word<T> a_frag[Shape::m][2 * deep];  // [16·m, 8·deep] per warp
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<deep>(a_frag[m], a, row + 16 * m, column);
 #pragma unroll
     for (int n = 0; n < count; ++n) {
-      Word<T> b_frag[deep];
+      Word<T> b_frag[deep];  // [8·deep, 8] per warp
       load_b(b_frag, b, query + 8 * n, column);
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) mma<T>(product[m][n], a_frag[m], b_frag);
@@ -183,7 +221,8 @@ struct KeyGradients {
   LDIT_DEVICE static void accumulate(float (&acc)[Shape::m][Shape::tiles][4],
                                      const float (&p)[Shape::m][Shape::n][4], int n,
                                      const Tile<T, width>& b, int query) {
-    Word<T> a_frag[Shape::m][4], b_frag[Shape::tiles][2];
+    Word<T> a_frag[Shape::m][4];      // [16·m keys, 16 queries] per warp
+    Word<T> b_frag[Shape::tiles][2];  // [16 queries, width] per warp
     load_b_transposed(b_frag, b, query, 0);
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) {
@@ -202,7 +241,8 @@ LDIT_DEVICE void dot_ds_k(float (&dq)[tiles][4],
                           int count, int first) {
 #pragma unroll 2  // more at a time take registers from the gradients of keys
   for (int key = 0; key < count; key += 16) {
-    Word<T> a_frag[4], b_frag[tiles][2];
+    Word<T> a_frag[4];         // [16 queries, 16 keys] per warp
+    Word<T> b_frag[tiles][2];  // [16 keys, 8·tiles] per warp
     load_a_transposed(a_frag, memory.ds, key, column);
     load_b_transposed(b_frag, memory.keys, key, first);
 #pragma unroll
@@ -228,48 +268,56 @@ LDIT_DEVICE void add_scratch(float (&d)[tiles][4], float* scratch,
     }
 }
 
-// The gradients of a block's queries, ds being those of `count` keys, from `key` on; the
-// block is the `columns` rows in memory from `block` on.
+// A block of ds in shared memory, as tokens and as rows there.
+struct ScoreBlock {
+  int first_query;      // token of the first row of queries in shared memory
+  int query_row;        // row there with which the block begins
+  int queries;          // columns of the block that exist
+  int first_key, keys;  // token of the first row of keys in shared memory, and rows that exist
+};
+
+// dq of the block's queries, 16 rows to a warp at a time: dq = ds·k over the keys in shared memory,
+// to which scratch adds those of earlier parts. After the last keys, rows go back through rotation
+// and norm to d_qkv, by way of their own rows of queries.
 template <class T, int width, bool head_in_smem>
-LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, head_in_smem>& memory, const T* qkv,
-                                const Head<width, head_in_smem>& head, const QkvPrologue& prologue,
-                                const Vectors<width>& vectors, T* d_qkv, float* scratch, int first,
-                                int block, int columns, int key, int count, float softmax_scale) {
-  const bool last = key + count >= head.tokens;
-  for (int column = 16 * warp_index(); column < columns; column += 16 * (blockDim.x / kWarp)) {
-    const int at = block + column, token = first + at;
+LDIT_DEVICE void finish_queries(const BackwardMemory<T, width, head_in_smem>& memory,
+                                const HeadRows<T, width, head_in_smem>& in, T* d_qkv,
+                                float* scratch, const ScoreBlock& block, float softmax_scale) {
+  const auto& head = in.head;
+  const bool last = block.first_key + block.keys >= head.tokens;
+  for (int column = 16 * warp_index(); column < block.queries;
+       column += 16 * (blockDim.x / kWarp)) {
+    const int at = block.query_row + column, token = block.first_query + at;
     if constexpr (BackwardShape<T, width, head_in_smem>::dq_in_scratch) {
 #pragma unroll 1
       for (int part = 0; part < width; part += width / 2) {
-        float d[width / 16][4] = {};
-        dot_ds_k(d, memory, column, count, part);
-        add_scratch(d, scratch, head, token, part, key > 0, true);
+        float dq[width / 16][4] = {};  // [16 queries, width / 2] per warp
+        dot_ds_k(dq, memory, column, block.keys, part);
+        add_scratch(dq, scratch, head, token, part, block.first_key > 0, true);
       }
     } else {
-      float d[width / 8][4] = {};
-      dot_ds_k(d, memory, column, count, 0);
-      if (scratch) add_scratch(d, scratch, head, token, 0, key > 0, !last);
+      float dq[width / 8][4] = {};  // [16 queries, width] per warp
+      dot_ds_k(dq, memory, column, block.keys, 0);
+      if (scratch) add_scratch(dq, scratch, head, token, 0, block.first_key > 0, !last);
       if (!last) continue;
-      norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, softmax_scale,
-                         memory.sums_of(warp_index()));
-      store_tile(d, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token,
+      norm_rope_backward(dq, in, 0, token, softmax_scale, memory.sums_of(warp_index()));
+      store_tile(dq, memory.queries, at, d_qkv + head.in_packed(0, token), head.tokens - token,
                  head);
     }
   }
 }
 
-// The gradients of all queries, which are in scratch, by way of the rows of keys that a warp has in
-// memory.
+// Brings dq of all queries from scratch through rotation and norm to d_qkv, 16 rows to a warp at a
+// time, by way of the first rows of its own keys in shared memory.
 template <class T, int width, bool head_in_smem>
 LDIT_DEVICE void finish_from_scratch(const BackwardMemory<T, width, head_in_smem>& memory,
-                                     const T* qkv, const Head<width, head_in_smem>& head,
-                                     const QkvPrologue& prologue, const Vectors<width>& vectors,
-                                     T* d_qkv, float* scratch, float softmax_scale) {
+                                     const HeadRows<T, width, head_in_smem>& in, T* d_qkv,
+                                     float* scratch, float softmax_scale) {
+  const auto& head = in.head;
   for (int token = 16 * warp_index(); token < head.tokens; token += 16 * (blockDim.x / kWarp)) {
-    float d[width / 8][4] = {};
+    float d[width / 8][4] = {};  // [16 queries, width] per warp
     add_scratch(d, scratch, head, token, 0, true, false);
-    norm_rope_backward(d, qkv, head, prologue, vectors, 0, token, softmax_scale,
-                       memory.sums_of(warp_index()));
+    norm_rope_backward(d, in, 0, token, softmax_scale, memory.sums_of(warp_index()));
     store_tile(d, memory.keys, 16 * warp_index(), d_qkv + head.in_packed(0, token),
                head.tokens - token, head);
   }
@@ -305,8 +353,8 @@ __global__ void __launch_bounds__(256, 1)
                        VectorPartials partials, AttentionSizes sizes, bool aligned) {
   using Shape = BackwardShape<T, width, head_in_smem>;
   DynamicShared dynamic;
-  LDIT_SHARED(float, lse_and_delta,
-              2 * Shape::max_queries);  // at an address that takes no register
+  // Static, because its address then takes no register.
+  LDIT_SHARED(float, lse_and_delta, 2 * Shape::max_queries);
   const BackwardMemory<T, width, head_in_smem> memory(dynamic, lse_and_delta, sizes);
   const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x, aligned);
   // Of scores in units of log 2, so that exp is one instruction, exp2.
@@ -314,6 +362,8 @@ __global__ void __launch_bounds__(256, 1)
   const int row = warp_index() * Shape::rows;  // of this warp's keys
   LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
   const Vectors<width> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
+  const HeadRows<T, width, head_in_smem> in{qkv, head, prologue, vectors};
+  const Outputs<T> outputs{d_out, out, lse};
   stage_norm_and_bias(prologue, head, vectors);
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
@@ -321,17 +371,15 @@ __global__ void __launch_bounds__(256, 1)
   for (int key = 0; key < (head_in_smem ? 1 : head.tokens); key += head_in_smem ? 1 : sizes.keys) {
     const int count = head_in_smem ? head.tokens : min(sizes.keys, head.tokens - key);
     __syncthreads();
-    stage_v(qkv, head, key, sizes.keys, memory.values);
-    if (head_in_smem)
-      stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, memory.queries, memory.keys);
-    else stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, memory.keys);
+    stage_v(in, key, sizes.keys, memory.values);
+    if (head_in_smem) stage_q_and_k(in, sizes.keys, memory.queries, memory.keys);
+    else stage_q_or_k(in, 1, key, sizes.keys, memory.keys);
     KeyGradients<T, width, head_in_smem> gradients;
     for (int query = 0; query < (head_in_smem ? 1 : head.tokens);
          query += head_in_smem ? 1 : sizes.queries) {
       if (query > 0) __syncthreads();
-      if (!head_in_smem)
-        stage_q_or_k(qkv, head, prologue, vectors, 0, query, sizes.queries, memory.queries);
-      stage_d_out(memory, d_out, out, lse, head, vectors, query, sizes.queries);
+      if (!head_in_smem) stage_q_or_k(in, 0, query, sizes.queries, memory.queries);
+      stage_d_out(memory, outputs, in, query, sizes.queries);
       wait_copies<0>();
       __syncthreads();
       const int queries = head_in_smem ? head.tokens : min(sizes.queries, head.tokens - query);
@@ -343,9 +391,8 @@ __global__ void __launch_bounds__(256, 1)
           gradients.add(memory, row, count - row, block + column, column, softmax_scale_log2);
         }
         __syncthreads();
-        finish_queries(memory, qkv, head, prologue, vectors, d_qkv,
-                       head_in_smem ? nullptr : scratch, query, block, columns, key, count,
-                       softmax_scale_log2 * kLn2);
+        finish_queries(memory, in, d_qkv, head_in_smem ? nullptr : scratch,
+                       ScoreBlock{query, block, columns, key, count}, softmax_scale_log2 * kLn2);
       }
     }
     __syncthreads();  // the keys have been read by all
@@ -363,16 +410,14 @@ __global__ void __launch_bounds__(256, 1)
       if (at >= count) continue;
       store_tile(gradients.dv[m], memory.values, at, d_qkv + head.in_packed(2, token),
                  head.tokens - token, head);
-      norm_rope_backward(gradients.dk[m], qkv, head, prologue, vectors, 1, token,
-                         softmax_scale_log2 * kLn2, sums);
+      norm_rope_backward(gradients.dk[m], in, 1, token, softmax_scale_log2 * kLn2, sums);
       store_tile(gradients.dk[m], memory.keys, at, d_qkv + head.in_packed(1, token),
                  head.tokens - token, head);
     }
   }
   __syncthreads();
   if constexpr (Shape::dq_in_scratch) {
-    finish_from_scratch(memory, qkv, head, prologue, vectors, d_qkv, scratch,
-                        softmax_scale_log2 * kLn2);
+    finish_from_scratch(memory, in, d_qkv, scratch, softmax_scale_log2 * kLn2);
     __syncthreads();
   }
   store_sums(memory, partials, head, sizes);

@@ -1,13 +1,33 @@
-// The forward kernel: a block takes rows of queries of one head; keys and values of the head, or as
-// many of them as fit, are in shared memory, and scores stay in registers, a block of keys at a
-// time.
+// rope_attention, the forward kernel. For one head of one sample:
+//
+//   out = softmax(q·kᵀ·softmax_scale)·v,    lse_i = m_i + log2 l_i
+//
+// with q and k normed and rotated on load (rows.h), and the softmax computed online: see
+// OnlineSoftmax. A block takes rows of queries; keys and values of the head, or as many of them as
+// fit, are in shared memory.
+//
+// Letters: T is the dtype of qkv; width the columns of a head, padded; a warp works on m tiles of
+// 16 queries and n tiles of 8 keys at a time; t counts tiles of 8 columns of a head; i the four
+// floats that a lane holds of a [16, 8] fragment of D (common/mma.h): they are in row `group` +
+// 8·half, half = i / 2, and in column 2·member + i % 2.
+//
+// A warp owns 16·m queries. Their rows stay in registers as fragments of A, and so do the scores,
+// [16·m, 8·n], which are the A of the product with v. Where the head is in shared memory, a warp
+// goes on to the rows 16·m·warps further down.
+//
+// Shared memory, K and Q rows of keys and queries (sizes.keys, sizes.queries), rows padded to
+// `stride` of Tile:
+//
+//   queries           T [Q, width]     normed and rotated; then the rows of the result
+//   keys, values      T [K, width]     k normed and rotated; v without its bias
+//   shared_vectors    float [5, width] weights of the norms, bias
 #pragma once
 
 #include "rows.h"
 
 namespace ldit {
 
-// Shapes of a warp's work.
+// The shape of a warp's work.
 template <class T, int width>
 struct ForwardShape {
   // Tiles of 16 queries: each fragment of keys serves all.
@@ -25,7 +45,8 @@ struct ForwardShape {
 template <class T, int width>
 struct OnlineSoftmax {
   using Shape = ForwardShape<T, width>;
-  float row_max[Shape::m][2], row_sum[Shape::m][2], acc[Shape::m][Shape::tiles][4];
+  float row_max[Shape::m][2], row_sum[Shape::m][2];  // [16·m] per warp; index: tile, half
+  float acc[Shape::m][Shape::tiles][4];              // [16·m, width] per warp
 
   LDIT_DEVICE OnlineSoftmax() {
 #pragma unroll
@@ -44,10 +65,10 @@ struct OnlineSoftmax {
   LDIT_DEVICE void update(const Word<T> (&q)[Shape::m][2 * Shape::tiles],
                           const Tile<T, width>& keys, const Tile<T, width>& values, int first,
                           int remaining, float softmax_scale_log2) {
-    float scores[Shape::m][Shape::n][4] = {};
+    float scores[Shape::m][Shape::n][4] = {};  // [16·m queries, 8·n keys] per warp; later p
 #pragma unroll
     for (int n = 0; n < Shape::n; ++n) {
-      Word<T> b[Shape::tiles];
+      Word<T> b[Shape::tiles];  // kᵀ: [width, 8 keys] per warp
       load_b(b, keys, first + 8 * n, 0);
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) mma<T>(scores[m][n], q[m], b);
@@ -59,11 +80,11 @@ struct OnlineSoftmax {
       for (int half = 0; half < 2; ++half) softmax_row(scores[m], m, half, softmax_scale_log2);
 #pragma unroll
     for (int n = 0; n < Shape::n; n += 2) {
-      Word<T> b[Shape::tiles][2];
+      Word<T> b[Shape::tiles][2];  // v: [16 keys, width] per warp
       load_b_transposed(b, values, first + 8 * n, 0);
 #pragma unroll
       for (int m = 0; m < Shape::m; ++m) {
-        Word<T> a[4];
+        Word<T> a[4];  // p: [16 queries, 16 keys] per warp
         pack_a<T>(a, scores[m][n], scores[m][n + 1]);
 #pragma unroll
         for (int t = 0; t < Shape::tiles; ++t) mma<T>(acc[m][t], a, b[t]);
@@ -162,21 +183,22 @@ __global__ void __launch_bounds__(128, 2)
   const int parts = head_in_smem ? 1 : (int(sizes.tokens) + sizes.queries - 1) / sizes.queries,
             part = blockIdx.x % parts;
   const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x / parts, aligned);
+  const HeadRows<T, width, head_in_smem> in{qkv, head, prologue, vectors};
   const int first = part * sizes.queries;
   // Of scores in units of log 2, so that exp is one instruction, exp2.
   const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
 
-  if (head_in_smem) stage_v(qkv, head, 0, sizes.keys, values);
+  if (head_in_smem) stage_v(in, 0, sizes.keys, values);
   stage_norm_and_bias(prologue, head, vectors);
   __syncthreads();
-  if (head_in_smem) stage_q_and_k(qkv, head, prologue, vectors, sizes.keys, queries, keys);
-  else stage_q_or_k(qkv, head, prologue, vectors, 0, first, sizes.queries, queries);
+  if (head_in_smem) stage_q_and_k(in, sizes.keys, queries, keys);
+  else stage_q_or_k(in, 0, first, sizes.queries, queries);
   wait_copies<0>();
   __syncthreads();
   for (int row = warp_index() * Shape::rows; row < sizes.queries;
        row += blockDim.x / kWarp * Shape::rows) {
     const bool active = first + row < head.tokens;
-    Word<T> q[Shape::m][2 * Shape::tiles];
+    Word<T> q[Shape::m][2 * Shape::tiles];  // [16·m, width] per warp
 #pragma unroll
     for (int m = 0; m < Shape::m; ++m) load_a<Shape::tiles>(q[m], queries, row + 16 * m, 0);
     OnlineSoftmax<T, width> softmax;
@@ -184,8 +206,8 @@ __global__ void __launch_bounds__(128, 2)
          key += head_in_smem ? 1 : sizes.keys) {
       if (!head_in_smem) {
         __syncthreads();
-        stage_v(qkv, head, key, sizes.keys, values);
-        stage_q_or_k(qkv, head, prologue, vectors, 1, key, sizes.keys, keys);
+        stage_v(in, key, sizes.keys, values);
+        stage_q_or_k(in, 1, key, sizes.keys, keys);
         wait_copies<0>();
         __syncthreads();
       }

@@ -1,5 +1,12 @@
-// How the gradient of 16 rows goes back: through rotation and norm, into sums over all rows, to
-// global memory.
+// The gradient of 16 rows of q or k on its way to global memory. With x the row and its bias,
+// r = 1 / rms(x), x̂ = r·x, and d the gradient of rope(x̂·weight), for every row
+//
+//   d_y = softmax_scale·ropeᵀ(d),  d_weight += d_y·x̂,  g = d_y·weight,
+//   d_x = r·(g − x̂·mean(g·x̂)),    d_bias += d_x
+//
+// where the sums over rows are those of one warp, in shared memory, [5, width] (see Vectors).
+// A warp has the 16 rows in fragments of D, [16, width]: of each tile of 8 columns, a lane holds
+// columns 2·member and 2·member + 1, in row `group` (half 0) and in row `group` + 8 (half 1).
 #pragma once
 
 #include "rows.h"
@@ -21,8 +28,8 @@ LDIT_DEVICE float sum_for_group(float (&values)[8]) {
   return values[0];
 }
 
-// Adds to `sums`, this warp's own, what all groups have of each column; `value(tile, j)`: this
-// lane's for its column j of a tile.
+// Adds to `sums` [8·tiles], this warp's own, the sum over all groups of each column; `value(t, j)`
+// is this lane's for column 2·member + j of tile t.
 template <int tiles, class Value>
 LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
 #pragma unroll
@@ -36,15 +43,13 @@ LDIT_DEVICE void add_columns(const Shared<float>& sums, Value&& value) {
   }
 }
 
-// Takes the gradient of 16 normed and rotated rows from `token` on, queries or keys (`which` 0 or
-// 1), back through rotation and norm. `sums`, of this warp: where the gradients of the vectors are
-// summed.
+// d [16, width] per warp, of rows from `token` on of queries or keys (`which` 0 or 1), in place;
+// adds to this warp's `sums`. The formulas are at the top.
 template <class T, int width, bool full_width>
-LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
-                                    const Head<width, full_width>& head,
-                                    const QkvPrologue& prologue, const Vectors<width>& vectors,
-                                    int which, int token, float softmax_scale,
-                                    const Vectors<width>& sums) {
+LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4],
+                                    const HeadRows<T, width, full_width>& in, int which, int token,
+                                    float softmax_scale, const Vectors<width>& sums) {
+  const auto& [qkv, head, prologue, vectors] = in;
   constexpr int tiles = width / 8;
   const bool normed = prologue.q_weight.data != nullptr;
   const int member = 2 * member_index();
@@ -68,7 +73,7 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
     if (!normed) continue;
     const T* from = qkv + head.in_packed(which, there ? at : 0) + member;
     Raw<T, 2> raw[tiles];
-    float squares = 0.f, along = 0.f;
+    float squares = 0.f, mean_g_xhat = 0.f;
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       raw[t] = head.template load_some<2>(from + 8 * t,
@@ -81,23 +86,23 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
     for (int t = 0; t < tiles; ++t)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float normed = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse,
-              &mine = d[t][2 * half + j], dw = mine * normed;
+        float x_hat = vectors.add_bias(raw[t], which, 8 * t + member)[j] * inverse,
+              &g = d[t][2 * half + j], dw = g * x_hat;
         int column = 8 * t + member + j;
 #pragma unroll
         for (int flip = 4; flip < kWarp; flip *= 2) dw += from_lane_across(dw, flip);
         if (group_index() == 0) sums.weight(which)[column] += dw;
-        mine *= *vectors.weight_at(which, column, 1);
-        along += mine * normed;
+        g *= *vectors.weight_at(which, column, 1);
+        mean_g_xhat += g * x_hat;
       }
-    along = warp_sum(along, 4) / static_cast<float>(head.width);
+    mean_g_xhat = warp_sum(mean_g_xhat, 4) / static_cast<float>(head.width);
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float& mine = d[t][2 * half + j];
-        mine = (mine - pair[j] * inverse * along) * inverse;
+        float& g = d[t][2 * half + j];
+        g = (g - pair[j] * inverse * mean_g_xhat) * inverse;
       }
     }
   }
@@ -105,8 +110,8 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4], const T* qkv,
     add_columns<tiles>(sums.bias(which), [&](int t, int j) { return d[t][j] + d[t][2 + j]; });
 }
 
-// Rounds 16 rows to T, into rows of shared memory that only this warp uses any more, and from there
-// to `to`.
+// Rounds d [16, width] to T, into rows of shared memory that only this warp uses any more, and
+// stores from there the first `exist` rows to `to`, a query, key or value of qkv.
 template <class T, int width, bool full_width>
 LDIT_DEVICE void store_tile(const float (&d)[width / 8][4], const Tile<T, width>& own, int row,
                             T* to, int exist, const Head<width, full_width>& head) {

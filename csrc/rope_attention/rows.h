@@ -64,9 +64,9 @@ struct Head {
   }
 };
 
-// Vectors that all rows of a head share, as float32 in shared memory: weights of the norms of
-// queries and keys; the bias of queries, keys and values. What is not given, and columns that do
-// not exist, are 0.
+// float [5, width] in shared memory: vectors that all rows of a head share, or the sums that become
+// their gradients. Rows 0 and 1 are the weights of the norms of queries and keys, rows 2 to 4 the
+// bias of queries, keys and values. What is not given, and columns that do not exist, are 0.
 template <int width>
 struct Vectors {
   static constexpr int size = 5 * width;
@@ -93,6 +93,7 @@ struct Vectors {
   }
 };
 
+// Loads the vectors of the head; a barrier ends it.
 template <int width, bool full_width>
 LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue,
                                      const Head<width, full_width>& head,
@@ -106,6 +107,16 @@ LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue,
     vectors.memory[i] = from.data != nullptr && column < head.width ? load_float(from, at) : 0.f;
   }
 }
+
+// The rows of a head in qkv and what is applied to them: passed to everything that loads them. By
+// value, because references made nvcc order the loads of parameters otherwise.
+template <class T, int width, bool full_width>
+struct HeadRows {
+  const T* qkv;
+  Head<width, full_width> head;
+  QkvPrologue prologue;
+  Vectors<width> vectors;
+};
 
 // Eight columns of a row, normed and rotated, rounded once. `inverse`: of the root mean square;
 // `factors`: of the norm.
@@ -143,9 +154,9 @@ LDIT_DEVICE float inverse_rms(float squares, const Head<width, full_width>& head
 // and rotated, into shared memory; four threads share a row. In few registers: sums of products
 // occupy most of them.
 template <class T, int width, bool full_width>
-LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, full_width>& head,
-                              const QkvPrologue& prologue, const Vectors<width>& vectors, int which,
-                              int first, int rows, const Tile<T, width>& to) {
+LDIT_DEVICE void stage_q_or_k(const HeadRows<T, width, full_width>& in, int which, int first,
+                              int rows, const Tile<T, width>& to) {
+  const auto& [qkv, head, prologue, vectors] = in;
   const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
@@ -179,9 +190,9 @@ LDIT_DEVICE void stage_q_or_k(const T* qkv, const Head<width, full_width>& head,
 // The same for the first rows of queries and keys at once, which reads the table once, and loads
 // all columns of a row at a time.
 template <class T, int width, bool full_width>
-LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, full_width>& head,
-                               const QkvPrologue& prologue, const Vectors<width>& vectors, int rows,
+LDIT_DEVICE void stage_q_and_k(const HeadRows<T, width, full_width>& in, int rows,
                                const Tile<T, width>& queries, const Tile<T, width>& keys) {
+  const auto& [qkv, head, prologue, vectors] = in;
   constexpr int pieces = (width / kChunk + 3) / 4;
   const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
@@ -227,8 +238,9 @@ LDIT_DEVICE void stage_q_and_k(const T* qkv, const Head<width, full_width>& head
 
 // Starts to copy the values of rows [first, first + rows); wait_copies<0>() and a barrier end it.
 template <class T, int width, bool full_width>
-LDIT_DEVICE void stage_v(const T* qkv, const Head<width, full_width>& head, int first, int rows,
+LDIT_DEVICE void stage_v(const HeadRows<T, width, full_width>& in, int first, int rows,
                          const Tile<T, width>& to, Site site = Site::here()) {
+  const auto& [qkv, head, prologue, vectors] = in;
   constexpr int count = kVector<T>, units = width / count;
   for (int i = threadIdx.x; i < rows * units; i += blockDim.x) {
     int row = i / units, column = i % units * count, token = first + row;

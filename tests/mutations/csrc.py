@@ -86,8 +86,8 @@ MISTAKES = {
         "rope_attention", "csrc/rope_attention/gradients.h", "(upper ? high : low) +", "(upper ? low : high) +",
     ),
     "attention_bias_of_values_in_their_deltas": KernelMistake(
-        "rope_attention", "csrc/rope_attention/backward.h", "vectors.add_bias(result, 2, column, -1.f)",
-        "vectors.add_bias(result, 2, column, 0.f)",
+        "rope_attention", "csrc/rope_attention/backward.h", "vectors.add_bias(out_row, 2, column, -1.f)",
+        "vectors.add_bias(out_row, 2, column, 0.f)",
     ),
     "attention_last_key": KernelMistake(
         "rope_attention", "csrc/rope_attention/forward.h", "i % 2 >= remaining)", "i % 2 > remaining)",
