@@ -1,5 +1,15 @@
-// adaln_rms_norm: y = x / rms(x) · weight · (1 + scale) + shift. See common/norm.h for how a block
-// walks over the rows.
+// adaln_rms_norm: y = x̂·factor + shift, with x̂ = x / rms(x) and factor = weight·(1 + scale).
+// Backward, with r = 1 / rms(x), g = d_y·factor, and means over the columns:
+//
+//   d_x = r·g − x·r³·mean(g·x),    d_shift = Σ d_y,    d_scale = weight·Σ d_y·x̂    (over tokens)
+//   d_weight = Σ (1 + scale)·Σ d_y·x̂                                               (over samples)
+//
+//   x, d_x                  X [samples, tokens, width]
+//   y, d_y                  Y [samples, tokens, width]
+//   weight; scale, shift    [width]; [samples, width], in float32 or 16 bits
+//   partials                float [samples, chunks, 2, width], the sums of a block: see PartialSum
+//
+// common/norm.h says what a block and a thread own.
 #include "common/norm.h"
 
 namespace ldit {

@@ -1,11 +1,16 @@
-// adamw_ema_: AdamW, the moving average of the weights and their bfloat16 copy, in one pass over
-// all of them.
+// adamw_ema_: one step of AdamW, of the moving average of the weights and of their bfloat16 copy,
+// in place. For each number p with gradient g, m and v being its exp_avg and exp_avg_sq:
+//
+//   g = grad·grad_scale,    m = β₁·m + (1 − β₁)·g,    v = β₂·v + (1 − β₂)·g²
+//   p = p − lr·(m̂ / (√v̂ + eps) + weight_decay·p),     m̂ = m / (1 − β₁^step), v̂ = v / (1 − β₂^step)
+//   ema = ema_decay·ema + (1 − ema_decay)·p
 //
 // Bound by memory: 36 bytes a number with a bfloat16 gradient and a copy, half of them read and
 // half written. A thread takes four neighbours, one access of 16 bytes to each float32 array, and
-// the threads of a warp lie side by side: wider vectors for the 16-bit arrays would leave gaps
-// between the float32 accesses of a warp. Step, learning rate, gradient scale and skip flag are
-// read on the device; a block of a skipped step reads nothing else.
+// the threads of a warp lie side by side: longer vectors for the 16-bit arrays would leave gaps
+// between the float32 accesses of a warp. A block owns `steps` × kVectors × kThreads × 4
+// neighbours. Step, learning rate, gradient scale and skip flag are read on the device; a block of
+// a skipped step reads nothing else.
 #include <cmath>
 
 #include "common/launch.h"
@@ -17,7 +22,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kVectors = 2;  // of one thread, in flight at a time: 5 loads each
 
-// What all numbers of a call share, each rounded once from float64.
+// The hyperparameters as float32, each rounded once from float64.
 struct Rates {
   float beta1, rest1, log_beta1, beta2, rest2, log_beta2, eps, weight_decay, ema_decay, ema_rest;
 

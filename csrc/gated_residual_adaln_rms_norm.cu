@@ -1,6 +1,18 @@
-// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x' / rms(x') · weight · (1 +
-// scale) + shift. See common/norm.h for how a block walks over the rows. Each pass reads and writes
-// every token once.
+// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x̂'·factor + shift, with x̂' =
+// x' / rms(x') and factor = weight·(1 + scale). Backward, d_x being the gradient of x', with r = 1
+// / rms(x'), g = d_y·factor, and means over the columns:
+//
+//   d_x = d_x_new + r·g − x'·r³·mean(g·x'),    d_branch = gate·d_x
+//   d_gate = Σ d_x·(branch + bias)          over tokens; d_bias = Σ gate·Σ d_x over samples too
+//
+// The gradients of weight, scale and shift are those of adaln_rms_norm.
+//
+//   x, x_new (x'), d_x, d_x_new       X [samples, tokens, width]; X is Y or float
+//   branch, d_branch, y, d_y          Y [samples, tokens, width]
+//   weight, bias; gate, scale, shift  [width]; [samples, width], in float32 or 16 bits
+//   partials                          float [samples, chunks, 3 or 4, width]: see PartialSum
+//
+// Each pass reads and writes every token once. common/norm.h says what a block and a thread own.
 #include "common/norm.h"
 
 namespace ldit {

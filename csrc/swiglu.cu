@@ -1,10 +1,19 @@
-// swiglu: silu(a)·b, a and b the halves of each row. Bound by memory: every byte is read once and
-// written once.
+// swiglu: out = silu(a)·b, where a and b are the halves of a row of gate_up + bias. Backward, with
+// s = sigmoid(a):
 //
-// A thread owns a few neighbouring columns of both halves and walks down some rows, so a bias stays
-// in registers and so do the sums over rows that are its gradient. The widest access that divides
+//   d_a = d_out·b·s·(1 + a·(1 − s)),    d_b = d_out·a·s,    d_bias = Σ over rows of [d_a, d_b]
+//
+// Bound by memory: every byte is read once and written once. A thread owns `count` neighbouring
+// columns of both halves and walks down rows_per_block rows, `rows` of them in flight: the bias,
+// and the sums over rows that are its gradient, stay in registers. The widest access that divides
 // the addresses of all rows is taken: 16 bytes where the width allows it, 4 bytes for bf16 rows of
 // 2730, else one element.
+//
+//   gate_up, d_gate_up    T [rows, 2·width]
+//   out, d_out            T [rows, width]
+//   partials              float [parts, 2·width]: sums over the rows of one part
+//
+// A grid of parts × strips: a strip is the columns of one block, count·kThreads of each half.
 #include "common/column_sums.h"
 #include "common/math.h"
 
@@ -13,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Where this thread works: columns [column, column + count) of rows [begin, end).
+// The thread's columns [column, column + count), of each half, and its block's rows [begin, end).
 template <int count>
 struct Strip {
   std::int64_t part, begin, end, column;
@@ -70,7 +79,6 @@ LDIT_DEVICE void store_sums(float* to, const float (&sums)[count]) {
   for (int j = 0; j < count; ++j) to[j] = sums[j];
 }
 
-// d silu(a) = s·(1 + a·(1 − s)) with s = sigmoid(a).
 template <class T, int count, int rows, bool biased>
 __global__ void __launch_bounds__(kThreads)
     swiglu_bwd(const T* __restrict__ gate_up, Floats bias, const T* __restrict__ d_out,
@@ -78,6 +86,7 @@ __global__ void __launch_bounds__(kThreads)
   const Strip<count> strip(sizes);
   const std::int64_t width = sizes.width;
   if (strip.column >= width) return;
+  // Of the thread's columns, as are the rows loaded below.
   float gate_bias[count] = {}, up_bias[count] = {}, gate_sums[count] = {}, up_sums[count] = {};
   if constexpr (biased) {
     load_floats<false>(bias, strip.column, count, gate_bias);
@@ -119,7 +128,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// How many bytes divide the start of every row, of both halves, in all arrays: 16, 4 or 1.
+// The bytes of one access, 16, 4 or 1 (an element), that divide the address of every row, in both
+// halves of all arrays.
 int access_bytes(std::int64_t row_bytes, std::initializer_list<const void*> arrays) {
   for (int bytes : {16, 4}) {
     bool divides = row_bytes % bytes == 0;

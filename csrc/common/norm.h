@@ -1,10 +1,11 @@
-// What the modulated RMS norms share: how a block walks over rows, their modulation, and the second
-// stage of its gradients.
+// Parts of the modulated RMS norms: which tokens and columns a block and a thread own, the norm of
+// a row and its gradient, and the second stage of the gradients of the modulation.
 //
-// A block has a thread for every `kColumns` neighbouring columns and walks over some tokens of one
-// sample, a few at a time. So what is held per column (modulation, and sums over tokens in the
-// backward pass) stays in registers, and only the sums over a row need the block: one barrier for
-// each step of `rows` tokens.
+// A block owns tokens_per_block tokens of one sample, a chunk, and takes a few of them at a time.
+// Thread t owns columns 8·t to 8·t + 8 of each (kColumns). So what belongs to a column, the
+// modulation and in the backward pass the sums over tokens, stays in its registers, float [8]; only
+// the sums over a row are exchanged between threads, by way of 2 × 32 floats for each in shared
+// memory and with one barrier for each step of `rows` tokens (BlockSums).
 #pragma once
 
 #include "column_sums.h"
@@ -30,7 +31,7 @@ inline bool rows_aligned(const Modulation& m, std::int64_t width) {
          rows_aligned(m.shift.array, m.shift.stride);
 }
 
-// The part of the tokens that a block walks over, and the columns of its thread.
+// The tokens that a block owns, and the columns that a thread owns.
 struct Part {
   std::int64_t sample, chunk, begin, end;  // tokens [begin, end) of the sample
   int column, valid;  // columns [column, column + valid); valid is 0 for threads past the row
@@ -123,7 +124,7 @@ LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
 //
 //   d_x = r·g − x·r³·mean(g·x).
 
-// What the thread's columns add to Σx² and Σg·x.
+// The thread's columns of Σx² and Σg·x.
 template <class X, class Y>
 LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& d_y,
                              const float (&factor)[kColumns], float& squares, float& products) {
@@ -163,8 +164,10 @@ LDIT_DEVICE void store_partial(float* partials, int num_sums, PartialSum which,
   store_some<aligned>(row + part.column, raw, part.valid);
 }
 
-// The second stage. A block owns `kSumThreadsX` columns of all samples, so the sums over samples
-// need no third.
+// The second stage: partials [samples, chunks, num_sums, width] become the gradients of weight
+// [width], scale, shift and gate [samples, width] and bias [width]. A block owns kSumThreadsX
+// columns, and each of its kSumThreadsY threads of a column every kSumThreadsY-th sample, with all
+// chunks of it; the sums over samples then meet in shared memory.
 template <int num_sums>
 __global__ void __launch_bounds__(kSumThreads)
     reduce_modulation(const float* __restrict__ partials, Modulation modulation, Residual residual,
