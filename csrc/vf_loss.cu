@@ -1,16 +1,25 @@
-// vf_loss: how far the cosines within each of two sets of vectors differ, and how far apart the
-// vectors themselves point.
+// vf_loss: how much the cosines within two sets of vectors z and f differ, and how far apart z_i
+// and f_i point. With ẑ = z / |z| and c_ij = ẑ_i·ẑ_j − f̂_i·f̂_j, means over samples as well:
 //
-// Vectors are columns of [channels, positions], as convolutions leave them. A tile of either matrix
-// of cosines lives in registers only, as products of the inputs as they are: the inverse norms are
-// applied to the float32 products. The forward pass makes the tiles on and above the diagonal, for
-// both matrices are symmetric.
+//   distmat = mean_ij relu(|c_ij| − distmat_margin),    cos = mean_i relu(1 − cos_margin − ẑ_i·f̂_i)
 //
-// The backward pass makes 64 rows against 256 columns (a panel) at a time. With d the difference of
-// the cosines and G_ij = sign(d_ij)·[|d_ij| > margin], symmetric, the first term pulls the unit
-// vector of i by 2·Σ_j G_ij·ẑ_j: a second product, of the panel's weights G_ij / |z_j|, held in
-// shared memory, with the vectors as they are. What it moves along ẑ_i itself is taken out with Σ_j
-// G_ij·(z_i·z_j) / |z_j|, which the tiles give.
+// Letters: i and j are positions; c is a channel; z and f are T [samples, channels, positions], so
+// vectors are columns of a sample, as convolutions leave them; zz and ff are products z_i·z_j and
+// f_i·f_j; m, n, half and e index the float [2][4][4] of them that a lane holds: zz[m][n][2·half +
+// e] is of row B::row() + 16·m + 8·half and column B::column() + 8·n + e of the block's tile.
+//
+// Forward, three kernels: vf_loss_positions makes the norms, the products z_i·f_i and sums of the
+// second term; vf_loss_tiles the sums of the first, over tiles of 64 × 64 pairs on and above the
+// diagonal, for both matrices are symmetric; vf_loss_means adds the sums up. A tile of either
+// matrix lives in registers only, as products of the inputs as they are: the inverse norms are
+// applied to the float32 products.
+//
+// Backward, one kernel: a block makes the gradient of 64 rows i, against 256 columns j (a panel) at
+// a time. With G_ij = sign(c_ij)·[|c_ij| > distmat_margin], which is symmetric, the gradient of the
+// first term by ẑ_i is 2·Σ_j G_ij·ẑ_j, over the number of pairs. That is a second product, of the
+// weights w_ij = G_ij / |z_j| of the panel, T [64, 256] in shared memory, with the vectors z_j as
+// they are. Its part along ẑ_i has no effect on |ẑ_i| = 1 and is taken out: Σ_j w_ij·(z_i·z_j),
+// which the tiles give.
 #include "common/async_copy.h"
 #include "common/floats.h"
 #include "common/fragments.h"
@@ -26,7 +35,7 @@ constexpr float kFloorDistmat = 1e-12f, kFloorCos = 1e-8f;
 constexpr float kMaxWeight = 32768.f;
 
 LDIT_DEVICE float inverse_norm(float norm, float floor) { return 1.f / fmaxf(norm, floor); }
-LDIT_DEVICE float above(float x) { return x <= 0.f ? 0.f : x; }  // relu, but NaN stays NaN
+LDIT_DEVICE float relu(float x) { return x <= 0.f ? 0.f : x; }  // NaN stays NaN
 
 // --- Norms, products z·f and the second term.
 
@@ -76,7 +85,7 @@ __global__ void __launch_bounds__(kPositionsThreads)
     kept[all + at] = f_norm;
     kept[2 * all + at] = sums[2];
     float cosine = sums[2] * inverse_norm(z_norm, kFloorCos) * inverse_norm(f_norm, kFloorCos);
-    term[0] = above(1.f - sizes.cos_margin - cosine);
+    term[0] = relu(1.f - sizes.cos_margin - cosine);
   }
   BlockSums<1> sum(totals);
   sum(term, 0);
@@ -90,8 +99,11 @@ constexpr int kDepth = 64 / sizeof(T);  // channels of one step
 
 constexpr int kChunk = 64;  // channels and positions of a step of the second product
 
-// A block of warps, each with the pairs of 32 rows and 32 columns: in a thread, those of an mma
-// fragment (common/mma.h).
+// A block makes products of all pairs of `rows` × `columns` positions; the warps lie warps_down ×
+// warps_across, and each owns 32 × 32 pairs, [2][4] fragments of D, [16, 8] each (common/mma.h).
+//
+// Shared memory holds two stages of T, each with the step's channels in rows, kDepth of them: of z
+// [kDepth, rows] and [kDepth, columns], and the same of f.
 template <class T, int warps_down, int warps_across>
 struct Block {
   using Type = T;
@@ -101,6 +113,7 @@ struct Block {
   using Columns = Tile<T, columns>;
   static constexpr std::int64_t stage = 2 * (Rows::size(kDepth<T>) + Columns::size(kDepth<T>));
 
+  // Of the lane's first pair within the block's tile.
   LDIT_DEVICE static int row() { return warp_index() / warps_across * 32 + group_index(); }
   LDIT_DEVICE static int column() { return warp_index() % warps_across * 32 + 2 * member_index(); }
 };
@@ -129,7 +142,8 @@ LDIT_DEVICE void fetch(const Tile<T, columns>& to, const Sample<T>& from, std::i
   }
 }
 
-// Adds the products of one step. Channels lie in the rows of both tiles.
+// sums += a_tileᵀ·b_tile, [32, 32] per warp, for the kDepth channels of one step, which lie in the
+// rows of both tiles.
 template <class B, class Rows, class Columns>
 LDIT_DEVICE void add_products(const Rows& a_tile, const Columns& b_tile, float (&sums)[2][4][4]) {
   using T = typename B::Type;
@@ -166,11 +180,12 @@ LDIT_DEVICE void add_products(const Rows& a_tile, const Columns& b_tile, float (
   }
 }
 
-// The same of the second product, 32 channels × 16 rows for a warp: a_tile [channels,
-// positions], b_tile [rows, positions].
+// sums += a_tile·b_tileᵀ, [32 channels, 16 rows] per warp, over the kChunk positions of one step:
+// a_tile is z [kChunk channels, kChunk], b_tile the weights [rows, panel] from column `position`
+// on.
 template <class Vectors, class Weights>
-LDIT_DEVICE void add_pulls(const Vectors& a_tile, const Weights& b_tile, int channel, int row,
-                           int position, float (&sums)[2][2][4]) {
+LDIT_DEVICE void add_weighted_vectors(const Vectors& a_tile, const Weights& b_tile, int channel,
+                                      int row, int position, float (&sums)[2][2][4]) {
   using T = std::remove_reference_t<decltype(*a_tile.memory.base)>;
 #pragma unroll 4
   for (int k = 0; k < kChunk; k += kIs16Bit<T> ? 16 : 2) {
@@ -203,11 +218,11 @@ LDIT_DEVICE void add_pulls(const Vectors& a_tile, const Weights& b_tile, int cha
   }
 }
 
-// Calls `use(step)` for each step, while the copies that `load(step + 1)` has started are under
-// way. A step's shared memory is that of the step before the last; begins and ends with all of it
-// free.
+// A pipeline of two stages: calls `use(step)` for each step while the copies that `load(step + 1)`
+// has started are under way. A step uses the shared memory of the step before the last; at the
+// begin and at the end all of it is free.
 template <class Load, class Use>
-LDIT_DEVICE void in_two_stages(int steps, Load&& load, Use&& use) {
+LDIT_DEVICE void two_stage_pipeline(int steps, Load&& load, Use&& use) {
   load(0);
   commit_copies();
   for (int step = 0; step < steps; ++step) {
@@ -220,8 +235,8 @@ LDIT_DEVICE void in_two_stages(int steps, Load&& load, Use&& use) {
   }
 }
 
-// Adds z_i·z_j to zz and f_i·f_j to ff for the block's rows i and columns j; begins and ends with
-// free shared memory.
+// Adds z_i·z_j to zz and f_i·f_j to ff, [32, 32] per warp, for rows i from first_row on and columns
+// j from first_column on; begins and ends with free shared memory.
 template <class B, class T>
 LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t first_row,
                           std::int64_t first_column, const Shared<T>& memory, float (&zz)[2][4][4],
@@ -245,24 +260,22 @@ LDIT_DEVICE void products(const Sample<T>& z, const Sample<T>& f, std::int64_t f
       fetch<B::threads>(columns(step % 2, which), from, channel, first_column, kDepth<T>);
     }
   };
-  in_two_stages(int((z.channels + kDepth<T> - 1) / kDepth<T>), load_step, [&](int step) {
+  two_stage_pipeline(int((z.channels + kDepth<T> - 1) / kDepth<T>), load_step, [&](int step) {
     add_products<B>(rows(step % 2, 0), columns(step % 2, 0), zz);
     add_products<B>(rows(step % 2, 1), columns(step % 2, 1), ff);
   });
 }
 
-// Inverse norms of the rows and columns of a thread's products; norms of positions that do not
-// exist are 0.
+// Norms of one sample; those of positions that do not exist are 0.
 struct Norms {
-  const float *z, *f;  // of one sample
+  const float *z, *f;  // [positions]
   std::int64_t positions;
 
   LDIT_DEVICE float z_at(std::int64_t i) const { return i < positions ? z[i] : 0.f; }
   LDIT_DEVICE float f_at(std::int64_t i) const { return i < positions ? f[i] : 0.f; }
 };
 
-// Calls `use(m, half, n, e, difference of the cosines)` for each product zz[m][n][2·half + e] of
-// this thread.
+// Calls `use(m, half, n, e, c_ij)` for each pair of this lane.
 template <class B, class Use>
 LDIT_DEVICE void differences(const Norms& norms, std::int64_t first_row, std::int64_t first_column,
                              const float (&zz)[2][4][4], const float (&ff)[2][4][4], Use&& use) {
@@ -323,7 +336,7 @@ __global__ void __launch_bounds__(Square<T>::threads, 4)
   Norms norms{kept + sample * positions, kept + (sizes.samples + sample) * positions, positions};
   differences<B>(norms, first_row, first_column, zz, ff, [&](int, int, int, int, float difference) {
     // Nothing for positions that do not exist.
-    total[0] += above(fabsf(difference) - sizes.distmat_margin);
+    total[0] += relu(fabsf(difference) - sizes.distmat_margin);
   });
   BlockSums<1> sum(totals);
   sum(total, 0);
@@ -359,27 +372,29 @@ struct Panel : Block<T, 2, 4> {
   using Vectors = Tile<T, kChunk>;
   static_assert(width == kVfPanel);
   static_assert(2 * Vectors::size(kChunk) <= 2 * Self::stage);
+  // Two stages of products or of vectors, T; weights T [rows, width]; float projections [4, rows]
+  // of each column of warps; float scales [3, rows].
   static constexpr std::size_t shared =
       (2 * Self::stage + Weights::size(Self::rows)) * sizeof(T) + 7 * Self::rows * sizeof(float);
 };
 
-// Factors of the gradient of a row, for all of its channels: pull·Σ + z·z_c + f·f_c.
+// Factors of the gradient of a row, for all of its channels: sum·Σ_j w_ij·z_cj + z·z_ci + f·f_ci.
 struct RowScales {
-  float pull, z, f;
+  float sum, z, f;
 };
 
 LDIT_DEVICE RowScales row_scales(float z_norm, float f_norm, float product, float projection,
                                  float d_distmat, float d_cos, const VfSizes& sizes) {
   float to_unit = inverse_norm(z_norm, kFloorDistmat);
   RowScales scales;
-  scales.pull = to_unit * (d_distmat * 2.f / sizes.pairs());
+  scales.sum = to_unit * (d_distmat * 2.f / sizes.pairs());
   float z_to_unit = inverse_norm(z_norm, kFloorCos), f_to_unit = inverse_norm(f_norm, kFloorCos);
   float cosine = product * z_to_unit * f_to_unit;
   float d_cosine =
       1.f - sizes.cos_margin - cosine > 0.f ? d_cos / sizes.vectors() * z_to_unit : 0.f;
   scales.f = -d_cosine * f_to_unit;
   scales.z = z_norm >= kFloorCos ? d_cosine * cosine * z_to_unit : 0.f;
-  if (z_norm >= kFloorDistmat) scales.z -= projection * to_unit * to_unit * scales.pull;
+  if (z_norm >= kFloorDistmat) scales.z -= projection * to_unit * to_unit * scales.sum;
   return scales;
 }
 
@@ -403,7 +418,8 @@ __global__ void __launch_bounds__(Panel<T>::threads)
   const Sample<T> z_sample{z + offset, channels, positions, aligned},
       f_sample{f + offset, channels, positions, aligned};
   const Norms norms{z_norms + sample * positions, f_norms + sample * positions, positions};
-  // A vector of zeros pulls nothing: its weight must not be the one that the others are scaled by.
+  // A vector of zeros has weight 0: it must not be the one that the others are scaled
+  // by.
   auto weight = [&](std::int64_t j) {
     float norm = norms.z_at(j);
     return norm > 0.f ? inverse_norm(norm, kFloorDistmat) : 0.f;
@@ -421,17 +437,17 @@ __global__ void __launch_bounds__(Panel<T>::threads)
     for (std::int64_t part = 0; part < B::width && first + part < positions; part += B::columns) {
       float zz[2][4][4] = {}, ff[2][4][4] = {};
       products<B>(z_sample, f_sample, first_row, first + part, memory, zz, ff);
-      float pull[2][2][4][2];
+      float w[2][2][4][2];
       differences<B>(norms, first_row, first + part, zz, ff,
                      [&](int m, int half, int n, int e, float difference) {
-                       float size = weight(first + part + B::column() + 8 * n + e) * scale;
-                       float pulls = fabsf(difference) > sizes.distmat_margin
-                                         ? (difference > 0.f ? size : -size)
-                                         : 0.f;
+                       float size_ij = weight(first + part + B::column() + 8 * n + e) * scale;
+                       float w_ij = fabsf(difference) > sizes.distmat_margin
+                                        ? (difference > 0.f ? size_ij : -size_ij)
+                                        : 0.f;
                        // As rounded for the product: its rounding is then taken out too.
-                       pulls = to_float(from_float<T>(pulls));
-                       projection[m][half] += pulls * zz[m][n][2 * half + e] * unscale;
-                       pull[m][half][n][e] = pulls;
+                       w_ij = to_float(from_float<T>(w_ij));
+                       projection[m][half] += w_ij * zz[m][n][2 * half + e] * unscale;
+                       w[m][half][n][e] = w_ij;
                      });
 #pragma unroll
       for (int m = 0; m < 2; ++m)
@@ -440,7 +456,7 @@ __global__ void __launch_bounds__(Panel<T>::threads)
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
             weights.set_pair(B::row() + 16 * m + 8 * half, int(part) + B::column() + 8 * n,
-                             word<T>(pull[m][half][n][0], pull[m][half][n][1]));
+                             word<T>(w[m][half][n][0], w[m][half][n][1]));
           }
     }
 
@@ -460,14 +476,14 @@ __global__ void __launch_bounds__(Panel<T>::threads)
         for (int k = 0; k < 4; ++k) sum += projections[k * B::rows + threadIdx.x];
         RowScales row = row_scales(norms.z_at(i), norms.f_at(i), inner[sample * positions + i], sum,
                                    *d_distmat, *d_cos, sizes);
-        scales[threadIdx.x] = row.pull;
+        scales[threadIdx.x] = row.sum;
         scales[B::rows + threadIdx.x] = row.z;
         scales[2 * B::rows + threadIdx.x] = row.f;
       }
     }
     __syncthreads();
 
-    // Channels × rows: Σ_j z_cj · weight_ij.
+    // Channels × rows: Σ_j z_cj · w_ij.
     const int across = int((min(positions - first, std::int64_t(B::width)) + kChunk - 1) / kChunk);
     const int steps = int((channels + kChunk - 1) / kChunk) * across;
     auto vectors = [&](int step) {
@@ -480,8 +496,9 @@ __global__ void __launch_bounds__(Panel<T>::threads)
     };
     const int channel_of_warp = warp_index() / 4 * 32, row_of_warp = warp_index() % 4 * 16;
     float sums[2][2][4] = {};
-    in_two_stages(steps, load_step, [&](int step) {
-      add_pulls(vectors(step), weights, channel_of_warp, row_of_warp, step % across * kChunk, sums);
+    two_stage_pipeline(steps, load_step, [&](int step) {
+      add_weighted_vectors(vectors(step), weights, channel_of_warp, row_of_warp,
+                           step % across * kChunk, sums);
       if (step % across == across - 1) {
 #pragma unroll
         for (int m = 0; m < 2; ++m)

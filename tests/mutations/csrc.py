@@ -108,7 +108,7 @@ MISTAKES = {
         "min(from.positions - 1 - position - column,",
     ),
     "gradient_along_the_vector": KernelMistake(
-        "vf_loss", "csrc/vf_loss.cu", "scales.z -= projection * to_unit * to_unit * scales.pull;", "{}",
+        "vf_loss", "csrc/vf_loss.cu", "scales.z -= projection * to_unit * to_unit * scales.sum;", "{}",
     ),
     "earlier_panels": KernelMistake(
         "vf_loss", "csrc/vf_loss.cu", "if (first > 0) sum += partial[at];", "",
