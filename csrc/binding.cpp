@@ -11,7 +11,7 @@
 namespace ldit {
 namespace {
 
-// A gradient that is asked for, or an option that is given, or nothing.
+// An array of that shape, or null where None is given.
 Floats floats_or_none(Call& call, const char* name, py::handle object, const Shape& shape) {
   auto tensor = optional(call, name, object);
   return tensor ? tensor->shaped(shape).floats() : Floats{};

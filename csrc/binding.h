@@ -1,5 +1,5 @@
-// How binding.cpp looks at tensors: a view of each argument, checked before a launcher gets its
-// pointer.
+// Views of tensor arguments, each checked before a launcher gets its pointer, and the call that
+// they belong to.
 //
 // Tensors come through torch's DLPack exchange table (plain C, no torch header): a view without
 // ownership costs nanoseconds, and so does the current stream. That compiles in seconds, where
@@ -106,8 +106,8 @@ class Call {
   int before_ = -1;
 };
 
-// One tensor argument. Everything it is asked for is checked, and refused with the op's and the
-// argument's name.
+// One tensor argument. A property that it lacks is a ValueError with the op's and the argument's
+// name.
 class Tensor {
  public:
   Tensor(Call& call, const char* name, py::handle object) : call_(call), name_(name) {

@@ -1,4 +1,5 @@
-// What binding.cpp asks of the CUDA runtime, here so that it needs none of its headers.
+// The calls of the CUDA runtime that binding.cpp needs, in a file of their own so that it needs
+// none of CUDA's headers.
 #include "common/launch.h"
 
 namespace ldit {

@@ -1,5 +1,5 @@
-// The whole C++ surface of this folder: one launcher for each kernel sequence, with raw pointers,
-// sizes and a stream.
+// The launchers of all kernels, the whole C++ interface of this folder: raw pointers, sizes and a
+// stream; no CUDA header and no torch.
 //
 // A launcher trusts what binding.cpp has checked: pointers are those of contiguous arrays unless a
 // stride is given, in elements, and are of the dtype named. `void*` with a dtype is an array of
@@ -64,7 +64,7 @@ struct NormSizes {
   }
 };
 
-// What modulates the norm: weight [width]; scale and, unless null, shift [samples, width].
+// The modulation of the norm: weight [width]; scale and, unless null, shift [samples, width].
 struct Modulation {
   Floats weight;
   Rows scale, shift;
@@ -86,7 +86,8 @@ void launch_adaln_rms_norm_bwd(Floats x, const Modulation& modulation, Floats d_
 // [samples, tokens, width] but these: x, x' and their gradients have one dtype, that of branch or
 // float32; branch, y and their gradients another.
 
-// How a branch joins the stream: gate [samples, width], and bias [width], which may be null.
+// The parameters of x + gate·(branch + bias): gate [samples, width]; bias [width], which may be
+// null.
 struct Residual {
   Rows gate;
   Floats bias;

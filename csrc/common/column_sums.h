@@ -1,5 +1,9 @@
-// The second stage of a deterministic sum over rows: partial sums [parts, columns] of a first stage
-// become one row.
+// The second stage of a sum over rows in a fixed order: out [columns] = Σ over parts of partials
+// [parts, columns], which a first stage has written.
+//
+// A block owns kSumThreadsX columns; thread (tx, ty) adds up parts ty, ty + kSumThreadsY, … of one,
+// and thread (tx, 0) what those have, by way of float [kSumThreadsY, kSumThreadsX] in shared
+// memory.
 #pragma once
 
 #include "floats.h"

@@ -1,5 +1,5 @@
-// Arrays of floats whose dtype is known at run time: for what a kernel reads or writes too rarely
-// for code of its own.
+// Access to arrays of floats whose dtype is known at run time only: for what a kernel reads or
+// writes too rarely to be compiled for every dtype of it.
 #pragma once
 
 #include "vector.h"

@@ -1,4 +1,4 @@
-// Launches: one function for every kernel, on a device and in the emulation.
+// Starting a kernel, on a device or in the emulation, and the grids for it.
 #pragma once
 
 #include <string>

@@ -1,5 +1,4 @@
-// The transcendental functions of the kernels: the fast instructions, a few ulp from the exact
-// value.
+// Transcendental functions by the fast instructions, a few ulp from the exact value.
 #pragma once
 
 #include "platform.h"

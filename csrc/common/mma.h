@@ -33,7 +33,7 @@ constexpr bool kIs16Bit = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 #ifdef LDIT_EMULATED
 namespace detail {
 
-// What a lane brings to a product; a Word holds two neighbours along k.
+// The fragments that a lane gives to a product; a Word holds two neighbours along k.
 template <class Word>
 struct Product {
   const Word* a;

@@ -1,5 +1,5 @@
-// Whichever compiler reads this: nvcc, or g++ with the emulation in place of CUDA. The other
-// headers see one language.
+// The names of CUDA, from nvcc or, in the emulation, from emulation/cuda.h for a host compiler, and
+// those of lanes and warps. The other headers include this one and are the same for both compilers.
 #pragma once
 
 #ifdef LDIT_EMULATED

@@ -1,4 +1,5 @@
-// Sums within a warp and a block: always in the same order, so the same bits in every run.
+// Sums and maxima within a warp and sums within a block, always in the same order, so that every
+// run gives the same bits.
 #pragma once
 
 #include "shared.h"

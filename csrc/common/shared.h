@@ -1,5 +1,4 @@
-// Shared memory: arrays that the emulation checks the bounds of, and that are plain pointers on a
-// device.
+// Shared memory, static and dynamic: plain pointers on a device; the emulation checks the bounds.
 #pragma once
 
 #include "platform.h"

@@ -1,5 +1,5 @@
-// Loads and stores of several neighbours at a time, 16 bytes in one instruction, in the
-// arithmetic's float.
+// Loads and stores of neighbouring elements, 16 bytes in one instruction where the address allows
+// it, and their conversion to and from float.
 #pragma once
 
 #include "convert.h"

@@ -1,4 +1,4 @@
-// The names of CUDA that the kernels use, for a host compiler. Nothing of this is seen by nvcc.
+// The names of CUDA that the kernels use, for a host compiler; nvcc does not read this file.
 #pragma once
 
 #include <cmath>
@@ -50,7 +50,7 @@ inline void __syncwarp(unsigned mask = ~0u, emulation::Site site = emulation::Si
 
 namespace emulation {
 
-// What one lane brings to a shuffle and takes from it.
+// The value that a lane gives to a shuffle, and then the one that it gets.
 template <class T>
 struct Exchange {
   T value;

@@ -1,5 +1,6 @@
-// Compiled without sanitizers: its own switching between stacks is nothing a sanitizer can follow
-// unless told.
+// The runtime of the emulation: fibers, the order of threads, barriers, collectives of a warp,
+// shared memory and asynchronous copies. Compiled without sanitizers, and tells them of its
+// switches between stacks, which they cannot follow by themselves.
 #include "runtime.h"
 
 #include <sys/mman.h>
@@ -546,9 +547,9 @@ void copy_start(void* destination, const void* source, std::size_t bytes, std::s
 
 void copy_commit() { ++machine().running->groups; }
 
-void copy_wait(unsigned groups_left) {
+void copy_wait(unsigned pending_groups) {
   Thread& self = *machine().running;
-  auto finished = [&](const Copying& copy) { return copy.group + groups_left < self.groups; };
+  auto finished = [&](const Copying& copy) { return copy.group + pending_groups < self.groups; };
   for (const Copying& one : self.copies)
     if (finished(one)) one.copy(one.destination, one.source, one.bytes, one.valid);
   self.copies.erase(std::remove_if(self.copies.begin(), self.copies.end(), finished),

@@ -1,8 +1,8 @@
-// Runs CUDA blocks on a CPU: one fiber for each CUDA thread, blocks one after another, in one host
-// thread.
+// The interface of the emulation's runtime, which runs CUDA blocks on a CPU: one fiber for each
+// CUDA thread, blocks one after another, in one host thread.
 //
 // Between two places where threads wait for each other each runs alone, and a warp gets as far
-// ahead of the others as barriers let it; the order can be ascending, descending or shuffled. So a
+// ahead of the others as barriers let it; the order is ascending, descending or shuffled. So a
 // missing barrier shows in some order. Waiting that cannot end, or that CUDA does not define, ends
 // the launch with an Error which names the kernel, the block, the thread and the line.
 #pragma once
@@ -36,7 +36,7 @@ struct Site {
   }
 };
 
-// What runs at the moment; read by threadIdx and its kin.
+// The thread and block that run at the moment, read through threadIdx, blockIdx, blockDim, gridDim.
 struct Coordinates {
   Index3 thread, block;
   Dim3 block_size, grid_size;
@@ -75,6 +75,6 @@ using Copy = void (*)(void* destination, const void* source, std::size_t bytes, 
 void copy_start(void* destination, const void* source, std::size_t bytes, std::size_t valid,
                 Copy copy);
 void copy_commit();
-void copy_wait(unsigned groups_left);
+void copy_wait(unsigned pending_groups);
 
 }  // namespace emulation

@@ -1,4 +1,4 @@
-// Which instances of the kernels there are, and which of them serves a call.
+// The instances of the attention kernels, and the choice of the one that serves a call.
 #pragma once
 
 #include <initializer_list>
