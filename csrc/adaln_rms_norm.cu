@@ -30,13 +30,13 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
   const Part part(sizes);
-  float factor[kColumns], shift[kColumns];
+  float factor[kColumns], shift[kColumns];  // of the thread's columns
   load_factor<aligned>(modulation, part, factor);
   load_shift<aligned>(modulation, part, shift);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
-    Raw<X, kColumns> rows[steps];
-    float squares[steps];
+    Raw<X, kColumns> rows[steps];  // the thread's columns of `steps` tokens
+    float squares[steps];          // Σx² of each token: of its columns, then of the row
 #pragma unroll
     for (int i = 0; i < steps; ++i) rows[i] = load_columns<aligned>(x, sizes, part, token + i);
 #pragma unroll
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kNormThreads)
   for (std::int64_t token = part.begin; token < part.end; token += kRowsBackward, round ^= 1) {
     Raw<X, kColumns> rows[kRowsBackward];
     Raw<Y, kColumns> upstream[kRowsBackward];
-    float both[2 * kRowsBackward];  // Σx² and Σg·x of each row
+    // Σx² and Σg·x of each token: of the thread's columns, then of the row.
+    float both[2 * kRowsBackward];
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
       rows[i] = load_columns<aligned>(x, sizes, part, token + i);

@@ -1,8 +1,12 @@
 // Matrix fragments of 16-bit numbers and of float32 alike, in the layout of mma.h: products by
 // tensor cores where there are 16 bits, else by FMA, with the factors passed from lane to lane.
 //
-// A depth k is a number of tiles of 8: a Word holds two neighbours along k, an A fragment of 16
-// rows has two Words for each tile (rows `group` and group + 8), a B fragment of 8 columns one.
+// A depth k is a number of tiles of 8, k = 8·tiles; a Word holds two neighbours along k, from
+// 2·member on. What a warp holds together, and what a lane does of it:
+//
+//   A [16, k]    Word [2·tiles]    a[2·t] and a[2·t + 1]: rows `group` and `group` + 8, tile t
+//   B [k, 8]     Word [tiles]      b[t]: column `group`, tile t
+//   D [16, 8]    float [4]         two columns of row `group`, then of row `group` + 8
 #pragma once
 
 #include "mma.h"
@@ -49,7 +53,7 @@ struct Tile {
   }
 };
 
-// A of rows `row` to row + 15, k from `column` on.
+// A [16, 8·tiles] per warp: rows from `row` on, k from `column` on.
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, int row, int column,
                         Site site = Site::here()) {
@@ -76,7 +80,7 @@ LDIT_DEVICE void load_a(Word<T> (&a)[2 * tiles], const Tile<T, columns>& from, i
   }
 }
 
-// A, two tiles deep, of what stands with k along rows: k from `row` on, rows of A from `column` on.
+// A [16, 16] per warp, of what lies with k along rows: k from `row` on, rows of A from `column` on.
 template <class T, int columns>
 LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from, int row,
                                    int column, Site site = Site::here()) {
@@ -92,7 +96,8 @@ LDIT_DEVICE void load_a_transposed(Word<T> (&a)[4], const Tile<T, columns>& from
   }
 }
 
-// B whose 8 columns are the rows from `row` on, k from `column` on.
+// B [8·tiles, 8] per warp, transposed from how it lies: its columns are the 8 rows from `row` on,
+// its k are columns from `column` on.
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int row, int column,
                         Site site = Site::here()) {
@@ -123,8 +128,8 @@ LDIT_DEVICE void load_b(Word<T> (&b)[tiles], const Tile<T, columns>& from, int r
   }
 }
 
-// `tiles` fragments B, each two tiles deep, of what stands with k along rows: k from `row` on,
-// columns from `column` on.
+// `tiles` fragments B [16, 8] per warp, of what lies with k along rows: k from `row` on, columns
+// from `column` on.
 template <int tiles, class T, int columns>
 LDIT_DEVICE void load_b_transposed(Word<T> (&b)[tiles][2], const Tile<T, columns>& from, int row,
                                    int column, Site site = Site::here()) {
@@ -187,7 +192,7 @@ LDIT_DEVICE void mma_fp32(float (&d)[4], float2 above, float2 below, float2 b,
 
 }  // namespace detail
 
-// d += a·b over all tiles.
+// d [16, 8] += a [16, 8·tiles] · b [8·tiles, 8], per warp.
 template <class T, int tiles>
 LDIT_DEVICE void mma(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T> (&b)[tiles],
                      Site site = Site::here()) {
@@ -205,7 +210,7 @@ LDIT_DEVICE void mma(float (&d)[4], const Word<T> (&a)[2 * tiles], const Word<T>
   }
 }
 
-// The A fragment, two tiles deep, of two neighbouring products D.
+// A [16, 16] per warp of two neighbouring D [16, 8], rounded to T.
 template <class T>
 LDIT_DEVICE void pack_a(Word<T> (&a)[4], const float (&first)[4], const float (&second)[4]) {
   a[0] = word<T>(first[0], first[1]), a[1] = word<T>(first[2], first[3]);

@@ -483,9 +483,9 @@ void collective(const char* what, unsigned mask, void* mine, Perform perform, bo
   if (!(mask >> my_lane & 1))
     fail(std::string(what) + " by lane " + std::to_string(my_lane) + ", which is not in its mask",
          site);
-  unsigned there = m.count - first >= 32 ? ~0u : (1u << (m.count - first)) - 1;
-  if (mask & ~there)
-    fail(std::string(what) + " names lanes the warp does not have: " + lanes_of(mask & ~there),
+  unsigned existing = m.count - first >= 32 ? ~0u : (1u << (m.count - first)) - 1;
+  if (mask & ~existing)
+    fail(std::string(what) + " names lanes the warp does not have: " + lanes_of(mask & ~existing),
          site);
   self.sync = nullptr;
   for (unsigned i = 0; i < 32; ++i) {

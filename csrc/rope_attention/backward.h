@@ -101,12 +101,12 @@ LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memor
   const auto& head = in.head;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
-    bool there = token < head.tokens;
-    std::int64_t at = head.in_flat(there ? token : 0);
+    bool in_range = token < head.tokens;
+    std::int64_t at = head.in_flat(in_range ? token : 0);
     float delta = 0.f;
 #pragma unroll
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-      int valid = there ? head.valid_columns(column, kChunk) : 0;
+      int valid = in_range ? head.valid_columns(column, kChunk) : 0;
       auto d_row = head.template load_some<kChunk>(outputs.d_out + at + column, valid);
       auto out_row = head.template load_some<kChunk>(outputs.out + at + column, valid);
       store(memory.d_out.at(row, column, kChunk), d_row);
@@ -117,7 +117,7 @@ LDIT_DEVICE void stage_d_out(const BackwardMemory<T, width, head_in_smem>& memor
     delta = warp_sum(delta, 4);
     if (member_index() == 0) {
       const int at = 16 * (row / 8) + row % 8;
-      memory.lse_and_delta[at] = there ? outputs.lse[head.in_heads(token)] : INFINITY;
+      memory.lse_and_delta[at] = in_range ? outputs.lse[head.in_heads(token)] : INFINITY;
       memory.lse_and_delta[at + 8] = delta;
     }
   }

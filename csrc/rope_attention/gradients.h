@@ -56,9 +56,9 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4],
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int at = token + group_index() + 8 * half;
-    bool there = at < head.tokens;
+    bool in_range = at < head.tokens;
     const float* angles = prologue.table + std::int64_t(at) * head.width + member;
-    bool rotated = prologue.table && there;
+    bool rotated = prologue.table && in_range;
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       Raw<float, 2> angle{};
@@ -71,13 +71,13 @@ LDIT_DEVICE void norm_rope_backward(float (&d)[width / 8][4],
       d[t][2 * half + 1] = odd * cos - even * sin;
     }
     if (!normed) continue;
-    const T* from = qkv + head.in_packed(which, there ? at : 0) + member;
+    const T* from = qkv + head.in_packed(which, in_range ? at : 0) + member;
     Raw<T, 2> raw[tiles];
     float squares = 0.f, mean_g_xhat = 0.f;
 #pragma unroll
     for (int t = 0; t < tiles; ++t) {
       raw[t] = head.template load_some<2>(from + 8 * t,
-                                          there ? head.valid_columns(8 * t + member, 2) : 0);
+                                          in_range ? head.valid_columns(8 * t + member, 2) : 0);
       auto pair = vectors.add_bias(raw[t], which, 8 * t + member);
       squares += pair[0] * pair[0] + pair[1] * pair[1];
     }

@@ -160,20 +160,20 @@ LDIT_DEVICE void stage_q_or_k(const HeadRows<T, width, full_width>& in, int whic
   const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
     int token = first + row;
-    bool there = token < head.tokens;
-    const T* from = qkv + head.in_packed(which, there ? token : 0);
+    bool in_range = token < head.tokens;
+    const T* from = qkv + head.in_packed(which, in_range ? token : 0);
     float inverse = 1.f;
     if (normed) {
       float squares = 0.f;
       for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-        auto raw = head.template load_some<kChunk>(from + column,
-                                                   there ? head.valid_columns(column, kChunk) : 0);
+        auto raw = head.template load_some<kChunk>(
+            from + column, in_range ? head.valid_columns(column, kChunk) : 0);
         squares += sum_of_squares(vectors.add_bias(raw, which, column));
       }
       inverse = inverse_rms(squares, head, prologue);
     }
     for (int column = kChunk * member_index(); column < width; column += 4 * kChunk) {
-      int valid = there ? head.valid_columns(column, kChunk) : 0;
+      int valid = in_range ? head.valid_columns(column, kChunk) : 0;
       auto raw =
           vectors.add_bias(head.template load_some<kChunk>(from + column, valid), which, column);
       Raw<float, kChunk> angles{}, factors{};
@@ -196,13 +196,13 @@ LDIT_DEVICE void stage_q_and_k(const HeadRows<T, width, full_width>& in, int row
   constexpr int pieces = (width / kChunk + 3) / 4;
   const bool normed = prologue.q_weight.data != nullptr;
   for (int row = threadIdx.x / 4; row < rows; row += blockDim.x / 4) {
-    bool there = row < head.tokens;
+    bool in_range = row < head.tokens;
     Raw<T, kChunk> raw[2][pieces];
     Raw<float, kChunk> angles[pieces] = {};
 #pragma unroll
     for (int p = 0; p < pieces; ++p) {
       int column = kChunk * (member_index() + 4 * p),
-          valid = there ? head.valid_columns(column, kChunk) : 0;
+          valid = in_range ? head.valid_columns(column, kChunk) : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         raw[i][p] = head.template load_some<kChunk>(qkv + head.in_packed(i, row) + column, valid);
