@@ -161,16 +161,16 @@ void gated_residual_adaln_rms_norm_bwd(py::handle x_new, py::handle branch, py::
   NormSizes sizes = norm_sizes(call, input, tokens_per_block, eps);
   Floats stream = input.floats(),
          added = branch_floats(call, Tensor(call, "branch", branch), sizes, stream.dtype);
-  Residual joined = residual(call, gate, branch_bias, sizes);
+  Residual residual_params = residual(call, gate, branch_bias, sizes);
   Shape sample_shape = {sizes.samples, sizes.width}, column_shape = {sizes.width};
   ModulationGradients gradients{floats_or_none(call, "d_weight", d_weight, column_shape),
                                 floats_or_none(call, "d_scale", d_scale, sample_shape),
                                 floats_or_none(call, "d_shift", d_shift, sample_shape),
                                 floats_or_none(call, "d_gate", d_gate, sample_shape),
                                 floats_or_none(call, "d_bias", d_bias, column_shape)};
-  std::int64_t num_sums = joined.bias.data == nullptr ? 3 : 4;
+  std::int64_t num_sums = residual_params.bias.data == nullptr ? 3 : 4;
   launch_gated_residual_adaln_rms_norm_bwd(
-      stream, added, joined, modulation(call, weight, scale, py::none(), sizes),
+      stream, added, residual_params, modulation(call, weight, scale, py::none(), sizes),
       tokens_or_none(call, "d_x_new", d_x_new, sizes, stream.dtype),
       tokens_or_none(call, "d_y", d_y, sizes, added.dtype),
       tokens(call, "d_x", d_x, sizes, stream.dtype),
@@ -233,9 +233,9 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
   Floats input = packed.floats();
   Shape flat = {sizes.samples, sizes.tokens, sizes.heads * sizes.width},
         weight_shape = {sizes.width};
-  Floats sum_of_keys = floats_or_none(call, "scratch", scratch,
-                                      {sizes.samples, sizes.heads, sizes.tokens, sizes.width});
-  call.require(sum_of_keys.dtype == DType::float32, "scratch", "is not float32");
+  Floats scratch_floats = floats_or_none(call, "scratch", scratch,
+                                         {sizes.samples, sizes.heads, sizes.tokens, sizes.width});
+  call.require(scratch_floats.dtype == DType::float32, "scratch", "is not float32");
   launch_rope_attention_bwd(
       upstream.shaped(flat).typed(input.dtype).data(), input,
       result.shaped(flat).typed(input.dtype).data(),
@@ -244,7 +244,7 @@ void rope_attention_bwd(py::handle d_out, py::handle qkv, py::handle bias, py::h
       gradient.shaped({sizes.samples, sizes.tokens, 3, sizes.heads, sizes.width})
           .typed(input.dtype)
           .data(),
-      static_cast<float*>(sum_of_keys.data),
+      static_cast<float*>(scratch_floats.data),
       {partial_sums(call, dw_partial, {2, sizes.samples * sizes.heads, sizes.width}, "dw_partial"),
        partial_sums(call, db_partial, {sizes.samples, 3, sizes.heads, sizes.width}, "db_partial")},
       {floats_or_none(call, "d_q_weight", d_q_weight, weight_shape),
@@ -258,8 +258,8 @@ void adamw_ema_(py::handle param, py::handle grad, py::handle exp_avg, py::handl
                 py::handle grad_scale, py::handle skip, double beta1, double beta2, double eps,
                 double weight_decay, double ema_decay, std::int64_t elements_per_block) {
   Call call("adamw_ema_");
-  Tensor weights(call, "param", param), gradient(call, "grad", grad);
-  std::int64_t numbers = weights.elements();
+  Tensor param_tensor(call, "param", param), gradient(call, "grad", grad);
+  std::int64_t numbers = param_tensor.elements();
   call.require(numbers > 0, "param", "is empty");
   call.require(elements_per_block > 0, "elements_per_block", "is not positive");
   auto state = [&](const char* name, py::handle object) {
@@ -268,14 +268,15 @@ void adamw_ema_(py::handle param, py::handle grad, py::handle exp_avg, py::handl
   auto scalar = [&](const char* name, py::handle object) {
     return Tensor(call, name, object).scalar();
   };
-  Floats slope = gradient.counted(numbers).floats();
-  call.require(slope.dtype != DType::float16, "grad", "is float16; allowed: float32, bfloat16");
+  Floats grad_floats = gradient.counted(numbers).floats();
+  call.require(grad_floats.dtype != DType::float16, "grad",
+               "is float16; allowed: float32, bfloat16");
   auto copy = optional(call, "bf16_param", bf16_param);
   AdamWArrays arrays{state("param", param),
                      state("exp_avg", exp_avg),
                      state("exp_avg_sq", exp_avg_sq),
                      state("ema", ema),
-                     slope,
+                     grad_floats,
                      copy ? copy->counted(numbers).typed(DType::bfloat16).data() : nullptr};
   AdamWScalars scalars{scalar("step", step), scalar("lr", lr), scalar("grad_scale", grad_scale),
                        scalar("skip", skip)};

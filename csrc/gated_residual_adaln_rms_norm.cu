@@ -30,8 +30,8 @@ LDIT_DEVICE void load_gate(const Residual& residual, const Part& part, float (&g
                        part.valid, gate);
 }
 
-// Half a thread's gate lies beside that of its neighbour: a warp then writes and reads without bank
-// conflicts.
+// The gate in shared memory: float [2, kNormThreads, 4], so that half of a thread's columns lies
+// beside that of its neighbour, and a warp writes and reads without bank conflicts.
 template <bool aligned>
 LDIT_DEVICE void keep_gate(const Residual& residual, const Part& part, const Shared<float>& gates) {
   float gate[kColumns];
