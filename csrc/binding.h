@@ -66,7 +66,7 @@ class Call {
   ~Call() {
     try {
       if (before_ >= 0) set_device(before_);
-    } catch (const LaunchError&) {  // the launch has had the same and told it
+    } catch (const LaunchError&) {  // the launch has thrown the same
     }
   }
 

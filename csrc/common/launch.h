@@ -30,7 +30,7 @@ void launch(const LaunchConfig& config, void (*kernel)(Parameters...), Arguments
 #else
   auto check = [&](cudaError_t status) {
     if (status != cudaSuccess) {
-      cudaGetLastError();  // the error is told here, not by the next call of somebody else
+      cudaGetLastError();  // reported here, not by the next call of the runtime
       throw LaunchError(std::string(config.name) + ": " + cudaGetErrorString(status));
     }
   };

@@ -1,5 +1,5 @@
-// One warp for each helper of csrc/common, with what goes in and what comes out laid open. For the
-// emulation and a device.
+// Test kernels of one warp or block, one for each helper of csrc/common, with a C interface for
+// ctypes. For the emulation and for a device.
 #include "common/async_copy.h"
 #include "common/fragments.h"
 #include "common/mma.h"

@@ -1,4 +1,5 @@
-// A C interface for ctypes: each function returns null, or what a launch was refused for.
+// The C interface of the test kernels, for ctypes: a function returns null, or the error of its
+// launch.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Kernels with one mistake each, and beside it the same kernel without it (`wrong` false).
+// Kernels with one mistake each that the emulation has to find; with `wrong` false, without it.
 #include "common/async_copy.h"
 #include "common/mma.h"
 #include "common/reduce.h"
