@@ -356,15 +356,17 @@ __global__ void __launch_bounds__(256, 1)
   // Static, because its address then takes no register.
   LDIT_SHARED(float, lse_and_delta, 2 * Shape::max_queries);
   const BackwardMemory<T, width, head_in_smem> memory(dynamic, lse_and_delta, sizes);
-  const Head<width, head_in_smem> head(sizes, blockIdx.y, blockIdx.x, aligned);
+  LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
+  const HeadRows<T, width, head_in_smem> in{
+      qkv, Head<width, head_in_smem>(sizes, blockIdx.y, blockIdx.x, aligned), prologue,
+      Vectors<width>{shared_vectors}};
+  const auto& head = in.head;
   // Of scores in units of log 2, so that exp is one instruction, exp2.
   const float softmax_scale_log2 = kLog2E / sqrtf(static_cast<float>(head.width));
   const int row = warp_index() * Shape::rows;  // of this warp's keys
-  LDIT_SHARED(float, shared_vectors, Vectors<width>::size);
-  const Vectors<width> vectors{shared_vectors}, sums = memory.sums_of(warp_index());
-  const HeadRows<T, width, head_in_smem> in{qkv, head, prologue, vectors};
+  const Vectors<width> sums = memory.sums_of(warp_index());
   const Outputs<T> outputs{d_out, out, lse};
-  stage_norm_and_bias(prologue, head, vectors);
+  stage_norm_and_bias(in.prologue, head, in.vectors);
   for (int i = lane_index(); i < sums.size; i += kWarp) sums.memory[i] = 0.f;
   __syncwarp();
 
@@ -396,7 +398,7 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
     __syncthreads();  // the keys have been read by all
-    if (prologue.bias.data != nullptr) {
+    if (in.prologue.bias.data != nullptr) {
       add_columns<Shape::tiles>(sums.bias(2), [&](int t, int j) {
         float sum = 0.f;
 #pragma unroll

@@ -109,7 +109,8 @@ LDIT_DEVICE void stage_norm_and_bias(const QkvPrologue& prologue,
 }
 
 // The rows of a head in qkv and what is applied to them: passed to everything that loads them. By
-// value, because references made nvcc order the loads of parameters otherwise.
+// value, and in the backward kernel the only copy, because nvcc otherwise orders the loads of
+// parameters in another way.
 template <class T, int width, bool full_width>
 struct HeadRows {
   const T* qkv;
