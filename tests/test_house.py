@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.import_graph import Imports, brought, import_graph
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "kernels", "lightningdit", "vavae", "launch")
@@ -24,6 +27,13 @@ HOME = {"triton": "kernels/", "deepspeed": "launch/training/engine.py", "timm": 
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
 # Peers, measured where they are found.
 NEVER_REQUIRED = {"flash_attn", "flash_attn_interface", "apex", "liger_kernel", "quack"}
+#: Takes a second or hundreds of modules to import: what a function may import when it is called.
+SLOW = {
+    "torch", "torch._inductor", "torchvision", "triton", "deepspeed", "timm", "lpips", "torchdiffeq", "torch_fidelity",
+    "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "pydantic", "nvidia.dali",
+}  # fmt: skip
+#: Module → why its functions may import at will.
+LATE = {"launch.__main__": "asks first whose packages the names `common` and `kernels` find"}
 
 
 def imported(path: Path) -> set[str]:
@@ -89,6 +99,45 @@ def test_the_trainer_imports_no_model():
 def test_a_library_is_imported_in_its_one_place(library):
     users = [str(p.relative_to(ROOT)) for package in PACKAGES for p in sources(package) if library in imported(p)]
     assert all(user.startswith(HOME[library]) for user in users), users
+
+
+def cycle(graph: dict[str, Imports]) -> list[str]:
+    """Modules that import each other in a circle, at the top of files, in functions or for types; empty if none do."""
+    try:
+        TopologicalSorter({name: imports.all & graph.keys() for name, imports in graph.items()}).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def needless_late_imports(graph: dict[str, Imports]) -> dict[str, set[str]]:
+    """Module → what its functions import though it would bring nothing slow that the module has not already."""
+    found = {}
+    for module, imports in graph.items():
+        slow = SLOW - brought(module, graph)
+        quick = {name for name in imports.late if not brought(name, graph) & slow}
+        found[module] = {name for name in quick if name.split(".")[0] not in NEVER_REQUIRED}
+    return {module: names for module, names in found.items() if names and module not in LATE}
+
+
+def test_no_imports_form_a_circle():
+    assert cycle(import_graph(ROOT, (*PACKAGES, "bench", "tests"))) == []
+
+
+def test_functions_import_only_what_is_slow():
+    assert needless_late_imports(import_graph(ROOT, (*PACKAGES, "bench"))) == {}
+
+
+def test_circles_and_late_imports_are_seen(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/__init__.py").touch()
+    (tmp_path / "p/a.py").write_text("import json\ndef f():\n    import torch\n    from p import b\n")
+    (tmp_path / "p/b.py").write_text("import torch\nif TYPE_CHECKING:\n    from p.c import C\n")
+    (tmp_path / "p/c.py").write_text("import torch\ndef f():\n    import json, torch\n    import quack\n")
+    graph = import_graph(tmp_path, ["p"])
+    assert needless_late_imports(graph) == {"p.c": {"json", "torch"}} and cycle(graph) == []
+    (tmp_path / "p/c.py").write_text("def f():\n    from p.a import f\n")
+    assert set(cycle(import_graph(tmp_path, ["p"]))) == {"p.a", "p.b", "p.c"}
 
 
 def test_imports_by_string_are_seen(tmp_path, monkeypatch):
