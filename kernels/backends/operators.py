@@ -6,6 +6,7 @@ from functools import wraps
 
 import torch
 from torch._guards import TracingContext
+from torch._library.utils import get_layout_constraint_tag
 
 NAMESPACE = "ldit"
 
@@ -77,7 +78,6 @@ def register_lowerings() -> None:
 
 def _register_lowering(definition: torch.library.CustomOpDef) -> None:
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint  # a second to import
-    from torch._library.utils import get_layout_constraint_tag
 
     overload = definition._opoverload
     if overload not in lowerings:
