@@ -286,7 +286,7 @@ def deepspeed_config(
     else DeepSpeed would cast every gradient to float32 and every weight back. (It wants "bf16_optimizer_states" said
     then; ours stay float32.) `overrides` are merged before that.
     """
-    config = {
+    config: dict[str, Any] = {
         "train_batch_size": micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
