@@ -1,4 +1,4 @@
-"""What the bench asks of torch on a device, with stand-ins where torch would ask a driver."""
+"""The bench's calls of torch on a device, with stand-ins where torch would ask a driver."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -96,7 +96,7 @@ def test_a_crashed_op_runs_on_another_backend_in_steps():
 
 
 def test_a_crashed_op_of_a_graph_takes_its_variant_along():
-    grouped = step("bare-grouped", 8, in_graph=("weight_gradients",))
+    grouped = step("bare-grouped", 8, graph_passes=("weight_gradients",))
     assert grouped.adapted(findings(weight_gradients__triton="failed"))[0].skip == "weight_gradients crashed on triton"
     assert not grouped.adapted(findings(linear_swiglu__triton="failed"))[0].skip
 

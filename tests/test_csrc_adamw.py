@@ -1,4 +1,4 @@
-"""What the cases do not ask of the CUDA kernel of `adamw_ema_`: scalars of any dtype, addresses, digits."""
+"""The CUDA kernel of `adamw_ema_` beyond its cases: scalars of any dtype, unaligned addresses, digits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What starting a program costs: which packages an import brings."""
+"""The cost of starting a program: packages that an import brings."""
 
 import subprocess
 import sys

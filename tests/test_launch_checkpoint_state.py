@@ -1,4 +1,4 @@
-"""What a checkpoint's `state.json` says, changed by hand under a manifest that agrees: read, or named with its key."""
+"""A checkpoint's `state.json`, changed by hand under a manifest that agrees: read, or named with its key."""
 
 import copy
 import json

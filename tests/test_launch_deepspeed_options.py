@@ -1,4 +1,4 @@
-"""What may be set in DeepSpeed's configuration: the names, what is refused, and real steps with everything else."""
+"""Options of DeepSpeed that a run may set: the names, what is refused, and real steps with everything else."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""What the doctor finds, on machines made up for the purpose and on this one."""
+"""`launch doctor`, on machines made up for the purpose and on this one."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""How processes start and step on a GPU, with stand-ins for what needs one."""
+"""Start and steps of processes on a GPU, with stand-ins for what needs one."""
 
 import json
 

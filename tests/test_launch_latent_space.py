@@ -1,4 +1,4 @@
-"""How evenly latents fill their space: which vectors are drawn, and the program that measures them."""
+"""The uniformity of latents: the vectors drawn, and the program that measures it."""
 
 import hashlib
 import json

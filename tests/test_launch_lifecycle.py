@@ -1,4 +1,4 @@
-"""How a run ends: by a signal to one of its processes, with its launcher, and in order."""
+"""The end of a run: by a signal to one of its processes, with its launcher, and in order."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""What a training step must not do: wait for the device, and copy what need not be copied."""
+"""Guards of a training step: no wait for the device, and no copy that is not needed."""
 
 import json
 import subprocess

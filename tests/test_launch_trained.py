@@ -1,4 +1,4 @@
-"""What comes with trained weights is the network's, or `sample` and `export` refuse it in one sentence."""
+"""Files that come with trained weights fit the network, or `sample` and `export` refuse them in one sentence."""
 
 import json
 

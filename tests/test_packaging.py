@@ -1,4 +1,4 @@
-"""What an installation holds and how it runs: the files of sdist and wheel, and every program away from a checkout."""
+"""An installation: the files of sdist and wheel, and every program away from a checkout."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What a training step costs, read off its graph without a GPU: a pass over the tokens more than before fails here."""
+"""The cost of a training step, read off its graph without a GPU: a pass over the tokens more than before fails here."""
 
 from collections import Counter
 from functools import cache

@@ -1,4 +1,4 @@
-"""What a training step keeps in memory, counted on tensors without memory: one saved [B, N, D] more fails here."""
+"""The memory that a training step keeps, counted on tensors without memory: one saved [B, N, D] more fails here."""
 
 from functools import cache
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What holds for all tests: each asserts something, draws the same numbers every time, fails where a child hangs."""
+"""Rules for all tests: each asserts something, draws the same numbers every time, fails where a child hangs."""
 
 import ast
 import multiprocessing

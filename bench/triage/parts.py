@@ -60,10 +60,10 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
 def first_parts() -> tuple[Part, ...]:
     """500 s if every budget is used up; a machine with everything in its caches needs less."""
     existing = backends()
-    in_graph = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
-    others = tuple(op for op in existing if op not in (*STEP_OPS, *in_graph))
+    graph_passes = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
+    others = tuple(op for op in existing if op not in (*STEP_OPS, *graph_passes))
     quick = ("--quick", "--seconds", "0.2")
-    timed = (("step", STEP_OPS), ("graph", in_graph), ("others", others))
+    timed = (("step", STEP_OPS), ("graph", graph_passes), ("others", others))
     return (
         Part("machine", 12, (triage_task("machine", "machine"),)),
         Part("build", 60, (BUILD,)),
@@ -75,8 +75,8 @@ def first_parts() -> tuple[Part, ...]:
         Part("trainer", 60, (step("trainer", STEP_SECONDS),), essential=True),
         Part("plain-compile", 100, (step("plain-compile", STEP_SECONDS),), essential=True),
         Part("fractions", 55, tuple(Fractions(name, "bench.ops", quick, ops=ops) for name, ops in timed)),
-        Part("variants", 90, (step("bare-grouped", STEP_SECONDS, in_graph=in_graph[2:]),
-                              step("bare-folded", STEP_SECONDS, in_graph=in_graph[:2]),
+        Part("variants", 90, (step("bare-grouped", STEP_SECONDS, graph_passes=graph_passes[2:]),
+                              step("bare-folded", STEP_SECONDS, graph_passes=graph_passes[:2]),
                               step("bare", STEP_SECONDS, backend="cuda"))),
         Part("others", 35, (SAMPLING, ENCODE)),
     )  # fmt: skip

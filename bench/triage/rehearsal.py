@@ -62,7 +62,7 @@ def stand_in() -> None:
     for module in (step, gemms, sampling):
         module.published_config = lambda name: TINY
     for name, variant in variants.TRAINING.items():
-        variants.TRAINING[name] = replace(variant, compile="none", in_graph=())
+        variants.TRAINING[name] = replace(variant, compile="none", graph_passes=())
     training.STEPS["trainer"] = partial(training.TrainerStep, images=8 * BATCH, workers=0)
     ops.providers_for = lambda op, compiler, emulated: providers_for(op, lambda function: function, emulated=True)
     ops.plan = planned

@@ -90,18 +90,18 @@ class Step(Task):
 
     Attributes:
         backend: that of the ops, "auto" for the default choice.
-        in_graph: ops that the variant puts into its graphs, by Triton.
+        graph_passes: ops that the variant puts into its graphs, by Triton.
     """
 
     backend: str = "auto"
-    in_graph: tuple[str, ...] = ()
+    graph_passes: tuple[str, ...] = ()
 
     def adapted(self, findings: Findings) -> list[Task]:
         """With other backends for ops that have crashed, skipped where an op of its graphs has."""
         if self.name.startswith("plain"):
             return [self]
         preferred = "triton" if self.backend == "auto" else self.backend
-        if lost := [op for op in self.in_graph if findings.crashed(op, "triton")]:
+        if lost := [op for op in self.graph_passes if findings.crashed(op, "triton")]:
             return [replace(self, skip=f"{' and '.join(lost)} crashed on triton")]
         named = {op: findings.fallback(op, preferred) for op in STEP_OPS if findings.crashed(op, preferred)}
         if not named:
@@ -113,14 +113,14 @@ class Step(Task):
         return [replace(self, arguments=self.arguments + words, note=note, smaller=smaller)]
 
 
-def step(variant: str, seconds: float, backend: str = "auto", in_graph: tuple[str, ...] = ()) -> Step:
+def step(variant: str, seconds: float, backend: str = "auto", graph_passes: tuple[str, ...] = ()) -> Step:
     """A variant at 128 images a step, and at 64 where memory is too small."""
     chosen = () if backend == "auto" else ("--kernels", backend)
     name = "+".join((variant, *chosen[1:]))
 
     def at(batch: int, name: str, **more) -> Step:
         arguments = ("--model", MODEL, "--batch", str(batch), "--variant", variant, "--seconds", f"{seconds:g}")
-        return Step(name, "bench.step", arguments + chosen, backend=backend, in_graph=in_graph, **more)
+        return Step(name, "bench.step", arguments + chosen, backend=backend, graph_passes=graph_passes, **more)
 
     return at(128, name, smaller=at(64, f"{name} at 64", note="at batch 64: out of memory at 128"))
 

@@ -47,7 +47,7 @@ class TrainingVariant(Variant):
     """One way to train LightningDiT.
 
     Attributes:
-        in_graph: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
+        graph_passes: ops that take the place of nodes of the compiled graph, on Triton; the others leave it as it is.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
         per_op: (op, backend) of the ops that have another one than `kernels`.
@@ -55,7 +55,7 @@ class TrainingVariant(Variant):
     """
 
     compile: str = "inductor"
-    in_graph: tuple[str, ...] = ()
+    graph_passes: tuple[str, ...] = ()
     residual: str = "float32"
     recompute: bool | str = False
     per_op: tuple[tuple[str, str], ...] = ()
@@ -80,7 +80,7 @@ class TrainingVariant(Variant):
     @property
     def named(self) -> dict[str, str]:
         """Backends of ops by name, where they are others than `kernels`."""
-        return dict.fromkeys(self.in_graph, "triton") | dict(self.per_op)
+        return dict.fromkeys(self.graph_passes, "triton") | dict(self.per_op)
 
     def ops(self) -> Ops:
         return backends.select(self.kernels, self.named)
@@ -113,8 +113,8 @@ TRAINING = _by_name(
     TrainingVariant("trainer-bfloat16-stream", "trainer", residual="bfloat16"),
     TrainingVariant("bare", "bare"),
     TrainingVariant("bare-eager", "bare", compile="none"),
-    TrainingVariant("bare-grouped", "bare", in_graph=("weight_gradients",)),
-    TrainingVariant("bare-folded", "bare", in_graph=("linear_swiglu", "swiglu_linear_grad")),
+    TrainingVariant("bare-grouped", "bare", graph_passes=("weight_gradients",)),
+    TrainingVariant("bare-folded", "bare", graph_passes=("linear_swiglu", "swiglu_linear_grad")),
     TrainingVariant("bare-reference", "bare", kernels="reference"),
     TrainingVariant("bare-cudagraphs", "bare", compile="cudagraphs"),
     TrainingVariant("bare-regional", "bare", compile="regional"),

@@ -1,4 +1,4 @@
-"""Whether CUDA kernels, the built extension and Triton can run on this machine and in this process."""
+"""Reasons why CUDA kernels, the built extension or Triton cannot run on this machine or in this process."""
 
 import os
 from functools import cache

@@ -1,4 +1,4 @@
-"""What a process with the device of `runtime.c` replaces in torch and Triton, so that compiled code runs without it.
+"""Replacements in torch and Triton, by which a process with the device of `runtime.c` runs compiled code without a GPU.
 
 Inductor lowers, schedules and writes code as for the device. What it wrote is then called with fake tensors: buffers
 are fake, products and operators give shapes, launches of its kernels are counted. So a step runs from end to end in
