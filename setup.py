@@ -91,8 +91,10 @@ def present_architectures() -> list[str]:
 def extension() -> Extension:
     import torch
 
-    generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in
-                architectures(os.environ.get("LIGHTNINGDIT_CUDA_ARCHS"))]  # fmt: skip
+    generate = [
+        f"-gencode=arch=compute_{name},code=sm_{name}"
+        for name in architectures(os.environ.get("LIGHTNINGDIT_CUDA_ARCHS"))
+    ]
     wheel = wheel_folder()
     # The runtime that torch itself loads: its wheel has it without the name that -lcudart looks for.
     runtime = wheel / "lib" / "libcudart.so.13" if wheel else None

@@ -86,14 +86,29 @@ class LoaderJob:
 
 def _ours(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
     order, split = SampleOrder(len(data), batch_size, 0), BatchSplit(batch_size, 1, batch_size)
-    return micro_batches(data, order, split, 0, first_step=1, last_step=FOREVER, num_workers=workers,
-                         pin_memory=torch.cuda.is_available())  # fmt: skip
+    return micro_batches(
+        data,
+        order,
+        split,
+        0,
+        first_step=1,
+        last_step=FOREVER,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _published(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
     samples = FilePerSample(data)
-    return iter(DataLoader(samples, batch_size, sampler=RandomSampler(samples, num_samples=FOREVER),
-                           num_workers=workers, pin_memory=torch.cuda.is_available()))  # fmt: skip
+    return iter(
+        DataLoader(
+            samples,
+            batch_size,
+            sampler=RandomSampler(samples, num_samples=FOREVER),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
 
 
 #: Way to read → what its time covers, the package whose version a row states, and batches of so many samples by so
@@ -130,8 +145,15 @@ class LoaderComparison(Comparison):
     def named(self, job: LoaderJob, name: str) -> Row:
         way, _, workers = name.rpartition("-")
         includes, package, _ = WAYS[way]
-        return {"provider": way, "workers": int(workers), "batch_size": job.batch_size, "includes": includes,
-                "version": version(package), "pinned": torch.cuda.is_available(), **host()}  # fmt: skip
+        return {
+            "provider": way,
+            "workers": int(workers),
+            "batch_size": job.batch_size,
+            "includes": includes,
+            "version": version(package),
+            "pinned": torch.cuda.is_available(),
+            **host(),
+        }
 
     def set_up(self, job: LoaderJob) -> str:
         """Differences between both ways."""
@@ -163,8 +185,10 @@ class LoaderComparison(Comparison):
 
     def conclude(self, rows: list[Row]) -> None:
         """Print the best of ours against the best of the published way."""
-        rates = {way: [row["latents_per_second"] for row in rows if row["provider"] == way and row["status"] == "ok"]
-                 for way in (OURS, PUBLISHED)}  # fmt: skip
+        rates = {
+            way: [row["latents_per_second"] for row in rows if row["provider"] == way and row["status"] == "ok"]
+            for way in (OURS, PUBLISHED)
+        }
         if all(rates.values()):
             ratio = max(rates[OURS]) / max(rates[PUBLISHED])
             print(f"best against best: {ratio:.1f}x the way that opens one file per sample")

@@ -42,8 +42,11 @@ class Product:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(M, N, K) of the [M, N] result, a sum over K."""
-        return {"forward": (self.tokens, self.outputs, self.inputs), "dgrad": (self.tokens, self.inputs, self.outputs),
-                "wgrad": (self.outputs, self.inputs, self.tokens)}[self.direction]  # fmt: skip
+        return {
+            "forward": (self.tokens, self.outputs, self.inputs),
+            "dgrad": (self.tokens, self.inputs, self.outputs),
+            "wgrad": (self.outputs, self.inputs, self.tokens),
+        }[self.direction]
 
     @property
     def flops(self) -> int:
@@ -60,8 +63,11 @@ class Product:
         generator = torch.Generator(device).manual_seed(seed)
         draw = partial(torch.randn, generator=generator, device=device)
         x, dy = (self.tokens, self.inputs), (self.tokens, self.outputs)
-        first, second = {"forward": (x, (self.outputs, self.inputs)), "dgrad": (dy, (self.outputs, self.inputs)),
-                         "wgrad": (dy, x)}[self.direction]  # fmt: skip
+        first, second = {
+            "forward": (x, (self.outputs, self.inputs)),
+            "dgrad": (dy, (self.outputs, self.inputs)),
+            "wgrad": (dy, x),
+        }[self.direction]
         a, b = draw(first).bfloat16(), draw(second).bfloat16()
         return {"forward": (a, b.t()), "dgrad": (a, b), "wgrad": (a.t(), b)}[self.direction]
 
@@ -96,8 +102,15 @@ class GemmComparison(Comparison):
 
     def named(self, job: GemmJob, name: str) -> Row:
         product = job.product
-        return {"model": job.model, "batch": job.batch, "layer": product.layer, "direction": product.direction,
-                "provider": name, "ours": False, "shape": product.shape}  # fmt: skip
+        return {
+            "model": job.model,
+            "batch": job.batch,
+            "layer": product.layer,
+            "direction": product.direction,
+            "provider": name,
+            "ours": False,
+            "shape": product.shape,
+        }
 
     def run(self, job: GemmJob) -> list[Row]:
         with self.device.active():
@@ -131,8 +144,12 @@ class GemmComparison(Comparison):
 
     def figures(self, job: GemmJob, ready: Ready) -> Row:
         flops, seconds = job.product.flops, ready.seconds()
-        return {"flops": flops, "bytes": job.product.moved, "tflops": flops / seconds / 1e12,
-                **self.limits(flops / seconds)}  # fmt: skip
+        return {
+            "flops": flops,
+            "bytes": job.product.moved,
+            "tflops": flops / seconds / 1e12,
+            **self.limits(flops / seconds),
+        }
 
     def label(self, row: Row) -> str:
         of = f"{row['model']} batch {row['batch']} {row['layer']:4} {row['direction']:7}"
@@ -160,8 +177,10 @@ def means(rows: Iterable[Row]) -> dict[tuple[str, int, str], float]:
             if which not in known or row["p50_ms"] < known[which]["p50_ms"]:
                 known[which] = row
     whole = {key: list(known.values()) for key, known in found.items() if len(known) == len(LAYERS) * len(DIRECTIONS)}
-    return {key: sum(row["flops"] for row in known) / sum(row["p50_ms"] for row in known) / 1e9
-            for key, known in whole.items()}  # fmt: skip
+    return {
+        key: sum(row["flops"] for row in known) / sum(row["p50_ms"] for row in known) / 1e9
+        for key, known in whole.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,8 +61,13 @@ def representative(op: Op) -> str:
 def jobs(ops: Iterable[Op], cases: Iterable[str] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> list[OpJob]:
     """Every production case (of these ids, if any) and dtype, the most representative first."""
     wanted = set(cases)
-    found = [OpJob(op, case, dtype) for op in ops for case in op.cases for dtype in dtypes
-             if case.production and dtype in op.dtypes & case.dtypes and (not wanted or case.id in wanted)]  # fmt: skip
+    found = [
+        OpJob(op, case, dtype)
+        for op in ops
+        for case in op.cases
+        for dtype in dtypes
+        if case.production and dtype in op.dtypes & case.dtypes and (not wanted or case.id in wanted)
+    ]
     return sorted(found, key=lambda job: job.rank)
 
 

@@ -39,17 +39,37 @@ from bench.measure.rows import ROOT, revision
 
 LIMIT_MB = 64
 #: Never packed, and neither are their dependencies: an image for torch and CUDA has them, and most are large.
-IN_IMAGE = frozenset({
-    "torch", "torchvision", "triton", "timm", "torchdiffeq", "safetensors", "numpy", "pillow", "pyyaml", "scipy",
-    "scikit-learn", "matplotlib", "tensorboard", "ninja", "setuptools", "pybind11",
-})  # fmt: skip
+IN_IMAGE = frozenset(
+    {
+        "torch",
+        "torchvision",
+        "triton",
+        "timm",
+        "torchdiffeq",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "pyyaml",
+        "scipy",
+        "scikit-learn",
+        "matplotlib",
+        "tensorboard",
+        "ninja",
+        "setuptools",
+        "pybind11",
+    }
+)
 #: Pinned, but imported by nothing that is measured: packed if named.
 OPTIONAL = frozenset({"torch-fidelity"})
 #: Published as source alone, with compiled parts only on demand.
 SOURCE_ONLY = frozenset({"deepspeed"})
 #: torch's own wheels ask for glibc 2.28.
-PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
-             "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]  # fmt: skip
+PLATFORMS = [
+    *(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)),
+    "manylinux2014_x86_64",
+    "manylinux2010_x86_64",
+    "manylinux1_x86_64",
+]
 
 
 def pinned(root: Path, named: Iterable[NormalizedName]) -> list[Requirement]:
@@ -73,14 +93,21 @@ class Wheels:
         abi = f"cp{python.replace('.', '')}"
         self._tags: set[Tag] = {*cpython_tags(release, [abi], PLATFORMS), *compatible_tags(release, abi, PLATFORMS)}
         linux = {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
-        self._environment: dict[str, Any] = {**default_environment(), **linux, "python_version": python,
-                             "python_full_version": f"{python}.0"}  # fmt: skip
+        self._environment: dict[str, Any] = {
+            **default_environment(),
+            **linux,
+            "python_version": python,
+            "python_full_version": f"{python}.0",
+        }
 
     def find(self, requirement: Requirement) -> Path | None:
         for path in sorted(self.folder.glob("*.whl")):
             name, version, _, tags = parse_wheel_filename(path.name)
-            if (name == canonicalize_name(requirement.name) and requirement.specifier.contains(version, True)
-                    and tags & self._tags):  # fmt: skip
+            if (
+                name == canonicalize_name(requirement.name)
+                and requirement.specifier.contains(version, True)
+                and tags & self._tags
+            ):
                 return path
         return None
 
@@ -92,11 +119,24 @@ class Wheels:
         if canonicalize_name(wanted.name) in SOURCE_ONLY:
             command = ["wheel", "--no-build-isolation", "--wheel-dir", str(self.folder)]
         else:
-            command = ["download", "--only-binary=:all:", "--python-version", self.python, "--implementation", "cp",
-                       *(f"--platform={name}" for name in PLATFORMS), "--dest", str(self.folder)]  # fmt: skip
+            command = [
+                "download",
+                "--only-binary=:all:",
+                "--python-version",
+                self.python,
+                "--implementation",
+                "cp",
+                *(f"--platform={name}" for name in PLATFORMS),
+                "--dest",
+                str(self.folder),
+            ]
         command += ["--no-deps", "--disable-pip-version-check", "--retries=1", f"{wanted.name}{wanted.specifier}"]
-        done = subprocess.run([sys.executable, "-m", "pip", *command], capture_output=True, text=True,
-                              env=os.environ | {"DS_BUILD_OPS": "0"})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", *command],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"DS_BUILD_OPS": "0"},
+        )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
             errors = [line for line in lines if line.startswith("ERROR: ")] or lines
@@ -110,8 +150,11 @@ class Wheels:
         name, version = wheel.name.split("-")[:2]
         listed = metadata.PathDistribution(ZipPath(wheel, f"{name}-{version}.dist-info/")).requires or []
         environments = [self._environment | {"extra": extra} for extra in ("", *extras)]
-        return [r for r in map(Requirement, listed)
-                if r.marker is None or any(r.marker.evaluate(environment) for environment in environments)]  # fmt: skip
+        return [
+            r
+            for r in map(Requirement, listed)
+            if r.marker is None or any(r.marker.evaluate(environment) for environment in environments)
+        ]
 
 
 def tested(requirement: Requirement) -> Requirement:
@@ -161,10 +204,14 @@ def find_headers(python: str) -> Path | None:
     """From an interpreter on the PATH, pyenv, uv, or the usual places."""
     program = shutil.which(f"python{python}")
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    prefixes = [Path(sys.base_prefix), *([Path(program).resolve().parents[1]] if program else []),
-                *sorted(pyenv.glob(f"versions/{python}[.-]*"), reverse=True),
-                *sorted(Path.home().glob(f".local/share/uv/python/cpython-{python}[.-]*"), reverse=True),
-                Path("/usr/local"), Path("/usr")]  # fmt: skip
+    prefixes = [
+        Path(sys.base_prefix),
+        *([Path(program).resolve().parents[1]] if program else []),
+        *sorted(pyenv.glob(f"versions/{python}[.-]*"), reverse=True),
+        *sorted(Path.home().glob(f".local/share/uv/python/cpython-{python}[.-]*"), reverse=True),
+        Path("/usr/local"),
+        Path("/usr"),
+    ]
     folders = (prefix / "include" / f"python{python}" for prefix in prefixes)
     return next((folder for folder in folders if version_of(folder) == python), None)
 
@@ -180,10 +227,21 @@ def build_extension(root: Path, headers: Path, python: str, target: Path) -> tup
     built.unlink(missing_ok=True)
     # Put before the headers of the interpreter that builds, in the commands for C++ alone.
     flags = f"-I{headers} {os.environ.get('CPPFLAGS', '')}".strip()
-    environment = os.environ | {"CPPFLAGS": flags, "SETUPTOOLS_EXT_SUFFIX": suffix,
-                                "LIGHTNINGDIT_CUDA_ARCHS": architectures()}  # fmt: skip
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", str(work / "temp"),
-               "--build-lib", str(work / "lib")]  # fmt: skip
+    environment = os.environ | {
+        "CPPFLAGS": flags,
+        "SETUPTOOLS_EXT_SUFFIX": suffix,
+        "LIGHTNINGDIT_CUDA_ARCHS": architectures(),
+    }
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-temp",
+        str(work / "temp"),
+        "--build-lib",
+        str(work / "lib"),
+    ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the CUDA extension does not compile:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -246,12 +304,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is no version such as 3.12")
         return text
 
-    parser = argparse.ArgumentParser(prog="bash bench/pack.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="bash bench/pack.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", metavar="DIR", type=Path, help="made if it does not exist")
     parser.add_argument("--python", type=minor, default="3.12", help="that of the other machine (default 3.12)")
-    parser.add_argument("--with", dest="named", metavar="NAME", action="append", default=[], type=canonicalize_name,
-                        help="also this package of pyproject.toml, such as liger-kernel; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--with",
+        dest="named",
+        metavar="NAME",
+        action="append",
+        default=[],
+        type=canonicalize_name,
+        help="also this package of pyproject.toml, such as liger-kernel; repeatable",
+    )
     parser.add_argument("--headers", type=Path, help="folder of that Python's Python.h (default: found)")
     return parser.parse_args(argv)
 

@@ -53,8 +53,9 @@ def run_bench(root: Path, arguments: list[str], out: Path, timeout: float | None
     """Run a bench of the tree at `root` in a process of its own, its rows appended to `out`; its exit status."""
     variables = {name: value for name, value in os.environ.items() if root == ROOT or name != "GIT_REVISION"}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", *arguments, "--out", str(out)], cwd=root, env=variables,
-                          timeout=timeout).returncode  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", *arguments, "--out", str(out)], cwd=root, env=variables, timeout=timeout
+    ).returncode
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def checkout(revision: str, root: Path = ROOT) -> Iterator[Path]:
             git(["git", "worktree", "remove", "--force", str(there)])
 
 
-def by_turns(revision: str, arguments: list[str], root: Path = ROOT,
-             run: Callable[..., int] = run_bench) -> tuple[list[Row], list[Row]]:  # fmt: skip
+def by_turns(
+    revision: str, arguments: list[str], root: Path = ROOT, run: Callable[..., int] = run_bench
+) -> tuple[list[Row], list[Row]]:
     """Rows of that revision, measured before and after those of this tree, and the latter.
 
     The CUDA extension is built for that revision where this tree has one.
@@ -164,18 +166,25 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m bench.regress", description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _Parser(
+        prog="python -m bench.regress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="?", type=Path, help="a file that --out of the benches wrote")
     parser.add_argument("--baseline", type=Path, help="default: bench/results/<gpu>.jsonl")
     parser.add_argument("--update", action="store_true", help="write the baseline, whatever the findings")
     parser.add_argument("--reason", help="why the baseline changes")
-    parser.add_argument("--partial", action="append", default=[], choices=tuple(compare.TOLERANCE),
-                        help="a kind of rows of which the run measured a part only; repeatable")  # fmt: skip
+    parser.add_argument(
+        "--partial",
+        action="append",
+        default=[],
+        choices=tuple(compare.TOLERANCE),
+        help="a kind of rows of which the run measured a part only; repeatable",
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="measure nothing again after that time")
     parser.add_argument("--against", metavar="REV", help="compare with this git revision instead of with a file")
-    parser.add_argument("--bench", choices=("ops", "step", "sampling", "tokenizer"), default="ops",
-                        help="the one that --against runs")  # fmt: skip
+    parser.add_argument(
+        "--bench", choices=("ops", "step", "sampling", "tokenizer"), default="ops", help="the one that --against runs"
+    )
     cut = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:cut])
     options.arguments = argv[cut + 1 :]

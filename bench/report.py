@@ -54,19 +54,25 @@ def page(results: list[Measured], notes: Path) -> str:
 def _gpu(gpu: Measured, notes: Path) -> list[str]:
     parts = [f"## {gpu.gpu}\n"]
     sections = [
-        ("Committed", "baseline", tables.log), ("Ceilings of the run", "ceiling", tables.ceilings),
+        ("Committed", "baseline", tables.log),
+        ("Ceilings of the run", "ceiling", tables.ceilings),
         ("Training steps", "step", comparison_tables.steps),
         ("Time of a step by kind of kernel", "step", comparison_tables.breakdown),
         ("Longest kernels of a step", "step", comparison_tables.longest),
         ("Matrix products of a step", "gemm", comparison_tables.products),
-        ("Sampling", "sampling", comparison_tables.sampling), ("Tokenizer", "tokenizer", comparison_tables.tokenizer),
-        ("Every case of every op", "op", tables.every_op), ("Other providers", "op", tables.every_peer),
-        ("Latents loader", "data", comparison_tables.loaders), ("Not measured", "op", tables.lacking),
-    ]  # fmt: skip
+        ("Sampling", "sampling", comparison_tables.sampling),
+        ("Tokenizer", "tokenizer", comparison_tables.tokenizer),
+        ("Every case of every op", "op", tables.every_op),
+        ("Other providers", "op", tables.every_peer),
+        ("Latents loader", "data", comparison_tables.loaders),
+        ("Not measured", "op", tables.lacking),
+    ]
     if lost := missed(gpu):
         parts.append("### Targets missed\n")
-        parts += [f"* **{target.metric}**, {target.text(value)} of {target.text(target.target)}: "
-                  f"{note(notes, target.name)}\n" for target, value in lost.items()]  # fmt: skip
+        parts += [
+            f"* **{target.metric}**, {target.text(value)} of {target.text(target.target)}: {note(notes, target.name)}\n"
+            for target, value in lost.items()
+        ]
     drawn = [f"![{title}]({name})\n" for name, title in pictures.names(gpu).items()]
     tabled = [f"### {title}\n\n{make(gpu)}\n" for title, kind, make in sections if gpu.of(kind)]
     return [*parts, *drawn, *tabled]
@@ -81,8 +87,10 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
     """Path → its content by the rows."""
     folder, readme = root / "bench" / "results", root / "README.md"
     results = load(folder)
-    return {readme: filled(readme.read_text(encoding="utf-8"), results),
-            folder / "README.md": page(results, folder / "notes")}  # fmt: skip
+    return {
+        readme: filled(readme.read_text(encoding="utf-8"), results),
+        folder / "README.md": page(results, folder / "notes"),
+    }
 
 
 def stale(root: Path = ROOT) -> str:
@@ -98,8 +106,9 @@ def stale(root: Path = ROOT) -> str:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, print differences")
     if parser.parse_args(argv).check:
         differences = stale(root)

@@ -64,8 +64,14 @@ class SamplingComparison(Comparison):
 
     def named(self, job: SamplingJob, name: str) -> Row:
         variant = job.variant(name)
-        return {"model": job.model, "batch": job.batch, "precision": job.precision, "provider": name,
-                "ours": variant.ours, "features": variant.features()}  # fmt: skip
+        return {
+            "model": job.model,
+            "batch": job.batch,
+            "precision": job.precision,
+            "provider": name,
+            "ours": variant.ours,
+            "features": variant.features(),
+        }
 
     def set_up(self, job: SamplingJob) -> "SamplingSetup":
         from bench.workloads.samplers import SamplingSetup  # needs packages that a GPU machine may lack
@@ -93,12 +99,17 @@ class SamplingComparison(Comparison):
         flops = (2 * guided + unguided) * flops_per_image(job.config)[0] + ready.about["decode_flops"]
         measured = {part: timing.median * 1e3 for part, timing in ready.parts.items()}
         return {
-            "images_per_second": job.batch / seconds, "latents_per_second": job.batch / (seconds - decoding),
+            "images_per_second": job.batch / seconds,
+            "latents_per_second": job.batch / (seconds - decoding),
             "flops": flops * job.batch,
             **self.limits(flops * job.batch / seconds, getattr(torch, job.precision)),
-            "extrapolated": {"guided_calls": guided, "unguided_calls": unguided, "parts_ms": measured,
-                             "times": ready.times},
-        }  # fmt: skip
+            "extrapolated": {
+                "guided_calls": guided,
+                "unguided_calls": unguided,
+                "parts_ms": measured,
+                "times": ready.times,
+            },
+        }
 
     def label(self, row: Row) -> str:
         return f"{row['model']} batch {row['batch']} {row['precision']} {row['provider']:13}"
@@ -106,16 +117,22 @@ class SamplingComparison(Comparison):
     def measured(self, row: Row) -> str:
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         parts = ", ".join(f"{part} {ms:.2f}" for part, ms in row["extrapolated"]["parts_ms"].items())
-        return (f"{row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
-                f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}")  # fmt: skip
+        return (
+            f"{row['images_per_second']:6.2f} images/s, {row['latents_per_second']:.2f} latents/s "
+            f"(extrapolated from ms: {parts}; ±{row['spread'] / 2:.1%}){share}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = program.parser("bench.sampling", __doc__, seconds=3.0)
     parser.add_argument("--model", action="append", choices=MODEL_NAMES, help="repeatable; default: XL/1")
     parser.add_argument("--batch", action="append", type=int, help=f"samples at once; repeatable; default: {BATCH}")
-    parser.add_argument("--precision", action="append", choices=("bfloat16", "float32"),
-                        help="of the network; repeatable; default: bfloat16")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=("bfloat16", "float32"),
+        help="of the network; repeatable; default: bfloat16",
+    )
     parser.add_argument("--variant", action="append", choices=SAMPLING, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)} alone")
     options = parser.parse_args(argv)

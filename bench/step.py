@@ -101,9 +101,11 @@ class StepComparison(Comparison):
         rate, flops = job.batch / ready.seconds(), flops_per_image(job.config)[1]
         hours = IMAGES / (8 * rate) / 3600
         return {
-            "images_per_second": rate, "flops": flops * job.batch, **self.limits(rate * flops),
+            "images_per_second": rate,
+            "flops": flops * job.batch,
+            **self.limits(rate * flops),
             "extrapolated": {"gpus": 8, "epochs": 64, "hours": hours, "times_faster_than_10_hours": 10 / hours},
-        }  # fmt: skip
+        }
 
     def afterwards(self, job: StepJob, ready: Ready) -> Row:
         return where_time_goes(ready.iterations[""].run, self.device.kind)

@@ -73,8 +73,14 @@ class TokenizerComparison(Comparison):
 
     def named(self, job: TokenizerJob, name: str) -> Row:
         variant = job.variant(name)
-        return {"part": job.part, "precision": job.precision, "batch": job.batch, "provider": name,
-                "ours": variant.ours, "features": variant.features()}  # fmt: skip
+        return {
+            "part": job.part,
+            "precision": job.precision,
+            "batch": job.batch,
+            "provider": name,
+            "ours": variant.ours,
+            "features": variant.features(),
+        }
 
     def set_up(self, job: TokenizerJob) -> "TrainingSetup | PassSetup":
         if job.part == "train":
@@ -113,16 +119,20 @@ class TokenizerComparison(Comparison):
     def measured(self, row: Row) -> str:
         share = f", {row['fraction']:.1%} of a large matmul" if row["fraction"] else ""
         memory = f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else ""
-        return (f"{row['images_per_second']:8.1f} images/s ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}"
-                f"{share}{memory})")  # fmt: skip
+        return (
+            f"{row['images_per_second']:8.1f} images/s ({row['p50_ms']:.1f} ms ±{row['spread'] / 2:.1%}{share}{memory})"
+        )
 
 
 def wrong_losses(values: Mapping[str, dict[str, float] | None]) -> dict[str, str]:
     """Provider → which of its first losses is not the reference ops'; the trainer draws noise of its own."""
     expected, found = values.get("reference"), {}
     for name, losses in values.items() if expected else ():
-        off = [f"{key} {losses[key]:.5g} for {expected[key]:.5g}" for key in CHECKED_LOSSES if losses
-               and not abs(losses[key] - expected[key]) <= LOSS_TOLERANCE * abs(expected[key])]  # fmt: skip
+        off = [
+            f"{key} {losses[key]:.5g} for {expected[key]:.5g}"
+            for key in CHECKED_LOSSES
+            if losses and not abs(losses[key] - expected[key]) <= LOSS_TOLERANCE * abs(expected[key])
+        ]
         if off:
             found[name] = f"first losses beside the reference ops': {', '.join(off)}"
     return found
@@ -132,8 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = program.parser("bench.tokenizer", __doc__, seconds=4.0)
     parser.add_argument("part", nargs="*", help=f"default: {', '.join(TOKENIZER)}")
     parser.add_argument("--batch", action="append", type=int, help=f"images at once; repeatable; default: {BATCHES}")
-    parser.add_argument("--precision", action="append", choices=("bfloat16", "float32"),
-                        help="of encoding and decoding; repeatable; default: both, bfloat16 with --quick")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        action="append",
+        choices=("bfloat16", "float32"),
+        help="of encoding and decoding; repeatable; default: both, bfloat16 with --quick",
+    )
     names = list(dict.fromkeys(name for variants in TOKENIZER.values() for name in variants))
     parser.add_argument("--variant", action="append", choices=names, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help=f"one batch of each part, {', '.join(QUICK)} alone")

@@ -20,9 +20,12 @@ from common.file_types import as_text
 JSON_LIMIT = 256 * 2**20  # bytes; the manifest of a million shards is smaller
 _BLOCK = 1 << 24
 _KINDS = {
-    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
-}  # fmt: skip
+}
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 

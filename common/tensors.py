@@ -37,19 +37,38 @@ def _fresh_dict(factory: Any = None) -> dict:
 
 #: What other programs save beside tensors and that only holds values: command lines, paths, dates, NumPy's numbers.
 _SAFE_GLOBALS: list[Any] = [
-    argparse.Namespace, OrderedDict, (_fresh_dict, "collections.defaultdict"),
+    argparse.Namespace,
+    OrderedDict,
+    (_fresh_dict, "collections.defaultdict"),
     *(set, frozenset, list, dict, tuple, int, float, bool, str, complex),
-    pathlib.PosixPath, pathlib.PurePosixPath, datetime.date, datetime.datetime, datetime.timedelta, datetime.timezone,
-    (pathlib.PosixPath, "pathlib._local.PosixPath"), np.dtype, np.ndarray,
-    multiarray._reconstruct, (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (multiarray.scalar, "numpy.core.multiarray.scalar"), multiarray.scalar,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    datetime.date,
+    datetime.datetime,
+    datetime.timedelta,
+    datetime.timezone,
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    np.dtype,
+    np.ndarray,
+    multiarray._reconstruct,
+    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (multiarray.scalar, "numpy.core.multiarray.scalar"),
+    multiarray.scalar,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDUSMm"},
-]  # fmt: skip
+]
 _WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel wrapping and of torch.compile
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 #: Several numbers in one, or none: torch can do nothing with them.
 _PACKED = {torch.float4_e2m1fn_x2, torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
 _MODEL_KEYS = {"LightningDiT": "x_embedder.proj.weight", "tokenizer": "encoder.conv_in.weight"}

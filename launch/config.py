@@ -252,12 +252,22 @@ def _refuse_other_kind(document: Mapping, kind: str) -> None:
 
 # Keys that only one of the models has; of LDM-style files those that ours do not have.
 _OWN_KEYS = {
-    "lightningdit": ("transport", "sample", "vae", *(f"model.{key}" for key in dit.ModelSection.model_fields
-                                                      if key not in vae.AutoencoderConfig.model_fields)),
-    "vavae": ("loss", "foundation", "stages", "lightning", "model.params", "model.size",
-              *(f"model.{key}" for key in vae.AutoencoderConfig.model_fields
-                if key not in dit.ModelSection.model_fields)),
-}  # fmt: skip
+    "lightningdit": (
+        "transport",
+        "sample",
+        "vae",
+        *(f"model.{key}" for key in dit.ModelSection.model_fields if key not in vae.AutoencoderConfig.model_fields),
+    ),
+    "vavae": (
+        "loss",
+        "foundation",
+        "stages",
+        "lightning",
+        "model.params",
+        "model.size",
+        *(f"model.{key}" for key in vae.AutoencoderConfig.model_fields if key not in dit.ModelSection.model_fields),
+    ),
+}
 
 
 def _keys_of(document: Mapping, kind: str) -> list[str]:

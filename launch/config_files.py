@@ -54,8 +54,11 @@ class _Loader(yaml.SafeLoader):
         text = node.value
         decimal = text[:1].strip("+0123456789") + (text.lstrip("+-0_") or "0")
         base, instead = (60, "it as one number") if ":" in text else (8, decimal)
-        raise ConstructorError(problem=f"{text} is a number in base {base} to some programs and not to others; write "
-                               f'{instead}, or "{text}" in quotes for text', problem_mark=node.start_mark)  # fmt: skip
+        raise ConstructorError(
+            problem=f"{text} is a number in base {base} to some programs and not to others; write "
+            f'{instead}, or "{text}" in quotes for text',
+            problem_mark=node.start_mark,
+        )
 
 
 def _resolve(tag: str, pattern: str) -> None:
@@ -69,8 +72,11 @@ _Loader.yaml_implicit_resolvers = {
 }
 _resolve("!refused", r"0[0-9_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 _resolve(_TAG + "int", r"0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+")
-_resolve(_TAG + "float", r"(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-                         r"|\.(?:inf|Inf|INF|nan|NaN|NAN)")  # fmt: skip
+_resolve(
+    _TAG + "float",
+    r"(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF|nan|NaN|NAN)",
+)
 _Loader.add_constructor("!refused", _Loader.refuse_number)
 _Loader.add_constructor(_TAG + "int", _Loader.read_int)
 
@@ -108,10 +114,13 @@ def parse_value(text: str, where: str) -> Any:
 
 
 _SYNTAX_TOKENS = {
-    yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag",
-    yaml.DirectiveToken: "a directive", yaml.DocumentStartToken: "the start of a document",
+    yaml.AnchorToken: "an anchor",
+    yaml.AliasToken: "an alias",
+    yaml.TagToken: "a tag",
+    yaml.DirectiveToken: "a directive",
+    yaml.DocumentStartToken: "the start of a document",
     yaml.DocumentEndToken: "the end of a document",
-}  # fmt: skip
+}
 
 
 def _more_than_a_value(text: str) -> str | None:
@@ -192,6 +201,8 @@ def _read_text(path: str | Path) -> str:
 
 def merge(base: Mapping, top: Mapping) -> dict:
     """`base` with the values of `top` in it; mappings in both are merged key by key."""
-    both = {k: merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v
-            for k, v in top.items()}  # fmt: skip
+    both = {
+        k: merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v
+        for k, v in top.items()
+    }
     return {**base, **both}

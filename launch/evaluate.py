@@ -42,12 +42,23 @@ from vavae.weights import fingerprint, load_tokenizer
 _IMAGES = ("samples", "originals")
 #: Option → the modes that read it; a mode is the option that names what to measure.
 _OPTION_MODES = {
-    "config": ("samples", "latents"), "reference": ("samples",), "reconstructions": ("originals",),
-    "tokenizer": ("originals",), "image_size": _IMAGES, "crop": _IMAGES, "posterior": ("originals",),
-    "seed": ("originals", "latents"), "vectors": ("latents",), "repeats": ("latents",), "inception_weights": _IMAGES,
-    "foundation": _IMAGES, "lpips_weights": ("originals",), "device": _IMAGES, "batch_size": _IMAGES,
+    "config": ("samples", "latents"),
+    "reference": ("samples",),
+    "reconstructions": ("originals",),
+    "tokenizer": ("originals",),
+    "image_size": _IMAGES,
+    "crop": _IMAGES,
+    "posterior": ("originals",),
+    "seed": ("originals", "latents"),
+    "vectors": ("latents",),
+    "repeats": ("latents",),
+    "inception_weights": _IMAGES,
+    "foundation": _IMAGES,
+    "lpips_weights": ("originals",),
+    "device": _IMAGES,
+    "batch_size": _IMAGES,
     "allow_few": _IMAGES,
-}  # fmt: skip
+}
 #: Pairs of options of which the first has no effect beside the second, and of which it has none without the second.
 _EXCLUSIVE = [
     ("inception_weights", "foundation"),
@@ -61,10 +72,9 @@ _COMMON_ENTRIES = {"metrics", "skipped", "notes"}
 _RESULT_ENTRIES = {
     "samples": _COMMON_ENTRIES | {"samples", "samples_sha256", "reference", "features"},
     "originals": _COMMON_ENTRIES | {"images", "originals", "reconstructions", "features"},
-    "latents": _COMMON_ENTRIES | {
-        "spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images", "shape"
-    },
-}  # fmt: skip
+    "latents": _COMMON_ENTRIES
+    | {"spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images", "shape"},
+}
 
 
 def main(argv: list[str]) -> int:
@@ -222,9 +232,15 @@ def _reconstructions(args: argparse.Namespace) -> dict:
     if lpips is None:
         skipped["lpips"] += " (here: --lpips-weights)"
     return evaluate_reconstructions(
-        originals, decoded, extractor=extractor, lpips=lpips, metadata=metadata, batch_size=args.batch_size,
-        allow_few=args.allow_few, skipped=skipped,
-    )  # fmt: skip
+        originals,
+        decoded,
+        extractor=extractor,
+        lpips=lpips,
+        metadata=metadata,
+        batch_size=args.batch_size,
+        allow_few=args.allow_few,
+        skipped=skipped,
+    )
 
 
 def _latents(args: argparse.Namespace) -> dict:

@@ -94,9 +94,13 @@ def extract(
     processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
     with lock_directory(output, processes):
         identity = {
-            "tokenizer": fingerprint(tokenizer), "images": _names_hash(images), "image_size": run.data.image_size,
-            "seed": run.train.global_seed, "precision": precision, "processes": processes.world_size,
-        }  # fmt: skip
+            "tokenizer": fingerprint(tokenizer),
+            "images": _names_hash(images),
+            "image_size": run.data.image_size,
+            "seed": run.train.global_seed,
+            "precision": precision,
+            "processes": processes.world_size,
+        }
         tokenizer.to(processes.device)
         check_round_trip(tokenizer, images, least_psnr, source)
         tokenizer.to(getattr(torch, precision))

@@ -178,11 +178,14 @@ class Quickstart:
 
     def _draw_curves(self) -> None:
         tokenizer, model = (pictures.read_metrics(self.root / n / "metrics.jsonl") for n in ("vavae", "lightningdit"))
-        pictures.loss_curves({
-            "tokenizer: reconstruction": {"absolute error": tokenizer["rec"]},
-            "tokenizer: VF loss": {"distance matrix": tokenizer["vf_distmat"], "cosine": tokenizer["vf_cos"]},
-            "LightningDiT": {"velocity error": model["mse"], "direction": model["cos_loss"]},
-        }, self.root / "losses.png")  # fmt: skip
+        pictures.loss_curves(
+            {
+                "tokenizer: reconstruction": {"absolute error": tokenizer["rec"]},
+                "tokenizer: VF loss": {"distance matrix": tokenizer["vf_distmat"], "cosine": tokenizer["vf_cos"]},
+                "LightningDiT": {"velocity error": model["mse"], "direction": model["cos_loss"]},
+            },
+            self.root / "losses.png",
+        )
 
 
 STAGES: dict[str, tuple[str, Callable[[Quickstart], dict | None]]] = {

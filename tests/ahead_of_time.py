@@ -72,8 +72,9 @@ def compiled(op: Op) -> Iterator[dict]:
 def check_launcher(kernel) -> None:
     """Write, as a launch would, the C function that passes the arguments on; raises for those it does not know."""
     source = kernel.src
-    constants = {(source.fn.arg_names.index(at),) if isinstance(at, str) else at: value
-                 for at, value in source.constants.items()}  # fmt: skip
+    constants = {
+        (source.fn.arg_names.index(at),) if isinstance(at, str) else at: value for at, value in source.constants.items()
+    }
     make_launcher(constants, source.signature, getattr(kernel.metadata, "tensordesc_meta", None))
 
 

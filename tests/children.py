@@ -68,8 +68,13 @@ def _join(rank: int, world_size: int, port: int) -> None:
 
     torch.set_num_threads(1)
     if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
 
 
 def _call(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:

@@ -21,14 +21,32 @@ if cuda_reasons():
 #: Files that take longest, by the time they take. They come first: with a process for each core, one of them at the end
 #: would leave the other cores without work. A run of all tests says at its end which are missing here.
 LONGEST = (
-    "test_compiled_step.py", "test_kernels_compile_modes.py", "test_kernels_ops.py", "test_launch_train.py",
-    "test_csrc_emulation.py", "test_kernels_ahead_of_time.py", "test_csrc_mutations.py", "test_kernels_graph_pass.py",
-    "test_step_guards.py", "test_models_on_kernels.py", "test_packaging.py", "test_damage.py", "test_full_disk.py",
-    "test_csrc_setup.py", "test_launch_digits.py", "test_launch_evaluate.py", "test_csrc_resources.py",
-    "test_launch_metrics.py", "test_kernels_registry.py", "test_bench_step.py", "test_bench_gpu_script.py",
-    "test_launch_quickstart.py", "test_bench_triage_rehearsal.py", "test_bench_comparison.py",
+    "test_compiled_step.py",
+    "test_kernels_compile_modes.py",
+    "test_kernels_ops.py",
+    "test_launch_train.py",
+    "test_csrc_emulation.py",
+    "test_kernels_ahead_of_time.py",
+    "test_csrc_mutations.py",
+    "test_kernels_graph_pass.py",
+    "test_step_guards.py",
+    "test_models_on_kernels.py",
+    "test_packaging.py",
+    "test_damage.py",
+    "test_full_disk.py",
+    "test_csrc_setup.py",
+    "test_launch_digits.py",
+    "test_launch_evaluate.py",
+    "test_csrc_resources.py",
+    "test_launch_metrics.py",
+    "test_kernels_registry.py",
+    "test_bench_step.py",
+    "test_bench_gpu_script.py",
+    "test_launch_quickstart.py",
+    "test_bench_triage_rehearsal.py",
+    "test_bench_comparison.py",
     "test_launch_deepspeed_options.py",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -72,8 +72,9 @@ def watch(reads: HostReads) -> None:
         with reads:
             step(self, stream)
         del accelerator.synchronize
-        reads.trained = self.step * sum(p.numel() for n in self.task.networks.values() for p in n.parameters()
-                                        if p.requires_grad)  # fmt: skip
+        reads.trained = self.step * sum(
+            p.numel() for n in self.task.networks.values() for p in n.parameters() if p.requires_grad
+        )
 
     Trainer.train_step = watched
 

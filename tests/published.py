@@ -174,10 +174,12 @@ FILES: dict[str, dict] = {
     ),
     "vavae/configs/f16d32_vfdinov2.yaml": _changed(TOKENIZER_YAML, weight_init=...),
     "vavae/configs/f16d32_vfdinov2_long.yaml": _changed(
-        TOKENIZER_YAML, weight_init=..., lightning__trainer__max_epochs=None,
+        TOKENIZER_YAML,
+        weight_init=...,
+        lightning__trainer__max_epochs=None,
         **{_LOSS + key: None for key in ("disc_start", "vf_weight", "distmat_margin", "cos_margin")},
     ),
-}  # fmt: skip
+}
 
 
 def kind_of(name: str) -> str:

@@ -16,9 +16,27 @@ PACKAGES = ("liger_kernel", "apex", "quack", "flash_attn", "flash_attn_interface
 #: Providers that torch serves on GPUs only.
 DEVICE_ONLY = {"sdpa-cudnn", "sdpa-efficient"}
 #: Cases whose arguments tell wrong calls apart. Not all of an op's: libraries promise less than our backends.
-CASES = {"odd", "odd_no_shift", "XL_width", "strided", "transposed", "float32_stream", "bias",  # norms, swiglu
-         "odd_no_norm", "norm_only", "heads_first", "width_64", "width_72",  # attention
-         "one_group", "many_groups", "contiguous", "first_step", "no_copy", "no_decay", "late"}  # fmt: skip
+CASES = {
+    "odd",
+    "odd_no_shift",
+    "XL_width",
+    "strided",
+    "transposed",
+    "float32_stream",
+    "bias",  # norms, swiglu
+    "odd_no_norm",
+    "norm_only",
+    "heads_first",
+    "width_64",
+    "width_72",  # attention
+    "one_group",
+    "many_groups",
+    "contiguous",
+    "first_step",
+    "no_copy",
+    "no_decay",
+    "late",
+}
 
 
 @pytest.fixture
@@ -28,8 +46,11 @@ def packages(monkeypatch):
 
 
 def everyone() -> list:
-    return [pytest.param(kernels.OPS[op], provider, id=f"{op}-{provider.name}")
-            for op, providers in BASELINES.items() for provider in providers]  # fmt: skip
+    return [
+        pytest.param(kernels.OPS[op], provider, id=f"{op}-{provider.name}")
+        for op, providers in BASELINES.items()
+        for provider in providers
+    ]
 
 
 @pytest.mark.parametrize(("op", "provider"), everyone())
@@ -92,21 +113,49 @@ def test_no_package_is_imported_before_it_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("op", "name", "module", "wrong", "mismatch"),
     [
-        ("adaln_rms_norm", "quack", "quack", {"rmsnorm": lambda x, weight, eps: stand_ins.rms(x, weight, 0.0)},
-         "result 0: error"),  # eps dropped
-        ("gated_residual_adaln_rms_norm", "quack", "quack",
-         {"rmsnorm": lambda x, weight, residual, eps, **rest: (stand_ins.rms(x + residual, weight, eps), residual)},
-         "result 0: error"),  # the residual returned without the branch
-        ("swiglu", "liger", "liger_kernel.ops.swiglu",
-         {"LigerSiLUMulFunction": type("Wrong", (), {"apply": staticmethod(lambda a, b: a.sigmoid() * b)})},
-         "result 0: error"),
-        ("group_norm_silu", "apex", "apex.contrib.group_norm",
-         {"GroupNorm": type("Wrong", (stand_ins.ApexGroupNorm,), {"forward": lambda self, x: x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)})},  # noqa: E501
-         "result 0: error"),
-        ("adamw_ema_", "apex-fused-adam", "apex.optimizers",
-         {"FusedAdam": type("Wrong", (stand_ins.FusedAdam,), {"step": lambda self: None})}, "param: error"),
+        (
+            "adaln_rms_norm",
+            "quack",
+            "quack",
+            {"rmsnorm": lambda x, weight, eps: stand_ins.rms(x, weight, 0.0)},
+            "result 0: error",
+        ),  # eps dropped
+        (
+            "gated_residual_adaln_rms_norm",
+            "quack",
+            "quack",
+            {"rmsnorm": lambda x, weight, residual, eps, **rest: (stand_ins.rms(x + residual, weight, eps), residual)},
+            "result 0: error",
+        ),  # the residual returned without the branch
+        (
+            "swiglu",
+            "liger",
+            "liger_kernel.ops.swiglu",
+            {"LigerSiLUMulFunction": type("Wrong", (), {"apply": staticmethod(lambda a, b: a.sigmoid() * b)})},
+            "result 0: error",
+        ),
+        (
+            "group_norm_silu",
+            "apex",
+            "apex.contrib.group_norm",
+            {
+                "GroupNorm": type(
+                    "Wrong",
+                    (stand_ins.ApexGroupNorm,),
+                    {"forward": lambda self, x: x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)},
+                )
+            },
+            "result 0: error",
+        ),
+        (
+            "adamw_ema_",
+            "apex-fused-adam",
+            "apex.optimizers",
+            {"FusedAdam": type("Wrong", (stand_ins.FusedAdam,), {"step": lambda self: None})},
+            "param: error",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_peer_is_found(op, name, module, wrong, mismatch, packages, monkeypatch):
     stand_ins.install(monkeypatch, {module: wrong})
     provider = next(c for c in BASELINES[op] if c.name == name)

@@ -122,7 +122,10 @@ def test_figures_are_fractions_of_the_data_sheet_and_of_the_matmul_in_this_run(m
 def test_who_is_wrong_or_cannot_run_is_recorded_and_the_others_are_timed():
     rows = toy(values={"b": 2}, fails={"c": ImportError("No module named 'x'")}).run(Job())
     assert {row["provider"]: f"{row['status']} {row['reason']}".strip() for row in rows} == {
-        "a": "ok", "b": "incorrect 2 is not 1", "c": "unavailable not installed: No module named 'x'"}  # fmt: skip
+        "a": "ok",
+        "b": "incorrect 2 is not 1",
+        "c": "unavailable not installed: No module named 'x'",
+    }
     assert "p50_ms" not in rows[1] and rows[-1]["times_faster_than"] == {}
     rows = toy(fails={"b": RuntimeError("out of memory")}).run(Job())
     assert [row["reason"] for row in rows if row["status"] == "failed"] == ["OutOfMemoryError: out of memory"]
@@ -200,8 +203,11 @@ def test_an_iteration_that_fails_takes_no_other_with_it():
     for after in (0, 60):  # in the first iterations of all; when all are timed by turns
         rows = toy(iteration=failing("b", after)).run(Job())
         assert {row["provider"]: row["status"] for row in rows} == {"a": "ok", "b": "failed", "c": "ok"}
-        assert all(row["coverage"] == WHOLE and set(row["times_faster_than"]) <= {"a", "c"}
-                   for row in rows if row["status"] == "ok")  # fmt: skip
+        assert all(
+            row["coverage"] == WHOLE and set(row["times_faster_than"]) <= {"a", "c"}
+            for row in rows
+            if row["status"] == "ok"
+        )
 
 
 def test_a_failing_look_afterwards_loses_no_row(monkeypatch):

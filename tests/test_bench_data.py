@@ -99,7 +99,11 @@ def test_what_a_row_says(latents, tmp_path, capsys):
     comparison = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), None)
     got = comparison.run(LoaderJob(latents, 8, (0, 1)))
     assert [(row["provider"], row["workers"]) for row in got] == [
-        ("latents", 0), ("latents", 1), ("file-per-sample", 0), ("file-per-sample", 1)]  # fmt: skip
+        ("latents", 0),
+        ("latents", 1),
+        ("file-per-sample", 0),
+        ("file-per-sample", 1),
+    ]
     assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000])
     first = got[0]
     assert first["p20_us"] == first["p50_us"] == first["p80_us"] == pytest.approx(1000 / 128) and first["spread"] == 0

@@ -56,12 +56,16 @@ def raising():
     return iteration
 
 
-@pytest.mark.parametrize(("iteration", "ends", "method", "uses"), [
-    (lambda: "results", True, "graph", 1),
-    (raising(), False, "events: operation not permitted when stream is capturing", 0),
-    (raising(), True, "events: operation not permitted when stream is capturing", 1),
-    (lambda: "results", False, "events: operation failed due to a previous error during capture", 0),
-], ids=["captured", "broken", "raised", "not ended"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("iteration", "ends", "method", "uses"),
+    [
+        (lambda: "results", True, "graph", 1),
+        (raising(), False, "events: operation not permitted when stream is capturing", 0),
+        (raising(), True, "events: operation not permitted when stream is capturing", 1),
+        (lambda: "results", False, "events: operation failed due to a previous error during capture", 0),
+    ],
+    ids=["captured", "broken", "raised", "not ended"],
+)
 def test_a_capture_that_fails_leaves_the_allocator_as_it_was(iteration, ends, method, uses, monkeypatch):
     """`uses`: of the pool, by a graph that will give it back."""
     allocator, device = Allocator(monkeypatch, ends), CudaDevice.__new__(CudaDevice)
@@ -106,8 +110,12 @@ def test_regions_are_no_kernels():
             is_user_annotation=annotation,
         )
 
-    events = [event("aten::mm", "CPU", 0, 9), event("nvjet", "CUDA", 10, 30), event("Memset", "CUDA", 30, 30),
-              event("Optimizer.step#AdamW.step", "CUDA", 10, 80, annotation=True)]  # fmt: skip
+    events = [
+        event("aten::mm", "CPU", 0, 9),
+        event("nvjet", "CUDA", 10, 30),
+        event("Memset", "CUDA", 30, 30),
+        event("Optimizer.step#AdamW.step", "CUDA", 10, 80, annotation=True),
+    ]
     assert on_device(events) == [Interval("nvjet", pytest.approx(1e-5), pytest.approx(3e-5))]
     on_a_cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=on_a_cpu) as profile, torch.profiler.record_function("a region"):

@@ -15,8 +15,18 @@ from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image
 from lightningdit.model import LightningDiT
 
-TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=5,
-                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+TINY = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    num_classes=5,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 
 
 @pytest.fixture
@@ -54,7 +64,11 @@ def test_the_products_are_nearly_all_of_a_step():
     part = config.depth * sum(product.flops for product in products(config, 1)) / flops_per_image(config)[1]
     assert 0.96 < part < 0.965
     assert {p.shape for p in products(config, 128) if p.direction == "wgrad"} == {
-        (3456, 1152, 32768), (1152, 1152, 32768), (6144, 1152, 32768), (1152, 3072, 32768)}  # fmt: skip
+        (3456, 1152, 32768),
+        (1152, 1152, 32768),
+        (6144, 1152, 32768),
+        (1152, 3072, 32768),
+    }
 
 
 def test_rows_of_a_product(bench, tmp_path, capsys):
@@ -100,9 +114,22 @@ def test_a_provider_runs_with_its_library_and_leaves_torch_as_it_was(bench, monk
 
 def planted(slow: str = "", **times: float) -> list[dict]:
     """Rows of every product at 1 TFLOP in so many ms for each provider, three times that in a slow direction."""
-    return [{"kind": "gemm", "model": "XL", "batch": 128, "layer": layer, "direction": direction, "provider": name,
-             "status": "ok", "flops": 10**12, "p50_ms": ms * (3 if direction == slow else 1)}
-            for name, ms in times.items() for layer in gemms.LAYERS for direction in gemms.DIRECTIONS]  # fmt: skip
+    return [
+        {
+            "kind": "gemm",
+            "model": "XL",
+            "batch": 128,
+            "layer": layer,
+            "direction": direction,
+            "provider": name,
+            "status": "ok",
+            "flops": 10**12,
+            "p50_ms": ms * (3 if direction == slow else 1),
+        }
+        for name, ms in times.items()
+        for layer in gemms.LAYERS
+        for direction in gemms.DIRECTIONS
+    ]
 
 
 def test_the_mean_over_a_step_is_by_time(capsys):

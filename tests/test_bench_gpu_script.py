@@ -10,8 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 #: Imports that must not be needed on a GPU machine with torch, triton, pytest, numpy, safetensors and pydantic.
-LACKING = ("deepspeed", "timm", "lpips", "torch_fidelity", "torchdiffeq", "yaml", "tqdm", "tensorboard", "sklearn",
-           "matplotlib", "PIL", "torchvision", "scipy", "nvidia.dali")  # fmt: skip
+LACKING = (
+    "deepspeed",
+    "timm",
+    "lpips",
+    "torch_fidelity",
+    "torchdiffeq",
+    "yaml",
+    "tqdm",
+    "tensorboard",
+    "sklearn",
+    "matplotlib",
+    "PIL",
+    "torchvision",
+    "scipy",
+    "nvidia.dali",
+)
 
 PARTS = ["machine", "build", "tests", "step", "ops", "gemms", "sampling", "tokenizer", "data", "more", "regress"]
 #: Those that keep to a share of the time left, in percent of it.
@@ -131,11 +145,17 @@ def test_below_twenty_minutes_it_is_a_triage(script, tmp_path):
     assert status == 3 and calls["triage"].endswith("--minutes 8") and not list(out.iterdir())
 
 
-@pytest.mark.parametrize(("told", "without"), [
-    ("worker 'gw3' crashed while running 'tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda]'", "cuda"),
-    ("!! _pytest.outcomes.Exit: tests/t.py::test_f[swiglu-triton-odd-float16-cuda] lost the device: why !!", "triton"),
-    ("FAILED tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda] - AssertionError", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "without"),
+    [
+        ("worker 'gw3' crashed while running 'tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda]'", "cuda"),
+        (
+            "!! _pytest.outcomes.Exit: tests/t.py::test_f[swiglu-triton-odd-float16-cuda] lost the device: why !!",
+            "triton",
+        ),
+        ("FAILED tests/t.py::test_forward[swiglu-cuda-odd-float16-cuda] - AssertionError", ""),
+    ],
+)
 def test_a_backend_that_lost_the_device_is_not_timed(told, without, script, tmp_path):
     ops = script(str(tmp_path / "results"), CRASHED=told)[2]["ops"]
     assert [name for name in ("cuda", "triton") if f"--without {name} " in ops] == ([without] if without else [])
@@ -187,8 +207,13 @@ import bench.data, bench.gemms, bench.ops, bench.regress, bench.sampling, bench.
 import bench.triage.__main__, bench.triage.check, bench.triage.machine, bench.triage.profile
 sys.exit(pytest.main({command!r} + ["--collect-only"]))
 """
-    done = subprocess.run([sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", hide],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     collected = [line for line in lines if "::" in line]

@@ -102,13 +102,18 @@ def test_out_of_memory_gives_everything_back(where, make, monkeypatch):
         assert bench.closed == (["a", "c"] if where == "start" else ["a", "b", "c"])
 
 
-@pytest.mark.parametrize(("error", "reason"), [
-    (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
-    (RuntimeError("Triton Error [CUDA]: out of memory"), "OutOfMemoryError: Triton Error [CUDA]: out of memory"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-     "OutOfMemoryError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    (ValueError("no such thing"), "ValueError: no such thing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "OutOfMemoryError: Triton Error [CUDA]: out of memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "OutOfMemoryError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        ),
+        (ValueError("no such thing"), "ValueError: no such thing"),
+    ],
+)
 def test_reasons(error, reason):
     assert status_of(error) == ("failed", reason)
     failed = IterationFailed("b")

@@ -22,8 +22,28 @@ from kernels.testing.tolerance import reference
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
-KEYS = {"format", "kind", "date", "device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton",
-        "revision", "run", "op", "case", "dtype", "direction", "provider", "status", "reason"}  # fmt: skip
+KEYS = {
+    "format",
+    "kind",
+    "date",
+    "device",
+    "gpu",
+    "capability",
+    "driver",
+    "python",
+    "torch",
+    "cuda",
+    "triton",
+    "revision",
+    "run",
+    "op",
+    "case",
+    "dtype",
+    "direction",
+    "provider",
+    "status",
+    "reason",
+}
 FIGURES = {"includes", "version", "clocks", "p20_us", "p50_us", "p80_us", "spread", "samples", "calls", "sets"}
 FIGURES |= {
     "coverage",
@@ -146,8 +166,15 @@ def test_incorrect_failing_and_missing_providers_are_recorded_and_the_rest_is_ti
     def load():
         raise ImportError("No module named 'fast'")
 
-    providers(monkeypatch, wrong=wrong, wrong_backward=wrong_backward, breaks=breaks, breaks_later=breaks_later,
-               missing=load, right=reference(SWIGLU))  # fmt: skip
+    providers(
+        monkeypatch,
+        wrong=wrong,
+        wrong_backward=wrong_backward,
+        breaks=breaks,
+        breaks_later=breaks_later,
+        missing=load,
+        right=reference(SWIGLU),
+    )
     written = bench().run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))
     status = {(r["direction"], r["provider"]): (r["status"], r["reason"]) for r in written}
     assert status[None, "missing"] == ("unavailable", "not installed: No module named 'fast'")
@@ -160,8 +187,9 @@ def test_incorrect_failing_and_missing_providers_are_recorded_and_the_rest_is_ti
     assert status["forward", "right"] == status["backward", "right"] == ("ok", "")
     assert all("p50_us" not in row for row in written if row["status"] != "ok"), "no number without correctness"
     assert [row["times_faster_than"].keys() for row in written if row["provider"] == "right"] == [
-        {"wrong_backward"}, set()
-    ]  # fmt: skip
+        {"wrong_backward"},
+        set(),
+    ]
 
 
 def test_a_job_that_fails_as_a_whole_is_a_row(monkeypatch):
@@ -259,9 +287,12 @@ def test_the_representative_case_comes_first():
     assert [job.rank for job in todo] == sorted(job.rank for job in todo)
     first = [job for job in todo if job.rank == 0]
     assert {(job.op.name, job.case.id) for job in first} >= {
-        ("gated_residual_adaln_rms_norm", "XL"), ("rope_attention", "XL"), ("swiglu", "XL"),
-        ("vf_loss", "dinov2_large"), ("adamw_ema_", "XL_eighth"),
-    }  # fmt: skip
+        ("gated_residual_adaln_rms_norm", "XL"),
+        ("rope_attention", "XL"),
+        ("swiglu", "XL"),
+        ("vf_loss", "dinov2_large"),
+        ("adamw_ema_", "XL_eighth"),
+    }
     assert len(first) == len(kernels.OPS) and {job.dtype for job in first} == {torch.bfloat16}
     assert len(todo) == len(set(map(str, todo))) > 60 and all(job.case.production for job in todo)
 
@@ -278,13 +309,21 @@ def test_options_choose():
     assert len(quick) == len(kernels.OPS) and sorted(quick + rest) == sorted(map(str, plan(parse([]))))
     chosen = plan(parse(["swiglu", "adaln_rms_norm", "--case", "XL", "--dtype", "float32", "--dtype", "bfloat16"]))
     assert list(map(str, chosen)) == [
-        "swiglu XL bfloat16", "adaln_rms_norm XL bfloat16", "swiglu XL float32", "adaln_rms_norm XL float32"
-    ]  # fmt: skip
+        "swiglu XL bfloat16",
+        "adaln_rms_norm XL bfloat16",
+        "swiglu XL float32",
+        "adaln_rms_norm XL float32",
+    ]
 
 
-@pytest.mark.parametrize(("argv", "message"), [(["swigl"], "no op is called 'swigl'"),
-                                               (["--case", "XXL"], "no case is called 'XXL'"),
-                                               (["--dtype", "float64"], "invalid choice")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["swigl"], "no op is called 'swigl'"),
+        (["--case", "XXL"], "no case is called 'XXL'"),
+        (["--dtype", "float64"], "invalid choice"),
+    ],
+)
 def test_unknown_names_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(argv)
@@ -293,9 +332,17 @@ def test_unknown_names_are_refused(argv, message, capsys):
 
 @pytest.mark.parametrize(
     ("provider", "status", "alarming"),
-    [("triton", "ok", 0), ("triton", "incorrect", 1), ("triton", "failed", 1), ("triton", "unavailable", 0),
-     ("triton", "unsupported", 0), ("liger", "incorrect", 0), ("cuda", "failed", 1), ("all", "failed", 1)],
-)  # fmt: skip
+    [
+        ("triton", "ok", 0),
+        ("triton", "incorrect", 1),
+        ("triton", "failed", 1),
+        ("triton", "unavailable", 0),
+        ("triton", "unsupported", 0),
+        ("liger", "incorrect", 0),
+        ("cuda", "failed", 1),
+        ("all", "failed", 1),
+    ],
+)
 def test_exit_status(provider, status, alarming):
     assert bench().alarming({"op": "swiglu", "provider": provider, "status": status}) == alarming
 
@@ -342,9 +389,16 @@ def test_a_run_cut_off_leaves_whole_rows(tmp_path):
     assert [row["number"] for row in rows.read(out, "cpu")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", ""), ("[1]", "it has no format and kind"), ("{}", "it has no"),
-                                               ('{"format": 99, "kind": "op"}', "row format 99, this version reads 2"),
-                                               ('{"format": 2, "kind": "op", "run": "a"}', "'op'")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", ""),
+        ("[1]", "it has no format and kind"),
+        ("{}", "it has no"),
+        ('{"format": 99, "kind": "op"}', "row format 99, this version reads 2"),
+        ('{"format": 2, "kind": "op", "run": "a"}', "'op'"),
+    ],
+)
 def test_lines_that_are_no_rows_are_refused(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"format": 2, "kind": "other", "device": "cuda"}\n' + line + "\n")

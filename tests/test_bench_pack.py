@@ -93,8 +93,16 @@ def test_packages_of_this_project_that_an_image_lacks():
 
 def test_wheels_of_the_pins_and_of_their_dependencies(index, tree, tmp_path, monkeypatch, capsys):
     here = metadata.version("packaging")
-    index("ldit_alpha", "1.0", "LDIT.beta>=1", "packaging>=20", "torch>1", "ldit-other; python_version < '3.12'",
-          "ldit-other; sys_platform == 'darwin'", "ldit-other; extra == 'more'")  # fmt: skip
+    index(
+        "ldit_alpha",
+        "1.0",
+        "LDIT.beta>=1",
+        "packaging>=20",
+        "torch>1",
+        "ldit-other; python_version < '3.12'",
+        "ldit-other; sys_platform == 'darwin'",
+        "ldit-other; extra == 'more'",
+    )
     index("ldit_alpha", "2.0")
     for version in (here, "99.0"):
         index("packaging", version)
@@ -125,8 +133,11 @@ def test_wheels_of_the_pins_and_of_their_dependencies(index, tree, tmp_path, mon
 @pytest.mark.parametrize("name", ["ldit-peer", "torch", "Torch_Fidelity"])
 def test_packages_by_name(index, tree, tmp_path, name):
     index("ldit_alpha", "1.0")
-    files = {"ldit-peer": index("ldit_peer", "3.0", "torch"), "torch": index("torch", "2.0"),
-             "Torch_Fidelity": index("torch_fidelity", "0.1")}  # fmt: skip
+    files = {
+        "ldit-peer": index("ldit_peer", "3.0", "torch"),
+        "torch": index("torch", "2.0"),
+        "Torch_Fidelity": index("torch_fidelity", "0.1"),
+    }
     assert pack.main([str(tmp_path / "out"), "--with", name], tree) == 0
     assert packed(tmp_path / "out") == {"ldit_alpha-1.0-py3-none-any.whl", files[name]}
 
@@ -257,6 +268,11 @@ def test_an_extension_for_another_python(tmp_path, monkeypatch):
 
 def test_the_script_runs_from_any_folder(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(ROOT / "bench" / "pack.sh"), "--help"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "pack.sh"), "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "usage: bash bench/pack.sh" in done.stdout, done.stderr

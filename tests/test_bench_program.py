@@ -67,8 +67,13 @@ def test_a_program_that_is_told_to_stop(tmp_path):
     """By `timeout`, which also says so in its exit status."""
     out = tmp_path / "rows.jsonl"
     program = [sys.executable, "-c", PROGRAM, "--seconds", "1e4", "--out", str(out)]
-    process = subprocess.Popen(["timeout", "--preserve-status", "1000", *program], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        ["timeout", "--preserve-status", "1000", *program],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert any("started b" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)  # which `timeout` hands on, as when the time is up
     _, errors = process.communicate(timeout=60)

@@ -18,26 +18,62 @@ from bench.measure import program
 from bench.measure.rows import FORMAT, read
 
 GPU = "NVIDIA H200"
-MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": GPU, "capability": "9.0",
-           "driver": "580.1", "python": "3.12", "torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0",
-           "revision": "abc"}  # fmt: skip
+MACHINE = {
+    "format": FORMAT,
+    "date": "2026-01-01T00:00:00+00:00",
+    "device": "cuda",
+    "gpu": GPU,
+    "capability": "9.0",
+    "driver": "580.1",
+    "python": "3.12",
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "triton": "3.6.0",
+    "revision": "abc",
+}
 
 
 def op(fraction: float | None = 0.9, *, status: str = "ok", spread: float = 0.01, **names) -> dict:
-    row = {"kind": "op", "op": "swiglu", "case": "XL", "dtype": "bfloat16", "direction": "forward",
-           "provider": "triton", "status": status, "reason": "" if status == "ok" else "because"}  # fmt: skip
+    row = {
+        "kind": "op",
+        "op": "swiglu",
+        "case": "XL",
+        "dtype": "bfloat16",
+        "direction": "forward",
+        "provider": "triton",
+        "status": status,
+        "reason": "" if status == "ok" else "because",
+    }
     return MACHINE | row | ({"fraction": fraction, "spread": spread} if status == "ok" else {}) | names
 
 
 def step(fraction: float = 0.6, *, variant: str = "trainer", engine: str = "trainer", spread: float = 0.005) -> dict:
-    return MACHINE | {"kind": "step", "model": "LightningDiT-XL/1", "batch": 128, "variant": variant, "status": "ok",
-                      "features": {"engine": engine}, "reason": "", "fraction": fraction, "spread": spread}  # fmt: skip
+    return MACHINE | {
+        "kind": "step",
+        "model": "LightningDiT-XL/1",
+        "batch": 128,
+        "variant": variant,
+        "status": "ok",
+        "features": {"engine": engine},
+        "reason": "",
+        "fraction": fraction,
+        "spread": spread,
+    }
 
 
 def sampling(fraction: float = 0.5, *, provider: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
-    return MACHINE | {"kind": "sampling", "model": "LightningDiT-XL/1", "batch": 64, "precision": "bfloat16",
-                      "provider": provider, "ours": ours, "status": "ok", "reason": "", "fraction": fraction,
-                      "spread": spread}  # fmt: skip
+    return MACHINE | {
+        "kind": "sampling",
+        "model": "LightningDiT-XL/1",
+        "batch": 64,
+        "precision": "bfloat16",
+        "provider": provider,
+        "ours": ours,
+        "status": "ok",
+        "reason": "",
+        "fraction": fraction,
+        "spread": spread,
+    }
 
 
 def tokenizer(fraction: float = 0.4, *, provider: str = "auto", ours: bool = True, spread: float = 0.01) -> dict:
@@ -148,9 +184,22 @@ def test_peers_are_not_checked():
     before = [op(provider="eager"), op(provider="flash-attn"), step(variant="plain-eager", engine="plain")]
     assert verdicts(before, [op(0.1, provider="eager")]) == []
     assert verdicts(before, [op(provider="cuda")]) == ["new"]
-    peers = [sampling(provider="plain-eager", ours=False), tokenizer(provider="reference", ours=False),
-             MACHINE | {"kind": "gemm", "ours": False, "status": "ok", "fraction": 0.9, "model": "x", "batch": 1,
-                        "layer": "qkv", "direction": "wgrad", "provider": "torch"}]  # fmt: skip
+    peers = [
+        sampling(provider="plain-eager", ours=False),
+        tokenizer(provider="reference", ours=False),
+        MACHINE
+        | {
+            "kind": "gemm",
+            "ours": False,
+            "status": "ok",
+            "fraction": 0.9,
+            "model": "x",
+            "batch": 1,
+            "layer": "qkv",
+            "direction": "wgrad",
+            "provider": "torch",
+        },
+    ]
     assert verdicts(peers, []) == [] and verdicts([*peers, sampling()], []) == ["missing"]
     assert verdicts([sampling(), tokenizer()], [], partial=["sampling", "tokenizer"]) == ["left out"] * 2
 
@@ -220,10 +269,17 @@ def test_an_update_drops_replaced_rows_and_those_of_ops_that_are_gone(files):
     assert ("cuda", None) not in {(r["provider"], r["direction"]) for r in read(files.baseline) if r["kind"] == "op"}
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["rows", "--update"], ["rows", "--reason", "x"], ["rows", "--against", "HEAD"],
-    ["--against", "HEAD", "--update", "--reason", "x"], ["rows", "--no-such-option"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["rows", "--update"],
+        ["rows", "--reason", "x"],
+        ["rows", "--against", "HEAD"],
+        ["--against", "HEAD", "--update", "--reason", "x"],
+        ["rows", "--no-such-option"],
+    ],
+)
 def test_wrong_arguments_are_not_mistaken_for_a_missing_baseline(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         regress.main(arguments)
@@ -251,8 +307,12 @@ def test_measuring_again_plans_one_row(monkeypatch):
     planned = []
     monkeypatch.setattr(program, "run", lambda module, options, *planned_by: planned.append(planned_by) or 0)
     other = step(variant="bare+cuda+swiglu=triton", engine="bare")
-    for made, bench in ((step(), bench_step), (other, bench_step), (sampling(), bench_sampling),
-                        (tokenizer(), bench_tokenizer)):  # fmt: skip
+    for made, bench in (
+        (step(), bench_step),
+        (other, bench_step),
+        (sampling(), bench_sampling),
+        (tokenizer(), bench_tokenizer),
+    ):
         planned.clear()
         bench.main(regress.command(made)[1:])
         ((make, (job,)),) = planned
@@ -285,11 +345,13 @@ def test_measuring_again_says_why_not():
     elsewhere = {"here": lambda: MACHINE | {"gpu": "NVIDIA H800"}}
     edited = {"here": lambda: MACHINE | {"revision": "abc-dirty"}}
     for run, other, why in (
-        (silent, {}, "ended with 3 and no such row"), (hanging, {}, "no end after 900 s"),
+        (silent, {}, "ended with 3 and no such row"),
+        (hanging, {}, "no end after 900 s"),
         (silent, {"reasons": lambda: ["no CUDA device"]}, "no CUDA device"),
-        (silent, elsewhere, "here it is NVIDIA H800"), (silent, edited, "here it is abc-dirty"),
+        (silent, elsewhere, "here it is NVIDIA H800"),
+        (silent, edited, "here it is abc-dirty"),
         (silent, {"end": 5.0, "clock": lambda: 5.0}, "the time is up"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(NotMeasured, match=why):
             again(run, **other)(op())
 

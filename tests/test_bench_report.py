@@ -15,36 +15,89 @@ from bench.pages import pictures, tables
 from bench.pages.measured import Measured, load, representative
 from bench.pages.targets import TARGETS, gemm_rate, missed, verdict
 
-MACHINE = {"format": FORMAT, "date": "2026-01-01T00:00:00+00:00", "device": "cuda", "gpu": "NVIDIA H200",
-           "capability": "9.0", "driver": "580.1", "python": "3.12", "torch": "2.11.0", "cuda": "13.0",
-           "triton": "3.6.0", "revision": "0123456789abcdef"}  # fmt: skip
+MACHINE = {
+    "format": FORMAT,
+    "date": "2026-01-01T00:00:00+00:00",
+    "device": "cuda",
+    "gpu": "NVIDIA H200",
+    "capability": "9.0",
+    "driver": "580.1",
+    "python": "3.12",
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "triton": "3.6.0",
+    "revision": "0123456789abcdef",
+}
 SPENT = {"optimizer": 8.0, "attention": 20.0, "gemm": 125.0, "communication": 0.0, "memory": 30.0, "idle": 2.0}
 
 
 def op(job, direction: str, provider: str, p50_us: float, fraction: float, **others: float) -> dict:
     return MACHINE | {
-        "kind": "op", **job.names, "direction": direction, "provider": provider, "status": "ok", "reason": "",
-        "includes": "", "version": "1", "p20_us": p50_us, "p50_us": p50_us, "p80_us": p50_us, "spread": 0.01,
-        "bytes": 10**8, "flops": 4 * 10**9, "limit_us": p50_us * fraction, "bound": "memory", "fraction": fraction,
+        "kind": "op",
+        **job.names,
+        "direction": direction,
+        "provider": provider,
+        "status": "ok",
+        "reason": "",
+        "includes": "",
+        "version": "1",
+        "p20_us": p50_us,
+        "p50_us": p50_us,
+        "p80_us": p50_us,
+        "spread": 0.01,
+        "bytes": 10**8,
+        "flops": 4 * 10**9,
+        "limit_us": p50_us * fraction,
+        "bound": "memory",
+        "fraction": fraction,
         "times_faster_than": others,
-    }  # fmt: skip
+    }
 
 
 def step(variant: str, rate: float, **more) -> dict:
-    return MACHINE | {
-        "kind": "step", "model": "LightningDiT-XL/1", "batch": 128, "variant": variant, "status": "ok", "reason": "",
-        "features": {"engine": variant.split("-")[0]}, "images_per_second": rate, "p50_ms": 128e3 / rate, "mfu": 0.5,
-        "fraction": 0.6, "spread": 0.01, "peak_gb": 40.0, "times_faster_than": {"plain-eager": 3.5},
-    } | more  # fmt: skip
+    return (
+        MACHINE
+        | {
+            "kind": "step",
+            "model": "LightningDiT-XL/1",
+            "batch": 128,
+            "variant": variant,
+            "status": "ok",
+            "reason": "",
+            "features": {"engine": variant.split("-")[0]},
+            "images_per_second": rate,
+            "p50_ms": 128e3 / rate,
+            "mfu": 0.5,
+            "fraction": 0.6,
+            "spread": 0.01,
+            "peak_gb": 40.0,
+            "times_faster_than": {"plain-eager": 3.5},
+        }
+        | more
+    )
 
 
 def comparison(kind: str, rate: float, **more) -> dict:
     """A row of sampling or of the tokenizer."""
-    return MACHINE | {
-        "kind": kind, "provider": "auto", "batch": 64, "precision": "bfloat16", "status": "ok", "reason": "",
-        "ours": True, "images_per_second": rate, "p50_ms": 64e3 / rate, "spread": 0.01, "fraction": 0.55,
-        "peak_gb": 20.0, "times_faster_than": {},
-    } | more  # fmt: skip
+    return (
+        MACHINE
+        | {
+            "kind": kind,
+            "provider": "auto",
+            "batch": 64,
+            "precision": "bfloat16",
+            "status": "ok",
+            "reason": "",
+            "ours": True,
+            "images_per_second": rate,
+            "p50_ms": 64e3 / rate,
+            "spread": 0.01,
+            "fraction": 0.55,
+            "peak_gb": 20.0,
+            "times_faster_than": {},
+        }
+        | more
+    )
 
 
 def comparisons() -> list[dict]:
@@ -53,40 +106,79 @@ def comparisons() -> list[dict]:
     cut = {"rounds": 1, "of": 4, "interleaved": False, "cut_off": "SIGTERM"}
     xl, plain = {"model": "LightningDiT-XL/1"}, {"provider": "plain-eager", "ours": False}
     ours, theirs = ({"extrapolated": {"parts_ms": found}} for found in (parts, {"guided": 120.0}))
-    rows = [comparison("sampling", 4.5, **xl, latents_per_second=4.75, **ours, times_faster_than={"plain-eager": 2.25}),
-            comparison("sampling", 2.0, **xl, **plain, latents_per_second=2.1, **theirs),
-            comparison("sampling", 90.0, model="LightningDiT-B/1", latents_per_second=99, **ours),
-            comparison("tokenizer", 2100.0, part="encode", breakdown_ms=SPENT, times_faster_than={"reference": 1.75}),
-            comparison("tokenizer", 2900.0, part="encode", provider="reference", ours=False),
-            comparison("tokenizer", 900.0, part="decode", coverage=cut),
-            comparison("tokenizer", 1.0, part="train", status="unavailable",
-                       reason="not installed: lpips")]  # fmt: skip
-    products = [MACHINE | {"kind": "gemm", "model": "LightningDiT-XL/1", "batch": 128, "layer": layer, "ours": False,
-                           "direction": direction, "provider": name, "shape": [32768, 3456, 1152], "status": "ok",
-                           "reason": "", "flops": 10**12, "p50_ms": ms, "tflops": 1e3 / ms, "spread": 0.01,
-                           "fraction": 0.9} for name, ms in (("torch", 1.6), ("cublaslt", 1.25)) for layer in LAYERS
-                for direction in DIRECTIONS]  # fmt: skip
+    rows = [
+        comparison("sampling", 4.5, **xl, latents_per_second=4.75, **ours, times_faster_than={"plain-eager": 2.25}),
+        comparison("sampling", 2.0, **xl, **plain, latents_per_second=2.1, **theirs),
+        comparison("sampling", 90.0, model="LightningDiT-B/1", latents_per_second=99, **ours),
+        comparison("tokenizer", 2100.0, part="encode", breakdown_ms=SPENT, times_faster_than={"reference": 1.75}),
+        comparison("tokenizer", 2900.0, part="encode", provider="reference", ours=False),
+        comparison("tokenizer", 900.0, part="decode", coverage=cut),
+        comparison("tokenizer", 1.0, part="train", status="unavailable", reason="not installed: lpips"),
+    ]
+    products = [
+        MACHINE
+        | {
+            "kind": "gemm",
+            "model": "LightningDiT-XL/1",
+            "batch": 128,
+            "layer": layer,
+            "ours": False,
+            "direction": direction,
+            "provider": name,
+            "shape": [32768, 3456, 1152],
+            "status": "ok",
+            "reason": "",
+            "flops": 10**12,
+            "p50_ms": ms,
+            "tflops": 1e3 / ms,
+            "spread": 0.01,
+            "fraction": 0.9,
+        }
+        for name, ms in (("torch", 1.6), ("cublaslt", 1.25))
+        for layer in LAYERS
+        for direction in DIRECTIONS
+    ]
     return rows + products
 
 
 def planted() -> list[dict]:
     rows = [MACHINE | {"kind": "baseline", "reason": "the first | rows"}]
     for name, rate, unit in (("copy", 4.2, "TB/s"), ("matmul bfloat16", 760.0, "TFLOP/s")):
-        rows.append(MACHINE | {"kind": "ceiling", "ceiling": name, "rate": rate, "unit": unit, "spread": 0.002,
-                               "sheet": 4.8, "source": "a data sheet", "method": "graph"})  # fmt: skip
+        rows.append(
+            MACHINE
+            | {
+                "kind": "ceiling",
+                "ceiling": name,
+                "rate": rate,
+                "unit": unit,
+                "spread": 0.002,
+                "sheet": 4.8,
+                "source": "a data sheet",
+                "method": "graph",
+            }
+        )
     for name, declared in kernels.OPS.items():
         for direction in ("forward", "backward") if declared.differentiable else ("forward",):
             job = representative(name)
-            rows += [op(job, direction, "cuda", 30.0, 0.8, triton=0.9, eager=5.0, compile=1.4),
-                     op(job, direction, "triton", 27.0, 0.89, cuda=1.11, eager=5.5, compile=1.5),
-                     op(job, direction, "compile", 40.0, 0.6), op(job, direction, "eager", 150.0, 0.16)]  # fmt: skip
+            rows += [
+                op(job, direction, "cuda", 30.0, 0.8, triton=0.9, eager=5.0, compile=1.4),
+                op(job, direction, "triton", 27.0, 0.89, cuda=1.11, eager=5.5, compile=1.5),
+                op(job, direction, "compile", 40.0, 0.6),
+                op(job, direction, "eager", 150.0, 0.16),
+            ]
     rows.append(
         op(representative("swiglu"), "forward", "liger", 0, 0) | {"status": "incorrect", "reason": "its result"}
     )
-    rows += [step("trainer", 640.0, breakdown_ms=SPENT, longest=[{"kernel": "nvjet", "kind": "gemm", "calls": 336,
-                                                                  "ms": 125.0}]),
-             step("plain-eager", 180.0, breakdown_ms=SPENT),
-             step("bare", 1.0) | {"status": "failed", "reason": "out of memory"}]  # fmt: skip
+    rows += [
+        step(
+            "trainer",
+            640.0,
+            breakdown_ms=SPENT,
+            longest=[{"kernel": "nvjet", "kind": "gemm", "calls": 336, "ms": 125.0}],
+        ),
+        step("plain-eager", 180.0, breakdown_ms=SPENT),
+        step("bare", 1.0) | {"status": "failed", "reason": "out of memory"},
+    ]
     return rows + comparisons()
 
 
@@ -121,8 +213,12 @@ def test_the_readme_is_short_and_has_every_table():
 def test_everything_is_reproducible_byte_for_byte(tree):
     assert report.main([], tree) == 0
     first = contents(tree)
-    assert set(first) == {"README.md", "bench/results/README.md", "bench/results/nvidia-h200.jsonl",
-                          *(f"bench/results/nvidia-h200-{name}.svg" for name in pictures.PICTURES)}  # fmt: skip
+    assert set(first) == {
+        "README.md",
+        "bench/results/README.md",
+        "bench/results/nvidia-h200.jsonl",
+        *(f"bench/results/nvidia-h200-{name}.svg" for name in pictures.PICTURES),
+    }
     assert report.main([], tree) == 0 and contents(tree) == first
     assert report.main(["--check"], tree) == 0
 
@@ -239,12 +335,25 @@ def test_a_step_that_was_cut_off_says_so():
 
 
 def test_the_loader_is_read_from_its_rows(tmp_path):
-    row = MACHINE | {"kind": "data", "workers": 0, "batch_size": 128, "status": "ok", "device": "cpu", "gpu": None,
-                     "cpu": "a CPU", "cores": 2, "spread": 0.1, "bytes": 32768, "times_faster_than": {}}  # fmt: skip
+    row = MACHINE | {
+        "kind": "data",
+        "workers": 0,
+        "batch_size": 128,
+        "status": "ok",
+        "device": "cpu",
+        "gpu": None,
+        "cpu": "a CPU",
+        "cores": 2,
+        "spread": 0.1,
+        "bytes": 32768,
+        "times_faster_than": {},
+    }
     slower = {"times_faster_than": {"file-per-sample-0": 0.5}}
-    rows = [row | {"provider": "latents", "latents_per_second": 60_000.0},
-            row | {"provider": "latents", "latents_per_second": 70_000.0, "workers": 2} | slower,
-            row | {"provider": "file-per-sample", "latents_per_second": 140_000.0}]  # fmt: skip
+    rows = [
+        row | {"provider": "latents", "latents_per_second": 60_000.0},
+        row | {"provider": "latents", "latents_per_second": 70_000.0, "workers": 2} | slower,
+        row | {"provider": "file-per-sample", "latents_per_second": 140_000.0},
+    ]
     target = next(target for target in TARGETS if target.name == "latents-host")
     rows.append(op(representative("swiglu"), "forward", "eager", 1, 1) | {"device": "cpu"})
     (tmp_path / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -265,9 +374,10 @@ def test_a_missed_target_is_explained_or_it_is_said_that_it_is_not(tmp_path):
 def test_markers_are_a_pair_and_name_a_table():
     assert "| not measured yet |" in report.filled("<!-- bench:ops -->\n<!-- /bench:ops -->", [])
     for text, why in (
-        ("<!-- bench:ops -->\n", "other half"), ("<!-- bench:ops -->\n<!-- /bench:training -->", "other half"),
+        ("<!-- bench:ops -->\n", "other half"),
+        ("<!-- bench:ops -->\n<!-- /bench:training -->", "other half"),
         ("<!-- bench:speed -->\n<!-- /bench:speed -->", "no table is called speed; known: backends, training"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=why):
             report.filled(text, [])
 

@@ -21,10 +21,21 @@ from lightningdit.sampler import time_grid
 from tests.golden import close
 from vavae.config import AutoencoderConfig
 
-TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
-                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
-TOKENIZER = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
-                              resolution=8)  # fmt: skip
+TINY = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
+TOKENIZER = AutoencoderConfig(
+    embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=8
+)
 OURS = Variant("reference", "ours", kernels="reference")
 PLAIN = SAMPLING["plain-eager"]
 
@@ -72,7 +83,9 @@ def test_rows_of_a_job(precision, tmp_path, capsys):
     rows = bench(tmp_path / "rows.jsonl").run(job(precision, OURS, PLAIN))
     assert list(read(tmp_path / "rows.jsonl", "cpu")) == json.loads(json.dumps(rows))
     assert [(row["provider"], row["status"], row["ours"]) for row in rows] == [
-        ("reference", "ok", True), ("plain-eager", "ok", False)]  # fmt: skip
+        ("reference", "ok", True),
+        ("plain-eager", "ok", False),
+    ]
     first, plain = rows
     assert first["extrapolated"]["times"] == {"guided": 181, "unguided": 68}
     assert plain["extrapolated"]["times"] == {"guided": 249} and "unguided" not in plain["extrapolated"]["parts_ms"]
@@ -134,6 +147,7 @@ def test_without_its_packages_or_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(samplers, "SamplingSetup", lacking)
     rows = bench().run(job("float32", OURS))
     assert [(row["status"], row["reason"]) for row in rows] == [
-        ("unavailable", "not installed: No module named 'torchdiffeq'")]  # fmt: skip
+        ("unavailable", "not installed: No module named 'torchdiffeq'")
+    ]
     if not torch.cuda.is_available():
         assert bench_sampling.main(["--quick"]) == 2 and "needs a GPU" in capsys.readouterr().err

@@ -23,8 +23,18 @@ from lightningdit.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
-TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=5,
-                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+TINY = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    num_classes=5,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 
 
 class HostEvent:
@@ -76,13 +86,20 @@ def speed(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "measure", lambda device, log: limits)
     job = ops.OpJob(SWIGLU, next(case for case in SWIGLU.cases if case.id == "odd"), torch.float32)
     monkeypatch.setattr(ops, "jobs", lambda found: [job])
-    everybody = [Provider("eager", lambda: Adapter(reference(SWIGLU))), Provider("slow", slow),
-                 Provider("cuda", zeros), Provider("liger", zeros), Provider("absent", absent)]  # fmt: skip
+    everybody = [
+        Provider("eager", lambda: Adapter(reference(SWIGLU))),
+        Provider("slow", slow),
+        Provider("cuda", zeros),
+        Provider("liger", zeros),
+        Provider("absent", absent),
+    ]
     for module in (ops, providers):
         monkeypatch.setattr(module, "providers_for", lambda *_: everybody)
-    variants = (TrainingVariant("plain-eager", "plain", compile="none"),
-                TrainingVariant("bare", "bare", kernels="reference", compile="none"),
-                TrainingVariant("bare-lost", "bare", kernels="no such backend"))  # fmt: skip
+    variants = (
+        TrainingVariant("plain-eager", "plain", compile="none"),
+        TrainingVariant("bare", "bare", kernels="reference", compile="none"),
+        TrainingVariant("bare-lost", "bare", kernels="no such backend"),
+    )
     monkeypatch.setattr(step, "jobs", lambda *_: iter([step.StepJob("tiny", TINY, 2, variants)]))
 
     def run(*select: str):

@@ -38,8 +38,18 @@ from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 
 ROOT = Path(__file__).parents[1]
-TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
-                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+TINY = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 BARE = TrainingVariant("bare", "bare", kernels="reference", compile="none")
 PLAIN = TrainingVariant("plain-eager", "plain", compile="none")
 
@@ -114,12 +124,16 @@ def test_networks_are_made_on_their_device(monkeypatch):
     assert all(value.any() for name, value in first.items() if "pos_embed" not in name and "freqs" not in name)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: LightningDiT(TINY, select("reference")),
-    lambda: LightningDiT(TINY.model_copy(update={"use_rmsnorm": False, "use_swiglu": False}), select("reference")),
-    lambda: AutoencoderKL(AutoencoderConfig(ch=32, ch_mult=(1, 1), attn_resolutions=(16,), resolution=16),
-                          select("reference")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LightningDiT(TINY, select("reference")),
+        lambda: LightningDiT(TINY.model_copy(update={"use_rmsnorm": False, "use_swiglu": False}), select("reference")),
+        lambda: AutoencoderKL(
+            AutoencoderConfig(ch=32, ch_mult=(1, 1), attn_resolutions=(16,), resolution=16), select("reference")
+        ),
+    ],
+)
 def test_models_can_be_made_on_a_device(make):
     """On one that is only made up, whose tensors do not mix with a CPU's."""
     with FakeTensorMode(), torch.device("cuda"):
@@ -160,7 +174,10 @@ def test_what_cannot_run_is_recorded_and_the_rest_goes_on():
     variants = (TRAINING["trainer"], TRAINING["bare-eager"], PLAIN)
     rows = {row["variant"]: row for row in bench(make=make).run(StepJob("tiny", TINY, 2, variants))}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "trainer": "unavailable", "bare-eager": "failed", "plain-eager": "ok"}  # fmt: skip
+        "trainer": "unavailable",
+        "bare-eager": "failed",
+        "plain-eager": "ok",
+    }
     assert "deepspeed" in rows["trainer"]["reason"]
     assert rows["bare-eager"]["reason"] == "OutOfMemoryError: out of memory"
 
@@ -210,13 +227,21 @@ def test_jobs_of_a_run():
 CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends)
 
 
-@pytest.mark.parametrize(("asked", "name", "kernels", "per_op", "ops"), [
-    (["cuda"], "bare+cuda", "cuda", {}, dict.fromkeys(CUDA, "cuda")),
-    (["swiglu=triton", "cuda"], "bare+cuda+swiglu=triton", "cuda", {"swiglu": "triton"},
-     dict.fromkeys(CUDA, "cuda") | {"swiglu": "triton"}),
-    (["swiglu=reference"], "bare+swiglu=reference", "auto", {"swiglu": "reference"}, {"swiglu": "reference"}),
-    ([], "bare", "auto", {}, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "name", "kernels", "per_op", "ops"),
+    [
+        (["cuda"], "bare+cuda", "cuda", {}, dict.fromkeys(CUDA, "cuda")),
+        (
+            ["swiglu=triton", "cuda"],
+            "bare+cuda+swiglu=triton",
+            "cuda",
+            {"swiglu": "triton"},
+            dict.fromkeys(CUDA, "cuda") | {"swiglu": "triton"},
+        ),
+        (["swiglu=reference"], "bare+swiglu=reference", "auto", {"swiglu": "reference"}, {"swiglu": "reference"}),
+        ([], "bare", "auto", {}, {}),
+    ],
+)
 def test_a_variant_on_other_backends(asked, name, kernels, per_op, ops):
     """Its name says which, as a row is known by it; ops without a CUDA kernel and ops in graphs stay on "auto"."""
     (job,) = jobs(["LightningDiT-XL/1"], [128], ["bare", "plain-eager"], asked)
@@ -239,15 +264,18 @@ def test_backends_of_a_variant_are_added_to_its_own():
     assert TRAINING["bare-reference"].on(["swiglu=cuda"]).features()["kernels"] == "reference"
 
 
-@pytest.mark.parametrize(("asked", "message"), [
-    (["swigl=cuda"], "no op is called 'swigl' (did you mean 'swiglu'?)"),
-    (["cudda"], "no backend is called 'cudda' (did you mean 'cuda'?)"),
-    (["emulated"], "no backend is called 'emulated'"),
-    (["swiglu="], "no backend is called ''"),
-    (["group_norm_silu=cuda"], "group_norm_silu has no cuda backend, only auto, reference, triton"),
-    (["cuda", "triton"], "both cuda and triton for all ops"),
-    (["swiglu=cuda", "swiglu=triton"], "both cuda and triton for swiglu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["swigl=cuda"], "no op is called 'swigl' (did you mean 'swiglu'?)"),
+        (["cudda"], "no backend is called 'cudda' (did you mean 'cuda'?)"),
+        (["emulated"], "no backend is called 'emulated'"),
+        (["swiglu="], "no backend is called ''"),
+        (["group_norm_silu=cuda"], "group_norm_silu has no cuda backend, only auto, reference, triton"),
+        (["cuda", "triton"], "both cuda and triton for all ops"),
+        (["swiglu=cuda", "swiglu=triton"], "both cuda and triton for swiglu"),
+    ],
+)
 def test_backends_that_are_not_there_are_refused(asked, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench_step.main([word for choice in asked for word in ("--kernels", choice)])
@@ -283,17 +311,20 @@ def test_breakdown_by_hand():
     assert breakdown([], 1)["idle"] == 0.0
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    ("sm90_xmma_gemm_bf16bf16_bf16f32", "gemm"),
-    ("void cutlass::Kernel2<cutlass_80_wmma", "gemm"),
-    ("cublasLt::splitKreduce_kernel", "gemm"),
-    ("triton_red_fused_sum_3", "memory"),
-    ("Memcpy DtoD", "memory"),
-    ("void at::native::multi_tensor_apply_kernel<...FusedAdam", "optimizer"),
-    ("pytorch_flash::flash_fwd_kernel", "attention"),
-    ("cudnn_generated_fort_native_sdpa_sm90", "attention"),
-    ("ncclDevKernel_AllReduce", "communication"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_wmma", "gemm"),
+        ("cublasLt::splitKreduce_kernel", "gemm"),
+        ("triton_red_fused_sum_3", "memory"),
+        ("Memcpy DtoD", "memory"),
+        ("void at::native::multi_tensor_apply_kernel<...FusedAdam", "optimizer"),
+        ("pytorch_flash::flash_fwd_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90", "attention"),
+        ("ncclDevKernel_AllReduce", "communication"),
+    ],
+)
 def test_kinds_of_kernels(name, kind):
     assert kind_of(name) == kind
 

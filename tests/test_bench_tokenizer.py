@@ -26,15 +26,21 @@ from tests.golden import close
 from vavae.config import AutoencoderConfig
 from vavae.loss import Perceptual
 
-TINY = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
-                         resolution=16)  # fmt: skip
+TINY = AutoencoderConfig(
+    embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16
+)
 VIT = "{img_size: 32, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"
 #: A run small enough for a CPU: 8 × 8 latents of 16 × 16 pixels.
 OVERRIDES = (
     "model={embed_dim: 4, z_channels: 4, ch: 32, ch_mult: [1, 1], num_res_blocks: 1, attn_resolutions: [], "
-    "resolution: 16}", "data.image_size=16", "data.num_workers=0", "loss.disc_ndf=8", "loss.disc_n_layers=1",
-    "foundation.model_name=vit_tiny_patch16_224", f"foundation.model_args={VIT}",
-)  # fmt: skip
+    "resolution: 16}",
+    "data.image_size=16",
+    "data.num_workers=0",
+    "loss.disc_ndf=8",
+    "loss.disc_n_layers=1",
+    "foundation.model_name=vit_tiny_patch16_224",
+    f"foundation.model_args={VIT}",
+)
 REFERENCE = TokenizerVariant("reference", "pass", kernels="reference")
 LAST = TokenizerVariant("reference-channels-last", "pass", kernels="reference", channels_last=True)
 GRAPH = TokenizerVariant("reference-compile", "pass", kernels="reference", compile="inductor")
@@ -121,7 +127,9 @@ def test_a_wrong_pass_is_not_timed(monkeypatch):
     monkeypatch.setattr(PassSetup, "provider", wrong)
     rows = bench().run(TokenizerJob("encode", "float32", 2, (REFERENCE, LAST), TINY, 16))
     assert {row["provider"]: row["status"] for row in rows} == {
-        "reference": "ok", "reference-channels-last": "incorrect"}  # fmt: skip
+        "reference": "ok",
+        "reference-channels-last": "incorrect",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +188,10 @@ def test_another_loss_is_incorrect():
 def test_providers_of_a_run():
     found = list(jobs(["encode", "train"], [], ["bfloat16", "float32"], [], quick=False))
     assert [str(job) for job in found[:3]] == [
-        "encode batch 32 bfloat16", "encode batch 32 float32", "train batch 32 bfloat16"]  # fmt: skip
+        "encode batch 32 bfloat16",
+        "encode batch 32 float32",
+        "train batch 32 bfloat16",
+    ]
     assert len(found) == 2 * 3 + 2 and found[0].providers == tuple(TOKENIZER["encode"])
     found = list(jobs(list(TOKENIZER), [], ["bfloat16"], [], quick=True))
     assert [job.part for job in found] == ["encode", "decode", "train"]
@@ -198,7 +209,8 @@ def test_without_its_packages_or_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(tokenizer_training, "TrainingSetup", lacking)
     rows = bench().run(TokenizerJob("train", "bfloat16", 2, (BARE,)))
     assert [(row["status"], row["reason"]) for row in rows] == [
-        ("unavailable", "not installed: No module named 'lpips'")]  # fmt: skip
+        ("unavailable", "not installed: No module named 'lpips'")
+    ]
     with pytest.raises(SystemExit):
         bench_tokenizer.main(["training"])
     assert "no part is called 'training'; known: encode, decode, train" in capsys.readouterr().err

@@ -16,8 +16,17 @@ from bench.triage.processes import Ended
 from bench.triage.records import read_rows
 from bench.triage.tasks import Task, check, step, triage_task
 
-FACTS = {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0", "driver": "580", "python": "3.12",
-         "torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "revision": "1234abc"}  # fmt: skip
+FACTS = {
+    "device": "cuda",
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "capability": "9.0",
+    "driver": "580",
+    "python": "3.12",
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "triton": "3.6.0",
+    "revision": "1234abc",
+}
 MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
@@ -100,8 +109,15 @@ def run(out: Path, parts, behaviours=None, minutes: float = 8.0, earlier=(), on_
     """Whether it succeeded, the verdicts in the file by label, and the processes that were simulated."""
     out.mkdir(exist_ok=True)
     fake = FakeProcesses(behaviours or {})
-    triage = Triage(out, minutes, earlier, start=fake.start, clock=lambda: fake.now, sleep=fake.sleep,
-                    command=lambda module, arguments, limit: [module, *arguments])  # fmt: skip
+    triage = Triage(
+        out,
+        minutes,
+        earlier,
+        start=fake.start,
+        clock=lambda: fake.now,
+        sleep=fake.sleep,
+        command=lambda module, arguments, limit: [module, *arguments],
+    )
     fake.triage = triage
     if on_sleep is not None:
         fake.on_sleep = lambda: on_sleep(fake)
@@ -112,20 +128,52 @@ def run(out: Path, parts, behaviours=None, minutes: float = 8.0, earlier=(), on_
 
 
 def row(kind: str, **keys) -> dict:
-    return {"format": FORMAT, "kind": kind, "date": "2026-01-01T00:00:00+00:00", **FACTS, "status": "ok", "reason": "",
-            **keys}  # fmt: skip
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "date": "2026-01-01T00:00:00+00:00",
+        **FACTS,
+        "status": "ok",
+        "reason": "",
+        **keys,
+    }
 
 
 def step_row(variant: str, ms: float, batch: int = 128, **keys) -> dict:
-    return row("step", **{"model": tasks.MODEL, "batch": batch, "variant": variant, "p50_ms": ms, "fraction": 0.4,
-                          "images_per_second": batch / ms * 1e3, "peak_gb": 55.0, "loss": 2.0, "times_faster_than": {},
-                          "coverage": None, **keys})  # fmt: skip
+    return row(
+        "step",
+        **{
+            "model": tasks.MODEL,
+            "batch": batch,
+            "variant": variant,
+            "p50_ms": ms,
+            "fraction": 0.4,
+            "images_per_second": batch / ms * 1e3,
+            "peak_gb": 55.0,
+            "loss": 2.0,
+            "times_faster_than": {},
+            "coverage": None,
+            **keys,
+        },
+    )
 
 
 def op_row(op: str, provider: str, fraction: float, direction: str = "forward", **keys) -> dict:
-    return row("op", **{"op": op, "case": "XL", "dtype": "bfloat16", "direction": direction, "provider": provider,
-                        "fraction": fraction, "bound": "memory", "p50_us": 100.0, "times_faster_than": {"eager": 4.0},
-                        **keys})  # fmt: skip
+    return row(
+        "op",
+        **{
+            "op": op,
+            "case": "XL",
+            "dtype": "bfloat16",
+            "direction": direction,
+            "provider": provider,
+            "fraction": fraction,
+            "bound": "memory",
+            "p50_us": 100.0,
+            "times_faster_than": {"eager": 4.0},
+            **keys,
+        },
+    )
 
 
 def checked(op: str, backend: str, verdict: str) -> dict:
@@ -152,9 +200,14 @@ def test_each_ending_has_its_verdict(tmp_path):
     }
     succeeded, outcomes, fake = run(tmp_path / "out", (MACHINE, OPS, BARE), behaviours)
     assert not succeeded and {name: outcomes[name]["verdict"] for name in outcomes} == {
-        "machine/machine": "ok", "ops/swiglu triton": "signal SIGSEGV", "ops/swiglu cuda": "wrong",
-        "ops/vf_loss triton": "timeout", "ops/vf_loss cuda": "failed", "bare/bare": "out of memory",
-        "bare/bare at 64": "out of memory"}  # fmt: skip
+        "machine/machine": "ok",
+        "ops/swiglu triton": "signal SIGSEGV",
+        "ops/swiglu cuda": "wrong",
+        "ops/vf_loss triton": "timeout",
+        "ops/vf_loss cuda": "failed",
+        "bare/bare": "out of memory",
+        "bare/bare at 64": "out of memory",
+    }
     lines = outcomes["ops/swiglu triton"]["log"]
     assert len(lines) == 20 and lines[-1] == "XL bfloat16 gradients … Segmentation fault"
     assert outcomes["ops/swiglu cuda"]["reason"] == "XL forward: error 3.0"
@@ -278,7 +331,10 @@ def test_steps_at_other_batches_are_not_compared(tmp_path):
     _, outcomes, _ = run(tmp_path / "out", (BARE, PLAIN), behaviours)
     rows = [line for line in read_rows(tmp_path / "out" / "rows.jsonl") if line["kind"] == "step"]
     assert [(line["batch"], line["status"], line["times_faster_than"]) for line in rows] == [
-        (128, "ok", {}), (128, "failed", {}), (64, "ok", {})]  # fmt: skip
+        (128, "ok", {}),
+        (128, "failed", {}),
+        (64, "ok", {}),
+    ]
     assert rows[2]["note"] == "at batch 64: out of memory at 128"
     assert outcomes["plain-eager/plain-eager"]["verdict"] == "out of memory"
 

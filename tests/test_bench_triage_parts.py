@@ -40,17 +40,37 @@ def test_every_op_and_backend_is_checked():
     assert backends() == found and all(registry.FILES[name] + ".py" == file for name, file in FILES.items())
     tasks = next(part for part in first_parts() if part.name == "ops").tasks
     assert {(dict(task.about)["op"], dict(task.about)["backend"]) for task in tasks} == {
-        (op, name) for op, names in found.items() for name in names}  # fmt: skip
-    timed = [op for part in first_parts() if part.name == "fractions" for task in part.tasks
-             for child in task.adapted(findings()) for op in child.arguments if op in kernels.OPS]  # fmt: skip
+        (op, name) for op, names in found.items() for name in names
+    }
+    timed = [
+        op
+        for part in first_parts()
+        if part.name == "fractions"
+        for task in part.tasks
+        for child in task.adapted(findings())
+        for op in child.arguments
+        if op in kernels.OPS
+    ]
     assert sorted(timed) == sorted(kernels.OPS)
     assert all(sorted(ours(op)) == sorted(found[name]) for name, op in kernels.OPS.items()), "bench.ops times the same"
 
 
 def test_the_order_and_the_budgets():
     found = {part.name: part.budget for part in first_parts()}
-    assert found == {"machine": 12, "build": 60, "ceilings": 8, "ops": 55, "bare": 45, "plain-eager": 25, "gemms": 15,
-                     "trainer": 60, "plain-compile": 100, "fractions": 55, "variants": 90, "others": 35}  # fmt: skip
+    assert found == {
+        "machine": 12,
+        "build": 60,
+        "ceilings": 8,
+        "ops": 55,
+        "bare": 45,
+        "plain-eager": 25,
+        "gemms": 15,
+        "trainer": 60,
+        "plain-compile": 100,
+        "fractions": 55,
+        "variants": 90,
+        "others": 35,
+    }
     assert list(found)[:2] == ["machine", "build"] and list(found)[-1] == "others"
     assert [part.name for part in first_parts() if part.at_once > 1] == ["ops"], "what is timed runs alone"
 
@@ -60,8 +80,10 @@ def test_children_are_commands_that_their_programs_understand(monkeypatch, tmp_p
     for module in (bench_step, gemms, sampling, tokenizer):
         monkeypatch.setattr(module.program, "cuda_reasons", lambda: ["none here"])
     monkeypatch.setattr(roofline, "cuda_reasons", lambda: ["none here"])
-    mains = {f"bench.{module.__name__.split('.')[-1]}": module.main
-             for module in (bench_step, gemms, ops, roofline, sampling, tokenizer)}  # fmt: skip
+    mains = {
+        f"bench.{module.__name__.split('.')[-1]}": module.main
+        for module in (bench_step, gemms, ops, roofline, sampling, tokenizer)
+    }
     ran = set()
     broken = findings(swiglu__triton="timeout", swiglu__cuda="wrong", group_norm_silu__triton="failed")
     for part in (*first_parts(), *second_parts([])):
@@ -114,9 +136,16 @@ def test_wrong_backends_are_not_timed():
 
 
 def test_sampling_and_encoding_do_without_crashed_ops():
-    found = [options(child, "--variant") for verdicts in ({}, {"swiglu__triton": "failed"},
-             {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"}, {"adamw_ema___triton": "failed"})
-             for child in SAMPLING.adapted(findings(**verdicts))]  # fmt: skip
+    found = [
+        options(child, "--variant")
+        for verdicts in (
+            {},
+            {"swiglu__triton": "failed"},
+            {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"},
+            {"adamw_ema___triton": "failed"},
+        )
+        for child in SAMPLING.adapted(findings(**verdicts))
+    ]
     assert [variants[-1] for variants in found] == ["auto", "cuda", "reference", "auto"]
     (child,) = ENCODE.adapted(findings(group_norm_silu__triton="failed"))
     assert options(child, "--variant") == ["reference", "reference-channels-last"]
@@ -165,36 +194,72 @@ def ended(part: str, verdict: str, reason: str = "", name: str = "") -> dict:
 HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager", "plain-compile")]
 
 
-@pytest.mark.parametrize(("rows", "advice"), [
-    ([MACHINE | {"verdict": "failed", "reason": "no device: none"}], "why there is no GPU"),
-    ([MACHINE | {"collectives": ["NCCL says no"]}, checked("swiglu", "cuda", "wrong")], "NCCL: .* NCCL says no"),
-    ([MACHINE, ended("trainer", "failed"), checked("swiglu", "cuda", "wrong"), checked("vf_loss", "triton", "timeout")],
-     "vf_loss on triton: timeout.*--second"),
-    ([MACHINE, *HEADLINE[1:], ended("trainer", "failed", "ModuleNotFoundError: x")], "trainer: failed.*--only trainer"),
-    ([MACHINE, *HEADLINE, ended("bare", "out of memory"), ended("variants", "timeout", "no end", "bare-folded")],
-     "bare: out of memory|variants/bare-folded: timeout"),
-    ([MACHINE, *HEADLINE, ended("others", "skipped", "no time: 1 s"), ended("gemms", "skipped", "no time: 0 s")],
-     "parts without time: .* --only others --only gemms"),
-    ([MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)], "swiglu XL.*50.0%.*ncu"),
-    ([MACHINE, *HEADLINE], "nothing failed"),
-    ([MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "failed", "", "memcheck swiglu cuda")],
-     "read the sanitizer's report on swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz"),
-    ([MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "skipped", "", "memcheck swiglu cuda")],
-     "swiglu on cuda: wrong.*--second"),
-    ([MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), ended("ncu", "ok", "", "swiglu cuda forward")],
-     "read why swiglu XL forward cuda is at 50.0% .*: ncu/swiglu cuda forward"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        ([MACHINE | {"verdict": "failed", "reason": "no device: none"}], "why there is no GPU"),
+        ([MACHINE | {"collectives": ["NCCL says no"]}, checked("swiglu", "cuda", "wrong")], "NCCL: .* NCCL says no"),
+        (
+            [
+                MACHINE,
+                ended("trainer", "failed"),
+                checked("swiglu", "cuda", "wrong"),
+                checked("vf_loss", "triton", "timeout"),
+            ],
+            "vf_loss on triton: timeout.*--second",
+        ),
+        (
+            [MACHINE, *HEADLINE[1:], ended("trainer", "failed", "ModuleNotFoundError: x")],
+            "trainer: failed.*--only trainer",
+        ),
+        (
+            [MACHINE, *HEADLINE, ended("bare", "out of memory"), ended("variants", "timeout", "no end", "bare-folded")],
+            "bare: out of memory|variants/bare-folded: timeout",
+        ),
+        (
+            [MACHINE, *HEADLINE, ended("others", "skipped", "no time: 1 s"), ended("gemms", "skipped", "no time: 0 s")],
+            "parts without time: .* --only others --only gemms",
+        ),
+        (
+            [MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)],
+            "swiglu XL.*50.0%.*ncu",
+        ),
+        ([MACHINE, *HEADLINE], "nothing failed"),
+        (
+            [MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "failed", "", "memcheck swiglu cuda")],
+            "read the sanitizer's report on swiglu on cuda: sanitizer/memcheck swiglu cuda in logs.tgz",
+        ),
+        (
+            [MACHINE, checked("swiglu", "cuda", "wrong"), ended("sanitizer", "skipped", "", "memcheck swiglu cuda")],
+            "swiglu on cuda: wrong.*--second",
+        ),
+        (
+            [MACHINE, *HEADLINE, op_row("swiglu", "cuda", 0.5), ended("ncu", "ok", "", "swiglu cuda forward")],
+            "read why swiglu XL forward cuda is at 50.0% .*: ncu/swiglu cuda forward",
+        ),
+    ],
+)
 def test_the_next_thing_to_do(rows, advice):
     assert re.search(advice, summary.next_step(rows)), summary.next_step(rows)
 
 
 def test_the_summary_shows_every_kind_of_row():
-    gemm = [row("gemm", provider="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
-            for layer, ms in (("qkv", 2.0), ("w3", 6.0))]  # fmt: skip
-    rows = [MACHINE, *HEADLINE, checked("swiglu", "triton", "ok"), checked("swiglu", "cuda", "skipped"), *gemm,
-            op_row("swiglu", "triton", 0.9), op_row("swiglu", "eager", 0.1), op_row("vf_loss", "cuda", 0.3),
-            row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
-            ended("others", "skipped", "no time: 1 s are left", "sampling")]  # fmt: skip
+    gemm = [
+        row("gemm", provider="torch", layer=layer, direction="forward", flops=2e12, p50_ms=ms, tflops=2 / ms)
+        for layer, ms in (("qkv", 2.0), ("w3", 6.0))
+    ]
+    rows = [
+        MACHINE,
+        *HEADLINE,
+        checked("swiglu", "triton", "ok"),
+        checked("swiglu", "cuda", "skipped"),
+        *gemm,
+        op_row("swiglu", "triton", 0.9),
+        op_row("swiglu", "eager", 0.1),
+        op_row("vf_loss", "cuda", 0.3),
+        row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
+        ended("others", "skipped", "no time: 1 s are left", "sampling"),
+    ]
     text = summary.text(rows)
     assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text
     assert "swiglu                         triton right, cuda not checked" in text

@@ -142,8 +142,13 @@ def test_a_module_runs_as_if_it_were_called_by_name(tmp_path):
     (tmp_path / "says.py").write_text(
         "import sys\nprint(vars(sys.modules['__main__']) is globals(), sys.argv[1:])\nsys.exit(4)\n"
     )
-    done = subprocess.run(command("says", ["--a", "b c"], 20), cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"})  # fmt: skip
+    done = subprocess.run(
+        command("says", ["--a", "b c"], 20),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
     assert (done.returncode, done.stdout) == (4, "True ['--a', 'b c']\n"), done.stderr
 
 

@@ -38,7 +38,15 @@ def test_everything_ends_well(rehearsed):
     rows = list(read(out / "rows.jsonl", "cpu"))
     outcomes = {f"{row['part']}/{row['name']}": row["verdict"] for row in rows if row["kind"] == "triage"}
     assert set(outcomes.values()) == {"ok"} and {name.split("/")[0] for name in outcomes} == {
-        "machine", "ceilings", "ops", "bare", "plain-eager", "gemms", "fractions", "others"}  # fmt: skip
+        "machine",
+        "ceilings",
+        "ops",
+        "bare",
+        "plain-eager",
+        "gemms",
+        "fractions",
+        "others",
+    }
     assert {"ops/swiglu triton", "ops/swiglu cuda", "ops/swiglu_linear_grad triton"} <= set(outcomes)
     assert {row["revision"] for row in rows} == {"1234abc"} and {row["device"] for row in rows} == {"cpu"}
     with tarfile.open(out / "logs.tgz") as logs:

@@ -22,8 +22,12 @@ def test_verdicts_are_not_compared(tmp_path):
 def test_the_gate_takes_the_rows_of_a_triage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(baseline, "RESULTS", tmp_path / "results")
     features = {"engine": "bare"}
-    fast, slow = (Behaviour(rows=[step_row("bare", ms, fraction=50 / ms, features=features, spread=0.01)
-                               for ms in (2 * time, time)]) for time in (100.0, 125.0))  # fmt: skip
+    fast, slow = (
+        Behaviour(
+            rows=[step_row("bare", ms, fraction=50 / ms, features=features, spread=0.01) for ms in (2 * time, time)]
+        )
+        for time in (100.0, 125.0)
+    )
     run(tmp_path / "first", (MACHINE, BARE), {"machine-machine": MACHINE_OK, "bare-bare": fast})
     rows = str(tmp_path / "first" / "rows.jsonl")
     assert regress.main([rows]) == regress.NO_BASELINE

@@ -72,9 +72,13 @@ def test_what_cannot_be_written_is_said_before(tmp_path, monkeypatch):
     files.write_text(tmp_path / "new" / "a", "x")
     files.require_writable(tmp_path / "new" / "a")
     os.mkfifo(tmp_path / "pipe")
-    for path, why in ((tmp_path, "it is a directory"), (tmp_path / "pipe", "it is a named pipe"),
-                      ("/dev/null", "it is a device"), (tmp_path / "new/a/b", "File exists|Not a directory"),
-                      (tmp_path / ("x" * 300), "File name too long")):  # fmt: skip
+    for path, why in (
+        (tmp_path, "it is a directory"),
+        (tmp_path / "pipe", "it is a named pipe"),
+        ("/dev/null", "it is a device"),
+        (tmp_path / "new/a/b", "File exists|Not a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
         with pytest.raises(WriteError, match=f"cannot write {path}: ({why})|cannot write .*new/a: {why}"):
             files.require_writable(path)
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)  # to root everything is allowed
@@ -86,8 +90,13 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
-    for path, why in {"pipe": "a named pipe", "link": "a named pipe", ".": "a directory", "none": "does not exist",
-                      "dangling": "does not exist"}.items():  # fmt: skip
+    for path, why in {
+        "pipe": "a named pipe",
+        "link": "a named pipe",
+        ".": "a directory",
+        "none": "does not exist",
+        "dangling": "does not exist",
+    }.items():
         with pytest.raises(FileError, match=why):
             files.open_regular(tmp_path / path)
     with pytest.raises(FileError, match="/dev/zero is a device"):
@@ -100,13 +109,24 @@ def test_what_cannot_be_a_path_is_no_file(path):
         files.open_regular(path)
 
 
-@pytest.mark.parametrize("content, why", [
-    (b"{", "no JSON"), (b"", "no JSON"), (b"\xff\xfe", "no JSON"), (b"[" * 100_000, "no JSON"),
-    (b"1" * 10_000, "no JSON"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-    (b"<!DOCTYPE html><p>", "web page"), (b"\xef\xbb\xbf<html>", "web page"), (b"<?xml version='1.0'?>", "or XML"),
-    (b'{"a": NaN}', "no JSON .NaN is no finite"), (b"[-Infinity]", "no JSON .-Infinity is no"), (b"1e999", "no JSON"),
-    (b"[" + 5000 * b"1" + b"]", r"no JSON \(a number in it is too long\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"{", "no JSON"),
+        (b"", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b"1" * 10_000, "no JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><p>", "web page"),
+        (b"\xef\xbb\xbf<html>", "web page"),
+        (b"<?xml version='1.0'?>", "or XML"),
+        (b'{"a": NaN}', "no JSON .NaN is no finite"),
+        (b"[-Infinity]", "no JSON .-Infinity is no"),
+        (b"1e999", "no JSON"),
+        (b"[" + 5000 * b"1" + b"]", r"no JSON \(a number in it is too long\)"),
+    ],
+)
 def test_what_is_no_json_is_named(tmp_path, content, why):
     path = tmp_path / "a.json"
     path.write_bytes(content)
@@ -135,11 +155,18 @@ class Example(Record):
     parts: dict[str, tuple[int, ...]]
 
 
-@pytest.mark.parametrize("content, where", [
-    ([], "content"), ({}, "step"), ({"step": "4", "parts": {}}, "step"), ({"step": 4.5, "parts": {}}, "step"),
-    ({"step": True, "parts": {}}, "step"), ({"step": 4, "parts": {"a": [1, "b"]}}, r"parts\.a\.1"),
-    ({"step": 4, "parts": {"a": [1, None]}}, r"parts\.a\.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, where",
+    [
+        ([], "content"),
+        ({}, "step"),
+        ({"step": "4", "parts": {}}, "step"),
+        ({"step": 4.5, "parts": {}}, "step"),
+        ({"step": True, "parts": {}}, "step"),
+        ({"step": 4, "parts": {"a": [1, "b"]}}, r"parts\.a\.1"),
+        ({"step": 4, "parts": {"a": [1, None]}}, r"parts\.a\.1"),
+    ],
+)
 def test_a_record_is_checked_and_the_key_named(tmp_path, content, where):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(FileError, match=rf"a\.json is damaged: .*{where}"):
@@ -175,8 +202,11 @@ def test_a_file_is_described_by_size_and_hash(tmp_path, monkeypatch, block):
 
 
 def test_faults_of_a_record_are_said_in_plain_words(tmp_path):
-    for content, words in (([], "its content: "), ({"step": "4", "parts": {}}, "step: a whole number is wanted"),
-                           ({"step": 4}, "parts: is missing")):  # fmt: skip
+    for content, words in (
+        ([], "its content: "),
+        ({"step": "4", "parts": {}}, "step: a whole number is wanted"),
+        ({"step": 4}, "parts: is missing"),
+    ):
         files.write_json(tmp_path / "a.json", content)
         with pytest.raises(FileError, match=f"a.json is damaged: {words}") as e:
             records.read_record(tmp_path / "a.json", Example)
@@ -206,11 +236,16 @@ def test_what_cannot_be_looked_for_is_not_absent(monkeypatch, number):
 # --- what is replaced, and what is not
 
 
-@pytest.mark.parametrize(("made", "said"), [
-    (lambda path: path.mkdir(), "it is a directory"), (os.mkfifo, "it is a named pipe"),
-    (lambda path: path.symlink_to("/dev/null"), "it is a device"),
-    (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-], ids=["directory", "pipe", "device", "loop"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda path: path.mkdir(), "it is a directory"),
+        (os.mkfifo, "it is a named pipe"),
+        (lambda path: path.symlink_to("/dev/null"), "it is a device"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+    ids=["directory", "pipe", "device", "loop"],
+)
 def test_what_is_no_file_is_not_replaced(tmp_path, made, said):
     made(tmp_path / "x")
     before = os.lstat(tmp_path / "x")

@@ -7,10 +7,16 @@ import torch
 from common.seeds import generator, mix, torch_seed
 
 
-@pytest.mark.parametrize("words, value", [
-    ((), 0), ((0,), 0xA706DD2F4D197E6F), ((3, 2), 0x735514E0DF7E7D12), ((1, 2, 3), 0x882D1ACC8D6C3B48),
-    ((-1, 2**40 + 5), 0x34B6485CA3537997),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ((), 0),
+        ((0,), 0xA706DD2F4D197E6F),
+        ((3, 2), 0x735514E0DF7E7D12),
+        ((1, 2, 3), 0x882D1ACC8D6C3B48),
+        ((-1, 2**40 + 5), 0x34B6485CA3537997),
+    ],
+)
 def test_the_hash_is_pinned(words, value):
     assert int(mix(*words)) == value and torch_seed(*words) == value >> 1
     assert generator(*words).initial_seed() == value >> 1

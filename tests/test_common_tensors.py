@@ -177,7 +177,7 @@ REFUSED = {
     "sparse": (lambda p: torch.save({"a": torch.eye(3).to_sparse()}, p), "a is torch.sparse_coo"),
     "packed": (lambda p: torch.save({"a": torch.zeros(2, dtype=torch.bits2x4)}, p), "a is .*torch.bits2x4"),
     "packed floats": (lambda p: torch.save({"a": torch.empty(2, dtype=torch.float4_e2m1fn_x2)}, p), "a is .*float4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*TorchScript")
@@ -219,8 +219,17 @@ def test_no_code_of_a_file_is_run(tmp_path, legacy):
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("header", [b"[]", b"{", b"\xff", b"[" * 10_000, b'{"a":{"dtype":"F32","shape":[3]}}',
-                                    b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,99]}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 10_000,
+        b'{"a":{"dtype":"F32","shape":[3]}}',
+        b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,99]}}',
+    ],
+)
 def test_a_damaged_safetensors_header_is_named(tmp_path, header):
     (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(WeightsError, match=r"w\.safetensors is damaged or truncated"):
@@ -234,15 +243,18 @@ def layer() -> torch.nn.Module:
     return torch.nn.BatchNorm1d(2)
 
 
-@pytest.mark.parametrize("change, what", [
-    ({"weight": torch.tensor([1.0, float("nan")])}, "1 not finite: weight"),
-    ({"running_var": torch.tensor([float("inf"), 1.0])}, "1 not finite: running_var"),
-    ({"weight": torch.ones(3)}, r"1 of another shape: weight \[3\] where the model has \[2\]"),
-    ({"bias": torch.ones(2, dtype=torch.int8)}, r"1 of another dtype: bias torch\.int8"),
-    ({"bias": torch.ones(2, dtype=torch.complex64)}, r"1 of another dtype: bias torch\.complex64"),
-    ({"extra": torch.ones(1)}, "1 unexpected: extra"),
-    ({"weight": None}, "1 missing: weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        ({"weight": torch.tensor([1.0, float("nan")])}, "1 not finite: weight"),
+        ({"running_var": torch.tensor([float("inf"), 1.0])}, "1 not finite: running_var"),
+        ({"weight": torch.ones(3)}, r"1 of another shape: weight \[3\] where the model has \[2\]"),
+        ({"bias": torch.ones(2, dtype=torch.int8)}, r"1 of another dtype: bias torch\.int8"),
+        ({"bias": torch.ones(2, dtype=torch.complex64)}, r"1 of another dtype: bias torch\.complex64"),
+        ({"extra": torch.ones(1)}, "1 unexpected: extra"),
+        ({"weight": None}, "1 missing: weight"),
+    ],
+)
 def test_what_does_not_fit_is_named_and_changes_nothing(change, what):
     module = layer()
     state = {k: v for k, v in (module.state_dict() | change).items() if v is not None}
@@ -252,8 +264,13 @@ def test_what_does_not_fit_is_named_and_changes_nothing(change, what):
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
-SMALL = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-         "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu}  # fmt: skip
+SMALL = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, *SMALL.values()])
@@ -279,8 +296,13 @@ def test_floats_of_8_bits_of_a_safetensors_file_are_read(tmp_path, name):
 
 
 def test_written_files_are_read_by_the_library(tmp_path):
-    tensors = STATE | {"half": torch.randn(3, 5).half(), "b": torch.randn(7).bfloat16(), "flags": torch.tensor([True]),
-                       "empty": torch.zeros(0, 4), "view": torch.arange(12.0).view(3, 4).t()}  # fmt: skip
+    tensors = STATE | {
+        "half": torch.randn(3, 5).half(),
+        "b": torch.randn(7).bfloat16(),
+        "flags": torch.tensor([True]),
+        "empty": torch.zeros(0, 4),
+        "view": torch.arange(12.0).view(3, 4).t(),
+    }
     before = os.umask(0o022)
     try:
         write_tensors(tmp_path / "w.safetensors", tensors)

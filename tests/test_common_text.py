@@ -10,10 +10,17 @@ from launch import evaluate
 from launch.__main__ import main
 
 SHOWN = {
-    "\x1b[2J": r"\x1b[2J", "\x1b]0;title\x07": r"\x1b]0;title\x07", "\x9b2J": r"\x9b2J", "a\rb": r"a\rb",
-    "\x08\x7f\0": r"\x08\x7f\x00", "a\u2028b\u2029": r"a\u2028b\u2029", "\udcff": r"\udcff", "a\nb\t": r"a\nb\t",
-    "été 猫 🐈 no\u00a0break \\x1b": "été 猫 🐈 no\u00a0break \\x1b", "": "",
-}  # fmt: skip
+    "\x1b[2J": r"\x1b[2J",
+    "\x1b]0;title\x07": r"\x1b]0;title\x07",
+    "\x9b2J": r"\x9b2J",
+    "a\rb": r"a\rb",
+    "\x08\x7f\0": r"\x08\x7f\x00",
+    "a\u2028b\u2029": r"a\u2028b\u2029",
+    "\udcff": r"\udcff",
+    "a\nb\t": r"a\nb\t",
+    "été 猫 🐈 no\u00a0break \\x1b": "été 猫 🐈 no\u00a0break \\x1b",
+    "": "",
+}
 
 
 @pytest.mark.parametrize("text", SHOWN)

@@ -8,8 +8,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "kernels", "launch", "lightningdit", "vavae")
 #: Calls that write to a path they are given, or give a file its name.
-IN_PLACE = {"write_text", "write_bytes", "open", "os.replace", "os.rename", "rename", "shutil.copy", "shutil.copyfile",
-            "shutil.copy2", "shutil.move", "symlink_to", "fdopen", "mkstemp", "tofile", "os.link"}  # fmt: skip
+IN_PLACE = {
+    "write_text",
+    "write_bytes",
+    "open",
+    "os.replace",
+    "os.rename",
+    "rename",
+    "shutil.copy",
+    "shutil.copyfile",
+    "shutil.copy2",
+    "shutil.move",
+    "symlink_to",
+    "fdopen",
+    "mkstemp",
+    "tofile",
+    "os.link",
+}
 #: Calls that also write to an open file: allowed inside `with atomic_write(…)`.
 INSIDE = {"save", "savez", "savez_compressed", "save_file", "savefig", "dump", "ZipFile"}
 #: File → what it may call nevertheless, and why.
@@ -77,21 +92,41 @@ def test_nothing_else_writes_files():
     assert found and not {path: names for path, names in wrong.items() if names}
 
 
-@pytest.mark.parametrize("statement, name", [
-    ("path.write_text('x')", "write_text"), ("open(path, 'w').write('x')", "open"), ("path.open('ab')", "open"),
-    ("torch.save(x, path)", "save"), ("os.replace(a, b)", "os.replace"), ("a.rename(b)", "rename"),
-    ("np.savez(path, x=x)", "savez"), ("image.save(path)", "save"), ("os.open(p, os.O_WRONLY | os.O_CREAT)", "open"),
-    ("zipfile.ZipFile(path, 'w')", "ZipFile"), ("shutil.copy(a, b)", "shutil.copy"), ("json.dump(x, f)", "dump"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement, name",
+    [
+        ("path.write_text('x')", "write_text"),
+        ("open(path, 'w').write('x')", "open"),
+        ("path.open('ab')", "open"),
+        ("torch.save(x, path)", "save"),
+        ("os.replace(a, b)", "os.replace"),
+        ("a.rename(b)", "rename"),
+        ("np.savez(path, x=x)", "savez"),
+        ("image.save(path)", "save"),
+        ("os.open(p, os.O_WRONLY | os.O_CREAT)", "open"),
+        ("zipfile.ZipFile(path, 'w')", "ZipFile"),
+        ("shutil.copy(a, b)", "shutil.copy"),
+        ("json.dump(x, f)", "dump"),
+    ],
+)
 def test_a_writer_is_seen(statement, name):
     assert writes(ast.parse(statement)) == {name}
 
 
-@pytest.mark.parametrize("statement", [
-    "with atomic_write(path) as f:\n    torch.save(x, f)",
-    "with atomic_write(p) as f, zipfile.ZipFile(f, 'w') as z:\n    z",
-    "open(path, 'rb').read()", "x.copy()", "zipfile.ZipFile(path)", "trainer.save()", "open(f'{path}')",
-    "Image.open(path, formats=['PNG'])", "x.copy(y)", "write_text(path, 'x')",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "with atomic_write(path) as f:\n    torch.save(x, f)",
+        "with atomic_write(p) as f, zipfile.ZipFile(f, 'w') as z:\n    z",
+        "open(path, 'rb').read()",
+        "x.copy()",
+        "zipfile.ZipFile(path)",
+        "trainer.save()",
+        "open(f'{path}')",
+        "Image.open(path, formats=['PNG'])",
+        "x.copy(y)",
+        "write_text(path, 'x')",
+    ],
+)
 def test_what_is_no_writer_is_let_through(statement):
     assert not writes(ast.parse(statement))

@@ -77,15 +77,26 @@ class Figures:
         if self.moved is not None and depth == DEPTH:
             hold("moved GB", (report["generated_bytes"] + report["operator_bytes"]) / GB, self.moved * 1.002)
         hold("bytes of states and a step", report["state_bytes"] + report["peak_bytes"], MEMORY)
-        for name, want in (("kernels", self.kernels), ("graphs", list(self.graphs)), ("cudagraphs", self.cudagraphs),
-                           ("atomics", []), ("to_host", {}), ("no_cudagraph", [])):  # fmt: skip
+        for name, want in (
+            ("kernels", self.kernels),
+            ("graphs", list(self.graphs)),
+            ("cudagraphs", self.cudagraphs),
+            ("atomics", []),
+            ("to_host", {}),
+            ("no_cudagraph", []),
+        ):
             if report[name] != want:
                 found.append(f"{name} {report[name]}, not {want}")
         return found
 
 
-WHOLE = {"kernels": {"poi": 15, "red": 7}, "launches": 22, "launches_per_block": 1, "generated": 0.657,
-         "generated_per_block": 0.00354}  # fmt: skip
+WHOLE = {
+    "kernels": {"poi": 15, "red": 7},
+    "launches": 22,
+    "launches_per_block": 1,
+    "generated": 0.657,
+    "generated_per_block": 0.00354,
+}
 #: float32 stream, and in 16 bits the branches, qkv, attention's output, SwiGLU's input and output, two norms' outputs.
 KEPT = {"saved": 0.251, "saved_per_block": 1.5141, "peak": 0.51, "peak_per_block": 1.5141}
 
@@ -93,24 +104,46 @@ FIGURES = {
     "triton": Figures(**WHOLE, **KEPT, moved=279.3),
     "cuda": Figures(**WHOLE, **KEPT),
     "graph-pass": Figures(**WHOLE, **KEPT | {"peak": 0.58}),
-    "bfloat16-stream": Figures(**WHOLE | {"generated": 0.355}, saved=0.175, saved_per_block=1.363, peak=0.43,
-                               peak_per_block=1.363),
-    "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036,
-                         moved=364.5),
-    "pointwise": Figures(**WHOLE | {"kernels": {"poi": 16, "red": 7}, "launches": 23}, saved=0.53,
-                         saved_per_block=1.0747, peak=0.99, peak_per_block=1.0747),
-    "regional": Figures(kernels={"poi": 14, "red": 7}, launches=48, generated=0.493, saved=42.65, peak=42.98,
-                        moved=279.7, graphs=(5, 5), cpu=20),
-    "regional-recompute": Figures(kernels={"poi": 14, "red": 7}, launches=76, generated=0.5, saved=6.65, peak=8.26,
-                                  moved=386.9, graphs=(5, 5), cpu=20),
+    "bfloat16-stream": Figures(
+        **WHOLE | {"generated": 0.355}, saved=0.175, saved_per_block=1.363, peak=0.43, peak_per_block=1.363
+    ),
+    "recompute": Figures(**WHOLE, saved=0.11, saved_per_block=0.3036, peak=1.88, peak_per_block=0.3036, moved=364.5),
+    "pointwise": Figures(
+        **WHOLE | {"kernels": {"poi": 16, "red": 7}, "launches": 23},
+        saved=0.53,
+        saved_per_block=1.0747,
+        peak=0.99,
+        peak_per_block=1.0747,
+    ),
+    "regional": Figures(
+        kernels={"poi": 14, "red": 7},
+        launches=48,
+        generated=0.493,
+        saved=42.65,
+        peak=42.98,
+        moved=279.7,
+        graphs=(5, 5),
+        cpu=20,
+    ),
+    "regional-recompute": Figures(
+        kernels={"poi": 14, "red": 7},
+        launches=76,
+        generated=0.5,
+        saved=6.65,
+        peak=8.26,
+        moved=386.9,
+        graphs=(5, 5),
+        cpu=20,
+    ),
     "cudagraphs": Figures(**WHOLE, **KEPT, cudagraphs=2),
     # Twice the 45 to 55 s that it takes on a core: the machine may be busy.
-    "plain": Figures({"per": 2, "poi": 37, "red": 26}, launches=1147, generated=186.3, saved=48.14, peak=48.4,
-                     moved=353.6, cpu=110),
+    "plain": Figures(
+        {"per": 2, "poi": 37, "red": 26}, launches=1147, generated=186.3, saved=48.14, peak=48.4, moved=353.6, cpu=110
+    ),
     "sampler": Figures({"poi": 10}, launches=15, generated=0.261, saved=0.005, peak=0.806, graphs=(1, 0)),
     "encoder": Figures({"per": 5, "poi": 35, "red": 15}, launches=168, generated=15.25, saved=7.04, peak=7.05),
     "decoder": Figures({"per": 4, "poi": 39, "red": 20}, launches=223, generated=21.45, saved=11.74, peak=12.28),
-}  # fmt: skip
+}
 
 #: Of the kernels that Inductor generates, those with a stack though nothing spills: the large arguments of a sine.
 STACK = {"triton_poi_fused_arange_cat_cos_exp_mul_sin_unsqueeze"}
@@ -137,8 +170,11 @@ def pending(name: str) -> Future:
 @pytest.fixture
 def ahead(request):
     """Two at a time: the next variant of this run is compiled beside the one that is waited for."""
-    names = [item.callspec.params["name"] for item in request.session.items
-             if item.function is test_a_step_comes_to_what_it_did]  # fmt: skip
+    names = [
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.function is test_a_step_comes_to_what_it_did
+    ]
     place = names.index(request.node.callspec.params["name"])
     for name in names[place : place + 2]:
         pending(name)
@@ -200,12 +236,15 @@ def test_generated_kernels_compile_for_the_device():
 # Each check, seen to fail.
 
 
-@pytest.mark.parametrize(("mistake", "told"), [
-    ("atomic", "atomics ['triton_red_"),
-    ("extra_pass", "launches 28, at most 24"),
-    ("copy_to_host", "to_host {'aten._to_copy.default': 1}, not {}"),
-    ("saved_float32", "saved GB 4.08"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("atomic", "atomics ['triton_red_"),
+        ("extra_pass", "launches 28, at most 24"),
+        ("copy_to_host", "to_host {'aten._to_copy.default': 1}, not {}"),
+        ("saved_float32", "saved GB 4.08"),
+    ],
+)
 def test_a_mistake_is_seen(mistake, told):
     assert any(fault.startswith(told) for fault in planted(mistake)), planted(mistake)
 

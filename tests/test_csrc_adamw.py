@@ -25,8 +25,21 @@ def update(backend: str, tensors: dict, *, step, lr, grad_scale, skip, **numbers
     return tensors
 
 
-@pytest.mark.parametrize("number", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.float64,
-                                    torch.float32, torch.float16, torch.bfloat16], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "number",
+    [
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ],
+    ids=str,
+)
 def test_scalars_of_every_dtype(number):
     scalars = {"step": torch.tensor(7, dtype=number), "lr": torch.tensor(1, dtype=number)}
     scalars |= {"grad_scale": torch.tensor([2], dtype=number), "skip": torch.tensor(0, dtype=number)}
@@ -83,9 +96,14 @@ def test_arguments_are_refused_by_name():
     tensors, one = states(8), torch.ones(())
     arrays = [tensors[name] for name in ("param", "grad", "exp_avg", "exp_avg_sq", "ema")]
     numbers = (0.9, 0.99, 1e-8, 0.1, 0.99, 4096)
-    wrong = {1: (arrays[1].half(), "grad is float16"), 2: (arrays[2][1:], "exp_avg has the shape"),
-             4: (arrays[4].double(), "ema has a dtype"), 5: (arrays[0], "bf16_param has the dtype float32"),
-             6: (torch.ones(2), "step has the shape"), 9: (one.to(torch.complex64), "skip has a dtype")}  # fmt: skip
+    wrong = {
+        1: (arrays[1].half(), "grad is float16"),
+        2: (arrays[2][1:], "exp_avg has the shape"),
+        4: (arrays[4].double(), "ema has a dtype"),
+        5: (arrays[0], "bf16_param has the dtype float32"),
+        6: (torch.ones(2), "step has the shape"),
+        9: (one.to(torch.complex64), "skip has a dtype"),
+    }
     for place, (tensor, message) in wrong.items():
         arguments = [*arrays, None, one, one, one, one]
         arguments[place] = tensor

@@ -29,9 +29,23 @@ COMPUTED = "(computed)"  # in place of a name that an import by string gets at r
 NEVER_REQUIRED = {"flash_attn", "flash_attn_interface", "apex", "liger_kernel", "quack"}
 #: Takes a second or hundreds of modules to import: what a function may import when it is called.
 SLOW = {
-    "torch", "torch._inductor", "torchvision", "triton", "deepspeed", "timm", "lpips", "torchdiffeq", "torch_fidelity",
-    "sklearn", "scipy", "matplotlib", "PIL", "tensorboard", "pydantic", "nvidia.dali",
-}  # fmt: skip
+    "torch",
+    "torch._inductor",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "lpips",
+    "torchdiffeq",
+    "torch_fidelity",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "PIL",
+    "tensorboard",
+    "pydantic",
+    "nvidia.dali",
+}
 #: Module → why its functions may import at will.
 LATE = {"launch.__main__": "asks first whose packages the names `common` and `kernels` find"}
 

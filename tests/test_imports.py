@@ -9,9 +9,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Packages that take a second or hundreds of modules to import, to be brought by what computes with them alone.
 HEAVY = (
-    "torch", "torch._dynamo", "torchvision", "triton", "deepspeed", "timm", "lpips", "torchdiffeq", "sklearn", "scipy",
-    "matplotlib", "PIL", "tensorboard", "torch_fidelity", "nvidia.dali",
-)  # fmt: skip
+    "torch",
+    "torch._dynamo",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "lpips",
+    "torchdiffeq",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "PIL",
+    "tensorboard",
+    "torch_fidelity",
+    "nvidia.dali",
+)
 
 #: Statement → what of HEAVY it may bring.
 COSTS = {

@@ -170,8 +170,17 @@ def test_only_modules_with_regions_are_compiled_by_region():
         compiled(print, "regional")
 
 
-SMALL = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=32, num_heads=2, depth=2,
-                    use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+SMALL = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=32,
+    num_heads=2,
+    depth=2,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 
 
 def gradients(mode: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **changes) -> list[torch.Tensor]:

@@ -70,8 +70,11 @@ def launches(needs_dx: bool = True, needs_dweight: bool = True) -> list:
 
 def test_two_launches_each_way():
     assert [launch.kernel.__name__ for launch in launches()] == [
-        "group_norm_silu_statistics", "group_norm_silu_apply", "group_norm_silu_sums", "group_norm_silu_gradients"
-    ]  # fmt: skip
+        "group_norm_silu_statistics",
+        "group_norm_silu_apply",
+        "group_norm_silu_sums",
+        "group_norm_silu_gradients",
+    ]
 
 
 def test_programs_are_left_out_with_the_gradients_that_nobody_asks_for():

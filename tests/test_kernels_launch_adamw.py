@@ -65,8 +65,19 @@ def test_an_average_settles_at_what_it_averages(decay):
     states = {name: torch.zeros_like(values) for name in ("grad", "exp_avg", "exp_avg_sq")}
     param, ema = values.clone(), values.clone()
     one, still = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
-    adamw.adamw_ema_(param=param, ema=ema, **states, step=one, lr=one, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
-                     ema_decay=decay, grad_scale=one, skip=still)  # fmt: skip
+    adamw.adamw_ema_(
+        param=param,
+        ema=ema,
+        **states,
+        step=one,
+        lr=one,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        ema_decay=decay,
+        grad_scale=one,
+        skip=still,
+    )
     assert same_bits(param, values) and same_bits(ema, values)
 
 
@@ -80,8 +91,17 @@ def test_states_with_gaps_are_refused():
 def trained(ops: kernels.Ops, steps: list[list[torch.Tensor]]) -> tuple[AdamWEma, list[torch.nn.Parameter]]:
     """An optimizer that has seen these gradients, with a learning rate that changes and a norm that clips."""
     params = [torch.nn.Parameter(torch.linspace(-1, 1, n, device=DEVICE).view(-1, 3)) for n in (3, 1200, 3000)]
-    optimizer = AdamWEma(params, ops, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, ema_decay=0.9,
-                         max_grad_norm=30.0, partitioned=False)  # fmt: skip
+    optimizer = AdamWEma(
+        params,
+        ops,
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.05,
+        ema_decay=0.9,
+        max_grad_norm=30.0,
+        partitioned=False,
+    )
     optimizer.init_states()
     for number, grads in enumerate(steps, start=1):
         optimizer.set_lr(1e-2 / number)

@@ -54,7 +54,9 @@ def test_the_activation_is_that_of_the_product_as_rounded(hopper):
 
 def test_the_sum_for_the_bias_is_a_launch_of_its_own():
     assert [launch.kernel.__name__ for launch in launched("swiglu_linear_grad", "XL")] == [
-        "swiglu_linear_grad_kernel", "swiglu_sum_kernel"]  # fmt: skip
+        "swiglu_linear_grad_kernel",
+        "swiglu_sum_kernel",
+    ]
 
 
 def test_both_halves_are_read_and_written_in_place():

@@ -61,9 +61,13 @@ def test_twice_the_error_of_the_reference_is_the_limit(times, right, dtype):
 
 @pytest.mark.parametrize(
     "dtype, half_precision, unit",
-    [(torch.float32, False, 2.0**-23), (torch.float32, True, 2.0**-19), (torch.bfloat16, True, 2.0**-7),
-     (torch.float16, True, 2.0**-10)],
-)  # fmt: skip
+    [
+        (torch.float32, False, 2.0**-23),
+        (torch.float32, True, 2.0**-19),
+        (torch.bfloat16, True, 2.0**-7),
+        (torch.float16, True, 2.0**-10),
+    ],
+)
 def test_a_perfect_reference_leaves_four_roundings_of_the_largest_number(dtype, half_precision, unit):
     exact = torch.tensor([8.0, 1.0], dtype=torch.float64)
     for units, right in ((3, True), (5, False)):

@@ -18,16 +18,20 @@ from tests.published import FILES
 from vavae.config import StageConfig
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for package in ("common", "launch", "lightningdit", "vavae", "bench")
-                 for path in (ROOT / package).rglob("*.py"))  # fmt: skip
+SOURCES = sorted(
+    path
+    for package in ("common", "launch", "lightningdit", "vavae", "bench")
+    for path in (ROOT / package).rglob("*.py")
+)
 
 
 @pytest.fixture
 def run_files(tmp_path) -> dict[str, str]:
     data = {"data_path": str(tmp_path / "data")}
     contents = {"lightningdit": toy.LIGHTNINGDIT, "vavae": toy.VAVAE}
-    return {kind: str(toy.write_run(tmp_path / f"{kind}.yaml", content, data=data))
-            for kind, content in contents.items()}  # fmt: skip
+    return {
+        kind: str(toy.write_run(tmp_path / f"{kind}.yaml", content, data=data)) for kind, content in contents.items()
+    }
 
 
 @pytest.fixture
@@ -145,10 +149,15 @@ def test_a_plan_is_for_one_process_or_more(run_files, capsys, gpus):
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize(("variables", "dots"), [
-    ({"PYTHONIOENCODING": "ascii"}, b"?"), (ASCII, b"?"), ({"PYTHONIOENCODING": "latin-1"}, b"?"),
-    ({"PYTHONIOENCODING": "utf-8"}, "…".encode()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "dots"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, b"?"),
+        (ASCII, b"?"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"?"),
+        ({"PYTHONIOENCODING": "utf-8"}, "…".encode()),
+    ],
+)
 def test_a_terminal_that_lacks_characters_gets_others(variables, dots):
     command, env = [sys.executable, "-m", "launch"], os.environ | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run([*command, "--help"], env=env, capture_output=True, timeout=120)

@@ -118,12 +118,17 @@ def test_without_a_manifest_it_is_no_checkpoint(tmp_path):
         _ = Checkpoint(path).state
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"step": 4}, r"step 4 where the optimizers have counted 3"),
-    ({"step": -3}, r"step: .*got -3"),
-    ({"counters": {"model": {"applied": 1.0, "skipped": 1.0, "skipped_in_a_row": 0.0}}},
-     r"step 3 where the optimizers have counted 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"step": 4}, r"step 4 where the optimizers have counted 3"),
+        ({"step": -3}, r"step: .*got -3"),
+        (
+            {"counters": {"model": {"applied": 1.0, "skipped": 1.0, "skipped_in_a_row": 0.0}}},
+            r"step 3 where the optimizers have counted 2",
+        ),
+    ],
+)
 def test_a_step_that_its_counters_contradict_is_refused(tmp_path, change, says):
     path = checkpoint.save(tmp_path, state_at(3), networks())
     toy.rewrite_state(path, state_at(3) | change)
@@ -168,10 +173,16 @@ def test_a_checkpoint_moved_to_another_disk_is_pruned_by_its_link(tmp_path):
     assert (tmp_path / "elsewhere/manifest.json").exists()
 
 
-@pytest.mark.parametrize(("key", "value", "what"), [
-    ("model", float("nan"), "not finite"), ("ema", float("inf"), "not finite"), ("exp_avg", float("nan"), "not finite"),
-    ("exp_avg_sq", float("inf"), "not finite"), ("exp_avg_sq", -1.0, "negative"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("model", float("nan"), "not finite"),
+        ("ema", float("inf"), "not finite"),
+        ("exp_avg", float("nan"), "not finite"),
+        ("exp_avg_sq", float("inf"), "not finite"),
+        ("exp_avg_sq", -1.0, "negative"),
+    ],
+)
 def test_values_that_no_training_leaves_are_named(tmp_path, key, value, what):
     tensors = networks()
     tensors["model"][key]["a.bias"][1] = value

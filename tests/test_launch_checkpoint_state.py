@@ -21,10 +21,12 @@ from tests import toy
 SKIPPED = {"step": 2, "network": "model", "not_finite": "loss", "ranks": [0]}
 METER = {"sums": {"loss": [1.5, 2.0], "unreadable": [3.0, 2.0]}, "counts": ["unreadable"]}
 STATE = toy.checkpoint_state(
-    3, "lightningdit", counters={"model": {"applied": 2.0, "skipped": 1.0, "skipped_in_a_row": 0.0,
-                                           "most_skipped_in_a_row": 1.0}},
-    task={"classes": ["a", "b"]}, since_last_row={"meters": [METER, copy.deepcopy(METER)], "skipped_steps": [SKIPPED]},
-)  # fmt: skip
+    3,
+    "lightningdit",
+    counters={"model": {"applied": 2.0, "skipped": 1.0, "skipped_in_a_row": 0.0, "most_skipped_in_a_row": 1.0}},
+    task={"classes": ["a", "b"]},
+    since_last_row={"meters": [METER, copy.deepcopy(METER)], "skipped_steps": [SKIPPED]},
+)
 TENSORS = {key: {"a.bias": torch.arange(3.0)} for key in checkpoint.KEYS}
 
 
@@ -51,9 +53,12 @@ def rewritten(tmp_path):
 
 WRONG = {
     "counters": [None, {}, [], {"model": {}}, {"model": 3.0}, {"model": [2.0, 1.0, 0.0]}],
-    "counters.model.applied": [None, 2.5, -1.0, "2", True], "counters.model.skipped": [None, 0.5, -1.0, []],
-    "counters.model.skipped_in_a_row": [None, 0.5, -1.0, {}], "counters.model.most_skipped_in_a_row": [0.5, -1.0, "1"],
-    "since_last_row": [{}, [], 1], "since_last_row.meters": [None, [], {}, [{}]],
+    "counters.model.applied": [None, 2.5, -1.0, "2", True],
+    "counters.model.skipped": [None, 0.5, -1.0, []],
+    "counters.model.skipped_in_a_row": [None, 0.5, -1.0, {}],
+    "counters.model.most_skipped_in_a_row": [0.5, -1.0, "1"],
+    "since_last_row": [{}, [], 1],
+    "since_last_row.meters": [None, [], {}, [{}]],
     "since_last_row.meters.1.sums": [None, []],
     "since_last_row.meters.1.sums.loss": [1.5, [1.5], [1.5, 2.0, 3.0], [1.5, -2.0], ["1.5", 2.0], {}],
     "since_last_row.meters.0.counts": [None, {}, "unreadable", [1]],
@@ -62,11 +67,19 @@ WRONG = {
     "since_last_row.skipped_steps.0.network": [None, 1],
     "since_last_row.skipped_steps.0.not_finite": [None, "weather", 1],
     "since_last_row.skipped_steps.0.ranks": [None, 0, [-1], ["0"], [0.5]],
-    "config": [None, {}, [], {"train": {}}], "config.train": [None, [], 3], "config.model": [None, "XL/1"],
-    "task": [None, [], "x"], "task.classes": ["ab", [1, 2], {"a": 0}, ["a", "a"]],
-    "ops": [None, []], "versions": [None, [], {"torch": 2}], "kind": [None, 1], "step": [None, "3", 3.5, -3],
-    "seed": [None, -1, 0.5], "global_batch_size": [None, 0, "8"], "num_samples": [None, 0],
-}  # fmt: skip
+    "config": [None, {}, [], {"train": {}}],
+    "config.train": [None, [], 3],
+    "config.model": [None, "XL/1"],
+    "task": [None, [], "x"],
+    "task.classes": ["ab", [1, 2], {"a": 0}, ["a", "a"]],
+    "ops": [None, []],
+    "versions": [None, [], {"torch": 2}],
+    "kind": [None, 1],
+    "step": [None, "3", 3.5, -3],
+    "seed": [None, -1, 0.5],
+    "global_batch_size": [None, 0, "8"],
+    "num_samples": [None, 0],
+}
 
 
 @pytest.mark.parametrize("place, value", [(place, value) for place, values in WRONG.items() for value in values])
@@ -90,7 +103,7 @@ CONTRADICTIONS = [
     ("since_last_row.meters.0.counts", ["loss"], "meters.0: counts: 'loss' is no count, its sum is 1.5"),
     ("since_last_row.skipped_steps.0.step", 4, "skipped_steps: step 4 of 'model', in step 3 of 'model'"),
     ("since_last_row.skipped_steps.0.network", "more", "skipped_steps: step 2 of 'more', in step 3 of 'model'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("place, value, said", CONTRADICTIONS)
@@ -100,14 +113,16 @@ def test_values_that_contradict_each_other_are_named(rewritten, place, value, sa
 
 
 RIGHT = {
-    "as it is written": ("seed", 0), "before rows were kept": ("since_last_row", None),
+    "as it is written": ("seed", 0),
+    "before rows were kept": ("since_last_row", None),
     "before the most in a row was": ("counters.model.most_skipped_in_a_row", None),
-    "before classes were": ("task.classes", None), "whole numbers written so": ("counters.model.applied", 2),
+    "before classes were": ("task.classes", None),
+    "whole numbers written so": ("counters.model.applied", 2),
     "names of before a reading": ("since_last_row.meters", [{"sums": {}, "counts": ["unreadable"]}]),
     "nothing read yet": ("since_last_row.meters", [{"sums": {}, "counts": []}]),
     "a gradient, of no rank": ("since_last_row.skipped_steps", [SKIPPED | {"not_finite": "gradient", "ranks": []}]),
     "keys of later versions": ("counters.model.more", "x"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RIGHT)

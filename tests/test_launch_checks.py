@@ -80,8 +80,12 @@ REFUSED = [
 def run_file(tmp_path):
     def write(kind: str):
         content, folder = (toy.LIGHTNINGDIT, "latents") if kind == "lightningdit" else (toy.VAVAE, "images")
-        return toy.write_run(tmp_path / f"{kind}.yaml", content, data={"data_path": str(tmp_path / folder)},
-                             train={"output_dir": str(tmp_path / "out")})  # fmt: skip
+        return toy.write_run(
+            tmp_path / f"{kind}.yaml",
+            content,
+            data={"data_path": str(tmp_path / folder)},
+            train={"output_dir": str(tmp_path / "out")},
+        )
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "file").touch()
@@ -137,9 +141,14 @@ def test_a_plan_says_what_this_machine_lacks(tmp_path, run_file, capsys):
     assert f"data.data_path {tmp_path / 'latents'}" in absent[1] and "data.valid_path /absent/latents" in absent[2]
 
 
-@pytest.mark.parametrize(("kind", "changes"), [
-    ("lightningdit", []), ("vavae", []), ("vavae", ["loss.use_vf=true", "foundation={}"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("lightningdit", []),
+        ("vavae", []),
+        ("vavae", ["loss.use_vf=true", "foundation={}"]),
+    ],
+)
 def test_modules_are_profiled_as_deep_as_deepspeed_finds_them(run_file, kind, changes):
     changes = [*changes, *(["loss.disc_weight=0"] if kind == "vavae" else []), PROFILED]
     for depth in range(-1, 12):

@@ -62,8 +62,11 @@ def test_every_optional_key_of_a_published_file_has_its_effect(tmp_path):
     for section in ("model", "train"):  # either of the two keys of one name is enough
         either, _ = load(path, [f"{section}.use_checkpoint=false"], kind="lightningdit")
         assert either.network().use_checkpoint
-    assert not load(path, ["model.use_checkpoint=false", "train.use_checkpoint=false"],
-                    kind="lightningdit")[0].network().use_checkpoint  # fmt: skip
+    assert (
+        not load(path, ["model.use_checkpoint=false", "train.use_checkpoint=false"], kind="lightningdit")[0]
+        .network()
+        .use_checkpoint
+    )
     assert load(path, ["train.resume=false"], kind="lightningdit")[0].train.resume is False
 
 
@@ -175,21 +178,30 @@ def test_overrides_reach_deep_values_and_null_sections(published):
     assert run.deepspeed.zero_stage == 3 and run.kernels == {"default": "reference", "swiglu": "auto"}
 
 
-@pytest.mark.parametrize(("override", "changed"), [
-    ("train={max_steps: 3}", {"train": {"max_steps": 3}}),
-    ("train={max_steps: 3, ckpt: null}", {"train": {"max_steps": 3, "ckpt": None}}),
-    ("sample={cfg_scale: 1}", {"sample": {"cfg_scale": 1.0}}),
-    ("deepspeed={overrides: {zero_optimization: {overlap_comm: true}}}",
-     {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}}),
-    ("deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
-     {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}}),
-    ("kernels={swiglu: auto}", {"kernels": {"default": "reference", "swiglu": "auto"}}),
-    ("kernels=auto", {"kernels": "auto"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("train={max_steps: 3}", {"train": {"max_steps": 3}}),
+        ("train={max_steps: 3, ckpt: null}", {"train": {"max_steps": 3, "ckpt": None}}),
+        ("sample={cfg_scale: 1}", {"sample": {"cfg_scale": 1.0}}),
+        (
+            "deepspeed={overrides: {zero_optimization: {overlap_comm: true}}}",
+            {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}},
+        ),
+        (
+            "deepspeed.overrides={zero_optimization: {overlap_comm: true}}",
+            {"deepspeed": {"overrides": {"zero_optimization": {"reduce_bucket_size": 100, "overlap_comm": True}}}},
+        ),
+        ("kernels={swiglu: auto}", {"kernels": {"default": "reference", "swiglu": "auto"}}),
+        ("kernels=auto", {"kernels": "auto"}),
+    ],
+)
 def test_an_override_of_a_section_is_merged_into_it(published, override, changed):
     """And changes nothing else; a value that is no mapping takes the place of what was there."""
-    published.write_text(LIGHTNINGDIT_YAML + "deepspeed: {overrides: {zero_optimization: {reduce_bucket_size: 100}}}\n"
-                         "kernels: {default: reference}\n")  # fmt: skip
+    published.write_text(
+        LIGHTNINGDIT_YAML + "deepspeed: {overrides: {zero_optimization: {reduce_bucket_size: 100}}}\n"
+        "kernels: {default: reference}\n"
+    )
     before, after = (load(published, given, kind="lightningdit")[0].model_dump() for given in ([], [override]))
     for section, values in changed.items():
         before[section] = {**before[section], **values} if section in ("train", "sample", "deepspeed") else values

@@ -55,12 +55,34 @@ def test_what_cannot_be_read_is_said_in_a_line_with_its_file(tmp_path, text):
     assert re.search(REFUSED[text], message), message
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("1e-4", 1e-4), ("1E5", 1e5), ("1.0e4", 1e4), ("+.5", 0.5), ("-3", -3), ("0", 0), ("1_000", 1000), ("0x10", 16),
-    ("1.", 1.0), (".inf", float("inf")), ("2024-01-31", "2024-01-31"), ("=", "="), ("10.0.0.1", "10.0.0.1"),
-    ('"010"', "010"), ("'1:30'", "1:30"), ("0o17", "0o17"), ("1.5x", "1.5x"), ("~", None), ("~/x", "~/x"),
-    ("yes", True), ("Off", False), ("true", True), ("y", "y"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("1.0e4", 1e4),
+        ("+.5", 0.5),
+        ("-3", -3),
+        ("0", 0),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1.", 1.0),
+        (".inf", float("inf")),
+        ("2024-01-31", "2024-01-31"),
+        ("=", "="),
+        ("10.0.0.1", "10.0.0.1"),
+        ('"010"', "010"),
+        ("'1:30'", "1:30"),
+        ("0o17", "0o17"),
+        ("1.5x", "1.5x"),
+        ("~", None),
+        ("~/x", "~/x"),
+        ("yes", True),
+        ("Off", False),
+        ("true", True),
+        ("y", "y"),
+    ],
+)
 def test_plain_values(text, value):
     found = parse(text, "here")
     assert found == value and type(found) is type(value)
@@ -68,14 +90,33 @@ def test_plain_values(text, value):
 
 # The value of a key=value, and what YAML would take of it for something else.
 SIGNS = {
-    "/data/run #2": "#2 is a comment", "#x": "#x is a comment", "[1, 2] # two": "# two is a comment",
-    "{a: 1} #x": "#x is a comment", "x\n#y": "#y is a comment", "&a": "&a is an anchor", "&a x": "&a is an anchor",
-    "{a: &x 1}": "&x is an anchor", "*.pt": "not YAML", "*a": r"\*a is an alias", "!x": "!x is a tag",
-    "!x y": "!x is a tag", "!!int 3": "!!int is a tag", "%x": "%x is a directive", "@x": "not YAML .*'@'",
-    "`x`": "not YAML .*'`'", "--- x": "--- is the start of a document", "...": "is the end of a document",
-    "|": "is text in lines", ">": "is text in lines", "|x": "not YAML", "x\ny": "is text in lines", "'x": "not YAML",
-    '"x': "not YAML", "<<": "tag", "{{USER}}": "unhashable",
-}  # fmt: skip
+    "/data/run #2": "#2 is a comment",
+    "#x": "#x is a comment",
+    "[1, 2] # two": "# two is a comment",
+    "{a: 1} #x": "#x is a comment",
+    "x\n#y": "#y is a comment",
+    "&a": "&a is an anchor",
+    "&a x": "&a is an anchor",
+    "{a: &x 1}": "&x is an anchor",
+    "*.pt": "not YAML",
+    "*a": r"\*a is an alias",
+    "!x": "!x is a tag",
+    "!x y": "!x is a tag",
+    "!!int 3": "!!int is a tag",
+    "%x": "%x is a directive",
+    "@x": "not YAML .*'@'",
+    "`x`": "not YAML .*'`'",
+    "--- x": "--- is the start of a document",
+    "...": "is the end of a document",
+    "|": "is text in lines",
+    ">": "is text in lines",
+    "|x": "not YAML",
+    "x\ny": "is text in lines",
+    "'x": "not YAML",
+    '"x': "not YAML",
+    "<<": "tag",
+    "{{USER}}": "unhashable",
+}
 
 
 @pytest.mark.parametrize("text", SIGNS)
@@ -86,11 +127,22 @@ def test_what_yaml_would_take_out_of_a_value_is_refused_and_taken_in_the_quotes_
     assert parse_value(advised, "override") == text
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("", None), ("a#b", "a#b"), ("a&b*c!d%e@f`g", "a&b*c!d%e@f`g"), ("'a # b'", "a # b"), ('"&a"', "&a"),
-    ('"a\\nb"', "a\nb"), (" x ", "x"), ("{a: [1, x], b: }", {"a": [1, "x"], "b": None}),
-    ("{a: 1,\n b: 2}", {"a": 1, "b": 2}), ("a: b", {"a": "b"}), ("http://x/y?z=1#2", "http://x/y?z=1#2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", None),
+        ("a#b", "a#b"),
+        ("a&b*c!d%e@f`g", "a&b*c!d%e@f`g"),
+        ("'a # b'", "a # b"),
+        ('"&a"', "&a"),
+        ('"a\\nb"', "a\nb"),
+        (" x ", "x"),
+        ("{a: [1, x], b: }", {"a": [1, "x"], "b": None}),
+        ("{a: 1,\n b: 2}", {"a": 1, "b": 2}),
+        ("a: b", {"a": "b"}),
+        ("http://x/y?z=1#2", "http://x/y?z=1#2"),
+    ],
+)
 def test_values_without_such_signs_are_read_as_in_a_file(text, value):
     assert parse_value(text, "override") == parse(text, "here") == value
 

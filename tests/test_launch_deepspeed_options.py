@@ -58,18 +58,31 @@ EXACT = {
     "gathered_in_parts": zero(allgather_bucket_size=100),
     "scattered": zero(reduce_scatter=True),
     "scattered_one_by_one": zero(reduce_scatter=True, use_multi_rank_bucket_allreduce=False),
-    "small_pieces": zero(stage3_prefetch_bucket_size=100, stage3_param_persistence_threshold=10,
-                         stage3_model_persistence_threshold=100, stage3_max_live_parameters=500,
-                         stage3_max_reuse_distance=100),
+    "small_pieces": zero(
+        stage3_prefetch_bucket_size=100,
+        stage3_param_persistence_threshold=10,
+        stage3_model_persistence_threshold=100,
+        stage3_max_live_parameters=500,
+        stage3_max_reuse_distance=100,
+    ),
     "whole_modules": zero(stage3_module_granularity_threshold=1000),
     "fetched_by_all_reduce": zero(stage3_use_all_reduce_for_fetch_params=True),
     "gathered_one_by_one": zero(stage3_allgather_sequential=True),
     "torchs_linear": zero(memory_efficient_linear=False),
-    "profiled": {"flops_profiler": {"enabled": True, "profile_step": 2, "module_depth": 1, "top_modules": 2,
-                                    "detailed": False, "recompute_fwd_factor": 1.0, "output_file": "/dev/null"}},
+    "profiled": {
+        "flops_profiler": {
+            "enabled": True,
+            "profile_step": 2,
+            "module_depth": 1,
+            "top_modules": 2,
+            "detailed": False,
+            "recompute_fwd_factor": 1.0,
+            "output_file": "/dev/null",
+        }
+    },
     "timed": {"wall_clock_breakdown": True},
     "weighed": {"memory_breakdown": True},
-}  # fmt: skip
+}
 #: … or to rounding in the order of a sum, or to a gradient's in bfloat16.
 ROUNDED = {
     "aligned": (zero(parameter_alignment=True), 1e-6),
@@ -102,8 +115,17 @@ def trained(stage: int, precision: str, options: dict, micro_batches: int = MICR
     """Gradient norms of a small network's steps, and its state after them."""
 
     def optimizer(parameters, partitioned: bool) -> AdamWEma:
-        return AdamWEma(parameters, kernels.select("reference"), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                        ema_decay=0.9, max_grad_norm=0.5, partitioned=partitioned)  # fmt: skip
+        return AdamWEma(
+            parameters,
+            kernels.select("reference"),
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            ema_decay=0.9,
+            max_grad_norm=0.5,
+            partitioned=partitioned,
+        )
 
     processes = start_processes()
     rank, together = processes.rank, processes.world_size
@@ -237,10 +259,14 @@ def deepspeeds_keys() -> dict[type[Options], set[str]]:
         ZeroOptimization: fields(DeepSpeedZeroConfig) | set(config._REMOVED_ZERO_CONFIG_KEYS),
         OffloadOptimizer: fields(DeepSpeedZeroOffloadOptimizerConfig),
         OffloadParam: fields(DeepSpeedZeroOffloadParamConfig),
-        DataTypes: {constants.GRAD_ACCUM_DTYPE, constants.PARAM_DTYPE, constants.BUFFER_DTYPE,
-                    constants.KEEP_IN_FP32_MODULES},
+        DataTypes: {
+            constants.GRAD_ACCUM_DTYPE,
+            constants.PARAM_DTYPE,
+            constants.BUFFER_DTYPE,
+            constants.KEEP_IN_FP32_MODULES,
+        },
         FlopsProfiler: {text for name, text in texts.items() if name.startswith("FLOPS_PROFILER_")},
-    }  # fmt: skip
+    }
 
 
 def test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason():
@@ -257,18 +283,21 @@ def refusal(options: dict, stage: int = 1, precision: str = "bfloat16") -> str:
     return str(e.value)
 
 
-@pytest.mark.parametrize(("options", "near"), [
-    ({"zero_optimisation": {"overlap_comm": True}}, "zero_optimization"),
-    ({"zero_optimization": {"overlap_com": True}}, "overlap_comm"),
-    ({"zero_optimization": {"reduce_bucketsize": 5}}, "reduce_bucket_size"),
-    ({"zero_optimization": {"offload_optimizer": {"pinmemory": True}}}, "pin_memory"),
-    ({"zero_optimization": {"stage3_prefetch_bucket": 5}}, "stage3_prefetch_bucket_size"),
-    ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_accum_dtype"),
-    ({"flops_profiler": {"enable": True}}, "enabled"),
-    ({"gradient_cliping": 1.0}, "gradient_clipping"),
-    ({"communication_datatype": "bf16"}, "communication_data_type"),
-    ({"wallclock_breakdown": True}, "wall_clock_breakdown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ({"zero_optimisation": {"overlap_comm": True}}, "zero_optimization"),
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_comm"),
+        ({"zero_optimization": {"reduce_bucketsize": 5}}, "reduce_bucket_size"),
+        ({"zero_optimization": {"offload_optimizer": {"pinmemory": True}}}, "pin_memory"),
+        ({"zero_optimization": {"stage3_prefetch_bucket": 5}}, "stage3_prefetch_bucket_size"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "grad_accum_dtype"),
+        ({"flops_profiler": {"enable": True}}, "enabled"),
+        ({"gradient_cliping": 1.0}, "gradient_clipping"),
+        ({"communication_datatype": "bf16"}, "communication_data_type"),
+        ({"wallclock_breakdown": True}, "wall_clock_breakdown"),
+    ],
+)
 def test_a_misspelt_key_at_any_depth_names_the_nearest(options, near):
     (wrong,) = said(options)
     misspelt = wrong.split(".")[-1] if next(iter(options)) in DeepSpeedOptions.model_fields else next(iter(options))
@@ -276,10 +305,12 @@ def test_a_misspelt_key_at_any_depth_names_the_nearest(options, near):
 
 
 WHERE = {
-    DeepSpeedOptions: (), ZeroOptimization: ("zero_optimization",),
-    OffloadOptimizer: ("zero_optimization", "offload_optimizer"), OffloadParam: ("zero_optimization", "offload_param"),
+    DeepSpeedOptions: (),
+    ZeroOptimization: ("zero_optimization",),
+    OffloadOptimizer: ("zero_optimization", "offload_optimizer"),
+    OffloadParam: ("zero_optimization", "offload_param"),
     DataTypes: ("data_types",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("section", WHERE)
@@ -292,25 +323,32 @@ def test_what_cannot_be_set_is_refused_with_its_reason(section):
         assert f"{key} cannot be set there: {reason}" in refusal(options, stage=3), key
 
 
-@pytest.mark.parametrize(("stage", "options", "says"), [
-    (1, zero(offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device: nvme swaps"),
-    (3, zero(offload_param={"device": "nvme"}), "zero_optimization.offload_param.device: nvme swaps"),
-    (1, zero(offload_optimizer={"device": "gpu"}), "must be 'none' or 'cpu' (got 'gpu')"),
-    (1, {"communication_data_type": "fp16"}, "communication_data_type: fp16 cannot hold gradients above 65,504"),
-    (1, {"data_types": {"grad_accum_dtype": "fp16"}}, "must be 'fp32' (got 'fp16')"),
-    (0, {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype fp32 needs zero_stage 1, 2 or 3"),
-    (1, zero(overlap_comm="yes"), "zero_optimization.overlap_comm: true or false is wanted (got 'yes')"),
-    (1, zero(reduce_bucket_size=-5), "must be at least 1 (got -5)"),
-    (1, zero(reduce_bucket_size=0.5), "a whole number is wanted (got 0.5)"),
-    (2, zero(allgather_bucket_size=101), "multiple of 2"),
-    (0, zero(overlap_comm=True), "overlap_comm means nothing under ZeRO 0, only under 1, 2 and 3"),
-    (1, zero(stage3_prefetch_bucket_size=5), "stage3_prefetch_bucket_size means nothing under ZeRO 1, only under 3"),
-    (2, zero(offload_param={"device": "cpu"}), "offload_param means nothing under ZeRO 2, only under 3"),
-    (3, zero(allgather_bucket_size=6), "allgather_bucket_size means nothing under ZeRO 3, only under 1 and 2"),
-    (1, zero(stage=2), "deepspeed.zero_stage is 1, but deepspeed.file or overrides say 2"),
-    (1, {"zero_optimization": True}, "zero_optimization: a section of keys is wanted (got True)"),
-    (1, {"flops_profiler": [1]}, "flops_profiler: a section of keys is wanted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "options", "says"),
+    [
+        (1, zero(offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device: nvme swaps"),
+        (3, zero(offload_param={"device": "nvme"}), "zero_optimization.offload_param.device: nvme swaps"),
+        (1, zero(offload_optimizer={"device": "gpu"}), "must be 'none' or 'cpu' (got 'gpu')"),
+        (1, {"communication_data_type": "fp16"}, "communication_data_type: fp16 cannot hold gradients above 65,504"),
+        (1, {"data_types": {"grad_accum_dtype": "fp16"}}, "must be 'fp32' (got 'fp16')"),
+        (0, {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype fp32 needs zero_stage 1, 2 or 3"),
+        (1, zero(overlap_comm="yes"), "zero_optimization.overlap_comm: true or false is wanted (got 'yes')"),
+        (1, zero(reduce_bucket_size=-5), "must be at least 1 (got -5)"),
+        (1, zero(reduce_bucket_size=0.5), "a whole number is wanted (got 0.5)"),
+        (2, zero(allgather_bucket_size=101), "multiple of 2"),
+        (0, zero(overlap_comm=True), "overlap_comm means nothing under ZeRO 0, only under 1, 2 and 3"),
+        (
+            1,
+            zero(stage3_prefetch_bucket_size=5),
+            "stage3_prefetch_bucket_size means nothing under ZeRO 1, only under 3",
+        ),
+        (2, zero(offload_param={"device": "cpu"}), "offload_param means nothing under ZeRO 2, only under 3"),
+        (3, zero(allgather_bucket_size=6), "allgather_bucket_size means nothing under ZeRO 3, only under 1 and 2"),
+        (1, zero(stage=2), "deepspeed.zero_stage is 1, but deepspeed.file or overrides say 2"),
+        (1, {"zero_optimization": True}, "zero_optimization: a section of keys is wanted (got True)"),
+        (1, {"flops_profiler": [1]}, "flops_profiler: a section of keys is wanted"),
+    ],
+)
 def test_a_value_that_is_no_good_is_refused(stage, options, says):
     assert says in refusal(options, stage)
 
@@ -348,21 +386,29 @@ def test_a_dry_run_refuses_them_too(tmp_path, data, capsys):
             assert "error:" in (text := capsys.readouterr().err) and "Traceback" not in text
 
 
-@pytest.mark.parametrize(("kind", "stage", "options"), [
-    ("lightningdit", 1, EXACT["offloaded_optimizer"]),
-    ("lightningdit", 3, EXACT["offloaded_both"]),
-    ("vavae", 2, EXACT["offloaded_optimizer"]),
-    ("lightningdit", 1, EXACT["profiled"]),
-    ("vavae without a GAN", 2, merge(EXACT["profiled"], EXACT["timed"])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "stage", "options"),
+    [
+        ("lightningdit", 1, EXACT["offloaded_optimizer"]),
+        ("lightningdit", 3, EXACT["offloaded_both"]),
+        ("vavae", 2, EXACT["offloaded_optimizer"]),
+        ("lightningdit", 1, EXACT["profiled"]),
+        ("vavae without a GAN", 2, merge(EXACT["profiled"], EXACT["timed"])),
+    ],
+)
 def test_a_run_trains_and_resumes_with_them_as_without(tmp_path, data, kind, stage, options):
     kind, *without_gan = kind.split(" ", 1)
     path, flops = run_file(tmp_path, data, kind), tmp_path / "flops.txt"
     if profiled := "flops_profiler" in options:
         options = merge(options, {"flops_profiler": {"output_file": str(flops)}})
     for name, last, overrides in (("without", 4, {}), ("with", 3, options), ("with", 4, options)):
-        changes = [f"train.exp_name={name}", f"train.max_steps={last}", f"deepspeed.zero_stage={stage}",
-                   "train.precision=bfloat16", f"deepspeed.overrides={json.dumps(overrides)}"]  # fmt: skip
+        changes = [
+            f"train.exp_name={name}",
+            f"train.max_steps={last}",
+            f"deepspeed.zero_stage={stage}",
+            "train.precision=bfloat16",
+            f"deepspeed.overrides={json.dumps(overrides)}",
+        ]
         changes += ["loss.disc_weight=0"] if without_gan else []
         run_training(load(path, changes, kind=kind)[0], kind)
     one, other = (checkpoint.newest(tmp_path / name / "checkpoints") for name in ("without", "with"))
@@ -408,8 +454,17 @@ def test_what_is_offloaded_from_a_gpu_is_updated_in_host_memory():
 
     with FakeTensorMode():
         weights = torch.nn.Parameter(torch.zeros(6, device="cuda"))
-        optimizer = AdamWEma([weights], SimpleNamespace(adamw_ema_=of_the_gpu), lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
-                             weight_decay=0.1, ema_decay=0.9, max_grad_norm=0.5, partitioned=True)  # fmt: skip
+        optimizer = AdamWEma(
+            [weights],
+            SimpleNamespace(adamw_ema_=of_the_gpu),
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            ema_decay=0.9,
+            max_grad_norm=0.5,
+            partitioned=True,
+        )
         partition = torch.nn.Parameter(torch.zeros(6))
         optimizer.param_groups[0]["params"] = [partition]
         optimizer.init_states()

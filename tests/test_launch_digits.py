@@ -167,7 +167,10 @@ def test_limits():
         assert limit.meaning in sentence
         assert failures({**fine, limit.key: math.nan}) and failures({k: v for k, v in fine.items() if k != limit.key})
     assert {k: fine[k] for k in ("reconstruction_psnr", "reconstruction_recognised", "recognised")} == {
-        "reconstruction_psnr": 32, "reconstruction_recognised": 0.96, "recognised": 0.9}  # fmt: skip
+        "reconstruction_psnr": 32,
+        "reconstruction_recognised": 0.96,
+        "recognised": 0.9,
+    }
 
 
 SMALL = FoundationConfig(

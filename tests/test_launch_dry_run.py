@@ -7,9 +7,15 @@ from launch.training.dry_run import NetworkCost, RunPlan, latents_bytes, state_b
 P = 1_000
 
 
-@pytest.mark.parametrize(("stage", "expected"), [
-    (0, 2 + 2 + 16), (1, 2 + 2 + 16 / 4), (2, 2 + 2 / 4 + 16 / 4), (3, 20 / 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (0, 2 + 2 + 16),
+        (1, 2 + 2 + 16 / 4),
+        (2, 2 + 2 / 4 + 16 / 4),
+        (3, 20 / 4),
+    ],
+)
 def test_bf16_state_per_parameter(stage, expected):
     """2 + 2 bytes of weights and gradients, 4 of master weights, 12 of exp_avg, exp_avg_sq and EMA; 4 processes."""
     assert state_bytes(P, stage, 4, bf16=True) == pytest.approx(expected * P)

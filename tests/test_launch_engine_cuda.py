@@ -56,12 +56,22 @@ def test_one_process_waits_for_no_device(stage, monkeypatch):
     monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
     monkeypatch.setattr(accelerator, "synchronize", lambda *device: waits.append(device))
     shipped = json.loads((DEEPSPEED_FILES / f"zero{stage}.json").read_text())
-    config = deepspeed_config(stage=stage, bf16=True, micro_batch_size=2, accumulation=1, world_size=1,
-                              overrides=shipped)  # fmt: skip
+    config = deepspeed_config(
+        stage=stage, bf16=True, micro_batch_size=2, accumulation=1, world_size=1, overrides=shipped
+    )
 
     def optimizer(parameters, partitioned: bool) -> AdamWEma:
-        return AdamWEma(parameters, kernels.select("reference"), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
-                        ema_decay=0.9, max_grad_norm=0.0, partitioned=partitioned)  # fmt: skip
+        return AdamWEma(
+            parameters,
+            kernels.select("reference"),
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.0,
+            ema_decay=0.9,
+            max_grad_norm=0.0,
+            partitioned=partitioned,
+        )
 
     network = engine.Engine(torch.nn.Linear(8, 8), optimizer, config)
     waits.clear()

@@ -59,15 +59,18 @@ def foundation(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    *(("grid", value, "grid: a whole number is wanted") for value in ("2", "4", 2.0, 4.5, None, True, [4], {})),
-    *(("grid", value, "grid: must be at least 1") for value in (0, -2)),
-    ("grid", 10**6, "grid: must be at most"),
-    *(("config", value, "config: a section of keys is wanted") for value in (5, None, [], "x")),
-    ("config", {"model_nam": "x"}, "config: .*did you mean 'model_name'"),
-    ("config", {"model_args": {"depth": "1"}}, r"config\.model_args: .*depth: a whole number"),
-    ("config", {"model_name": "a\0b"}, r"config\.model_name: .*not allowed in names"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        *(("grid", value, "grid: a whole number is wanted") for value in ("2", "4", 2.0, 4.5, None, True, [4], {})),
+        *(("grid", value, "grid: must be at least 1") for value in (0, -2)),
+        ("grid", 10**6, "grid: must be at most"),
+        *(("config", value, "config: a section of keys is wanted") for value in (5, None, [], "x")),
+        ("config", {"model_nam": "x"}, "config: .*did you mean 'model_name'"),
+        ("config", {"model_args": {"depth": "1"}}, r"config\.model_args: .*depth: a whole number"),
+        ("config", {"model_name": "a\0b"}, r"config\.model_name: .*not allowed in names"),
+    ],
+)
 def test_what_is_wrong_in_the_description_of_a_foundation_model_is_named(tmp_path, foundation, key, value, words):
     facts = json.loads(foundation.with_suffix(".json").read_text())
     (tmp_path / "net.json").write_text(json.dumps(facts | {key: value}))
@@ -76,9 +79,15 @@ def test_what_is_wrong_in_the_description_of_a_foundation_model_is_named(tmp_pat
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", "no JSON"), ("[]", "its content: "), ("3", "its content: "), ('{"grid": ' + 5000 * "1" + "}", "is too long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no JSON"),
+        ("[]", "its content: "),
+        ("3", "its content: "),
+        ('{"grid": ' + 5000 * "1" + "}", "is too long"),
+    ],
+)
 def test_what_is_no_description_of_a_foundation_model_is_refused(tmp_path, text, words):
     (tmp_path / "net.json").write_text(text)
     with pytest.raises(ValueError, match=f"needs net.json beside it, .*{words}") as e:
@@ -97,8 +106,9 @@ def test_a_description_of_a_foundation_model_is_whole(tmp_path, foundation, key)
 
 def tokens(foundation, pixels: np.ndarray) -> np.ndarray:
     """The means over a vision transformer's tokens, [N, 12], by timm, for uint8 images."""
-    net = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=2,
-                            num_classes=10).eval()  # fmt: skip
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=2, num_classes=10
+    ).eval()
     net.load_state_dict(load_file(foundation), strict=False)
     x = torch.from_numpy(pixels / 127.5 - 1).float().permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -109,9 +119,20 @@ def test_program_on_samples(tmp_path, foundation, capsys):
     np.savez(tmp_path / "samples.npz", images(14, 30).numpy())
     (tmp_path / "samples.json").write_text(json.dumps(FACTS | {"seed": 5}))
     save_folder(tmp_path / "real", images(15, 40, size=20))
-    run = ["--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "real"), "--image-size", "16",
-           "--foundation", str(foundation), "--set", "nfe=98",
-           "--output", str(tmp_path / "out" / "report.json")]  # fmt: skip
+    run = [
+        "--samples",
+        str(tmp_path / "samples.npz"),
+        "--reference",
+        str(tmp_path / "real"),
+        "--image-size",
+        "16",
+        "--foundation",
+        str(foundation),
+        "--set",
+        "nfe=98",
+        "--output",
+        str(tmp_path / "out" / "report.json"),
+    ]
     assert evaluate.main(run) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["nfe"] == 98 and report["solver"] == "euler" and report["seed"] == 5 and report["samples"] == 30
@@ -140,8 +161,20 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
         raise RuntimeError("could not download VGG-16")
 
     monkeypatch.setattr(evaluate, "perceptual_distance", no_download)
-    run = ["--tokenizer", str(tmp_path / "vae.safetensors"), "--originals", str(folder), "--device", "cpu",
-           "--foundation", str(foundation), "--posterior", "mode", "--output", str(tmp_path / "r.json")]  # fmt: skip
+    run = [
+        "--tokenizer",
+        str(tmp_path / "vae.safetensors"),
+        "--originals",
+        str(folder),
+        "--device",
+        "cpu",
+        "--foundation",
+        str(foundation),
+        "--posterior",
+        "mode",
+        "--output",
+        str(tmp_path / "r.json"),
+    ]
     assert evaluate.main(run) == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report["metrics"]) == {"rfid", "psnr", "ssim"} and len(report["hashes"]["tokenizer"]) == 64
@@ -152,14 +185,27 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
         values = (127.5 * tokenizer.decode(tokenizer.encode(x).mode()) + 128).permute(0, 2, 3, 1).numpy()
     decoded = values.clip(0, 255).astype(np.uint8)
     np.savez(tmp_path / "decoded.npz", decoded)
-    run = ["--reconstructions", str(tmp_path / "decoded.npz"), "--originals", str(folder), "--device", "cpu",
-           "--foundation", str(foundation), "--output", str(tmp_path / "s.json")]  # fmt: skip
+    run = [
+        "--reconstructions",
+        str(tmp_path / "decoded.npz"),
+        "--originals",
+        str(folder),
+        "--device",
+        "cpu",
+        "--foundation",
+        str(foundation),
+        "--output",
+        str(tmp_path / "s.json"),
+    ]
     assert evaluate.main(run) == 0
     again = json.loads((tmp_path / "s.json").read_text())
     assert again["dtype"] == "not stated"
     refuses_to_set(set(again) - set(FACTS), run)
-    want = {"psnr": peak_ratio(original, decoded), "ssim": likeness(original, decoded),
-            "rfid": distance(tokens(foundation, decoded), tokens(foundation, original))}  # fmt: skip
+    want = {
+        "psnr": peak_ratio(original, decoded),
+        "ssim": likeness(original, decoded),
+        "rfid": distance(tokens(foundation, decoded), tokens(foundation, original)),
+    }
     for metrics in (report["metrics"], again["metrics"]):
         assert metrics == {name: pytest.approx(value, rel=1e-3) for name, value in want.items()}
 
@@ -186,8 +232,16 @@ def test_an_earlier_result_beside_the_images_changes_no_figure(tmp_path, foundat
         np.savez(tmp_path / f"{name}.npz", images(seed, 30).numpy())
 
     def measured(samples, reference, *more):
-        given = ["--samples", f"{tmp_path}/{samples}.npz", "--reference", f"{tmp_path}/{reference}.npz",
-                 "--foundation", str(foundation), "--output", str(tmp_path / "a.json")]  # fmt: skip
+        given = [
+            "--samples",
+            f"{tmp_path}/{samples}.npz",
+            "--reference",
+            f"{tmp_path}/{reference}.npz",
+            "--foundation",
+            str(foundation),
+            "--output",
+            str(tmp_path / "a.json"),
+        ]
         assert evaluate.main([*given, *more]) == 0
         return json.loads((tmp_path / "a.json").read_text())
 
@@ -201,8 +255,11 @@ def test_an_earlier_result_beside_the_images_changes_no_figure(tmp_path, foundat
 def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypatch):
     np.savez(tmp_path / "samples.npz", images(17, 30).numpy())
     np.savez(tmp_path / "real.npz", images(18, 30).numpy())
-    config = {"preset": "default", "data": {"data_path": "x", "fid_reference_file": str(tmp_path / "real.npz"),
-              "image_size": 16}, "model": {"model_type": "LightningDiT-B/1"}}  # fmt: skip
+    config = {
+        "preset": "default",
+        "data": {"data_path": "x", "fid_reference_file": str(tmp_path / "real.npz"), "image_size": 16},
+        "model": {"model_type": "LightningDiT-B/1"},
+    }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     given = [str(tmp_path / "run.yaml"), "--samples", str(tmp_path / "samples.npz"), "--foundation", str(foundation)]
     assert evaluate.main([*given, "--output", str(tmp_path / "a.json")]) == 0
@@ -249,18 +306,59 @@ PAIRS = ["--originals", "a", "--reconstructions", "b"]
 DECODED = ["--originals", "a", "--tokenizer", "t"]
 LATENTS = ["--latents", "a"]
 UNUSED = [
-    *((question, option, "changes nothing") for question, options in (
-        (SAMPLES, ("--reconstructions x", "--tokenizer x", "--posterior mode", "--seed 1", "--vectors 9", "--repeats 2",
-                   "--lpips-weights x", "--crop published_eval", "--inception-weights x --foundation y", "run.yaml")),
-        (PAIRS, ("--reference x", "--vectors 9", "--repeats 2", "--posterior mode", "--seed 1", "run.yaml",
-                 "--crop published_eval", "--inception-weights x --foundation y")),
-        (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "run.yaml", "--crop published_eval")),
-        (LATENTS, ("--reference x", "--reconstructions x", "--tokenizer x", "--image-size 8", "--crop published_eval",
-                   "--posterior mode", "--inception-weights x", "--foundation x", "--lpips-weights x", "--batch-size 8",
-                   "--allow-few")),
-    ) for option in options),
+    *(
+        (question, option, "changes nothing")
+        for question, options in (
+            (
+                SAMPLES,
+                (
+                    "--reconstructions x",
+                    "--tokenizer x",
+                    "--posterior mode",
+                    "--seed 1",
+                    "--vectors 9",
+                    "--repeats 2",
+                    "--lpips-weights x",
+                    "--crop published_eval",
+                    "--inception-weights x --foundation y",
+                    "run.yaml",
+                ),
+            ),
+            (
+                PAIRS,
+                (
+                    "--reference x",
+                    "--vectors 9",
+                    "--repeats 2",
+                    "--posterior mode",
+                    "--seed 1",
+                    "run.yaml",
+                    "--crop published_eval",
+                    "--inception-weights x --foundation y",
+                ),
+            ),
+            (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "run.yaml", "--crop published_eval")),
+            (
+                LATENTS,
+                (
+                    "--reference x",
+                    "--reconstructions x",
+                    "--tokenizer x",
+                    "--image-size 8",
+                    "--crop published_eval",
+                    "--posterior mode",
+                    "--inception-weights x",
+                    "--foundation x",
+                    "--lpips-weights x",
+                    "--batch-size 8",
+                    "--allow-few",
+                ),
+            ),
+        )
+        for option in options
+    ),
     (DECODED, "--reconstructions x", "needs either --reconstructions or --tokenizer"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("question", "option", "message"), UNUSED)
@@ -278,13 +376,16 @@ def unmeasured(monkeypatch):
         monkeypatch.setattr(evaluate, name, None)
 
 
-@pytest.mark.parametrize(("output", "why"), [
-    ("folder", "cannot write {here}/folder: it is a directory"),
-    ("file/r.json", "cannot write {here}/file: File exists"),
-    ("pipe", "cannot write {here}/pipe: it is a named pipe"),
-    ("file", "--output {here}/file is already there and is no result of evaluate"),
-    ("facts.json", "--output {here}/facts.json is already there and is no result of evaluate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        ("folder", "cannot write {here}/folder: it is a directory"),
+        ("file/r.json", "cannot write {here}/file: File exists"),
+        ("pipe", "cannot write {here}/pipe: it is a named pipe"),
+        ("file", "--output {here}/file is already there and is no result of evaluate"),
+        ("facts.json", "--output {here}/facts.json is already there and is no result of evaluate"),
+    ],
+)
 @pytest.mark.parametrize("question", [SAMPLES, PAIRS, LATENTS])
 def test_where_a_result_cannot_go_is_said_before_it_is_measured(tmp_path, unmeasured, question, output, why):
     (tmp_path / "folder").mkdir()
@@ -359,7 +460,10 @@ def test_inception_features(inception_weights):
     extractor = features.InceptionFeatures(inception_weights)
     got = extractor(pixels)
     assert {name: tuple(value.shape) for name, value in got.items()} == {
-        "features": (2, 2048), "logits": (2, 1008), "spatial": (2, 17 * 17 * 7)}  # fmt: skip
+        "features": (2, 2048),
+        "logits": (2, 1008),
+        "spatial": (2, 17 * 17 * 7),
+    }
     net = extractor._net
     torch.testing.assert_close(got["logits"], got["features"] @ net.fc.weight.T)
     inside = []  # the same place, found without the hook: the first branch heads the block's concatenated output

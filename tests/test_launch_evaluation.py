@@ -63,8 +63,9 @@ def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
 def test_samples_against_images():
     real = images(4)
     fake = (real[:30].float() * 0.7 + 38 + images(5, 30, high=4).float()).to(torch.uint8)  # less varied
-    got = evaluate_samples(MemoryImages(fake), runner.Reference("real", MemoryImages(real)), means, metadata=FACTS,
-                           batch_size=7)  # fmt: skip
+    got = evaluate_samples(
+        MemoryImages(fake), runner.Reference("real", MemoryImages(real)), means, metadata=FACTS, batch_size=7
+    )
     assert got["metrics"]["fid"] == pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)
     precision, recall = (share_inside(*map(quarters, pair)) for pair in ((real, fake), (fake, real)))
     assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall) and precision > recall
@@ -159,8 +160,10 @@ def test_features_that_are_not_finite_are_named_with_their_images(tmp_path, valu
 
 
 def test_too_small_or_too_few_images_are_named(tmp_path):
-    small, one = (save_folder(tmp_path / name, images(0, count, size=size))
-                  for name, count, size in (("small", 3, 10), ("one", 1, 16)))  # fmt: skip
+    small, one = (
+        save_folder(tmp_path / name, images(0, count, size=size))
+        for name, count, size in (("small", 3, 10), ("one", 1, 16))
+    )
     pair = [open_images(small), open_images(small)]
     with pytest.raises(ValueError, match=f"{small} holds images of 10×10; SSIM needs at least 11 pixels a side"):
         evaluate_reconstructions(*pair, extractor=None, lpips=None, metadata=FACTS)
@@ -201,9 +204,13 @@ def test_reconstructions():
     original = images(11, 30)
     decoded = (original.int() + images(12, 30, high=9).int()).clamp(0, 255).to(torch.uint8)
     got = evaluate_reconstructions(
-        MemoryImages(original), MemoryImages(decoded), extractor=means, metadata=FACTS, batch_size=8,
+        MemoryImages(original),
+        MemoryImages(decoded),
+        extractor=means,
+        metadata=FACTS,
+        batch_size=8,
         lpips=lambda a, b: (a.double() - b.double()).abs().mean((1, 2, 3)),
-    )  # fmt: skip
+    )
     want = {
         "rfid": distance(quarters(decoded), quarters(original)),
         "psnr": peak_ratio(original.numpy(), decoded.numpy()),

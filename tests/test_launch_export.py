@@ -130,8 +130,11 @@ def contents(directory) -> dict:
 @pytest.mark.parametrize("there", ["a file", "a folder", "a link to nothing"])
 def test_an_export_replaces_nothing_that_is_there(weights, tmp_path, there, suffix):
     taken = tmp_path / f"x{suffix}"
-    {"a file": lambda: taken.write_text("mine"), "a folder": taken.mkdir,
-     "a link to nothing": lambda: taken.symlink_to(tmp_path / "none")}[there]()  # fmt: skip
+    {
+        "a file": lambda: taken.write_text("mine"),
+        "a folder": taken.mkdir,
+        "a link to nothing": lambda: taken.symlink_to(tmp_path / "none"),
+    }[there]()
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"x{suffix} is already there: remove it, or export under another name"):
         export_main([str(weights / "run"), str(tmp_path / "x")])
@@ -145,9 +148,13 @@ def test_an_export_spares_what_it_is_made_of(weights, tmp_path):
     step = root / "run/checkpoints/step_0000007"
     shutil.copy(root / "tokenizer.safetensors", root / "alone.safetensors")
     before = contents(tmp_path)
-    for source, name in ((step, step / "model.ema"), (step, step / "state"), (root / "run", step / "manifest"),
-                         (root / "tokenizer.safetensors", root / "tokenizer"),
-                         (root / "alone.safetensors", root / "alone.safetensors")):  # fmt: skip
+    for source, name in (
+        (step, step / "model.ema"),
+        (step, step / "state"),
+        (root / "run", step / "manifest"),
+        (root / "tokenizer.safetensors", root / "tokenizer"),
+        (root / "alone.safetensors", root / "alone.safetensors"),
+    ):
         with pytest.raises(ValueError, match="is already there"):
             export_main([str(source), str(name)])
         assert contents(tmp_path) == before
@@ -162,10 +169,14 @@ def test_a_folder_is_no_name_of_an_export(weights, tmp_path, monkeypatch, name):
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
-@pytest.mark.parametrize(("name", "why"), [
-    *((name, "NAME is the path of files, without their suffix") for name in (".", "..", "a/..", ".pt", "a/.json")),
-    ("", "NAME: a path is wanted"), ("a\nb", "NAME: .*control characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *((name, "NAME is the path of files, without their suffix") for name in (".", "..", "a/..", ".pt", "a/.json")),
+        ("", "NAME: a path is wanted"),
+        ("a\nb", "NAME: .*control characters"),
+    ],
+)
 def test_what_names_no_file_is_no_name_of_an_export(weights, tmp_path, monkeypatch, name, why):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=why):
@@ -195,7 +206,8 @@ def test_a_suffix_of_the_name_is_that_of_its_files(weights, tmp_path, name, suff
     (tmp_path / "folder").mkdir()
     assert export_main([str(weights / "run"), f"{tmp_path / name}{suffix}"]) == 0
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
-        f"{name}{each}" for each in (".safetensors", ".json", ".pt")}  # fmt: skip
+        f"{name}{each}" for each in (".safetensors", ".json", ".pt")
+    }
 
 
 def test_an_export_that_fails_leaves_none_of_its_files(weights, tmp_path, monkeypatch):

@@ -138,9 +138,18 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_p
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-@pytest.mark.parametrize(("first", "last", "shard", "batch"), [
-    (0, 11, 4, 3), (5, 11, 4, 4), (3, 26, 10, 4), (0, 7, 4, 100), (2, 10, 4, 2), (0, 9, 9, 1), (4, 4, 5, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("first", "last", "shard", "batch"),
+    [
+        (0, 11, 4, 3),
+        (5, 11, 4, 4),
+        (3, 26, 10, 4),
+        (0, 7, 4, 100),
+        (2, 10, 4, 2),
+        (0, 9, 9, 1),
+        (4, 4, 5, 2),
+    ],
+)
 def test_batches_are_the_same_wherever_an_extraction_goes_on(first, last, shard, batch, done):
     whole = batch_bounds(first, last, shard, batch)
     assert [i for start, stop in whole for i in range(start, stop)] == list(range(first, last))

@@ -88,18 +88,21 @@ def header_of(dtype="|u1", shape="(2, 4, 4, 3)", order=False) -> bytes:
     return f"{{'descr': '{dtype}', 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
 
 
-@pytest.mark.parametrize(("header", "body", "message"), [
-    (header_of(shape="(0, 4, 4, 3)"), b"", "wanted is an image at least"),
-    (header_of(shape="(-1, 4, 4, 3)"), b"", "wanted is an image at least"),
-    (header_of(shape="(1, 5000, 5000, 3)"), b"", "at most 16,777,216 pixels"),
-    (header_of(shape="(9223372036854775807, 1, 1, 3)"), b"x", "ends after image 0"),
-    (header_of(order=True), bytes(96), "C order"),
-    (header_of(dtype="|O"), b"", "must be uint8"),
-    (header_of(), bytes(95), "ends after image 1 of 2"),
-    (b"{'descr': __import__('os')}", b"", "arr_0 is no array"),
-    (b"[" * 9000, b"", "arr_0 is no array"),
-    (b"{" + b" " * 20_000 + b"}", b"", "arr_0 is no array"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("header", "body", "message"),
+    [
+        (header_of(shape="(0, 4, 4, 3)"), b"", "wanted is an image at least"),
+        (header_of(shape="(-1, 4, 4, 3)"), b"", "wanted is an image at least"),
+        (header_of(shape="(1, 5000, 5000, 3)"), b"", "at most 16,777,216 pixels"),
+        (header_of(shape="(9223372036854775807, 1, 1, 3)"), b"x", "ends after image 0"),
+        (header_of(order=True), bytes(96), "C order"),
+        (header_of(dtype="|O"), b"", "must be uint8"),
+        (header_of(), bytes(95), "ends after image 1 of 2"),
+        (b"{'descr': __import__('os')}", b"", "arr_0 is no array"),
+        (b"[" * 9000, b"", "arr_0 is no array"),
+        (b"{" + b" " * 20_000 + b"}", b"", "arr_0 is no array"),
+    ],
+)
 def test_an_npz_that_says_what_it_does_not_hold_is_named(tmp_path, header, body, message):
     npz_of(tmp_path / "a.npz", header, body)
     with pytest.raises(ValueError, match=rf"^[^\n]*a\.npz[^\n]*({message})[^\n]*$"):

@@ -34,8 +34,11 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 def run_file(tmp_path) -> str:
     toy.write_latents(tmp_path / "latents")
     train = {"output_dir": str(tmp_path), "log_every": 4, "ckpt_every": 100}
-    return str(toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")},
-                             train=train))  # fmt: skip
+    return str(
+        toy.write_run(
+            tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")}, train=train
+        )
+    )
 
 
 def rows(directory: Path) -> list[dict]:
@@ -81,11 +84,16 @@ def test_a_row_that_was_not_due_goes_on_on_another_number_of_processes(tmp_path,
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("numbers", "at", "ends"), [
-    ((signal.SIGTERM, signal.SIGTERM), 9.0, False), ((signal.SIGTERM, signal.SIGTERM), 11.0, True),
-    ((signal.SIGINT, signal.SIGINT), 1.0, False), ((signal.SIGINT, signal.SIGINT), 3.0, True),
-    ((signal.SIGINT, signal.SIGTERM), 9.0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("numbers", "at", "ends"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), 9.0, False),
+        ((signal.SIGTERM, signal.SIGTERM), 11.0, True),
+        ((signal.SIGINT, signal.SIGINT), 1.0, False),
+        ((signal.SIGINT, signal.SIGINT), 3.0, True),
+        ((signal.SIGINT, signal.SIGTERM), 9.0, False),
+    ],
+)
 def test_a_second_signal_ends_at_once_unless_it_is_a_copy(numbers, at, ends):
     def child():
         now = [0.0]
@@ -131,8 +139,14 @@ def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tmp_path, run_
 def test_a_full_disk_below_standard_output_is_named(run_file, command):
     argv = [*command, *(["lightningdit", run_file] if command == ["train"] else [])]
     with open("/dev/full", "w") as full:
-        child = subprocess.run([sys.executable, "-m", "launch", *argv], stdout=full, stderr=subprocess.PIPE, text=True,
-                               timeout=240, cwd=ROOT)  # fmt: skip
+        child = subprocess.run(
+            [sys.executable, "-m", "launch", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            cwd=ROOT,
+        )
     assert child.returncode == 2 and "Traceback" not in child.stderr
     assert "error: cannot write to standard output: No space left on device" in child.stderr
 
@@ -142,8 +156,11 @@ def test_a_run_without_standard_streams_is_the_same_run(tmp_path, run_file, clos
     def child():
         for descriptor in closed:
             os.close(descriptor)
-        os.execve(sys.executable, [sys.executable, "-m", "launch", "train", "lightningdit", run_file],
-                  os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "launch", "train", "lightningdit", run_file],
+            os.environ | {"PYTHONPATH": str(ROOT)},
+        )
 
     process = _fork.Process(target=child)
     process.start()
@@ -185,52 +202,76 @@ def set_launcher(monkeypatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize(("variables", "said"), [
-    ({"RANK": ""}, "WORLD_SIZE is not set"),
-    ({"RANK": "", "WORLD_SIZE": "2"}, r"RANK is '': .* from 0 to 1"),
-    ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is '2': .* from 0 to 1"),
-    ({"RANK": "0", "WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two': .* of at least 1"),
-    ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
-    ({"WORLD_SIZE": "2"}, "RANK is not set"),
-    ({"WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
-    ({"WORLD_SIZE": ""}, r"WORLD_SIZE is ''"),
-    ({"WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK is '1', but RANK is not set"),
-    ({"LOCAL_RANK": "zero"}, "LOCAL_RANK is 'zero', but RANK is not set"),
-    ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', but RANK is not set"),
-    ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is not set"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is not set"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, r"LOCAL_RANK is '2': .* from 0 to 1"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "zero"}, r"LOCAL_RANK is 'zero'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": " "}, "MASTER_ADDR does not say"),
-    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
-    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT is '0'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, r"LOCAL_RANK is '-1'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR does not say where they meet"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
-     r"MASTER_PORT is 'http'"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
-     r"MASTER_PORT is '70000': .* 65535"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": ""}, "WORLD_SIZE is not set"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, r"RANK is '': .* from 0 to 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK is '2': .* from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, r"WORLD_SIZE is 'two': .* of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "0"}, r"WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": ""}, r"WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK is '1', but RANK is not set"),
+        ({"LOCAL_RANK": "zero"}, "LOCAL_RANK is 'zero', but RANK is not set"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', but RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, r"LOCAL_RANK is '2': .* from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "zero"}, r"LOCAL_RANK is 'zero'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": " "}, "MASTER_ADDR does not say"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}, "MASTER_PORT is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"},
+            "MASTER_PORT is '0'",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, r"LOCAL_RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR does not say where they meet"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
+            r"MASTER_PORT is 'http'",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "70000"},
+            r"MASTER_PORT is '70000': .* 65535",
+        ),
+    ],
+)
 def test_an_environment_that_makes_no_sense_is_named(monkeypatch, variables, said):
     set_launcher(monkeypatch, variables)
     with pytest.raises(LaunchError, match=said):
         launch_environment()
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
-    ({}, None), ({"WORLD_SIZE": "1"}, None), ({"LOCAL_RANK": "0"}, None),
-    ({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "http"}, None),
-    ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"},
-     LaunchEnvironment(1, 2, 0, "node-0", 29500)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1"}, None),
+        ({"LOCAL_RANK": "0"}, None),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "http"}, None),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"},
+            LaunchEnvironment(1, 2, 0, "node-0", 29500),
+        ),
+    ],
+)
 def test_the_place_that_a_launcher_gives(monkeypatch, variables, expected):
     set_launcher(monkeypatch, variables)
     assert launch_environment() == expected
 
 
-@pytest.mark.parametrize(("asked", "gpus_here", "found"), [
-    (None, True, "cuda"), (None, False, "cpu"), ("cpu", True, "cpu"), ("cpu", False, "cpu"), ("cuda", True, "cuda"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "gpus_here", "found"),
+    [
+        (None, True, "cuda"),
+        (None, False, "cpu"),
+        ("cpu", True, "cpu"),
+        ("cpu", False, "cpu"),
+        ("cuda", True, "cuda"),
+    ],
+)
 def test_the_device_is_the_one_that_is_asked_for_or_here(monkeypatch, asked, gpus_here, found):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if asked is not None:
@@ -289,8 +330,13 @@ def test_a_name_that_nobody_knows_is_waited_for_and_named(monkeypatch, caplog, k
 def _launch_below(argv: list[str], port: int) -> None:
     """A launcher: starts the program as its child, and only waits."""
     if os.fork() == 0:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}  # fmt: skip
+        os.environ |= {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         from launch.__main__ import run
 
         run(argv)
@@ -315,10 +361,16 @@ def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, 
     assert checkpoint.newest(tmp_path / "run/checkpoints").state["step"] > 0 and not lock.exists()
 
 
-@pytest.mark.parametrize(("variables", "nohup", "parent", "follows"), [
-    ({"RANK": "0"}, False, "python", True), ({"RANK": "0"}, True, "python", True), ({"RANK": "0"}, False, "bash", True),
-    ({"RANK": "0"}, True, "bash", False), ({}, False, "python", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variables", "nohup", "parent", "follows"),
+    [
+        ({"RANK": "0"}, False, "python", True),
+        ({"RANK": "0"}, True, "python", True),
+        ({"RANK": "0"}, False, "bash", True),
+        ({"RANK": "0"}, True, "bash", False),
+        ({}, False, "python", False),
+    ],
+)
 def test_who_follows_the_process_that_started_it(monkeypatch, variables, nohup, parent, follows):
     """A launcher's ranks, also below nohup; not what a person starts, nor what a shell started to outlive it."""
     followed = []
@@ -408,10 +460,16 @@ def _leave(tmp: Path, what: str) -> None:
     lifetime.exit_process(0 if what != "status" else 5, first)
 
 
-@pytest.mark.parametrize(("what", "status", "said"), [
-    ("nothing", 0, "first\nregistered\n"), ("status", 5, "first\nregistered\n"), ("thread", 0, "first\nregistered\n"),
-    ("hangs", 1, ""), ("fails", 1, "first\nregistered\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [
+        ("nothing", 0, "first\nregistered\n"),
+        ("status", 5, "first\nregistered\n"),
+        ("thread", 0, "first\nregistered\n"),
+        ("hangs", 1, ""),
+        ("fails", 1, "first\nregistered\n"),
+    ],
+)
 def test_a_process_leaves_in_order_and_within_seconds(tmp_path, what, status, said):
     process = _fork.Process(target=_leave, args=(tmp_path, what))
     process.start()

@@ -220,11 +220,15 @@ class Unpicklable(ValueError):
         super().__init__(f"{file}, line {line}")
 
 
-@pytest.mark.parametrize(("error", "kind", "text"), [
-    (UnreadableImage("a/b.png is no image"), UnreadableImage, "a/b.png is no image"),
-    (OSError(errno.ENOSPC, "No space left on device", "x"), OSError, "[Errno 28] No space left on device: 'x'"),
-    (KeyError("image"), KeyError, "'image'"),
-], ids=["image", "disk", "key"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (UnreadableImage("a/b.png is no image"), UnreadableImage, "a/b.png is no image"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), OSError, "[Errno 28] No space left on device: 'x'"),
+        (KeyError("image"), KeyError, "'image'"),
+    ],
+    ids=["image", "disk", "key"],
+)
 def test_a_process_hands_on_the_very_error(error, kind, text):
     with pytest.raises(kind) as raised:
         next(read(Broken(2, 0, error), 1))

@@ -16,8 +16,9 @@ def test_steps_are_those_of_torch_with_clipped_gradients_and_an_average(most):
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(size, generator=generator) for size in SIZES]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
-    optimizer = AdamWEma(ours, kernels.select("reference"), **SETTINGS, ema_decay=0.9, max_grad_norm=most,
-                         partitioned=False)  # fmt: skip
+    optimizer = AdamWEma(
+        ours, kernels.select("reference"), **SETTINGS, ema_decay=0.9, max_grad_norm=most, partitioned=False
+    )
     optimizer.init_states()
     torch_adamw, average = torch.optim.AdamW(theirs, **SETTINGS), [p.clone() for p in start]
     for step in range(1, 9):

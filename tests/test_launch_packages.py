@@ -100,9 +100,15 @@ def test_every_program_ends_with_that_sentence(program, site, tmp_path, monkeypa
     assert capsys.readouterr().err.startswith(f"error: `import kernels` gives {path}, ")
 
 
-@pytest.mark.parametrize("command", [
-    ("launch", "train", "lightningdit", "digits.yaml"), ("launch", "doctor"), ("bench.ops",), ("bench.triage", "out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("launch", "train", "lightningdit", "digits.yaml"),
+        ("launch", "doctor"),
+        ("bench.ops",),
+        ("bench.triage", "out"),
+    ],
+)
 def test_the_processes_end_without_a_traceback(command, tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(OTHERS)

@@ -31,14 +31,17 @@ TRAINING = [
     ("f16d32_vfdinov2_long", ["loss.vf_weight=0.5"], "loss.disc_start"),
     ("f16d32_vfdinov2_long", ["loss.vf_weight=0.5", "loss.disc_start=2501"], "max_steps or max_epochs"),
     ("f16d32_vfdinov2_long", ["loss.vf_weight=0.5", "loss.disc_start=2501", "train.max_epochs=100"], None),
-    ("f16d32_vfdinov2_long", ["loss.disc_start=2501", "train.max_epochs=100",
-                              "stages=[{epochs: 100, loss: {vf_weight: 0.5}}]"], None),
+    (
+        "f16d32_vfdinov2_long",
+        ["loss.disc_start=2501", "train.max_epochs=100", "stages=[{epochs: 100, loss: {vf_weight: 0.5}}]"],
+        None,
+    ),
     ("vavae_f16d32", [], "data.data_path"),
     ("vavae_f16d32", [DATA], "max_steps or max_epochs"),
     ("vavae_f16d32", [DATA, "train.max_epochs=1"], None),
     ("vavae_experimentals", [DATA, "train.max_epochs=1"], "loss.vf_weight"),
     ("vavae_experimentals", [DATA, "train.max_epochs=1", "loss.use_vf=false"], None),
-]  # fmt: skip
+]
 
 
 def written(folder: Path, name: str) -> Path:
@@ -99,21 +102,33 @@ def test_training_asks_for_what_a_file_and_its_overrides_leave_open(tmp_path, mo
 def test_weights_and_model_are_enough_to_extract(tmp_path, monkeypatch, capsys, stem):
     """With a network of toy size under the published keys, and weights as they are published."""
     document = FILES[named(stem)]
-    small = {"z_channels": 4, "resolution": 16, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
-             "attn_resolutions": []}  # fmt: skip
+    small = {
+        "z_channels": 4,
+        "resolution": 16,
+        "ch": 32,
+        "ch_mult": [1, 1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+    }
     params = document["model"]["params"]
     params = params | {"embed_dim": 4, "ddconfig": params["ddconfig"] | small}
     path = tmp_path / "small.yaml"
     weights = tmp_path / "weights.pt"
-    path.write_text(yaml.safe_dump(document | {"model": document["model"] | {"params": params},
-                                               "ckpt_path": str(weights)}))  # fmt: skip
+    path.write_text(
+        yaml.safe_dump(document | {"model": document["model"] | {"params": params}, "ckpt_path": str(weights)})
+    )
     model = AutoencoderConfig(embed_dim=4, **small)
     network = build_networks(model, LossConfig(use_vf=False), kernels.select("reference"), 0, None)["autoencoder"]
     torch.save({"state_dict": network.state_dict()}, weights)
     images = toy.write_images(tmp_path / "images", count=3)
     monkeypatch.setattr(extract, "check_round_trip", lambda *args: None)  # the weights are untrained
-    arguments = ["--output", str(tmp_path / "latents"), f"data.data_path={images}", "data.num_workers=0",
-                 "kernels=reference"]  # fmt: skip
+    arguments = [
+        "--output",
+        str(tmp_path / "latents"),
+        f"data.data_path={images}",
+        "data.num_workers=0",
+        "kernels=reference",
+    ]
     assert extract.main([str(path), *arguments]) == 0
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 1
     assert ("ignored model.params.lossconfig.params.vf_loss_type" in capsys.readouterr().out) is (

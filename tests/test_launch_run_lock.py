@@ -132,13 +132,16 @@ class TestWithoutLocks:
         take(tmp_path)
         assert not (tmp_path / NAME).exists()
 
-    @pytest.mark.parametrize(("change", "free"), [
-        ({}, False),
-        ({"host": "another"}, False),
-        ({"started": "boot/1"}, True),  # another process had this number
-        ({"pid": 1 << 30}, True),
-        ({"pid": 1 << 30, "host": "another"}, False),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("change", "free"),
+        [
+            ({}, False),
+            ({"host": "another"}, False),
+            ({"started": "boot/1"}, True),  # another process had this number
+            ({"pid": 1 << 30}, True),
+            ({"pid": 1 << 30, "host": "another"}, False),
+        ],
+    )
     def test_only_an_owner_that_has_certainly_ended_is_succeeded(self, tmp_path, capsys, change, free):
         owner = Owner.this_process().model_copy(update=change)
         (tmp_path / NAME).write_text(owner.model_dump_json())
@@ -157,11 +160,16 @@ class TestWithoutLocks:
             take(tmp_path)
 
 
-@pytest.mark.parametrize(("environment", "hint"), [
-    ({"SLURM_NTASKS": "2"}, True), ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "1"}, True),
-    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False), ({"SLURM_NTASKS": "2", "RANK": "0"}, False),
-    ({}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("environment", "hint"),
+    [
+        ({"SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "1"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),
+        ({"SLURM_NTASKS": "2", "RANK": "0"}, False),
+        ({}, False),
+    ],
+)
 def test_tasks_of_one_srun_are_told_what_they_are(tmp_path, monkeypatch, environment, hint):
     for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -183,8 +191,12 @@ def test_what_cannot_be_locked_is_one_sentence(tmp_path):
 
 def test_every_process_of_a_refused_run_ends_and_the_main_one_says_why(tmp_path, holder):
     toy.write_latents(tmp_path / "latents")
-    config = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")},
-                           train={"output_dir": str(tmp_path.parent), "exp_name": tmp_path.name})  # fmt: skip
+    config = toy.write_run(
+        tmp_path / "run.yaml",
+        toy.LIGHTNINGDIT,
+        data={"data_path": str(tmp_path / "latents")},
+        train={"output_dir": str(tmp_path.parent), "exp_name": tmp_path.name},
+    )
     started = time.monotonic()
     statuses = launch("train", "lightningdit", str(config), world_size=2, log=tmp_path / "log")
     assert statuses == [2, 2] and time.monotonic() - started < 60

@@ -12,13 +12,40 @@ from common.sections import Section, SectionError, describe, expand_home
 from launch.config import LightningDiTRun, VavaeRun
 
 #: Keys whose text is no path.
-TEXT = {"exp_name", "model_name", "model_type", "sampling_method", "diffusion_form", "kernels", "overrides",
-        "model_args"}  # fmt: skip
+TEXT = {
+    "exp_name",
+    "model_name",
+    "model_type",
+    "sampling_method",
+    "diffusion_form",
+    "kernels",
+    "overrides",
+    "model_args",
+}
 #: What only pydantic says, and what only the code calls itself.
-FOREIGN = re.compile(r"(Input|Tuple|List) should|[Vv]alid (dict|str|bool|int|num|tuple)|validation error|pydantic|"
-                     r"Config\b|Section\b|Run\b|\bdict\[|literal\[|\[key\]|instance of")  # fmt: skip
-WRONG = [None, True, 3, -1, 1.5, float("nan"), "a\ntext", [1], ["x"], {"a": 1}, {1: 2}, {"a": None}, 10**19, [[]], "~",
-         [], [1] * 99]  # fmt: skip
+FOREIGN = re.compile(
+    r"(Input|Tuple|List) should|[Vv]alid (dict|str|bool|int|num|tuple)|validation error|pydantic|"
+    r"Config\b|Section\b|Run\b|\bdict\[|literal\[|\[key\]|instance of"
+)
+WRONG = [
+    None,
+    True,
+    3,
+    -1,
+    1.5,
+    float("nan"),
+    "a\ntext",
+    [1],
+    ["x"],
+    {"a": 1},
+    {1: 2},
+    {"a": None},
+    10**19,
+    [[]],
+    "~",
+    [],
+    [1] * 99,
+]
 
 
 def sections() -> list[type[Section]]:
@@ -41,8 +68,12 @@ def types_in(annotation) -> list:
 
 def fields(kind: type) -> list:
     """(section, key, field) of every key that takes values of `kind`."""
-    return [pytest.param(section, name, field, id=f"{section.__name__}.{name}") for section in sections()
-            for name, field in section.model_fields.items() if kind in types_in(field.annotation)]  # fmt: skip
+    return [
+        pytest.param(section, name, field, id=f"{section.__name__}.{name}")
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if kind in types_in(field.annotation)
+    ]
 
 
 def adapter(field: FieldInfo) -> TypeAdapter:

@@ -77,8 +77,9 @@ def rows(directory: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize(("stage", "precision"), [(0, "float32"), (0, "bfloat16"), (1, "float32"), (2, "bfloat16"),
-                                                  (3, "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "float32"), (0, "bfloat16"), (1, "float32"), (2, "bfloat16"), (3, "float32")]
+)
 def test_a_skipped_step_touches_nothing(run_file, poison, stage, precision, fault):
     """Weights, average and moments after a poisoned last step are those before it, bit for bit."""
     poison(3, fault=fault)
@@ -90,8 +91,11 @@ def test_a_skipped_step_touches_nothing(run_file, poison, stage, precision, faul
         assert all(torch.equal(a[n], b[n]) for n in a), key
     assert [row["skipped"] for row in rows(directory)] == [0, 0, 1]
     assert after.state["counters"]["model"] == {
-        "applied": 2.0, "skipped": 1.0, "skipped_in_a_row": 1.0, "most_skipped_in_a_row": 0.0
-    }  # fmt: skip
+        "applied": 2.0,
+        "skipped": 1.0,
+        "skipped_in_a_row": 1.0,
+        "most_skipped_in_a_row": 0.0,
+    }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -109,8 +113,9 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are(run_
     order, ranks = SampleOrder(20, 8, 0), [0] if fault == "loss" else []
     why = {"network": "model", "not_finite": fault, "ranks": ranks}
     samples = {step: [values.tolist() for values in order.slice(step, 0, 8)] for step in (2, 3, 4)}
-    assert report["steps"] == [{"step": step, **why, "epochs": [epochs], "samples": [indices]}
-                               for step, (epochs, indices) in samples.items()]  # fmt: skip
+    assert report["steps"] == [
+        {"step": step, **why, "epochs": [epochs], "samples": [indices]} for step, (epochs, indices) in samples.items()
+    ]
     assert checkpoint.newest(directory / "checkpoints").step == noticed
 
 
@@ -166,17 +171,25 @@ def test_counters_of_older_checkpoints_are_taken(run_file):
         optimizer.set_counters({"applied": 5.0})
 
 
-@pytest.mark.parametrize(("network", "fault"), [
-    ("autoencoder", "loss"), ("autoencoder", "gradient"), ("discriminator", "loss"), ("discriminator", "gradient"),
-    ("autoencoder", "image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("network", "fault"),
+    [
+        ("autoencoder", "loss"),
+        ("autoencoder", "gradient"),
+        ("discriminator", "loss"),
+        ("discriminator", "gradient"),
+        ("autoencoder", "image"),
+    ],
+)
 def test_a_skipped_step_leaves_running_statistics_alone(run_file, poison, monkeypatch, network, fault):
     """Whichever network's and micro-batch's it is; the steps around it move them, and the host reads nothing for it."""
     built = trainer(run_file("vavae", micro_batch_size=2), kind="vavae")
     discriminator, seen, reads, stream = built.task.networks["discriminator"], [], HostReads(), built.stream()
     if fault == "image":
-        unreadable = [batch | {"image": batch["image"] * torch.nan} if number == 6 else batch
-                      for number, batch in enumerate(stream)]  # fmt: skip
+        unreadable = [
+            batch | {"image": batch["image"] * torch.nan} if number == 6 else batch
+            for number, batch in enumerate(stream)
+        ]
         stream = iter(unreadable)
     else:
         poison(4, fault=fault, network=network, kind="vavae")

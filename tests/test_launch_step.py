@@ -29,16 +29,35 @@ ROOT = Path(__file__).parents[1]
 
 COPIED = 16  # bytes of each trained parameter that DeepSpeed reads and writes in a step, on one process in bfloat16
 OPS = kernels.select("reference")
-NETWORK = ModelConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=24, num_heads=2, depth=3, num_classes=3,
-                      use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
+NETWORK = ModelConfig(
+    input_size=4,
+    patch_size=2,
+    in_channels=4,
+    hidden_size=24,
+    num_heads=2,
+    depth=3,
+    num_classes=3,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 
 
 def engine(stage: int, bf16: bool, **changes) -> Engine:
     """A small network, in this process alone. changes: to DeepSpeed's bf16 section."""
 
     def optimizer(parameters, partitioned: bool) -> AdamWEma:
-        return AdamWEma(parameters, OPS, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, ema_decay=0.9,
-                        max_grad_norm=0.0, partitioned=partitioned)  # fmt: skip
+        return AdamWEma(
+            parameters,
+            OPS,
+            lr=1e-2,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            ema_decay=0.9,
+            max_grad_norm=0.0,
+            partitioned=partitioned,
+        )
 
     start_processes()
     config = deepspeed_config(stage=stage, bf16=bf16, micro_batch_size=2, accumulation=1, world_size=1, overrides={})
@@ -101,16 +120,20 @@ def test_master_weights_are_written_and_read_unrounded():
     assert all(torch.equal(again[key][name], t) for key in state for name, t in state[key].items())
 
 
-@pytest.mark.parametrize(("overrides", "own"), [
-    ({}, True),
-    ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True),
-    ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
-    ({"data_types": {"grad_accum_dtype": "fp32"}}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "own"),
+    [
+        ({}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, False),
+    ],
+)
 def test_where_float32_gradients_are_wanted_deepspeed_keeps_master_weights(overrides, own):
     def asked(stage: int, bf16: bool) -> bool:
-        config = deepspeed_config(stage=stage, bf16=bf16, micro_batch_size=1, accumulation=1, world_size=1,
-                                  overrides=overrides)  # fmt: skip
+        config = deepspeed_config(
+            stage=stage, bf16=bf16, micro_batch_size=1, accumulation=1, world_size=1, overrides=overrides
+        )
         return config["bf16"].get("bf16_master_weights_and_grads", False)
 
     assert [asked(stage, True) for stage in range(4)] == [False, own, own, False]
@@ -130,8 +153,13 @@ def test_the_compiler_is_told_the_ops_of_the_run(tmp_path, monkeypatch, capsys, 
     told = []
     monkeypatch.setattr("launch.training.engine.compile_module", lambda module, *how: told.append(how))
     choice = "kernels={default: reference, weight_gradients: triton}"
-    toy_trainer(tmp_path, "train.compile=inductor", "train.precision=bfloat16", choice,
-                f"train.deterministic={str(deterministic).lower()}")  # fmt: skip
+    toy_trainer(
+        tmp_path,
+        "train.compile=inductor",
+        "train.precision=bfloat16",
+        choice,
+        f"train.deterministic={str(deterministic).lower()}",
+    )
     ((mode, ops, timed),) = told
     assert mode == "inductor" and ops.table()["weight_gradients"]["backend"] == "triton" and timed == deterministic
     assert "what is compiled is kept in " in capsys.readouterr().out
@@ -184,11 +212,15 @@ def test_reads_and_copies_are_seen():
     assert [moved_bytes(function, args, {}, function(*args)) for function, *args in calls] == [36, 60, 96, 0]
 
 
-@pytest.mark.parametrize("overrides", [
-    ("train.precision=bfloat16",),
-    ("train.precision=bfloat16", "train.micro_batch_size=4", "train.compile=aot_eager"),
-    ("train.precision=bfloat16", "deepspeed.zero_stage=2"),
-], ids=["bfloat16", "accumulated_compiled", "zero2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.precision=bfloat16",),
+        ("train.precision=bfloat16", "train.micro_batch_size=4", "train.compile=aot_eager"),
+        ("train.precision=bfloat16", "deepspeed.zero_stage=2"),
+    ],
+    ids=["bfloat16", "accumulated_compiled", "zero2"],
+)
 def test_what_a_step_reads_on_the_host_and_copies(tmp_path, overrides):
     """Neither this project nor DeepSpeed reads, from the first step on, checkpoints and log lines aside.
 

@@ -127,9 +127,17 @@ def test_the_optimizer_is_given_the_rate_that_the_log_says(run_file):
         assert float(move @ update / update.square().sum()) == pytest.approx(logged[step], rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "precision", "world_size"), [
-    (0, "float32", 1), (2, "float32", 2), (3, "float32", 2), (0, "bfloat16", 1), (1, "bfloat16", 2), (3, "bfloat16", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "precision", "world_size"),
+    [
+        (0, "float32", 1),
+        (2, "float32", 2),
+        (3, "float32", 2),
+        (0, "bfloat16", 1),
+        (1, "bfloat16", 2),
+        (3, "bfloat16", 1),
+    ],
+)
 def test_every_stage_trains_resumes_and_agrees(tmp_path, run_file, stage, precision, world_size):
     """Against ZeRO 1 in float32 on one process; resumed under another stage, which a whole checkpoint allows."""
     path = str(run_file())
@@ -164,8 +172,10 @@ def test_the_average_follows_the_weights(tmp_path, run_file):
             ema[name] = 0.9 * ema[name] + 0.1 * weights[name]
             torch.testing.assert_close(saved[name], ema[name], rtol=0, atol=1e-6)
     assert checkpoints[-1].tensors("model").keys() - ema.keys() == {
-        "pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"
-    }  # fmt: skip
+        "pos_embed",
+        "feat_rope.freqs_cos",
+        "feat_rope.freqs_sin",
+    }
 
 
 def test_a_checkpoint_says_what_made_it(tmp_path, run_file):
@@ -225,9 +235,11 @@ def test_a_damaged_checkpoint_stops_the_resume(run_file):
 
 
 def test_validation_and_its_rows(run_file, data):
-    directory = train_here(run_file(
-        data={"valid_path": str(data / "latents")}, train={"max_steps": 4, "valid_every": 2, "valid_batches": 2}
-    ))  # fmt: skip
+    directory = train_here(
+        run_file(
+            data={"valid_path": str(data / "latents")}, train={"max_steps": 4, "valid_every": 2, "valid_batches": 2}
+        )
+    )
     validated = [row for row in rows(directory) if "valid/loss" in row]
     assert [row["step"] for row in validated] == [2, 4]
 
@@ -247,17 +259,29 @@ def test_a_run_begins_from_another_runs_checkpoint_once(run_file, tmp_path, caps
     assert [row["step"] for row in rows(further)] == [3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("kind", "preset", "taken"), [
-    ("lightningdit", "default", "ema"), ("lightningdit", "paper", "model"), ("vavae", "default", "ema"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "preset", "taken"),
+    [
+        ("lightningdit", "default", "ema"),
+        ("lightningdit", "paper", "model"),
+        ("vavae", "default", "ema"),
+    ],
+)
 def test_a_run_begins_from_the_weights_that_it_names(run_file, tmp_path, kind, preset, taken):
     """Told from a step whose rate is next to nothing: the weights after it are those of the file."""
     path = run_file(kind, train={"max_steps": 3})
     train_here(path, kind=kind)
     trained = checkpoint.newest(tmp_path / "run/checkpoints")
     *_, published = export(trained, tmp_path / "exported")
-    begun = train_here(path, f"train.weight_init={published}", "train.exp_name=begun", "train.max_steps=1",
-                       "optimizer.lr=1e-12", f"preset={preset}", kind=kind)  # fmt: skip
+    begun = train_here(
+        path,
+        f"train.weight_init={published}",
+        "train.exp_name=begun",
+        "train.max_steps=1",
+        "optimizer.lr=1e-12",
+        f"preset={preset}",
+        kind=kind,
+    )
     network = {"lightningdit": "model", "vavae": "autoencoder"}[kind]
     want, other = (trained.weights(network, key) for key in (taken, {"ema": "model", "model": "ema"}[taken]))
     found = checkpoint.newest(begun / "checkpoints").weights(network, "model")
@@ -296,8 +320,11 @@ def test_an_op_that_would_take_part_in_nothing_is_refused(run_file, override):
     load(str(run_file()), asked, kind="lightningdit")
     with pytest.raises(ConfigError, match=r"kernels\.linear_swiglu is triton, but train\.compile is .*bfloat16"):
         load(str(run_file()), [*asked, override], kind="lightningdit")
-    load(str(run_file()), [*asked[:2], "kernels={default: triton, linear_swiglu: reference}", override],
-         kind="lightningdit")  # fmt: skip
+    load(
+        str(run_file()),
+        [*asked[:2], "kernels={default: triton, linear_swiglu: reference}", override],
+        kind="lightningdit",
+    )
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton is not interpreted here")

@@ -91,13 +91,19 @@ def test_statistics_of_other_channels_than_the_networks_are_one_sentence(
     assert error.count("\n") == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("latents, said", [
-    (None, "a section of keys is wanted"), ([], "a section of keys is wanted"), ({}, "mean: is missing"),
-    (statistics(4) | {"mean": 0.0}, "mean: a list is wanted"), (statistics(4) | {"std": ["1"] * 4}, "std.0: a number"),
-    (statistics(4) | {"multiplier": None}, "multiplier: a number is wanted"),
-    (statistics(4) | {"mean": [10**400] * 4}, "mean.0: a finite number"),
-    (statistics(4) | {"multiplier": 0}, "not usable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "latents, said",
+    [
+        (None, "a section of keys is wanted"),
+        ([], "a section of keys is wanted"),
+        ({}, "mean: is missing"),
+        (statistics(4) | {"mean": 0.0}, "mean: a list is wanted"),
+        (statistics(4) | {"std": ["1"] * 4}, "std.0: a number"),
+        (statistics(4) | {"multiplier": None}, "multiplier: a number is wanted"),
+        (statistics(4) | {"mean": [10**400] * 4}, "mean.0: a finite number"),
+        (statistics(4) | {"multiplier": 0}, "not usable"),
+    ],
+)
 def test_a_checkpoint_without_statistics_that_can_be_used_is_named(trained, latents, said):
     path = change_task(trained, latents=latents)
     with pytest.raises(FileError, match=rf"{path}\b.*{said}"):

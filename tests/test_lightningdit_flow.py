@@ -65,8 +65,15 @@ def test_paths(name, suffix, recorded):
     transport, ones = Transport(name), torch.ones(len(t), 1, dtype=dtype)
     (alpha, d_alpha), (sigma, d_sigma) = path.alpha(t), path.sigma(t)
     drift, diffusion = path.drift(ones, t)
-    got = dict(alpha=alpha, d_alpha=d_alpha, sigma=sigma, d_sigma=d_sigma, d_alpha_alpha_ratio=path.log_alpha_rate(t),
-               drift_of_ones=drift.flatten(), diffusion_var=diffusion.flatten())  # fmt: skip
+    got = dict(
+        alpha=alpha,
+        d_alpha=d_alpha,
+        sigma=sigma,
+        d_sigma=d_sigma,
+        d_alpha_alpha_ratio=path.log_alpha_rate(t),
+        drift_of_ones=drift.flatten(),
+        diffusion_var=diffusion.flatten(),
+    )
     for form in FORMS:
         got[f"diffusion_norm1.5/{form}"] = transport.diffusion(ones, t, form, 1.5).flatten()
     for key, value in got.items():
@@ -80,8 +87,10 @@ def test_conversions(name, suffix, recorded):
     x0, x1, t, output = (recorded[f"in/{k}"].to(dtype) for k in ("x0", "x1", "t", "model_out"))
     transport = Transport(name)
     xt = transport.interpolate(x0, x1, t)[0]
-    got = {k: getattr(transport, k)(output, xt, t)
-           for k in ("score_from_velocity", "noise_from_velocity", "velocity_from_score")}  # fmt: skip
+    got = {
+        k: getattr(transport, k)(output, xt, t)
+        for k in ("score_from_velocity", "noise_from_velocity", "velocity_from_score")
+    }
     for prediction in ("velocity", "noise", "score"):
         reader = Transport(name, prediction)
         got[f"ode_drift/{prediction}"] = reader.velocity(output, xt, t)

@@ -115,12 +115,18 @@ def test_a_damaged_shard_of_an_unfinished_extraction_is_written_again(tmp_path, 
     assert mended == whole
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"count": 2}, "moments of"), ({"shape": [4, 1, 1]}, "moments of"), ({"shape": [3, 3, 2]}, "moments of"),
-    ({"moments": {"count": 18, "mean": [0.0], "m2": [0.0]}}, "moments of"),
-    ({"moments": {"count": 18, "mean": [0.0] * 4, "m2": [-1.0] * 4}}, "must be at least 0"),
-    ({"file": "../x.safetensors"}, "file"), ({"sha256": "0"}, "sha256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"count": 2}, "moments of"),
+        ({"shape": [4, 1, 1]}, "moments of"),
+        ({"shape": [3, 3, 2]}, "moments of"),
+        ({"moments": {"count": 18, "mean": [0.0], "m2": [0.0]}}, "moments of"),
+        ({"moments": {"count": 18, "mean": [0.0] * 4, "m2": [-1.0] * 4}}, "must be at least 0"),
+        ({"file": "../x.safetensors"}, "file"),
+        ({"sha256": "0"}, "sha256"),
+    ],
+)
 def test_a_record_that_cannot_be_is_named(tmp_path, change, why):
     x = torch.ones(3, 4, 3, 2)
     LatentsWriter(tmp_path, shard_size=3).add(x, x, torch.arange(3))
@@ -139,9 +145,16 @@ def test_an_extraction_that_has_ended_is_looked_at_again(latents, lost):
             again()
 
 
-@pytest.mark.parametrize("change", [
-    {"shards": 2}, {"count": 7}, {"files": {}}, {"classes": ["a", "a"]}, {"shape": [4, 3]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": 2},
+        {"count": 7},
+        {"files": {}},
+        {"classes": ["a", "a"]},
+        {"shape": [4, 3]},
+    ],
+)
 def test_a_manifest_that_does_not_add_up_is_damaged(latents, change):
     path = latents / "manifest.json"
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
@@ -182,8 +195,11 @@ def test_an_unfinished_extraction_is_no_set(tmp_path, killed):
     assert len(LatentDataset(tmp_path, latent_norm=False)) == 6
     assert LatentsWriter(tmp_path, shard_size=3).position == 6
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "latents_rank00_shard000.safetensors", "latents_rank00_shard001.safetensors", "latents_stats.pt",
-        "manifest.json"]  # fmt: skip
+        "latents_rank00_shard000.safetensors",
+        "latents_rank00_shard001.safetensors",
+        "latents_stats.pt",
+        "manifest.json",
+    ]
 
 
 def test_latents_that_no_extraction_of_ours_began_are_not_overwritten(tmp_path):

@@ -29,24 +29,36 @@ def make_set(directory, names) -> None:
     shutil.rmtree(directory / "source")
 
 
-@pytest.mark.parametrize("names", [
-    [shard(0, 0)], [shard(0, 0), shard(0, 1), shard(0, 2)], [shard(0, 0), shard(0, 1), shard(1, 0), shard(2, 0)],
-    [shard(rank, 0) for rank in range(101)],  # three digits sort before two
-    [shard(0, number) for number in range(1001)],
-], ids=len)  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        [shard(0, 0)],
+        [shard(0, 0), shard(0, 1), shard(0, 2)],
+        [shard(0, 0), shard(0, 1), shard(1, 0), shard(2, 0)],
+        [shard(rank, 0) for rank in range(101)],  # three digits sort before two
+        [shard(0, number) for number in range(1001)],
+    ],
+    ids=len,
+)
 def test_sets_without_gaps_are_whole(tmp_path, names):
     for name in names:
         (tmp_path / name).touch()
     assert [path.name for path in shards_of(tmp_path, None)] == sorted(names)
 
 
-@pytest.mark.parametrize("names, missing", [
-    ([shard(0, 1)], shard(0, 0)), ([shard(0, 0), shard(0, 2)], shard(0, 1)), ([shard(1, 0)], shard(0, 0)),
-    ([shard(0, 0), shard(2, 0)], shard(1, 0)), ([shard(0, 0), shard(1, 1)], shard(1, 0)),
-    ([shard(0, 0), shard(0, 1), shard(0, 2), shard(1, 0), shard(1, 2)], shard(1, 1)),
-    ([shard(0, 0), shard(99999999999, 99999999999)], shard(1, 0)),
-    ([shard(0, 0), shard(0, 2), "latents_rank00_shard001 (1).safetensors"], shard(0, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, missing",
+    [
+        ([shard(0, 1)], shard(0, 0)),
+        ([shard(0, 0), shard(0, 2)], shard(0, 1)),
+        ([shard(1, 0)], shard(0, 0)),
+        ([shard(0, 0), shard(2, 0)], shard(1, 0)),
+        ([shard(0, 0), shard(1, 1)], shard(1, 0)),
+        ([shard(0, 0), shard(0, 1), shard(0, 2), shard(1, 0), shard(1, 2)], shard(1, 1)),
+        ([shard(0, 0), shard(99999999999, 99999999999)], shard(1, 0)),
+        ([shard(0, 0), shard(0, 2), "latents_rank00_shard001 (1).safetensors"], shard(0, 1)),
+    ],
+)
 def test_a_shard_that_is_missing_without_a_manifest_is_named(tmp_path, names, missing):
     make_set(tmp_path, names)
     for read in (LatentDataset, remake_statistics):
@@ -60,14 +72,22 @@ def remake_statistics(directory):
 
 
 OTHERS = [
-    "latents_rank00_shard000 (1).safetensors", "latents_rank00_shard000(1).safetensors",
-    "latents_rank00_shard000 copy.safetensors", "Copy of latents_rank00_shard000.safetensors",
-    "latents_rank00_shard000_1.safetensors", "latents_rank00_shard1.safetensors", "latents_rank0_shard001.safetensors",
-    "latents_rank00_shard0001.safetensors", "latents_rank001_shard000.safetensors",
+    "latents_rank00_shard000 (1).safetensors",
+    "latents_rank00_shard000(1).safetensors",
+    "latents_rank00_shard000 copy.safetensors",
+    "Copy of latents_rank00_shard000.safetensors",
+    "latents_rank00_shard000_1.safetensors",
+    "latents_rank00_shard1.safetensors",
+    "latents_rank0_shard001.safetensors",
+    "latents_rank00_shard0001.safetensors",
+    "latents_rank001_shard000.safetensors",
     "latents_rank00_shard٠٠١.safetensors",
-    "LATENTS_rank00_shard001.safetensors", "._latents_rank00_shard001.safetensors", "model.safetensors",
-    "latents_rank00_shard001\n.safetensors", "latents_rank-1_shard000.safetensors",
-]  # fmt: skip
+    "LATENTS_rank00_shard001.safetensors",
+    "._latents_rank00_shard001.safetensors",
+    "model.safetensors",
+    "latents_rank00_shard001\n.safetensors",
+    "latents_rank-1_shard000.safetensors",
+]
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -133,10 +153,17 @@ def test_names_of_classes_are_texts_and_distinct(tmp_path, classes):
         LatentDataset(tmp_path)
 
 
-@pytest.mark.parametrize("name, shown", [
-    ("\x1b[2J\x1b]0;x\x07", r"\x1b[2J\x1b]0;x\x07"), ("\x9b2J", r"\x9b2J"), ("two\nlines", r"two\nlines"),
-    ("\x08\x7f\0", r"\x08\x7f\x00"), ("a\u2028b", r"a\u2028b"), ("été 猫", "été 猫"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("\x1b[2J\x1b]0;x\x07", r"\x1b[2J\x1b]0;x\x07"),
+        ("\x9b2J", r"\x9b2J"),
+        ("two\nlines", r"two\nlines"),
+        ("\x08\x7f\0", r"\x08\x7f\x00"),
+        ("a\u2028b", r"a\u2028b"),
+        ("été 猫", "été 猫"),
+    ],
+)
 def test_what_a_terminal_would_obey_in_names_is_shown_as_escapes(tmp_path, caplog, name, shown):
     caplog.set_level(logging.INFO)
     write_latents(tmp_path, classes=[name, "b", "c", "d"])

@@ -33,12 +33,29 @@ def test_statistics_of_either_shape_and_any_real_numbers_are_read(latents, shape
 
 
 @pytest.mark.parametrize("key", ["mean", "std"])
-@pytest.mark.parametrize("value", [
-    torch.ones(1), torch.ones(()), torch.ones(0), torch.ones(1, 1, 1, 1), torch.ones(3), torch.ones(8),
-    torch.ones(1, 3, 1, 1), torch.ones(1, 8, 1, 1), torch.ones(1, 1, 2, 2), torch.ones(2, 2), torch.ones(4, 1),
-    torch.ones(1, 1, 4), torch.ones(4, 1, 1, 1), torch.ones(1, 4, 3, 2), torch.ones(4, dtype=torch.complex64),
-    torch.ones(4, dtype=torch.bool), torch.ones(4, dtype=torch.int64),
-], ids=lambda value: f"{value.dtype} {list(value.shape)}")  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(1),
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(1, 1, 1, 1),
+        torch.ones(3),
+        torch.ones(8),
+        torch.ones(1, 3, 1, 1),
+        torch.ones(1, 8, 1, 1),
+        torch.ones(1, 1, 2, 2),
+        torch.ones(2, 2),
+        torch.ones(4, 1),
+        torch.ones(1, 1, 4),
+        torch.ones(4, 1, 1, 1),
+        torch.ones(1, 4, 3, 2),
+        torch.ones(4, dtype=torch.complex64),
+        torch.ones(4, dtype=torch.bool),
+        torch.ones(4, dtype=torch.int64),
+    ],
+    ids=lambda value: f"{value.dtype} {list(value.shape)}",
+)
 def test_statistics_of_another_shape_or_of_other_numbers_are_refused(latents, key, value):
     torch.save({"mean": torch.ones(4), "std": torch.ones(4), key: value}, latents / "latents_stats.pt")
     found = rf"latents_stats\.pt has {key} {value.dtype} \[{', '.join(map(str, value.shape))}\]; {WANTED}"
@@ -54,11 +71,16 @@ def test_statistics_that_were_parameters_are_numbers(latents, kind):
 
 
 UNUSABLE = {
-    "std 0": ("std", 0.0), "std below 0": ("std", -1.0), "std not a number": ("std", float("nan")),
-    "std without end": ("std", float("inf")), "std below float32": ("std", 1e-60), "std above float32": ("std", 1e60),
-    "mean not a number": ("mean", float("nan")), "mean without end": ("mean", float("-inf")),
+    "std 0": ("std", 0.0),
+    "std below 0": ("std", -1.0),
+    "std not a number": ("std", float("nan")),
+    "std without end": ("std", float("inf")),
+    "std below float32": ("std", 1e-60),
+    "std above float32": ("std", 1e60),
+    "mean not a number": ("mean", float("nan")),
+    "mean without end": ("mean", float("-inf")),
     "mean above float32": ("mean", -1e60),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
@@ -71,12 +93,20 @@ def test_statistics_that_nothing_can_be_divided_by_are_refused(latents, name):
         LatentDataset(latents)
 
 
-@pytest.mark.parametrize("change, why", [
-    ({"mean": [0.0]}, rf"here has mean torch\.float32 \[1\]; {WANTED}"), ({"std": [1.0] * 3}, rf"\[3\]; {WANTED}"),
-    ({"mean": [0.0] * 8, "std": [1.0] * 8}, rf"\[8\]; {WANTED}"), ({"mean": [], "std": []}, rf"\[0\]; {WANTED}"),
-    ({"std": [1.0, 1.0, 0.0, 1.0]}, "not usable"), ({"std": [1e-60] * 4}, "not usable"),
-    ({"mean": [1e60] * 4}, "not usable"), ({"multiplier": 0.0}, "not usable"), ({"multiplier": -1.0}, "not usable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"mean": [0.0]}, rf"here has mean torch\.float32 \[1\]; {WANTED}"),
+        ({"std": [1.0] * 3}, rf"\[3\]; {WANTED}"),
+        ({"mean": [0.0] * 8, "std": [1.0] * 8}, rf"\[8\]; {WANTED}"),
+        ({"mean": [], "std": []}, rf"\[0\]; {WANTED}"),
+        ({"std": [1.0, 1.0, 0.0, 1.0]}, "not usable"),
+        ({"std": [1e-60] * 4}, "not usable"),
+        ({"mean": [1e60] * 4}, "not usable"),
+        ({"multiplier": 0.0}, "not usable"),
+        ({"multiplier": -1.0}, "not usable"),
+    ],
+)
 def test_statistics_in_json_are_of_the_channels_asked_for(change, why):
     content = {"mean": [0.0] * 4, "std": [1.0] * 4, "multiplier": 1.0}
     record = StatisticsRecord.model_validate_json(json.dumps(content | change))
@@ -86,9 +116,17 @@ def test_statistics_in_json_are_of_the_channels_asked_for(change, why):
     assert LatentStatistics.from_record(whole, channels=4, source="here").to_json() == content
 
 
-@pytest.mark.parametrize("change", [
-    {"mean": "1"}, {"mean": [["1"]]}, {"mean": [True] * 4}, {"std": 1.0}, {"std": [None] * 4}, {"multiplier": "1"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": "1"},
+        {"mean": [["1"]]},
+        {"mean": [True] * 4},
+        {"std": 1.0},
+        {"std": [None] * 4},
+        {"multiplier": "1"},
+    ],
+)
 def test_statistics_in_json_are_numbers(change):
     content = {"mean": [0.0] * 4, "std": [1.0] * 4, "multiplier": 1.0}
     with pytest.raises(ValidationError):
@@ -103,10 +141,17 @@ def change_manifest(directory, **statistics):
     path.write_text(json.dumps(content | {"statistics": content["statistics"] | statistics}))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("mean", [0.0] * 3), ("std", [1.0] * 5), ("std", [1.0, 1.0, 1.0, -1.0]), ("count", 47), ("mean", None),
-    ("std", ["1"] * 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("mean", [0.0] * 3),
+        ("std", [1.0] * 5),
+        ("std", [1.0, 1.0, 1.0, -1.0]),
+        ("count", 47),
+        ("mean", None),
+        ("std", ["1"] * 4),
+    ],
+)
 def test_statistics_that_a_manifest_cannot_have_are_damage(tmp_path, key, value):
     write_random_latents(tmp_path)
     change_manifest(tmp_path, **{key: value})

@@ -12,8 +12,19 @@ from lightningdit.model import LightningDiT
 @pytest.mark.parametrize("changes", [{}, {"wo_shift": True}], ids=["shift", "no shift"])
 def test_a_network_that_reads_parameters_in_their_modules_alone_computes_the_same(changes, recompute):
     """Biases added by their layers and modulation block by block, as under ZeRO 3."""
-    config = ModelConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=16, num_heads=2, depth=3, num_classes=3,
-                         use_swiglu=True, use_rmsnorm=True, use_checkpoint=recompute, **changes)  # fmt: skip
+    config = ModelConfig(
+        input_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_heads=2,
+        depth=3,
+        num_classes=3,
+        use_swiglu=True,
+        use_rmsnorm=True,
+        use_checkpoint=recompute,
+        **changes,
+    )
     ops, generator = kernels.select("reference"), torch.Generator().manual_seed(2)
     gathered, alone = LightningDiT(config, ops).double(), LightningDiT(config, ops, params_gathered=False).double()
     with torch.no_grad():

@@ -48,8 +48,17 @@ def run_recorded(model, golden, tag, dtype=torch.float32, callback=None):
         start = cfg["cfg_interval_start"] if cfg["cfg_interval"] else 0.0
         guidance = Guidance(cfg["cfg_scale"], NULL, start, channels=3)
     predict = Denoiser(model, y, guidance)
-    x = sample_ode(Transport(), predict, z, method=setting["method"], steps=setting["num_steps"], callback=callback,
-                   shift=setting["timestep_shift"], atol=setting["atol"], rtol=setting["rtol"])  # fmt: skip
+    x = sample_ode(
+        Transport(),
+        predict,
+        z,
+        method=setting["method"],
+        steps=setting["num_steps"],
+        callback=callback,
+        shift=setting["timestep_shift"],
+        atol=setting["atol"],
+        rtol=setting["rtol"],
+    )
     return x, predict
 
 
@@ -138,10 +147,18 @@ def test_sde(tag, model, golden):
     want, states = RECORDED["sde"][tag], {}
     predict = Denoiser(model, golden["in/y"])
     x = sample_sde(
-        Transport(sample_eps=0.0), predict, golden["in/z"], lambda k: golden["sde/noise"][k - 1],
-        method=want["sampling_method"].lower(), steps=8, form=want["diffusion_form"], norm=want["diffusion_norm"],
-        last_step=want["last_step"], last_step_size=want["last_step_size"], callback=states.__setitem__,
-    )  # fmt: skip
+        Transport(sample_eps=0.0),
+        predict,
+        golden["in/z"],
+        lambda k: golden["sde/noise"][k - 1],
+        method=want["sampling_method"].lower(),
+        steps=8,
+        form=want["diffusion_form"],
+        norm=want["diffusion_norm"],
+        last_step=want["last_step"],
+        last_step_size=want["last_step_size"],
+        callback=states.__setitem__,
+    )
     close("before", states[7], golden[f"sde/{tag}/before_last_step"], atol=2e-5)
     close("final", x, golden[f"sde/{tag}/final"], atol=2e-5)
 
@@ -233,8 +250,16 @@ def test_every_seed_index_and_draw_has_a_stream_of_its_own():
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_every_step_of_the_sde_has_noise_of_its_own(method):
     """Recovered from the states: under a network of nothing the drift is known."""
-    config = SampleConfig(mode="SDE", sampling_method=method, num_sampling_steps=6, cfg_scale=1.0, last_step=None,
-                          diffusion_form="constant", timestep_shift=0.0, seed=5)  # fmt: skip
+    config = SampleConfig(
+        mode="SDE",
+        sampling_method=method,
+        num_sampling_steps=6,
+        cfg_scale=1.0,
+        last_step=None,
+        diffusion_form="constant",
+        timestep_shift=0.0,
+        seed=5,
+    )
     transport, states = Transport(), {0: sample_noise(5, [0, 3], WIDE)}
     sample(nothing, transport, config, torch.zeros(2), [0, 3], shape=WIDE, null_label=None, callback=states.__setitem__)
     times = time_grid(*transport.interval(transport.sample_eps, sde=True, form="constant"), 6).tolist()

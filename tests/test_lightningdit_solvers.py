@@ -30,8 +30,9 @@ def test_solvers_agree_with_torchdiffeq(ours):
 def test_order_of_convergence(method, order):
     z = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     # linspace in float32 limits what fine grids can show, so the steps stay large.
-    exact = torchdiffeq.odeint(lambda t, x: swirl(x, float(t)), z, torch.tensor([0.0, 1.0]).double(), method="dopri8",
-                               rtol=1e-12, atol=1e-12)[-1]  # fmt: skip
+    exact = torchdiffeq.odeint(
+        lambda t, x: swirl(x, float(t)), z, torch.tensor([0.0, 1.0]).double(), method="dopri8", rtol=1e-12, atol=1e-12
+    )[-1]
     errors = [(sample_ode(Transport(), swirl, z, method=method, steps=n + 1) - exact).norm() for n in (16, 32)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
@@ -55,9 +56,20 @@ def grown(z, guidance, t):
     return z * (2.0 * before + faster * (t - before)).exp()
 
 
-JUMPS = [Guidance(scale, 1, start, channels) for scale, start, channels in
-         [(10.0, 0.3, None), (4.0, 0.125, 2), (10.0, 0.11, 3), (4.0, 1e-7, None), (4.0, 3 / 7, None), (4.0, 0.999, 1),
-          (6.0, 0.0, None), (6.0, 1.0, None), (1.0, 0.3, None)]]  # fmt: skip
+JUMPS = [
+    Guidance(scale, 1, start, channels)
+    for scale, start, channels in [
+        (10.0, 0.3, None),
+        (4.0, 0.125, 2),
+        (10.0, 0.11, 3),
+        (4.0, 1e-7, None),
+        (4.0, 3 / 7, None),
+        (4.0, 0.999, 1),
+        (6.0, 0.0, None),
+        (6.0, 1.0, None),
+        (1.0, 0.3, None),
+    ]
+]
 
 
 def counted_growth(guidance):
@@ -141,8 +153,18 @@ def test_every_sde_ends_in_the_data(form, method, last):
     z = torch.randn(5_000, 1, dtype=torch.float64, generator=g)
     # SBDM's diffusion is infinite at noise: a larger eps keeps its first steps stable.
     transport = Transport(sample_eps=0.01 if form == "SBDM" else None)
-    x = sample_sde(transport, gaussian_velocity, z, lambda k: torch.randn(z.shape, dtype=z.dtype, generator=g),
-                   method=method, steps=150, form=form, norm=0.3, last_step=last, last_step_size=0.01)  # fmt: skip
+    x = sample_sde(
+        transport,
+        gaussian_velocity,
+        z,
+        lambda k: torch.randn(z.shape, dtype=z.dtype, generator=g),
+        method=method,
+        steps=150,
+        form=form,
+        norm=0.3,
+        last_step=last,
+        last_step_size=0.01,
+    )
     assert float(x.std()) == pytest.approx(SPREAD, rel=0.05)
     assert abs(float(x.mean())) < 0.03
 
@@ -150,8 +172,17 @@ def test_every_sde_ends_in_the_data(form, method, last):
 def test_tweedie_is_the_posterior_mean():
     """With all of time left to the last step, it returns E[x1 | x_t] of Gaussian data."""
     z = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
-    x = sample_sde(Transport(sample_eps=0.0), gaussian_velocity, z, lambda k: torch.zeros_like(z), steps=2,
-                   form="sigma", norm=1e-12, last_step="Tweedie", last_step_size=0.5)  # fmt: skip
+    x = sample_sde(
+        Transport(sample_eps=0.0),
+        gaussian_velocity,
+        z,
+        lambda k: torch.zeros_like(z),
+        steps=2,
+        form="sigma",
+        norm=1e-12,
+        last_step="Tweedie",
+        last_step_size=0.5,
+    )
     at = z * (1 + 0.5 * -1)  # one Euler step of size 0.5 from t = 0, where the velocity is -x
     want = at * 0.5 * SPREAD**2 / (0.25 * SPREAD**2 + 0.25)
     close("posterior mean", x, want, atol=1e-9)

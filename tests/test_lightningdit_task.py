@@ -17,9 +17,17 @@ from lightningdit.weights import save_published
 from tests import toy
 
 MODEL = ModelConfig(
-    input_size=4, patch_size=1, in_channels=4, hidden_size=48, depth=2, num_heads=2, num_classes=3,
-    use_swiglu=True, use_rope=True, use_rmsnorm=True,
-)  # fmt: skip
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=48,
+    depth=2,
+    num_heads=2,
+    num_classes=3,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
 PAPER = TransportConfig(use_cosine_loss=True, use_lognorm=True)
 
 
@@ -202,10 +210,16 @@ def named(tmp_path_factory):
     return {key: toy.write_latents(root / key, classes=classes) for key, classes in NAMED.items()}
 
 
-@pytest.mark.parametrize(("there", "here", "same"), [
-    ("abc", "abc", True), ("abc", "abd", False), ("none", "none", True),
-    ("none", "abc", True), ("abc", "none", True),  # names that only one of them has are no difference
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("there", "here", "same"),
+    [
+        ("abc", "abc", True),
+        ("abc", "abd", False),
+        ("none", "none", True),
+        ("none", "abc", True),
+        ("abc", "none", True),  # names that only one of them has are no difference
+    ],
+)
 def test_names_of_classes_are_kept_and_compared_where_both_are_known(named, ops, there, here, same):
     state = json.loads(json.dumps(task(named[there], ops).state_dict()))  # as a checkpoint holds it
     assert state.get("classes") == (None if there == "none" else list(NAMED[there]))

@@ -96,8 +96,12 @@ def test_misfits_are_listed_both_ways(state):
     wrong["final_layer.linear.bias"] = torch.zeros(8)
     with pytest.raises(WeightsError) as error:
         load_strict(model(), wrong, "run/ckpt.pt")
-    for part in ("run/ckpt.pt", "1 missing: blocks.1.norm1.weight", "1 unexpected: blocks.7.norm1.weight",
-                 "final_layer.linear.bias [8] where the model has [4]"):  # fmt: skip
+    for part in (
+        "run/ckpt.pt",
+        "1 missing: blocks.1.norm1.weight",
+        "1 unexpected: blocks.7.norm1.weight",
+        "final_layer.linear.bias [8] where the model has [4]",
+    ):
         assert part in str(error.value)
     with pytest.raises(WeightsError, match=r"39 missing: .* and 34 more"):
         load_strict(model(), {}, "empty")

@@ -56,19 +56,27 @@ def test_the_program_tells_found_from_not_found(tree, capsys):
     def mistake(new: str, tests: str) -> Mistake:
         return Mistake("double.py", "2 * x", new, " ".join(f"test_double.py::{test}" for test in tests.split()))
 
-    outcomes = try_all({
-        "a/found": mistake("3 * x", "test_of_two"), "a/square": mistake("x * x", "test_of_two"),
-        "a/found by the second": mistake("x * x", "test_of_two test_of_all"), "b/killed": mistake(
-            "__import__('os').abort()", "test_of_all[0]"
-        ),
-        "b/no such text": Mistake("double.py", "4 * x", "", "test_double.py::test_of_two"),
-        "b/fails anyway": mistake("3 * x", "test_that_fails"),
-    }, jobs=2, root=tree)  # fmt: skip
+    outcomes = try_all(
+        {
+            "a/found": mistake("3 * x", "test_of_two"),
+            "a/square": mistake("x * x", "test_of_two"),
+            "a/found by the second": mistake("x * x", "test_of_two test_of_all"),
+            "b/killed": mistake("__import__('os').abort()", "test_of_all[0]"),
+            "b/no such text": Mistake("double.py", "4 * x", "", "test_double.py::test_of_two"),
+            "b/fails anyway": mistake("3 * x", "test_that_fails"),
+        },
+        jobs=2,
+        root=tree,
+    )
     found = {name: outcome.found for name, outcome in outcomes.items()}
     assert found == {
-        "a/found": True, "a/square": False, "a/found by the second": True, "b/killed": True, "b/no such text": None,
+        "a/found": True,
+        "a/square": False,
+        "a/found by the second": True,
+        "b/killed": True,
+        "b/no such text": None,
         "b/fails anyway": None,
-    }  # fmt: skip
+    }
     assert (tree / "double.py").read_text() == "def double(x):\n    return 2 * x\n"
     capsys.readouterr()
     assert summary(outcomes) == 1

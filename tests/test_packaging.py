@@ -172,8 +172,16 @@ def test_the_doctor_of_an_installation_knows_that_it_is_one(installed, tmp_path)
 def test_an_installation_plans_and_trains_with_a_shipped_config(installed, tmp_path):
     python, site = installed
     toy.write_random_latents(tmp_path / "latents", shape=(4, 8, 8))
-    command = ("train", "lightningdit", "digits.yaml", "data.data_path=latents", "train.global_batch_size=4",
-               "train.max_steps=2", "train.log_every=1", "deepspeed.file=zero1.json")  # fmt: skip
+    command = (
+        "train",
+        "lightningdit",
+        "digits.yaml",
+        "data.data_path=latents",
+        "train.global_batch_size=4",
+        "train.max_steps=2",
+        "train.log_every=1",
+        "deepspeed.file=zero1.json",
+    )
     text = done(python, "-m", "launch", *command, "--dry-run", cwd=tmp_path)
     assert f"digits.yaml: not here, so the one in {site / 'launch' / 'configs'}" in text
     assert not (tmp_path / "output").exists()

@@ -40,8 +40,22 @@ def run(tmp_path):
     (tmp_path / "ran").mkdir()
 
     def run(*arguments: str) -> tuple[str, dict[str, str]]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments,
-                   "-p", "tests.plugins.lost_device", "-p", "tests.plugins.deadline", str(tmp_path)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            *arguments,
+            "-p",
+            "tests.plugins.lost_device",
+            "-p",
+            "tests.plugins.deadline",
+            str(tmp_path),
+        ]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         variables |= {"PYTHONPATH": str(ROOT), "RAN": str(tmp_path / "ran"), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables)
@@ -73,10 +87,14 @@ def item(name: str, case: str, dtype: torch.dtype) -> SimpleNamespace:
 def test_the_representative_tests_come_first():
     """By the rule of the bench; tests of anything else, in which order they stood, after them."""
     representative = [item(name, ops.representative(op), torch.bfloat16) for name, op in kernels.OPS.items()]
-    others = [item("swiglu", "XL_bias", torch.bfloat16), item("swiglu", "XL", torch.float32),
-              item("swiglu", "odd", torch.bfloat16), item("swiglu", "odd", torch.float64),
-              SimpleNamespace(name="test_XL-bfloat16-cuda"),
-              SimpleNamespace(callspec=SimpleNamespace(params={"op": "swiglu", "case": "XL"}))]  # fmt: skip
+    others = [
+        item("swiglu", "XL_bias", torch.bfloat16),
+        item("swiglu", "XL", torch.float32),
+        item("swiglu", "odd", torch.bfloat16),
+        item("swiglu", "odd", torch.float64),
+        SimpleNamespace(name="test_XL-bfloat16-cuda"),
+        SimpleNamespace(callspec=SimpleNamespace(params={"op": "swiglu", "case": "XL"})),
+    ]
     items = [*others[:3], *representative, *others[3:]]
     deadline.pytest_collection_modifyitems(items)
     assert items == representative + others and len(representative) == len(kernels.OPS)

@@ -138,8 +138,20 @@ def run(folder: Path, total: int, cases: list[str], *arguments: str) -> tuple[st
     """What pytest prints of such tests, and when each was running."""
     (folder / "test_memory.py").write_text(TESTS.format(total=total, cases=cases))
     (folder / "ran").mkdir()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments,
-               "-p", "tests.plugins.memory", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        *arguments,
+        "-p",
+        "tests.plugins.memory",
+        str(folder),
+    ]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     variables |= {"PYTHONPATH": str(ROOT), "RAN": str(folder / "ran"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=variables)
@@ -171,8 +183,9 @@ def test_the_memory_of_a_failed_test_is_given_back(tmp_path):
 def test_a_process_without_a_device_reserves_nothing(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    hook = memory.pytest_runtest_protocol(type("Item", (), {"get_closest_marker": lambda self, name: True,
-                                                             "config": None})())  # fmt: skip
+    hook = memory.pytest_runtest_protocol(
+        type("Item", (), {"get_closest_marker": lambda self, name: True, "config": None})()
+    )
     next(hook)
     with pytest.raises(StopIteration) as ended:
         hook.send("ran")

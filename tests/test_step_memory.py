@@ -15,8 +15,16 @@ from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from tests.live_memory import LiveMemory
 
-SHAPE = {"input_size": 16, "patch_size": 1, "in_channels": 4, "hidden_size": 16, "num_heads": 2,
-         "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}  # fmt: skip
+SHAPE = {
+    "input_size": 16,
+    "patch_size": 1,
+    "in_channels": 4,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "use_swiglu": True,
+    "use_rope": True,
+    "use_rmsnorm": True,
+}
 BATCH = 2
 TENSOR = BATCH * 256 * 16 * 2  # bytes of one [B, N, D] in float16
 #: Most that a step needs beside what the forward pass has kept: gradients on the way, in units of TENSOR.
@@ -60,8 +68,11 @@ def expected(residual: torch.dtype, **changes) -> float:
 
 
 @pytest.mark.parametrize("residual", [torch.float16, torch.float32])
-@pytest.mark.parametrize("changes", [{}, {"use_qknorm": True, "wo_shift": True}, {"use_checkpoint": True}],
-                         ids=["paper", "qknorm", "recompute"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_qknorm": True, "wo_shift": True}, {"use_checkpoint": True}],
+    ids=["paper", "qknorm", "recompute"],
+)
 def test_a_block_keeps_what_its_cost_says(changes, residual):
     """And its modulation, and statistics in float32: two norms' and attention's by token, and the table of angles."""
     statistics = 0 if "use_checkpoint" in changes else (BATCH * 256 * (2 + 2) + 256 * 8) * 4 / TENSOR

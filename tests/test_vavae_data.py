@@ -213,7 +213,11 @@ def test_what_a_copy_left_empty_is_refused_at_the_start_or_left_out(folder):
     with pytest.raises(UnreadableImage, match=r"2 image files are empty below .*: a/2\.bmp, b/x\.png"):
         ImageFolder(folder, 16, seed=0)
     assert ImageFolder(folder, 16, seed=0, on_unreadable="skip").paths == (
-        "a/10.png", "a/clear.webp", "a/grey.png", "b/deep/y.PNG")  # fmt: skip
+        "a/10.png",
+        "a/clear.webp",
+        "a/grey.png",
+        "b/deep/y.PNG",
+    )
 
 
 def said(folder, caplog, **options) -> str:
@@ -235,16 +239,24 @@ def test_what_was_found_and_left_out_is_said_in_one_line(folder, caplog):
     )
 
 
-@pytest.mark.parametrize(("paths", "want"), [
-    (["train/a/1.png", "val/a/1.png"],
-     r"2 images in 2 classes \(train, val\); .*lie deeper \(train/a/1.png\): is data.data_path one level too high\?"),
-    (["train/a/1.png", "val/1.png"], r"2 images in 2 classes \(train, val\)$"),
-    ([f"{c}/1.png" for c in range(12)],
-     r"12 classes \(0, 1, 10, …\); classes are sorted as text, so label 2 is class '10'$"),
-    ([f"{c}/1.png" for c in range(10)], r"10 classes \(0, 1, 2, …\)$"),
-    (["000/1.png", "009/1.png", "010/1.png", "100/1.png"], r"4 classes \(000, 009, 010, …\)$"),
-    (["1/1.png", "2/1.png", "10x/1.png"], r"3 classes \(1, 10x, 2\)$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("paths", "want"),
+    [
+        (
+            ["train/a/1.png", "val/a/1.png"],
+            r"2 images in 2 classes \(train, val\); .*lie deeper \(train/a/1.png\): "
+            r"is data.data_path one level too high\?",
+        ),
+        (["train/a/1.png", "val/1.png"], r"2 images in 2 classes \(train, val\)$"),
+        (
+            [f"{c}/1.png" for c in range(12)],
+            r"12 classes \(0, 1, 10, …\); classes are sorted as text, so label 2 is class '10'$",
+        ),
+        ([f"{c}/1.png" for c in range(10)], r"10 classes \(0, 1, 2, …\)$"),
+        (["000/1.png", "009/1.png", "010/1.png", "100/1.png"], r"4 classes \(000, 009, 010, …\)$"),
+        (["1/1.png", "2/1.png", "10x/1.png"], r"3 classes \(1, 10x, 2\)$"),
+    ],
+)
 def test_folders_that_are_perhaps_not_what_was_meant_are_said(tmp_path, caplog, paths, want):
     for path in paths:
         save(tmp_path / path, np.zeros((16, 16, 3)))

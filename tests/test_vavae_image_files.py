@@ -27,8 +27,18 @@ def tiff(
 ) -> bytes:
     """An uncompressed TIFF of one strip, grey or of three colours, by its specification."""
     photometric = 2 if samples == 3 else int(not white_is_zero)
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 200),
-            (277, 3, samples), (278, 4, height), (279, 4, len(rows)), (339, 3, sample_format)]  # fmt: skip
+    tags = [
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, photometric),
+        (273, 4, 200),
+        (277, 3, samples),
+        (278, 4, height),
+        (279, 4, len(rows)),
+        (339, 3, sample_format),
+    ]
     entries = b""
     for tag, kind, value in tags:
         entries += struct.pack(f"{order}HHI", tag, kind, 1)
@@ -56,16 +66,18 @@ GREY = {
     "16-bit PNG": encoded(Image.fromarray(np.rint(RAMP * 65535).astype(np.uint16)), "PNG"),
     "16-bit TIFF": tiff(levels(65535, "<u2"), 64, 3, bits=16),
     "16-bit TIFF, big-endian": tiff(levels(65535, ">u2"), 64, 3, bits=16, order=">"),
-    "16-bit TIFF, white is zero": tiff(np.rint(65535 - RAMP * 65535).astype("<u2").tobytes(), 64, 3, bits=16,
-                                       white_is_zero=True),
+    "16-bit TIFF, white is zero": tiff(
+        np.rint(65535 - RAMP * 65535).astype("<u2").tobytes(), 64, 3, bits=16, white_is_zero=True
+    ),
     "12-bit TIFF": tiff(twelve_bits(np.rint(RAMP * 4095).astype(np.uint16)), 64, 3, bits=12),
-    "8-bit TIFF, white is zero": tiff(np.rint(255 - RAMP * 255).astype(np.uint8).tobytes(), 64, 3, bits=8,
-                                      white_is_zero=True),
+    "8-bit TIFF, white is zero": tiff(
+        np.rint(255 - RAMP * 255).astype(np.uint8).tobytes(), 64, 3, bits=8, white_is_zero=True
+    ),
     "16-bit PGM": netpbm("P5", 65535, levels(65535, ">u2")),
     "10-bit PGM": netpbm("P5", 1023, levels(1023, ">u2")),
     "10-bit PGM in text": netpbm("P2", 1023, " ".join(map(str, np.rint(RAMP * 1023).astype(int).flat)).encode()),
     "8-bit BMP": encoded(Image.fromarray(np.rint(RAMP * 255).astype(np.uint8)), "BMP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GREY)
@@ -116,19 +128,29 @@ SIGNED, REAL, UNDEFINED, COMPLEX_WHOLE, COMPLEX = 2, 3, 4, 5, 6  # of TIFF's tag
 NOT_KNOWN = r"begins with b'(II\*|MM).*none of"  # to Pillow, which says no more
 WITHOUT_RANGE |= {
     f"TIFF of {bits}-bit {dtype}, sample format {form}{', big-endian' * (dtype[0] == '>')}, {samples} sample": (
-        tiff(levels(white, dtype) * samples, 64, 3, bits=bits, sample_format=form, order=dtype[0], samples=samples), why
+        tiff(levels(white, dtype) * samples, 64, 3, bits=bits, sample_format=form, order=dtype[0], samples=samples),
+        why,
     )
     for form, bits, dtype, white, samples, why in [
-        (SIGNED, 8, "<i1", 127, 1, "signed integers"), (SIGNED, 8, ">i1", 127, 1, "signed integers"),
-        (SIGNED, 16, "<i2", 32767, 1, "signed integers"), (SIGNED, 16, ">i2", 32767, 1, "signed integers"),
-        (SIGNED, 32, "<i4", 2**31 - 1, 1, "signed integers"), (SIGNED, 32, ">i4", 2**31 - 1, 1, "signed integers"),
-        (REAL, 32, "<f4", 1, 1, "floats"), (REAL, 32, ">f4", 1, 1, "floats"),
-        (REAL, 16, "<f2", 1, 1, NOT_KNOWN), (REAL, 64, "<f8", 1, 1, NOT_KNOWN), (SIGNED, 64, "<i8", 1, 1, NOT_KNOWN),
-        (SIGNED, 8, "<i1", 127, 3, NOT_KNOWN), (SIGNED, 16, ">i2", 32767, 3, NOT_KNOWN),
-        (REAL, 32, "<f4", 1, 3, NOT_KNOWN), (UNDEFINED, 8, "<u1", 255, 1, NOT_KNOWN),
-        (COMPLEX_WHOLE, 32, "<i4", 1, 1, NOT_KNOWN), (COMPLEX, 64, "<c8", 1, 1, NOT_KNOWN),
+        (SIGNED, 8, "<i1", 127, 1, "signed integers"),
+        (SIGNED, 8, ">i1", 127, 1, "signed integers"),
+        (SIGNED, 16, "<i2", 32767, 1, "signed integers"),
+        (SIGNED, 16, ">i2", 32767, 1, "signed integers"),
+        (SIGNED, 32, "<i4", 2**31 - 1, 1, "signed integers"),
+        (SIGNED, 32, ">i4", 2**31 - 1, 1, "signed integers"),
+        (REAL, 32, "<f4", 1, 1, "floats"),
+        (REAL, 32, ">f4", 1, 1, "floats"),
+        (REAL, 16, "<f2", 1, 1, NOT_KNOWN),
+        (REAL, 64, "<f8", 1, 1, NOT_KNOWN),
+        (SIGNED, 64, "<i8", 1, 1, NOT_KNOWN),
+        (SIGNED, 8, "<i1", 127, 3, NOT_KNOWN),
+        (SIGNED, 16, ">i2", 32767, 3, NOT_KNOWN),
+        (REAL, 32, "<f4", 1, 3, NOT_KNOWN),
+        (UNDEFINED, 8, "<u1", 255, 1, NOT_KNOWN),
+        (COMPLEX_WHOLE, 32, "<i4", 1, 1, NOT_KNOWN),
+        (COMPLEX, 64, "<c8", 1, 1, NOT_KNOWN),
     ]
-}  # fmt: skip
+}
 OTHER_CONTENT = {
     "GIF": (encoded(Image.fromarray(FLAT), "GIF"), r"begins with b'GIF8.*none of BMP, JPEG, PNG, PPM, TIFF, WEBP"),
     "AVIF": (encoded(Image.fromarray(FLAT), "AVIF"), "none of BMP"),
@@ -182,10 +204,13 @@ def make_socket(path):
 
 
 SPECIAL = {
-    "named pipe": make_pipe, "socket": make_socket, "directory": os.mkdir,
-    "device": lambda path: path.symlink_to("/dev/zero"), "dangling link": lambda path: path.symlink_to("nowhere"),
+    "named pipe": make_pipe,
+    "socket": make_socket,
+    "directory": os.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
     "circle of links": lambda path: path.symlink_to(path.name),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -227,8 +252,19 @@ def touch(path, content=b"x"):
 
 
 def test_a_listing_finds_images_and_counts_all_else_by_kind(tmp_path):
-    for name in ("a/1.png", "a/deep/2.JPEG", "b/3.tiff", "a/.git/4.png", "a/._1.png", "__MACOSX/a/5.png", "a/Thumbs.db",
-                 "a/@eaDir/6.png", "a/notes.txt", "b/LICENSE", "beside.png"):  # fmt: skip
+    for name in (
+        "a/1.png",
+        "a/deep/2.JPEG",
+        "b/3.tiff",
+        "a/.git/4.png",
+        "a/._1.png",
+        "__MACOSX/a/5.png",
+        "a/Thumbs.db",
+        "a/@eaDir/6.png",
+        "a/notes.txt",
+        "b/LICENSE",
+        "beside.png",
+    ):
         touch(tmp_path / name)
     touch(tmp_path / "b/empty.png", b"")
     touch(tmp_path.parent / f"{tmp_path.name}-elsewhere/7.png")
@@ -246,10 +282,15 @@ def test_a_listing_finds_images_and_counts_all_else_by_kind(tmp_path):
     assert listing.images("c") == ["c/7.png"]
     assert {kind: sorted(paths) for kind, paths in listing.left_out.items()} == {
         "hidden": ["__MACOSX", "a/._1.png", "a/.git", "a/@eaDir", "a/Thumbs.db"],
-        "beside the class folders": ["beside.png"], ".txt": ["a/notes.txt"], "without an extension": ["b/LICENSE"],
-        "empty file": ["b/empty.png"], "link to a folder": ["b/more"], "link to nothing": ["b/gone.png"],
-        "pipe, socket or device": ["b/pipe.png"], "empty folder": ["b/none"],
-    }  # fmt: skip
+        "beside the class folders": ["beside.png"],
+        ".txt": ["a/notes.txt"],
+        "without an extension": ["b/LICENSE"],
+        "empty file": ["b/empty.png"],
+        "link to a folder": ["b/more"],
+        "link to nothing": ["b/gone.png"],
+        "pipe, socket or device": ["b/pipe.png"],
+        "empty folder": ["b/none"],
+    }
     text = listing.describe_left_out()
     assert text.startswith("; left out: 5 × hidden (__MACOSX, a/._1.png, …), 1 × .txt (a/notes.txt)")
     assert text.endswith("1 of other kinds")

@@ -156,10 +156,19 @@ def test_unreadable_files_are_named(tensors, tmp_path):
 # Sizes read off the tensors
 
 CONFIGS = {name: {"size": name} for name in AutoencoderConfig.SIZES} | {
-    "uneven": {"ch": 32, "ch_mult": (1, 3, 2), "num_res_blocks": 3, "embed_dim": 5, "z_channels": 7,
-               "attn_resolutions": (256, 64), "decoder_attn_resolutions": (128,), "in_channels": 1, "out_ch": 4},
+    "uneven": {
+        "ch": 32,
+        "ch_mult": (1, 3, 2),
+        "num_res_blocks": 3,
+        "embed_dim": 5,
+        "z_channels": 7,
+        "attn_resolutions": (256, 64),
+        "decoder_attn_resolutions": (128,),
+        "in_channels": 1,
+        "out_ch": 4,
+    },
     "without attention": {"ch": 64, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,12 +195,14 @@ def test_a_published_file_alone_becomes_the_same_tokenizer(tensors, tmp_path):
 
 
 OTHERS = {
-    "diffusers": (["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.norm1.weight", "quant_conv.weight"],
-                  r"vae\.pt is an AutoencoderKL of diffusers"),
+    "diffusers": (
+        ["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.norm1.weight", "quant_conv.weight"],
+        r"vae\.pt is an AutoencoderKL of diffusers",
+    ),
     "diffusers decoder": (["decoder.up_blocks.3.resnets.0.conv1.bias"], r"vae\.pt is an AutoencoderKL of diffusers"),
     "classifier": (["conv1.weight"], r"vae\.pt is not a tokenizer of this layout: it has no encoder\.conv_in\.weight"),
     "encoder alone": (["encoder.conv_in.weight"], r"vae\.pt (is not|does not have the sizes of) a tokenizer"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -205,11 +216,17 @@ def test_tensors_of_something_else_are_named(tmp_path, name):
             load_tokenizer(tmp_path / "vae.pt", OPS, TINY)
 
 
-@pytest.mark.parametrize(("key", "shape"), [
-    ("encoder.conv_in.weight", (31, 3, 3, 3)), ("encoder.conv_in.weight", (32,)), ("post_quant_conv.weight", (4,)),
-    ("encoder.down.0.block.0.conv1.weight", (33, 32, 3, 3)), ("decoder.conv_out.weight", ()),
-    ("encoder.conv_in.weight", (0, 3, 3, 3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("encoder.conv_in.weight", (31, 3, 3, 3)),
+        ("encoder.conv_in.weight", (32,)),
+        ("post_quant_conv.weight", (4,)),
+        ("encoder.down.0.block.0.conv1.weight", (33, 32, 3, 3)),
+        ("decoder.conv_out.weight", ()),
+        ("encoder.conv_in.weight", (0, 3, 3, 3)),
+    ],
+)
 def test_sizes_that_no_tokenizer_has_are_named(tensors, key, shape):
     with pytest.raises(WeightsError, match=r"vae\.pt does not have the sizes of a tokenizer"):
         infer_config({**tensors, key: torch.zeros(shape)}, "vae.pt")

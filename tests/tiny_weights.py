@@ -34,9 +34,11 @@ def write_weights(root: Path) -> Path:
     ema = {k: state[k] + 0.01 for k in trained}
     save_published(root / "published.pt", state, state | ema)
     description = toy.checkpoint_state(
-        7, "lightningdit", config=run.model_dump(mode="json"),
+        7,
+        "lightningdit",
+        config=run.model_dump(mode="json"),
         task={"latents": STATISTICS.to_json(), "num_images": 60, "classes": ["cat", "dog", "été"]},
-    )  # fmt: skip
+    )
     checkpoint.save(root / "run" / "checkpoints", description, {"model": {"model": state, "ema": ema}})
     return root
 
@@ -48,11 +50,19 @@ def document(root, **sample_keys) -> dict:
         "ckpt_path": str(root / "run"),
         "data": {"data_path": str(root / "latents"), "image_size": 8, "num_classes": 3},
         "vae": {"model_name": "tiny", "downsample_ratio": 2, "ckpt_path": str(root / "tokenizer.safetensors")},
-        "model": {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 1, "in_chans": 4, "use_rope": True,
-                  "use_rmsnorm": True, "use_swiglu": True},
+        "model": {
+            "hidden_size": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 1,
+            "in_chans": 4,
+            "use_rope": True,
+            "use_rmsnorm": True,
+            "use_swiglu": True,
+        },
         "sample": settings,
         "kernels": "reference",
-    }  # fmt: skip
+    }
 
 
 def a_run(root, **sample_keys) -> LightningDiTRun:

@@ -100,8 +100,16 @@ def checkpoint_state(step: int, kind: str, network: str = "model", **facts) -> d
     counters = {network: {"applied": float(step), "skipped": 0.0, "skipped_in_a_row": 0.0}}
     config = {section: {} for section in ("data", "model", "optimizer", "train")}
     empty = {"task": {}, "ops": {}, "config": config, "versions": {}}
-    return {"step": step, "kind": kind, "global_batch_size": 8, "seed": 0, "num_samples": 20, "counters": counters,
-            **empty, **facts}  # fmt: skip
+    return {
+        "step": step,
+        "kind": kind,
+        "global_batch_size": 8,
+        "seed": 0,
+        "num_samples": 20,
+        "counters": counters,
+        **empty,
+        **facts,
+    }
 
 
 def rewrite_state(checkpoint: Path, state: dict) -> None:

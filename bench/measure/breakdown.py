@@ -48,8 +48,10 @@ def longest(intervals: Iterable[Interval], steps: int, count: int = 12) -> list[
     for interval in intervals:
         together.setdefault(interval.name, []).append(interval.end - interval.start)
     ranked = sorted(together.items(), key=lambda item: -sum(item[1]))[:count]
-    return [{"kernel": name[:120], "kind": kind_of(name), "calls": len(times) / steps, "ms": sum(times) * 1e3 / steps}
-            for name, times in ranked]  # fmt: skip
+    return [
+        {"kernel": name[:120], "kind": kind_of(name), "calls": len(times) / steps, "ms": sum(times) * 1e3 / steps}
+        for name, times in ranked
+    ]
 
 
 def where_time_goes(step: Callable[[], object], device: str, steps: int = 3) -> dict:
@@ -72,7 +74,10 @@ def profiled(step: Callable[[], object], steps: int) -> list[Interval]:
 
 def on_device(events: Iterable) -> list[Interval]:
     """Kernels and copies among a profiler's events; without the names of regions, which it lays over their kernels."""
-    kept = (event for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)  # fmt: skip
+    kept = (
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
     spans = ((event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in kept)
     return [Interval(*span) for span in spans if span[2] > span[1]]

@@ -110,13 +110,20 @@ def machine(kind: str) -> Row:
     gpu: Row = {"gpu": None, "capability": None, "driver": None}
     if kind == "cuda":
         properties = torch.cuda.get_device_properties()
-        gpu = {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}",
-               "driver": _nvidia_smi("driver_version")[0]}  # fmt: skip
+        gpu = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": _nvidia_smi("driver_version")[0],
+        }
     return {
-        "device": kind, **gpu,
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": version("triton"), "revision": revision(),
-    }  # fmt: skip
+        "device": kind,
+        **gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "revision": revision(),
+    }
 
 
 def version(distribution: str) -> str | None:

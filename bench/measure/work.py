@@ -51,8 +51,12 @@ class Reference:
         wrong = []
         if direction != "backward":
             mutated = {name: call.inputs[name] for name in self.op.mutates if call.inputs[name] is not None}
-            wrong += mismatches({name: result.detach() for name, result in results.items()} | mutated,
-                            self._eager, self._fp64, has_half_precision(self.inputs))  # fmt: skip
+            wrong += mismatches(
+                {name: result.detach() for name, result in results.items()} | mutated,
+                self._eager,
+                self._fp64,
+                has_half_precision(self.inputs),
+            )
         if direction != "forward":
             found = dict(zip(flattened(call.leaves), call.gradients(results, self.upstream), strict=True))
             merged = {f"gradient of {name}": gradient for name, gradient in adapter.merge(found).items()}

@@ -63,12 +63,17 @@ def tokenizer(gpu: Measured) -> str:
     """Encoding, decoding and training steps; milliseconds by the profiler."""
     names = {"part": "{part}", "dtype": "{precision}", "batch": "{batch}", "by": "{provider}"}
     figures = {
-        "images/s": "{images_per_second:,.1f}", **SPREAD, **FRACTION, **PEAK,
+        "images/s": "{images_per_second:,.1f}",
+        **SPREAD,
+        **FRACTION,
+        **PEAK,
         "× reference": "{times_faster_than[reference]:.2f}",
         "× reference, compiled": "{times_faster_than[reference-compile]:.2f}",
-        "whole, ms": "{p50_ms:.1f}", "products, ms": "{breakdown_ms[gemm]:.1f}",
-        "memory, ms": "{breakdown_ms[memory]:.1f}", "idle, ms": "{breakdown_ms[idle]:.1f}",
-    }  # fmt: skip
+        "whole, ms": "{p50_ms:.1f}",
+        "products, ms": "{breakdown_ms[gemm]:.1f}",
+        "memory, ms": "{breakdown_ms[memory]:.1f}",
+        "idle, ms": "{breakdown_ms[idle]:.1f}",
+    }
     return comparison_table(gpu.ordered("tokenizer", "part", "precision", "batch"), names, figures)
 
 

@@ -82,8 +82,9 @@ class Measured:
 
 def peers(row: Row) -> dict[str, float]:
     """Provider that is not ours → how many times faster this row is, the fastest provider first."""
-    others = {name: ratio for name, ratio in row["times_faster_than"].items()
-              if not compare.mine(row | {"provider": name})}  # fmt: skip
+    others = {
+        name: ratio for name, ratio in row["times_faster_than"].items() if not compare.mine(row | {"provider": name})
+    }
     return dict(sorted(others.items(), key=lambda item: item[1]))
 
 

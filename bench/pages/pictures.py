@@ -26,13 +26,22 @@ def roofline(gpu: Measured, axes) -> None:
     axes.annotate(f"matmul {matmul:.0f} TFLOP/s", (matmul / copy, copy), (4, 4), textcoords="offset points", fontsize=8)
     for number, name in enumerate(kernels.OPS):
         for direction, full in (("forward", "full"), ("backward", "none")):
-            rows = [gpu.best(*comparison) for comparison in gpu.comparisons
-                    if comparison[0] == name and comparison[2:] == ("bfloat16", direction)]  # fmt: skip
+            rows = [
+                gpu.best(*comparison)
+                for comparison in gpu.comparisons
+                if comparison[0] == name and comparison[2:] == ("bfloat16", direction)
+            ]
             if not (rows := [row for row in rows if row]):
                 continue
-            axes.plot([row["flops"] / row["bytes"] for row in rows],
-                      [row["bytes"] / row["p50_us"] / 1e6 for row in rows], MARKS[number % len(MARKS)],
-                      color=f"C{number}", fillstyle=full, ms=6, label=f"{name} {direction}")  # fmt: skip
+            axes.plot(
+                [row["flops"] / row["bytes"] for row in rows],
+                [row["bytes"] / row["p50_us"] / 1e6 for row in rows],
+                MARKS[number % len(MARKS)],
+                color=f"C{number}",
+                fillstyle=full,
+                ms=6,
+                label=f"{name} {direction}",
+            )
     axes.set(xscale="symlog", yscale="log", xlabel="FLOP per byte (bfloat16 cases)", ylabel="TB/s")
     axes.set_xlim(-0.1, 2e3)
     axes.legend(fontsize=6, ncols=2)
@@ -40,8 +49,13 @@ def roofline(gpu: Measured, axes) -> None:
 
 def ratios(gpu: Measured, axes) -> None:
     """How many times faster the best of ours is than each other provider, in an op's representative case."""
-    bars = [(f"{name} {direction}: {peer}", ratio) for name in kernels.OPS for direction in ("forward", "backward")
-            if (row := gpu.representative(name, direction)) for peer, ratio in peers(row).items()]  # fmt: skip
+    bars = [
+        (f"{name} {direction}: {peer}", ratio)
+        for name in kernels.OPS
+        for direction in ("forward", "backward")
+        if (row := gpu.representative(name, direction))
+        for peer, ratio in peers(row).items()
+    ]
     names, values = zip(*reversed(bars), strict=True)
     axes.barh(range(len(bars)), values, color=["#003f5c" if value >= 1 else "#ef5675" for value in values])
     axes.set_yticks(range(len(bars)), names, fontsize=6)

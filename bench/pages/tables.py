@@ -35,8 +35,12 @@ def training(results: list[Measured]) -> str:
 def ops(results: list[Measured]) -> str:
     """Every op in its representative case: the fraction of the limit, and the ratio to the fastest other provider."""
     head = ["op", "GPU", "forward, of the limit", "× fastest other", "backward, of the limit", "× fastest other"]
-    lines = [[f"`{name}` {representative(name).names['case']}", gpu.gpu, *_forward_backward(gpu, name)]
-             for name in kernels.OPS for gpu in results if gpu.comparisons]  # fmt: skip
+    lines = [
+        [f"`{name}` {representative(name).names['case']}", gpu.gpu, *_forward_backward(gpu, name)]
+        for name in kernels.OPS
+        for gpu in results
+        if gpu.comparisons
+    ]
     return table(head, lines or [[NOT_YET, "", "", "", "", ""]])
 
 
@@ -99,11 +103,19 @@ def every_op(gpu: Measured) -> str:
 
     rows = (row for comparison in _ordered(gpu) for row in gpu.comparisons[comparison].values() if compare.mine(row))
     columns: dict[str, Cell] = {
-        "op": "{op}", "case": "{case}", "dtype": "{dtype}", "direction": "{direction}", "backend": "{provider}",
-        "µs": "{p50_us:,.1f}", **SPREAD, "of the limit": "{fraction:.1%} {bound}", "": rate,
-        "× eager": "{times_faster_than[eager]:.2f}", "× compile": "{times_faster_than[compile]:.2f}",
+        "op": "{op}",
+        "case": "{case}",
+        "dtype": "{dtype}",
+        "direction": "{direction}",
+        "backend": "{provider}",
+        "µs": "{p50_us:,.1f}",
+        **SPREAD,
+        "of the limit": "{fraction:.1%} {bound}",
+        "": rate,
+        "× eager": "{times_faster_than[eager]:.2f}",
+        "× compile": "{times_faster_than[compile]:.2f}",
         "× fastest other": _fastest_other,
-    }  # fmt: skip
+    }
     return row_table(rows, columns)
 
 
@@ -120,15 +132,25 @@ def every_peer(gpu: Measured) -> str:
         if comparison[:3] in cases and (ours := gpu.best(*comparison)):
             for name, ratio in peers(ours).items():
                 row = gpu.comparisons[comparison].get(name, {})
-                lines.append([comparison[0], comparison[3], name, row.get("version") or "", f"{ratio:.2f}",
-                              ours["provider"], row.get("includes") or ""])  # fmt: skip
+                lines.append(
+                    [
+                        comparison[0],
+                        comparison[3],
+                        name,
+                        row.get("version") or "",
+                        f"{ratio:.2f}",
+                        ours["provider"],
+                        row.get("includes") or "",
+                    ]
+                )
     return table(["op", "direction", "provider", "version", "× slower than ours", "ours", "its time covers"], lines)
 
 
 def lacking(gpu: Measured) -> str:
     """Providers without a number: how many rows of each reason."""
-    counted = Counter((row["op"], row["provider"], row["status"], row["reason"])
-                      for row in gpu.of("op") if row["status"] != "ok")  # fmt: skip
+    counted = Counter(
+        (row["op"], row["provider"], row["status"], row["reason"]) for row in gpu.of("op") if row["status"] != "ok"
+    )
     lines = [[op, provider, status, str(count), why] for (op, provider, status, why), count in sorted(counted.items())]
     return table(["op", "provider", "status", "rows", "reason"], lines)
 

@@ -23,15 +23,26 @@ NO_DEVICE = 2
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.triage", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.triage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="a folder, made if it is not there")
     parser.add_argument("--minutes", type=float, default=8.0, help="in all (default 8)")
-    parser.add_argument("--only", action="append", default=[], metavar="PART[/TASK]",
-                        help=f"repeatable; parts: {', '.join(part.name for part in first_parts())}")  # fmt: skip
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART[/TASK]",
+        help=f"repeatable; parts: {', '.join(part.name for part in first_parts())}",
+    )
     parser.add_argument("--second", action="store_true", help="three more minutes, by the rows of a first run")
-    parser.add_argument("--from", dest="earlier", type=Path, metavar="ROWS",
-                        help="rows of an earlier run, to be read besides those in OUT")  # fmt: skip
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="ROWS",
+        help="rows of an earlier run, to be read besides those in OUT",
+    )
     parser.add_argument(
         "--rehearse",
         action="store_true",

@@ -57,9 +57,16 @@ class Triage:
         no_device: why there is no device to measure; empty if there is one, or it is not known yet.
     """
 
-    def __init__(self, out: Path, minutes: float, earlier: Sequence[Row] = (), start: Callable[..., Child] = Child,
-                 command: Callable[[str, Sequence[str], float], list[str]] = command,
-                 clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep):  # fmt: skip
+    def __init__(
+        self,
+        out: Path,
+        minutes: float,
+        earlier: Sequence[Row] = (),
+        start: Callable[..., Child] = Child,
+        command: Callable[[str, Sequence[str], float], list[str]] = command,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
         self._out, self._start, self._command, self._clock, self._sleep = out, start, command, clock, sleep
         self._begun = clock()
         self._end = self._begun + 60 * minutes - RESERVE
@@ -178,15 +185,34 @@ class Triage:
             self.no_device = "; ".join(reasons)
         verdict, reason = classify(ended, each.measured if "--out" in each.task.takes else None, log, report)
         known = {key: report[key] for key in ("packages", "extension", "collectives") if key in report}
-        self._conclude(part, each.task, verdict, reason, seconds=round(ended.seconds, 2), exit_status=ended.status,
-                       limit=round(each.limit, 1), command=each.command, log=log[-LOG_LINES:], **known)  # fmt: skip
+        self._conclude(
+            part,
+            each.task,
+            verdict,
+            reason,
+            seconds=round(ended.seconds, 2),
+            exit_status=ended.status,
+            limit=round(each.limit, 1),
+            command=each.command,
+            log=log[-LOG_LINES:],
+            **known,
+        )
         return verdict
 
     def _conclude(self, part: Part, task: Task, verdict: str, reason: str, **more) -> None:
         row = {
-            "kind": "triage", "part": part.name, "name": task.name, **dict(task.about), "verdict": verdict,
-            "reason": reason[:REASON_LENGTH], "note": task.note, "seconds": 0.0, "exit_status": None, "log": [], **more,
-        }  # fmt: skip
+            "kind": "triage",
+            "part": part.name,
+            "name": task.name,
+            **dict(task.about),
+            "verdict": verdict,
+            "reason": reason[:REASON_LENGTH],
+            "note": task.note,
+            "seconds": 0.0,
+            "exit_status": None,
+            "log": [],
+            **more,
+        }
         self.records.add(row)
         if bad(verdict):
             self._failures.append(f"{part.name}/{task.name}")

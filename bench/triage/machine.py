@@ -22,9 +22,25 @@ from kernels import OPS
 from kernels.backends.device import EXTENSION, cuda_reasons, extension_reasons
 
 PACKAGES = (
-    "torch", "triton", "numpy", "safetensors", "pydantic", "deepspeed", "torchvision", "torchdiffeq", "timm", "lpips",
-    "PyYAML", "pytest", "pytest-xdist", "pybind11", "ninja", "liger-kernel", "quack-kernels", "flash-attn",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "pydantic",
+    "deepspeed",
+    "torchvision",
+    "torchdiffeq",
+    "timm",
+    "lpips",
+    "PyYAML",
+    "pytest",
+    "pytest-xdist",
+    "pybind11",
+    "ninja",
+    "liger-kernel",
+    "quack-kernels",
+    "flash-attn",
+)
 
 
 def extension_faults(device: str) -> list[str]:

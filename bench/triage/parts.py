@@ -75,11 +75,17 @@ def first_parts() -> tuple[Part, ...]:
         Part("trainer", 60, (step("trainer", STEP_SECONDS),), essential=True),
         Part("plain-compile", 100, (step("plain-compile", STEP_SECONDS),), essential=True),
         Part("fractions", 55, tuple(Fractions(name, "bench.ops", quick, ops=ops) for name, ops in timed)),
-        Part("variants", 90, (step("bare-grouped", STEP_SECONDS, graph_passes=graph_passes[2:]),
-                              step("bare-folded", STEP_SECONDS, graph_passes=graph_passes[:2]),
-                              step("bare", STEP_SECONDS, backend="cuda"))),
+        Part(
+            "variants",
+            90,
+            (
+                step("bare-grouped", STEP_SECONDS, graph_passes=graph_passes[2:]),
+                step("bare-folded", STEP_SECONDS, graph_passes=graph_passes[:2]),
+                step("bare", STEP_SECONDS, backend="cuda"),
+            ),
+        ),
         Part("others", 35, (SAMPLING, ENCODE)),
-    )  # fmt: skip
+    )
 
 
 def second_parts(rows: Iterable[Row]) -> tuple[Part, ...]:

@@ -47,16 +47,29 @@ class Child:
     driver that hangs, is given up after so many seconds more.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, limit: float, grace: float = GRACE,
-                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        limit: float,
+        grace: float = GRACE,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._limit, self._grace, self._clock = limit, grace, clock
         self._why, self._kill_at = "", float("inf")
         variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._begun = clock()
         with log.open("ab") as file:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file,
-                                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def poll(self) -> Ended | None:
         """How it ended; None while it runs."""

@@ -28,10 +28,21 @@ from bench.workloads.providers import providers_for
 from lightningdit.config import ModelConfig
 from vavae.config import AutoencoderConfig
 
-TINY = ModelConfig(input_size=4, patch_size=1, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=5,
-                   use_swiglu=True, use_rope=True, use_rmsnorm=True)  # fmt: skip
-TOKENIZER = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
-                              resolution=16)  # fmt: skip
+TINY = ModelConfig(
+    input_size=4,
+    patch_size=1,
+    in_channels=4,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_classes=5,
+    use_swiglu=True,
+    use_rope=True,
+    use_rmsnorm=True,
+)
+TOKENIZER = AutoencoderConfig(
+    embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16
+)
 BATCH = 4
 SECONDS = 0.02
 

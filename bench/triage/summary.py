@@ -15,8 +15,11 @@ AGAIN = "bash bench/gpu.sh OUT 3"
 def text(rows: Sequence[Row], known: Sequence[Row] | None = None) -> str:
     """The summary of these rows; the next thing to do is by `known`, which has an earlier run's too."""
     failures = [row for row in outcomes(rows) if bad(row["verdict"]) and row["part"] != "ops"]
-    skipped = [row for row in outcomes(rows) if row["verdict"] == SKIPPED
-               or (row["verdict"] == OK and CUT_SHORT.match(row["reason"]))]  # fmt: skip
+    skipped = [
+        row
+        for row in outcomes(rows)
+        if row["verdict"] == SKIPPED or (row["verdict"] == OK and CUT_SHORT.match(row["reason"]))
+    ]
     sections = {
         "": _machine(rows),
         "Next": [next_step(rows if known is None else known)],
@@ -39,8 +42,11 @@ def next_step(rows: Sequence[Row]) -> str:
 
     def looked_at(part: str, about: str) -> list[str]:
         """Children that ran this under a tool."""
-        return [label for label, row in by_label.items()
-                if label.startswith(part) and label.endswith(about) and row["verdict"] != SKIPPED]  # fmt: skip
+        return [
+            label
+            for label, row in by_label.items()
+            if label.startswith(part) and label.endswith(about) and row["verdict"] != SKIPPED
+        ]
 
     if machine := by_label.get("machine/machine"):
         if machine["verdict"] != OK and "no device" in machine["reason"]:
@@ -50,8 +56,10 @@ def next_step(rows: Sequence[Row]) -> str:
     if (row := worst_check(rows)) is not None:
         if looked := looked_at("sanitizer/", f"{row['op']} {row['backend']}"):
             return f"read the sanitizer's report on {row['op']} on {row['backend']}: {', '.join(looked)} in logs.tgz"
-        return (f"{row['op']} on {row['backend']}: {row['verdict']}, {row['reason'][:200]}; {AGAIN} --second runs it "
-                "under compute-sanitizer (with these rows in OUT, or --from ROWS)")  # fmt: skip
+        return (
+            f"{row['op']} on {row['backend']}: {row['verdict']}, {row['reason'][:200]}; {AGAIN} --second runs it "
+            "under compute-sanitizer (with these rows in OUT, or --from ROWS)"
+        )
     measured = {row["variant"].split("+")[0] for row in _measured(rows, "step")}
     for name in HEADLINE:
         failed = [row for label, row in by_label.items() if label.startswith(f"{name}/") and row["verdict"] != OK]
@@ -83,8 +91,10 @@ def slowest(rows: Iterable[Row]) -> Row | None:
 def _machine(rows: Sequence[Row]) -> Iterator[str]:
     facts = next((row for row in reversed(rows) if row.get("device")), None)
     if facts is not None:
-        yield (f"{facts['gpu'] or facts['device']}, driver {facts['driver']}, torch {facts['torch']}, "
-               f"Triton {facts['triton']}, Python {facts['python']}, revision {facts['revision']}")  # fmt: skip
+        yield (
+            f"{facts['gpu'] or facts['device']}, driver {facts['driver']}, torch {facts['torch']}, "
+            f"Triton {facts['triton']}, Python {facts['python']}, revision {facts['revision']}"
+        )
     for row in outcomes(rows):
         if row["part"] == "machine" and (missing := [n for n, v in row.get("packages", {}).items() if v is None]):
             yield f"not installed: {', '.join(missing)}"
@@ -96,8 +106,11 @@ def _checks(rows: Iterable[Row]) -> Iterator[str]:
         if row["part"] == "ops":
             found.setdefault(row["op"], {})[row["backend"]] = row
     for op, by_backend in found.items():
-        words = [f"{name} {RIGHT.get(by_backend[name]['verdict'], by_backend[name]['verdict'].upper())}"
-                 for name in FILES if name in by_backend]  # fmt: skip
+        words = [
+            f"{name} {RIGHT.get(by_backend[name]['verdict'], by_backend[name]['verdict'].upper())}"
+            for name in FILES
+            if name in by_backend
+        ]
         yield f"{op:30} {', '.join(words)}"
         yield from (f"    {name}: {row['reason']}" for name, row in by_backend.items() if row["verdict"] != OK)
 
@@ -119,8 +132,10 @@ def _products(rows: Iterable[Row]) -> Iterator[str]:
     for name in dict.fromkeys(row["provider"] for row in products):
         mine = [row for row in products if row["provider"] == name]
         mean = sum(row["flops"] for row in mine) / sum(row["p50_ms"] for row in mine) / 1e9
-        yield (f"{mean:.1f} TFLOP/s mean of {len(mine)} products, {name}; the slowest: {mine[0]['layer']} "
-               f"{mine[0]['direction']}, {mine[0]['tflops']:.1f}")  # fmt: skip
+        yield (
+            f"{mean:.1f} TFLOP/s mean of {len(mine)} products, {name}; the slowest: {mine[0]['layer']} "
+            f"{mine[0]['direction']}, {mine[0]['tflops']:.1f}"
+        )
 
 
 def _fractions(rows: Iterable[Row]) -> Iterator[str]:

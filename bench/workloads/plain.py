@@ -59,8 +59,16 @@ class PlainLightningDiT(nn.Module):
 
 
 @torch.no_grad()
-def plain_euler(network: PlainLightningDiT, z: Tensor, y: Tensor, times: Tensor, null_label: int, scale: float,
-                interval_start: float, channels: int) -> Tensor:  # fmt: skip
+def plain_euler(
+    network: PlainLightningDiT,
+    z: Tensor,
+    y: Tensor,
+    times: Tensor,
+    null_label: int,
+    scale: float,
+    interval_start: float,
+    channels: int,
+) -> Tensor:
     """Euler's method from noise z [B, C, S, S] over the times [points], guided as the published sampler guides.
 
     Every call has both halves, labels y [B] and null labels; below `interval_start` the unconditional one is thrown

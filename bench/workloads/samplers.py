@@ -34,8 +34,9 @@ CHECKED_POINTS = 5
 class SamplingSetup:
     """State that the samplers of a model share: weights, settings, labels, and the results to check against."""
 
-    def __init__(self, config: ModelConfig, tokenizer: AutoencoderConfig, batch: int, precision: str,
-                 device: torch.device | str):  # fmt: skip
+    def __init__(
+        self, config: ModelConfig, tokenizer: AutoencoderConfig, batch: int, precision: str, device: torch.device | str
+    ):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         run, _ = load(CONFIG, [f"sample.precision={precision}"], kind="lightningdit")  # the 64-epoch run
         self.settings, self.transport = run.sampling(), Transport.from_config(run.transport)

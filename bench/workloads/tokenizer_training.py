@@ -43,13 +43,24 @@ class TrainingSetup:
         set_numerics()
         self.device, self._directory = torch.device(device), tempfile.TemporaryDirectory()
         folder = Path(self._directory.name)
-        self.run: VavaeRun = load(CONFIG, [
-            f"data.data_path={folder / 'images'}", "data.valid_path=null", "loss.disc_start=0",
-            f"foundation.weights={folder / 'foundation.safetensors'}", f"train.global_batch_size={batch}",
-            f"loss.perceptual_weights={folder / 'vgg.safetensors'}", "train.max_epochs=null",
-            f"train.max_steps={FOREVER}", f"train.output_dir={folder}", "train.exp_name=bench",
-            "train.tensorboard=false", *overrides,
-        ], kind="vavae")[0]  # fmt: skip
+        self.run: VavaeRun = load(
+            CONFIG,
+            [
+                f"data.data_path={folder / 'images'}",
+                "data.valid_path=null",
+                "loss.disc_start=0",
+                f"foundation.weights={folder / 'foundation.safetensors'}",
+                f"train.global_batch_size={batch}",
+                f"loss.perceptual_weights={folder / 'vgg.safetensors'}",
+                "train.max_epochs=null",
+                f"train.max_steps={FOREVER}",
+                f"train.output_dir={folder}",
+                "train.exp_name=bench",
+                "train.tensorboard=false",
+                *overrides,
+            ],
+            kind="vavae",
+        )[0]
         run = self.run
         write_images(folder / "images", max(images, batch), run.data.image_size)
         write_vgg(folder / "vgg.safetensors", self.device)
@@ -77,8 +88,15 @@ class BareStep:
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
         run, ops = setup.run, kernels.select(variant.kernels)
         self._size = run.train.global_batch_size
-        self._task = VavaeTask(model=run.model, foundation=run.features(), loss=run.loss, data=run.data, ops=ops,
-                               seed=run.train.global_seed, global_batch_size=self._size)  # fmt: skip
+        self._task = VavaeTask(
+            model=run.model,
+            foundation=run.features(),
+            loss=run.loss,
+            data=run.data,
+            ops=ops,
+            seed=run.train.global_seed,
+            global_batch_size=self._size,
+        )
         self._task.to(setup.device)
         self._networks = {name: network.to(setup.device).train() for name, network in self._task.networks.items()}
         self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}

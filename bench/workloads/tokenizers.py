@@ -95,8 +95,15 @@ class PassSetup:
         about: further keys of rows.
     """
 
-    def __init__(self, part: str, config: AutoencoderConfig, size: int, batch: int, dtype: torch.dtype,
-                 device: torch.device | str):  # fmt: skip
+    def __init__(
+        self,
+        part: str,
+        config: AutoencoderConfig,
+        size: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ):
         set_numerics()
         self._way, self._config, self._dtype = PASSES[part], config, dtype
         self._inputs = draw(self._way.shape(config, batch, size), device)

@@ -65,8 +65,9 @@ def seeded(device: torch.device | str) -> Iterator[None]:
         yield
 
 
-def make_network(config: ModelConfig, ops: Ops, device: torch.device | str,
-                 residual: torch.dtype = torch.float32) -> LightningDiT:  # fmt: skip
+def make_network(
+    config: ModelConfig, ops: Ops, device: torch.device | str, residual: torch.dtype = torch.float32
+) -> LightningDiT:
     """The same weights for everybody on a device, float32."""
     with seeded(device):
         network = LightningDiT(config, ops, residual).to(device)
@@ -102,9 +103,19 @@ class FlatAdamW:
         self.norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._step += 1
         self.ops.adamw_ema_(
-            self.master, gradient, *self.states, step=self._step, lr=self._lr, betas=BETAS, eps=EPS, weight_decay=0.0,
-            ema_decay=EMA_DECAY, grad_scale=self._one, skip=~torch.isfinite(self.norm), bf16_param=self.copy,
-        )  # fmt: skip
+            self.master,
+            gradient,
+            *self.states,
+            step=self._step,
+            lr=self._lr,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=0.0,
+            ema_decay=EMA_DECAY,
+            grad_scale=self._one,
+            skip=~torch.isfinite(self.norm),
+            bf16_param=self.copy,
+        )
 
 
 class BareStep:
@@ -172,25 +183,41 @@ class TrainerLoop:
 class TrainerStep(TrainerLoop):
     """The run is `launch/configs/lightningdit_xl_64ep.yaml` but for the sizes asked for, its latents on disk."""
 
-    def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str,
-                 images: int = 4096, workers: int = 8, steps: int = 1_000_000):  # fmt: skip
+    def __init__(
+        self,
+        variant: TrainingVariant,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device | str,
+        images: int = 4096,
+        workers: int = 8,
+        steps: int = 1_000_000,
+    ):
 
         self._directory = tempfile.TemporaryDirectory()
         directory = Path(self._directory.name)
         shape = (config.in_channels, config.input_size, config.input_size)
         write_latents(directory / "latents", shape, images, config.num_classes)
         overrides = [
-            f"data.data_path={directory / 'latents'}", f"data.num_classes={config.num_classes}",
-            f"data.image_size={16 * config.input_size}", f"data.num_workers={workers}", "data.verify=false",
-            f"train.output_dir={directory}", "train.exp_name=bench", "train.tensorboard=false",
-            f"train.global_batch_size={batch}", f"train.max_steps={steps}",
-            f"train.compile={variant.compile}", f"train.deterministic={str(variant.deterministic).lower()}",
+            f"data.data_path={directory / 'latents'}",
+            f"data.num_classes={config.num_classes}",
+            f"data.image_size={16 * config.input_size}",
+            f"data.num_workers={workers}",
+            "data.verify=false",
+            f"train.output_dir={directory}",
+            "train.exp_name=bench",
+            "train.tensorboard=false",
+            f"train.global_batch_size={batch}",
+            f"train.max_steps={steps}",
+            f"train.compile={variant.compile}",
+            f"train.deterministic={str(variant.deterministic).lower()}",
             f"train.residual_dtype={variant.residual}",
             f"train.use_checkpoint={str(variant.recompute).lower()}",
             f"kernels={json.dumps({'default': 'auto', **backends.per_op(variant.kernels, variant.named)})}",
-            "model.model_type=null", f"model.in_chans={config.in_channels}",
+            "model.model_type=null",
+            f"model.in_chans={config.in_channels}",
             *(f"model.{key}={getattr(config, key)}" for key in ("hidden_size", "depth", "num_heads", "patch_size")),
-        ]  # fmt: skip
+        ]
         super().__init__(load(CONFIG, overrides, kind="lightningdit")[0], "lightningdit")
 
 

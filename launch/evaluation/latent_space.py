@@ -72,7 +72,17 @@ def evaluate_latents(latents: LatentDataset, *, vectors: int | None = None, repe
     few = [f"{count} vectors; the published figures are of {VECTORS:,}, and fewer are not comparable with them"]
     tokenizer = latents.manifest.tokenizer if latents.manifest else NOT_STATED
     return {
-        "metrics": means, "spread": spread, "vectors": count, "vectors_sha256": digest.hexdigest(), "repeats": repeats,
-        "seed": seed, "mirrored": latents.latent_flip, "latents": str(latents.path), "images": len(latents),
-        "shape": list(latents.shape), "tokenizer": tokenizer, "skipped": {}, "notes": few if count < VECTORS else [],
-    }  # fmt: skip
+        "metrics": means,
+        "spread": spread,
+        "vectors": count,
+        "vectors_sha256": digest.hexdigest(),
+        "repeats": repeats,
+        "seed": seed,
+        "mirrored": latents.latent_flip,
+        "latents": str(latents.path),
+        "images": len(latents),
+        "shape": list(latents.shape),
+        "tokenizer": tokenizer,
+        "skipped": {},
+        "notes": few if count < VECTORS else [],
+    }

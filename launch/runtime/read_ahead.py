@@ -36,11 +36,18 @@ def read_in_processes(dataset: Dataset, keys: Iterable, *, num_workers: int, pin
     if not num_workers:
         yield from DataLoader(dataset, sampler=keys, batch_size=None, pin_memory=pin_memory)
         return
-    items = iter(DataLoader(
-        _ReturnExceptions(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-        # Whatever the start method of this process: workers share its memory and have it as their parent.
-        multiprocessing_context="fork", worker_init_fn=partial(_init_worker, parent=os.getpid()),
-    ))  # fmt: skip
+    items = iter(
+        DataLoader(
+            _ReturnExceptions(dataset),
+            sampler=keys,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            # Whatever the start method of this process: workers share its memory and have it as their parent.
+            multiprocessing_context="fork",
+            worker_init_fn=partial(_init_worker, parent=os.getpid()),
+        )
+    )
     # Else torch raises its error wherever the main thread is when a worker dies, such as amid a collective.
     _remove_worker_pids(id(items))
     items._worker_pids_set = False

@@ -34,6 +34,9 @@ def installed(distribution: str) -> str | None:
 
 if __name__ == "__main__":
     if version := installed("kernels"):
-        print(f"[setup] kernels {version} is installed here, a public package with the name of one of ours: libraries "
-              "that use it fail beside this project, see the README", file=sys.stderr)  # fmt: skip
+        print(
+            f"[setup] kernels {version} is installed here, a public package with the name of one of ours: libraries "
+            "that use it fail beside this project, see the README",
+            file=sys.stderr,
+        )
     print("\n".join(missing(Path(sys.argv[1]), sys.argv[2:])))

@@ -125,19 +125,37 @@ class ZeroOptimization(Options):
         "override_module_apply": _OTHER_MODELS,
         "log_trace_cache_warnings": "it is for finding faults of DeepSpeed",
         "enable_sanity_checks": "it is for finding faults of DeepSpeed",
-        **dict.fromkeys(("load_from_fp32_weights", "elastic_checkpoint", "pipeline_loading_checkpoint",
-                         "gather_16bit_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save",
-                         "stage3_gather_fp16_weights_on_model_save"), _OTHER_CHECKPOINTS),
-        **{name: f"its name is stage3_{name}" for name in (
-            "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters",
-            "max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params",
-            "allgather_sequential")},
+        **dict.fromkeys(
+            (
+                "load_from_fp32_weights",
+                "elastic_checkpoint",
+                "pipeline_loading_checkpoint",
+                "gather_16bit_weights_on_model_save",
+                "stage3_gather_16bit_weights_on_model_save",
+                "stage3_gather_fp16_weights_on_model_save",
+            ),
+            _OTHER_CHECKPOINTS,
+        ),
+        **{
+            name: f"its name is stage3_{name}"
+            for name in (
+                "prefetch_bucket_size",
+                "param_persistence_threshold",
+                "model_persistence_threshold",
+                "max_live_parameters",
+                "max_reuse_distance",
+                "module_granularity_threshold",
+                "use_all_reduce_for_fetch_params",
+                "allgather_sequential",
+            )
+        },
         "cpu_offload": "its name is offload_optimizer",
         "cpu_offload_param": "its name is offload_param",
         "cpu_offload_use_pin_memory": "its name is offload_optimizer.pin_memory or offload_param.pin_memory",
-        **dict.fromkeys(("legacy_stage1", "mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"),
-                        _REMOVED),
-    }  # fmt: skip
+        **dict.fromkeys(
+            ("legacy_stage1", "mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"), _REMOVED
+        ),
+    }
 
     @model_validator(mode="after")
     def _check(self):
@@ -151,10 +169,11 @@ class ZeroOptimization(Options):
 
 #: The ZeRO stages in which a key has an effect, if not in 1, 2 and 3.
 _STAGES = {
-    **dict.fromkeys(("reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_bucket_size",
-                     "parameter_alignment"), (1, 2)),
+    **dict.fromkeys(
+        ("reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_bucket_size", "parameter_alignment"), (1, 2)
+    ),
     **dict.fromkeys(("offload_param", "memory_efficient_linear"), (3,)),
-}  # fmt: skip
+}
 
 
 class DataTypes(Options):
@@ -212,18 +231,53 @@ class DeepSpeedOptions(Options):
         "compile": "it follows from train.compile",
         "activation_checkpointing": "it follows from train.use_checkpoint",
         "aio": _NVME,
-        **dict.fromkeys(("steps_per_print", "dump_state", "log_level", "comms_logger", "timers", "tensorboard", "wandb",
-                         "csv_monitor", "comet"), _LOGGED),
+        **dict.fromkeys(
+            (
+                "steps_per_print",
+                "dump_state",
+                "log_level",
+                "comms_logger",
+                "timers",
+                "tensorboard",
+                "wandb",
+                "csv_monitor",
+                "comet",
+            ),
+            _LOGGED,
+        ),
         **dict.fromkeys(("checkpoint", "datastates_ckpt"), _OTHER_CHECKPOINTS),
         **dict.fromkeys(("dataloader_drop_last", "data_efficiency"), _OTHER_DATA),
-        **dict.fromkeys(("expert_parallel", "use_data_before_expert_parallelism", "hybrid_engine", "pipeline",
-                         "tensor_parallel", "sequence_parallel_size", "seq_parallel_communication_data_type",
-                         "vocabulary_size", "weight_quantization"), _OTHER_MODELS),
+        **dict.fromkeys(
+            (
+                "expert_parallel",
+                "use_data_before_expert_parallelism",
+                "hybrid_engine",
+                "pipeline",
+                "tensor_parallel",
+                "sequence_parallel_size",
+                "seq_parallel_communication_data_type",
+                "vocabulary_size",
+                "weight_quantization",
+            ),
+            _OTHER_MODELS,
+        ),
         "autotuning": "it is for DeepSpeed's launcher, which starts programs over and over",
-        **dict.fromkeys(("compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting",
-                         "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention",
-                         "sparse_gradients"), _REMOVED),
-    }  # fmt: skip
+        **dict.fromkeys(
+            (
+                "compression_training",
+                "curriculum_learning",
+                "eigenvalue",
+                "elasticity",
+                "graph_harvesting",
+                "nebula",
+                "progressive_layer_drop",
+                "quantize_training",
+                "sparse_attention",
+                "sparse_gradients",
+            ),
+            _REMOVED,
+        ),
+    }
 
 
 class DeepSpeedConfig(Section):

@@ -105,8 +105,15 @@ class Engine:
         compile, ops, deterministic: as `kernels.compile.modes.compile_module` takes them.
     """
 
-    def __init__(self, module: nn.Module, make_optimizer: Callable[..., AdamWEma], config: dict, compile: str = "none",
-                 ops: Ops | None = None, deterministic: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: Callable[..., AdamWEma],
+        config: dict,
+        compile: str = "none",
+        ops: Ops | None = None,
+        deterministic: bool = True,
+    ):
         self.module = module
         self._names = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._buffers = [name for name in module.state_dict() if name in dict(module.named_buffers())]

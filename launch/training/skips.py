@@ -37,9 +37,12 @@ class SkippedSteps:
         first = max(self._read_to, step - len(self._flags)) + 1
         self._read_to = step
         skip_flags = self._flags.tolist()
-        here = [(number, name, loss) for number in range(first, step + 1)
-                for name, (skipped, loss) in zip(self._networks, skip_flags[number % len(skip_flags)], strict=True)
-                if skipped]  # fmt: skip
+        here = [
+            (number, name, loss)
+            for number in range(first, step + 1)
+            for name, (skipped, loss) in zip(self._networks, skip_flags[number % len(skip_flags)], strict=True)
+            if skipped
+        ]
         if not here:
             return []
         found = []

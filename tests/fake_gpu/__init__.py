@@ -42,8 +42,17 @@ def library() -> Path:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=LIBRARY.parent) as folder:  # another process may build it too
             made = Path(folder) / LIBRARY.name
-            command = [*COMPILER, "-shared", "-fPIC", "-O1", f"-Wl,-soname,{LIBRARY.name}",
-                       *(f"-I{folder}" for folder in headers()), "-o", made, SOURCE]  # fmt: skip
+            command = [
+                *COMPILER,
+                "-shared",
+                "-fPIC",
+                "-O1",
+                f"-Wl,-soname,{LIBRARY.name}",
+                *(f"-I{folder}" for folder in headers()),
+                "-o",
+                made,
+                SOURCE,
+            ]
             subprocess.run(command, check=True)
             os.replace(made, LIBRARY)
     return LIBRARY
@@ -56,8 +65,13 @@ def run(module: str, *arguments: str, timeout: float) -> list[dict]:
         AssertionError: it failed, or had not ended after `timeout` seconds of wall time.
     """
     # One device, whatever the machine has: NVML would tell of others.
-    environment = {**os.environ, "LD_PRELOAD": str(library()), "CUDA_VISIBLE_DEVICES": "0", "TRITON_INTERPRET": "0",
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library()),
+        "CUDA_VISIBLE_DEVICES": "0",
+        "TRITON_INTERPRET": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(

@@ -46,23 +46,40 @@ def extract(inputs: Path, out: Path) -> list[str]:
     config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in toy.VAVAE["model"].items()})
     write_export(inputs / "vae.safetensors", AutoencoderKL(config, OPS).state_dict(), config)
     run = toy.write_run(inputs / "vae.yaml", toy.VAVAE, data={"data_path": str(inputs / "images")})
-    return ["extract", str(run), f"ckpt_path={inputs / 'vae.safetensors'}", "--output", str(out / "set"),
-            "--least-psnr", "0", "--batch-size", "4"]  # fmt: skip
+    return [
+        "extract",
+        str(run),
+        f"ckpt_path={inputs / 'vae.safetensors'}",
+        "--output",
+        str(out / "set"),
+        "--least-psnr",
+        "0",
+        "--batch-size",
+        "4",
+    ]
 
 
 def sample(inputs: Path, out: Path) -> list[str]:
     toy.write_latents(inputs / "latents")
-    config = AutoencoderConfig(embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1,
-                               attn_resolutions=(), resolution=16)  # fmt: skip
+    config = AutoencoderConfig(
+        embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16
+    )
     settings = {"num_sampling_steps": 3, "fid_num": 8, "per_proc_batch_size": 4, "cfg_scale": 1.0}
-    run = toy.write_run(inputs / "dit.yaml", toy.LIGHTNINGDIT, data={"data_path": str(inputs / "latents")},
-                        sample=settings)  # fmt: skip
+    run = toy.write_run(
+        inputs / "dit.yaml", toy.LIGHTNINGDIT, data={"data_path": str(inputs / "latents")}, sample=settings
+    )
     torch.manual_seed(0)
     write_export(inputs / "vae.safetensors", AutoencoderKL(config, OPS).state_dict(), config)
     network = LightningDiT(load(run, kind="lightningdit")[0].network(), OPS).state_dict()
     save_published(inputs / "dit.pt", network, network)
-    return ["sample", str(run), f"ckpt_path={inputs / 'dit.pt'}", f"vae.ckpt_path={inputs / 'vae.safetensors'}",
-            "--output", str(out / "samples")]  # fmt: skip
+    return [
+        "sample",
+        str(run),
+        f"ckpt_path={inputs / 'dit.pt'}",
+        f"vae.ckpt_path={inputs / 'vae.safetensors'}",
+        "--output",
+        str(out / "samples"),
+    ]
 
 
 #: What a program is given first, with room, so that there is something to lose.
