@@ -2,7 +2,7 @@
 
     python -m bench.ops [OP …] [--quick] [--minutes M] [--out FILE] …
 
-No number without correctness: a provider whose results are wrong by the tests' rule is reported, not ready. The
+No number without correctness: a provider whose results are wrong by the tests' rule is reported and not timed. The
 representative cases come first. Ends with 1 if one of our backends is wrong or fails, with 2 if there is no GPU.
 """
 

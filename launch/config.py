@@ -154,7 +154,7 @@ class TokenizerOptimizerConfig(OptimizerConfig):
 
 
 class VavaeRun(Section):
-    """A tokenizer file of ours; a published LDM-style one is translated into it (see `vavae.config.from_published`)."""
+    """A tokenizer file of ours; a published LDM-style one is translated into it (`vavae.published`)."""
 
     preset: Literal["paper", "default"]
     ckpt_path: PathText | None = None

@@ -6,10 +6,10 @@ The launches are those of a real call, forward and backward, with tensors that h
 it would at that moment on a device. A process of its own, because Triton decides at import whether it compiles.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -98,6 +98,8 @@ def report(kernel) -> dict:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(prog="python -m tests.ahead_of_time", description=__doc__.partition("\n")[0])
+    parser.add_argument("op", nargs="+", choices=kernels.OPS)
+    for name in parser.parse_args().op:
         for row in compiled(kernels.OPS[name]):
             print(json.dumps(row), flush=True)

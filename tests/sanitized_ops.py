@@ -7,7 +7,7 @@ In float32 or bfloat16, by turns where a case has both: float16 takes the lines 
 A process of its own, because a sanitizer has to be there from the start (see `tests.emulated.under`).
 """
 
-import sys
+import argparse
 
 import torch
 
@@ -36,5 +36,7 @@ def run(op) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitized_ops", description=__doc__.partition("\n")[0])
+    parser.add_argument("op", nargs="+", choices=kernels.OPS)
+    for name in parser.parse_args().op:
         print(name, run(kernels.OPS[name]), flush=True)

@@ -58,7 +58,7 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
 
 
 def first_parts() -> tuple[Part, ...]:
-    """500 s if every budget is used up; a machine with everything in its caches needs less."""
+    """560 s if every budget is used up, 500 s where the extension is built; with all caches filled, less."""
     existing = backends()
     graph_passes = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
     others = tuple(op for op in existing if op not in (*STEP_OPS, *graph_passes))

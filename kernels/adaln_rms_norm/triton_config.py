@@ -103,7 +103,7 @@ def forward_config(width: int, token_bytes: int, architecture: int) -> LaunchCon
 def backward_config(width: int, token_bytes: int, architecture: int, bias: bool) -> LaunchConfig:
     """`token_bytes`: of both upstream gradients, x' and branch, for one token.
 
-    A column takes x̂, dy·h, gain, gate and three sums, four where a bias wants its gradient.
+    A column takes x̂, dx̂, gain, gate and three sums, four where a bias wants its gradient.
     """
     registers = (9 if bias else 8) * columns_per_lane(width) + 56
     return launch_config(width, token_bytes, architecture, registers, programs=5, least_tokens=16)

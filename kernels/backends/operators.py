@@ -1,4 +1,4 @@
-"""Registration of operators with `torch.library`, for the Triton and the CUDA backends."""
+"""Registration of operators with `torch.library`, for every backend that has operators."""
 
 import threading
 from collections.abc import Callable, Iterable

@@ -281,11 +281,15 @@ def store_vectors(pointer, vectors, i, SIZE: tl.constexpr):
 
 @triton.jit
 def load_vectors(rows, row_mask, i, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT vectors [rows, SIZE], from rows [COUNT, SIZE] in memory; zero where a row is masked off."""
-    mask = row_mask[:, None] & (i < SIZE)[None, :]  # [rows, SIZE]
+    """COUNT vectors [R, I] for R rows, of which each has [COUNT, SIZE] in memory; zero where a row is masked off.
+
+    Args:
+        row_mask [R]; i [I], with I at least SIZE.
+    """
+    mask = row_mask[:, None] & (i < SIZE)[None, :]  # [R, I]
     found = ()
     for v in tl.static_range(COUNT):
-        found += (tl.load(rows + v * SIZE + i[None, :], mask, 0.0),)  # [rows, SIZE]
+        found += (tl.load(rows + v * SIZE + i[None, :], mask, 0.0),)  # [R, I]
     return found
 
 

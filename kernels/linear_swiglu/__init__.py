@@ -1,4 +1,4 @@
-"""A linear layer and the SwiGLU behind it: `gate_up = x · weightᵀ`, and `silu(a) · b` of `gate_up + bias`, in one pass.
+"""A linear layer and the SwiGLU behind it: `gate_up = x · weightᵀ`, and its activation, in one pass.
 
     linear_swiglu(x, weight, *, bias=None) → (gate_up, activated)
 
@@ -7,7 +7,7 @@ in the graph of a training step this takes the place of the layer and of `swiglu
 
 Args:
     x: `[…, D]`, float64, float32, float16 or bfloat16.
-    weight: `[2H, D]` in the dtype of `x`; the rows of `a`, the gate, come first.
+    weight: `[2H, D]` in the dtype of `x`; the rows of the gate come first.
     bias: `[2H]`, any of these dtypes, or None.
 
 Returns:
@@ -17,7 +17,7 @@ Returns:
 Raises:
     ValueError: another dtype, an empty tensor, a weight or bias of another shape or device.
 
-The formula is that of arXiv 2002.05202 with `silu(a) = a · sigmoid(a)`.
+The formula is that of arXiv 2002.05202 with `silu(x) = x · sigmoid(x)`.
 """
 
 import torch

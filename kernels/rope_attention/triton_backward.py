@@ -2,8 +2,8 @@
 
 With S, P and out as in `triton_forward` and dO the gradient of out:
 
-    delta = Σ over D of out · dO              [N]
-    P  = 2^(S − lse)                          [N, N], made again block by block
+    delta = Σ over D of out · dO              [N]; with a bias, out without that of the values (`partial_delta`)
+    P  = 2^(S · log2(e) − lse)                [N, N], made again block by block
     dP = dO · vᵀ,  dS = P · (dP − delta)      [N, N]
     dv = Pᵀ · dO,  dq = dS · k / sqrt(D),  dk = dSᵀ · q / sqrt(D)
 

@@ -38,9 +38,9 @@ def online_softmax_update(
 ):
     """Add one block of keys, of which `remaining` exist; at least one, so that row_max is finite.
 
-    With m the maximum so far and m' the one that includes this block:
+    With m the maximum of S · log2(e) so far and m' the one that includes this block:
 
-        p = 2^(S − m')     row_sum ← row_sum · 2^(m − m') + Σ p     acc ← acc · 2^(m − m') + p · v
+        p = 2^(S · log2(e) − m')     row_sum ← row_sum · 2^(m − m') + Σ p     acc ← acc · 2^(m − m') + p · v
 
     Args:
         q [BQ, D], k [BK, D], v [BK, D]; row_max [BQ], row_sum [BQ], acc [BQ, D] float32.

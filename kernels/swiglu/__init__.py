@@ -1,9 +1,9 @@
-"""The activation of SwiGLU on a packed projection: `silu(a) · b`, `a` and `b` the halves of the last dimension.
+"""The activation of SwiGLU on a packed projection: `silu(gate) · up`, `gate` and `up` the halves of the last dimension.
 
     swiglu(gate_up, *, bias=None) → activated
 
 Args:
-    gate_up: `[…, 2H]`, any H, float64, float32, float16 or bfloat16; `a`, the gate, comes first.
+    gate_up: `[…, 2H]`, any H, float64, float32, float16 or bfloat16; the gate comes first.
     bias: `[2H]`, any of these dtypes, added to `gate_up` first: that of the projection before, which then has none. Its
         gradient, the sum of that of `gate_up` over all rows, comes from the same pass and reads nothing again.
 
@@ -13,7 +13,7 @@ Returns:
 Raises:
     ValueError: another dtype, an empty tensor, a last dimension that is odd, or a bias of another shape or device.
 
-The formula is that of arXiv 2002.05202 with `silu(a) = a · sigmoid(a)`.
+The formula is that of arXiv 2002.05202 with `silu(x) = x · sigmoid(x)`.
 """
 
 import torch

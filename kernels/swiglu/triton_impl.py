@@ -126,8 +126,8 @@ def swiglu_d_gate_up(d_out, gate, up):
 
     d_gate = d_out · up · σ · (1 + gate · (1 − σ)) and d_up = d_out · gate · σ, with σ = sigmoid(gate).
     """
-    sigmoid = 1 / (1 + tl.exp(-gate))  # [BM, BH]
-    return d_out * up * (sigmoid * (1 + gate * (1 - sigmoid))), d_out * (gate * sigmoid)  # [BM, BH] each
+    sigmoid = 1 / (1 + tl.exp(-gate))  # shape of gate
+    return d_out * up * (sigmoid * (1 + gate * (1 - sigmoid))), d_out * (gate * sigmoid)  # shape of gate each
 
 
 @triton.jit

@@ -3,6 +3,7 @@
     B, C, N         samples, channels, positions of a sample
     i, j            positions along the rows and the columns of a tile of a cosine matrix
     BI, BJ          positions along its sides
+    BN              positions of a program of vf_loss_positions
     BC, BO          channels of one step of the products, of one step of the gradient
     zz, ff, zf      z_i · z_j, f_i · f_j, z_i · f_i
 

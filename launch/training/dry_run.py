@@ -84,8 +84,8 @@ class RunPlan:
             lines.append(f"  frozen helpers: {self.frozen_parameters:,} parameters")
         lines += [
             f"  {self.steps:,} steps = {epochs:.1f} epochs of {self.num_images:,} images ({source})",
-            f"  global batch {self.global_batch_size:,} = {self.processes} processes × micro-batch "
-            f"{self.micro_batch_size} × {accumulation} accumulated; {per_gpu} images per GPU and step",
+            f"  global batch {self.global_batch_size:,} = {self.processes} process{'es' * (self.processes != 1)} × "
+            f"micro-batch {self.micro_batch_size} × {accumulation} accumulated; {per_gpu} images per GPU and step",
             f"  {flops / 1e12:,.2f} TFLOP per step (training), {flops * self.steps / 1e18:,.3f} EFLOP in all",
             *self._memory_lines(),
         ]
