@@ -47,7 +47,10 @@ SLOW = {
     "nvidia.dali",
 }
 #: Module → why its functions may import at will.
-LATE = {"launch.__main__": "asks first whose packages the names `common` and `kernels` find"}
+LATE = {
+    "launch.__main__": "asks first whose packages the names `common` and `kernels` find",
+    "bench.workloads.training": "benches of ops and GPU tests start where only torch, Triton and pytest are installed",
+}
 
 
 def imported(path: Path) -> set[str]:

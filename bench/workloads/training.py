@@ -20,8 +20,6 @@ from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.variants import TrainingVariant
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
-from launch.config import load
-from launch.training.build import make_trainer
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -167,6 +165,7 @@ class TrainerLoop:
     """Steps of the trainer's own loop: loader, DeepSpeed, logging sums, and noise of its own, so that losses differ."""
 
     def __init__(self, run: Any, kind: str):
+        from launch.training.build import make_trainer
         from launch.training.engine import start_processes
 
         self._trainer = make_trainer(run, kind, start_processes())
@@ -193,6 +192,7 @@ class TrainerStep(TrainerLoop):
         workers: int = 8,
         steps: int = 1_000_000,
     ):
+        from launch.config import load
 
         self._directory = tempfile.TemporaryDirectory()
         directory = Path(self._directory.name)
