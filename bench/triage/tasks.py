@@ -10,6 +10,8 @@ MODEL = "LightningDiT-XL/1"
 #: Ops of a training step; the others belong to graphs and to the tokenizer.
 STEP_OPS = ("rope_attention", "adaln_rms_norm", "gated_residual_adaln_rms_norm", "swiglu", "adamw_ema_")
 SAMPLED_OPS = STEP_OPS[:-1]
+#: What "auto" takes for an op where it is not Triton: by its order in `kernels`, the first that can run here.
+AUTO = {"rope_attention": ("cuda", "triton")}
 #: Backend → its file in an op's folder, as in `kernels.registry.FILES`.
 FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py", "library": "library_impl.py"}
 
@@ -19,6 +21,11 @@ def backends() -> dict[str, tuple[str, ...]]:
     folders = {folder.parent.name: folder.parent for folder in (ROOT / "kernels").glob("*/reference.py")}
     names = [name for name in STEP_OPS if name in folders] + sorted(folders.keys() - set(STEP_OPS))
     return {name: tuple(b for b, file in FILES.items() if (folders[name] / file).exists()) for name in names}
+
+
+def taken(op: str, backend: str) -> tuple[str, ...]:
+    """The backends of which one runs, where `backend` or "auto" is asked for."""
+    return AUTO.get(op, ("triton",)) if backend == "auto" else (backend,)
 
 
 class Findings:
@@ -100,14 +107,14 @@ class Step(Task):
         """With other backends for ops that have crashed, skipped where an op of its graphs has."""
         if self.name.startswith("plain"):
             return [self]
-        preferred = "triton" if self.backend == "auto" else self.backend
         if lost := [op for op in self.graph_passes if findings.crashed(op, "triton")]:
             return [replace(self, skip=f"{' and '.join(lost)} crashed on triton")]
-        named = {op: findings.fallback(op, preferred) for op in STEP_OPS if findings.crashed(op, preferred)}
-        if not named:
+        crashed = {op: name for op in STEP_OPS for name in taken(op, self.backend) if findings.crashed(op, name)}
+        if not crashed:
             return [self]
+        named = {op: findings.fallback(op, name) for op, name in crashed.items()}
         words = tuple(word for op, other in named.items() for word in ("--kernels", f"{op}={other}"))
-        notes = [self.note, *(f"{op} on {other}: it crashed on {preferred}" for op, other in named.items())]
+        notes = [self.note, *(f"{op} on {other}: it crashed on {crashed[op]}" for op, other in named.items())]
         smaller = None if self.smaller is None else self.smaller.adapted(findings)[0]
         note = "; ".join(filter(None, notes))
         return [replace(self, arguments=self.arguments + words, note=note, smaller=smaller)]
@@ -149,10 +156,12 @@ class Fractions(Task):
 class Sampling(Task):
     def adapted(self, findings: Findings) -> list[Task]:
         """Beside the plain model one variant whose ops have not crashed."""
-        ways = {"auto": "triton", "cuda": "cuda"}
-        sound = (v for v, b in ways.items() if not any(findings.crashed(op, b) for op in SAMPLED_OPS))
-        variant = next(sound, "reference")
-        note = "" if variant == "auto" else f"with the ops of {variant}, as some crashed on triton"
+
+        def sound(variant: str) -> bool:
+            return not any(findings.crashed(op, name) for op in SAMPLED_OPS for name in taken(op, variant))
+
+        variant = next(filter(sound, ("auto", "cuda")), "reference")
+        note = "" if variant == "auto" else f"with the ops of {variant}, as some of auto crashed"
         return [replace(self, arguments=(*self.arguments, "--variant", variant), note=note)]
 
 

@@ -80,4 +80,11 @@ def _check_pair(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor
 
 
 NAME = "rope_attention"
-OP = Op(NAME, check, differentiable=("qkv", "q_weight", "k_weight", "bias"), save_when_checkpointing=True)
+OP = Op(
+    NAME,
+    check,
+    differentiable=("qkv", "q_weight", "k_weight", "bias"),
+    # On an H200, 128 samples of 256 tokens, 16 heads of 72, with a bias: CUDA 298 + 724 µs, Triton 313 + 986.
+    order=("cuda", "triton", "reference"),
+    save_when_checkpointing=True,
+)
