@@ -1,5 +1,5 @@
-// adaln_rms_norm: y = x̂·factor + shift, with x̂ = x / rms(x) and factor = weight·(1 + scale).
-// Backward, with r = 1 / rms(x), g = d_y·factor, and means over the columns:
+// adaln_rms_norm: y = x̂·gain + shift, with x̂ = x / rms(x) and gain = weight·(1 + scale).
+// Backward, with r = 1 / rms(x), g = d_y·gain, and means over the columns:
 //
 //   d_x = r·g − x·r³·mean(g·x),    d_shift = Σ d_y,    d_scale = weight·Σ d_y·x̂    (over tokens)
 //   d_weight = Σ (1 + scale)·Σ d_y·x̂                                               (over samples)
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
   const Part part(sizes);
-  float factor[kColumns], shift[kColumns];  // of the thread's columns
-  load_factor<aligned>(modulation, part, factor);
+  float gain[kColumns], shift[kColumns];  // of the thread's columns
+  load_gain<aligned>(modulation, part, gain);
   load_shift<aligned>(modulation, part, shift);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
     for (int i = 0; i < steps; ++i) squares[i] = sum_of_squares(rows[i]);
     sums(squares, round);
-    store_modulated<aligned>(y, rows, squares, factor, shift, sizes, part, token);
+    store_modulated<aligned>(y, rows, squares, gain, shift, sizes, part, token);
   }
 }
 
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
   const Part part(sizes);
-  float factor[kColumns], sum_dy[kColumns] = {}, sum_dy_xhat[kColumns] = {};
-  load_factor<aligned>(modulation, part, factor);
+  float gain[kColumns], sum_dy[kColumns] = {}, sum_dy_xhat[kColumns] = {};
+  load_gain<aligned>(modulation, part, gain);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += kRowsBackward, round ^= 1) {
     Raw<X, kColumns> rows[kRowsBackward];
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kNormThreads)
     }
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i)
-      sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
+      sums_of_row(rows[i], upstream[i], gain, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < kRowsBackward; ++i) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         float dy = upstream[i][j], value = rows[i][j];
-        result.set(j, r * dy * factor[j] - value * projection);
+        result.set(j, r * dy * gain[j] - value * projection);
         sum_dy[j] += dy;
         sum_dy_xhat[j] += dy * value * r;
       }

@@ -71,8 +71,8 @@ Rows modulation_rows(const std::optional<Tensor>& tensor, const NormSizes& sizes
 
 Modulation modulation(Call& call, py::handle weight, py::handle scale, py::handle shift,
                       const NormSizes& sizes) {
-  Tensor gain(call, "weight", weight), factor(call, "scale", scale);
-  return {gain.shaped({sizes.width}).floats(), modulation_rows(factor, sizes),
+  Tensor weights(call, "weight", weight), scales(call, "scale", scale);
+  return {weights.shaped({sizes.width}).floats(), modulation_rows(scales, sizes),
           modulation_rows(optional(call, "shift", shift), sizes)};
 }
 

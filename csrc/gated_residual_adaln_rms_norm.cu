@@ -1,6 +1,6 @@
-// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x̂'·factor + shift, with x̂' =
-// x' / rms(x') and factor = weight·(1 + scale). Backward, d_x being the gradient of x', with r = 1
-// / rms(x'), g = d_y·factor, and means over the columns:
+// gated_residual_adaln_rms_norm: x' = x + gate·(branch + bias), y = x̂'·gain + shift, with x̂' =
+// x' / rms(x') and gain = weight·(1 + scale). Backward, d_x being the gradient of x', with r = 1
+// / rms(x'), g = d_y·gain, and means over the columns:
 //
 //   d_x = d_x_new + r·g − x'·r³·mean(g·x'),    d_branch = gate·d_x
 //   d_gate = Σ d_x·(branch + bias)          over tokens; d_bias = Σ gate·Σ d_x over samples too
@@ -67,10 +67,10 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, memory, Sums::size);
   const Sums sums(memory);
   const Part part(sizes);
-  float gate[kColumns], bias[kColumns], factor[kColumns], shift[kColumns];
+  float gate[kColumns], bias[kColumns], gain[kColumns], shift[kColumns];
   load_gate<aligned>(residual, part, gate);
   load_floats<aligned>(residual.bias, part.column, part.valid, bias);
-  load_factor<aligned>(modulation, part, factor);
+  load_gain<aligned>(modulation, part, gain);
   load_shift<aligned>(modulation, part, shift);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kNormThreads)
         store_some<aligned>(x_new + part.offset(sizes, token + i), rows[i], part.valid);
     }
     sums(squares, round);
-    store_modulated<aligned>(y, rows, squares, factor, shift, sizes, part, token);
+    store_modulated<aligned>(y, rows, squares, gain, shift, sizes, part, token);
   }
 }
 
@@ -111,11 +111,11 @@ __global__ void __launch_bounds__(kNormThreads)
   LDIT_SHARED(float, gates, kMaxNormWidth);
   const Sums sums(memory);
   const Part part(sizes);
-  float factor[kColumns];
+  float gain[kColumns];
   float sum_dy[kColumns] = {}, sum_dy_xhat[kColumns] = {};
   float sum_dx_branch[kColumns] = {}, sum_dx[kColumns] = {};
   keep_gate<aligned>(residual, part, gates);
-  load_factor<aligned>(modulation, part, factor);
+  load_gain<aligned>(modulation, part, gain);
   int round = 0;
   for (std::int64_t token = part.begin; token < part.end; token += steps, round ^= 1) {
     Raw<X, kColumns> rows[steps], stream[steps];
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kNormThreads)
     }
 #pragma unroll
     for (int i = 0; i < steps; ++i)
-      sums_of_row(rows[i], upstream[i], factor, both[2 * i], both[2 * i + 1]);
+      sums_of_row(rows[i], upstream[i], gain, both[2 * i], both[2 * i + 1]);
     sums(both, round);
 #pragma unroll
     for (int i = 0; i < steps; ++i) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         float dy = upstream[i][j], value = rows[i][j];
-        float dx = stream[i][j] + r * dy * factor[j] - value * projection;
+        float dx = stream[i][j] + r * dy * gain[j] - value * projection;
         d_x_row.set(j, dx);
         d_branch_row.set(j, gate[j] * dx);
         sum_dy[j] += dy;

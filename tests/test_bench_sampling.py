@@ -9,30 +9,18 @@ from bench import sampling as bench_sampling
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
 from bench.sampling import QUICK, SamplingComparison, SamplingJob, jobs
+from bench.triage.rehearsal import TINY
 from bench.workloads import samplers
 from bench.workloads.plain import plain_euler
 from bench.workloads.samplers import CHECKED_POINTS, SamplingSetup
 from bench.workloads.tokenizers import flops_per_image
 from bench.workloads.variants import SAMPLING, Variant
 from kernels import OPS, select
-from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image as model_flops
 from lightningdit.sampler import time_grid
 from tests.golden import close
 from vavae.config import AutoencoderConfig
 
-TINY = ModelConfig(
-    input_size=4,
-    patch_size=1,
-    in_channels=4,
-    hidden_size=16,
-    depth=2,
-    num_heads=2,
-    num_classes=5,
-    use_swiglu=True,
-    use_rope=True,
-    use_rmsnorm=True,
-)
 TOKENIZER = AutoencoderConfig(
     embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=8
 )

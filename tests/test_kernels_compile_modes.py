@@ -206,9 +206,10 @@ def test_a_network_by_regions_gives_the_gradients_of_the_whole(recompute):
 def test_what_is_compiled_anew_gives_the_same_bits(device, mode):
     if device == "cuda" and (reasons := cuda_reasons()):
         pytest.skip("; ".join(reasons))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype, changes = (torch.bfloat16, {}) if device == "cuda" else (torch.float32, {"depth": 1})  # g++ takes seconds
+    first = gradients(mode, device, dtype, **changes)
     with torch._inductor.config.patch(force_disable_caches=True):
-        first, second = (gradients(mode, device, dtype) for _ in range(2))
+        second = gradients(mode, device, dtype, **changes)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -21,11 +21,11 @@ from bench.workloads.variants import TokenizerVariant
 from common.tensors import write_tensors
 from kernels.compile.modes import compiled
 from launch.config import VavaeRun, load
+from launch.training.build import vavae_task
 from vavae.cost import training_cost
 from vavae.foundation import FoundationModel
 from vavae.loss import lpips_network
 from vavae.model import Level, MidBlock
-from vavae.task import VavaeTask
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
 IMAGES, FOREVER = 256, 1_000_000
@@ -88,15 +88,7 @@ class BareStep:
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
         run, ops = setup.run, kernels.select(variant.kernels)
         self._size = run.train.global_batch_size
-        self._task = VavaeTask(
-            model=run.model,
-            foundation=run.features(),
-            loss=run.loss,
-            data=run.data,
-            ops=ops,
-            seed=run.train.global_seed,
-            global_batch_size=self._size,
-        )
+        self._task, _ = vavae_task(run, ops)
         self._task.to(setup.device)
         self._networks = {name: network.to(setup.device).train() for name, network in self._task.networks.items()}
         self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}

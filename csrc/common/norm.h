@@ -70,13 +70,13 @@ LDIT_DEVICE Raw<T, kColumns> load_if_given(const T* array, const NormSizes& size
 
 // weight·(1 + scale) of the thread's columns.
 template <bool aligned>
-LDIT_DEVICE void load_factor(const Modulation& m, const Part& part, float (&factor)[kColumns]) {
+LDIT_DEVICE void load_gain(const Modulation& m, const Part& part, float (&gain)[kColumns]) {
   float scale[kColumns];
-  load_floats<aligned>(m.weight, part.column, part.valid, factor);
+  load_floats<aligned>(m.weight, part.column, part.valid, gain);
   load_floats<aligned>(m.scale.array, part.sample * m.scale.stride + part.column, part.valid,
                        scale);
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) factor[j] *= 1.f + scale[j];
+  for (int j = 0; j < kColumns; ++j) gain[j] *= 1.f + scale[j];
 }
 
 template <bool aligned>
@@ -98,11 +98,11 @@ LDIT_DEVICE float sum_of_squares(const Raw<X, kColumns>& x) {
   return sum;
 }
 
-// Writes y = x / rms(x)·factor + shift, rounded once, of rows from `token` on; `squares` are their
+// Writes y = x / rms(x)·gain + shift, rounded once, of rows from `token` on; `squares` are their
 // Σx².
 template <bool aligned, class X, class Y, int count>
 LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
-                                 const float (&squares)[count], const float (&factor)[kColumns],
+                                 const float (&squares)[count], const float (&gain)[kColumns],
                                  const float (&shift)[kColumns], const NormSizes& sizes,
                                  const Part& part, std::int64_t token) {
 #pragma unroll
@@ -115,24 +115,24 @@ LDIT_DEVICE void store_modulated(Y* y, const Raw<X, kColumns> (&rows)[count],
     float r = inverse_rms(squares[i], sizes);
     Raw<Y, kColumns> result;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) result.set(j, row[j] * r * factor[j] + shift[j]);
+    for (int j = 0; j < kColumns; ++j) result.set(j, row[j] * r * gain[j] + shift[j]);
     store_some<aligned>(y + part.offset(sizes, token + i), result, part.valid);
   }
 }
 
-// --- Gradient of a row: with r = 1 / rms(x), g = d_y·factor and means over the columns,
+// --- Gradient of a row: with r = 1 / rms(x), g = d_y·gain and means over the columns,
 //
 //   d_x = r·g − x·r³·mean(g·x).
 
 // The thread's columns of Σx² and Σg·x.
 template <class X, class Y>
 LDIT_DEVICE void sums_of_row(const Raw<X, kColumns>& x, const Raw<Y, kColumns>& d_y,
-                             const float (&factor)[kColumns], float& squares, float& products) {
+                             const float (&gain)[kColumns], float& squares, float& products) {
   squares = products = 0.f;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     squares += x[j] * x[j];
-    products += d_y[j] * factor[j] * x[j];
+    products += d_y[j] * gain[j] * x[j];
   }
 }
 

@@ -29,13 +29,13 @@ def name_run(run: Run, kind: str, processes: Processes) -> Run:
 
 
 def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
-    """The loop of a run, at its newest checkpoint or at its start, with nothing trained yet."""
+    """The loop of a run that has a name, at its newest checkpoint or at its start, with nothing trained yet."""
     from launch.training.trainer import Trainer, TrainerConfig  # imports DeepSpeed: seconds of its own
 
-    run = name_run(run, kind, processes)
     train = run.train.with_validation(run.data.valid_path)
+    assert train.exp_name is not None, "name_run gives one"
     ops = select_ops(run.kernels)
-    task, validation = _vavae_task(run, ops) if isinstance(run, VavaeRun) else _lightningdit_task(run, ops)
+    task, validation = vavae_task(run, ops) if isinstance(run, VavaeRun) else _lightningdit_task(run, ops)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -55,7 +55,8 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     return trainer
 
 
-def _vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
+def vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
+    """The task of a run with those ops, and its validation images."""
     from vavae.task import VavaeTask  # imports timm and lpips: seconds of their own
 
     task = VavaeTask(

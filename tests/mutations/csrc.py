@@ -36,7 +36,7 @@ MISTAKES = {
         "adaln_rms_norm", "csrc/common/norm.h", " + sizes.eps);", ");",
     ),
     "dropped_term": KernelMistake(
-        "adaln_rms_norm", "csrc/adaln_rms_norm.cu", "r * dy * factor[j] - value * projection", "r * dy * factor[j]",
+        "adaln_rms_norm", "csrc/adaln_rms_norm.cu", "r * dy * gain[j] - value * projection", "r * dy * gain[j]",
     ),
     "gate_left_out_of_the_branch": KernelMistake(
         "gated_residual_adaln_rms_norm", "csrc/gated_residual_adaln_rms_norm.cu", "d_branch_row.set(j, gate[j] * dx);",
