@@ -84,7 +84,7 @@ OP = Op(
     NAME,
     check,
     differentiable=("qkv", "q_weight", "k_weight", "bias"),
-    # On an H200, 128 samples of 256 tokens, 16 heads of 72, with a bias: CUDA 298 + 724 µs, Triton 313 + 986.
+    # The case XL in bfloat16 on an H200, forward and backward: CUDA 271 and 655 µs, Triton 285 and 796.
     order=("cuda", "triton", "reference"),
     save_when_checkpointing=True,
 )
