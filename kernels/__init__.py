@@ -34,8 +34,9 @@ def select(backend: str = "auto", /, **per_op: str) -> Ops:
 
     Args:
         backend: `"reference"`, `"triton"`, `"cuda"`, or `"auto"`: for each op the first backend of its order that can
-            serve on this machine. Which ones those are is logged, once for each outcome. An op that computes with the
-            library's own products (`"library"`) needs no kernels, so it does that too under a name that it lacks.
+            serve on this machine, and others with kernels for calls that this one cannot serve. Which ones those are is
+            logged, once for each outcome. An op that computes with the library's own products (`"library"`) needs no
+            kernels, so it does that too under a name that it lacks.
         per_op: op name → backend name, in place of `backend` for that op.
 
     Returns:

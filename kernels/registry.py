@@ -27,9 +27,10 @@ FILES = MappingProxyType(
 )
 #: The backend that computes with the library's own products, on any device. An op that has it needs no kernels.
 LIBRARY = "library"
-#: Order in which "auto" prefers backends, unless an op has its own: Triton first, until a measurement on a GPU shows
-#: that op's CUDA kernel to be faster.
+#: Order in which "auto" prefers backends, unless an op has its own, whose CUDA kernel was measured to be faster.
 ORDER = ("triton", "cuda", "reference")
+#: Between the names of backends of which each call takes the first that can serve it.
+OR = " or "
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -152,8 +153,8 @@ class Op:
         except BackendUnavailable as error:
             return error.reasons
 
-    def bind(self, backend: Backend) -> Callable[..., Any]:
-        """The function that models call: `check`, then the backend's limits, then the backend."""
+    def bind(self, backend: Backend, *others: Backend) -> Callable[..., Any]:
+        """The function that models call: `check`, then the backend, or the first of `others` that serves the call."""
         check, run, unsupported = self.check, backend.run, backend.unsupported
         name, backend_name = self.name, backend.name
 
@@ -164,36 +165,51 @@ class Op:
         def limited(*args, **kwargs):
             check(*args, **kwargs)
             reasons = unsupported(*args, **kwargs)
-            if reasons:
-                raise BackendUnavailable(name, backend_name, reasons)
-            return run(*args, **kwargs)
+            if not reasons:
+                return run(*args, **kwargs)
+            for other in others:
+                if other.supports(*args, **kwargs):
+                    return other.run(*args, **kwargs)
+            raise BackendUnavailable(name, backend_name, reasons)
 
         return self._named(checked if unsupported is None else limited)
 
-    def resolve(self, name: str) -> tuple[Callable[..., Any], dict[str, str]]:
-        """The callable for a backend name or "auto", and its row of the bundle's table."""
-        if name == "auto":
-            return self._resolve_auto()
-        reasons = self.reasons(name)
+    def resolve(self, name: str, reason: str = "asked for by name") -> tuple[Callable[..., Any], dict[str, str]]:
+        """The callable for a backend, or for several with `OR` between them, and its row of the bundle's table."""
+        first, *rest = name.split(OR)
+        reasons = self.reasons(first)
         if not reasons:
-            return self.bind(self.backend(name)), {"backend": name, "reason": "asked for by name"}
+            others = [other for other in rest if not self.reasons(other)]
+            reason += "".join(f"; {other} for calls that it cannot serve" for other in others)
+            function = self.bind(self.backend(first), *map(self.backend, others))
+            return function, {"backend": first, "reason": reason}
 
         def refuse(*args, **kwargs):
-            raise BackendUnavailable(self.name, name, reasons)
+            raise BackendUnavailable(self.name, first, reasons)
 
-        return self._named(refuse), {"backend": name, "reason": f"cannot serve: {'; '.join(reasons)}"}
+        return self._named(refuse), {"backend": first, "reason": f"cannot serve: {'; '.join(reasons)}"}
 
-    def _resolve_auto(self) -> tuple[Callable[..., Any], dict[str, str]]:
+    def auto(self) -> tuple[str, str]:
+        """What "auto" stands for on this machine, for `resolve`, and why.
+
+        The first backend of the order that can run, and the others with kernels for calls that it cannot serve. The
+        reference is no such other: what is slower by far is not to be a matter of a call's arguments.
+        """
         rejected: list[str] = []
+        usable: list[str] = []
         for name in self.order:
             reasons = self.reasons(name)
             if not reasons and self.backend(name).emulated:
                 reasons = ["it would run in an emulator"]
             if not reasons:
-                reason = "; ".join(rejected) or "first choice"
-                return self.bind(self.backend(name)), {"backend": name, "reason": reason}
-            rejected.append(f"not {name}: {', '.join(reasons)}")
-        raise BackendUnavailable(self.name, "auto", rejected)
+                usable.append(name)
+            elif not usable:
+                rejected.append(f"not {name}: {', '.join(reasons)}")
+        if not usable:
+            raise BackendUnavailable(self.name, "auto", rejected)
+        limited = self.backend(usable[0]).unsupported is not None
+        others = [name for name in usable[1:] if limited and name != "reference"]
+        return OR.join(usable[:1] + others), "; ".join(rejected) or "first choice"
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
         assert isinstance(function, FunctionType)
@@ -213,15 +229,18 @@ class Ops:
     """
 
     _ops: Mapping[str, Op]
+    _chosen: Mapping[str, str]
     _table: Mapping[str, dict[str, str]]
 
     def __init__(
         self, ops: Mapping[str, Op], chosen: Mapping[str, str], reasons: Mapping[str, str] = MappingProxyType({})
     ):
         """reasons: op → why this backend, where the choice itself does not say."""
-        resolved = {name: op.resolve(chosen[name]) for name, op in ops.items()}
+        choices = {name: op.auto() if chosen[name] == "auto" else (chosen[name],) for name, op in ops.items()}
+        resolved = {name: op.resolve(*choices[name]) for name, op in ops.items()}
         vars(self).update({name: function for name, (function, _) in resolved.items()})
         vars(self)["_ops"] = ops
+        vars(self)["_chosen"] = {name: backends for name, (backends, *_) in choices.items()}
         vars(self)["_table"] = {
             name: row | {"reason": reasons.get(name, row["reason"])} for name, (_, row) in resolved.items()
         }
@@ -237,8 +256,14 @@ class Ops:
 
     def saved_operators(self) -> list[torch._ops.OpOverload]:
         """The operators of ops with `save_when_checkpointing`, on the backends chosen for them."""
-        backends = [self.backend(name) for name, op in self._ops.items() if op.save_when_checkpointing]
-        names = [name.split("::") for backend in backends if backend is not None for name in backend.torch_ops]
+        backends = [
+            op.backend(backend)
+            for name, op in self._ops.items()
+            if op.save_when_checkpointing
+            for backend in self._chosen[name].split(OR)
+            if not op.reasons(backend)
+        ]
+        names = [name.split("::") for backend in backends for name in backend.torch_ops]
         return [getattr(getattr(torch.ops, namespace), name).default for namespace, name in names]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -257,7 +282,7 @@ class Ops:
         return self
 
     def __reduce__(self):
-        return Ops, (self._ops, {name: row["backend"] for name, row in self._table.items()})
+        return Ops, (self._ops, self._chosen)
 
     def __repr__(self) -> str:
         return "Ops({})".format(", ".join(f"{name}={row['backend']!r}" for name, row in self._table.items()))

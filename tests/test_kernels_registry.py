@@ -229,6 +229,30 @@ def test_a_call_that_a_backend_cannot_serve_raises_its_reasons_after_the_check(f
         ops.scale(torch.ones(1), power=-1)
 
 
+def test_auto_gives_calls_that_its_choice_cannot_serve_to_other_kernels_and_never_to_the_reference(folder):
+    def limit(power: int) -> str:
+        return f", unsupported=lambda x, *, power=1: ['power above {power}'] if power > {power} else []"
+
+    op = plant(
+        folder,
+        "planted_others",
+        reference=backend_file("reference", 1),
+        triton_impl=backend_file("triton", 2, limit(5)),
+        cuda_impl=backend_file("cuda", 3, limit(3)),
+    )
+    ops = registry.choose({"scale": op}, "auto", {})
+    reason = "first choice; triton for calls that it cannot serve"
+    assert ops.table() == {"scale": {"backend": "cuda", "reason": reason}}
+    for bundle in (ops, pickle.loads(pickle.dumps(ops))):
+        compiled = torch.compile(bundle.scale, fullgraph=True, backend="eager")
+        for function in (bundle.scale, compiled):
+            assert [float(function(torch.ones(1), power=power)) for power in (3, 4)] == [3**3, 2**4]
+        with pytest.raises(BackendUnavailable, match="scale: backend 'cuda' cannot serve: power above 3"):
+            bundle.scale(torch.ones(1), power=6)
+    with pytest.raises(BackendUnavailable, match="power above 3"):
+        registry.choose({"scale": op}, "cuda", {}).scale(torch.ones(1), power=4)
+
+
 def test_a_backend_is_frozen():
     with pytest.raises(AttributeError):
         Backend("reference", check).name = "other"

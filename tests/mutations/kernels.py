@@ -90,9 +90,14 @@ MISTAKES = {
         "test_kernels_registry.py::test_auto_never_picks_an_emulator",
     ),
     "limits_of_a_backend_not_asked": Mistake(
-        "kernels/registry.py", "            if reasons:\n                raise BackendUnavailable(name, backend_name",
-        "            if not reasons:\n                raise BackendUnavailable(name, backend_name",
+        "kernels/registry.py", "            if not reasons:\n                return run(",
+        "            if True:\n                return run(",
         "test_kernels_registry.py::test_a_call_that_a_backend_cannot_serve_raises_its_reasons_after_the_check",
+    ),
+    "the_reference_for_calls_that_kernels_cannot_serve": Mistake(
+        "kernels/registry.py", 'if limited and name != "reference"]', "if limited]",
+        "test_kernels_registry.py::"
+        "test_auto_gives_calls_that_its_choice_cannot_serve_to_other_kernels_and_never_to_the_reference",
     ),
     "rule_of_twenty_times": Mistake(
         "kernels/testing/tolerance.py", "limit = 2 * eager_error", "limit = 20 * eager_error",
