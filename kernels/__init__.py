@@ -2,7 +2,7 @@
 
     ops = kernels.select("auto")                           # per op, the first backend that can serve here
     ops = kernels.select("reference")                      # plain PyTorch everywhere
-    ops = kernels.select("auto", rope_attention="cuda")    # one op by name
+    ops = kernels.select("auto", swiglu="cuda")            # one op by name
 
 The docstring of `kernels.<op>` says what the op computes. A new op is one line here.
 """

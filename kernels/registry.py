@@ -27,10 +27,9 @@ FILES = MappingProxyType(
 )
 #: The backend that computes with the library's own products, on any device. An op that has it needs no kernels.
 LIBRARY = "library"
-#: Order in which "auto" prefers backends, unless an op has its own, whose CUDA kernel was measured to be faster.
+#: Order in which "auto" prefers backends, unless an op has its own.
 ORDER = ("triton", "cuda", "reference")
-#: Between the names of backends of which each call takes the first that can serve it.
-OR = " or "
+ASKED = "asked for by name"
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -168,15 +167,17 @@ class Op:
             if not reasons:
                 return run(*args, **kwargs)
             for other in others:
-                if other.supports(*args, **kwargs):
+                more = other.unsupported(*args, **kwargs) if other.unsupported is not None else []
+                if not more:
                     return other.run(*args, **kwargs)
+                reasons = [*reasons, f"nor {other.name}: {', '.join(more)}"]
             raise BackendUnavailable(name, backend_name, reasons)
 
         return self._named(checked if unsupported is None else limited)
 
-    def resolve(self, name: str, reason: str = "asked for by name") -> tuple[Callable[..., Any], dict[str, str]]:
-        """The callable for a backend, or for several with `OR` between them, and its row of the bundle's table."""
-        first, *rest = name.split(OR)
+    def resolve(self, *names: str, reason: str = ASKED) -> tuple[Callable[..., Any], dict[str, str]]:
+        """The callable for a backend, or the first of several that serves a call, and its row of the bundle's table."""
+        first, *rest = names
         reasons = self.reasons(first)
         if not reasons:
             others = [other for other in rest if not self.reasons(other)]
@@ -189,8 +190,8 @@ class Op:
 
         return self._named(refuse), {"backend": first, "reason": f"cannot serve: {'; '.join(reasons)}"}
 
-    def auto(self) -> tuple[str, str]:
-        """What "auto" stands for on this machine, for `resolve`, and why.
+    def auto(self) -> tuple[tuple[str, ...], str]:
+        """The names that "auto" stands for on this machine, and why.
 
         The first backend of the order that can run, and the others with kernels for calls that it cannot serve. The
         reference is no such other: what is slower by far is not to be a matter of a call's arguments.
@@ -209,7 +210,7 @@ class Op:
             raise BackendUnavailable(self.name, "auto", rejected)
         limited = self.backend(usable[0]).unsupported is not None
         others = [name for name in usable[1:] if limited and name != "reference"]
-        return OR.join(usable[:1] + others), "; ".join(rejected) or "first choice"
+        return (usable[0], *others), "; ".join(rejected) or "first choice"
 
     def _named(self, function: Callable[..., Any]) -> Callable[..., Any]:
         assert isinstance(function, FunctionType)
@@ -225,32 +226,31 @@ class Op:
 class Ops:
     """One callable for each op, under the op's name; immutable. Made by `kernels.select`.
 
-    Copies and pickles name the backends that were chosen, so they compute the same: "auto" is not asked again.
+    Copies and pickles name the backends that were chosen, so they compute the same: "auto" is not asked again. Where
+    the first of an op cannot run, such a copy refuses calls of it.
     """
 
     _ops: Mapping[str, Op]
-    _chosen: Mapping[str, str]
+    _chosen: Mapping[str, tuple[str, ...]]
     _table: Mapping[str, dict[str, str]]
 
     def __init__(
-        self, ops: Mapping[str, Op], chosen: Mapping[str, str], reasons: Mapping[str, str] = MappingProxyType({})
+        self,
+        ops: Mapping[str, Op],
+        chosen: Mapping[str, tuple[str, ...]],
+        reasons: Mapping[str, str] = MappingProxyType({}),
     ):
-        """reasons: op → why this backend, where the choice itself does not say."""
-        choices = {name: op.auto() if chosen[name] == "auto" else (chosen[name],) for name, op in ops.items()}
-        resolved = {name: op.resolve(*choices[name]) for name, op in ops.items()}
+        """chosen: op → its backends, of which each call takes the first that serves it; reasons: op → why the first."""
+        resolved = {name: op.resolve(*chosen[name], reason=reasons.get(name, ASKED)) for name, op in ops.items()}
         vars(self).update({name: function for name, (function, _) in resolved.items()})
-        vars(self)["_ops"] = ops
-        vars(self)["_chosen"] = {name: backends for name, (backends, *_) in choices.items()}
-        vars(self)["_table"] = {
-            name: row | {"reason": reasons.get(name, row["reason"])} for name, (_, row) in resolved.items()
-        }
+        vars(self).update(_ops=ops, _chosen=dict(chosen), _table={name: row for name, (_, row) in resolved.items()})
 
     def table(self) -> dict[str, dict[str, str]]:
         """Op name → `{"backend": its name, "reason": why this one}`, for logs and checkpoints."""
         return {name: dict(row) for name, row in self._table.items()}
 
     def backend(self, name: str) -> Backend | None:
-        """The backend chosen for an op; None where that one cannot serve."""
+        """The backend chosen for an op, the first of several; None where that one cannot serve."""
         chosen = self._table[name]["backend"]
         return None if self._ops[name].reasons(chosen) else self._ops[name].backend(chosen)
 
@@ -260,7 +260,7 @@ class Ops:
             op.backend(backend)
             for name, op in self._ops.items()
             if op.save_when_checkpointing
-            for backend in self._chosen[name].split(OR)
+            for backend in self._chosen[name]
             if not op.reasons(backend)
         ]
         names = [name.split("::") for backend in backends for name in backend.torch_ops]
@@ -315,13 +315,17 @@ def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Op
     for name, value in per_op.items():
         if ops[name].graph_pass and value != "auto" and (reasons := ops[name].reasons(value)):
             raise BackendUnavailable(name, value, reasons)
-    chosen = {name: per_op.get(name, backend) for name in ops}
-    replaced = {
-        name: f"this op has no {backend} backend"
-        for name, op in ops.items()
-        if name not in per_op and backend not in ("auto", *op.backends) and LIBRARY in op.backends
-    }
-    bundle = Ops(dict(ops), chosen | dict.fromkeys(replaced, LIBRARY), replaced)
+    chosen: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for name, op in ops.items():
+        value = per_op.get(name, backend)
+        if value == "auto":
+            chosen[name], reasons[name] = op.auto()
+        elif name not in per_op and value not in op.backends and LIBRARY in op.backends:
+            chosen[name], reasons[name] = (LIBRARY,), f"this op has no {value} backend"
+        else:
+            chosen[name] = (value,)
+    bundle = Ops(dict(ops), chosen, reasons)
     if "auto" in (backend, *per_op.values()):
         _log_once(bundle.table())
     return bundle

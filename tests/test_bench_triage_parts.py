@@ -15,7 +15,7 @@ from bench import gemms, ops, roofline, sampling, tokenizer
 from bench import step as bench_step
 from bench.triage import check, parts, profile, summary
 from bench.triage.parts import first_parts, second_parts, select_parts
-from bench.triage.tasks import ENCODE, FILES, SAMPLING, STEP_OPS, Findings, Fractions, backends, step, taken
+from bench.triage.tasks import AUTO, ENCODE, FILES, SAMPLING, STEP_OPS, Findings, Fractions, backends, step
 from bench.workloads.providers import ours
 from kernels import registry
 from kernels.testing.tolerance import reference, tensors_of
@@ -39,7 +39,7 @@ def test_every_op_and_backend_is_checked():
     found = {name: tuple(b for b in op.backends if b in FILES) for name, op in kernels.OPS.items()}
     assert backends() == found and all(registry.FILES[name] + ".py" == file for name, file in FILES.items())
     for name in STEP_OPS:
-        order, expected = tuple(b for b in kernels.OPS[name].order if b in found[name]), taken(name, "auto")
+        order, expected = kernels.OPS[name].order, AUTO.get(name, ("triton",))
         assert order[: len(expected)] == expected
     tasks = next(part for part in first_parts() if part.name == "ops").tasks
     assert {(dict(task.about)["op"], dict(task.about)["backend"]) for task in tasks} == {
@@ -60,20 +60,14 @@ def test_every_op_and_backend_is_checked():
 
 def test_the_order_and_the_budgets():
     found = {part.name: part.budget for part in first_parts()}
-    assert found == {
-        "machine": 13,
-        "build": 60,
-        "ceilings": 12,
-        "ops": 55,
-        "bare": 73,
-        "plain-eager": 38,
-        "gemms": 25,
-        "trainer": 60,
-        "plain-compile": 110,
-        "fractions": 65,
-        "variants": 190,
-        "others": 40,
+    page = (ROOT / "bench" / "README.md").read_text()
+    table = re.findall(r"^\| (`[a-z`, -]+`) \| ([\d, ]+) \|", page, re.MULTILINE)
+    stated = {
+        name: float(seconds)
+        for names, figures in table
+        for name, seconds in zip(re.findall(r"`([a-z-]+)`", names), figures.split(", "), strict=True)
     }
+    assert stated == found
     assert list(found)[:2] == ["machine", "build"] and list(found)[-1] == "others"
     assert [part.name for part in first_parts() if part.at_once > 1] == ["ops"], "what is timed runs alone"
 
@@ -118,8 +112,9 @@ def test_a_crashed_op_runs_on_another_backend_in_steps():
     assert options(child, "--kernels") == ["cuda", "rope_attention=triton"]
     (child,) = bare.adapted(findings(rope_attention__cuda="failed"))
     assert child.note == "rope_attention on triton: it crashed on cuda"
-    (child,) = bare.adapted(findings(rope_attention__triton="failed"))
-    assert options(child, "--kernels") == ["rope_attention=cuda"]
+    assert bare.adapted(findings(rope_attention__triton="failed")) == [bare], "auto takes CUDA's"
+    (child,) = bare.adapted(findings(rope_attention__triton="failed", rope_attention__cuda="skipped"))
+    assert options(child, "--kernels") == ["rope_attention=reference"]
     assert bare.adapted(findings(swiglu__cuda="failed")) == [bare], "auto does not take it"
     plain = step("plain-eager", 8)
     assert plain.adapted(findings(swiglu__triton="timeout")) == [plain]
@@ -151,11 +146,12 @@ def test_sampling_and_encoding_do_without_crashed_ops():
             {"swiglu__triton": "failed"},
             {"swiglu__triton": "failed", "rope_attention__cuda": "timeout"},
             {"adamw_ema___triton": "failed"},
-            {"rope_attention__cuda": "failed"},
+            {"rope_attention__triton": "failed"},
+            {"rope_attention__triton": "failed", "rope_attention__cuda": "skipped"},
         )
         for child in SAMPLING.adapted(findings(**verdicts))
     ]
-    assert [variants[-1] for variants in found] == ["auto", "cuda", "reference", "auto", "reference"]
+    assert [variants[-1] for variants in found] == ["auto", "cuda", "reference", "auto", "auto", "reference"]
     (child,) = ENCODE.adapted(findings(group_norm_silu__triton="failed"))
     assert options(child, "--variant") == ["reference", "reference-channels-last"]
     assert not options(ENCODE.adapted(findings())[0], "--variant")
@@ -226,8 +222,13 @@ HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager",
             "bare: out of memory|variants/bare-folded: timeout",
         ),
         (
-            [MACHINE, *HEADLINE, ended("others", "skipped", "no time: 1 s"), ended("gemms", "skipped", "no time: 0 s")],
-            "parts without time: .* --only others --only gemms",
+            [
+                MACHINE,
+                *HEADLINE,
+                ended("others", "skipped", "no time: 1 s are left for it, it takes 70 s"),
+                ended("gemms", "skipped", "no time: 0 s are left for it, it takes 25 s"),
+            ],
+            "parts without time: bash bench/gpu.sh OUT 3 --only others --only gemms",
         ),
         (
             [MACHINE, *HEADLINE, op_row("swiglu", "triton", 0.5), op_row("vf_loss", "triton", 0.9)],

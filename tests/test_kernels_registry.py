@@ -233,13 +233,13 @@ def test_auto_gives_calls_that_its_choice_cannot_serve_to_other_kernels_and_neve
     def limit(power: int) -> str:
         return f", unsupported=lambda x, *, power=1: ['power above {power}'] if power > {power} else []"
 
-    op = plant(
-        folder,
-        "planted_others",
-        reference=backend_file("reference", 1),
-        triton_impl=backend_file("triton", 2, limit(5)),
-        cuda_impl=backend_file("cuda", 3, limit(3)),
-    )
+    saved = ", torch_ops=('aten::{}',)"
+    files = {
+        "reference": backend_file("reference", 1),
+        "triton_impl": backend_file("triton", 2, limit(5) + saved.format("mul")),
+        "cuda_impl": backend_file("cuda", 3, limit(3) + saved.format("add")),
+    }
+    op = replace(plant(folder, "planted_others", **files), save_when_checkpointing=True)
     ops = registry.choose({"scale": op}, "auto", {})
     reason = "first choice; triton for calls that it cannot serve"
     assert ops.table() == {"scale": {"backend": "cuda", "reason": reason}}
@@ -247,10 +247,14 @@ def test_auto_gives_calls_that_its_choice_cannot_serve_to_other_kernels_and_neve
         compiled = torch.compile(bundle.scale, fullgraph=True, backend="eager")
         for function in (bundle.scale, compiled):
             assert [float(function(torch.ones(1), power=power)) for power in (3, 4)] == [3**3, 2**4]
-        with pytest.raises(BackendUnavailable, match="scale: backend 'cuda' cannot serve: power above 3"):
+        with pytest.raises(BackendUnavailable, match="'cuda' cannot serve: power above 3; nor triton: power above 5"):
             bundle.scale(torch.ones(1), power=6)
+        assert [operator.name() for operator in bundle.saved_operators()] == ["aten::add", "aten::mul"]
     with pytest.raises(BackendUnavailable, match="power above 3"):
         registry.choose({"scale": op}, "cuda", {}).scale(torch.ones(1), power=4)
+    for name, more in (("emulated", ", emulated=True"), ("absent", ", unavailable=lambda: ['no device']")):
+        other = plant(folder, f"planted_others_{name}", **files | {"triton_impl": backend_file("triton", 2, more)})
+        assert registry.choose({"scale": other}, "auto", {}).table()["scale"]["reason"] == "first choice"
 
 
 def test_a_backend_is_frozen():

@@ -58,9 +58,9 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
 
 
 def first_parts() -> tuple[Part, ...]:
-    """What these took on an H200 with 16 cores and the extension built: eight minutes as far as the fractions.
+    """Eight minutes, as an H200 with 16 cores took them, go as far as the fractions where the extension is built.
 
-    The rest, another four minutes, is for a longer run, or one of its own: `--only variants --only others`.
+    The last two, estimated, are for a longer run, or one of their own: `--only variants --only others`.
     """
     existing = backends()
     graph_passes = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")

@@ -10,7 +10,7 @@ MODEL = "LightningDiT-XL/1"
 #: Ops of a training step; the others belong to graphs and to the tokenizer.
 STEP_OPS = ("rope_attention", "adaln_rms_norm", "gated_residual_adaln_rms_norm", "swiglu", "adamw_ema_")
 SAMPLED_OPS = STEP_OPS[:-1]
-#: What "auto" takes for an op where it is not Triton: by its order in `kernels`, the first that can run here.
+#: Backends in the order of "auto", of ops whose first is not Triton; as in `kernels`.
 AUTO = {"rope_attention": ("cuda", "triton")}
 #: Backend → its file in an op's folder, as in `kernels.registry.FILES`.
 FILES = {"triton": "triton_impl.py", "cuda": "cuda_impl.py", "library": "library_impl.py"}
@@ -21,11 +21,6 @@ def backends() -> dict[str, tuple[str, ...]]:
     folders = {folder.parent.name: folder.parent for folder in (ROOT / "kernels").glob("*/reference.py")}
     names = [name for name in STEP_OPS if name in folders] + sorted(folders.keys() - set(STEP_OPS))
     return {name: tuple(b for b, file in FILES.items() if (folders[name] / file).exists()) for name in names}
-
-
-def taken(op: str, backend: str) -> tuple[str, ...]:
-    """The backends of which one runs, where `backend` or "auto" is asked for."""
-    return AUTO.get(op, ("triton",)) if backend == "auto" else (backend,)
 
 
 class Findings:
@@ -44,10 +39,21 @@ class Findings:
         """Whether nothing is known against it."""
         return self._verdicts.get((op, backend), OK) in (OK, SKIPPED)
 
+    def absent(self, op: str, backend: str) -> bool:
+        """Whether its check was skipped: it cannot run here."""
+        return self._verdicts.get((op, backend)) == SKIPPED
+
+    def taken(self, op: str, backend: str) -> str:
+        """The backend that runs where this one, or "auto", is asked for."""
+        if backend != "auto":
+            return backend
+        order = AUTO.get(op, ("triton",))
+        return next((name for name in order if not self.absent(op, name)), order[-1])
+
     def fallback(self, op: str, backend: str) -> str:
-        """The first other backend of the op that has not crashed."""
-        others = [name for name in backends()[op] if name != backend and not self.crashed(op, name)]
-        return (others or ["reference"])[0]
+        """The first other backend of the op that can run here and has not crashed."""
+        others = (name for name in backends()[op] if name != backend)
+        return next((name for name in others if not (self.crashed(op, name) or self.absent(op, name))), "reference")
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ class Step(Task):
             return [self]
         if lost := [op for op in self.graph_passes if findings.crashed(op, "triton")]:
             return [replace(self, skip=f"{' and '.join(lost)} crashed on triton")]
-        crashed = {op: name for op in STEP_OPS for name in taken(op, self.backend) if findings.crashed(op, name)}
+        running = {op: findings.taken(op, self.backend) for op in STEP_OPS}
+        crashed = {op: name for op, name in running.items() if findings.crashed(op, name)}
         if not crashed:
             return [self]
         named = {op: findings.fallback(op, name) for op, name in crashed.items()}
@@ -158,7 +165,8 @@ class Sampling(Task):
         """Beside the plain model one variant whose ops have not crashed."""
 
         def sound(variant: str) -> bool:
-            return not any(findings.crashed(op, name) for op in SAMPLED_OPS for name in taken(op, variant))
+            running = ((op, findings.taken(op, variant)) for op in SAMPLED_OPS)
+            return not any(findings.crashed(*pair) or findings.absent(*pair) for pair in running)
 
         variant = next(filter(sound, ("auto", "cuda")), "reference")
         note = "" if variant == "auto" else f"with the ops of {variant}, as some of auto crashed"

@@ -40,5 +40,5 @@ def check(x: torch.Tensor, weight: torch.Tensor, *, bias: torch.Tensor | None = 
 
 
 NAME = "linear_swiglu"
-# The library's product and `swiglu` behind it, until a measurement on a GPU shows that one kernel for both is faster.
+# On an H200 the library's product and `swiglu` behind it take 0.84 of the time (rows of XL in bench/results).
 OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -47,5 +47,5 @@ def check(
 
 
 NAME = "swiglu_linear_grad"
-# The library's product and the gradient of `swiglu` behind it, until a GPU shows that one kernel for both is faster.
+# On an H200 the library's product and the gradient of `swiglu` take 0.63 of the time (rows of XL in bench/results).
 OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -47,5 +47,5 @@ def tokens(tensor: torch.Tensor) -> int:
 
 
 NAME = "weight_gradients"
-# The library's own products until a measurement on a GPU shows that one launch for all of them is faster.
+# The library's own products until a whole step shows that one launch is faster: alone it is, 1.04 × on an H200.
 OP = Op(NAME, check, order=("reference",), graph_pass=True)

@@ -45,7 +45,7 @@ class Variant:
     """One way to train, or one network that is run.
 
     Attributes:
-        ops: as `kernels.select` takes it; "cuda" only for those that have CUDA kernels.
+        ops: as `kernels.select` takes it; "triton" and "cuda" for the ops that have such kernels.
         graph_pass: ops that take the place of nodes of the compiled graph, on Triton.
         mode: of `kernels.compile.modes`.
         residual: dtype of the residual stream.
@@ -54,7 +54,7 @@ class Variant:
         batch: images at once.
     """
 
-    ops: str = "auto"
+    ops: str = "triton"
     graph_pass: tuple[str, ...] = ()
     mode: str = "inductor"
     residual: torch.dtype = torch.float32
@@ -63,9 +63,10 @@ class Variant:
     batch: int = 128
 
     def select(self) -> Ops:
-        cuda = [name for name, op in kernels.OPS.items() if "cuda" in op.backends] if self.ops == "cuda" else []
-        default = "auto" if self.ops == "cuda" else self.ops
-        return kernels.select(default, **dict.fromkeys(cuda, "cuda"), **dict.fromkeys(self.graph_pass, "triton"))
+        if self.ops not in ("triton", "cuda"):
+            return kernels.select(self.ops)
+        named = [name for name, op in kernels.OPS.items() if self.ops in op.backends and not op.graph_pass]
+        return kernels.select("auto", **dict.fromkeys(named, self.ops), **dict.fromkeys(self.graph_pass, "triton"))
 
 
 VARIANTS = {
