@@ -264,8 +264,8 @@ def test_a_compiler_without_an_end_is_seen():
         depth: report("triton", "--depth", str(depth), "--plant", "no_lowerings")["cpu_seconds"] for depth in (2, 5)
     }
     assert seconds[5] > 2.5 * seconds[2]
-    with pytest.raises(AssertionError, match="had not ended after 3 s"):
-        fake_gpu.run("tests.fake_gpu.step", "triton", "--plant", "no_lowerings", timeout=3)
+    with pytest.raises(AssertionError, match="had not ended after 1 s"):
+        fake_gpu.run("tests.fake_gpu.step", "triton", timeout=1)
 
 
 def test_every_mistake_is_planted():

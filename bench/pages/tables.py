@@ -90,7 +90,9 @@ def log(gpu: Measured) -> str:
 
 def ceilings(gpu: Measured) -> str:
     columns = {"ceiling": "{ceiling}", "measured": "{rate:.2f} {unit}", **SPREAD, "data sheet": "{sheet:g} {unit}"}
-    return row_table(gpu.of("ceiling"), columns | {"source": lambda row: row["source"] or ""})
+    return row_table(
+        gpu.of("ceiling"), columns | {"source": lambda row: row["source"] or "", "": lambda row: row.get("note", "")}
+    )
 
 
 def every_op(gpu: Measured) -> str:
