@@ -316,16 +316,16 @@ def choose(ops: Mapping[str, Op], backend: str, per_op: Mapping[str, str]) -> Op
         if ops[name].graph_pass and value != "auto" and (reasons := ops[name].reasons(value)):
             raise BackendUnavailable(name, value, reasons)
     chosen: dict[str, tuple[str, ...]] = {}
-    reasons: dict[str, str] = {}
+    why: dict[str, str] = {}
     for name, op in ops.items():
         value = per_op.get(name, backend)
         if value == "auto":
-            chosen[name], reasons[name] = op.auto()
+            chosen[name], why[name] = op.auto()
         elif name not in per_op and value not in op.backends and LIBRARY in op.backends:
-            chosen[name], reasons[name] = (LIBRARY,), f"this op has no {value} backend"
+            chosen[name], why[name] = (LIBRARY,), f"this op has no {value} backend"
         else:
             chosen[name] = (value,)
-    bundle = Ops(dict(ops), chosen, reasons)
+    bundle = Ops(dict(ops), chosen, why)
     if "auto" in (backend, *per_op.values()):
         _log_once(bundle.table())
     return bundle

@@ -284,7 +284,7 @@ def test_the_page_of_a_gpu(tmp_path):
     assert len(every) == 4
     for line in (
         "| 2026-01-01T00:00:00+00:00 | 0123456789ab | 2.11.0 | 3.6.0 | 13.0 | 580.1 | the first \\| rows |",
-        "| copy | 4.20 TB/s | 0.2 % | 4.8 TB/s | a data sheet |",
+        "| copy | 4.20 TB/s | 0.2 % | 4.8 TB/s | a data sheet |  |",
         "| LightningDiT-XL/1 | 128 | trainer | 640 (±0.5 %) | 60.0 % | 50.0 % | 3.50 |  | 40.0 GB | 4.4 h |  |",
         "| `nvjet` | gemm | 336 | 125.00 |",
         "| swiglu | XL | bfloat16 | forward | triton | 27.0 | 1.0 % | 89.0 % memory | 3.70 TB/s | 5.50 | 1.50 "
