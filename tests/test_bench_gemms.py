@@ -10,23 +10,12 @@ from bench.gemms import LIBRARIES, GemmComparison, GemmJob, Product, means, prod
 from bench.measure import timing
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
+from bench.triage.rehearsal import TINY
 from bench.workloads.published import published_config
-from lightningdit.config import ModelConfig
 from lightningdit.cost import flops_per_image
 from lightningdit.model import LightningDiT
 
-TINY = ModelConfig(
-    input_size=4,
-    patch_size=1,
-    in_channels=4,
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    num_classes=5,
-    use_swiglu=True,
-    use_rope=True,
-    use_rmsnorm=True,
-)
+SMALL = TINY.model_copy(update={"depth": 1})
 
 
 @pytest.fixture
@@ -40,9 +29,9 @@ def test_the_products_are_those_of_a_block():
     """Shapes by the network's own layers, results by autograd."""
     from kernels import select
 
-    block = LightningDiT(TINY, select("reference")).blocks[0]
+    block = LightningDiT(SMALL, select("reference")).blocks[0]
     layers = {"qkv": block.attn.qkv, "proj": block.attn.proj, "w12": block.mlp.w12, "w3": block.mlp.w3}
-    found = {(p.layer, p.direction): p for p in products(TINY, 2)}
+    found = {(p.layer, p.direction): p for p in products(SMALL, 2)}
     assert len(found) == 12
     for name, layer in layers.items():
         x = torch.randn(2 * 16, layer.in_features, requires_grad=True)

@@ -14,27 +14,16 @@ from bench import ops, step
 from bench.baselines import Adapter, Provider
 from bench.measure import ceilings, timing
 from bench.measure.ceilings import Ceilings
+from bench.triage.rehearsal import TINY
 from bench.workloads import providers
 from bench.workloads.variants import TrainingVariant
 from kernels.backends import device
 from kernels.backends.device import cuda_reasons
 from kernels.testing.tolerance import reference
-from lightningdit.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 SWIGLU = kernels.OPS["swiglu"]
-TINY = ModelConfig(
-    input_size=4,
-    patch_size=1,
-    in_channels=4,
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    num_classes=5,
-    use_swiglu=True,
-    use_rope=True,
-    use_rmsnorm=True,
-)
+SMALL = TINY.model_copy(update={"depth": 1})
 
 
 class HostEvent:
@@ -100,7 +89,7 @@ def speed(tmp_path, monkeypatch):
         TrainingVariant("bare", "bare", kernels="reference", compile="none"),
         TrainingVariant("bare-lost", "bare", kernels="no such backend"),
     )
-    monkeypatch.setattr(step, "jobs", lambda *_: iter([step.StepJob("tiny", TINY, 2, variants)]))
+    monkeypatch.setattr(step, "jobs", lambda *_: iter([step.StepJob("tiny", SMALL, 2, variants)]))
 
     def run(*select: str):
         out = tmp_path / "out.json"

@@ -16,6 +16,7 @@ from bench.measure.breakdown import Interval, breakdown, kind_of, longest
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
 from bench.step import StepComparison, StepJob, jobs, wrong_losses
+from bench.triage.rehearsal import TINY
 from bench.workloads import backends
 from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.training import (
@@ -31,25 +32,12 @@ from bench.workloads.training import (
 )
 from bench.workloads.variants import TRAINING, TrainingVariant
 from kernels import OPS, select
-from lightningdit.config import ModelConfig
 from lightningdit.model import LightningDiT
 from tests.golden import close, close_grads
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 
 ROOT = Path(__file__).parents[1]
-TINY = ModelConfig(
-    input_size=4,
-    patch_size=1,
-    in_channels=4,
-    hidden_size=16,
-    depth=2,
-    num_heads=2,
-    num_classes=5,
-    use_swiglu=True,
-    use_rope=True,
-    use_rmsnorm=True,
-)
 BARE = TrainingVariant("bare", "bare", kernels="reference", compile="none")
 PLAIN = TrainingVariant("plain-eager", "plain", compile="none")
 
