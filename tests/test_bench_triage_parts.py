@@ -225,8 +225,8 @@ HEADLINE = [step_row(name, 150.0) for name in ("trainer", "bare", "plain-eager",
             [
                 MACHINE,
                 *HEADLINE,
-                ended("others", "skipped", "no time: 1 s are left for it, it takes 70 s"),
-                ended("gemms", "skipped", "no time: 0 s are left for it, it takes 25 s"),
+                ended("others", "skipped", "no time: 1 s") | {"share": 70.0},
+                ended("gemms", "skipped", "no time: 0 s") | {"share": 25.0},
             ],
             "parts without time: bash bench/gpu.sh OUT 3 --only others --only gemms",
         ),
@@ -268,7 +268,7 @@ def test_the_summary_shows_every_kind_of_row():
         op_row("swiglu", "eager", 0.1),
         op_row("vf_loss", "cuda", 0.3),
         row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
-        ended("others", "skipped", "no time: 1 s are left", "sampling"),
+        ended("others", "skipped", "no time: 1 s are left", "sampling") | {"share": 20.0},
     ]
     text = summary.text(rows)
     assert text.startswith(f"{FACTS['gpu']}, driver 580, torch 2.11.0") and "not installed: timm" in text

@@ -208,6 +208,7 @@ class Triage:
             "verdict": verdict,
             "reason": reason[:REASON_LENGTH],
             "note": task.note,
+            "share": part.share,
             "seconds": 0.0,
             "exit_status": None,
             "log": [],

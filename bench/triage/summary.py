@@ -1,6 +1,5 @@
 """summary.txt of a triage: correctness of ops, speed, failures, and the next thing to do."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 
@@ -12,8 +11,6 @@ from bench.triage.verdicts import CUT_SHORT, OK, SKIPPED, WRONG, bad, outcomes
 HEADLINE = ("trainer", "bare", "plain-eager", "plain-compile")
 RIGHT = {OK: "right", SKIPPED: "not checked"}
 AGAIN = "bash bench/gpu.sh OUT 3"
-#: The reason of a task that was skipped for want of time, as the coordinator words it, with the seconds it takes.
-NO_TIME = re.compile(r"no time: .*it takes (\d+) s")
 #: Seconds for ceilings before parts that read them, and for the end.
 START_AND_END = 30
 
@@ -73,9 +70,9 @@ def next_step(rows: Sequence[Row]) -> str:
             return f"{name}: {failed[-1]['verdict']}, {failed[-1]['reason'][:200]}; then {AGAIN} --only {name}"
     if failed := [row for row in by_label.values() if bad(row["verdict"])]:
         return f"{_label(failed[0])}: {failed[0]['verdict']}, {failed[0]['reason'][:200]}"
-    if skipped := [(row["part"], int(t[1])) for row in by_label.values() if (t := NO_TIME.match(row["reason"]))]:
-        minutes = ceil((sum(seconds for _, seconds in skipped) + START_AND_END) / 60)
-        only = "".join(f" --only {part}" for part in dict.fromkeys(part for part, _ in skipped))
+    if skipped := [row for row in by_label.values() if row["reason"].startswith("no time")]:
+        minutes = ceil((sum(row["share"] for row in skipped) + START_AND_END) / 60)
+        only = "".join(f" --only {part}" for part in dict.fromkeys(row["part"] for row in skipped))
         return f"parts without time: bash bench/gpu.sh OUT {minutes}{only}"
     if (row := slowest(rows)) is not None:
         if looked := looked_at("ncu/", f"{row['op']} {row['provider']} {row['direction']}"):
