@@ -99,6 +99,14 @@ def link_without_overwrite(source: Path, path: Path) -> None:
             raise write_error(path, e) from None
 
 
+def replace_file(source: Path, path: Path) -> None:
+    """Give a finished file the name `path` instead of its own, and of whatever has it; raises WriteError."""
+    try:
+        os.replace(source, path)
+    except OSError as e:
+        raise write_error(path, e) from None
+
+
 def write_error(path: Path | str, error: OSError) -> WriteError:
     """The WriteError for a write to `path` that failed with `error`."""
     return WriteError(f"cannot write {path}: {error.strerror or error}")

@@ -265,6 +265,16 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path, there):
     assert (tmp_path / "folder/file").read_text() == "new"
 
 
+def test_a_finished_file_takes_the_name_of_another(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    files.replace_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "a" and not (tmp_path / "a").exists()
+    with pytest.raises(WriteError, match="absent/x: "):
+        files.replace_file(tmp_path / "c", tmp_path / "absent/x")
+    assert (tmp_path / "c").read_text() == "c"
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_a_new_name_is_never_that_of_another_file(tmp_path, monkeypatch, links):
     """Also on a file system without hard links."""
