@@ -1,6 +1,7 @@
 """Crops against the recorded ones, the image folder as a pure function of (seed, epoch, index), and broken folders."""
 
 import logging
+import multiprocessing
 import pickle
 import re
 
@@ -13,7 +14,8 @@ from torchvision.transforms import functional as TF
 
 from tests.golden import G, J, close
 from vavae.config import DataConfig
-from vavae.data import ImageFolder, UnreadableImage
+from vavae.data import ImageDataset
+from vavae.image_files import UnreadableImage
 from vavae.images import center_crop, psnr, published_eval_crop, resize_short_side, to_float, to_uint8
 
 
@@ -45,7 +47,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def everything(data: ImageFolder, epoch: int = 0) -> dict[str, torch.Tensor]:
+def opened(folder, size: int, *, seed: int, **fields) -> ImageDataset:
+    section = {"decoder": "pil", "max_unreadable": 1.0} | fields
+    return ImageDataset(DataConfig(data_path=str(folder), image_size=size, **section), seed)
+
+
+def paths_of(data: ImageDataset) -> tuple[str, ...]:
+    return tuple(data.source.entry(index).rpartition(" ")[0] for index in range(len(data)))
+
+
+def everything(data: ImageDataset, epoch: int = 0) -> dict[str, torch.Tensor]:
     return data.batch(torch.full((len(data),), epoch), torch.arange(len(data)))
 
 
@@ -86,15 +97,15 @@ def test_short_side_is_scaled_as_torchvision_does(size):
 
 
 def test_classes_are_sorted_folders_and_paths_are_sorted(folder):
-    data = ImageFolder(folder, 16, seed=0)
+    data = opened(folder, 16, seed=0)
     assert data.classes == ("a", "b")
-    assert data.paths == ("a/10.png", "a/2.bmp", "a/clear.webp", "a/grey.png", "b/deep/y.PNG", "b/x.png")
+    assert paths_of(data) == ("a/10.png", "a/2.bmp", "a/clear.webp", "a/grey.png", "b/deep/y.PNG", "b/x.png")
     assert data.labels.tolist() == [0, 0, 0, 0, 1, 1] and len(data) == 6
 
 
 @pytest.mark.parametrize("crop", ["random", "center", "published_eval"])
 def test_batches_hold_float_squares_and_labels(folder, crop):
-    data = ImageFolder(folder, 16, seed=0, crop=crop)
+    data = opened(folder, 16, seed=0, crop=crop)
     batch = data.batch(torch.tensor([0, 3, 0]), torch.tensor([5, 0, 3]))
     assert set(batch) == {"image", "y"}
     assert batch["image"].shape == (3, 3, 16, 16) and batch["image"].dtype == torch.float32
@@ -103,13 +114,13 @@ def test_batches_hold_float_squares_and_labels(folder, crop):
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
-    data = ImageFolder(folder, 16, seed=0)
+    data = opened(folder, 16, seed=0)
     whole = everything(data)["image"]
     assert torch.equal(data.batch(torch.zeros(2, dtype=torch.int64), torch.tensor([4, 0]))["image"], whole[[4, 0]])
     assert torch.equal(everything(pickle.loads(pickle.dumps(data)))["image"], whole)
-    assert torch.equal(everything(ImageFolder(folder, 16, seed=0, cache=True))["image"], whole)
+    assert torch.equal(everything(opened(folder, 16, seed=0, cache=True))["image"], whole)
     assert not torch.equal(everything(data, epoch=1)["image"], whole)
-    assert not torch.equal(everything(ImageFolder(folder, 16, seed=1))["image"], whole)
+    assert not torch.equal(everything(opened(folder, 16, seed=1))["image"], whole)
 
 
 @pytest.mark.parametrize("long_side", ["columns", "rows"])
@@ -120,7 +131,7 @@ def test_random_crops_are_cut_from_the_scaled_image_everywhere(tmp_path, long_si
         (8, 40, 3) if long_side == "columns" else (40, 8, 3),
     )
     save(tmp_path / "a/long.png", pixels)
-    data = ImageFolder(tmp_path, 8, seed=0)
+    data = opened(tmp_path, 8, seed=0)
     crops = torch.stack([to_uint8(everything(data, epoch)["image"])[0, 0] for epoch in range(1000)]).long()
     along = crops if long_side == "columns" else crops.transpose(1, 2)
     first = along[:, :1, :1]
@@ -145,7 +156,7 @@ def test_a_thin_image_takes_memory_by_its_crop_not_by_its_length(tmp_path, monke
     pixels = np.empty((size[1], size[0], 3), np.uint8)
     pixels[:] = ramp[None, :, None] if size[0] > size[1] else ramp[:, None, None]
     save(tmp_path / "a/thin.png", pixels)
-    image = everything(ImageFolder(tmp_path, 64, seed=0, crop=crop))["image"]
+    image = everything(opened(tmp_path, 64, seed=0, crop=crop))["image"]
     assert image.shape == (1, 3, 64, 64) and made and all(max(to) <= 32 * 64 for to in made)
     assert abs(to_uint8(image).float().mean() - 127) < 15  # of the middle
 
@@ -158,15 +169,37 @@ def test_only_what_is_beyond_the_limit_is_cut(size):
 
 
 def test_center_crop_of_the_folder_is_adms(folder):
-    data = ImageFolder(folder, 16, seed=0, crop="center")
+    data = opened(folder, 16, seed=0, crop="center")
     want = to_float(np.asarray(center_crop(Image.open(folder / "b/x.png").convert("RGB"), 16)))
     assert torch.equal(everything(data, epoch=7)["image"][5], want)
 
 
 def test_section_of_a_run_makes_the_folder(folder):
     section = DataConfig(data_path=str(folder), image_size=16, crop="center", num_classes=2)
-    data = ImageFolder.from_config(section, seed=0)
-    assert torch.equal(everything(data)["image"], everything(ImageFolder(folder, 16, seed=5, crop="center"))["image"])
+    data = ImageDataset(section, seed=0)
+    assert torch.equal(everything(data)["image"], everything(opened(folder, 16, seed=5, crop="center"))["image"])
+
+
+@pytest.mark.parametrize("crop", ["random", "published_eval"])
+def test_half_of_the_images_are_mirrored_where_asked(folder, crop):
+    plain, mirrored = (opened(folder, 16, seed=0, crop=crop, flip=flip) for flip in (False, True))
+    flips = torch.zeros(len(plain))
+    for epoch in range(40):
+        x, y = everything(plain, epoch)["image"], everything(mirrored, epoch)["image"]
+        same, turned = ((x == z).flatten(1).all(1) for z in (y, y.flip(-1)))
+        assert (same ^ turned).all()
+        flips += turned
+        assert torch.equal(everything(mirrored, epoch)["image"], y)
+    assert abs(flips.sum() - 120) < 40  # of 240: five standard deviations
+    assert flips.min() > 0 and flips.max() < 40
+
+
+def test_images_that_pillow_decodes_for_another_are_counted(folder):
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "b/z.jpg")
+    batch = everything(opened(folder, 16, seed=0, decoder="torchvision", crop="center", num_workers=2))
+    assert batch["by_pillow"].tolist() == [1, 1, 1, 1, 1, 1, 0]
+    want = everything(opened(folder, 16, seed=0, crop="center"))
+    assert "by_pillow" not in want and torch.equal(batch["image"], want["image"])
 
 
 # Broken folders
@@ -180,39 +213,68 @@ def break_file(path) -> None:
 def test_a_broken_image_is_an_error_that_names_it(folder, cache):
     break_file(folder / "b/deep/y.PNG")
     with pytest.raises(UnreadableImage, match=r"b/deep/y\.PNG"):
-        everything(ImageFolder(folder, 16, seed=0, cache=cache))
+        everything(opened(folder, 16, seed=0, cache=cache))
 
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_broken_image_is_skipped_and_counted_where_allowed(folder, caplog, cache):
-    whole = everything(ImageFolder(folder, 16, seed=0, crop="center"))["image"]
+    whole = everything(opened(folder, 16, seed=0, crop="center"))["image"]
     break_file(folder / "a/grey.png")
     (folder / "b/x.png").write_text("not an image at all")
     with caplog.at_level(logging.WARNING):
-        data = ImageFolder(folder, 16, seed=0, crop="center", on_unreadable="skip", cache=cache)
+        data = opened(folder, 16, seed=0, crop="center", on_unreadable="skip", cache=cache)
         batch = everything(data)
         everything(data)
     # The next readable one stands in, with its own label; the last goes round to the first.
     assert torch.equal(batch["image"], whole[[0, 1, 2, 4, 4, 0]])
     assert batch["y"].tolist() == [0, 0, 0, 1, 1, 0]
     assert batch["unreadable"].tolist() == [0, 0, 0, 1, 0, 1]
-    assert set(data.unreadable) == {"a/grey.png", "b/x.png"}
+    assert [paths_of(data)[index] for index in data.unreadable.indices] == ["a/grey.png", "b/x.png"]
     assert sum("grey.png" in message for message in caplog.messages) == 1
+
+
+def test_more_than_a_share_of_broken_images_stops(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        save(tmp_path / f"a/{number:02}.png", rng.integers(0, 256, (16, 16, 3)))
+    for number in (3, 20, 21):
+        break_file(tmp_path / f"a/{number:02}.png")
+    everything(opened(tmp_path, 16, seed=0, on_unreadable="skip", max_unreadable=3 / 40))
+    data = opened(tmp_path, 16, seed=0, on_unreadable="skip", max_unreadable=2 / 40)
+    words = r"3 of the 22 images read so far of .* are unreadable, more than data.max_unreadable 0.05 allows; the last"
+    with pytest.raises(UnreadableImage, match=words + r" one: cannot read image .*a/21\.png"):
+        for index in range(40):  # one after another, as loader processes come to them
+            data.batch(torch.zeros(1, dtype=torch.int64), torch.tensor([index]))
+    # Of a large set the first few say nothing of the whole.
+    monkeypatch.setattr("vavae.unreadable.LEAST_READ", 10)
+    data = opened(tmp_path, 16, seed=0, on_unreadable="skip", max_unreadable=0.2)
+    data.batch(torch.zeros(5, dtype=torch.int64), torch.arange(5))
+    with pytest.raises(UnreadableImage, match="3 of the 7 images"):
+        data.batch(torch.zeros(1, dtype=torch.int64), torch.tensor([20]))
+
+
+def test_loader_processes_know_of_what_others_found_broken(folder):
+    break_file(folder / "a/grey.png")
+    data = opened(folder, 16, seed=0, on_unreadable="skip")
+    child = multiprocessing.get_context("fork").Process(target=everything, args=(data,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and data.unreadable.indices == [3]
 
 
 def test_a_folder_of_broken_images_is_an_error_even_where_skipping(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(b"broken")
     with pytest.raises(UnreadableImage, match="none of the 1 images"):
-        everything(ImageFolder(tmp_path, 16, seed=0, on_unreadable="skip"))
+        everything(opened(tmp_path, 16, seed=0, on_unreadable="skip"))
 
 
 def test_what_a_copy_left_empty_is_refused_at_the_start_or_left_out(folder):
     for name in ("b/x.png", "a/2.bmp"):
         (folder / name).write_bytes(b"")
     with pytest.raises(UnreadableImage, match=r"2 image files are empty below .*: a/2\.bmp, b/x\.png"):
-        ImageFolder(folder, 16, seed=0)
-    assert ImageFolder(folder, 16, seed=0, on_unreadable="skip").paths == (
+        opened(folder, 16, seed=0)
+    assert opened(folder, 16, seed=0, on_unreadable="skip").source.paths == (
         "a/10.png",
         "a/clear.webp",
         "a/grey.png",
@@ -223,8 +285,8 @@ def test_what_a_copy_left_empty_is_refused_at_the_start_or_left_out(folder):
 def said(folder, caplog, **options) -> str:
     caplog.clear()
     with caplog.at_level(logging.INFO, "vavae"):
-        ImageFolder(folder, 16, seed=0, **options)
-    (record,) = caplog.records
+        opened(folder, 16, seed=0, **options)
+    record, _ = caplog.records  # and what decodes them
     assert record.levelno == logging.INFO  # the main process says it, once
     return record.getMessage()
 
@@ -270,12 +332,12 @@ def test_images_behind_links_are_read_and_said(folder, caplog):
 
 def test_wrong_folders_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"data.num_classes is 3, but .* has 2 class folders: a, b"):
-        ImageFolder(folder, 16, seed=0, num_classes=3)
+        opened(folder, 16, seed=0, num_classes=3)
     with pytest.raises(ValueError, match="nowhere does not exist"):
-        ImageFolder(tmp_path / "nowhere", 16, seed=0)
+        opened(tmp_path / "nowhere", 16, seed=0)
     with pytest.raises(ValueError, match=r"has no sub-folders.*left out: 1 × beside the class folders \(y\.PNG\)"):
-        ImageFolder(folder / "b/deep", 16, seed=0)
+        opened(folder / "b/deep", 16, seed=0)
     (folder / "c").mkdir()
     (folder / "c/1.gif").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"/c holds no images .*1 × \.gif \(c/1\.gif\)"):
-        ImageFolder(folder, 16, seed=0)
+        opened(folder, 16, seed=0)

@@ -12,7 +12,7 @@ from common.tensors import WeightsError, write_tensors
 from tests.golden import G, J, close
 from vavae.config import AutoencoderConfig, DataConfig, FoundationConfig, LossConfig, StageConfig
 from vavae.cost import training_cost
-from vavae.data import ImageFolder
+from vavae.data import ImageDataset
 from vavae.foundation import FoundationModel
 from vavae.images import psnr, to_uint8
 from vavae.task import VavaeTask, build_networks
@@ -45,7 +45,7 @@ def foundation(root, **fields) -> FoundationConfig:
 
 
 def make(files, *, model=TINY, stages=(), seed=0, data=None, **loss) -> VavaeTask:
-    data = DataConfig(data_path=str(files / "images"), image_size=16, **(data or {}))
+    data = DataConfig(data_path=str(files / "images"), image_size=16, **({"decoder": "pil"} | (data or {})))
     return VavaeTask(
         model=model,
         foundation=foundation(files),
@@ -266,7 +266,10 @@ def test_skipped_images_are_counted_in_the_log(files, tmp_path):
         Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(tmp_path / f"a/{index}.png")
     (tmp_path / "a/2.png").write_bytes(b"broken")
     task = make(files)
-    task.batches = ImageFolder(tmp_path, 16, seed=0, on_unreadable="skip")
+    task.batches = ImageDataset(
+        DataConfig(data_path=str(tmp_path), image_size=16, decoder="pil", on_unreadable="skip", max_unreadable=0.5),
+        seed=0,
+    )
     skipped = step_once(task, 1)[0]["unreadable"]
     assert skipped == 1 and not skipped.is_floating_point()  # a count, to be added up and not averaged
 

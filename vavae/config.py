@@ -5,7 +5,7 @@ Values are checked on construction; nothing here touches a file or a device. The
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -228,27 +228,68 @@ def loss_at(loss: LossConfig, stages: Iterable[StageConfig], epoch: float) -> Lo
 
 
 class DataConfig(Section):
-    """A folder of images, one sub-folder a class.
+    """Images with labels, and how they become batches.
 
     Fields:
-        data_path: null where a file is read for its weights alone.
+        data_path: a folder with a sub-folder for each class, ImageNet as it is unpacked, WebDataset tars (a pattern
+            such as `train-{000..137}.tar`, or a folder of them), or a list of files (`.txt`, `.tsv`: path, tab, label
+            a line); see `vavae.sources`. Null where a file is read for its weights alone.
+        class_file: names of the classes, one a line, in the order of their labels; null sorts names as text.
+        labels_file: labels of ImageNet's flat validation folder (of `valid_path` where both paths are given); null
+            looks for them beside it.
+        num_classes: required number of classes; null accepts any.
+        decoder: `pil` gives the published pixels; `torchvision` and `dali` read JPEG files faster, on the device that
+            trains; `auto` chooses and says why (`vavae.decoders`). A file without the key under `preset: paper` means
+            `pil`.
+        exif_rotation: turn photographs as the camera was held. A file without the key under `preset: paper` means
+            false.
         crop: `random` resizes the short side to `image_size` and crops anywhere; `center` is ADM's centre crop;
             `published_eval` is the crop under which the published tokenizers were evaluated.
-        num_classes: required number of sub-folders; null accepts any.
+        flip: mirror half of the training images.
         on_unreadable: `error` stops at a broken file and names it; `skip` takes the next readable image and counts it.
+        max_unreadable: where files are skipped: stop once more than this share of those read so far (of at least
+            10,000, or of all) is broken.
         cache: keep all decoded images in memory (small sets).
         num_images: assumed by a dry run where there is no data to count.
     """
 
     data_path: PathText | None = None
     valid_path: PathText | None = None
+    class_file: PathText | None = None
+    labels_file: PathText | None = None
     image_size: Size = 256
     num_workers: SmallCountFrom0 = 8
     num_classes: Count | None = None
+    decoder: Literal["auto", "dali", "torchvision", "pil"] = "auto"
+    exif_rotation: bool = True
     crop: Literal["random", "center", "published_eval"] = "random"
+    flip: bool = False
     on_unreadable: Literal["error", "skip"] = "error"
+    max_unreadable: Annotated[Float, Field(ge=0, le=1)] = 0.05
     cache: bool = False
     num_images: Count = 1_281_167
+
+    @model_validator(mode="after")
+    def _decoder_serves(self) -> Self:
+        if self.decoder in ("dali", "torchvision"):
+            if self.crop == "published_eval":
+                raise ValueError(
+                    f"decoder is {self.decoder}, but crop published_eval is Pillow's alone: use pil or auto"
+                )
+            if self.cache:
+                raise ValueError(f"decoder is {self.decoder}, but cache keeps what Pillow scaled: use pil or auto")
+        return self
+
+    def as_published(self) -> "DataConfig":
+        """The section as `preset: paper` means it: the published pixels, unless it says otherwise."""
+        unsaid = {"decoder": "pil", "exif_rotation": False}
+        update = {key: value for key, value in unsaid.items() if key not in self.model_fields_set}
+        return self.model_copy(update=update)
+
+    def for_evaluation(self, path: str | None = None) -> "DataConfig":
+        """The section with every image whole and in the middle, at `path` where one is given."""
+        update = {"crop": "center", "flip": False}
+        return self.model_copy(update=update if path is None else update | {"data_path": path})
 
     @property
     def folder(self) -> str:

@@ -1,190 +1,151 @@
-"""Training batches from a folder of images, one sub-folder a class; samples are functions of (seed, epoch, index)."""
+"""Batches of images and labels; a sample is a function of (seed, epoch, index), whoever decodes it and where."""
 
 import logging
-import os
-from pathlib import Path
+import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 from common.seeds import mix
-from common.text import shortened
 from vavae import seeds
 from vavae.config import DataConfig
-from vavae.image_files import EXTENSIONS, ImageListing, UnreadableImage, open_image
-from vavae.images import center_crop, published_eval_crop, resize_short_side, to_float
+from vavae.decoders.choice import choose_decoder
+from vavae.decoders.decoder import Crop
+from vavae.decoders.make import make_decoder
+from vavae.image_files import UnreadableImage
+from vavae.images import to_float_batch
+from vavae.sources import open_source
+from vavae.unreadable import UnreadableFiles
 
 log = logging.getLogger(__name__)
 
 
-class ImageFolder:
-    """The images below `root`, in the order of their sorted paths; classes are its sub-folders, sorted by name as text.
+class ImageDataset:
+    """The images of a `data` section: which there are, and how they become batches.
 
-    What was found, and what was left out (see `ImageListing`), is logged.
+    What was found, what was left out, and which decoder reads them is logged.
 
     Args:
-        root: the folder.
-        image_size: S, side of the square images handed out.
-        seed: of the random crops.
-        crop, num_classes, on_unreadable, cache: see `DataConfig`.
+        config: the section, as its preset means it.
+        seed: of the random crops and flips.
+        split: `train` or `val`, where `data_path` holds both.
+        device: of the process; of a batch where the decoder can.
 
     Attributes:
-        classes: class names; a label is an index into it.
-        paths: image files, relative to the root.
+        source: the images, see `vavae.sources`.
+        classes: class names by label; None where labels are numbers without names.
         labels: int64 [N].
-        unreadable: files skipped so far in this process, with the reason.
+        decoder: name of the decoder.
+        threaded: whether `batch` is for threads, of which `most_readers` (None: any number) are enough; else for
+            processes.
 
     Raises:
-        ValueError: no such folder, no sub-folder, a sub-folder without images, or another number of classes.
+        ValueError: no images, no labels, or other classes than the section says; no such decoder here.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        image_size: int,
-        *,
-        seed: int,
-        crop: str = "random",
-        on_unreadable: str = "error",
-        cache: bool = False,
-        num_classes: int | None = None,
-    ):
-        self.root, self.image_size, self.seed = Path(root), image_size, seed
-        self.crop, self.on_unreadable = crop, on_unreadable
-        self.unreadable: dict[str, str] = {}
-        self.classes, self.paths, labels = _scan(self.root, on_unreadable)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        if num_classes is not None and len(self.classes) != num_classes:
-            raise ValueError(
-                f"data.num_classes is {num_classes}, but {root} has {len(self.classes)} class folders: "
-                f"{shortened(self.classes, 5)}"
-            )
-        self._cache: dict[int, torch.Tensor | np.ndarray] | None = {} if cache else None
-        if cache:  # filled before loader processes are forked, so that they share one copy
-            for index in range(len(self.paths)):
-                self._load(index)
-
-    @classmethod
-    def from_config(cls, config: DataConfig, seed: int) -> "ImageFolder":
-        """The training images of a run."""
-        return cls(
+    def __init__(self, config: DataConfig, seed: int, *, split: str = "train", device: torch.device | str = "cpu"):
+        has_labels_file = split == "val" or config.valid_path in (None, config.data_path)
+        self.source = open_source(
             config.folder,
-            config.image_size,
-            seed=seed,
-            crop=config.crop,
-            cache=config.cache,
-            on_unreadable=config.on_unreadable,
+            split=split,
+            class_file=config.class_file,
+            labels_file=config.labels_file if has_labels_file else None,
             num_classes=config.num_classes,
+            on_unreadable=config.on_unreadable,
         )
+        self.classes, self.labels, self.seed = self.source.classes, self.source.labels, seed
+        self.unreadable: UnreadableFiles | None = None
+        if config.on_unreadable == "skip":
+            self.unreadable = UnreadableFiles(
+                len(self), config.max_unreadable, self.source.description, empty=self.source.empty
+            )
+        self._flip = config.flip
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self.decoder, reason = choose_decoder(config.decoder, device, crop=config.crop, cached=config.cache)
+        self._decoder = make_decoder(
+            self.decoder,
+            Crop(config.crop, config.image_size, config.exif_rotation),
+            threads=config.num_workers,
+            device=device,
+            cache=config.cache,
+        )
+        self.threaded, self.most_readers = self._decoder.threaded, self._decoder.most_readers
+        log.info("%s: decoded by %s on %s (%s)", self.source.description, self.decoder, self._decoder.device, reason)
+        if config.cache:  # filled before loader processes are forked, so that they share one copy
+            for index in range(len(self)):
+                self._readable([index], [0])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source)
 
-    def batch(self, epochs: torch.Tensor, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+    def batch(
+        self, epochs: torch.Tensor, indices: torch.Tensor, *, pin_memory: bool = False
+    ) -> dict[str, torch.Tensor]:
         """Images and labels for pairs of epoch and index (int64 [B] each).
 
         Returns:
-            `image` float32 [B, 3, S, S] in [−1, 1]; `y` int64 [B]; where unreadable files may be skipped also
-            `unreadable` float32 [B], 1 where the next readable image stands in for the one asked for.
+            `image` float32 [B, 3, S, S] in [−1, 1], on the decoder's device; `y` int64 [B]; where unreadable files may
+            be skipped also `unreadable` float32 [B], 1 where the next readable image stands in for the one asked for;
+            with a decoder that leaves some files to Pillow also `by_pillow` float32 [B], 1 for those.
 
         Raises:
-            UnreadableImage: a broken file that may not be skipped.
+            UnreadableImage: a broken file that may not be skipped, or too many that may.
         """
-        images, sources = [], []
-        for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
-            source, pixels = self._readable(index)
-            images.append(self._finish(pixels, epoch, index))
-            sources.append(source)
-        taken = torch.tensor(sources)
-        batch = {"image": torch.stack(images), "y": self.labels[taken]}
-        if self.on_unreadable == "skip":
-            batch["unreadable"] = (taken != indices).float()
+        with self._stream():
+            return self._batch(epochs, indices, pin_memory)
+
+    def _batch(self, epochs: torch.Tensor, indices: torch.Tensor, pin_memory: bool) -> dict[str, torch.Tensor]:
+        draws = mix(self.seed, seeds.CROP, epochs, indices).tolist()
+        squares, by_pillow, taken = self._readable(indices.tolist(), draws)
+        pixels = torch.stack(squares)  # [B, 3, S, S]
+        if self._flip:
+            flips = torch.from_numpy((mix(self.seed, seeds.FLIP, epochs, indices) >> np.uint64(63)).astype(bool))
+            pixels = torch.where(flips.view(-1, 1, 1, 1).to(pixels.device), pixels.flip(3), pixels)
+        images = to_float_batch(pixels.permute(0, 2, 3, 1)) if pixels.dtype == torch.uint8 else pixels
+        if images.is_cuda:
+            torch.cuda.current_stream(images.device).synchronize()
+        found = torch.tensor(taken)
+        batch = {"image": images, "y": self.labels[found]}
+        if self.unreadable is not None:
+            batch["unreadable"] = (found != indices).float()
+        if self.threaded:
+            batch["by_pillow"] = torch.tensor(by_pillow, dtype=torch.float32)
+        if pin_memory:
+            batch = {name: value if value.is_cuda else value.pin_memory() for name, value in batch.items()}
         return batch
 
-    def _readable(self, index: int) -> tuple[int, torch.Tensor | np.ndarray]:
-        """(source, pixels): the image at `index`, or the next that can be read."""
-        for source in (*range(index, len(self)), *range(index)):
-            pixels = self._load(source)
-            if pixels is not None:
-                return source, pixels
-        raise UnreadableImage(f"none of the {len(self)} images under {self.root} can be read")
+    def _stream(self) -> AbstractContextManager:
+        """On a GPU a stream of the reader's own, so that batches are made beside a training step.
 
-    def _load(self, index: int) -> torch.Tensor | np.ndarray | None:
-        """Decoded and scaled image, ready for `_finish`; None for a broken file that is skipped."""
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        path = self.paths[index]
-        if path in self.unreadable:
-            return None
-        try:
-            image = open_image(self.root / path)
-        except UnreadableImage as error:
-            if self.on_unreadable == "error":
-                raise
-            log.warning("skipping: %s", error)
-            self.unreadable[path] = str(error)
-            return None
-        pixels: torch.Tensor | np.ndarray
-        if self.crop == "published_eval":
-            pixels = published_eval_crop(image, self.image_size)
-        else:
-            scale = center_crop if self.crop == "center" else resize_short_side
-            pixels = np.asarray(scale(image, self.image_size))
-        if self._cache is not None:
-            self._cache[index] = pixels
-        return pixels
+        One for each thread that reads: memory is kept for each stream.
+        """
+        device = self._decoder.device
+        if device.type != "cuda":
+            return nullcontext()
+        reader = threading.get_ident()
+        if reader not in self._streams:
+            self._streams[reader] = torch.cuda.Stream(device)
+        return torch.cuda.stream(self._streams[reader])
 
-    def _finish(self, pixels: torch.Tensor | np.ndarray, epoch: int, index: int) -> torch.Tensor:
-        """Random crop of (seed, epoch, index), converted to float32 [3, S, S] in [−1, 1]."""
-        if isinstance(pixels, torch.Tensor):
-            return pixels
-        size = self.image_size
-        spare_rows, spare_columns = pixels.shape[0] - size, pixels.shape[1] - size
-        if spare_rows or spare_columns:
-            draw = int(mix(self.seed, seeds.CROP, epoch, index))
-            top, left = (draw >> 32) % (spare_rows + 1), (draw & 0xFFFFFFFF) % (spare_columns + 1)
-            pixels = pixels[top : top + size, left : left + size]
-        return to_float(pixels)
-
-
-def _scan(root: Path, on_unreadable: str) -> tuple[tuple[str, ...], tuple[str, ...], list[int]]:
-    """Class names, image paths relative to the root and their labels."""
-    listing = ImageListing(root)
-    classes = listing.classes()
-    if not classes:
-        raise ValueError(
-            f"data folder {root} has no sub-folders: each class needs a folder of its own{listing.describe_left_out()}"
-        )
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(listing.images(name))
-        if not found:
-            raise ValueError(
-                f"class folder {root / name} holds no images (of {', '.join(sorted(EXTENSIONS))})"
-                f"{listing.describe_left_out()}"
-            )
-        paths += found
-        labels += [label] * len(found)
-    if on_unreadable == "error":
-        listing.refuse_empty()
-    log.info("%s: %s", root, _describe(listing, classes, paths))
-    return classes, tuple(paths), labels
-
-
-def _describe(listing: ImageListing, classes: tuple[str, ...], paths: list[str]) -> str:
-    """One line on the data, with warnings about folders that are probably not what was meant."""
-    text = f"{len(paths):,} images in {len(classes):,} classes ({shortened(classes, 3)})"
-    if listing.linked:
-        text += f", {listing.linked:,} of them links"
-    text += listing.describe_left_out()
-    if all(name.isdecimal() for name in classes):
-        pairs = enumerate(zip(classes, sorted(classes, key=int), strict=True))
-        moved = next((label for label, (name, by_number) in pairs if name != by_number), None)
-        if moved is not None:
-            text += f"; classes are sorted as text, so label {moved} is class {classes[moved]!r}"
-    if all(path.count(os.sep) > 1 for path in paths):
-        text += (
-            f"; no class folder holds images itself, they lie deeper ({paths[0]}): is data.data_path one level "
-            "too high?"
-        )
-    return text
+    def _readable(self, indices: list[int], draws: list[int]) -> tuple[list[torch.Tensor], list[bool], list[int]]:
+        """The images at `indices`, each the next one that can be read; whether Pillow stood in; and which they are."""
+        taken, pixels, by_pillow = list(indices), dict[int, torch.Tensor](), dict[int, bool]()
+        waiting = list(range(len(indices)))
+        while waiting:
+            if self.unreadable is not None:
+                for place in waiting:
+                    taken[place] = self.unreadable.next_readable(taken[place])
+            some = [taken[place] for place in waiting], [draws[place] for place in waiting]
+            for place, square in zip(waiting, self._decoder.squares(self.source, *some), strict=True):
+                if isinstance(square.pixels, UnreadableImage):
+                    if self.unreadable is None:
+                        raise square.pixels
+                    self.unreadable.mark_unreadable(taken[place], square.pixels)
+                    continue
+                pixels[place], by_pillow[place] = square.pixels, square.by_pillow
+                if self.unreadable is not None:
+                    self.unreadable.mark_read(taken[place])
+            waiting = [place for place in waiting if place not in pixels]
+        places = range(len(indices))
+        return [pixels[place] for place in places], [by_pillow[place] for place in places], taken

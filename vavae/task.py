@@ -21,7 +21,7 @@ from vavae.config import (
     check_sections,
     loss_at,
 )
-from vavae.data import ImageFolder
+from vavae.data import ImageDataset
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
 from vavae.images import psnr, to_uint8
@@ -101,6 +101,7 @@ class VavaeTask:
         seed: of initial weights, crops and noise.
         global_batch_size: images per step, which turns steps into epochs for the stages.
         stages: changes of the loss over the epochs; empty for a constant loss.
+        device: where images may be decoded.
 
     Attributes:
         networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
@@ -121,13 +122,14 @@ class VavaeTask:
         seed: int,
         global_batch_size: int,
         stages: Iterable[StageConfig] = (),
+        device: torch.device | str = "cpu",
     ):
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
         self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
         self.global_batch_size = global_batch_size
         self.grid = data.image_size // model.downsample_ratio
-        self.batches = ImageFolder.from_config(data, seed)
+        self.batches = ImageDataset(data, seed, device=device)
         self.foundation = None
         if loss.use_vf:
             assert foundation is not None  # see check_sections
@@ -151,15 +153,15 @@ class VavaeTask:
 
     def state_dict(self) -> dict:
         """The names of the classes, which `load_state_dict` compares; networks and optimizers are the engines'."""
-        return {"classes": list(self.batches.classes)}
+        return {} if self.batches.classes is None else {"classes": list(self.batches.classes)}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError where the checkpoint was trained on other classes, as far as it names them."""
-        saved, present = state.get("classes"), list(self.batches.classes)
-        if saved is not None and saved != present:
+        saved, present = state.get("classes"), self.batches.classes
+        if saved is not None and present is not None and saved != list(present):
             raise ValueError(
                 f"the checkpoint was trained on {len(saved):,} other classes ({shortened(saved, 5)}) "
-                f"than the {len(present):,} of {self.batches.root} ({shortened(present, 5)})"
+                f"than the {len(present):,} of {self.batches.source.description} ({shortened(present, 5)})"
             )
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
@@ -189,13 +191,14 @@ class VavaeTask:
 
         Args:
             networks: for each of `self.networks` the callable: the module itself or the engine that wraps it.
-            batch: as `ImageFolder.batch` gives it, on the device.
+            batch: as `ImageDataset.batch` gives it, on the device.
             draws: this micro-batch's part of `draw`.
             step: of the run, from 1.
             backward: called with a network's name and its loss.
 
         Returns:
-            Detached scalars to log, means over the micro-batch; of unreadable images (an integer) the number.
+            Detached scalars to log, means over the micro-batch; numbers (integers) of unreadable images and
+            of those that Pillow decoded in place of another decoder.
         """
         config, images = self.loss_at(step), batch["image"]
         gan_weight = config.disc_factor * config.disc_weight
@@ -212,8 +215,7 @@ class VavaeTask:
             loss, more = discriminator_loss(config, real, fake)
             backward("discriminator", loss)
             logs |= more
-        if "unreadable" in batch:
-            logs["unreadable"] = batch["unreadable"].count_nonzero()
+        logs |= {name: batch[name].count_nonzero() for name in ("unreadable", "by_pillow") if name in batch}
         return logs
 
     @torch.no_grad()

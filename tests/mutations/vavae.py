@@ -4,27 +4,67 @@ from tests.mutations import Mistake
 
 GENERATOR = "test_vavae_loss.py::test_generator_loss_matches_the_recorded"
 CROPS = "test_vavae_data.py::test_crops_match_the_recorded"
+PLAN = "test_vavae_decoders.py::test_a_plan_cuts_the_square_of_the_upright_image"
+PHOTOGRAPHS = "test_vavae_decoders.py::test_photographs_are_those_of_pillow"
+ODD_FILES = "test_vavae_decoders.py::test_every_file_has_pillows_size_orientation_and_colours"
 EVERYWHERE = "test_vavae_data.py::test_random_crops_are_cut_from_the_scaled_image_everywhere"
 
 MISTAKES = {
     # Images.
     "last_row_of_a_crop_never_drawn": Mistake(
-        "vavae/data.py", "(draw >> 32) % (spare_rows + 1)", "(draw >> 32) % max(spare_rows, 1)", EVERYWHERE,
+        "vavae/decoders/plan.py", "% (height - size + 1)", "% max(height - size, 1)", EVERYWHERE,
     ),
     "last_column_of_a_crop_never_drawn": Mistake(
-        "vavae/data.py", "% (spare_columns + 1)", "% max(spare_columns, 1)", EVERYWHERE,
+        "vavae/decoders/plan.py", "% (width - size + 1)", "% max(width - size, 1)", EVERYWHERE,
     ),
     "crop_the_same_in_every_epoch": Mistake(
-        "vavae/data.py", "seeds.CROP, epoch, index)", "seeds.CROP, 0, index)",
+        "vavae/data.py", "seeds.CROP, epochs, indices)", "seeds.CROP, 0, indices)",
         "test_vavae_data.py::test_a_sample_depends_on_seed_epoch_and_index_alone",
     ),
     "label_of_the_image_asked_for": Mistake(
-        "vavae/data.py", '"y": self.labels[taken]}', '"y": self.labels[indices]}',
+        "vavae/data.py", '"y": self.labels[found]}', '"y": self.labels[indices]}',
         "test_vavae_data.py::test_a_broken_image_is_skipped_and_counted_where_allowed",
     ),
     "classes_in_the_order_of_the_disk": Mistake(
-        "vavae/image_files.py", "return tuple(sorted(names))", "return tuple(sorted(names, reverse=True))",
+        "vavae/sources/listing.py", "return tuple(sorted(names))", "return tuple(sorted(names, reverse=True))",
         "test_vavae_data.py::test_classes_are_sorted_folders_and_paths_are_sorted",
+    ),
+    "validation_numbers_in_sorted_order": Mistake(
+        "vavae/sources/imagenet_labels.py", "synset = order.get(int(text)) if",
+        "synset = dict(enumerate(sorted(order.values()), 1)).get(int(text)) if",
+        "test_vavae_sources_imagenet.py::test_labels_are_found_beside_the_images",
+    ),
+    "validation_classes_of_their_own": Mistake(
+        "vavae/sources/imagenet.py", 'order = None if split == "train" else', "order = None if split else",
+        "test_vavae_sources_imagenet.py::test_the_folder_of_a_split_is_taken_and_said",
+    ),
+    "sample_up_to_the_last_dot": Mistake(
+        "vavae/sources/tar_scan.py", 'base.partition(".")', 'base.rpartition(".")',
+        "test_vavae_sources_tar.py::test_samples_are_grouped_by_their_key",
+    ),
+    "tar_that_ends_early": Mistake(
+        "vavae/sources/tar_scan.py", "    _check_end(path, file, tar.offset, total)\n", "",
+        "test_vavae_sources_tar.py::test_a_tar_that_is_not_right_is_named",
+    ),
+    "index_of_a_tar_of_the_same_size": Mistake(
+        "vavae/sources/tar_index.py", "if record.tar != identity:", "if record.tar.bytes != identity.bytes:",
+        "test_vavae_sources_tar_index.py::test_an_index_that_is_not_right_is_named",
+    ),
+    "index_of_a_tar_as_it_was_before": Mistake(
+        "vavae/sources/tar_index.py", "if record.modified_ns == modified_ns:", "if True:",
+        "test_vavae_sources_tar_index.py::test_a_tar_edited_in_its_middle_is_gone_through_anew",
+    ),
+    "tars_instead_of_the_images_beside_them": Mistake(
+        "vavae/sources/__init__.py", " and not any(map(is_image_name, files)):", ":",
+        "test_vavae_sources.py::test_images_beside_tars_are_a_folder_of_images",
+    ),
+    "labels_file_of_the_other_split_refused": Mistake(
+        "vavae/sources/folder.py", 'if not (taken and options.split == "train"):', "if not taken:",
+        "test_vavae_sources_imagenet.py::test_a_labels_file_is_for_the_validation_split_alone",
+    ),
+    "image_cut_short_taken": Mistake(
+        "vavae/image_files.py", "if len(content) < size:", "if not content:",
+        "test_vavae_sources_tar.py::test_an_image_that_cannot_be_read_is_named",
     ),
     "eight_bits_rounded": Mistake(
         "vavae/images.py", "(127.5 * images + 128.0)", "(127.5 * images + 127.5)",
@@ -64,13 +104,73 @@ MISTAKES = {
         "test_vavae_image_files.py::test_what_cannot_be_shown_rightly_is_refused_by_name",
     ),
     "any_format_of_pillow": Mistake(
-        "vavae/image_files.py", "Image.open(file, formats=_PILLOW_FORMATS)", "Image.open(file)",
+        "vavae/image_files.py", "(content), formats=_PILLOW_FORMATS)", "(content))",
         "test_vavae_image_files.py::test_an_eps_under_another_name_starts_no_program",
     ),
     "folders_of_systems_are_classes": Mistake(
-        "vavae/image_files.py", 'if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:',
-        "if entry.name.lower() in _SYSTEM_FILES:",
-        "test_vavae_image_files.py::test_a_listing_finds_images_and_counts_all_else_by_kind",
+        "vavae/sources/listing.py", 'return name.startswith(".") or name.lower() in SYSTEM_FILES',
+        "return name.lower() in SYSTEM_FILES",
+        "test_vavae_sources_listing.py::test_a_listing_finds_images_and_counts_all_else_by_kind",
+    ),
+    "turned_the_other_way": Mistake(
+        "vavae/image_files.py", "6: Turn(True, False, True", "6: Turn(True, True, False", PLAN,
+    ),
+    "turned_before_it_is_placed": Mistake(
+        "vavae/decoders/plan.py", "        top = upright[0] - size - top\n", "        pass\n", PLAN,
+    ),
+    "crop_of_dali_one_pixel_off": Mistake(
+        "vavae/decoders/dali_decoder.py", "(jpeg.plan.left + offset) / width", "(jpeg.plan.left + offset + 1) / width",
+        PHOTOGRAPHS,
+    ),
+    "dali_scales_without_a_filter": Mistake(
+        "vavae/decoders/dali_decoder.py", "antialias=True", "antialias=False", PHOTOGRAPHS,
+    ),
+    "torch_scales_without_a_filter": Mistake(
+        "vavae/decoders/torchvision_decoder.py", "return F.interpolate(x, size, mode=mode, antialias=True)",
+        "return F.interpolate(x, size, mode=mode)", PHOTOGRAPHS,
+    ),
+    "halves_of_odd_sizes_shifted": Mistake(
+        "vavae/decoders/torchvision_decoder.py", "(distances <= 0.5)", "(distances < 0.5)",
+        "test_vavae_decoders.py::test_halving_is_pillows_for_every_size",
+    ),
+    "torn_files_are_decoded": Mistake(
+        "vavae/decoders/jpeg.py", "content.startswith(_BEGIN) and content.endswith(_END)", "content.startswith(_BEGIN)",
+        ODD_FILES,
+    ),
+    "four_channels_are_decoded": Mistake(
+        "vavae/decoders/jpeg.py", 'image.mode not in ("RGB", "L")', 'image.mode not in ("RGB", "L", "CMYK")', ODD_FILES,
+    ),
+    "a_broken_file_changes_who_decodes_others": Mistake(
+        "vavae/decoders/jpeg_decoder.py", "for one in group for place, square", "for one in [] for place, square",
+        "test_vavae_decoders.py::test_a_file_that_cannot_be_read_says_why_and_leaves_the_others",
+    ),
+    "mirrored_in_every_epoch_alike": Mistake(
+        "vavae/data.py", "seeds.FLIP, epochs, indices)", "seeds.FLIP, 0, indices)",
+        "test_vavae_data.py::test_half_of_the_images_are_mirrored_where_asked",
+    ),
+    "rows_mirrored": Mistake(
+        "vavae/data.py", "pixels.flip(3), pixels)", "pixels.flip(2), pixels)",
+        "test_vavae_data.py::test_half_of_the_images_are_mirrored_where_asked",
+    ),
+    "any_share_may_be_broken": Mistake(
+        "vavae/unreadable.py", "if unreadable > self._max_share * max(read, min(total, LEAST_READ)):", "if False:",
+        "test_vavae_data.py::test_more_than_a_share_of_broken_images_stops",
+    ),
+    "any_share_may_be_empty": Mistake(
+        "vavae/unreadable.py", "if empty > max_share * (num_files + empty):", "if False:",
+        "test_vavae_unreadable.py::test_empty_files_count_at_once",
+    ),
+    "empty_images_not_counted": Mistake(
+        "vavae/data.py", "empty=self.source.empty", "empty=0",
+        "test_vavae_unreadable.py::test_empty_files_of_a_folder_count_in_the_share",
+    ),
+    "too_many_broken_forgotten": Mistake(
+        "vavae/unreadable.py", "if self._verdict is not None:", "if False:",
+        "test_vavae_unreadable.py::test_too_many_stays_said_to_every_caller",
+    ),
+    "the_paper_turns_photographs": Mistake(
+        "vavae/config.py", '{"decoder": "pil", "exif_rotation": False}', '{"decoder": "pil"}',
+        "test_vavae_decoders.py::test_the_published_pixels_unless_a_file_says_otherwise",
     ),
     # Loss.
     "kl_not_weighed": Mistake(
