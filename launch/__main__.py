@@ -13,7 +13,7 @@ from launch.runtime.lifetime import exit_process
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
-    "extract": "encode an image folder into latents: extract CONFIG [key=value …]",
+    "extract": "encode images into latents: extract CONFIG [key=value …]",
     "sample": "generate images: sample CONFIG [key=value …]",
     "evaluate": "measure samples or reconstructions",
     "export": "write weights as safetensors + JSON and as a published .pt",

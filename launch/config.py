@@ -183,6 +183,10 @@ class VavaeRun(Section):
             )
         return self
 
+    def images(self) -> vae.DataConfig:
+        """The `data` section as the preset means it."""
+        return self.data.as_published() if self.preset == "paper" else self.data
+
     def features(self) -> vae.FoundationConfig | None:
         """The `foundation` section as the preset means it: the paper feeds [−1, 1] unless the file says otherwise."""
         unsaid = self.foundation is not None and "normalization" not in self.foundation.model_fields_set

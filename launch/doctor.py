@@ -31,9 +31,14 @@ NAMESAKE = "kernels"  # a public distribution whose package has the name of one 
 OPTIONAL = {
     "flash_attn": (("flash-attn",), "peer of rope_attention"),
     "apex": (("apex",), "peer of the norms and the optimizer"),
-    "nvidia.dali": (("nvidia-dali-cuda130", "nvidia-dali-cuda120"), "image decoding and augmentation"),
     "liger_kernel": (("liger-kernel", "liger-kernel-nightly"), "peer of the norms and swiglu"),
     "quack": (("quack-kernels",), "peer of the norms"),
+}
+#: Decoder → distributions that bring it.
+DECODERS = {
+    "dali": ("nvidia-dali-cuda130",),
+    "torchvision": ("torchvision",),
+    "pil": ("pillow",),
 }
 NOT_BUILT_NOTE = "it is built where the source distribution or a checkout is installed with --no-build-isolation"
 CUDA_HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")  # what torch's own headers include
@@ -236,6 +241,28 @@ def op_rows(backend: str = "auto") -> list[Row]:
     return [Row(name, row["backend"], row["reason"]) for name, row in table.items()]
 
 
+def decoder_rows() -> list[Row]:
+    """The decoders of images: which are here, what each lacks, which one `data.decoder: auto` takes."""
+    try:
+        import torch
+
+        from vavae.decoders import choice
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        taken, reason = choice.choose_decoder("auto", device)
+        lacking = {name: choice.lacking(name, device) for name in choice.NAMES}
+    except Exception as e:  # any reason why they do not load is a finding
+        return [Row("decoders", "do not load", f"{type(e).__name__}: {e}", ok=False)]
+    rows = []
+    for name, packages in DECODERS.items():
+        notes = [f"auto takes it: {reason}"] if name == taken else []
+        if name != "pil" and device == "cpu":
+            notes.append("no GPU: decodes on the CPU")
+        note = lacking[name] or "; ".join(notes)
+        rows.append(Row(name, installed(*packages) or "not found", note))
+    return rows
+
+
 def examine() -> dict[str, list[Row]]:
     """All findings by section."""
     return {
@@ -244,6 +271,7 @@ def examine() -> dict[str, list[Row]]:
         "devices": device_rows(),
         "compilers": compiler_rows(),
         "optional packages": optional_rows(),
+        "image decoders": decoder_rows(),
         "ops (backend that auto takes, and why)": op_rows(),
     }
 

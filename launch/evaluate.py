@@ -9,7 +9,8 @@
 Samples, originals and reconstructions are folders of images or npz files with `arr_0`; a reference may also be an npz
 with the statistics `mu` and `sigma` (and `mu_s`, `sigma_s` for sFID). What made the samples is read from the JSON
 beside them: `samples.json` for `samples.npz`, `folder/samples.json` for `folder`. With a CONFIG, latents are mirrored
-where its `data.latent_flip` says so, else half of them are, as published.
+where its `data.latent_flip` says so, else half of them are, as published. Image files are decoded as published, unless
+--decoder or a tokenizer's CONFIG (`data.decoder`, `data.exif_rotation`, `data.image_size`) says otherwise.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from common.files import JSON_LIMIT, open_regular, read_json, require_writable, 
 from common.sections import short
 from common.text import printable
 from launch.arguments import add_run_file, load_run, local_path
-from launch.config import select_ops
+from launch.config import VavaeRun, select_ops
 from launch.config_files import parse_value
 from launch.evaluation.features import Extractor, FoundationFeatures, InceptionFeatures
-from launch.evaluation.image_source import open_images
+from launch.evaluation.image_source import Decoding, EncodedImages, ImageSource, open_images
 from launch.evaluation.latent_space import evaluate_latents
 from launch.evaluation.metrics import NOT_STATED
 from launch.evaluation.reconstructions import (
@@ -37,17 +38,19 @@ from launch.evaluation.reconstructions import (
 )
 from launch.evaluation.runner import evaluate_samples, open_reference, require_one_size
 from lightningdit.data import LatentDataset
+from vavae.decoders.choice import NAMES as DECODERS
 from vavae.weights import fingerprint, load_tokenizer
 
 _IMAGES = ("samples", "originals")
 #: Option → the modes that read it; a mode is the option that names what to measure.
 _OPTION_MODES = {
-    "config": ("samples", "latents"),
+    "config": ("samples", "originals", "latents"),
     "reference": ("samples",),
     "reconstructions": ("originals",),
     "tokenizer": ("originals",),
     "image_size": _IMAGES,
     "crop": _IMAGES,
+    "decoder": _IMAGES,
     "posterior": ("originals",),
     "seed": ("originals", "latents"),
     "vectors": ("latents",),
@@ -66,12 +69,13 @@ _EXCLUSIVE = [
     ("posterior", "reconstructions"),
     ("seed", "reconstructions"),
 ]
-_REQUIRES = [("crop", "image_size")]
+_REQUIRES = [("crop", "image_size"), ("decoder", "image_size")]
 _COMMON_ENTRIES = {"metrics", "skipped", "notes"}
+_FILE_ENTRIES = {"decoder", "decoded_on", "exif_rotation", "crop", "image_size"}
 #: Mode → the entries of its result that are no metadata.
 _RESULT_ENTRIES = {
-    "samples": _COMMON_ENTRIES | {"samples", "samples_sha256", "reference", "features"},
-    "originals": _COMMON_ENTRIES | {"images", "originals", "reconstructions", "features"},
+    "samples": _COMMON_ENTRIES | {"samples", "samples_sha256", "reference", "features"} | _FILE_ENTRIES,
+    "originals": _COMMON_ENTRIES | {"images", "originals", "reconstructions", "features"} | _FILE_ENTRIES,
     "latents": _COMMON_ENTRIES
     | {"spread", "vectors", "vectors_sha256", "repeats", "seed", "mirrored", "latents", "images", "shape"},
 }
@@ -101,7 +105,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add_run_file(
         parser,
-        "LightningDiT file: its data section names what is not given here",
+        "run file, whose data section says what is not given here: a tokenizer's with --originals, else LightningDiT's",
         "data.fid_reference_file=/data/imagenet.npz",
         required=False,
     )
@@ -113,6 +117,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data.add_argument("--tokenizer", type=local_path, help="exported tokenizer to decode --originals with")
     data.add_argument("--image-size", type=int, help="crop the images of folders to squares of this size")
     data.add_argument("--crop", default="center", choices=["center", "published_eval"], help="how (default: ADM's)")
+    data.add_argument("--decoder", choices=["auto", *DECODERS], help="of image files that are cropped (default: pil)")
     data.add_argument(
         "--posterior", default="sample", choices=["sample", "mode"], help="what of the encoding to decode"
     )
@@ -164,7 +169,7 @@ def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
         if name in given and other in given:
             raise ValueError(f"{_option(name)} changes nothing beside {_option(other)}: give one of them")
     for name, other in _REQUIRES:
-        if name in given and other not in given:
+        if name in given and other not in given and not (_mode(args) == "originals" and args.config):
             raise ValueError(f"{_option(name)} changes nothing without {_option(other)}")
 
 
@@ -203,27 +208,35 @@ def _samples(args: argparse.Namespace) -> dict:
         reference = run.data.fid_reference_file
     if reference is None:
         raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
-    samples = open_images(args.samples, args.image_size, args.crop)
-    known = open_reference(reference, args.image_size, args.crop)
+    files = args.image_size, args.crop, Decoding(args.decoder or "pil", device=args.device)
+    samples, known = open_images(args.samples, *files), open_reference(reference, *files)
     if known.images is not None:
         require_one_size(samples, known.images)  # before networks are loaded, which may be a download
-    metadata = _metadata(args, args.samples)
+    metadata = _metadata(args, args.samples) | _decoder_of(samples)
     return evaluate_samples(
         samples, known, _extractor(args), metadata=metadata, batch_size=args.batch_size, allow_few=args.allow_few
     )
 
 
 def _reconstructions(args: argparse.Namespace) -> dict:
-    originals = open_images(args.originals, args.image_size, args.crop)
+    image_size, decoding = args.image_size, Decoding(args.decoder or "pil", device=args.device)
+    if args.config is not None:
+        run = load_run(args.config, args.overrides, "vavae")
+        assert isinstance(run, VavaeRun)
+        data = run.images()
+        image_size = image_size or data.image_size
+        decoding = Decoding(args.decoder or data.decoder, data.exif_rotation, args.device)
+    files = image_size, args.crop, decoding
+    originals = open_images(args.originals, *files)
     if args.tokenizer:
         tokenizer = load_tokenizer(args.tokenizer, select_ops("auto")).to(args.device)
         decoded = Reconstructions(originals, tokenizer, posterior=args.posterior, seed=args.seed)
         hashes = {"tokenizer": fingerprint(tokenizer)}
         made = {"dtype": "float32", "posterior": args.posterior, "seed": args.seed, "hashes": hashes}
     else:
-        decoded, made = open_images(args.reconstructions, args.image_size, args.crop), {}
+        decoded, made = open_images(args.reconstructions, *files), {}
     require_pairs(originals, decoded)
-    metadata = made | _metadata(args, args.reconstructions)
+    metadata = made | _metadata(args, args.reconstructions) | _decoder_of(originals)
     skipped = {}
     extractor = _unless_missing(lambda: _extractor(args), "rfid", skipped, args.inception_weights or args.foundation)
     lpips = _unless_missing(
@@ -241,6 +254,11 @@ def _reconstructions(args: argparse.Namespace) -> dict:
         allow_few=args.allow_few,
         skipped=skipped,
     )
+
+
+def _decoder_of(images: ImageSource) -> dict:
+    """How image files were decoded and cropped, as facts of the result; empty where they were not cropped."""
+    return images.facts if isinstance(images, EncodedImages) else {}
 
 
 def _latents(args: argparse.Namespace) -> dict:

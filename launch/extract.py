@@ -1,4 +1,4 @@
-"""`python -m launch extract CONFIG --output DIR [key=value …]`: an image folder as latents to train LightningDiT on.
+"""`python -m launch extract CONFIG --output DIR [key=value …]`: images as latents to train LightningDiT on.
 
 CONFIG is a tokenizer's run file: `ckpt_path` names the weights (without it, the newest checkpoint of the run is taken)
 and `data.data_path` the images. Every image, centre-cropped as in ADM, is encoded once as it is and once mirrored; what
@@ -12,28 +12,34 @@ import argparse
 import hashlib
 import math
 import os
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.seeds import generator
 from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
-from launch.runtime.read_ahead import read_in_processes
 from launch.runtime.run_lock import lock_directory
+from launch.training.build import require_one_decoder
 from launch.training.checkpoint import find_checkpoint
+from launch.training.loader import read_batches
 from lightningdit.latents import STATISTICS_FILE
 from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
 from vavae import seeds
-from vavae.data import ImageFolder
+from vavae.data import ImageDataset
 from vavae.images import psnr, to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
 
+#: Entry of a batch → what it counts.
+_COUNTED = {
+    "unreadable": "unreadable images; the next one stands in for each",
+    "by_pillow": "images decoded by Pillow, which the decoder does not read",
+}
 SHARD_SIZE = 10_000
 LEAST_PSNR = 12.0  # dB; a tokenizer below this on real images is untrained, or another one than was meant
 
@@ -90,13 +96,17 @@ def extract(
     from launch.training.engine import start_processes
 
     tokenizer, source = find_tokenizer(run, select_ops(run.kernels))
-    images = ImageFolder.from_config(run.data.model_copy(update={"crop": "center"}), run.train.global_seed)
     processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
+    data = run.images().for_evaluation()
+    images = ImageDataset(data, run.train.global_seed, device=processes.device)
+    require_one_decoder(images, processes)
     with lock_directory(output, processes):
         identity = {
             "tokenizer": fingerprint(tokenizer),
             "images": _names_hash(images),
-            "image_size": run.data.image_size,
+            "image_size": data.image_size,
+            "decoder": images.decoder,
+            "exif_rotation": data.exif_rotation,
             "seed": run.train.global_seed,
             "precision": precision,
             "processes": processes.world_size,
@@ -110,24 +120,29 @@ def extract(
         writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
         if processes.is_main:
             processes.barrier()
-        grid = run.data.image_size // tokenizer.config.downsample_ratio
-        batches = _BatchDataset(
+        grid = data.image_size // tokenizer.config.downsample_ratio
+        batches = _ImagesWithNoise(
             images,
             (2, tokenizer.config.embed_dim, grid, grid),
             run.train.global_seed,
             batch_bounds(first + writer.position, last, shard_size, batch_size),
         )
-        stream = read_in_processes(
-            batches, range(len(batches)), num_workers=run.data.num_workers, pin_memory=processes.device.type == "cuda"
+        stream = read_batches(
+            images,
+            batches.load,
+            range(len(batches)),
+            num_workers=data.num_workers,
+            pin_memory=processes.device.type == "cuda",
         )
-        unreadable = 0
+        counts: Counter[str] = Counter()
         with closing(stream):
             for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
                 writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
-                unreadable += int(batch.get("unreadable", torch.zeros(1)).sum())
+                counts.update({name: int(batch[name].sum()) for name in _COUNTED if name in batch})
         writer.close()
-        if unreadable:
-            print(f"process {processes.rank}: {unreadable} unreadable images; the next one stands in for each")
+        for name, number in counts.items():
+            if number:
+                print(f"process {processes.rank}: {number:,} {_COUNTED[name]}")
         processes.barrier()
         manifest = None
         if processes.is_main:
@@ -137,10 +152,12 @@ def extract(
             )
         manifest = processes.broadcast(manifest)
         if processes.is_main:
-            print(
-                f"{manifest.count:,} images of {len(images.classes):,} classes ({shortened(images.classes, 3)}) as "
-                f"latents {list(manifest.shape)} in {output}"
+            of = (
+                ""
+                if images.classes is None
+                else f" of {len(images.classes):,} classes ({shortened(images.classes, 3)})"
             )
+            print(f"{manifest.count:,} images{of} as latents {list(manifest.shape)} in {output}")
         return manifest
 
 
@@ -160,7 +177,9 @@ def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
 
 
 @torch.no_grad()
-def check_round_trip(tokenizer: AutoencoderKL, images: ImageFolder, least: float, source: str, count: int = 8) -> float:
+def check_round_trip(
+    tokenizer: AutoencoderKL, images: ImageDataset, least: float, source: str, count: int = 8
+) -> float:
     """PSNR (dB, mean over the first images) of encoding and decoding; raises ConfigError where it is below `least`."""
     indices = torch.arange(min(count, len(images)))
     batch = images.batch(torch.zeros_like(indices), indices)["image"].to(tokenizer.quant_conv.weight.device)
@@ -200,27 +219,28 @@ def batch_bounds(first: int, last: int, shard_size: int, batch_size: int) -> lis
     ]
 
 
-class _BatchDataset(Dataset):
+class _ImagesWithNoise:
     """The images of each of `bounds`, every one with noise of its own."""
 
-    def __init__(self, images: ImageFolder, noise_shape: tuple[int, ...], seed: int, bounds: list[tuple[int, int]]):
+    def __init__(self, images: ImageDataset, noise_shape: tuple[int, ...], seed: int, bounds: list[tuple[int, int]]):
         self.images, self.noise_shape, self.seed, self.bounds = images, noise_shape, seed, bounds
 
     def __len__(self) -> int:
         return len(self.bounds)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+    def load(self, number: int, **options: bool) -> dict[str, torch.Tensor]:
         indices = torch.arange(*self.bounds[number])
         noise = torch.stack([self._noise(index) for index in indices.tolist()])
-        return self.images.batch(torch.zeros_like(indices), indices) | {"noise": noise}
+        return self.images.batch(torch.zeros_like(indices), indices, **options) | {"noise": noise}
 
     def _noise(self, index: int) -> torch.Tensor:
         return torch.randn(self.noise_shape, generator=generator(self.seed, seeds.EXTRACTION_NOISE, index))
 
 
-def _names_hash(images: ImageFolder) -> str:
-    """SHA-256 of the image paths in their order with the files' sizes: which image an index means."""
-    digest = hashlib.sha256("\n".join(images.classes).encode())
-    for path in images.paths:
-        digest.update(os.fsencode(path) + f" {(images.root / path).stat().st_size}\n".encode())
+def _names_hash(images: ImageDataset) -> str:
+    """SHA-256 of the image paths in their order with the files' sizes, and of the labels: what an index means."""
+    digest = hashlib.sha256("\n".join(images.classes or ()).encode())
+    for index in range(len(images)):
+        digest.update(os.fsencode(images.source.entry(index)) + b"\n")
+    digest.update(images.labels.numpy().tobytes())
     return digest.hexdigest()

@@ -35,6 +35,7 @@ LONGEST = (
     "test_damage.py",
     "test_full_disk.py",
     "test_csrc_setup.py",
+    "test_launch_images.py",
     "test_launch_digits.py",
     "test_launch_evaluate.py",
     "test_csrc_resources.py",

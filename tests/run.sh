@@ -6,7 +6,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/launch/setup_env.sh"
 # Without a GPU the CUDA kernels are for no machine in particular: built for those whose code a test looks at.
 command -v nvidia-smi >/dev/null 2>&1 || export LIGHTNINGDIT_CUDA_ARCHS="${LIGHTNINGDIT_CUDA_ARCHS:-sm_80 sm_90a}"
-setup_environment test
+setup_environment test dali
 cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 workers="$(nproc)"

@@ -23,7 +23,12 @@ ALLOWED = {
     "launch": {"launch", "lightningdit", "vavae", "kernels", "common"},
 }
 # Package → the only place it may be imported in.
-HOME = {"triton": "kernels/", "deepspeed": "launch/training/engine.py", "timm": "vavae/foundation.py"}
+HOME = {
+    "triton": "kernels/",
+    "deepspeed": "launch/training/engine.py",
+    "timm": "vavae/foundation.py",
+    "nvidia": "vavae/decoders/dali_decoder.py",  # DALI
+}
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
 # Peers, measured where they are found.
 NEVER_REQUIRED = {"flash_attn", "flash_attn_interface", "apex", "liger_kernel", "quack"}
@@ -178,7 +183,7 @@ def test_only_the_registry_computes_what_it_imports():
     assert users == {"kernels/registry.py"}
 
 
-@pytest.mark.parametrize("packages, extras", [(PACKAGES, ()), (("bench", "tests"), ("test",))])
+@pytest.mark.parametrize("packages, extras", [(PACKAGES, ("dali",)), (("bench", "tests"), ("test",))])
 def test_imported_packages_are_pinned(packages, extras):
     """Whatever is imported comes with Python, is of this repository, or has its one version in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

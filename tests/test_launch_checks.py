@@ -218,10 +218,10 @@ def test_a_plan_of_what_is_here_lacks_nothing(tmp_path, run_file, capsys):
 
 
 def test_a_plan_does_not_decode_images_to_keep(tmp_path, run_file, monkeypatch):
-    from vavae.data import ImageFolder
+    from vavae.data import ImageDataset
 
     toy.write_images(tmp_path / "images")
-    monkeypatch.setattr(ImageFolder, "_load", None)
+    monkeypatch.setattr(ImageDataset, "_readable", None)
     monkeypatch.setattr(dry_run, "_vavae_costs", lambda run: ((), 0, None))
     assert main(["train", "vavae", str(run_file("vavae")), "--dry-run", "data.cache=true"]) == 0
 

@@ -225,3 +225,17 @@ sys.exit(code)
     assert {"torch", "deepspeed"} <= {row["name"] for row in findings["required packages"]}
     ops = findings["ops (backend that auto takes, and why)"]
     assert ops and all(row["value"] in ("reference", "library", "triton", "cuda") and row["note"] for row in ops)
+
+
+def test_decoders_are_said_with_what_each_lacks(monkeypatch):
+    found = rows(doctor.decoder_rows())
+    assert list(found) == ["dali", "torchvision", "pil"] and all(row.ok is None for row in found.values())
+    assert found["torchvision"].note == "auto takes it: the fastest without a GPU; no GPU: decodes on the CPU"
+    assert found["pil"].value == metadata.version("pillow")
+    monkeypatch.setattr("vavae.decoders.choice._dali_is_installed", lambda: False)
+    missing = rows(doctor.decoder_rows())["dali"]
+    assert "pip install 'lightningdit[dali]'" in missing.note
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    found = rows(doctor.decoder_rows())
+    assert found["torchvision"].note.startswith("it does not decode on cuda: ")  # as there is none
+    assert found["pil"].note.startswith("auto takes it: dali: nvidia-dali-cuda130 is not installed")

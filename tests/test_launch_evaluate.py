@@ -332,12 +332,12 @@ UNUSED = [
                     "--repeats 2",
                     "--posterior mode",
                     "--seed 1",
-                    "run.yaml",
                     "--crop published_eval",
+                    "--decoder dali",
                     "--inception-weights x --foundation y",
                 ),
             ),
-            (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "run.yaml", "--crop published_eval")),
+            (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "--decoder dali", "--crop published_eval")),
             (
                 LATENTS,
                 (
@@ -346,6 +346,7 @@ UNUSED = [
                     "--tokenizer x",
                     "--image-size 8",
                     "--crop published_eval",
+                    "--decoder dali",
                     "--posterior mode",
                     "--inception-weights x",
                     "--foundation x",

@@ -20,8 +20,8 @@ from launch.runtime.run_lock import DirectoryInUseError, lock_directory
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError
 from tests import children
-from vavae.config import AutoencoderConfig, LossConfig
-from vavae.data import ImageFolder
+from vavae.config import AutoencoderConfig, DataConfig, LossConfig
+from vavae.data import ImageDataset
 from vavae.model import AutoencoderKL
 from vavae.seeds import EXTRACTION_NOISE
 from vavae.task import build_networks
@@ -78,7 +78,7 @@ def test_one_sample_of_each_image_and_of_its_mirror_image(files, whole):
     output, latents = whole
     assert [len(load_file(p)["labels"]) for p in sorted(output.glob("*.safetensors"))] == [4, 4, 3]
     model = load_tokenizer(files / "vae.safetensors", OPS)
-    images = ImageFolder(files / "images", 16, seed=0, crop="center")
+    images = ImageDataset(DataConfig(data_path=str(files / "images"), image_size=16, crop="center"), seed=0)
     batch = images.batch(torch.zeros(COUNT, dtype=torch.int64), torch.arange(COUNT))
     assert torch.equal(latents["labels"], batch["y"])
     draws = torch.stack([torch.randn(2, 4, 8, 8, generator=generator(0, EXTRACTION_NOISE, i)) for i in range(COUNT)])
@@ -202,6 +202,32 @@ def test_another_extraction_may_not_go_on_with_these_shards(files, whole):
         extract(run_of(files, train={"global_seed": 7}), whole[0], least_psnr=0.0)
 
 
+def labels_file(files, path, labels):
+    """A list of the images in the order of their names, with these labels."""
+    paths = sorted((files / "images").glob("*/*.png"), key=lambda image: image.name)
+    path.write_text("".join(f"{image}\t{label}\n" for image, label in zip(paths, labels, strict=True)))
+    return {"data_path": str(path)}
+
+
+def test_corrected_labels_may_not_go_on_with_these_shards(files, tmp_path):
+    labels = [index % 3 for index in range(COUNT)]
+    where = labels_file(files, tmp_path / "list.txt", labels)
+    assert extracted(files, tmp_path / "set", data=where)["labels"].tolist() == labels
+    labels_file(files, tmp_path / "list.txt", [2, *labels[1:]])
+    with pytest.raises(ValueError, match="belongs to another extraction"):
+        extracted(files, tmp_path / "set", data=where)
+
+
+def test_a_missing_image_of_a_list_is_skipped_where_allowed(files, tmp_path, capsys):
+    where = labels_file(files, tmp_path / "list.txt", [index % 3 for index in range(COUNT)])
+    lines = (tmp_path / "list.txt").read_text().splitlines()
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:4], "gone.png\t1", *lines[5:]]))
+    with pytest.raises(ValueError, match=r"gone\.png does not exist"):
+        extracted(files, tmp_path / "set", data=where)
+    latents = extracted(files, tmp_path / "set", data={**where, "on_unreadable": "skip", "max_unreadable": 0.1})
+    assert len(latents["labels"]) == COUNT and "1 unreadable images" in capsys.readouterr().out
+
+
 def test_an_untrained_tokenizer_is_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"vae\.safetensors reconstructs these images at .* dB, below 30"):
         extract(run_of(files), tmp_path / "set", least_psnr=30.0)
@@ -224,7 +250,7 @@ def test_an_unreadable_image_is_named_or_stood_in_for(files, tmp_path, capsys):
     where = {"data_path": str(tmp_path / "images")}
     with pytest.raises(ValueError, match=r"1/04\.png"):
         extracted(files, tmp_path / "set", data=where)
-    latents = extracted(files, tmp_path / "set", data={**where, "on_unreadable": "skip"})
+    latents = extracted(files, tmp_path / "set", data={**where, "on_unreadable": "skip", "max_unreadable": 0.1})
     assert len(latents["labels"]) == COUNT
     assert "1 unreadable images" in capsys.readouterr().out
 
@@ -250,7 +276,7 @@ def test_the_program_reads_a_config_and_reports(files, tmp_path, capsys):
 def test_round_trip_is_the_psnr_of_the_mode(files):
     model = AutoencoderKL(MODEL, OPS)
     write_tensors(files / "other.safetensors", model.state_dict())
-    images = ImageFolder(files / "images", 16, seed=0, crop="center")
+    images = ImageDataset(DataConfig(data_path=str(files / "images"), image_size=16, crop="center"), seed=0)
     found = program.check_round_trip(model, images, 0.0, "this", count=4)
     x = images.batch(torch.zeros(4, dtype=torch.int64), torch.arange(4))["image"]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.evaluation.image_source import FolderImages, NpzImages, npz_names, open_images, read_npz
+from launch.evaluation.image_source import EncodedImages, NpzImages, npz_names, open_images, read_npz
 from launch.evaluation.runner import open_reference
 from tests.measured import images, save_folder
 from vavae.images import center_crop
@@ -41,11 +41,11 @@ def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
     save_folder(tmp_path / "b", pixels[2:])
     save_folder(tmp_path / "a" / "deep", pixels[:2])
     (tmp_path / "a" / "notes.json").write_text("{}")
-    assert torch.equal(next(FolderImages(tmp_path).batches(9)), pixels)
-    cropped = next(FolderImages(tmp_path, 16).batches(9))
+    assert torch.equal(next(EncodedImages(tmp_path).batches(9)), pixels)
+    cropped = next(EncodedImages(tmp_path, 16).batches(9))
     want = np.array(center_crop(Image.fromarray(pixels[3].numpy()), 16))
     assert np.array_equal(cropped[3].numpy(), want)
-    assert next(FolderImages(tmp_path, 16, "published_eval").batches(9)).shape == (4, 16, 16, 3)
+    assert next(EncodedImages(tmp_path, 16, "published_eval").batches(9)).shape == (4, 16, 16, 3)
 
 
 def test_sources_refuse(tmp_path):
@@ -63,7 +63,7 @@ def test_sources_refuse(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         open_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="crop 'middle' is not known"):
-        FolderImages(tmp_path / "mixed", 16, "middle")
+        EncodedImages(tmp_path / "mixed", 16, "middle")
     np.savez(tmp_path / "floats.npz", pixels.float().numpy())
     with pytest.raises(ValueError, match=r"must be uint8 \[N, H, W, 3\].* it is float32"):
         NpzImages(tmp_path / "floats.npz")
@@ -73,9 +73,9 @@ def test_sources_refuse(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(ValueError, match="is not an npz"):
         open_images(tmp_path / "text.npz")
-    (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"neither a folder of images nor an \.npz"):
-        open_images(tmp_path / "text.txt")
+    (tmp_path / "text.json").write_text("hello")
+    with pytest.raises(ValueError, match=r"no source of images; accepted are"):
+        open_images(tmp_path / "text.json")
 
 
 def npz_of(path, header: bytes, body: bytes = b"", **info):

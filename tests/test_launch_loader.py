@@ -255,14 +255,18 @@ class Stuck(Numbers):
         return {"reader": torch.tensor(os.getpid())}
 
 
-def test_processes_that_are_reading_end_with_the_stream():
-    data = Stuck()
+def test_processes_that_are_reading_end_with_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr(read_ahead, "SHARED_MEMORY", tmp_path)
+    data, others = Stuck(), tmp_path / f"torch_{os.getpid()}_1_1"
     with pytest.raises(ZeroDivisionError), closing(read(data, 2)) as batches:
         reader = int(next(batches)["reader"])
         data.reading.acquire()
         readers = [process.pid for process in multiprocessing.active_children()]
+        for path in (others, *(tmp_path / f"torch_{pid}_1_2" for pid in readers)):
+            path.touch()  # as torch names memory that a process shares
         raise ZeroDivisionError
     assert reader in readers and len(readers) == 2 and not any(map(alive, readers))
+    assert list(tmp_path.iterdir()) == [others]
 
 
 @pytest.mark.parametrize(("number", "advice"), [(signal.SIGKILL, "memory runs out"), (signal.SIGBUS, "/dev/shm")])

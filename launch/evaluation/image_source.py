@@ -1,28 +1,36 @@
-"""Images to evaluate, from a folder of files or an `.npz`, in batches: uint8 `[B, H, W, 3]` in a fixed order."""
+"""Images to evaluate, uint8 `[B, H, W, 3]` in a fixed order: of files (in folders, tars or lists) or an `.npz`."""
 
 import logging
 import math
+import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.files import open_regular
-from vavae.image_files import EXTENSIONS, ImageListing, open_image
-from vavae.images import center_crop, published_eval_crop, to_uint8
+from launch.runtime.read_ahead import read_in_threads
+from vavae.decoders.choice import choose_decoder
+from vavae.decoders.decoder import Crop, Decoder
+from vavae.decoders.make import make_decoder
+from vavae.image_files import UnreadableImage, decode_image
+from vavae.images import to_uint8
+from vavae.sources import open_source
 
 log = logging.getLogger(__name__)
 
 ARRAY = "arr_0"  # the images' name inside an npz, as the ADM evaluator expects it
 MAX_PIXELS = 2**24  # of an image in an npz, which is read by batches
+THREADS = min(8, len(os.sched_getaffinity(0)))  # that decode, where a decoder takes several
 MAX_BYTES = 2**30  # of statistics; Inception's are 34 MB
 
 
@@ -74,54 +82,93 @@ class NpzImages:
                 yield torch.frombuffer(block, dtype=torch.uint8).view(count, *self.shape[1:])
 
 
-class FolderImages:
-    """The image files below a folder, by sorted path. All of one size, unless they are cropped to `image_size`.
+@dataclass(frozen=True)
+class Decoding:
+    """How image files are decoded: fields of `vavae.config.DataConfig`, and the device; by default as published."""
 
-    How many there are and what was left out is logged.
+    decoder: str = "pil"
+    exif_rotation: bool = False
+    device: str = "cpu"
 
-    `crop` is `center` (ADM's centre crop) or `published_eval` (that of the published tokenizer evaluation).
+
+AS_PUBLISHED = Decoding()
+
+
+class EncodedImages:
+    """The image files of a folder, of tars or of a list, a folder's by sorted path; see `vavae.sources`.
+
+    All of one size, unless they are cropped to `image_size`: by `center` (ADM's centre crop) or `published_eval` (that
+    of the published tokenizer evaluation). How many there are, what was left out and what decodes them is logged.
+
+    Attributes:
+        facts: how images are decoded and cropped; empty where they are not cropped (then Pillow decodes them).
     """
 
-    def __init__(self, path: str | Path, image_size: int | None = None, crop: str = "center"):
+    def __init__(
+        self,
+        path: str | Path,
+        image_size: int | None = None,
+        crop: str = "center",
+        decoding: Decoding = AS_PUBLISHED,
+    ):
         if crop not in ("center", "published_eval"):
             raise ValueError(f"crop {crop!r} is not known: center, published_eval")
-        self.path, self.description = Path(path), str(path)
-        self.image_size, self.crop = image_size, crop
-        listing = ImageListing(self.path)
-        self.files = sorted(self.path / file for file in listing.images())
-        listing.refuse_empty()
-        if not self.files:
-            raise ValueError(
-                f"no images below {self.path} (of {', '.join(sorted(EXTENSIONS))}){listing.describe_left_out()}"
+        self.description, self._rotate = str(path), decoding.exif_rotation
+        self._source = open_source(path, split="val", labelled=False)
+        self.facts: dict[str, str | bool | int] = {}
+        self._decoder: Decoder | None = None
+        if image_size is not None:
+            name, reason = choose_decoder(decoding.decoder, decoding.device, crop=crop)
+            self._decoder = make_decoder(
+                name, Crop(crop, image_size, self._rotate), threads=THREADS, device=decoding.device
             )
-        log.info("%s: %s images%s", self.path, f"{len(self.files):,}", listing.describe_left_out())
+            log.info("%s: decoded by %s on %s (%s)", path, name, self._decoder.device, reason)
+            self.facts = {
+                "decoder": name,
+                "decoded_on": self._decoder.device.type,
+                "exif_rotation": self._rotate,
+                "crop": crop,
+                "image_size": image_size,
+            }
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._source)
 
     def batches(self, size: int) -> Iterator[Tensor]:
+        parts = [range(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        if self._decoder is not None:
+            threads = (self._decoder.most_readers or THREADS) if self._decoder.threaded else 1
+            yield from read_in_threads(partial(self._squares, self._decoder), parts, threads=threads)
+            return
         shape = None
-        for start in range(0, len(self), size):
+        for part in parts:
             block = []
-            for file in self.files[start : start + size]:
-                pixels = self._pixels(open_image(file))
+            for index in part:
+                name = self._source.name(index)
+                pixels = np.array(decode_image(self._source.read(index), name, rotate=self._rotate))
                 shape = shape or pixels.shape
                 if pixels.shape != shape:
                     raise ValueError(
-                        f"{file} is {_size(pixels.shape)}, earlier ones are {_size(shape)}: give an image size"
+                        f"{name} is {_size(pixels.shape)}, earlier ones are {_size(shape)}: give an image size"
                     )
-                block.append(pixels)
+                block.append(torch.from_numpy(pixels))
             yield torch.stack(block)
 
-    def _pixels(self, image: Image.Image) -> Tensor:
-        if self.image_size is None:
-            return torch.from_numpy(np.array(image))
-        if self.crop == "published_eval":
-            return to_uint8(published_eval_crop(image, self.image_size)).permute(1, 2, 0)
-        return torch.from_numpy(np.array(center_crop(image, self.image_size)))
+    def _squares(self, decoder: Decoder, part: range) -> Tensor:
+        """Those of the images at these places, uint8 [B, S, S, 3] on the CPU; raises UnreadableImage."""
+        squares = []
+        for pixels, _ in decoder.squares(self._source, part, [0] * len(part)):
+            if isinstance(pixels, UnreadableImage):
+                raise pixels
+            squares.append(pixels)
+        images = torch.stack(squares).cpu()
+        eight_bits = images if images.dtype == torch.uint8 else to_uint8(images)
+        return eight_bits.permute(0, 2, 3, 1).contiguous()
 
 
-def open_images(path: str | Path, image_size: int | None = None, crop: str = "center") -> ImageSource:
+def open_images(
+    path: str | Path, image_size: int | None = None, crop: str = "center", decoding: Decoding = AS_PUBLISHED
+) -> ImageSource:
     """The images at `path`: an `.npz` with `arr_0`, a folder with a `samples.npz` (as `sample` writes), or of files.
 
     Raises ValueError where there are none, or an npz holds others than squares of `image_size`: it is not cropped.
@@ -129,12 +176,10 @@ def open_images(path: str | Path, image_size: int | None = None, crop: str = "ce
     path = Path(path)
     if (path / "samples.npz").is_file():
         path = path / "samples.npz"
-    if path.is_dir():
-        return FolderImages(path, image_size, crop)
+    if path.suffix != ".npz" or path.is_dir():
+        return EncodedImages(path, image_size, crop, decoding)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if path.suffix != ".npz":
-        raise ValueError(f"{path} is neither a folder of images nor an .npz")
     if ARRAY not in npz_names(path):
         raise ValueError(f"{path} holds no images: no array {ARRAY!r}, only {', '.join(npz_names(path)) or 'nothing'}")
     images = NpzImages(path)

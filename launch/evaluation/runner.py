@@ -12,7 +12,15 @@ from tqdm import tqdm
 
 from common.files import sha256
 from launch.evaluation.features import Extractor
-from launch.evaluation.image_source import ImageSource, image_size, npz_names, open_images, read_npz
+from launch.evaluation.image_source import (
+    AS_PUBLISHED,
+    Decoding,
+    ImageSource,
+    image_size,
+    npz_names,
+    open_images,
+    read_npz,
+)
 from launch.evaluation.metrics import (
     NOT_STATED,
     FeatureStatistics,
@@ -76,8 +84,11 @@ class Reference:
     sha256: str | None = None  # of the statistics file
 
 
-def open_reference(path: str | Path, image_size: int | None = None, crop: str = "center") -> Reference:
-    """A folder of images, or an npz with statistics (`mu`, `sigma`, and `mu_s`, `sigma_s`), images (`arr_0`) or both.
+def open_reference(
+    path: str | Path, image_size: int | None = None, crop: str = "center", decoding: Decoding = AS_PUBLISHED
+) -> Reference:
+    """Image files (see `open_images`), or an npz with statistics (`mu`, `sigma`, and `mu_s`, `sigma_s`), images
+    (`arr_0`) or both.
 
     Raises ValueError for an npz with neither, with half of a pair, or with statistics of which there is no distance.
     """
@@ -85,7 +96,7 @@ def open_reference(path: str | Path, image_size: int | None = None, crop: str = 
     names = npz_names(path) if path.suffix == ".npz" and path.is_file() else []
     statistics = [name for pair in _PAIRS for name in pair if name in names]
     if not statistics:
-        return Reference(str(path), images=open_images(path, image_size, crop))
+        return Reference(str(path), images=open_images(path, image_size, crop, decoding))
     for mean, covariance in _PAIRS:
         if (mean in names) != (covariance in names):
             raise ValueError(f"{path} holds only one of {mean!r} and {covariance!r}")

@@ -11,9 +11,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from launch.runtime.lifetime import signal_on_parent_exit
 
+SHARED_MEMORY = Path("/dev/shm")
 CLOSE_TIMEOUT = 5.0  # seconds that a reader gets to end
 
 
@@ -157,3 +160,7 @@ def _kill(items) -> None:
         worker.kill()
     for worker in items._workers:
         worker.join(timeout=CLOSE_TIMEOUT)  # one that waits for a disk that does not answer cannot even be killed
+        # What it was about to hand over: torch takes the name away only once both have it open.
+        for memory in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):
+            with suppress(OSError):
+                memory.unlink()

@@ -2,7 +2,7 @@
 _scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$_scripts/../.." && pwd)"
 source "$root/launch/setup_env.sh"
-setup_environment
+setup_environment dali
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # A launcher starts one process per GPU, and each would start a thread per core.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launch.config import LightningDiTRun, Run, VavaeRun, select_ops
+from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.runtime.processes import Processes
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
 if TYPE_CHECKING:
     from launch.training.trainer import Trainer
-    from vavae.data import ImageFolder
+    from vavae.data import ImageDataset
     from vavae.task import VavaeTask
 
 
@@ -35,7 +35,16 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     train = run.train.with_validation(run.data.valid_path)
     assert train.exp_name is not None, "name_run gives one"
     ops = select_ops(run.kernels)
-    task, validation = vavae_task(run, ops) if isinstance(run, VavaeRun) else _lightningdit_task(run, ops)
+    task: VavaeTask | LightningDiTTask
+    validation: ImageDataset | LatentDataset | None
+    if isinstance(run, VavaeRun):
+        task, validation = vavae_task(run, ops, processes.device)
+        require_one_decoder(task.batches, processes)
+        # As it is on this machine: going on elsewhere, by another decoder, is said.
+        data = run.images().model_copy(update={"decoder": task.batches.decoder})
+        run = run.model_copy(update={"data": data})
+    else:
+        task, validation = _lightningdit_task(run, ops)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -55,23 +64,34 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     return trainer
 
 
-def vavae_task(run: VavaeRun, ops) -> "tuple[VavaeTask, ImageFolder | None]":
-    """The task of a run with those ops, and its validation images."""
+def require_one_decoder(images: "ImageDataset", processes: Processes) -> None:
+    """Raise ConfigError, on every process, where `data.decoder: auto` came to different ones: pixels would differ."""
+    found = processes.all_gather(images.decoder)
+    if len(set(found)) > 1:
+        ranks = ", ".join(f"{name} (first on rank {found.index(name)})" for name in sorted(set(found)))
+        raise ConfigError(
+            f"data.decoder auto takes {ranks}: name one that all processes have, or install what is lacking"
+        )
+
+
+def vavae_task(run: VavaeRun, ops, device: torch.device | str = "cpu") -> "tuple[VavaeTask, ImageDataset | None]":
+    """The task of a run with those ops, and its validation images; images may be decoded on `device`."""
     from vavae.task import VavaeTask  # imports timm and lpips: seconds of their own
 
     task = VavaeTask(
         model=run.model,
         foundation=run.features(),
         loss=run.loss,
-        data=run.data,
+        data=run.images(),
         ops=ops,
         seed=run.train.global_seed,
         global_batch_size=run.train.global_batch_size,
         stages=run.stages,
+        device=device,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)
-    return task, None if run.data.valid_path is None else _open_images(run, run.data.valid_path)
+    return task, None if run.data.valid_path is None else _open_images(run, "valid_path", device)
 
 
 def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, LatentDataset | None]:
@@ -95,16 +115,20 @@ def _lightningdit_task(run: LightningDiTRun, ops) -> tuple[LightningDiTTask, Lat
     return task, validation
 
 
-def open_dataset(run: Run, folder: str) -> "LatentDataset | ImageFolder":
-    """The data in a folder as validation takes it, fit for the run's model; raises ValueError where it is not."""
-    return _open_images(run, folder) if isinstance(run, VavaeRun) else _open_latents(run, folder)
+def open_dataset(run: Run, key: str, device: torch.device | str = "cpu") -> "LatentDataset | ImageDataset":
+    """The data that `data.data_path` or `data.valid_path` names, fit for the run's model; raises ValueError if not."""
+    if isinstance(run, VavaeRun):
+        return _open_images(run, key, device)
+    return _open_latents(run, getattr(run.data, key))
 
 
-def _open_images(run: VavaeRun, folder: str) -> "ImageFolder":
-    from vavae.data import ImageFolder  # imports torchvision: seconds of its own
+def _open_images(run: VavaeRun, key: str, device: torch.device | str = "cpu") -> "ImageDataset":
+    from vavae.data import ImageDataset  # imports torchvision: seconds of its own
 
-    data = run.data.model_copy(update={"data_path": folder, "crop": "center"})
-    return ImageFolder.from_config(data, run.train.global_seed)
+    data, seed = run.images(), run.train.global_seed
+    if key == "data_path":
+        return ImageDataset(data, seed, device=device)
+    return ImageDataset(data.for_evaluation(data.valid_path), seed, split="val", device=device)
 
 
 def _open_latents(run: LightningDiTRun, folder: str) -> LatentDataset:

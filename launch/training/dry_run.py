@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 import kernels
 import lightningdit.cost as dit_cost
@@ -10,6 +13,10 @@ from launch.training.build import open_dataset
 from launch.training.checks import check_run, network_on_meta
 from launch.training.loader import BatchSplit
 from lightningdit.task import check_classes
+from vavae.decoders.choice import choose_decoder, lacking
+
+if TYPE_CHECKING:
+    from vavae.data import ImageDataset
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
@@ -66,6 +73,7 @@ class RunPlan:
     stage: int
     bf16: bool
     latents: tuple[int, int] | None = None  # channels, size
+    reading: tuple[str, ...] = ()  # how images are decoded, and how fast
     absent: tuple[str, ...] = ()  # what the run needs and this machine has not
     downloads: tuple[str, ...] = ()  # what the run would download first
 
@@ -93,6 +101,7 @@ class RunPlan:
             channels, size = self.latents
             disk = latents_bytes(self.num_images, channels, size)
             lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB (float32 {channels}×{size}×{size}, two per image)")
+        lines += [f"  {line}" for line in self.reading]
         lines += [f"  not on this machine, so no run yet: {what}" for what in self.absent]
         lines += [f"  to be downloaded by the run: {what}" for what in self.downloads]
         return lines
@@ -117,15 +126,18 @@ def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
     """
     check_run(run)
     train, absent = run.train, _backends_missing(run)
-    num_images, assumed, opened = run.data.num_images, True, []
+    num_images, assumed = run.data.num_images, True
+    opened: list = []
+    if isinstance(run, VavaeRun) and (why := lacking(run.data.decoder, _device())):
+        absent.append(f"data.decoder {run.data.decoder} ({why})")
     for key in ("data_path", "valid_path"):
         folder = getattr(run.data, key)
         if folder is None:
             continue
-        if not Path(folder).exists():
+        if not _is_here(run, folder):
             absent.append(f"data.{key} {folder}")
             continue
-        opened.append(open_dataset(_uncached(run), folder))
+        opened.append(open_dataset(_to_look_at(run), key, _device()))
         if key == "data_path":
             num_images, assumed = len(opened[0]), False
     if kind == "lightningdit" and len(opened) == 2:
@@ -133,6 +145,11 @@ def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
     networks, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
     if train.global_batch_size % processes:
         raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
+    reading: tuple[str, ...] = ()
+    if isinstance(run, VavaeRun):
+        flops = sum(network.flops for network in networks)
+        gpus = min(processes, max(torch.cuda.device_count(), 1))
+        reading = _reading(run, None if assumed else opened[0], gpus, flops)
     steps = train.steps(num_images)
     micro_batch_size = train.micro_batch_size or train.global_batch_size // processes
     BatchSplit(train.global_batch_size, processes, micro_batch_size)
@@ -150,16 +167,50 @@ def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
         stage=run.deepspeed.zero_stage,
         bf16=train.precision == "bfloat16",
         latents=latents,
+        reading=reading,
         absent=tuple(absent),
         downloads=_downloads(run),
     )
 
 
-def _uncached(run: Run) -> Run:
-    """The run with its images left on the disk."""
+def _is_here(run: Run, path: str) -> bool:
+    if isinstance(run, LightningDiTRun):
+        return Path(path).exists()
+    from vavae.sources import source_exists  # imports Pillow: seconds of its own
+
+    return source_exists(path)
+
+
+def _reading(run: VavaeRun, images: "ImageDataset | None", gpus: int, flops_per_image: float) -> tuple[str, ...]:
+    """What decodes a run's images, and how fast; without images here only the first. gpus: that share this machine."""
+    from launch.training.image_rate import describe_rate, measure_images  # imports torchvision: seconds of its own
+
+    if lacking(run.data.decoder, _device()):  # on this machine
+        return ()
+    data, device = run.images(), _device()
+    name, reason = choose_decoder(data.decoder, device, crop=data.crop, cached=data.cache)
+    decoder = f"images decoded by {name} on {device} ({reason}), {run.data.num_workers} workers"
+    if images is None:
+        return (decoder,)
+    if run.data.cache:
+        return (decoder, "images/s: not measured, they are kept in memory")
+    try:
+        measured = measure_images(images, run.data.num_workers)
+    except ValueError as e:  # such as an unreadable file, which a run may never come to
+        return (decoder, f"images/s: not measured: {e}")
+    return (decoder, describe_rate(measured, flops_per_image, run.train.precision, gpus))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _to_look_at(run: Run) -> Run:
+    """The run with its images left on the disk, by a decoder that is here."""
     if isinstance(run, LightningDiTRun):
         return run
-    return run.model_copy(update={"data": run.data.model_copy(update={"cache": False})})
+    here = {"decoder": "auto"} if lacking(run.data.decoder, _device()) else {}
+    return run.model_copy(update={"data": run.data.model_copy(update={"cache": False, **here})})
 
 
 def _backends_missing(run: Run) -> list[str]:

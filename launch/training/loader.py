@@ -1,6 +1,6 @@
 """Sample order and data loader: the samples of a step are a function of the step alone, so resuming is exact."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -19,8 +19,9 @@ Key = tuple[int, int]  # step and micro-batch
 class Batches(Protocol):
     """A task's data set: `batch` depends on its arguments (and the task's seed) alone.
 
-    Where it says `threaded = True`, `batch` also takes `pin_memory`, and is called from several threads at once: it
-    should hold Python's lock for as little as it can. Otherwise it is called in processes of its own.
+    Where it says `threaded = True`, `batch` also takes `pin_memory`, and is called from several threads at once (of
+    which `most_readers`, where it has that, are enough): it should hold Python's lock for as little as it can.
+    Otherwise it is called in processes of its own.
     """
 
     def __len__(self) -> int: ...
@@ -100,18 +101,6 @@ def samples_of_step(order: SampleOrder, split: BatchSplit, step: int) -> dict[st
     return found
 
 
-class _MicroBatchDataset(Dataset):
-    """Micro-batches by step and number. options: for `batch`."""
-
-    def __init__(self, batches: Batches, order: SampleOrder, split: BatchSplit, rank: int, **options):
-        self._order, self._split, self._rank = order, split, rank
-        self._batch = partial(batches.batch, **options)
-
-    def __getitem__(self, key: Key) -> Tensors:
-        step, micro = key
-        return self._batch(*self._order.slice(step, *self._split.bounds(micro, self._rank)))
-
-
 class _KeySampler(Sampler):
     def __init__(self, first_step: int, last_step: int, accumulation: int):
         self._steps, self._accumulation = range(first_step, last_step + 1), accumulation
@@ -136,12 +125,37 @@ def micro_batches(
 ) -> Generator[Tensors]:
     """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`.
 
-    The workers are threads where the batches are `threaded`, at least one; else processes, and nothing is read ahead
-    without any. With pin_memory the batches lie where a GPU can fetch them by itself. Close the generator to end them.
+    See `read_batches`.
     """
+
+    def load(key: Key, **options: bool) -> Tensors:
+        step, micro = key
+        return batches.batch(*order.slice(step, *split.bounds(micro, rank)), **options)
+
     keys = _KeySampler(first_step, last_step, split.accumulation)
+    return read_batches(batches, load, keys, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def read_batches(
+    batches: Batches, load: Callable[..., Tensors], keys: Iterable, *, num_workers: int, pin_memory: bool
+) -> Generator[Tensors]:
+    """`load(key)` for each of `keys`, in order, read ahead by `num_workers`.
+
+    The workers are threads where the batches are `threaded`, at least one and at most `most_readers`; else processes,
+    and nothing is read ahead without any. With pin_memory the batches lie where a GPU can fetch them by itself. Close
+    the generator to end them.
+
+    load: makes a batch of `batches`, and hands `pin_memory` on to them in threads.
+    """
     if getattr(batches, "threaded", False):
-        load = _MicroBatchDataset(batches, order, split, rank, pin_memory=pin_memory).__getitem__
-        return read_in_threads(load, keys, threads=max(num_workers, 1))
-    data = _MicroBatchDataset(batches, order, split, rank)
-    return read_in_processes(data, keys, num_workers=num_workers, pin_memory=pin_memory)
+        threads = max(min(num_workers, getattr(batches, "most_readers", None) or num_workers), 1)
+        return read_in_threads(partial(load, pin_memory=pin_memory), keys, threads=threads)
+    return read_in_processes(_ByKey(load), keys, num_workers=num_workers, pin_memory=pin_memory)
+
+
+class _ByKey(Dataset):
+    def __init__(self, load: Callable[..., Tensors]):
+        self._load = load
+
+    def __getitem__(self, key) -> Tensors:
+        return self._load(key)

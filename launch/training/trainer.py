@@ -338,4 +338,8 @@ class Trainer:
         return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)
 
     def _to_device(self, batch: Tensors) -> Tensors:
-        return {name: value.to(self.processes.device, non_blocking=True) for name, value in batch.items()}
+        device = self.processes.device
+        for value in batch.values():
+            if value.is_cuda:  # made on a reader's stream: its memory is not free before this stream has used it
+                value.record_stream(torch.cuda.current_stream(device))
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

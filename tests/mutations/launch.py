@@ -222,6 +222,10 @@ MISTAKES = {
         "launch/sample.py", "self.model.to(device, getattr(torch, self.settings.precision))", "self.model.to(device)",
         "test_launch_sample.py::test_the_network_runs_in_the_precision_that_is_stated",
     ),
+    "extraction_goes_on_with_other_labels": Mistake(
+        "launch/extract.py", "    digest.update(images.labels.numpy().tobytes())\n", "",
+        "test_launch_extract.py::test_corrected_labels_may_not_go_on_with_these_shards",
+    ),
     "extraction_in_another_precision": Mistake(
         "launch/extract.py", "tokenizer.to(getattr(torch, precision))", "tokenizer.to(torch.float32)",
         "test_launch_extract.py::test_the_precision_that_is_stated_is_the_one_that_encodes",
