@@ -1,6 +1,7 @@
 """Time loading latents for the training loop, in latents per second, against the published way of reading them.
 
     python -m bench.data [--out FILE]        a set of its own, made for the run, or --directory with extracted latents
+    python -m bench.data --images            image files in the place of latents: see bench/images.py
 
 The loader is measured as the trainer uses it, in the global shuffled order, with and without workers, from files in the
 page cache. The published way opens a file for every sample. Both are first compared on the same samples. A row's times
@@ -8,15 +9,13 @@ are of one latent.
 """
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -26,8 +25,10 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from bench import images
 from bench.measure import program
 from bench.measure.comparison import Comparison
+from bench.measure.host import host
 from bench.measure.progress import Ready
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import HostDevice, Iteration
@@ -199,34 +200,22 @@ def read(stream: Iterator) -> None:
     deque(islice(stream, BATCHES), maxlen=0)
 
 
-@cache
-def host() -> Row:
-    """The CPU, how many of its cores this process may use, and how many processes wanted one in the last minute."""
-    model = platform.processor() or None
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text("utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    def at_least(least: int, text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
-        return int(text)
-
-    positive, natural = partial(at_least, 1), partial(at_least, 0)
+    positive, natural = program.whole_number(1), program.whole_number(0)
     parser = program.parser("bench.data", __doc__, seconds=4.0, gpu=False)
     parser.add_argument("--directory", type=Path, help="latents to read (default: random ones, made for the run)")
     parser.add_argument("--samples", type=positive, default=8192, help="of the set made for the run (default 8192)")
     parser.add_argument("--batch-size", type=positive, default=128, help="of one process (default 128)")
     parser.add_argument("--workers", type=natural, action="append", help="repeatable (default: 0 and 2)")
+    parser.add_argument("--images", action="store_true", help="image files instead; see --images --help")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if "--images" in words:
+        return images.main([word for word in words if word != "--images"])
+    options = parse(words)
     device = HostDevice()
     comparison = LoaderComparison(device, Log(device.kind, options.out), None, options.seconds)
     with tempfile.TemporaryDirectory() as own:

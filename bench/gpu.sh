@@ -6,13 +6,15 @@
 # Below 20 minutes this is python -m bench.triage, which takes the options; what follows is about longer runs.
 #
 # A build of csrc, the tests marked gpu, then python -m bench.step, the representative cases of bench.ops, bench.gemms,
-# bench.sampling, bench.tokenizer, bench.data, all other cases of bench.ops, and bench.regress on their rows. Below 40
-# minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets summary.txt, rows.jsonl, log.txt
-# and, in logs.tgz, what each part printed; each part stops in time by itself, leaves whole rows, and the next one runs
-# whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are committed is no failure.
+# bench.sampling, bench.tokenizer, bench.data of latents and of images, all other cases of bench.ops, and bench.regress
+# on their rows. Below 40 minutes, steps, sampling and tokenizer are the short choice of --quick. OUT_DIR gets
+# summary.txt, rows.jsonl, log.txt and, in logs.tgz, what each part printed; each part stops in time by itself, leaves
+# whole rows, and the next one runs whatever became of it. Ends with 1 if a part failed; that no rows of this GPU are
+# committed is no failure.
 #
 # Needs torch, triton, pytest, numpy, safetensors, pydantic and this tree; sampling also torchdiffeq, torchvision and
-# PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips; where one is not installed, a row states it.
+# PyYAML, training steps DeepSpeed, those of the tokenizer timm and lpips, images Pillow, torchvision and DALI; where one
+# is not installed, a row states it.
 # PYTHON names another interpreter, GIT_REVISION the revision of a tree without .git.
 set -uo pipefail
 
@@ -121,6 +123,7 @@ bench gemms 20 bench.gemms --seconds 0.3
 bench sampling 35 bench.sampling "${quick[@]}" --seconds 2
 bench tokenizer 60 bench.tokenizer "${quick[@]}" --seconds 2
 part data 60 "$PYTHON" -m bench.data --seconds 2 --out "$out/rows.jsonl"
+bench images 30 bench.data --images --seconds 2
 bench more 85 bench.ops --after-quick --seconds 0.3 "${without[@]}"
 
 # Committed rows may be of more than this run had time for.
@@ -136,7 +139,7 @@ part regress "$limit" "$PYTHON" -m bench.regress "$out/rows.jsonl" --minutes "$(
     grep -hoE "worker '.*' crashed while running .*|[^ ]+ lost the device: .*" "$logs/tests.log" | sort -u
     grep -h ' images/s' "$logs"/{step,sampling,tokenizer}.log | grep -v '^so far'
     grep -h ' mean over the step' "$logs/gemms.log"
-    grep -h '^best against best' "$logs/data.log"
+    grep -hE '^best against best|over pil' "$logs"/{data,images}.log
     grep -hE '^(copy|matmul|rows:)| (triton|cuda) +[0-9.]+ µs' "$logs"/{ops,more}.log | grep -v '^so far'
     grep -hiE '^(the )?time is up' "$logs"/*.log
     cat "$logs/regress.log"

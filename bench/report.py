@@ -65,6 +65,7 @@ def _gpu(gpu: Measured, notes: Path) -> list[str]:
         ("Every case of every op", "op", tables.every_op),
         ("Other providers", "op", tables.every_peer),
         ("Latents loader", "data", comparison_tables.loaders),
+        ("Images decoded for training", "images", comparison_tables.images),
         ("Not measured", "op", tables.lacking),
     ]
     if lost := missed(gpu):

@@ -364,6 +364,32 @@ def test_the_loader_is_read_from_its_rows(tmp_path):
     assert page.count("(nvidia") == 0 and "### Other providers" not in page, "ops on a CPU are no rows"
 
 
+def test_decoders_are_read_from_their_rows(tmp_path):
+    row = comparison(
+        "images", 2400.0, provider="dali", batch_size=32, source="tar", workers=16, spread=0.02, cores=16
+    ) | {
+        "bytes_per_file": 45_000.0,
+        "psnr_mean": 56.2,
+        "psnr_min": 55.7,
+        "times_faster_than": {"pil-tar-16": 4.0},
+    }
+    equal = {"psnr_mean": None, "psnr_min": None}
+    slower = {"times_faster_than": {"dali-tar-16": 0.25}}
+    rows = [
+        row,
+        row | {"provider": "pil", "images_per_second": 600.0} | slower | equal,
+        row | {"provider": "file-per-sample", "images_per_second": 9000.0, "ours": False},
+        row | {"provider": "torchvision", "status": "unavailable", "reason": "built without nvJPEG"},
+    ]
+    gpu = Measured("nvidia-h200", tuple(rows))
+    target = next(target for target in TARGETS if target.name == "images")
+    assert target.read(gpu) == 2400 and target in missed(gpu), "the fastest of ours"
+    page = report.page([gpu], tmp_path)
+    assert "| dali | tar | cuda | 16 | 2,400 | 2.0 % | 1.00 | 56.2 dB | 55.7 dB | 45 | 16 |  |" in page
+    assert "| pil | tar | cuda | 16 | 600 | 2.0 % | 4.00 |  |  | 45 | 16 |  |" in page
+    assert "| torchvision | tar | cuda | 16 |  |  |  |  |  |  |  | unavailable: built without nvJPEG |" in page
+
+
 def test_a_missed_target_is_explained_or_it_is_said_that_it_is_not(tmp_path):
     assert f"* **training, bfloat16**, 640 images/s of 650 images/s: {report.NO_NOTE}" in report.page([gpu()], tmp_path)
     (tmp_path / "training.md").write_text("The products take 125 ms.\n")

@@ -268,6 +268,11 @@ def test_the_summary_shows_every_kind_of_row():
         op_row("swiglu", "eager", 0.1),
         op_row("vf_loss", "cuda", 0.3),
         row("tokenizer", part="encode", provider="auto", images_per_second=2100.0, fraction=0.4),
+        *(
+            row("images", provider=name, source="tar", workers=16, device="cuda", images_per_second=rate)
+            for name, rate in (("pil", 900.0), ("torchvision", 3100.5))
+        ),
+        row("images", provider="dali", source="tar") | {"status": "unavailable", "reason": "it is not installed"},
         ended("others", "skipped", "no time: 1 s are left", "sampling") | {"share": 20.0},
     ]
     text = summary.text(rows)
@@ -278,6 +283,9 @@ def test_the_summary_shows_every_kind_of_row():
     assert "vf_loss XL forward cuda" in limits[1] and "swiglu XL forward triton" in limits[2] and not limits[3]
     assert "encode     auto                          2100.00 images/s" in text
     assert "others/sampling: no time: 1 s are left" in text and "trainer" in text
+    decoded = text[text.index("Images decoded") :].splitlines()
+    assert decoded[1] == "torchvision from tar, 16 workers          3100.5 images/s, on cuda"
+    assert decoded[2].startswith("pil from tar") and decoded[3] == "dali: it is not installed"
 
 
 @pytest.mark.parametrize(("direction", "marked"), [("forward", ["forward"]), ("backward", ["backward"])])

@@ -15,7 +15,7 @@ from bench.measure.rows import read
 from kernels.testing import emulation
 
 ROOT = Path(__file__).parents[1]
-ONLY = ("machine", "ops/swiglu", "bare", "plain-eager", "gemms", "fractions/graph", "others/encode")
+ONLY = ("machine", "ops/swiglu", "bare", "plain-eager", "gemms", "fractions/graph", "images", "others/encode")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def test_everything_ends_well(rehearsed):
         "plain-eager",
         "gemms",
         "fractions",
+        "images",
         "others",
     }
     assert {"ops/swiglu triton", "ops/swiglu cuda", "ops/swiglu_linear_grad triton"} <= set(outcomes)
@@ -70,6 +71,8 @@ def test_measurements_are_in_the_rows_and_in_the_summary(rehearsed):
     graph = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
     assert timed == {(op, provider) for op in graph for provider in ("triton", "eager")}
     assert {row["part"] for row in rows if row["kind"] == "tokenizer"} == {"encode"}
+    decoded = [row for row in rows if row["kind"] == "images"]
+    assert {row["provider"] for row in decoded if row["status"] == "ok"} >= {"pil", "torchvision", "file-per-sample"}
     text = (out / "summary.txt").read_text()
     assert "triton right, cuda right" in text and "x plain-eager" in text and "TFLOP/s mean of 12 products" in text
     assert " limit, " in text and "encode     auto" in text and "== Failures" not in text

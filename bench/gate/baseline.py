@@ -10,6 +10,8 @@ from bench.measure.rows import MACHINE, NAMES, ROOT, Row, complete, line, read
 from common.files import make_directory, write_text
 
 RESULTS = ROOT / "bench" / "results"
+#: Kinds of rows that count on a CPU, too.
+LOADERS = ("data", "images")
 
 
 def path_for(gpu: str, folder: Path | None = None) -> Path:
@@ -23,7 +25,7 @@ def rows_of(path: Path) -> Iterator[Row]:
     Verdicts of `bench.triage` on its children are no measurements.
     """
     yield from (row for row in read(path) if row["kind"] != "triage")
-    yield from (row for row in read(path, "cpu") if row["kind"] == "data")
+    yield from (row for row in read(path, "cpu") if row["kind"] in LOADERS)
 
 
 def gpu_of(rows: Iterable[Row]) -> str:

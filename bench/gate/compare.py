@@ -45,7 +45,9 @@ class Finding:
 
 
 def mine(row: Row) -> bool:
-    """Whether a row is of our own code, not of a baseline's."""
+    """Whether a row is of our own code, not of a baseline's, and of a kind that has a limit."""
+    if row["kind"] not in TOLERANCE:
+        return False
     if row["kind"] == "step":
         return row["features"]["engine"] != "plain"
     if "ours" in row:

@@ -10,10 +10,20 @@ from bench.measure.timing import IterationFailed
 NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
+class CannotRun(RuntimeError):
+    """A provider that is not measured on this machine: the status of its row, and why."""
+
+    def __init__(self, status: str, why: str):
+        self.status = status
+        super().__init__(why)
+
+
 def status_of(error: BaseException) -> tuple[str, str]:
     """The status and the reason of a row; where memory ran out the reason begins with "OutOfMemoryError"."""
     if isinstance(error, IterationFailed):
         error = error.__cause__ or error
+    if isinstance(error, CannotRun):
+        return error.status, str(error)
     if isinstance(error, ImportError):
         return "unavailable", f"not installed: {error}"
     name, cause = type(error).__name__, error

@@ -21,6 +21,17 @@ RECOMPILE_LIMIT = 64
 USAGE = 64
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least}")
+        return int(text)
+
+    return read
+
+
 def parser(module: str, description: str, seconds: float, gpu: bool = True) -> argparse.ArgumentParser:
     """With the options of every comparison; seconds: the default of samples; gpu: for `run`."""
     formatter = argparse.RawDescriptionHelpFormatter

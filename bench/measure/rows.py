@@ -31,6 +31,7 @@ NAMES = {
     "gemm": ("model", "batch", "layer", "direction", "provider"),
     "ceiling": ("ceiling",),
     "data": ("provider", "workers", "batch_size"),
+    "images": ("provider", "source", "device", "workers", "batch_size"),
     "triage": ("part", "name"),
 }
 #: Keys of `machine`.

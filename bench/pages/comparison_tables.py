@@ -1,4 +1,4 @@
-"""Tables of steps, sampling, the tokenizer, matrix products and loaders, for one GPU's page."""
+"""Tables of steps, sampling, the tokenizer, matrix products, loaders and decoders, for one GPU's page."""
 
 from bench import gemms
 from bench.measure.breakdown import KINDS, OTHER
@@ -104,3 +104,18 @@ def loaders(gpu: Measured) -> str:
         "× slower than the fastest": lambda row: f"{1 / min([1.0, *row['times_faster_than'].values()]):.2f}",
     }
     return row_table(gpu.numbers("data"), columns)
+
+
+def images(gpu: Measured) -> str:
+    """Image files decoded by each decoder and in the published way; PSNR beside Pillow's pixels."""
+    names: dict[str, Cell] = {"decoded by": "{provider}", "from": "{source}", "on": "{device}", "workers": "{workers}"}
+    figures: dict[str, Cell] = {
+        "images/s": "{images_per_second:,.0f}",
+        **SPREAD,
+        "× slower than the fastest": lambda row: f"{1 / min([1.0, *row['times_faster_than'].values()]):.2f}",
+        "PSNR, mean": "{psnr_mean:.1f} dB",
+        "least": "{psnr_min:.1f} dB",
+        "KB a file": lambda row: f"{row['bytes_per_file'] / 1e3:.0f}",
+        "cores": "{cores}",
+    }
+    return comparison_table(gpu.ordered("images", "device", "source"), names, figures)

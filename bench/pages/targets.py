@@ -136,7 +136,7 @@ TARGETS = [
     Target("encode", "tokenizer, encoding", 2000, 3000, "images/s", "5,700", fastest("tokenizer", part="encode")),
     Target("decode", "tokenizer, decoding", 1100, 1600, "images/s", "3,130", fastest("tokenizer", part="decode")),
     Target("vavae", "VA-VAE training", 40, 80, "images/s", "", fastest("tokenizer", part="train")),
-    Target("images", "JPEG decoding and crop, 16 cores and the GPU", 2500, 6000, "images/s"),
+    Target("images", "JPEG decoding and crop, 16 cores and the GPU", 2500, 6000, "images/s", "", fastest("images")),
     Target(
         "latents-host",
         "latents loader, on the host",

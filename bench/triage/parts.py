@@ -8,7 +8,19 @@ from pathlib import Path
 
 from bench.measure.rows import Row
 from bench.triage.summary import slowest, worst_check
-from bench.triage.tasks import BUILD, ENCODE, SAMPLING, STEP_OPS, Fractions, Task, backends, check, step, triage_task
+from bench.triage.tasks import (
+    BUILD,
+    ENCODE,
+    IMAGES,
+    SAMPLING,
+    STEP_OPS,
+    Fractions,
+    Task,
+    backends,
+    check,
+    step,
+    triage_task,
+)
 
 #: Seconds that a step is timed for: a few dozen of the slowest.
 STEP_SECONDS = 8.0
@@ -60,7 +72,7 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
 def first_parts() -> tuple[Part, ...]:
     """Eight minutes, as an H200 with 16 cores took them, go as far as the fractions where the extension is built.
 
-    The last two, estimated, are for a longer run, or one of their own: `--only variants --only others`.
+    The last three, estimated, are for a longer run, or one of their own: `--only variants --only others`.
     """
     existing = backends()
     graph_passes = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
@@ -87,6 +99,7 @@ def first_parts() -> tuple[Part, ...]:
                 step("bare", STEP_SECONDS, backend="cuda"),
             ),
         ),
+        Part("images", 60, (IMAGES,)),
         Part("others", 40, (SAMPLING, ENCODE)),
     )
 

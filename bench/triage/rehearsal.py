@@ -50,12 +50,14 @@ SECONDS = 0.02
 def small(module: str, arguments: list[str]) -> list[str]:
     """The arguments of a child, with fewer images and seconds, and the emulation for CUDA's kernels."""
     words = list(arguments)
-    for name, value in (("--batch", BATCH), ("--seconds", SECONDS)):
+    for name, value in (("--batch", BATCH), ("--seconds", SECONDS), ("--workers", 1)):
         for place in (i for i, word in enumerate(words) if word == name):
             words[place + 1] = str(value)
     if module == "bench.triage.check":
         words[1] = "emulated" if words[1] == "cuda" else words[1]
         words += ["--samples", "0"]
+    if module == "bench.data":
+        words += ["--samples", "16", "--batch-size", str(BATCH), "--device", "cpu"]
     if module in ("bench.step", "bench.sampling"):
         words = ["reference" if word == "cuda" else word.replace("=cuda", "=reference") for word in words]
     return [*words, "--device", "cpu"] if module.startswith("bench.triage.") else words

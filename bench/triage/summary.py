@@ -31,6 +31,7 @@ def text(rows: Sequence[Row], known: Sequence[Row] | None = None) -> str:
         "Matrix products of a step": _products(rows),
         "Fractions of the limit, the lowest first": _fractions(rows),
         "Sampling and tokenizer": _others(rows),
+        "Images decoded for training": _images(rows),
         "Failures": [f"{_label(row)}: {row['verdict']}: {row['reason']}" for row in failures],
         "Skipped": [f"{_label(row)}: {row['reason']}" for row in skipped],
     }
@@ -154,6 +155,14 @@ def _others(rows: Sequence[Row]) -> Iterator[str]:
     for row in (*_measured(rows, "sampling"), *_measured(rows, "tokenizer")):
         part = row.get("part", "sampling")
         yield f"{part:10} {row['provider']:28} {row['images_per_second']:8.2f} images/s{_fraction(row)}"
+
+
+def _images(rows: Sequence[Row]) -> Iterator[str]:
+    for row in sorted(_measured(rows, "images"), key=lambda row: -row["images_per_second"]):
+        name = f"{row['provider']} from {row['source']}, {row['workers']} workers"
+        yield f"{name:39} {row['images_per_second']:8.1f} images/s, on {row['device']}"
+    absent = {row["provider"]: row["reason"] for row in rows if row["kind"] == "images" and row["status"] != "ok"}
+    yield from (f"{name}: {reason}" for name, reason in absent.items())
 
 
 def _measured(rows: Iterable[Row], kind: str) -> list[Row]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from bench.measure.host import cores
 from bench.measure.rows import ROOT, Row
 from bench.triage.verdicts import OK, SKIPPED, crashed, outcomes
 
@@ -189,4 +190,10 @@ class Build(Task):
 
 SAMPLING = Sampling("sampling", "bench.sampling", ("--variant", "plain-eager", "--seconds", "1"))
 ENCODE = Encode("encode", "bench.tokenizer", ("encode", "--quick", "--seconds", "1"))
+IMAGES = Task(
+    "images",
+    "bench.data",
+    ("--images", "--workers", str(cores()), "--seconds", "0.5"),
+    takes=("--minutes", "--out"),
+)
 BUILD = Build("extension", "setup", ("--quiet", "build_ext", "--inplace"), takes=())

@@ -79,4 +79,12 @@ MISTAKES = {
         "bench/measure/rows.py", "name = (row[\"run\"], key(row)) if row.get(\"run\") else number", "name = number",
         "test_bench_ops.py::test_of_one_run_the_last_row_of_a_name_counts",
     ),
+    "pixels_of_a_decoder_that_differ": Mistake(
+        "bench/workloads/image_loading.py", "if mean >= LEAST_MEAN and least >= LEAST:", "if mean >= LEAST:",
+        "test_bench_images.py::test_how_close_pixels_have_to_be",
+    ),
+    "a_decoder_credited_with_pillows_speed": Mistake(
+        "bench/workloads/image_loading.py", "if by_pillow == 1:", "if by_pillow > 1:",
+        "test_bench_images.py::test_files_that_only_pillow_reads_are_no_measure_of_a_decoder",
+    ),
 }  # fmt: skip
