@@ -230,7 +230,7 @@ def test_a_plan_does_not_end_at_a_broken_image(tmp_path, sources, run_file, caps
     for path in (tmp_path / "folder").rglob("*.jpg"):
         path.write_bytes(b"broken")
     assert main(["train", "vavae", run_file(str(tmp_path / "folder")), "--dry-run"]) == 0
-    assert "images/s: not measured: cannot read image" in capsys.readouterr().out
+    assert "images/s: not measured, and a run stops there: cannot read image" in capsys.readouterr().out
 
 
 def unlabelled(root: Path, sources) -> str:
@@ -257,7 +257,11 @@ def no_tar(root: Path, _) -> str:
     [
         (no_tar, "", r"x\.tar is no tar, or damaged at its begin"),
         (unlabelled, "", r"x\.tar: 00\.jpg has no label: its sample has no member with the ending \.cls"),
-        (with_another_index, "", r"x\.tar\.index\.json is the index of another tar .*; remove it to have it made anew"),
+        (
+            with_another_index,
+            "",
+            r"x\.tar\.index\.json is the index of another tar, .*; remove it to have it made anew",
+        ),
         (lambda root, _: f"{root}/{{0..3}}.tar", "", r"4 of 4 tars of .* do not exist, the first is .*/0\.tar"),
         ("tar", "data.class_file=/no/names.txt", r"data\.class_file: /no/names\.txt does not"),
         ("folder", "data.labels_file=/no/labels.txt", r"data\.labels_file is /no/labels\.txt, but"),

@@ -305,11 +305,11 @@ def test_what_was_found_and_left_out_is_said_in_one_line(folder, caplog):
     ("paths", "want"),
     [
         (
-            ["train/a/1.png", "val/a/1.png"],
-            r"2 images in 2 classes \(train, val\); .*lie deeper \(train/a/1.png\): "
+            ["night/a/1.png", "day/a/1.png"],
+            r"2 images in 2 classes \(day, night\); .*lie deeper \(day/a/1.png\): "
             r"is data.data_path one level too high\?",
         ),
-        (["train/a/1.png", "val/1.png"], r"2 images in 2 classes \(train, val\)$"),
+        (["night/a/1.png", "day/1.png"], r"2 images in 2 classes \(day, night\)$"),
         (
             [f"{c}/1.png" for c in range(12)],
             r"12 classes \(0, 1, 10, …\); classes are sorted as text, so label 2 is class '10'$",

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from vavae.image_files import FORMATS, UnreadableImage, open_image
 
@@ -240,3 +240,19 @@ def test_damage_is_an_error_that_names_the_file_or_another_picture(tmp_path, kin
             assert "a.png" in str(error)
             refused += 1
     assert refused > 40  # every truncation but few
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_a_photograph_is_turned_once(tmp_path, kind, number):
+    """As Pillow turns it; TIFF files also where orientation is not to be followed, as Pillow does that by itself."""
+    exif = Image.Exif()
+    exif[0x0112] = number
+    ramp = np.add.outer(2 * np.arange(24), 3 * np.arange(40)).astype(np.uint8)
+    Image.fromarray(ramp).convert("RGB").save(tmp_path / "x", kind, exif=exif, quality=95)
+    with Image.open(tmp_path / "x") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        stored = upright if kind == "TIFF" else np.asarray(image.convert("RGB"))
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x", rotate=True)), upright)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x")), stored)
+    assert upright.shape[:2] == ((24, 40) if number < 5 else (40, 24))

@@ -79,7 +79,7 @@ def test_a_name_that_is_no_utf8_comes_back_from_its_entry(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "want"),
     [
-        (["train/a/1.png", "val/a/1.png"], r"\(train, val\); .*lie deeper \(train/a/1.png\): .* one level too high\?"),
+        (["x/a/1.png", "y/a/1.png"], r"\(x, y\); .*lie deeper \(x/a/1.png\): .* one level too high\?"),
         ([f"{c}/1.png" for c in range(12)], r"classes are sorted as text, so label 2 is class '10'$"),
         (["1/1.png", "2/1.png", "10x/1.png"], r"3 classes \(1, 10x, 2\)$"),
     ],

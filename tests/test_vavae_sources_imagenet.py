@@ -299,3 +299,21 @@ def test_labels_of_classes_that_are_not_wanted_are_named_with_their_line(tmp_pat
         open_source(tmp_path / "val", class_file=file)
     with pytest.raises(FileError, match=r"labels\.txt does not exist"):
         open_source(tmp_path / "val", labels_file=tmp_path / "labels.txt")
+
+
+@pytest.mark.parametrize("beside", [["val"], ["val", "test"]])
+def test_a_folder_of_splits_is_none_of_classes_whatever_they_are_called(tmp_path, beside):
+    for name in ("cats", "dogs", "n00000001"):
+        write(tmp_path / f"train/{name}/1.png")
+    for split in beside:
+        write(tmp_path / f"{split}/dogs/1.png")
+    assert open_source(tmp_path).classes == ("cats", "dogs", "n00000001")
+    validation = open_source(tmp_path, split="val")
+    assert validation.name(0).endswith("val/dogs/1.png") and validation.labels.tolist() == [1]
+    assert len(open_source(tmp_path, labelled=False)) == 3 + len(beside)  # all of it
+
+
+def test_other_folders_beside_the_splits_are_classes(tmp_path):
+    for name in ("train/a", "val/a", "bus"):
+        write(tmp_path / name / "1.png")
+    assert open_source(tmp_path).classes == ("bus", "train", "val")

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -39,11 +40,17 @@ def edited(path: Path, change) -> None:
     path.write_text(json.dumps(record))
 
 
+def of_another(path: Path, members: list) -> None:
+    """Put the index of another tar in the place of one."""
+    other = pack(path.parent / "y.tar", members)
+    open_source(other)
+    shutil.copy(f"{other}.index.json", path)
+    other.unlink()
+
+
 INDEXES = {
-    "of another tar": (lambda path: pack(path.parent / "x.tar", sample("9", 9)), "is the index of another tar"),
-    "of another of the same size": (
-        lambda path: pack(path.parent / "x.tar", sample("2", 0)), "is the index of another tar",
-    ),
+    "of another tar": (lambda path: of_another(path, [*sample("8", 8), *sample("9", 9)]), "the index of another tar"),
+    "of another of the same size": (lambda path: of_another(path, sample("2", 0)), "the index of another tar"),
     "edited": (lambda path: edited(path, lambda r: r.update(offsets="1024")), "is damaged, or was edited"),
     "without a column": (lambda path: edited(path, lambda r: (r.pop("sizes"), r.pop("checksum"))), "sizes: is missing"),
     "beyond the tar": (
@@ -69,6 +76,18 @@ def test_an_index_that_is_not_right_is_named(tmp_path, name):
     assert "\n" not in str(error.value)
     (tmp_path / "x.tar.index.json").unlink()
     assert len(open_source(tar)) == 1
+
+
+def test_a_tar_that_was_appended_to_is_indexed_anew(tmp_path, caplog):
+    tar = pack(tmp_path / "x.tar", sample("1", 0))
+    assert len(open_source(tar)) == 1
+    pack(tar, [*sample("1", 0), *sample("2", 1)])
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert open_source(tar).labels.tolist() == [0, 1]
+    assert "1 of them anew because the tar was modified" in caplog.text
+    caplog.clear()
+    assert len(open_source(tar)) == 2 and "anew" not in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, monkeypatch, caplog):

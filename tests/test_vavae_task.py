@@ -1,6 +1,7 @@
 """The training step of both networks: what it minimises, logs and leaves alone, and when the GAN begins."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def foundation(root, **fields) -> FoundationConfig:
 
 
 def make(files, *, model=TINY, stages=(), seed=0, data=None, **loss) -> VavaeTask:
-    data = DataConfig(data_path=str(files / "images"), image_size=16, **({"decoder": "pil"} | (data or {})))
+    data = DataConfig(**{"data_path": str(files / "images"), "image_size": 16, "decoder": "pil"} | (data or {}))
     return VavaeTask(
         model=model,
         foundation=foundation(files),
@@ -367,3 +368,18 @@ def test_golden_tokenizer_is_what_the_task_trains():
     assert set(net.state_dict()) - set(golden.group("param/")) == {"linear_proj.weight"}
     net.load_state_dict(golden.group("param/"), strict=False)
     close("moments", net.moments(golden["in/x"]), golden["out/moments"], atol=2e-5)
+
+
+def test_other_images_than_the_checkpoints_are_warned_of(files, tmp_path, caplog):
+    """Of the same number and classes: a name or a label is another, so that indices mean others."""
+    state = make(files).state_dict()
+    make(files).load_state_dict(state)
+    make(files).load_state_dict({"classes": state["classes"]})  # of an earlier version
+    assert not caplog.messages
+    shutil.copytree(files / "images", tmp_path / "images")
+    make(files, data={"data_path": str(tmp_path / "images")}).load_state_dict(state)
+    assert not caplog.messages  # the same, elsewhere
+    first = min((tmp_path / "images").rglob("*.png"))
+    first.rename(first.with_name("zz.png"))
+    make(files, data={"data_path": str(tmp_path / "images")}).load_state_dict(state)
+    assert "images holds other images, or labels, than the checkpoint was trained on" in caplog.text

@@ -241,8 +241,8 @@ class DataConfig(Section):
         decoder: `pil` gives the published pixels; `torchvision` and `dali` read JPEG files faster, on the device that
             trains; `auto` chooses and says why (`vavae.decoders`). A file without the key under `preset: paper` means
             `pil`.
-        exif_rotation: turn photographs as the camera was held. A file without the key under `preset: paper` means
-            false.
+        exif_rotation: turn photographs as the camera was held (TIFF files are always turned, by Pillow). A file without
+            the key under `preset: paper` means false.
         crop: `random` resizes the short side to `image_size` and crops anywhere; `center` is ADM's centre crop;
             `published_eval` is the crop under which the published tokenizers were evaluated.
         flip: mirror half of the training images.

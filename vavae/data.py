@@ -1,8 +1,11 @@
 """Batches of images and labels; a sample is a function of (seed, epoch, index), whoever decodes it and where."""
 
+import hashlib
 import logging
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,6 +82,14 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.source)
 
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the images' names in their order and of the labels: equal where indices mean the same."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        for index in range(len(self)):
+            digest.update(os.fsencode(self.source.relative_name(index)) + b"\n")
+        return digest.hexdigest()
+
     def batch(
         self, epochs: torch.Tensor, indices: torch.Tensor, *, pin_memory: bool = False
     ) -> dict[str, torch.Tensor]:
@@ -140,7 +151,7 @@ class ImageDataset:
             for place, square in zip(waiting, self._decoder.squares(self.source, *some), strict=True):
                 if isinstance(square.pixels, UnreadableImage):
                     if self.unreadable is None:
-                        raise square.pixels
+                        raise UnreadableImage(f"{square.pixels} (data.on_unreadable=skip takes the next one instead)")
                     self.unreadable.mark_unreadable(taken[place], square.pixels)
                     continue
                 pixels[place], by_pillow[place] = square.pixels, square.by_pillow

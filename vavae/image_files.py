@@ -16,6 +16,8 @@ from common.files import FileError, open_regular, refuse_placeholders
 FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
     ".png": "PNG",
     ".webp": "WEBP",
     ".bmp": "BMP",
@@ -100,7 +102,8 @@ def decode_image(content: bytes, name: str | Path, *, rotate: bool = False) -> I
 
     Grey of 9 to 16 bits is scaled so that white is 255, rounded to the nearest. Everything else is what Pillow's
     conversion gives: transparency is dropped, a palette looked up, colours of 16 bits lose their lower 8, of several
-    images the first is taken. With `rotate` the tag that says how the camera was held (EXIF 0x0112) is followed.
+    images the first is taken. With `rotate` the tag that says how the camera was held (EXIF 0x0112) is followed; in
+    TIFF files always, by Pillow itself.
 
     Raises:
         UnreadableImage, with `name`: damaged or empty content, of another kind, with more pixels than Pillow's limit
@@ -123,7 +126,12 @@ def decode_image(content: bytes, name: str | Path, *, rotate: bool = False) -> I
 
 
 def orientation(image: Image.Image) -> int:
-    """How an opened image is to be turned: EXIF's 1 (upright) to 8; 1 where it says nothing that is known."""
+    """How an opened image is to be turned once it is decoded: EXIF's 1 (not at all) to 8.
+
+    1 where it says nothing that is known, and of TIFF files, which Pillow turns as it decodes them.
+    """
+    if isinstance(image, TiffImageFile):
+        return UPRIGHT
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
     except Exception:  # damaged EXIF: the picture beside it may be whole

@@ -1,5 +1,6 @@
 """The tokenizer's training task: networks, batches, random draws, the training step of both networks."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -37,6 +38,8 @@ from vavae.loss import (
 )
 from vavae.model import AutoencoderKL
 from vavae.weights import log_dropped, split_tokenizer
+
+log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 Criterion = Callable[[AutoencoderOutput], tuple[torch.Tensor, Logs]]
@@ -152,16 +155,25 @@ class VavaeTask:
                 network.to(device)
 
     def state_dict(self) -> dict:
-        """The names of the classes, which `load_state_dict` compares; networks and optimizers are the engines'."""
-        return {} if self.batches.classes is None else {"classes": list(self.batches.classes)}
+        """What `load_state_dict` compares: class names, and which images; networks and optimizers are the engines'."""
+        classes = {} if self.batches.classes is None else {"classes": list(self.batches.classes)}
+        return {"images": self.batches.identity} | classes
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError where the checkpoint was trained on other classes, as far as it names them."""
+        """Raises ValueError where the checkpoint was trained on other classes, as far as it names them.
+
+        Of other images or labels it warns.
+        """
         saved, present = state.get("classes"), self.batches.classes
         if saved is not None and present is not None and saved != list(present):
             raise ValueError(
                 f"the checkpoint was trained on {len(saved):,} other classes ({shortened(saved, 5)}) "
                 f"than the {len(present):,} of {self.batches.source.description} ({shortened(present, 5)})"
+            )
+        if state.get("images") not in (None, self.batches.identity):
+            log.warning(
+                "%s holds other images, or labels, than the checkpoint was trained on: its epoch goes on with them",
+                self.batches.source.description,
             )
 
     def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:

@@ -197,7 +197,7 @@ def _reading(run: VavaeRun, images: "ImageDataset | None", gpus: int, flops_per_
     try:
         measured = measure_images(images, run.data.num_workers)
     except ValueError as e:  # such as an unreadable file, which a run may never come to
-        return (decoder, f"images/s: not measured: {e}")
+        return (decoder, f"images/s: not measured, and a run stops there: {e}")
     return (decoder, describe_rate(measured, flops_per_image, run.train.precision, gpus))
 
 

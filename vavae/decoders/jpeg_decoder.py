@@ -56,7 +56,7 @@ class JpegDecoder:
         read = list(self._map(lambda index, draw: self._read(files, index, draw), indices, draws))
         found: dict[int, Square] = {}
         for group in _groups([(place, jpeg) for place, jpeg in enumerate(read) if isinstance(jpeg, Jpeg)]):
-            found |= self._squares_of_group(group)
+            found |= self._squares_of_group(group, files)
         rest = [place for place in range(len(read)) if place not in found]
 
         def by_pillow(place: int) -> torch.Tensor | UnreadableImage:
@@ -80,7 +80,7 @@ class JpegDecoder:
         plan = plan_crop(height, width, self._crop.size, self._crop.kind, draw, orientation)
         return Jpeg(index, content, height, width, plan)
 
-    def _squares_of_group(self, group: Sequence[tuple[int, Jpeg]]) -> dict[int, Square]:
+    def _squares_of_group(self, group: Sequence[tuple[int, Jpeg]], files: EncodedFiles) -> dict[int, Square]:
         """Squares by place; without those of files that turn out not to be this decoder's."""
         try:
             decoded = self._decode([jpeg for _, jpeg in group])
@@ -91,15 +91,16 @@ class JpegDecoder:
             raise
         except RuntimeError as error:
             if len(group) == 1:
-                self._leave_to_pillow(group[0][1], error)
+                self._leave_to_pillow(group[0][1], files, error)
                 return {}
         # Each alone: what is at fault with one file must not change which decoder reads the others.
-        return {place: square for one in group for place, square in self._squares_of_group([one]).items()}
+        return {place: square for one in group for place, square in self._squares_of_group([one], files).items()}
 
-    def _leave_to_pillow(self, jpeg: Jpeg, error: RuntimeError) -> None:
+    def _leave_to_pillow(self, jpeg: Jpeg, files: EncodedFiles, error: RuntimeError) -> None:
         """Not to fail on a file again; the first one is logged, as it may be the decoder's fault."""
         if not self._failed:
-            log.warning("%s failed on a JPEG file, so Pillow decodes it and others of its kind: %s", self.name, error)
+            reason = str(error).partition("\n")[0]
+            log.warning("%s fails on %s, which Pillow decodes: %s", self.name, files.name(jpeg.index), reason)
         self._failed.add(jpeg.index)
 
     def _by_pillow(self, name: str, read: Jpeg | bytes | UnreadableImage, draw: int) -> torch.Tensor | UnreadableImage:

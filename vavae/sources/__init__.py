@@ -90,7 +90,7 @@ def source_exists(path: str | Path) -> bool:
 
 def _open_directory(path: str, options: SourceOptions) -> Source:
     folder, taken, order = Path(path), "", None
-    if found := find_split(folder, options.split):
+    if found := find_split(folder, options.split, labelled=options.labelled):
         folder, taken, order = found.folder, found.taken, found.order
     folders, files = folders_and_files(folder)
     tars = sorted(name for name in files if name.lower().endswith(".tar"))

@@ -21,6 +21,9 @@ class Files:
     def name(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 
+    def relative_name(self, index: int) -> str:
+        return self.paths[index]
+
     def entry(self, index: int) -> str:
         try:
             size = os.stat(self.name(index)).st_size

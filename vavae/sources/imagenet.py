@@ -19,6 +19,7 @@ from vavae.sources.source import SourceOptions, from_folder
 log = logging.getLogger(__name__)
 
 _BASES = ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
+_SPLITS = {"train", "val", "test"}
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 # In the order in which they are looked for: those that hold synset ids first.
 _LABELS_FILES = (SOLUTION, SYNSETS, GROUND_TRUTH)
@@ -27,12 +28,12 @@ _FLAT = re.compile(r"ILSVRC\d{4}_val_\d{8}\.\w+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Split:
-    """One split of an ImageNet folder.
+    """One split of an ImageNet folder, or of one that is laid out so.
 
     Fields:
         folder: that holds its images.
         taken: the same, relative to the folder that was named.
-        order: the sorted synset ids of the training folders, for the validation split.
+        order: the sorted names of the training folders, for the validation split.
     """
 
     folder: Path
@@ -40,15 +41,19 @@ class Split:
     order: ClassOrder | None
 
 
-def find_split(root: Path, split: str) -> Split | None:
-    """The split of the ImageNet folder `root`; None where it is none: no `train/` with folders of synset ids alone.
+def find_split(root: Path, split: str, *, labelled: bool = True) -> Split | None:
+    """The split of a folder that holds several; None where it holds none.
+
+    It does with a `train/` of synset ids alone; where labels are wanted also if `train`, `val` and `test`, or two of
+    them, are all that it holds, as nobody's classes are called so.
 
     Raises ValueError where it has no validation folder and that is wanted.
     """
     for base in _BASES:
         train = root / base / "train"
         names = folders_and_files(train)[0] if train.is_dir() else []
-        if not names or not all(map(SYNSET.fullmatch, names)):
+        beside = set(folders_and_files(root / base)[0]) if names and labelled else set()
+        if not names or not (all(map(SYNSET.fullmatch, names)) or {"train"} < beside <= _SPLITS):
             continue
         folder = root / base / split
         if not folder.is_dir():

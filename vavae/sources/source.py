@@ -36,6 +36,10 @@ class Source(Protocol):
         """An image as messages name it: its path; of an image in a tar `path of the tar: member`."""
         ...
 
+    def relative_name(self, index: int) -> str:
+        """Name without the folder of the source; see `entry`."""
+        ...
+
     def entry(self, index: int) -> str:
         """Name without the folder of the source, a space, and the size in bytes: tells which image an index means.
 

@@ -61,7 +61,8 @@ class Tars:
             of = (
                 f"{len(missing):,} of {len(tars):,} tars of {path} do not exist, the first is " if len(tars) > 1 else ""
             )
-            raise FileError(f"{of}{missing[0]}" if of else f"{missing[0]} does not exist")
+            hint = " (patterns are written with braces: train-{000..137}.tar)" if "*" in path else ""
+            raise FileError(f"{of}{missing[0]}" if of else f"{missing[0]} does not exist{hint}")
         self.description, self.tars = path, [Path(tar) for tar in tars]
         folder = os.path.commonpath([os.path.abspath(tar.parent) for tar in self.tars])
         self._short_names = [os.path.relpath(tar, folder) for tar in self.tars]
@@ -127,9 +128,12 @@ class Tars:
         tar, member = self._place(index)
         return f"{self.tars[tar]}: {member}"
 
-    def entry(self, index: int) -> str:
+    def relative_name(self, index: int) -> str:
         tar, member = self._place(index)
-        return f"{self._short_names[tar]}: {member} {self._sizes[index]}"
+        return f"{self._short_names[tar]}: {member}"
+
+    def entry(self, index: int) -> str:
+        return f"{self.relative_name(index)} {self._sizes[index]}"
 
     def read(self, index: int) -> bytes:
         tar, size = self._place(index)[0], int(self._sizes[index])

@@ -49,12 +49,13 @@ class TarRecord(Record):
     """An index file. Columns are text, an entry a sample: names by lines, numbers by spaces.
 
     Fields:
-        tar: size, and SHA-256 of its two ends.
+        name, tar: name of the tar, its size, and SHA-256 of its two ends.
         modified_ns: modification time of the tar (`st_mtime_ns`) before it was gone through.
         labels: index into `label_texts`, or −1 where a sample has no label.
     """
 
     format: Annotated[int, AfterValidator(_known)]
+    name: str
     tar: FileRecord
     modified_ns: int
     samples: _CountFrom0
@@ -152,12 +153,12 @@ def _load(tar: Path) -> tuple[TarIndex | None, bool]:
             record = read_record(path, TarRecord)
         except FileError as e:
             raise FileError(f"{e}; {_REMOVE}") from None
-        if record.tar != identity:
+        if record.tar != identity and record.name != tar.name:
             raise FileError(
-                f"{path} is the index of another tar of {record.tar.bytes:,} bytes than {tar}, which has "
-                f"{identity.bytes:,}, or of other content; {_REMOVE}"
+                f"{path} is the index of another tar, {record.name} of {record.tar.bytes:,} bytes, than {tar} of "
+                f"{identity.bytes:,}; {_REMOVE}"
             )
-        if record.modified_ns == modified_ns:
+        if record.tar == identity and record.modified_ns == modified_ns:
             return _index(path, record), False
     return None, True
 
@@ -187,6 +188,7 @@ def _make(tar: Path) -> tuple[TarIndex, str | None]:
     scan = scan_tar(tar)
     record = TarRecord(
         format=FORMAT,
+        name=tar.name,
         tar=identity,
         modified_ns=modified_ns,
         samples=len(scan.names),
