@@ -20,14 +20,15 @@ from vavae.images import resize_short_side, to_uint8
 GLOBAL_BATCH_SIZE, SEED = 4, 3
 
 
-def write_stream(
-    fields: dict, rank: int, world_size: int, last_step: int, path: Path, kill_after: int | None = None
-) -> None:
-    """Append a line for each step to the file: of each sample index, place of the crop, and hash of the pixels.
+def write_stream(fields: dict, last_step: int, paths: list[Path], kill_after: int | None = None) -> None:
+    """Append a line for each step to this process's file: of each sample index, place of the crop, hash of the pixels.
 
-    Goes on behind the last line that is there. fields: of the `data` section.
+    Goes on behind the last line that is there. A process of a group of as many as there are paths.
+
+    fields: of the `data` section.
     """
-    torch.set_num_threads(1)
+    rank, world_size = int(os.environ.get("RANK", 0)), len(paths)
+    path = paths[rank]
     config = DataConfig(**fields)
     images = ImageDataset(config, SEED)
     order = SampleOrder(len(images), GLOBAL_BATCH_SIZE, SEED)

@@ -1,7 +1,6 @@
 """What a training reads: the same samples, crops and pixels whoever reads them, and after a kill in mid-epoch."""
 
 import json
-import multiprocessing
 import signal
 import tarfile
 from functools import cache
@@ -11,17 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.children import call
 from tests.image_stream import write_stream
 from tests.photographs import encoded, photographs
 from vavae.decoders.choice import NAMES
 
 SIZE, STEPS, KILLED_AFTER = 24, 9, 5  # of 14 images in batches of 4: in the second of two and a half epochs
 SOURCES = ("folder", "tar", "list")
-# Children of a process that has imported everything and run nothing.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["tests.image_stream", "vavae.decoders.dali_decoder", "vavae.decoders.torchvision_decoder"]
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +59,9 @@ def fields_of(sources, source: str, decoder: str, workers: int, crop: str = "ran
     }
 
 
-def run(fields: dict, paths: list[Path], kill_after: int | None = None) -> list[int | None]:
+def run(fields: dict, paths: list[Path], kill_after: int | None = None) -> list[int]:
     """Exit statuses of the processes, one for each path, that run together."""
-    world_size = len(paths)
-    children = [
-        CONTEXT.Process(target=write_stream, args=(fields, rank, world_size, STEPS, path, kill_after))
-        for rank, path in enumerate(paths)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    return [child.exitcode for child in children]
+    return call(write_stream, fields, STEPS, paths, kill_after, world_size=len(paths), limit=60)
 
 
 def joined(paths: list[Path]) -> list[list]:
