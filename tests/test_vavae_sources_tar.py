@@ -113,7 +113,8 @@ def test_empty_images_are_refused_or_left_out(tmp_path, caplog):
         source = open_source(tar, on_unreadable="skip")
     assert source.labels.tolist() == [3, 5] and source.read(1) == content(tar, "3.jpg") and source.empty == 1
     assert open_source(pack(tmp_path / "y.tar", sample("1", 3))).empty == 0
-    assert lines(caplog)[-1].endswith("2 images with labels 3 to 5; left out: 1 × empty file (x.tar: 2.jpg)")
+    said = "2 images with labels 3 to 5; left out: 1 × empty file (x.tar: 2.jpg)"
+    assert any(line.endswith(said) for line in lines(caplog))
 
 
 # Tars that are not right

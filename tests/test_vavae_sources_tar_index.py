@@ -105,10 +105,10 @@ def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, 
     kept = list((tmp_path / "cache").rglob("*.*"))
     assert len(kept) == 3 and {path.parent for path in kept} == {tmp_path / "cache/lightningdit/tar_index"}
     assert sorted((tmp_path / "data").iterdir()) == tars
-    assert sum("made the index" in message for message in caplog.messages) == 0  # INFO is not asked for
     # Without any place for them the data is read all the same, and that is said once.
     refused.append(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    caplog.clear()
     with caplog.at_level(logging.INFO, "vavae"):
         assert open_source(tmp_path / "data").read(3) == content(tars[0], "03.jpg")
     assert [r.levelname for r in caplog.records] == ["INFO", "WARNING", "INFO"]
@@ -159,6 +159,7 @@ def test_a_tar_edited_in_its_middle_is_gone_through_anew(tmp_path, refuse, scans
     before = tar_index._identity(tar)[0]
     big_tar(tar, "7", 2)
     assert tar_index._identity(tar)[0] == before
+    caplog.clear()
     with caplog.at_level(logging.INFO, "vavae"):
         source = open_source(tar.parent)
     assert source.labels.tolist() == [1, 7, 3, 1, 2, 3] and source.read(1) == content(tar, "7.jpg")
