@@ -60,6 +60,14 @@ def select_ops(choice: Kernels) -> kernels.Ops:
     return kernels.select(named.pop("default", "auto"), **named)
 
 
+def _refuse_to_compile_gathering(train: TrainConfig, deepspeed: DeepSpeedConfig) -> None:
+    if deepspeed.zero_stage == 3 and train.compile not in ("auto", "none"):
+        raise ValueError(
+            f"train.compile is {train.compile}, but deepspeed.zero_stage 3 gathers weights "
+            "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none"
+        )
+
+
 class LightningDiTRun(Section):
     """A LightningDiT file. `ckpt_path` is what `sample` loads: a checkpoint, an export or a published .pt."""
 
@@ -81,11 +89,7 @@ class LightningDiTRun(Section):
         if self.data.image_size % ratio:
             raise ValueError(f"data.image_size {self.data.image_size} is not a multiple of downsample_ratio {ratio}")
         self._check_latents(self.data.image_size // ratio)
-        if self.deepspeed.zero_stage == 3 and self.train.compile not in ("auto", "none"):
-            raise ValueError(
-                f"train.compile is {self.train.compile}, but deepspeed.zero_stage 3 gathers weights "
-                "in the middle of the forward pass: use zero_stage 0, 1 or 2, or compile none"
-            )
+        _refuse_to_compile_gathering(self.train, self.deepspeed)
         if self.train.compile == "regional" and self.network().use_checkpoint == "pointwise":
             raise ValueError(
                 "train.compile is regional, but use_checkpoint pointwise looks into each block for what "
@@ -134,14 +138,14 @@ class LightningDiTRun(Section):
 
 
 class TokenizerTrainConfig(TrainConfig):
-    """The `train` section of a tokenizer file; one setting holds for both networks.
+    """The `train` section of a tokenizer file; one setting holds for both networks, and for the frozen ones.
 
-    Nothing is compiled: balancing the terms asks for gradients of the last layer alone, and a compiled backward pass
-    always runs whole.
+    Encoder, decoder, discriminator, foundation model and LPIPS are compiled each for itself. Activation checkpointing
+    is by level of the encoder and the decoder.
     """
 
     global_batch_size: Count = 256
-    compile: Literal["none"] = "none"
+    compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
 
 
 class TokenizerOptimizerConfig(OptimizerConfig):
@@ -176,11 +180,9 @@ class VavaeRun(Section):
                 "deepspeed.zero_stage 3 gathers weights for one backward pass, but balancing the VF and "
                 "GAN terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0"
             )
-        if self.train.use_checkpoint or self.train.residual_dtype != "float32":
-            raise ValueError(
-                "train.use_checkpoint and train.residual_dtype are for LightningDiT; a tokenizer allows "
-                "only false and float32"
-            )
+        _refuse_to_compile_gathering(self.train, self.deepspeed)
+        if self.train.residual_dtype != "float32":
+            raise ValueError("train.residual_dtype is for LightningDiT; a tokenizer allows only float32")
         return self
 
     def images(self) -> vae.DataConfig:

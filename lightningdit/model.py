@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.compile.recompute import recomputed
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import (
@@ -30,7 +31,6 @@ from lightningdit.embeddings import (
     position_embedding,
 )
 from lightningdit.modulation import Modulation, Vectors, modulations
-from lightningdit.recompute import recomputed
 
 EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-5
 

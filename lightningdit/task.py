@@ -62,6 +62,9 @@ class LightningDiTTask:
     def to(self, device: torch.device) -> None:
         """Nothing to do: the task has no frozen networks, and the engine moves the trained one."""
 
+    def compile(self, mode: str, deterministic: bool) -> None:
+        """Nothing to do, for the same reason."""
+
     def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 

@@ -13,12 +13,12 @@ from common.tensors import WeightsError
 from tests.golden import G, J, close, close_grads, formula_weight
 from vavae.config import LossConfig
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen, hinge_loss, vanilla_loss
+from vavae.gradients import adaptive_weight
 from vavae.loss import (
     MAX_GAN_WEIGHT,
     MAX_VF_WEIGHT,
     AutoencoderOutput,
     Perceptual,
-    adaptive_weight,
     discriminator_loss,
     generator_loss,
     reconstruction_nll,
@@ -73,12 +73,16 @@ def test_adaptive_weights_match_the_recorded(golden, dtype):
     vf = (1 - 0.5 - torch.cosine_similarity(y, target)).relu().mean()
     for name, value in {"nll": nll, "g": gan, "vf": vf}.items():
         close(name, value, golden[f"adapt/{name}{suffix}"], atol=0, rtol=rel)
+
+    def weight(reference: torch.Tensor, term: torch.Tensor, limit: float) -> torch.Tensor:
+        return adaptive_weight(*(torch.autograd.grad(x, layer, retain_graph=True)[0] for x in (reference, term)), limit)
+
     weights = {
-        "vf_weight_w0.1": 0.1 * adaptive_weight(nll, vf, layer, MAX_VF_WEIGHT),
-        "vf_weight_vf*1e-12": 0.1 * adaptive_weight(nll, vf * 1e-12, layer, MAX_VF_WEIGHT),
-        "vf_weight_clamp": 0.1 * adaptive_weight(nll * 1e12, vf, layer, MAX_VF_WEIGHT),
-        "d_weight_dw0.5": 0.5 * adaptive_weight(nll, gan, layer, MAX_GAN_WEIGHT),
-        "d_weight_clamp_g*1e-12": 0.5 * adaptive_weight(nll, gan * 1e-12, layer, MAX_GAN_WEIGHT),
+        "vf_weight_w0.1": 0.1 * weight(nll, vf, MAX_VF_WEIGHT),
+        "vf_weight_vf*1e-12": 0.1 * weight(nll, vf * 1e-12, MAX_VF_WEIGHT),
+        "vf_weight_clamp": 0.1 * weight(nll * 1e12, vf, MAX_VF_WEIGHT),
+        "d_weight_dw0.5": 0.5 * weight(nll, gan, MAX_GAN_WEIGHT),
+        "d_weight_clamp_g*1e-12": 0.5 * weight(nll, gan * 1e-12, MAX_GAN_WEIGHT),
     }
     for name, value in weights.items():
         close(name, value, golden[f"adapt/{name}{suffix}"], atol=0, rtol=rel)
@@ -181,7 +185,7 @@ def composite(golden: G, fields: dict, gan: bool):
     gain = torch.ones(3, 1, 1, requires_grad=True)
     reconstruction = golden["comp/rec"] * gain
     output = AutoencoderOutput(
-        golden["comp/inputs"], reconstruction, Posterior.from_moments(moments), None, None, gain, gain
+        golden["comp/inputs"], reconstruction, Posterior.from_moments(moments), moments, None, None, gain, gain, ()
     )
     with frozen(discriminator):
         total, logs = generator_loss(config, OPS, output, stub_perceptual, discriminator if gan else None)
@@ -213,8 +217,17 @@ def test_balancing_weights_have_the_published_limits():
     """Where a term hardly depends on the layer at which it is balanced: 1e4 for the GAN's, 1e8 for the VF's."""
     layer = torch.ones(1, requires_grad=True)
     images, latents, features = torch.zeros(2, 3, 16, 16), torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    z = latents + layer
     output = AutoencoderOutput(
-        images, images + 1e3 * layer, Posterior(latents, latents), latents + 1e-9 * layer, features, layer, layer
+        images,
+        1e3 * z.sum() + images,
+        Posterior(latents, latents),
+        z,
+        latents + 1e-9 * layer,
+        features,
+        layer,
+        layer,
+        (),
     )
     config = LossConfig(disc_weight=0.5, vf_weight=0.1)
     _, logs = generator_loss(config, OPS, output, None, lambda images: 1e-12 * images)
@@ -260,7 +273,9 @@ def test_vf_weight_without_adaptation_is_the_plain_one(golden):
     layer = torch.ones(3, 1, 1, requires_grad=True)
     posterior = Posterior.from_moments(golden["comp/moments"])
     sides = golden["vf/z"], golden["vf/aux"]
-    output = AutoencoderOutput(golden["comp/inputs"], golden["comp/rec"] * layer, posterior, *sides, layer, layer)
+    output = AutoencoderOutput(
+        golden["comp/inputs"], golden["comp/rec"] * layer, posterior, posterior.mean, *sides, layer, layer, ()
+    )
     total, logs = generator_loss(config, OPS, output, None, None)
     vf, _ = vf_term(config, OPS, *sides)
     close("total", total, logs["nll"] + 0.3 * vf, atol=0, rtol=1e-6)

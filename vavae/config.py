@@ -197,6 +197,11 @@ class LossConfig(Section):
     def use_gan(self) -> bool:
         return self.disc_weight > 0 and self.disc_factor > 0
 
+    @property
+    def aligns(self) -> bool:
+        """Whether the VF term weighs anything."""
+        return self.use_vf and self.vf_weight != 0 and (self.distmat_weight > 0 or self.cos_weight > 0)
+
 
 class StageLoss(Section):
     """Overrides of the loss in a stage; null keeps the run's value."""

@@ -3,6 +3,11 @@
 All terms are computed in float32 (or float64) whatever the networks' dtype. Adaptive weights, ratios of the gradients'
 norms at one layer, balance the GAN and VF terms against the reconstruction; they add nothing to any `.grad`.
 
+Gradients are linear in what a term is weighted by, so none is computed twice: LPIPS and the discriminator are walked
+backwards once, to the reconstruction, where their gradients are balanced and added; the encoder once. The decoder is
+walked once as well, unless the VF and the GAN term are both balanced: the weight of the first needs the gradient of the
+reconstruction error alone, at the latents, and training the sum of both (`vavae/README.md` has the table).
+
 Shapes: B images, H and W of the images, C channels, h and w of latents and features.
 """
 
@@ -22,9 +27,13 @@ from common.tensors import is_downloaded, load_strict, read_tensors
 from kernels.registry import Ops
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
+from vavae.gradients import adaptive_weight, with_gradients
 from vavae.model import Posterior
 
 Logs = dict[str, torch.Tensor]
+Ends = tuple[
+    tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]
+]  # where a backward pass goes on, and from which gradients
 VGG = VGG16_Weights.IMAGENET1K_V1
 MAX_GAN_WEIGHT = 1e4
 MAX_VF_WEIGHT = 1e8
@@ -57,8 +66,26 @@ class Perceptual(nn.Module):
             load_strict(head, {"model.1.weight": heads[f"lin{index}.model.1.weight"]}, shipped)
         self.eval().requires_grad_(False)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Let VGG compute in `dtype`; its inputs are scaled, and its activations compared, in float32 all the same."""
+        self.net.net.to(dtype)
+
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.net(x, y)  # [B, 1, 1, 1]
+        return lpips_distance(self.net, x, y)  # [B, 1, 1, 1]
+
+
+def lpips_distance(net: lpips.LPIPS, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Distances [B, 1, 1, 1] between batches [B, 3, H, W] in [−1, 1], as `net` computes them.
+
+    Its VGG may have weights of another dtype than the images: only there they are computed with.
+    """
+    dtype = next(net.net.parameters()).dtype
+    towers = [net.net(net.scaling_layer(image).to(dtype)) for image in (x, y)]
+    distance = torch.zeros(())
+    for head, *activations in zip(net.lins, *towers, strict=True):
+        a, b = (lpips.normalize_tensor(activation.to(x.dtype)) for activation in activations)  # [B, C, H', W']
+        distance = distance + head((a - b).square()).mean((2, 3), keepdim=True)
+    return distance
 
 
 def lpips_network(device: torch.device | str) -> lpips.LPIPS:
@@ -95,18 +122,22 @@ class AutoencoderOutput:
     Fields:
         images, reconstruction: [B, 3, H, W].
         posterior: of the images.
+        z: the sample [B, E, h, w] that was decoded.
         latents, features: the arguments of the VF loss after the projection, [B, C, h, w]; None without it.
         encoder_layer, decoder_layer: weights whose gradients the adaptive weights compare, `encoder.conv_out.weight`
             and `decoder.conv_out.weight`.
+        decoder_parameters: all trained weights between `z` and `reconstruction`.
     """
 
     images: torch.Tensor
     reconstruction: torch.Tensor
     posterior: Posterior
+    z: torch.Tensor
     latents: torch.Tensor | None
     features: torch.Tensor | None
     encoder_layer: torch.Tensor
     decoder_layer: torch.Tensor
+    decoder_parameters: tuple[torch.Tensor, ...]
 
 
 def reconstruction_nll(
@@ -138,12 +169,6 @@ def kl_term(config: LossConfig, posterior: Posterior) -> torch.Tensor:
     return 2.0 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
-def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, layer: torch.Tensor, limit: float) -> torch.Tensor:
-    """`‖∂reference/∂layer‖ / (‖∂term/∂layer‖ + 1e-4)`, at most `limit`, detached (VQGAN, arXiv 2012.09841, eq. 7)."""
-    norms = [_upcast(torch.autograd.grad(loss, layer, retain_graph=True)[0]).norm() for loss in (reference, term)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=limit).detach()
-
-
 def vf_term(config: LossConfig, ops: Ops, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
     """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
     distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)  # scalars
@@ -164,28 +189,63 @@ def generator_loss(
     Args:
         config: weights of the terms.
         ops: of `kernels.select`; `vf_loss` is used where `output` has features.
-        output: of the autoencoder; its graph must reach both layers.
+        output: of the autoencoder; its graph must reach both layers. Where the VF term alone is balanced, the part
+            from `z` to the reconstruction is walked in here, and freed.
         perceptual: distances [B, 1, 1, 1] between two batches; None without the term.
         discriminator: logits of images, its parameters frozen; None without the GAN term or before it begins.
     """
-    nll, logs = reconstruction_nll(config, output.images, output.reconstruction, perceptual)
+    # No leaf: counters of FLOPs hook the inputs of modules, and cannot when a leaf's gradient alone is asked for.
+    pixels = _upcast(output.reconstruction.detach()).requires_grad_().view_as(output.reconstruction)  # [B, 3, H, W]
+    nll, logs = reconstruction_nll(config, output.images, pixels, perceptual)
     nll, kl = nll.mean(), kl_term(config, output.posterior)
     logs |= {"nll": nll.detach(), "kl": kl.detach()}
-    total = nll + config.kl_weight * kl
+    (nll_gradient,) = torch.autograd.grad(nll, pixels)  # [B, 3, H, W]
+    value, gradient = nll.detach(), nll_gradient
+    if discriminator is not None:
+        gan = -_upcast(discriminator(pixels)).mean()
+        (gan_gradient,) = torch.autograd.grad(gan, pixels)  # [B, 3, H, W]
+        norms = (_at_layer(output.reconstruction, g, output.decoder_layer) for g in (nll_gradient, gan_gradient))
+        weight = config.disc_weight * adaptive_weight(*norms, MAX_GAN_WEIGHT)
+        value = value + config.disc_factor * weight * gan.detach()
+        gradient = nll_gradient + config.disc_factor * weight * gan_gradient
+        logs |= {"g_loss": gan.detach(), "d_weight": weight}
+    ends: Ends = ((output.reconstruction,), (gradient.to(output.reconstruction.dtype),))
+    rest = torch.zeros_like(value)
     if output.latents is not None and output.features is not None:
-        assert config.vf_weight is not None  # see check_sections
         vf, vf_logs = vf_term(config, ops, output.latents, output.features)
+        assert config.vf_weight is not None  # see check_sections
         weight = torch.full_like(vf, config.vf_weight)
         if config.adaptive_vf:
-            weight = weight * adaptive_weight(nll, vf, output.encoder_layer, MAX_VF_WEIGHT)
-        total = total + weight * vf
+            balanced, walked = _balance_vf(output, vf, nll_gradient, trains=discriminator is None)
+            weight, ends = weight * balanced, walked or ends
+        rest = rest + weight * vf
         logs |= vf_logs | {"vf_weight": weight}
-    if discriminator is not None:
-        gan = -_upcast(discriminator(output.reconstruction)).mean()
-        weight = config.disc_weight * adaptive_weight(nll, gan, output.decoder_layer, MAX_GAN_WEIGHT)
-        total = total + config.disc_factor * weight * gan
-        logs |= {"g_loss": gan.detach(), "d_weight": weight}
+    if config.kl_weight > 0:
+        rest = rest + config.kl_weight * kl
+    total = with_gradients(value, *ends) + rest
     return total, logs | {"loss": total.detach()}
+
+
+def _balance_vf(
+    output: AutoencoderOutput, vf: torch.Tensor, nll_gradient: torch.Tensor, *, trains: bool
+) -> tuple[torch.Tensor, Ends | None]:
+    """The adaptive weight of the VF term, for which the decoder is walked backwards from the gradient of the NLL.
+
+    With `trains` there is no other gradient at the reconstruction: then this walk is the decoder's only one, and the
+    tensors where it ends are returned with their gradients, else None.
+    """
+    inputs = (output.z, *output.decoder_parameters) if trains else (output.z,)
+    gradients = torch.autograd.grad(
+        output.reconstruction, inputs, nll_gradient.to(output.reconstruction.dtype), retain_graph=not trains
+    )
+    (vf_gradient,) = torch.autograd.grad(vf, output.encoder_layer, retain_graph=True)
+    weight = adaptive_weight(_at_layer(output.z, gradients[0], output.encoder_layer), vf_gradient, MAX_VF_WEIGHT)
+    return weight, (inputs, gradients) if trains else None
+
+
+def _at_layer(end: torch.Tensor, gradient: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+    """The gradient at a layer's weights of what has `gradient` at `end`, whose graph stays."""
+    return torch.autograd.grad(end, layer, gradient.to(end.dtype), retain_graph=True)[0]
 
 
 def discriminator_loss(config: LossConfig, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, Logs]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.compile.recompute import recomputed
 from kernels.registry import Ops
 from vavae.config import GROUPS, AutoencoderConfig
 
@@ -144,11 +145,46 @@ class MidBlock(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))  # [B, C, h, w]
 
 
-class Encoder(nn.Module):
+class Half(nn.Module):
+    """What encoder and decoder have in common: a last convolution apart from the rest, and activation checkpointing.
+
+    `hidden` is what is compiled. The last convolution stays outside of that graph: the gradients that balance the terms
+    of the loss are taken at its weights, and a compiled backward pass always runs whole.
+
+    Args:
+        dropout: of the blocks.
+
+    Attributes:
+        use_checkpoint: as `train.use_checkpoint`: false, true (each level saves its input alone) or "pointwise"
+            (convolutions save their results, norms and activations are computed again).
+    """
+
+    conv_out: nn.Conv2d
+    use_checkpoint: bool | str = False
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self._random = dropout > 0
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The input of the last convolution."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.hidden(x))
+
+    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`block(x)`, computed again in the backward pass where `use_checkpoint` says so."""
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return recomputed(block, (), self.use_checkpoint, x, random=self._random)
+        return block(x)
+
+
+class Encoder(Half):
     """Images [B, in_channels, H, W] → [B, 2Z, h, w]."""
 
     def __init__(self, config: AutoencoderConfig, ops: Ops):
-        super().__init__()
+        super().__init__(config.dropout)
         widths = [config.ch] + [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
@@ -162,19 +198,18 @@ class Encoder(nn.Module):
         self.norm_out = GroupNormSilu(widths[-1], ops)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)  # [B, ch, H, W]
         for level in self.down:
-            x = level(x)  # [B, ch · ch_mult[level], H / 2, W / 2], the last at h and w as its input
-        x = self.mid(x)  # [B, ch · ch_mult[-1], h, w]
-        return self.conv_out(self.norm_out(x))  # [B, 2Z, h, w]
+            x = self.run(level, x)  # [B, ch · ch_mult[level], H / 2, W / 2], the last at h and w as its input
+        return self.norm_out(self.run(self.mid, x))  # [B, ch · ch_mult[-1], h, w]
 
 
-class Decoder(nn.Module):
+class Decoder(Half):
     """[B, Z, h, w] → images [B, out_ch, H, W]. `up` is indexed as `down`: the last runs first."""
 
     def __init__(self, config: AutoencoderConfig, ops: Ops):
-        super().__init__()
+        super().__init__(config.dropout)
         resolutions = config.decoder_attn_resolutions
         resolutions = config.attn_resolutions if resolutions is None else resolutions
         widths = [config.ch * multiple for multiple in config.ch_mult]
@@ -191,11 +226,11 @@ class Decoder(nn.Module):
         self.norm_out = GroupNormSilu(widths[0], ops)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.mid(self.conv_in(z))  # [B, ch · ch_mult[-1], h, w]
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.run(self.mid, self.conv_in(x))  # [B, ch · ch_mult[-1], h, w]
         for level in reversed(self.up):
-            x = level(x)  # [B, ch · ch_mult[level], 2H, 2W], the last (`up[0]`) at H and W as its input
-        return self.conv_out(self.norm_out(x))  # [B, out_ch, H, W]
+            x = self.run(level, x)  # [B, ch · ch_mult[level], 2H, 2W], the last (`up[0]`) at H and W as its input
+        return self.norm_out(x)  # [B, ch · ch_mult[0], H, W]
 
 
 @dataclass(frozen=True)

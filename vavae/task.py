@@ -11,6 +11,8 @@ from torch import nn
 from common.seeds import generator, torch_seed
 from common.tensors import load_strict, read_tensors
 from common.text import shortened
+from kernels.backends.layout import memory_format
+from kernels.compile.modes import compile_module
 from kernels.registry import Ops
 from vavae import seeds
 from vavae.config import (
@@ -62,6 +64,11 @@ class AlignedAutoencoder(AutoencoderKL):
             channels = (config.embed_dim, feature_dim) if reverse else (feature_dim, config.embed_dim)
             self.linear_proj = nn.Conv2d(*channels, 1, bias=not reverse).requires_grad_(not fixed)
 
+    @property
+    def graphs(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled, each as one graph; the terms are balanced between them."""
+        return [(self.encoder, "hidden"), (self.decoder, "hidden")]
+
     def forward(  # type: ignore[override]  # trained through the loss, unlike the tokenizer that it is afterwards
         self, images: torch.Tensor, noise: torch.Tensor, features: torch.Tensor | None, criterion: Criterion
     ) -> tuple[torch.Tensor, torch.Tensor, Logs]:
@@ -82,6 +89,7 @@ class AlignedAutoencoder(AutoencoderKL):
         """
         posterior = self.encode(images)
         z = posterior.sample(noise=noise)  # [B, embed_dim, h, w]
+        z = z.contiguous(memory_format=memory_format(images))
         reconstruction = self.decode(z)  # [B, out_ch, H, W]
         latents = None if features is None else z
         if features is not None:
@@ -91,7 +99,9 @@ class AlignedAutoencoder(AutoencoderKL):
             else:
                 features = self.linear_proj(features.to(dtype))  # [B, embed_dim, h, w]
         layers = (self.encoder.conv_out.weight, self.decoder.conv_out.weight)
-        loss, logs = criterion(AutoencoderOutput(images, reconstruction, posterior, latents, features, *layers))
+        trained = tuple(p for p in (*self.post_quant_conv.parameters(), *self.decoder.parameters()) if p.requires_grad)
+        output = AutoencoderOutput(images, reconstruction, posterior, z, latents, features, *layers, trained)
+        loss, logs = criterion(output)
         return loss, reconstruction.detach(), logs
 
 
@@ -105,6 +115,8 @@ class VavaeTask:
         global_batch_size: images per step, which turns steps into epochs for the stages.
         stages: changes of the loss over the epochs; empty for a constant loss.
         device: where images may be decoded.
+        use_checkpoint: as `train.use_checkpoint`.
+        frozen_dtype: in which the foundation model and the VGG of LPIPS compute.
 
     Attributes:
         networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
@@ -126,6 +138,8 @@ class VavaeTask:
         global_batch_size: int,
         stages: Iterable[StageConfig] = (),
         device: torch.device | str = "cpu",
+        use_checkpoint: bool | str = False,
+        frozen_dtype: torch.dtype = torch.float32,
     ):
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
@@ -138,7 +152,13 @@ class VavaeTask:
             assert foundation is not None  # see check_sections
             self.foundation = FoundationModel.from_config(foundation, self.grid)
         self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
+        if self.foundation is not None:
+            self.foundation.to(frozen_dtype)
+        if self.perceptual is not None:
+            self.perceptual.cast(frozen_dtype)
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
+        for half in (self.networks["autoencoder"].encoder, self.networks["autoencoder"].decoder):
+            half.use_checkpoint = use_checkpoint
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
@@ -150,9 +170,19 @@ class VavaeTask:
 
     def to(self, device: torch.device) -> None:
         """Move the frozen networks."""
-        for network in (self.foundation, self.perceptual):
-            if network is not None:
-                network.to(device)
+        for network in self._frozen():
+            network.to(device)
+
+    def compile(self, mode: str, deterministic: bool = True) -> None:
+        """Compile the frozen networks in a mode of `kernels.compile.modes`."""
+        if mode != "none":
+            # A balanced term's gradient is taken before the backward pass, from a graph that is walked again.
+            torch._functorch.config.donated_buffer = False
+        for network in self._frozen():
+            compile_module(network, mode, self.ops, deterministic)
+
+    def _frozen(self) -> list[nn.Module]:
+        return [network for network in (self.foundation, self.perceptual) if network is not None]
 
     def state_dict(self) -> dict:
         """What `load_state_dict` compares: class names, and which images; networks and optimizers are the engines'."""
@@ -212,14 +242,14 @@ class VavaeTask:
             Detached scalars to log, means over the micro-batch; numbers (integers) of unreadable images and
             of those that Pillow decoded in place of another decoder.
         """
-        config, images = self.loss_at(step), batch["image"]
+        config, images = self.loss_at(step), _laid_out(batch["image"])
         gan_weight = config.disc_factor * config.disc_weight
         gan = config.disc_start is not None and adopt_weight(gan_weight, step - 1, config.disc_start) > 0
         # The module itself, not its engine: here the discriminator only passes gradients on.
         discriminator = self.networks["discriminator"] if gan else None
         criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=discriminator)
         with frozen(discriminator) if discriminator is not None else nullcontext():
-            inputs = (images, draws["noise"], self._features(images), criterion)
+            inputs = (images, draws["noise"], self._features(images) if config.aligns else None, criterion)
             loss, reconstruction, logs = networks["autoencoder"](*inputs)
             backward("autoencoder", loss)
         if gan:
@@ -233,7 +263,7 @@ class VavaeTask:
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Logs:
         """Errors of the reconstruction from a posterior sample, without gradients; `psnr` in dB on 8-bit images."""
-        images = batch["image"]
+        images = _laid_out(batch["image"])
         inputs = (images, draws["noise"], self._features(images), self._measure)
         _, reconstruction, logs = networks["autoencoder"](*inputs)
         return logs | {"psnr": psnr(to_uint8(images), to_uint8(reconstruction.float())).mean()}
@@ -247,6 +277,11 @@ class VavaeTask:
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
         return self.foundation(images) if self.foundation is not None else None
+
+
+def _laid_out(images: torch.Tensor) -> torch.Tensor:
+    """Images channels-last on a GPU, whose convolutions are faster so; all that follows keeps the layout."""
+    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 
 
 def build_networks(

@@ -88,6 +88,8 @@ def vavae_task(run: VavaeRun, ops, device: torch.device | str = "cpu") -> "tuple
         global_batch_size=run.train.global_batch_size,
         stages=run.stages,
         device=device,
+        use_checkpoint=run.train.use_checkpoint,
+        frozen_dtype=getattr(torch, run.train.precision),
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)

@@ -21,6 +21,9 @@ class Task(Protocol):
     def to(self, device: torch.device) -> None:
         """Move frozen helpers to the device."""
 
+    def compile(self, mode: str, deterministic: bool) -> None:
+        """Compile frozen helpers in a mode of `kernels.compile.modes`, as the engines compile the networks."""
+
     def draw(self, step: int, batch_size: int, device: torch.device, out: Tensors | None = None) -> Tensors:
         """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
 

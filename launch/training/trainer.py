@@ -66,6 +66,8 @@ class Trainer:
         if start is not None:
             self.step = load_weights(start, task, {"kind": config.kind, **self._identity()})
         task.to(processes.device)
+        self._compile_mode = self._choose_compile_mode()
+        task.compile(self._compile_mode, train.deterministic)
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
         self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
         if start is not None:
@@ -330,12 +332,18 @@ class Trainer:
                 partitioned=partitioned,
             )
 
-        profiled = config.get("flops_profiler", {}).get("enabled")  # it looks into modules
+        return Engine(network, make_optimizer, config, self._compile_mode, self._ops, train.deterministic)
+
+    def _choose_compile_mode(self) -> str:
+        """The mode that `train.compile` means for this run."""
+        train, ds = self.config.train, self.config.deepspeed
+        options = ds.merged_overrides(train.precision)
+        profiled = options.get("flops_profiler", {}).get("enabled")  # it looks into modules
         asked = "none" if profiled and train.compile == "auto" else train.compile
         mode = compile_mode(asked, ds.zero_stage, self.split.accumulation)
         if mode not in ("none", "aot_eager") and self.processes.is_main:
             print(f"what is compiled is kept in {cache_directory() or 'a temporary folder'} for the next start")
-        return Engine(network, make_optimizer, config, mode, self._ops, train.deterministic)
+        return mode
 
     def _to_device(self, batch: Tensors) -> Tensors:
         device = self.processes.device
