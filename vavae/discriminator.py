@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vavae.gradients import upcast
+
 
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm whose arithmetic and running statistics are float32 (or float64), whatever its weights and input are.
@@ -83,12 +85,12 @@ def _initialise(module: nn.Module) -> None:
 
 def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Half the mean of `relu(1 − real)` plus half the mean of `relu(1 + fake)`, of logits of any float dtype."""
-    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
+    return 0.5 * (F.relu(1.0 - upcast(real)).mean() + F.relu(1.0 + upcast(fake)).mean())
 
 
 def vanilla_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """Half the two binary cross-entropies, of logits of any float dtype."""
-    return 0.5 * (F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean())
+    return 0.5 * (F.softplus(-upcast(real)).mean() + F.softplus(upcast(fake)).mean())
 
 
 DISCRIMINATOR_LOSSES = {"hinge": hinge_loss, "vanilla": vanilla_loss}

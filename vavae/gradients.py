@@ -38,5 +38,9 @@ def adaptive_weight(reference: torch.Tensor, term: torch.Tensor, limit: float) -
 
     A scalar, float32 or wider, without a graph (VQGAN, arXiv 2012.09841, equation 7).
     """
-    dtype = torch.promote_types(reference.dtype, torch.float32)
-    return (reference.to(dtype).norm() / (term.to(dtype).norm() + 1e-4)).clamp(max=limit).detach()
+    return (upcast(reference).norm() / (upcast(term).norm() + 1e-4)).clamp(max=limit).detach()
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -27,7 +27,7 @@ from common.tensors import is_downloaded, load_strict, read_tensors
 from kernels.registry import Ops
 from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
-from vavae.gradients import adaptive_weight, with_gradients
+from vavae.gradients import adaptive_weight, upcast, with_gradients
 from vavae.model import Posterior
 
 Logs = dict[str, torch.Tensor]
@@ -151,7 +151,7 @@ def reconstruction_nll(
     `(|x − y| + perceptual_weight · LPIPS) / exp(logvar) + logvar`, summed (or averaged, see
     `LossConfig.reconstruction`) over pixels and channels.
     """
-    images, reconstruction = _upcast(images), _upcast(reconstruction)
+    images, reconstruction = upcast(images), upcast(reconstruction)
     error = (images - reconstruction).abs()  # [B, 3, H, W]
     logs = {"rec": error.detach().mean()}
     if perceptual is not None and config.perceptual_weight > 0:
@@ -172,7 +172,7 @@ def kl_term(config: LossConfig, posterior: Posterior) -> torch.Tensor:
 def vf_term(config: LossConfig, ops: Ops, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, Logs]:
     """The VF loss (arXiv 2501.01423, equations 1 to 5) of two [B, C, h, w] maps, and its two parts to log."""
     distmat, cos = ops.vf_loss(latents, features, config.distmat_margin, config.cos_margin)  # scalars
-    distmat, cos = _upcast(distmat), _upcast(cos)
+    distmat, cos = upcast(distmat), upcast(cos)
     logs = {"vf_distmat": distmat.detach(), "vf_cos": cos.detach()}
     return config.distmat_weight * distmat + config.cos_weight * cos, logs
 
@@ -195,14 +195,14 @@ def generator_loss(
         discriminator: logits of images, its parameters frozen; None without the GAN term or before it begins.
     """
     # No leaf: counters of FLOPs hook the inputs of modules, and cannot when a leaf's gradient alone is asked for.
-    pixels = _upcast(output.reconstruction.detach()).requires_grad_().view_as(output.reconstruction)  # [B, 3, H, W]
+    pixels = upcast(output.reconstruction.detach()).requires_grad_().view_as(output.reconstruction)  # [B, 3, H, W]
     nll, logs = reconstruction_nll(config, output.images, pixels, perceptual)
     nll, kl = nll.mean(), kl_term(config, output.posterior)
     logs |= {"nll": nll.detach(), "kl": kl.detach()}
     (nll_gradient,) = torch.autograd.grad(nll, pixels)  # [B, 3, H, W]
     value, gradient = nll.detach(), nll_gradient
     if discriminator is not None:
-        gan = -_upcast(discriminator(pixels)).mean()
+        gan = -upcast(discriminator(pixels)).mean()
         (gan_gradient,) = torch.autograd.grad(gan, pixels)  # [B, 3, H, W]
         norms = (_at_layer(output.reconstruction, g, output.decoder_layer) for g in (nll_gradient, gan_gradient))
         weight = config.disc_weight * adaptive_weight(*norms, MAX_GAN_WEIGHT)
@@ -253,8 +253,3 @@ def discriminator_loss(config: LossConfig, real: torch.Tensor, fake: torch.Tenso
     loss = config.disc_factor * DISCRIMINATOR_LOSSES[config.disc_loss](real, fake)
     means = {"logits_real": real.detach().float().mean(), "logits_fake": fake.detach().float().mean()}
     return loss, {"d_loss": loss.detach(), **means}
-
-
-def _upcast(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or in its own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

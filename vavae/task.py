@@ -144,6 +144,7 @@ class VavaeTask:
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
         self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
+        self.use_checkpoint = use_checkpoint
         self.global_batch_size = global_batch_size
         self.grid = data.image_size // model.downsample_ratio
         self.batches = ImageDataset(data, seed, device=device)
@@ -175,11 +176,20 @@ class VavaeTask:
 
     def compile(self, mode: str, deterministic: bool = True) -> None:
         """Compile the frozen networks in a mode of `kernels.compile.modes`."""
+        if mode == "none" and self.use_checkpoint == "pointwise" and self._walks_decoder_twice():
+            raise ValueError(
+                "train.use_checkpoint is pointwise, which keeps results for one backward pass, but balancing both the "
+                "VF and the GAN term takes two through the decoder: use true, or compile inductor (train.compile)"
+            )
         if mode != "none":
             # A balanced term's gradient is taken before the backward pass, from a graph that is walked again.
             torch._functorch.config.donated_buffer = False
         for network in self._frozen():
             compile_module(network, mode, self.ops, deterministic)
+
+    def _walks_decoder_twice(self) -> bool:
+        """Whether any step does; see `vavae.loss`."""
+        return self.loss.use_gan and self.loss.use_vf and self.loss.adaptive_vf
 
     def _frozen(self) -> list[nn.Module]:
         return [network for network in (self.foundation, self.perceptual) if network is not None]
