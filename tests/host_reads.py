@@ -1,6 +1,6 @@
 """Counts what makes the host wait for a device in training steps, and what DeepSpeed copies; a child process runs it.
 
-    python -m tests.host_reads CONFIG OUTPUT.json [key=value …]
+    python -m tests.host_reads KIND CONFIG OUTPUT.json [key=value …]
 
 OUTPUT.json: "reads", where the host read a value → how often; "copies", where DeepSpeed reads and writes tensors →
 bytes per step and trained parameter. What is ours, such as the optimizer's pass, is not in it, nor is communication.
@@ -80,10 +80,10 @@ def watch(reads: HostReads) -> None:
 
 
 if __name__ == "__main__":
-    config, output, *overrides = sys.argv[1:]
+    kind, config, output, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     found = HostReads()
     watch(found)
-    train.main(["lightningdit", config, *overrides])
+    train.main([kind, config, *overrides])
     copies = {where: count / found.trained for where, count in found.copied.items()}
     Path(output).write_text(json.dumps({"reads": found.seen, "copies": copies}))

@@ -230,7 +230,15 @@ def test_what_a_step_reads_on_the_host_and_copies(tmp_path, overrides):
     data = {**toy.LIGHTNINGDIT["data"], "data_path": str(toy.write_latents(tmp_path / "latents"))}
     train = {"output_dir": str(tmp_path), "max_steps": 3}
     config = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train)
-    command = [sys.executable, "-m", "tests.host_reads", str(config), str(tmp_path / "reads.json"), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.host_reads",
+        "lightningdit",
+        str(config),
+        str(tmp_path / "reads.json"),
+        *overrides,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "reads.json").read_text())

@@ -311,7 +311,10 @@ def test_what_cannot_be_compiled_is_refused(run_file):
     with pytest.raises(ConfigError, match=r"compile is regional, but use_checkpoint pointwise looks into each block"):
         load(path, ["train.compile=regional", "train.use_checkpoint=pointwise"], kind="lightningdit")
     with pytest.raises(ConfigError, match=r"train\.compile"):
-        load(str(run_file("vavae")), ["train.compile=inductor"], kind="vavae")
+        load(str(run_file("vavae")), ["train.compile=regional"], kind="vavae")
+    with pytest.raises(ConfigError, match=r"compile is inductor, but deepspeed\.zero_stage 3"):
+        unbalanced = ["loss.disc_weight=0", "deepspeed.zero_stage=3"]
+        load(str(run_file("vavae")), ["train.compile=inductor", *unbalanced], kind="vavae")
 
 
 @pytest.mark.parametrize("override", ["train.compile=none", "train.compile=aot_eager", "train.precision=float32"])

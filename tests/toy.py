@@ -66,6 +66,22 @@ VAVAE = {
 }
 
 
+def write_aligned(path: Path, content: dict, folder: Path, **sections: dict) -> Path:
+    """A run file as `write_run` makes it, with the VF term and the random weights of a small vision transformer, which
+    are written to `folder`."""
+    from vavae.config import FoundationConfig
+    from vavae.foundation import FoundationModel
+
+    shape = {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    section = {"model_name": "vit_tiny_patch16_224", "model_args": shape, "normalization": "published"}
+    torch.manual_seed(0)
+    weights = folder / "foundation.safetensors"
+    FoundationModel.from_config(FoundationConfig(**section), 8, pretrained=False).save(weights)
+    sections["loss"] = {"use_vf": True, **sections.get("loss", {})}
+    sections["foundation"] = section | {"weights": str(weights), **sections.get("foundation", {})}
+    return write_run(path, content, **sections)
+
+
 def write_latents(directory: Path, count: int = 20, classes: Sequence[str] | None = None) -> Path:
     """`count` latents [4, 4, 4] of 3 classes in two shards, with statistics and manifest."""
     generator = torch.Generator().manual_seed(0)
@@ -138,6 +154,12 @@ def write_data(directory: Path) -> Path:
     write_latents(directory / "latents")
     write_images(directory / "images")
     return directory
+
+
+def read_run(path: Path) -> dict:
+    import yaml
+
+    return yaml.safe_load(path.read_text())
 
 
 def write_run(path: Path, content: dict, **sections: dict) -> Path:
