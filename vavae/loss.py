@@ -81,11 +81,11 @@ def lpips_distance(net: lpips.LPIPS, x: torch.Tensor, y: torch.Tensor) -> torch.
     """
     dtype = next(net.net.parameters()).dtype
     towers = [net.net(net.scaling_layer(image).to(dtype)) for image in (x, y)]
-    distance = torch.zeros(())
+    distances = []
     for head, *activations in zip(net.lins, *towers, strict=True):
         a, b = (lpips.normalize_tensor(activation.to(x.dtype)) for activation in activations)  # [B, C, H', W']
-        distance = distance + head((a - b).square()).mean((2, 3), keepdim=True)
-    return distance
+        distances.append(head((a - b).square()).mean((2, 3), keepdim=True))  # [B, 1, 1, 1]
+    return torch.stack(distances).sum(0)
 
 
 def lpips_network(device: torch.device | str) -> lpips.LPIPS:

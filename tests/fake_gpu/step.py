@@ -30,8 +30,11 @@ from tests.fake_gpu.device import Compilations, compiling, on_device
 from tests.fake_gpu.mistakes import MISTAKES
 from tests.live_memory import LiveMemory
 from tests.operator_costs import READS, moved_bytes
-from vavae.config import AutoencoderConfig
+from vavae.config import AutoencoderConfig, FoundationConfig, LossConfig
+from vavae.foundation import FoundationModel
+from vavae.loss import Perceptual, lpips_network
 from vavae.model import AutoencoderKL
+from vavae.task import VavaeTask, build_networks
 
 PAPER = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 #: Operators that only make room, or name memory and where it is.
@@ -50,7 +53,8 @@ class Variant:
         mode: of `kernels.compile.modes`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
-        network: "lightningdit", "plain" (the peer), "sampler" (without gradients), "encoder" or "decoder".
+        network: "lightningdit", "plain" (the peer), "sampler" (without gradients), "encoder" or "decoder"; "vavae" is a
+            step of both of the tokenizer's networks, with all terms of the loss.
         batch: images at once.
     """
 
@@ -83,6 +87,8 @@ VARIANTS = {
     "sampler": Variant(network="sampler"),
     "encoder": Variant(network="encoder", batch=32),
     "decoder": Variant(network="decoder", batch=32),
+    "vavae": Variant(network="vavae", batch=32),
+    "vavae-pointwise": Variant(network="vavae", batch=32, recompute="pointwise"),
 }
 
 
@@ -198,9 +204,52 @@ def tokenizer(variant: Variant, config: AutoencoderConfig) -> Step:
     return Step(lambda: call(x).float().square().mean(), update)
 
 
+class FakeTask(VavaeTask):
+    """The tokenizer's task with DINOv2 and LPIPS on the device, without files."""
+
+    def __init__(self, variant: Variant, config: AutoencoderConfig):
+        self.loss, self.stages, self.ops, self.batches = LossConfig(disc_start=0), (), variant.select(), range(1)
+        self.use_checkpoint, self.global_batch_size = variant.recompute, variant.batch
+        with unset_fake_temporarily(), torch.device("meta"):
+            foundation = FoundationModel.from_config(FoundationConfig(), 16, pretrained=False).bfloat16()
+            perceptual = Perceptual.__new__(Perceptual)
+            torch.nn.Module.__init__(perceptual)
+            perceptual.net = lpips_network("meta").eval().requires_grad_(False)
+            perceptual.cast(torch.bfloat16)
+            networks = build_networks(config, self.loss, self.ops, 0, foundation.width)
+            for network in networks.values():
+                network.train().bfloat16()
+        autoencoder = networks["autoencoder"]
+        autoencoder.encoder.use_checkpoint = autoencoder.decoder.use_checkpoint = variant.recompute
+        self.foundation, self.perceptual = on_device(foundation), on_device(perceptual)
+        self.networks = {name: on_device(network) for name, network in networks.items()}
+
+
+def vavae(variant: Variant, config: AutoencoderConfig) -> Step:
+    """A training step of the tokenizer as the loop makes it, from images to gradients."""
+    task = FakeTask(variant, config)
+    task.compile(variant.mode)
+    for network in task.networks.values():
+        compile_module(network, variant.mode, task.ops)
+    batch = {"image": torch.empty(variant.batch, 3, 256, 256, device="cuda")}
+    draws = {"noise": torch.empty(variant.batch, config.embed_dim, 16, 16, device="cuda")}
+
+    def step() -> torch.Tensor:
+        return task.train_step(task.networks, batch, draws, 1, lambda name, loss: loss.backward())["loss"]
+
+    def update(loss: torch.Tensor) -> None:
+        for network in task.networks.values():
+            for p in network.parameters():
+                p.grad = None
+
+    return Step(step, update)
+
+
 def make_step(variant: Variant, depth: int) -> Step:
     if variant.network in ("encoder", "decoder"):
         return tokenizer(variant, AutoencoderConfig(size="f16d32"))
+    if variant.network == "vavae":
+        return vavae(variant, AutoencoderConfig(size="f16d32"))
     config = named_config("LightningDiT-XL/1", input_size=16, in_channels=32, **PAPER)
     config = config.model_copy(update={"depth": depth, "use_checkpoint": variant.recompute})
     return (sampler if variant.network == "sampler" else lightningdit)(variant, config)
