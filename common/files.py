@@ -107,6 +107,21 @@ def replace_file(source: Path, path: Path) -> None:
         raise write_error(path, e) from None
 
 
+def rename_directory(source: Path, path: Path) -> None:
+    """Give a finished directory the name `path` instead of its own: with all that is in it, or not at all.
+
+    Raises FileExistsError where the name is taken (by more than an empty directory), WriteError where the system
+    refuses otherwise.
+    """
+    try:
+        os.rename(source, path)
+    except OSError as e:
+        if e.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(f"{path} is already there") from None
+        raise write_error(path, e) from None
+    sync_directory(path.parent)
+
+
 def write_error(path: Path | str, error: OSError) -> WriteError:
     """The WriteError for a write to `path` that failed with `error`."""
     return WriteError(f"cannot write {path}: {error.strerror or error}")

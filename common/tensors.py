@@ -56,6 +56,8 @@ _SAFE_GLOBALS: list[Any] = [
     multiarray.scalar,
     *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdFDUSMm"},
 ]
+#: Names of the weights in a folder where diffusers keeps a model: the first that is there.
+FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _WRAPPERS = ("module.", "_orig_mod.")  # of data-parallel wrapping and of torch.compile
 _DTYPES = {
     torch.float64: "F64",
@@ -84,7 +86,8 @@ def read_tensors(path: Path | str, entries: Iterable[str] = ("state_dict", "mode
     """The tensors of a weights file by name, on the CPU; prefixes left by wrappers are dropped.
 
     Args:
-        path: `.safetensors`, or a file of `torch.save` in its present or its legacy (before 1.6) format.
+        path: `.safetensors`, or a file of `torch.save` in its present or its legacy (before 1.6) format; or a folder as
+            `weights_file` takes it.
         entries: of a file that holds several mappings, the first of these that it has. A file that holds tensors by
             name itself has no entries.
 
@@ -95,6 +98,12 @@ def read_tensors(path: Path | str, entries: Iterable[str] = ("state_dict", "mode
     return read_entry(path, entries)[1]
 
 
+def weights_file(path: Path | str) -> Path:
+    """The weights file that a path stands for: in a folder where diffusers keeps a model that model's, else `path`."""
+    named = (Path(path) / name for name in FOLDER_WEIGHTS)
+    return next((file for file in named if file.is_file()), Path(path))
+
+
 def is_downloaded(url: str) -> bool:
     """Whether the folder where torch.hub keeps its downloads has what is at a URL."""
     return (Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]).is_file()
@@ -102,7 +111,7 @@ def is_downloaded(url: str) -> bool:
 
 def read_entry(path: Path | str, entries: Iterable[str]) -> tuple[str | None, Tensors]:
     """As `read_tensors`, and which entry the tensors are of: None where the file holds them by name itself."""
-    path, entries, entry = Path(path), tuple(entries), None
+    path, entries, entry = weights_file(path), tuple(entries), None
     found = content = _load(path)
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds {type(content).__name__}, not tensors by name")

@@ -3,24 +3,40 @@
 SOURCE is a checkpoint's directory, or a run's (its newest is taken). Writes NAME.safetensors and NAME.json, and NAME.pt
 in the published layout (`model` and `ema`; for a tokenizer `state_dict`). None of them may be there already.
 
-SOURCE may also be a weights file, such as a published .pt: then NAME.safetensors and NAME.json are written. The sizes
-of a tokenizer are read off its tensors; for a LightningDiT `--config CONFIG [key=value …]` names the run file that
-tells its network and, by `data.data_path`, the statistics of its latents.
+SOURCE may also be a weights file, such as a published .pt, or a folder where diffusers keeps an AutoencoderKL: then
+NAME.safetensors and NAME.json are written. The sizes of a tokenizer are read off its tensors; for a LightningDiT
+`--config CONFIG [key=value …]` names the run file that tells its network and, by `data.data_path`, the statistics of
+its latents.
+
+With `--format diffusers` a tokenizer of any of these SOURCEs becomes the folder NAME with config.json and
+diffusion_pytorch_model.safetensors, which `diffusers.AutoencoderKL.from_pretrained(NAME)` loads. Pipelines normalise
+latents z by `(z - latents_mean) / latents_std * scaling_factor` of its config: `--latents` names where these numbers
+are, a set of latents that this tokenizer made, or a LightningDiT (checkpoint, run, export) that was trained on them.
 """
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.files import link_without_overwrite, path_exists, require_writable, sync_directory
-from common.tensors import model_of, read_entry, save_pickled
+from common.files import (
+    link_without_overwrite,
+    make_directory,
+    path_exists,
+    rename_directory,
+    require_writable,
+    sync_directory,
+)
+from common.tensors import Tensors, model_of, read_entry, save_pickled, weights_file
 from launch.arguments import load_run, local_path
 from launch.config import ConfigError, select_ops, stored_run
-from launch.trained import build_diffusion, diffusion_weights, from_checkpoint
+from launch.trained import build_diffusion, diffusion_weights, from_checkpoint, statistics_for
 from launch.training.checkpoint import Checkpoint, find_checkpoint
 from lightningdit.weights import save_export, save_published
+from vavae.diffusers_layout import inexpressible, write_folder
+from vavae.model import AutoencoderKL
 from vavae.sizes import infer_config
 from vavae.weights import build_tokenizer, write_export
 
@@ -33,27 +49,62 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=local_path, help="checkpoint, directory of a run, or weights file")
+    parser.add_argument("source", type=local_path, help="checkpoint, directory of a run, or weights")
     parser.add_argument("name", help="path of the files to write, without a suffix or with one of theirs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for --config")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="for the safetensors (default: ema)")
     parser.add_argument("--config", type=local_path, help="run file of a weights file")
+    parser.add_argument("--format", choices=["own", "diffusers"], default="own", help="see above (default: own)")
+    parser.add_argument("--latents", type=local_path, metavar="PATH", help="where a diffusers folder's statistics are")
+    parser.add_argument(
+        "--multiplier",
+        type=float,
+        metavar="FACTOR",
+        help="scaling_factor of a diffusers folder (default: a LightningDiT's data.latent_multiplier, else 1)",
+    )
     args = parser.parse_intermixed_args(argv)
-    name = _name(args.name)
-    if args.overrides and args.config is None:
-        raise ConfigError(f"{args.overrides[0]} changes nothing without --config, the run file of a weights file")
-    if args.source.is_file():
-        what = f"from {args.source}"
-        written = export_file(args.source, name, args.weights, args.config, args.overrides)
-    elif args.config is not None:
-        raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
+    _check_options(args)
+    named = (args.weights, args.config, args.overrides)
+    checkpoint = None if weights_file(args.source).is_file() else find_checkpoint(args.source)
+    if args.format == "diffusers":
+        folder = _folder(args.name)
+        written = export_diffusers(checkpoint or args.source, folder, *named, args.latents, args.multiplier)
+    elif checkpoint is None:
+        written = export_file(args.source, _name(args.name), *named)
     else:
-        checkpoint = find_checkpoint(args.source)
-        what = f"{checkpoint.state['kind']}, step {checkpoint.step:,}"
-        written = export(checkpoint, name, args.weights)
+        written = export(checkpoint, _name(args.name), args.weights)
+    what = f"from {args.source}" if checkpoint is None else f"{checkpoint.state['kind']}, step {checkpoint.step:,}"
     for path in written:
         print(f"{path}: {what}, {path.stat().st_size / 1e6:,.1f} MB")
+    if args.format == "diffusers" and args.latents is None:
+        print(f"latents_mean and latents_std are null, scaling_factor {args.multiplier or 1:g}: --latents gives others")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that would change nothing, and for values that no option has."""
+    if args.overrides and args.config is None:
+        raise ConfigError(f"{args.overrides[0]} changes nothing without --config, the run file of a weights file")
+    if args.config is not None and not weights_file(args.source).is_file() and args.source.exists():
+        raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
+    for option in ("latents", "multiplier"):
+        if args.format != "diffusers" and getattr(args, option) is not None:
+            raise ConfigError(f"--{option} changes nothing without --format diffusers")
+    if args.multiplier is not None and not 0 < args.multiplier < math.inf:
+        raise ConfigError(f"--multiplier {args.multiplier:g}: a number above 0 is wanted")
+
+
+def _folder(text: str) -> Path:
+    """The path of a folder to be made; raises ConfigError for what has no name, or a file's."""
+    try:
+        path = local_path(text)
+    except argparse.ArgumentTypeError as e:
+        raise ConfigError(f"NAME: {e}") from None
+    if path.name in ("", ".."):
+        raise ConfigError(f"NAME is the path of a folder to be made, such as tokenizer (got {text!r})")
+    if path.suffix in SUFFIXES:
+        raise ConfigError(f"NAME is a folder with --format diffusers, and {text!r} ends as a file does")
+    return path
 
 
 def _name(text: str) -> Path:
@@ -104,6 +155,23 @@ def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
             raise
 
 
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill: it gets its name, with all that is in it, when the block ends well.
+
+    Raises ConfigError where the name is taken, before the block or meanwhile, WriteError where it cannot be made.
+    """
+    if path_exists(folder):
+        raise ConfigError(f"{folder} {TAKEN}")
+    require_writable(folder)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        yield (made := make_directory(Path(temporary) / folder.name))
+        try:
+            rename_directory(made, folder)
+        except FileExistsError:
+            raise ConfigError(f"{folder} {TAKEN}") from None
+
+
 def export_file(
     source: Path, name: Path, weights: str = "ema", config: Path | None = None, overrides: Sequence[str] = ()
 ) -> list[Path]:
@@ -125,11 +193,15 @@ def export_file(
             build_diffusion(found, select_ops("reference"), str(source))  # it fits
             save_export(made, found)
         else:
-            sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
-            tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source)
+            tokenizer = _tokenizer(tensors, source, config, overrides)
             said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
-            write_export(made, tokenizer.state_dict(), sizes, **said)
+            write_export(made, tokenizer.state_dict(), tokenizer.config, **said)
     return _paths(name, suffixes)
+
+
+def _tokenizer(tensors: Tensors, source: Path, config: Path | None, overrides: Sequence[str]) -> AutoencoderKL:
+    sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
+    return build_tokenizer(tensors, sizes, select_ops("reference"), source)
 
 
 def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
@@ -144,7 +216,46 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
         else:
             run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
             tensors = checkpoint.weights("autoencoder", weights)
-            said = {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
-            write_export(made[0], tensors, run.model, **said)
+            write_export(made[0], tensors, run.model, **_said(checkpoint, weights))
             save_pickled(made[2], {"state_dict": tensors})
     return _paths(name, SUFFIXES)
+
+
+def _said(checkpoint: Checkpoint, weights: str) -> dict:
+    return {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
+
+
+def export_diffusers(
+    source: Checkpoint | Path,
+    folder: Path,
+    weights: str = "ema",
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    latents: Path | None = None,
+    multiplier: float | None = None,
+) -> list[Path]:
+    """Write a tokenizer as an `AutoencoderKL` folder of diffusers → its files; see the module for `latents`.
+
+    Raises ValueError where the folder is already there, the source is no tokenizer or one that diffusers cannot
+    express, or the statistics are those of another tokenizer's latents.
+    """
+    with _new_folder(folder) as made:
+        if isinstance(source, Path):
+            taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
+            tokenizer = _tokenizer(tensors, source, config, overrides)
+            said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+        else:
+            if source.state["kind"] != "vavae":
+                raise ConfigError(
+                    f"{source.path} is a LightningDiT, for which diffusers has no class: tokenizers alone"
+                )
+            run = stored_run(source.state["config"], source.path / "state.json", kind="vavae")
+            tensors = source.weights("autoencoder", weights)
+            tokenizer = build_tokenizer(tensors, run.model, select_ops("reference"), source.path)
+            said = _said(source, weights)
+        if reasons := inexpressible(tokenizer.config):
+            raise ConfigError(f"diffusers has no such autoencoder: {'; '.join(reasons)}")
+        scale = statistics_for(tokenizer, latents, multiplier)
+        mean, std = (None if scale.is_identity else values.tolist() for values in (scale.mean, scale.std))
+        written = write_folder(made, tokenizer.state_dict(), tokenizer.config, mean, std, scale.multiplier, **said)
+    return [folder / path.name for path in written]

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from common.seeds import generator
+from common.tensors import weights_file
 from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
@@ -164,10 +165,11 @@ def extract(
 def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
     """The tokenizer of a run in evaluation mode, and where it was found.
 
-    `ckpt_path` is a weights file, a checkpoint or a run's directory; without it, the run's own directory is meant.
+    `ckpt_path` is a weights file, a folder of diffusers, a checkpoint or a run's directory; without it, the run's own
+    directory is meant.
     """
     path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
-    if not path.is_dir():
+    if not weights_file(path).is_dir():
         return load_tokenizer(path, ops, run.model), str(path)
     checkpoint = find_checkpoint(path)
     if checkpoint.state["kind"] != "vavae":

@@ -5,15 +5,23 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from common.files import path_exists
 from common.sections import describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
 from launch.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
-from lightningdit.latents import LatentStatistics, StatisticsRecord, read_statistics
+from lightningdit.latents import (
+    STATISTICS_FILE,
+    LatentStatistics,
+    StatisticsRecord,
+    read_manifest,
+    read_statistics,
+    shard_files,
+)
 from lightningdit.model import LightningDiT
 from lightningdit.weights import Export, export_paths, read_export, read_weights
 from vavae.model import AutoencoderKL
-from vavae.weights import load_tokenizer
+from vavae.weights import fingerprint, load_tokenizer
 
 
 def diffusion_weights(run: LightningDiTRun, which: str = "ema") -> Export:
@@ -76,6 +84,43 @@ def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
         return load_tokenizer(run.vae.ckpt_path, ops)
     except ValueError as e:
         raise ConfigError(f"vae.ckpt_path: {e}") from None
+
+
+def statistics_for(tokenizer: AutoencoderKL, source: Path | None, multiplier: float | None = None) -> LatentStatistics:
+    """The statistics of a tokenizer's latents, and the factor of normalised ones.
+
+    Args:
+        source: a set of latents, or a checkpoint, run or export of a LightningDiT; without one, mean 0 and std 1.
+        multiplier: default: the LightningDiT's, or 1.
+
+    Raises:
+        ValueError: nothing is found, latents of another number of channels or another tokenizer (where their manifest
+            names it), or a multiplier that is not the LightningDiT's.
+    """
+    channels = tokenizer.config.embed_dim
+    if source is None:
+        return LatentStatistics.identity(channels, 1.0 if multiplier is None else multiplier)
+    if source.is_dir() and (path_exists(source / STATISTICS_FILE) or shard_files(source)):
+        _require_tokenizer(source, tokenizer)
+        return read_statistics(source, channels, 1.0 if multiplier is None else multiplier)
+    found = from_checkpoint(find_checkpoint(source)) if source.is_dir() else read_export(source)
+    assert found.latents is not None
+    if found.config.in_channels != channels:
+        raise ConfigError(f"{source} was trained on {found.config.in_channels} channels, the tokenizer has {channels}")
+    if multiplier not in (None, found.latents.multiplier):
+        raise ConfigError(f"multiplier {multiplier:g}, but {source} was trained with {found.latents.multiplier:g}")
+    return found.latents
+
+
+def _require_tokenizer(latents: Path, tokenizer: AutoencoderKL) -> None:
+    """Raise ConfigError where a manifest says that another tokenizer made the latents; published sets have none."""
+    manifest = read_manifest(latents)
+    made_by = manifest.tokenizer if manifest is not None and isinstance(manifest.tokenizer, dict) else {}
+    if (stated := made_by.get("sha256")) is not None and stated != (own := fingerprint(tokenizer)):
+        raise ConfigError(
+            f"{latents} was made by another tokenizer (SHA-256 {stated}, from {made_by.get('source')}) than the one to "
+            f"export ({own}): `extract` takes the `ema` weights of a checkpoint"
+        )
 
 
 def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:

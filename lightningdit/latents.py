@@ -212,6 +212,11 @@ class LatentStatistics:
         """Mean 0 and std 1, for latents that are only scaled."""
         return cls(torch.zeros(channels), torch.ones(channels), multiplier)
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether mean 0 and std 1 leave latents as they are, but for the multiplier."""
+        return not self.mean.any() and bool((self.std == 1).all())
+
     @classmethod
     def from_record(cls, record: StatisticsRecord, *, channels: int, source: Path | str) -> "LatentStatistics":
         """From what `to_json` gave; see `checked`."""

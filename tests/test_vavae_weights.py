@@ -197,9 +197,12 @@ def test_a_published_file_alone_becomes_the_same_tokenizer(tensors, tmp_path):
 OTHERS = {
     "diffusers": (
         ["encoder.conv_in.weight", "encoder.down_blocks.0.resnets.0.norm1.weight", "quant_conv.weight"],
-        r"vae\.pt is an AutoencoderKL of diffusers",
+        r"vae\.pt(, its keys under VA-VAE's names,)? (is not a tokenizer|does not have|as a tokenizer does not fit)",
     ),
-    "diffusers decoder": (["decoder.up_blocks.3.resnets.0.conv1.bias"], r"vae\.pt is an AutoencoderKL of diffusers"),
+    "diffusers decoder": (
+        ["decoder.up_blocks.3.resnets.0.conv1.bias"],
+        r"vae\.pt(, its keys under VA-VAE's names,)? (is not a tokenizer|as a tokenizer does not fit)",
+    ),
     "classifier": (["conv1.weight"], r"vae\.pt is not a tokenizer of this layout: it has no encoder\.conv_in\.weight"),
     "encoder alone": (["encoder.conv_in.weight"], r"vae\.pt (is not|does not have the sizes of) a tokenizer"),
 }

@@ -2,7 +2,7 @@
 
 A published tokenizer holds, under `state_dict` or at the top, `encoder. decoder. quant_conv. post_quant_conv.`; a
 published training checkpoint adds `linear_proj.`, the frozen `foundation_model.` and the whole `loss.` (LPIPS,
-discriminator, logvar).
+discriminator, logvar). A tokenizer in the layout of diffusers (`vavae.diffusers_layout`) becomes the same one.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, load_strict, read_tensors, write_safetensors
 from kernels.registry import Ops
 from vavae.config import AutoencoderConfig
+from vavae.diffusers_layout import is_diffusers, read_config
 from vavae.model import AutoencoderKL
-from vavae.sizes import infer_config, refuse_other_layouts
+from vavae.sizes import infer_config, published_layout
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,14 @@ class TokenizerWeights:
 def split_tokenizer(tensors: Mapping[str, torch.Tensor], source: str | Path) -> TokenizerWeights:
     """Split the tensors of a tokenizer file by network; those of frozen networks are dropped and counted.
 
+    Tensors of diffusers are renamed. What its `config.json` says of the latents' scale is logged and not applied.
+
     Raises:
-        WeightsError: naming `source`; a key that belongs to no known part, or the keys of another library.
+        WeightsError: naming `source`; a key that belongs to no known part. See `vavae.sizes.published_layout`, too.
     """
-    refuse_other_layouts(tensors, source)
+    if is_diffusers(tensors):
+        _log_normalisation(source)
+    tensors = published_layout(tensors, source)
     autoencoder: Tensors = {}
     discriminator: Tensors = {}
     dropped: Counter[str] = Counter()
@@ -79,14 +84,14 @@ def load_tokenizer(path: str | Path, ops: Ops, config: AutoencoderConfig | None 
     """A tokenizer in evaluation mode, without gradients, from an export or a published checkpoint.
 
     Args:
-        path: weights file; an export has its `.json` beside it.
+        path: weights file; an export has its `.json` beside it. Or a folder of diffusers' `AutoencoderKL`.
         ops: of `kernels.select`.
         config: by default that of the JSON beside the file, else the one inferred from the tensors' shapes.
 
     Raises:
         WeightsError: unreadable, or not exactly this model's weights.
     """
-    if config is None and Path(path).with_suffix(".json").is_file():
+    if config is None and not Path(path).is_dir() and Path(path).with_suffix(".json").is_file():
         config = read_export_config(path)
     tensors = read_tensors(path)
     return build_tokenizer(tensors, config or infer_config(tensors, path), ops, path)
@@ -103,10 +108,24 @@ def build_tokenizer(
     parts = split_tokenizer(tensors, source)
     autoencoder = {k: v for k, v in parts.autoencoder.items() if not k.startswith(PROJECTION_PREFIX)}
     model = AutoencoderKL(config, ops)
-    load_strict(model, autoencoder, f"{source} as a tokenizer")
+    renamed = ", its keys under VA-VAE's names," if is_diffusers(tensors) else ""
+    load_strict(model, autoencoder, f"{source}{renamed} as a tokenizer")
     projection, discriminator = len(parts.autoencoder) - len(autoencoder), len(parts.discriminator)
     log_dropped(source, parts.dropped | {PROJECTION_PREFIX: projection, DISCRIMINATOR_PREFIX: discriminator})
     return model.eval().requires_grad_(False)
+
+
+def _log_normalisation(source: str | Path) -> None:
+    stated = read_config(source)
+    if stated is not None and (formula := stated.normalisation()) is not None:
+        same = f"; data.latent_norm=false data.latent_multiplier={stated.scaling_factor:g} do the same"
+        log.info(
+            "%s: by its config.json, pipelines of diffusers train on %s; here latents are what the encoder makes, and "
+            "a LightningDiT's run normalises them as its data section says%s",
+            source,
+            formula,
+            same if formula.startswith("z ") else "",
+        )
 
 
 def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:

@@ -416,4 +416,20 @@ MISTAKES = {
         "launch/evaluate.py", 'isinstance(earlier, dict) and "metrics" in earlier)', "isinstance(earlier, dict))",
         "test_launch_evaluate.py::test_where_a_result_cannot_go_is_said_before_it_is_measured",
     ),
+    "a_folder_takes_the_place_of_an_empty_one": Mistake(
+        "launch/export.py", "    if path_exists(folder):\n", "    if path_exists(folder / 'config.json'):\n",
+        "test_launch_export_diffusers.py::test_a_folder_replaces_nothing_that_is_there",
+    ),
+    "statistics_of_another_tokenizer_exported": Mistake(
+        "launch/trained.py", "stated != (own := fingerprint(tokenizer)):", "not (own := fingerprint(tokenizer)):",
+        "test_launch_export_diffusers.py::test_what_cannot_be_a_folder_is_said",
+    ),
+    "mean_0_and_std_1_written_as_statistics": Mistake(
+        "launch/export.py", "None if scale.is_identity else values.tolist()", "values.tolist()",
+        "test_launch_export_diffusers.py::test_a_scale_alone_leaves_the_statistics_null",
+    ),
+    "a_folder_of_diffusers_is_a_run": Mistake(
+        "launch/extract.py", "if not weights_file(path).is_dir():", "if not path.is_dir():",
+        "test_launch_export_diffusers.py::test_programs_take_the_folder_for_a_tokenizer",
+    ),
 }  # fmt: skip

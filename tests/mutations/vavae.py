@@ -7,6 +7,7 @@ CROPS = "test_vavae_data.py::test_crops_match_the_recorded"
 PLAN = "test_vavae_decoders.py::test_a_plan_cuts_the_square_of_the_upright_image"
 PHOTOGRAPHS = "test_vavae_decoders.py::test_photographs_are_those_of_pillow"
 ODD_FILES = "test_vavae_decoders.py::test_every_file_has_pillows_size_orientation_and_colours"
+DIFFUSERS = "test_vavae_diffusers.py"
 EVERYWHERE = "test_vavae_data.py::test_random_crops_are_cut_from_the_scaled_image_everywhere"
 
 MISTAKES = {
@@ -256,5 +257,36 @@ MISTAKES = {
         "vavae/weights.py", "    with atomic_write(path) as f:\n        write_safetensors",
         '    with open(path, "wb") as f:\n        write_safetensors',
         "test_common_writers.py::test_nothing_else_writes_files",
+    ),
+    # The layout of diffusers.
+    "levels_of_the_decoder_in_our_order": Mistake(
+        "vavae/diffusers_layout.py", "numbers[0] = levels - 1 - numbers[0]", "numbers[0] = numbers[0]",
+        f"{DIFFUSERS}::test_names_and_shapes_are_those_of_diffusers",
+    ),
+    "queries_for_keys": Mistake(
+        "vavae/diffusers_layout.py", '"q": "to_q", "k": "to_k"', '"q": "to_k", "k": "to_q"',
+        f"{DIFFUSERS}::test_diffusers_computes_the_same_from_what_is_written",
+    ),
+    "blocks_of_the_middle_swapped": Mistake(
+        "vavae/diffusers_layout.py", '"mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1"',
+        '"mid.block_1": "mid_block.resnets.1", "mid.block_2": "mid_block.resnets.0"',
+        f"{DIFFUSERS}::test_what_diffusers_saves_is_read",
+    ),
+    "keys_of_diffusers_that_are_unknown_left_out": Mistake(
+        "vavae/diffusers_layout.py", "    if unknown:\n        raise WeightsError(",
+        "    if False:\n        raise WeightsError(", f"{DIFFUSERS}::test_keys_that_do_not_fit_are_named",
+    ),
+    "a_config_of_diffusers_believed": Mistake(
+        "vavae/sizes.py", "if wrong := stated.contradictions(config, tensors):",
+        "if (wrong := stated.contradictions(config, tensors)) and stated is None:",
+        f"{DIFFUSERS}::test_a_config_that_contradicts_the_tensors_is_named",
+    ),
+    "other_numbers_of_groups_taken": Mistake(
+        "vavae/diffusers_layout.py", "self.norm_num_groups != GROUPS,", "self.norm_num_groups < 1,",
+        f"{DIFFUSERS}::test_a_config_of_another_network_is_refused",
+    ),
+    "scale_of_latents_not_said": Mistake(
+        "vavae/weights.py", "    if is_diffusers(tensors):\n        _log", "    if not tensors:\n        _log",
+        f"{DIFFUSERS}::test_the_scale_of_latents_is_said_and_not_applied",
     ),
 }  # fmt: skip
