@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common.files import FileError, open_regular
+from common.tensors import weights_file
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.training.checkpoint import find_checkpoint
 from lightningdit.model import LightningDiT
@@ -93,9 +94,9 @@ def _weights(run: Run) -> dict[str, str]:
 
 
 def check_file(key: str, path: Path | str) -> None:
-    """Raise ConfigError, naming `key`, unless `path` is a file that can be read."""
+    """Raise ConfigError, naming `key`, unless `path` is a file that can be read, or a folder of diffusers with one."""
     try:
-        open_regular(path).close()
+        open_regular(weights_file(path)).close()
     except FileError as e:
         raise ConfigError(f"{key}: {e}") from None
 
