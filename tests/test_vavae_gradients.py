@@ -12,6 +12,7 @@ from torch import nn
 
 import kernels
 from bench.workloads.plain_tokenizer import PlainAutoencoder
+from bench.workloads.plain_tokenizer import discriminator_loss as plain_discriminator_loss
 from kernels.compile.modes import compile_module
 from tests.golden import J
 from tests.live_memory import LiveMemory
@@ -78,8 +79,7 @@ def plain_step(loss: LossConfig, found: dict[str, nn.Module], data, gan: bool, v
         total, reconstruction, _ = plain(images, noise, features if vf else None)
         total.backward()
     if gan:
-        real, fake = discriminator(images), discriminator(reconstruction)
-        (0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())).backward()
+        plain_discriminator_loss(discriminator, images, reconstruction).backward()
     return total.detach()
 
 

@@ -69,6 +69,7 @@ def tokenizer(gpu: Measured) -> str:
         **PEAK,
         "× reference": "{times_faster_than[reference]:.2f}",
         "× reference, compiled": "{times_faster_than[reference-compile]:.2f}",
+        "× plain, float32": "{times_faster_than[plain]:.2f}",
         "whole, ms": "{p50_ms:.1f}",
         "products, ms": "{breakdown_ms[gemm]:.1f}",
         "memory, ms": "{breakdown_ms[memory]:.1f}",

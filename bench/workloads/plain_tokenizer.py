@@ -55,9 +55,10 @@ class PlainAutoencoder(nn.Module):
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / len(images)
         total, logs = nll + loss.kl_weight * kl, {"nll": nll, "kl": kl}
         if features is not None:
-            vf = vf_loss(net.linear_proj(z), features, loss)
+            distmat, cos = vf_terms(net.linear_proj(z), features, loss)
+            vf = loss.distmat_weight * distmat + loss.cos_weight * cos
             weight = loss.vf_weight * adaptive_weight(nll, vf, net.encoder.conv_out.weight, 1e8)
-            total, logs = total + weight * vf, logs | {"vf_weight": weight}
+            total, logs = total + weight * vf, logs | {"vf_distmat": distmat, "vf_cos": cos, "vf_weight": weight}
         if self._discriminator[0] is not None:
             gan = -self._discriminator[0](reconstruction).mean()
             weight = loss.disc_weight * adaptive_weight(nll, gan, net.decoder.conv_out.weight, 1e4)
@@ -74,9 +75,15 @@ def adaptive_weight(nll: Tensor, term: Tensor, layer: Tensor, limit: float) -> T
     return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, limit).detach()
 
 
-def vf_loss(z: Tensor, f: Tensor, loss: LossConfig) -> Tensor:
-    """Equations 1 to 5 of arXiv 2501.01423 of two maps [B, C, h, w], with the whole matrices of cosines."""
+def vf_terms(z: Tensor, f: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
+    """Equations 1 to 5 of arXiv 2501.01423 for two maps [B, C, h, w], by whole matrices of cosines: distmat and cos."""
     cosines = [torch.einsum("bcm,bcn->bmn", *[F.normalize(x.flatten(2), dim=1)] * 2) for x in (z, f)]
     distmat = F.relu((cosines[0] - cosines[1]).abs() - loss.distmat_margin).mean()
     cos = F.relu(1.0 - loss.cos_margin - F.cosine_similarity(z, f, dim=1)).mean()
-    return loss.distmat_weight * distmat + loss.cos_weight * cos
+    return distmat, cos
+
+
+def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> Tensor:
+    """The hinge loss (arXiv 1705.02894)."""
+    real, fake = discriminator(images), discriminator(reconstruction)
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())

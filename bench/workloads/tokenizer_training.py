@@ -1,4 +1,4 @@
-"""Training steps of the tokenizer: the trainer's own, and the same task without DeepSpeed.
+"""Training steps of the tokenizer: the trainer's own, the same task without DeepSpeed, and the plain formulation.
 
 The run is `launch/configs/vavae_f16d32_dinov2.yaml` with the GAN running from the first step. What would have to be
 downloaded, the vision transformer and LPIPS's VGG-16, is written with random weights; images are random pictures on
@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 
 import kernels
+from bench.workloads.plain_tokenizer import PlainAutoencoder, discriminator_loss
 from bench.workloads.tokenizers import set_numerics
 from bench.workloads.training import FlatAdamW, TrainerLoop
 from bench.workloads.variants import TokenizerVariant
 from common.tensors import write_tensors
-from kernels.compile.modes import compiled
+from kernels.compile.modes import compile_module
 from launch.config import VavaeRun, load
 from launch.training.build import vavae_task
 from vavae.cost import training_cost
+from vavae.discriminator import frozen
 from vavae.foundation import FoundationModel
 from vavae.loss import lpips_network
-from vavae.model import Level, MidBlock
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
 IMAGES, FOREVER = 256, 1_000_000
@@ -72,7 +73,7 @@ class TrainingSetup:
 
     def provider(self, variant: TokenizerVariant) -> tuple[Callable[[], object], dict[str, float] | None]:
         """A step to call, and the losses of the first one where it tells them."""
-        step = {"trainer": TrainerStep, "bare": BareStep}[variant.engine](variant, self)
+        step = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}[variant.engine](variant, self)
         losses = step()
         return step, losses and {name: float(loss) for name, loss in losses.items()}
 
@@ -82,29 +83,38 @@ class TrainerStep(TrainerLoop):
         super().__init__(setup.run.model_copy(update={"kernels": variant.kernels}), "vavae")
 
 
-class BareStep:
-    """The task's step on images that are on the device, weights in bfloat16, one optimizer pass for each network."""
+class TaskStep:
+    """The task of the run, with its networks and images on the device."""
 
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
-        run, ops = setup.run, kernels.select(variant.kernels)
-        self._size = run.train.global_batch_size
-        self._task, _ = vavae_task(run, ops)
+        train = setup.run.train.model_copy(update={"precision": variant.precision})
+        self._size, self._ops = train.global_batch_size, kernels.select(variant.kernels)
+        self._task, _ = vavae_task(setup.run.model_copy(update={"train": train}), self._ops)
         self._task.to(setup.device)
         self._networks = {name: network.to(setup.device).train() for name, network in self._task.networks.items()}
-        self._optimizers = {name: FlatAdamW(network, ops) for name, network in self._networks.items()}
-        for module in self._networks["autoencoder"].modules():
-            if isinstance(module, Level | MidBlock):
-                module.forward = compiled(module.forward, variant.compile, deterministic=variant.ours)
-        if variant.compile != "none":  # a term's gradient at one layer is asked for before the backward pass
-            torch._functorch.config.donated_buffer = False
         first = torch.arange(self._size)
-        image = self._task.batches.batch(torch.zeros_like(first), first)["image"].to(setup.device)
-        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        self._batch, self._step = {"image": image.contiguous(memory_format=layout)}, 0
+        self._batch = {"image": self._task.batches.batch(torch.zeros_like(first), first)["image"].to(setup.device)}
+        self._step = 0
+
+    def _draw(self) -> dict[str, torch.Tensor]:
+        """The random numbers of the next step."""
+        self._step += 1
+        return self._task.draw(self._step, self._size, self._batch["image"].device)
+
+
+class BareStep(TaskStep):
+    """The task's own step, one optimizer pass for each network."""
+
+    def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
+        super().__init__(variant, setup)
+        dtype = getattr(torch, variant.precision)
+        self._optimizers = {name: FlatAdamW(network, self._ops, dtype) for name, network in self._networks.items()}
+        self._task.compile(variant.compile, deterministic=variant.ours)
+        for network in self._networks.values():
+            compile_module(network, variant.compile, self._ops, deterministic=variant.ours)
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        self._step += 1
-        draws = self._task.draw(self._step, self._size, self._batch["image"].device)
+        draws = self._draw()
         stepped = []
 
         def backward(name: str, loss: torch.Tensor) -> None:
@@ -115,6 +125,35 @@ class BareStep:
         for name in stepped:
             self._optimizers[name].step()
         return logs
+
+
+class PlainStep(TaskStep):
+    """The plain formulation of the same step, with torch's own Adam (fused on CUDA) and no moving average."""
+
+    def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
+        super().__init__(variant, setup)
+        optimizer, loss = setup.run.optimizer, self._task.loss_at(1)
+        options = {
+            "lr": optimizer.lr,
+            "betas": (optimizer.beta1, optimizer.beta2),
+            "fused": setup.device.type == "cuda",
+        }
+        self._discriminator = self._networks["discriminator"]
+        perceptual = self._task.perceptual.net if self._task.perceptual is not None else None
+        self._autoencoder = PlainAutoencoder(self._networks["autoencoder"], loss, perceptual, self._discriminator)
+        self._optimizers = [torch.optim.Adam(network.parameters(), **options) for network in self._networks.values()]
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        images, noise = self._batch["image"], self._draw()["noise"]
+        with frozen(self._discriminator):
+            total, reconstruction, logs = self._autoencoder(images, noise, self._task.foundation(images))
+            total.backward()
+        loss = discriminator_loss(self._discriminator, images, reconstruction)
+        loss.backward()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return logs | {"d_loss": loss.detach()}
 
 
 def write_images(folder: Path, count: int, size: int) -> None:

@@ -77,14 +77,14 @@ def make_network(
 
 
 class FlatAdamW:
-    """A network's weights in bfloat16, views of one buffer that `adamw_ema_` writes beside its float32 states."""
+    """A network's weights, views of one buffer: in bfloat16 the one that `adamw_ema_` writes beside float32 states."""
 
-    def __init__(self, network: torch.nn.Module, ops: Ops):
+    def __init__(self, network: torch.nn.Module, ops: Ops, dtype: torch.dtype = torch.bfloat16):
         self.ops, self.parameters = ops, [p for p in network.parameters() if p.requires_grad]
         self.master = torch.cat([p.detach().flatten() for p in self.parameters])
         self.states = [torch.zeros_like(self.master), torch.zeros_like(self.master), self.master.clone()]
-        network.bfloat16()
-        self.copy = self.master.bfloat16()
+        network.to(dtype)
+        self.copy = self.master.to(dtype)  # of float32 it is the master itself
         start = 0
         for p in self.parameters:
             p.data = self.copy[start : start + p.numel()].view(p.shape)
@@ -112,7 +112,7 @@ class FlatAdamW:
             ema_decay=EMA_DECAY,
             grad_scale=self._one,
             skip=~torch.isfinite(self.norm),
-            bf16_param=self.copy,
+            bf16_param=None if self.copy is self.master else self.copy,
         )
 
 

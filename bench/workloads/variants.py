@@ -88,13 +88,15 @@ class TrainingVariant(Variant):
 
 @dataclass(frozen=True)
 class TokenizerVariant(Variant):
-    """One way to run the tokenizer; in training, `compile` is of the levels of encoder and decoder.
+    """One way to run the tokenizer; in training, "plain" is the formulation of `bench.workloads.plain_tokenizer`.
 
     Attributes:
-        channels_last: memory format of what comes in, and of the weights where they are not trained.
+        channels_last: memory format of what comes in and of the weights; training has its own.
+        precision: of trained and frozen weights, in training.
     """
 
     channels_last: bool = False
+    precision: str = "bfloat16"
 
     @property
     def ours(self) -> bool:
@@ -149,9 +151,16 @@ TOKENIZER = {
     "decode": _PASSES,
     "train": _by_name(
         TokenizerVariant("trainer", "trainer"),
-        TokenizerVariant("bare", "bare"),
-        TokenizerVariant("bare-channels-last", "bare", channels_last=True),
+        TokenizerVariant("bare", "bare", compile="inductor"),
+        TokenizerVariant("bare-eager", "bare"),
         TokenizerVariant("reference", "bare", kernels="reference"),
         TokenizerVariant("reference-compile", "bare", kernels="reference", compile="inductor"),
+        TokenizerVariant("plain", "plain", kernels="reference", precision="float32"),
     ),
 }
+#: Training steps that a CPU can be asked for: what sharing gradients comes to, and the narrower numbers with it.
+TOKENIZER_ON_CPU = _by_name(
+    TokenizerVariant("plain", "plain", kernels="reference", precision="float32"),
+    TokenizerVariant("bare-float32", "bare", precision="float32"),
+    TokenizerVariant("bare", "bare"),
+)
