@@ -6,6 +6,7 @@ run. Needs no torch.
 
 import os
 import re
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +19,15 @@ _DOTLESS_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 NAME_LIMIT, PATH_LIMIT = 255, 4095  # bytes, of Linux
+
+
+class UnknownKeyError(ValueError):
+    """`keys` that a section does not have, with the nearest of those that it has."""
+
+    def __init__(self, keys: Sequence[Any], known: Collection[str]):
+        hints = ", ".join(f"{key!r}{nearest(str(key), known)}" for key in keys)
+        super().__init__(f"unknown key {hints}; known: {', '.join(known)}")
+        self.keys = tuple(keys)
 
 
 class SectionError(ValueError):
@@ -95,8 +105,7 @@ class Section(BaseModel):
     def _name_unknown_keys(cls, values: Any) -> Any:
         unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
-            hints = ", ".join(f"{key!r}{nearest(str(key), cls.model_fields)}" for key in unknown)
-            raise ValueError(f"unknown key {hints}; known: {', '.join(cls.model_fields)}")
+            raise UnknownKeyError(unknown, cls.model_fields)
         return values
 
     @classmethod

@@ -7,6 +7,7 @@ running: steps, batches, precision, optimizer, DeepSpeed, kernels.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,8 @@ from common.sections import (
     short,
 )
 from kernels.registry import check_names
-from launch.config_files import ConfigError, config_note, find_config, merge, parse_value, read_mapping
+from launch.config_files import ConfigError, merge, parse_value
+from launch.extends import KEY, Layer, convert, explain, merged, read_layers, title, without_sizes
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig
 from vavae.published import from_published
@@ -203,38 +205,39 @@ NAMES = {"lightningdit": "LightningDiT", "vavae": "tokenizer"}
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple[Section, list[str]]:
-    """Read a run file of `kind` ("lightningdit" or "vavae"), apply `key=value` overrides, check all of it.
+    """Read a run file of `kind` ("lightningdit" or "vavae") and what it extends, apply overrides, check all of it.
 
-    Values of overrides are YAML; keys are dotted (`train.max_steps=20`); a mapping is merged into the section that is
-    there, and anything else, `{}` too, takes the place of what is. A published LDM-style tokenizer file is
-    translated first, so overrides always use our keys, and may give what the file leaves open. What only training needs
-    may be missing: `launch.training.checks.check_run` asks for it. A file of `launch/configs/` may be given by its
-    name alone.
+    A file with the key `extends: base.yaml` says what differs from that file (`launch.extends`). Values of overrides,
+    `key=value`, are YAML; keys are dotted (`train.max_steps=20`); a mapping is merged into the section that is there,
+    and anything else, `{}` too, takes the place of what is. A published LDM-style tokenizer file is translated first,
+    so overrides and files that extend it use our keys, and may give what it leaves open. What only training needs may
+    be missing: `launch.training.checks.check_run` asks for it. A file of `launch/configs/` may be given by its name
+    alone.
 
     Returns:
-        The run, and notes: which file was taken where a shipped one has its name, what of a published one was converted
-        or ignored.
+        The run, and notes: which file was taken where a shipped one has its name, which ones it extends, what of a
+        published one was converted or ignored.
 
     Raises:
-        ConfigError: the file is absent, no YAML mapping, or the other model's; a key is unknown (the nearest is named)
-            or stands twice; a value has the wrong type or is not allowed, or values contradict each other.
+        ConfigError: a file is absent, no YAML mapping, or the other model's; a key is unknown (the nearest is named) or
+            stands twice; a value has the wrong type or is not allowed, or values contradict each other. Where several
+            files were read, the one that a value is from is named.
     """
-    found = find_config(path)
-    document, notes = read_mapping(found), config_note(path)
+    layers, notes = read_layers(path)
+    named = title(layers)
+    said: dict = {}
     try:
-        _refuse_other_kind(document, kind)
-        model = document.get("model")
-        if kind == "vavae" and ("lightning" in document or (isinstance(model, Mapping) and "params" in model)):
-            document, converted = from_published(document)
-            notes += converted
+        layers, converted = convert(layers, partial(_in_our_keys, kind=kind))
+        document = merged(layers)
         for override in overrides:
-            document = _overridden(document, override)
+            document = _overridden(without_sizes(document, _overridden({}, override)), override)
+            said = _overridden(said, override)
         run = KINDS[kind].model_validate(document)
-        return run, notes + run.deepspeed.notes()
+        return run, notes + converted + run.deepspeed.notes()
     except ValidationError as e:
-        raise ConfigError(f"{path}: {describe(e)}") from None
+        raise ConfigError(f"{named}: {explain(e, [*layers, Layer('', said)])}") from None
     except ValueError as e:
-        raise ConfigError(f"{path}: {e}") from None
+        raise ConfigError(f"{named}: {e}") from None
 
 
 def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
@@ -243,6 +246,20 @@ def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
         return KINDS[kind].model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"{source}: {describe(e)}") from None
+
+
+def _in_our_keys(document: dict, kind: str, extends: bool) -> tuple[dict, list[str]]:
+    """A document of `kind`, a published tokenizer's translated, and notes on that. `extends`: it names a base."""
+    _refuse_other_kind(document, kind)
+    model = document.get("model")
+    if kind != "vavae" or not ("lightning" in document or (isinstance(model, Mapping) and "params" in model)):
+        return document, []
+    if extends:
+        raise ConfigError(
+            "a file with the keys of a published tokenizer (model.params, lightning) can be extended, but extends "
+            "none: write what differs in the keys of our run files (model, loss, data, train …)"
+        )
+    return from_published(document)
 
 
 def _refuse_other_kind(document: Mapping, kind: str) -> None:
@@ -288,6 +305,8 @@ def _overridden(document: dict, override: str) -> dict:
     if not equals or not key:
         raise ConfigError(f"override {short(override)} is not of the form key=value, such as train.max_steps=20")
     *sections, last = key.split(".")
+    if key.split(".")[0] == KEY:
+        raise ConfigError(f"override {short(override)}: {KEY} stands in a file, which is read before overrides")
     inner = document
     for section in sections:
         inner = {} if inner.get(section) is None else inner[section]

@@ -6,6 +6,7 @@ quotes, yes, no, on and off are true and false.
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -145,21 +146,20 @@ def _more_than_a_value(text: str) -> str | None:
     return None
 
 
-def find_config(path: str | Path, shipped: Path = SHIPPED) -> Path:
-    """The file itself; where there is none and `path` is a mere name, the file of that name in the folder `shipped`."""
-    ours = shipped / path
-    found = _is_name_of(path, ours) and not path_exists(path)
-    return ours if found else Path(path)
+def find_config(path: str | Path, shipped: Path = SHIPPED, *, folder: Path = Path()) -> Path:
+    """The file at `path` from `folder`; where there is none and `path` is a mere name, the file of it in `shipped`."""
+    ours, here = shipped / path, folder / path
+    found = _is_name_of(path, ours) and not path_exists(here)
+    return ours if found else here
 
 
-def config_note(path: str | Path, shipped: Path = SHIPPED) -> list[str]:
+def config_note(path: str | Path, shipped: Path = SHIPPED, *, folder: Path = Path()) -> list[str]:
     """A note, where a mere name is that of a shipped file, on which file `find_config` finds by it."""
-    ours = shipped / path
-    if not _is_name_of(path, ours):
+    ours, here = shipped / path, folder / path
+    if not _is_name_of(path, ours) or os.path.realpath(here) == os.path.realpath(ours):
         return []
-    if find_config(path, shipped) == ours:
-        return [f"not here, so the one in {shipped}"]
-    return [] if Path(path).resolve() == ours.resolve() else [f"the one here, not that in {shipped}"]
+    taken = find_config(path, shipped, folder=folder)
+    return [f"not here, so the one in {shipped}" if taken == ours else f"the one here, not that in {shipped}"]
 
 
 def _is_name_of(path: str | Path, shipped: Path) -> bool:
@@ -199,10 +199,15 @@ def _read_text(path: str | Path) -> str:
         ) from None
 
 
-def merge(base: Mapping, top: Mapping) -> dict:
-    """`base` with the values of `top` in it; mappings in both are merged key by key."""
+def merge(base: Mapping, top: Mapping, *, empties: bool = False) -> dict:
+    """`base` with the values of `top` in it; mappings in both are merged key by key.
+
+    An empty mapping of `top` changes nothing; with `empties` it takes the place of the one in `base`.
+    """
     both = {
-        k: merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v
+        k: merge(base[k], v, empties=empties)
+        if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) and (v or not empties)
+        else v
         for k, v in top.items()
     }
     return {**base, **both}

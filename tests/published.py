@@ -1,7 +1,8 @@
 """The published run files, key by key as their repository documents them.
 
 `LIGHTNINGDIT_YAML` and `TOKENIZER_YAML` are one file of each model as text (values: the 64-epoch file's); keys that
-only some have are apart: `LIGHTNINGDIT_OPTIONAL`, `TOKENIZER_OPTIONAL`. `FILES` holds all nine by name.
+only some have are apart: `LIGHTNINGDIT_OPTIONAL`, `TOKENIZER_OPTIONAL`. `FILES` holds all nine by name. `TOKENIZERS`
+and `STAGES` hold what those of tokenizers became in the runs that were published.
 """
 
 import copy
@@ -180,6 +181,33 @@ FILES: dict[str, dict] = {
         **{_LOSS + key: None for key in ("disc_start", "vf_weight", "distmat_margin", "cos_margin")},
     ),
 }
+
+
+def _tokenizer(channels: int, vf: str | None) -> dict:
+    sizes = {"model__params__embed_dim": channels, "model__params__ddconfig__z_channels": channels}
+    unaligned = {"model__params__use_vf": ..., "model__params__reverse_proj": ..., **_NO_VF}
+    aligned = {"model__params__use_vf": vf}
+    return _changed(TOKENIZER_YAML, weight_init=..., **sizes, **(unaligned if vf is None else aligned))
+
+
+#: (channels, foundation model or None) → the file that trains this f16 tokenizer of the paper's table 2.
+TOKENIZERS = {(channels, vf): _tokenizer(channels, vf) for channels in (16, 32, 64) for vf in (None, "mae", "dinov2")}
+
+
+def _stage(epochs: int, disc_start: int, vf_weight: float, distmat_margin: float, cos_margin: float) -> dict:
+    loss = {
+        "disc_start": disc_start,
+        "vf_weight": vf_weight,
+        "distmat_margin": distmat_margin,
+        "cos_margin": cos_margin,
+    }
+    values = {_LOSS + key: value for key, value in loss.items()}
+    return _changed(TOKENIZER_YAML, weight_init=..., lightning__trainer__max_epochs=epochs, **values)
+
+
+#: The three files that `f16d32_vfdinov2_long.yaml` was for the released tokenizer; 2 and 3 start from the weights of
+#: the one before, `weight_init`.
+STAGES = [_stage(100, 5001, 0.5, 0, 0), _stage(15, 1, 0.1, 0, 0), _stage(15, 1, 0.1, 0.25, 0.5)]
 
 
 def kind_of(name: str) -> str:

@@ -9,6 +9,7 @@ import yaml
 from launch.__main__ import main
 from launch.config import ConfigError, load
 from launch.config_files import merge
+from launch.extends import merged, read_layers
 from launch.training.config import OptimizerConfig, TrainConfig
 from tests.published import LIGHTNINGDIT_OPTIONAL, LIGHTNINGDIT_YAML, TOKENIZER_OPTIONAL, TOKENIZER_YAML
 
@@ -112,9 +113,9 @@ def test_dry_run_of_the_published_tokenizer(published_tokenizer, capsys):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.yaml")))
 def test_every_shipped_config_loads_and_sets_a_preset(name):
-    text = (CONFIGS / name).read_text()
+    layers, _ = read_layers(CONFIGS / name)
     run, _ = load(CONFIGS / name, kind="vavae" if "vavae" in name else "lightningdit")
-    assert "\npreset: " in text and run.train.exp_name is not None
+    assert "preset" in merged(layers) and run.train.exp_name is not None
     assert run.deepspeed.merged_overrides("bfloat16").keys() <= {"zero_optimization"}  # its file is there and agrees
 
 
@@ -287,6 +288,8 @@ def test_validation_needs_data_and_defaults_to_checkpoints(published):
 
 def test_merge_goes_down():
     assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": 6}) == {"a": {"b": 5, "c": 2}, "d": 3, "e": 6}
+    assert merge({"a": {"b": 1}}, {"a": {}}) == {"a": {"b": 1}}
+    assert merge({"a": {"b": {"c": 1}}}, {"a": {"b": {}}}, empties=True) == {"a": {"b": {}}}
 
 
 @pytest.mark.parametrize(("epochs", "images", "batch", "steps"), [(1, 8, 8, 1), (1, 9, 8, 2), (3, 10, 8, 4)])

@@ -319,7 +319,7 @@ MISTAKES = {
         "are_advised",
     ),
     "shipped_deepspeed_files_first": Mistake(
-        "launch/config_files.py", "_is_name_of(path, ours) and not path_exists(path)", "_is_name_of(path, ours)",
+        "launch/config_files.py", "_is_name_of(path, ours) and not path_exists(here)", "_is_name_of(path, ours)",
         "test_launch_config_files.py::test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said",
     ),
     "names_hold_anything": Mistake(
@@ -348,8 +348,44 @@ MISTAKES = {
     ),
     "merge_replaces_sections": Mistake(
         "launch/config_files.py",
-        "merge(base[k], v) if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) else v",
-        "v", "test_launch_config.py::test_merge_goes_down",
+        "if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) and (v or not empties)", "if False",
+        "test_launch_config.py::test_merge_goes_down",
+    ),
+    # Files that extend others.
+    "empty_mappings_leave_the_base": Mistake(
+        "launch/extends.py", ", empties=True)", ")",
+        "test_launch_extends.py::test_null_and_empty_values_take_the_place_of_the_bases",
+    ),
+    "base_over_the_file_that_extends_it": Mistake(
+        "launch/extends.py", "            return layers[::-1], notes\n", "            return layers, notes\n",
+        "test_launch_extends.py::test_a_file_says_what_differs_from_its_base",
+    ),
+    "bases_from_the_working_directory": Mistake(
+        "launch/extends.py", "found = find_config(written, folder=folder)", "found = find_config(written)",
+        "test_launch_extends.py::test_a_base_extends_a_file_in_its_turn_each_from_its_own_folder",
+    ),
+    "sizes_lose_to_the_base": Mistake(
+        "launch/extends.py", "merge(without_sizes(base, layer.document), layer.document, empties=True)",
+        "merge(base, layer.document, empties=True)",
+        "test_launch_extends.py::test_a_size_takes_the_place_of_the_fields_of_one",
+    ),
+    "sizes_lose_to_a_file": Mistake(
+        "launch/config.py", "_overridden(without_sizes(document, _overridden({}, override)), override)",
+        "_overridden(document, override)",
+        "test_launch_extends.py::test_a_size_takes_the_place_of_the_fields_of_one",
+    ),
+    "circles_by_name_alone": Mistake(
+        "launch/extends.py", "os.path.realpath(found) == os.path.realpath(file)", "found == file",
+        "test_launch_extends.py::test_files_in_a_circle_are_listed",
+    ),
+    "mistakes_of_overrides_in_the_base": Mistake(
+        "launch/config.py", "explain(e, [*layers, Layer('', said)])", "explain(e, layers)",
+        "test_launch_extends.py::test_a_wrong_value_is_said_with_the_file_it_stands_in",
+    ),
+    "bases_of_any_model": Mistake(
+        "launch/config.py", "    _refuse_other_kind(document, kind)\n",
+        "    _refuse_other_kind(document, kind) if extends else None\n",
+        "test_launch_extends.py::test_a_base_of_the_other_model_is_named",
     ),
     "gib_of_ten_to_the_nine": Mistake(
         "launch/training/dry_run.py", "GIB = 2**30", "GIB = 10**9",
