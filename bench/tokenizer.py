@@ -153,8 +153,8 @@ class TokenizerComparison(Comparison):
 def wrong_losses(values: Mapping[str, dict[str, float] | None]) -> dict[str, str]:
     """Provider → which of its first losses is not the reference ops', or the plain formulation's where those are not
     run; the trainer draws noise of its own."""
-    by = next((name for name in CHECKED_BY if values.get(name)), None)
-    expected, found = values[by] if by else None, {}
+    by = next((name for name in CHECKED_BY if values.get(name)), "")
+    expected, found = values.get(by) or {}, {}
     for name, losses in values.items() if expected else ():
         off = [
             f"{key} {losses[key]:.5g} for {expected[key]:.5g}"

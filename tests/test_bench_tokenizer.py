@@ -25,6 +25,7 @@ from kernels import select
 from tests.golden import close
 from vavae.config import AutoencoderConfig
 from vavae.loss import Perceptual
+from vavae.task import VavaeTask
 
 TINY = AutoencoderConfig(
     embed_dim=4, z_channels=4, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=16
@@ -45,6 +46,7 @@ REFERENCE = TokenizerVariant("reference", "pass", kernels="reference")
 LAST = TokenizerVariant("reference-channels-last", "pass", kernels="reference", channels_last=True)
 GRAPH = TokenizerVariant("reference-compile", "pass", kernels="reference", compile="inductor")
 BARE = TokenizerVariant("reference", "bare", kernels="reference")
+PLAIN = TokenizerVariant("plain", "plain", kernels="reference", precision="float32")
 
 
 def bench(path=None) -> TokenizerComparison:
@@ -164,17 +166,42 @@ def test_a_step_trains_both_networks(setup):
     assert first[2] < first[0], "the reconstruction improves"
 
 
-def test_rows_of_a_training_step(monkeypatch):
+def test_rows_of_a_training_step(monkeypatch, capsys):
+    """Ours beside the plain formulation, whose losses it is held to and whose time it is a multiple of."""
     seen = []
-    monkeypatch.setattr(tokenizer_training, "compiled", lambda function, mode, **options: seen.append(mode) or function)
-    last = TokenizerVariant("bare-channels-last", "bare", kernels="reference", compile="inductor", channels_last=True)
-    rows = bench().run(
-        TokenizerJob("train", "bfloat16", 2, (last, BARE), overrides=(*OVERRIDES, "loss.perceptual=none"))
+    monkeypatch.setattr(
+        tokenizer_training, "compile_module", lambda network, mode, *rest, **options: seen.append((network, mode))
     )
-    assert {row["provider"]: row["status"] for row in rows} == {"bare-channels-last": "ok", "reference": "ok"}, rows
-    assert rows[0]["frozen_weights"] == "random" and rows[0]["flops"] > 0
-    assert rows[1]["images_per_second"] == pytest.approx(2e3 / rows[1]["p50_ms"])
-    assert seen == ["none"] * 6 + ["inductor"] * 6, "two levels and a middle each of encoder and decoder"
+    graphs = TokenizerVariant("bare", "bare", compile="inductor")
+    monkeypatch.setattr(VavaeTask, "compile", lambda self, mode, deterministic: seen.append((self, mode)))
+    rows = bench().run(
+        TokenizerJob("train", "bfloat16", 2, (PLAIN, graphs), overrides=(*OVERRIDES, "loss.perceptual=none"))
+    )
+    bench().conclude(rows)
+    assert {row["provider"]: row["status"] for row in rows} == {"bare": "ok", "plain": "ok"}, rows
+    ours, plain = (next(row for row in rows if row["provider"] == name) for name in ("bare", "plain"))
+    assert ours["frozen_weights"] == "random" and ours["flops"] > 0 and ours["ours"] and not plain["ours"]
+    assert plain["images_per_second"] == pytest.approx(2e3 / plain["p50_ms"])
+    ratio = ours["times_faster_than"]["plain"]
+    assert ratio > 0 and f"bare: {ratio:.2f} × the plain float32 formulation" in capsys.readouterr().out
+    assert [type(what).__name__ for what, _ in seen] == ["VavaeTask", "AlignedAutoencoder", "NLayerDiscriminator"]
+    assert {mode for _, mode in seen} == {"inductor"}
+
+
+def test_the_plain_step_trains_both_networks_in_float32(setup):
+    step, losses = setup.provider(PLAIN)
+    assert set(CHECKED_LOSSES) <= losses.keys()
+    assert {p.dtype for network in step._networks.values() for p in network.parameters()} == {torch.float32}
+    first = [float(step()["nll"]) for _ in range(3)]
+    assert first[2] < first[0], "the reconstruction improves"
+
+
+def test_on_a_cpu_the_ratio_to_the_plain_formulation_is_printed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_tokenizer, "CPU_RUN", (*OVERRIDES, "loss.perceptual=none"))
+    assert bench_tokenizer.main(["--cpu", "--batch", "2", "--seconds", "0.1", "--out", str(tmp_path / "rows")]) == 0
+    text = capsys.readouterr().out
+    assert text.count(" × the plain float32 formulation") == 2 and "bare-float32: " in text
+    assert [row["provider"] for row in read(tmp_path / "rows", "cpu")] == ["plain", "bare-float32", "bare"]
 
 
 def test_another_loss_is_incorrect():
@@ -183,6 +210,7 @@ def test_another_loss_is_incorrect():
     found = wrong_losses({"reference": expected, "bare": expected | {"kl": 2.05, "nll": float("nan")}})
     assert found == {"bare": "first losses beside the reference ops': nll nan for 2, kl 2.05 for 2"}
     assert wrong_losses({"bare": expected}) == {}, "nobody to compare with"
+    assert list(wrong_losses({"plain": expected, "bare": expected | {"kl": 3.0}})) == ["bare"]
 
 
 def test_providers_of_a_run():

@@ -204,8 +204,8 @@ def generator_loss(
     if discriminator is not None:
         gan = -upcast(discriminator(pixels)).mean()
         (gan_gradient,) = torch.autograd.grad(gan, pixels)  # [B, 3, H, W]
-        norms = (_at_layer(output.reconstruction, g, output.decoder_layer) for g in (nll_gradient, gan_gradient))
-        weight = config.disc_weight * adaptive_weight(*norms, MAX_GAN_WEIGHT)
+        ours, theirs = (_at_layer(output.reconstruction, g, output.decoder_layer) for g in (nll_gradient, gan_gradient))
+        weight = config.disc_weight * adaptive_weight(ours, theirs, MAX_GAN_WEIGHT)
         value = value + config.disc_factor * weight * gan.detach()
         gradient = nll_gradient + config.disc_factor * weight * gan_gradient
         logs |= {"g_loss": gan.detach(), "d_weight": weight}

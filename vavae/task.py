@@ -38,7 +38,7 @@ from vavae.loss import (
     reconstruction_nll,
     vf_term,
 )
-from vavae.model import AutoencoderKL
+from vavae.model import AutoencoderKL, Half
 from vavae.weights import log_dropped, split_tokenizer
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,9 @@ class VavaeTask:
         if self.perceptual is not None:
             self.perceptual.cast(frozen_dtype)
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
-        for half in (self.networks["autoencoder"].encoder, self.networks["autoencoder"].decoder):
-            half.use_checkpoint = use_checkpoint
+        for module in self.networks["autoencoder"].modules():
+            if isinstance(module, Half):
+                module.use_checkpoint = use_checkpoint
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""

@@ -39,7 +39,7 @@ class PlainAutoencoder(nn.Module):
         self.perceptual, self._discriminator = perceptual, [discriminator]  # in a list: no part of this network
         for module in network.modules():
             if isinstance(module, GroupNormSilu):
-                module.forward = MethodType(group_norm_silu, module)
+                module.forward = MethodType(group_norm_silu, module)  # type: ignore[method-assign]
 
     def forward(self, images: Tensor, noise: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor, dict]:
         """The loss of images [B, 3, H, W] with a graph, the reconstructions (detached), and scalars."""
@@ -55,6 +55,7 @@ class PlainAutoencoder(nn.Module):
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / len(images)
         total, logs = nll + loss.kl_weight * kl, {"nll": nll, "kl": kl}
         if features is not None:
+            assert loss.vf_weight is not None
             distmat, cos = vf_terms(net.linear_proj(z), features, loss)
             vf = loss.distmat_weight * distmat + loss.cos_weight * cos
             weight = loss.vf_weight * adaptive_weight(nll, vf, net.encoder.conv_out.weight, 1e8)

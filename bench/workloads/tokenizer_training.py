@@ -27,9 +27,12 @@ from vavae.cost import training_cost
 from vavae.discriminator import frozen
 from vavae.foundation import FoundationModel
 from vavae.loss import lpips_network
+from vavae.task import AlignedAutoencoder
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "vavae_f16d32_dinov2.yaml"
 IMAGES, FOREVER = 256, 1_000_000
+#: A training step; returns the first losses where it tells them.
+Step = Callable[[], dict[str, torch.Tensor] | None]
 
 
 class TrainingSetup:
@@ -73,7 +76,8 @@ class TrainingSetup:
 
     def provider(self, variant: TokenizerVariant) -> tuple[Callable[[], object], dict[str, float] | None]:
         """A step to call, and the losses of the first one where it tells them."""
-        step = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}[variant.engine](variant, self)
+        engines: dict[str, Callable[..., Step]] = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}
+        step = engines[variant.engine](variant, self)
         losses = step()
         return step, losses and {name: float(loss) for name, loss in losses.items()}
 
@@ -132,21 +136,21 @@ class PlainStep(TaskStep):
 
     def __init__(self, variant: TokenizerVariant, setup: TrainingSetup):
         super().__init__(variant, setup)
-        optimizer, loss = setup.run.optimizer, self._task.loss_at(1)
-        options = {
-            "lr": optimizer.lr,
-            "betas": (optimizer.beta1, optimizer.beta2),
-            "fused": setup.device.type == "cuda",
-        }
-        self._discriminator = self._networks["discriminator"]
+        optimizer, autoencoder = setup.run.optimizer, self._networks["autoencoder"]
+        assert isinstance(autoencoder, AlignedAutoencoder) and self._task.foundation is not None
+        self._foundation, self._discriminator = self._task.foundation, self._networks["discriminator"]
         perceptual = self._task.perceptual.net if self._task.perceptual is not None else None
-        self._autoencoder = PlainAutoencoder(self._networks["autoencoder"], loss, perceptual, self._discriminator)
-        self._optimizers = [torch.optim.Adam(network.parameters(), **options) for network in self._networks.values()]
+        self._autoencoder = PlainAutoencoder(autoencoder, self._task.loss_at(1), perceptual, self._discriminator)
+        betas, fused = (optimizer.beta1, optimizer.beta2), setup.device.type == "cuda"
+        self._optimizers = [
+            torch.optim.Adam(network.parameters(), lr=optimizer.lr, betas=betas, fused=fused)
+            for network in self._networks.values()
+        ]
 
     def __call__(self) -> dict[str, torch.Tensor]:
         images, noise = self._batch["image"], self._draw()["noise"]
         with frozen(self._discriminator):
-            total, reconstruction, logs = self._autoencoder(images, noise, self._task.foundation(images))
+            total, reconstruction, logs = self._autoencoder(images, noise, self._foundation(images))
             total.backward()
         loss = discriminator_loss(self._discriminator, images, reconstruction)
         loss.backward()

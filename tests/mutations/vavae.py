@@ -175,7 +175,7 @@ MISTAKES = {
     ),
     # Loss.
     "kl_not_weighed": Mistake(
-        "vavae/loss.py", "total = nll + config.kl_weight * kl", "total = nll + kl", GENERATOR,
+        "vavae/loss.py", "rest = rest + config.kl_weight * kl", "rest = rest + kl", GENERATOR,
     ),
     "kl_of_the_mean_not_doubled": Mistake(
         "vavae/loss.py", "return 2.0 * posterior.kl().mean()", "return posterior.kl().mean()",
@@ -188,27 +188,40 @@ MISTAKES = {
         "test_vavae_model.py::test_posterior_agrees_with_torch_distributions",
     ),
     "adaptive_weight_not_bounded": Mistake(
-        "vavae/loss.py", ".clamp(max=limit).detach()", ".detach()",
+        "vavae/gradients.py", ".clamp(max=limit).detach()", ".detach()",
         "test_vavae_loss.py::test_adaptive_weights_match_the_recorded",
     ),
     "adaptive_weight_upside_down": Mistake(
-        "vavae/loss.py", "(norms[0] / (norms[1] + 1e-4))", "(norms[1] / (norms[0] + 1e-4))",
+        "vavae/gradients.py", "(upcast(reference).norm() / (upcast(term).norm() + 1e-4))",
+        "(upcast(term).norm() / (upcast(reference).norm() + 1e-4))",
         "test_vavae_loss.py::test_adaptive_weights_match_the_recorded",
     ),
     "vf_bounded_as_the_gan_is": Mistake(
-        "vavae/loss.py", "adaptive_weight(nll, vf, output.encoder_layer, MAX_VF_WEIGHT)",
-        "adaptive_weight(nll, vf, output.encoder_layer, MAX_GAN_WEIGHT)",
+        "vavae/loss.py", "vf_gradient, MAX_VF_WEIGHT)", "vf_gradient, MAX_GAN_WEIGHT)",
         "test_vavae_loss.py::test_balancing_weights_have_the_published_limits",
     ),
     "generator_rewarded_for_being_found": Mistake(
-        "vavae/loss.py", "gan = -_upcast(discriminator", "gan = _upcast(discriminator", GENERATOR,
+        "vavae/loss.py", "gan = -upcast(discriminator", "gan = upcast(discriminator", GENERATOR,
+    ),
+    "decoder_not_told_of_the_gan": Mistake(
+        "vavae/loss.py", "gradient = nll_gradient + config.disc_factor * weight * gan_gradient",
+        "gradient = nll_gradient + 0 * gan_gradient",
+        "test_vavae_gradients.py::test_gradients_are_those_of_the_plain_formulation",
+    ),
+    "decoder_walked_again_for_the_vf_term": Mistake(
+        "vavae/loss.py", "return weight, (inputs, gradients) if trains else None", "return weight, None",
+        "test_vavae_gradients.py::test_how_often_each_network_is_walked_backwards",
+    ),
+    "given_gradients_not_scaled": Mistake(
+        "vavae/gradients.py", "(gradient.mul_(factor) for gradient", "(gradient for gradient",
+        "test_vavae_gradients.py::test_given_gradients_are_scaled_as_the_loss_is",
     ),
     "discriminator_told_the_opposite": Mistake(
         "vavae/loss.py", "[config.disc_loss](real, fake)", "[config.disc_loss](fake, real)",
         "test_vavae_loss.py::test_discriminator_loss_matches_the_recorded",
     ),
     "hinge_without_its_margin": Mistake(
-        "vavae/discriminator.py", "F.relu(1.0 - real.float())", "F.relu(-real.float())",
+        "vavae/discriminator.py", "F.relu(1.0 - upcast(real))", "F.relu(-upcast(real))",
         "test_vavae_loss.py::test_gan_losses_match_the_recorded",
     ),
     "gan_a_step_late": Mistake(
