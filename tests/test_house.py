@@ -26,7 +26,7 @@ ALLOWED = {
 HOME = {
     "triton": "kernels/",
     "deepspeed": "launch/training/engine.py",
-    "timm": "vavae/foundation.py",
+    "timm": "vavae/foundation/",
     "nvidia": "vavae/decoders/dali_decoder.py",  # DALI
 }
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time

@@ -261,7 +261,7 @@ def test_a_deepspeed_file_must_agree_on_the_stage(published, tmp_path):
 
 
 def test_the_preset_decides_what_the_foundation_model_is_fed(published_tokenizer):
-    for preset, expected in (("paper", "published"), ("default", "imagenet")):
+    for preset, expected in (("paper", "published"), ("default", "model")):
         own = {"preset": preset, "model": {"size": "f16d32"}, "foundation": {}, "data": {"data_path": "x"}}
         published_tokenizer.write_text(yaml.safe_dump(own))
         assert load(published_tokenizer, kind="vavae")[0].features().normalization == expected

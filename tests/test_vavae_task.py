@@ -288,6 +288,17 @@ def test_weights_of_a_published_training_checkpoint_are_taken(files, tmp_path):
         task.load_weights(str(tmp_path / "bare.safetensors"))
 
 
+def test_the_foundation_model_is_in_no_checkpoint(files):
+    """A checkpoint holds the state of `networks`, and `state_dict`."""
+    task = make(files, perceptual="none")
+    assert task.foundation is not None and sum(1 for _ in task.foundation.parameters()) > 10
+    own = {id(value) for network in task.networks.values() for value in (*network.parameters(), *network.buffers())}
+    assert own and not own & {id(value) for value in (*task.foundation.parameters(), *task.foundation.buffers())}
+    kept = [key for network in task.networks.values() for key in network.state_dict()]
+    assert not [key for key in kept if key.startswith(("foundation", "vit")) or "patch_embed" in key]
+    assert task.state_dict().keys() == {"classes", "images"}
+
+
 def test_a_checkpoint_of_other_classes_is_refused(files):
     task = make(files)
     task.load_state_dict(task.state_dict())
@@ -312,11 +323,11 @@ def test_sections_that_contradict_each_other_are_named(files, change, error):
         make(files, **change)
 
 
-def test_token_grid_must_be_the_latent_grid(files):
-    section = foundation(files, input_size=32)
+def test_foundation_models_input_must_be_whole_patches(files):
+    section = foundation(files, input_size=33)
     data = DataConfig(data_path=str(files / "images"), image_size=16)
     common = {"model": TINY, "loss": LossConfig(**LOSS), "data": data, "ops": OPS, "seed": 0, "global_batch_size": 4}
-    with pytest.raises(ValueError, match=r"input_size 32 .* 16 tokens per side, but the latents have 8"):
+    with pytest.raises(ValueError, match=r"input_size 33 is no multiple of the patch"):
         VavaeTask(foundation=section, **common)
     with pytest.raises(ValueError, match="use_vf is true, but the run has no foundation section"):
         VavaeTask(foundation=None, **common)

@@ -108,7 +108,13 @@ class AutoencoderConfig(Section):
 
 
 class ModelArgs(Section):
-    """Arguments of timm's vision transformer that say what network it is; none that names a file or code."""
+    """Arguments of timm's vision transformers that say what network it is; none that names a file or code.
+
+    Which of them a model takes is timm's: those after `dynamic_img_size` are of its models with rotary positions
+    (EVA-02, DINOv3, PE), the last ones of those with windows (SAM). `img_size` is that of the positions in
+    the weights for models that cannot be built for another; others hold positions for the size they are fed, unless
+    `dynamic_img_size` is true: then they interpolate them in each pass.
+    """
 
     img_size: Size | None = None
     patch_size: Size | None = None
@@ -130,23 +136,54 @@ class ModelArgs(Section):
     dynamic_img_size: Literal[True] | None = None
     dynamic_img_pad: bool | None = None
 
+    num_reg_tokens: SmallCountFrom0 | None = None
+    qkv_fused: bool | None = None
+    attn_type: Literal["eva", "rope"] | None = None
+    swiglu_mlp: bool | None = None
+    scale_mlp: bool | None = None
+    scale_attn_inner: bool | None = None
+    use_abs_pos_emb: bool | None = None
+    use_rot_pos_emb: bool | None = None
+    rope_type: Literal["cat", "mixed", "dinov3"] | None = None
+    rope_grid_offset: Float | None = None
+    rope_grid_indexing: Literal["ij", "xy"] | None = None
+    rope_temperature: Positive | None = None
+    rope_rotate_half: bool | None = None
+    ref_feat_shape: Size | None = None
+    use_post_norm: bool | None = None
+    use_pre_transformer_norm: bool | None = None
+    use_post_transformer_norm: bool | None = None
+    use_fc_norm: bool | None = None
+
+    use_abs_pos: bool | None = None
+    use_rel_pos: bool | None = None
+    use_rope: bool | None = None
+    window_size: SmallCountFrom0 | None = None
+    global_attn_indexes: tuple[SmallCountFrom0, ...] | None = Field(None, strict=False)
+    neck_chans: Size | None = None
+
 
 class FoundationConfig(Section):
-    """The frozen vision transformer whose features the latents are aligned to.
+    """The frozen network whose features the latents are aligned to.
 
     Fields:
-        model_name: a timm vision transformer.
-        weights: local checkpoint in timm's layout (.safetensors, .pt, .pth); null downloads timm's own.
-        input_size: images are resized to this many pixels; null takes what gives one token per latent position.
-        normalization: `imagenet` converts [−1, 1] to ImageNet's mean and standard deviation, as the published vision
-            models were trained; `published` feeds [−1, 1] as it is, as the published tokenizers were trained.
+        model_name: a short name of `vavae.foundation.names` (dinov2-l, siglip2-b, …) or a name of timm's, with the tag
+            of its weights; without one, timm's default tag is meant, and the log says which.
+        weights: local checkpoint (.safetensors, .pt, .pth) in timm's layout, or in that of the model's authors where
+            timm converts it; null downloads timm's own.
+        input_size: images are resized to this many pixels; null takes what gives one feature per latent position, or,
+            for models of one size, theirs. Features of another grid are resampled to the latents'.
+        normalization: of images from −1 to 1: `model` brings them to the mean and standard deviation that timm states
+            for the named weights, `imagenet` to ImageNet's (for DINOv2, DINOv3, MAE and SAM both are the same),
+            `published` leaves them as they are, as the published tokenizers were trained. A file without the key under
+            `preset: paper` means `published`.
         model_args: further arguments of the timm model, those of `ModelArgs`.
     """
 
     model_name: Text = "vit_large_patch14_dinov2.lvd142m"
     weights: PathText | None = None
     input_size: Size | None = None
-    normalization: Literal["imagenet", "published"] = "imagenet"
+    normalization: Literal["model", "imagenet", "published"] = "model"
     model_args: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("model_args")

@@ -2,6 +2,7 @@
 
 from tests.mutations import Mistake
 
+FOUNDATION = "test_vavae_foundation_models.py"
 GENERATOR = "test_vavae_loss.py::test_generator_loss_matches_the_recorded"
 CROPS = "test_vavae_data.py::test_crops_match_the_recorded"
 PLAN = "test_vavae_decoders.py::test_a_plan_cuts_the_square_of_the_upright_image"
@@ -259,12 +260,62 @@ MISTAKES = {
         "test_vavae_model.py::test_encoder_and_posterior_match_the_recorded",
     ),
     "features_of_images_as_they_are": Mistake(
-        "vavae/foundation.py", "images = images * self.scale + self.shift\n", "images = images * self.scale\n",
+        "vavae/foundation/model.py", "images = images * self.scale + self.shift ", "images = images * self.scale ",
         "test_vavae_foundation.py::test_imagenet_normalization_is_of_the_unit_range",
     ),
     "features_of_the_layer_before": Mistake(
-        "vavae/foundation.py", "indices=1, norm=True,", "indices=1, norm=False,",
+        "vavae/foundation/registry.py", "indices=1, norm=True,", "indices=1, norm=False,",
         "test_vavae_foundation.py::test_features_match_the_recorded",
+    ),
+    "features_resampled_in_bfloat16": Mistake(
+        "vavae/foundation/model.py", "features.to(torch.promote_types(features.dtype, torch.float32))", "features",
+        f"{FOUNDATION}::test_bfloat16_features_are_resampled_in_float32",
+    ),
+    "features_resampled_without_antialiasing": Mistake(
+        "vavae/foundation/model.py", "features.shape[-1] > self.grid", "False",
+        f"{FOUNDATION}::test_features_of_another_grid_are_resampled_to_the_latents",
+    ),
+    "mean_and_std_rounded_with_the_weights": Mistake(
+        "vavae/foundation/model.py", "setattr(module, name, value.to(moved.device))", "pass",
+        f"{FOUNDATION}::test_bfloat16_leaves_normalisation_and_positions_in_float32",
+    ),
+    "rotary_positions_rounded_with_the_weights": Mistake(
+        "vavae/foundation/model.py", "buffer in rope.named_buffers(recurse=False) if", "buffer in () if",
+        f"{FOUNDATION}::test_bfloat16_leaves_normalisation_and_positions_in_float32",
+    ),
+    "every_model_fed_the_mean_of_imagenet": Mistake(
+        "vavae/foundation/model.py", "return entry.mean_and_std()", "return IMAGENET",
+        f"{FOUNDATION}::test_normalization_is_as_asked",
+    ),
+    "mean_and_std_of_no_weights": Mistake(
+        "vavae/foundation/registry.py", "stated = self.require_weights()", "stated = self.pretrained",
+        f"{FOUNDATION}::test_a_model_of_no_stated_mean_and_std_says_what_to_set",
+    ),
+    "features_before_the_norm_of_eva02": Mistake(
+        "vavae/foundation/registry.py", "    if _norms_after_pooling(model):\n", "    if False:\n",
+        f"{FOUNDATION}::test_features_are_those_of_timm[eva02-b]",
+    ),
+    "relative_positions_the_other_way": Mistake(
+        "vavae/foundation/relative_positions.py", "position[:, None] - position[None]",
+        "position[None] - position[:, None]",
+        f"{FOUNDATION}::test_features_are_those_of_timm[sam-b]",
+    ),
+    "relative_positions_gathered_in_each_pass": Mistake(
+        "vavae/foundation/model.py", "        gather_relative_positions(vit, planned.feature_grid)\n", "",
+        f"{FOUNDATION}::test_a_pass_copies_nothing_to_the_device[sam-b]",
+    ),
+    "rotary_positions_made_in_each_pass": Mistake(
+        "vavae/foundation/registry.py", 'arguments["dynamic_img_size"] = False', 'arguments["dynamic_img_size"] = True',
+        f"{FOUNDATION}::test_a_pass_copies_nothing_to_the_device[dinov3-b]",
+    ),
+    "buffers_of_no_file_without_values": Mistake(
+        "vavae/foundation/weights.py", 'torch.empty_like(value, device="cpu") if value.is_meta else value',
+        "torch.full_like(value, 9.0, device='cpu')",
+        f"{FOUNDATION}::test_features_are_those_of_timm[dinov3-b]",
+    ),
+    "a_patch_of_another_size_interpolated": Mistake(
+        "vavae/foundation/weights.py", "if patch and key.endswith", "if not patch and key.endswith",
+        "test_vavae_foundation_weights.py::test_a_file_of_another_model_is_refused",
     ),
     "export_written_in_place": Mistake(
         "vavae/weights.py", "    with atomic_write(path) as f:\n        write_safetensors",
