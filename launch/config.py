@@ -143,11 +143,15 @@ class TokenizerTrainConfig(TrainConfig):
     """The `train` section of a tokenizer file; one setting holds for both networks, and for the frozen ones.
 
     Encoder, decoder, discriminator, foundation model and LPIPS are compiled each for itself. Activation checkpointing
-    is by level of the encoder and the decoder.
+    is by level of the encoder and the decoder. `pictures` says of how many validation images a picture shows the
+    reconstructions at every validation (0: no picture), `picture_similarities` whether another shows the similarities
+    that the VF loss aligns.
     """
 
     global_batch_size: Count = 256
     compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
+    pictures: Annotated[int, Field(ge=0, le=256)] = 16
+    picture_similarities: bool = False
 
 
 class TokenizerOptimizerConfig(OptimizerConfig):
@@ -185,7 +189,18 @@ class VavaeRun(Section):
         _refuse_to_compile_gathering(self.train, self.deepspeed)
         if self.train.residual_dtype != "float32":
             raise ValueError("train.residual_dtype is for LightningDiT; a tokenizer allows only float32")
+        self._check_pictures()
         return self
+
+    def _check_pictures(self) -> None:
+        """Refuse to ask for pictures that nothing would make."""
+        lacking = {
+            "loss.use_vf is false": not self.loss.use_vf,
+            "train.pictures is 0": self.train.pictures == 0,
+            "data.valid_path names no images": self.data.valid_path is None,
+        }
+        if self.train.picture_similarities and (why := [reason for reason, lacks in lacking.items() if lacks]):
+            raise ValueError(f"train.picture_similarities is true, but {' and '.join(why)}")
 
     def images(self) -> vae.DataConfig:
         """The `data` section as the preset means it."""

@@ -1,4 +1,4 @@
-"""Pictures to look at: a grid of samples, reconstructions beside originals, loss curves. Pillow and matplotlib only.
+"""Pictures to look at: grids of samples, reconstructions, similarity maps; loss curves. Pillow and matplotlib only.
 
 Images are uint8 `[N, H, W, 3]`. Small ones are enlarged by whole pixels, so that a picture shows them as they are.
 """
@@ -55,12 +55,33 @@ def reconstruction_pairs(
         raise ValueError(
             f"originals {tuple(originals.shape)} and reconstructions {tuple(reconstructions.shape)} differ"
         )
-    lines, captions = [], []
-    for start in range(0, min(len(originals), rows * columns), columns):
-        part = slice(start, start + columns)
-        lines += [originals[part], reconstructions[part]]
-        captions += ["original", "decoded"]
-    _table(lines, captions, path, group=2)
+    first = slice(rows * columns)
+    comparison({"original": originals[first], "decoded": reconstructions[first]}, path, columns=columns)
+
+
+def comparison(rows: Mapping[str, Tensor], path: str | Path, *, columns: int = 8) -> None:
+    """Rows of one image for each sample below each other, their captions at the left; a new group of all rows after
+    every `columns` samples.
+
+    Args:
+        rows: caption → uint8 images `[N, H, W, 3]`, or maps `[N, h, w]` of values in [−1, 1], drawn as large as the
+            images in colours from dark blue to yellow; the first are images.
+        path: the PNG to write.
+    """
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        _require(first, row)
+    images = [row if row.ndim == 4 else _colours(row) for row in rows.values()]
+    lines = [row[start : start + columns] for start in range(0, len(first), columns) for row in images]
+    _table(lines, list(rows) * (len(lines) // len(rows)), path, group=len(rows))
+
+
+def _colours(maps: Tensor) -> Tensor:
+    """Maps `[N, h, w]` of values in [−1, 1] as uint8 `[N, h, w, 3]`, in matplotlib's viridis."""
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]((maps.float().cpu().numpy() + 1) / 2, bytes=True)
+    return torch.from_numpy(shades[..., :3].copy())
 
 
 def _require(images: Tensor, partner: Tensor) -> None:

@@ -240,7 +240,7 @@ def test_validation_and_its_rows(run_file, data):
             data={"valid_path": str(data / "latents")}, train={"max_steps": 4, "valid_every": 2, "valid_batches": 2}
         )
     )
-    validated = [row for row in rows(directory) if "valid/loss" in row]
+    validated = [row for row in rows(directory) if "valid_ema/loss" in row]
     assert [row["step"] for row in validated] == [2, 4]
 
 

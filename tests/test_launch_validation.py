@@ -43,15 +43,15 @@ def rows(directory: Path) -> list[dict]:
 
 
 def validated(directory: Path) -> dict:
-    (row,) = [row for row in rows(directory) if "valid/loss" in row or "valid/nll" in row]
+    (row,) = [row for row in rows(directory) if any(name.startswith("valid") for name in row)]
     return row
 
 
 def test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch(tmp_path, run_file):
-    path = run_file()
+    path = run_file(valid_weights="model")
     run = loop(path)
     run.run()
-    task, data, losses = run.task, run._validation, []
+    task, data, losses = run.task, run._validation.data, []
     model = task.networks["model"].eval()
     for number in range(BATCHES):
         indices = torch.arange(number * SIZE, (number + 1) * SIZE) % len(data)
@@ -98,7 +98,7 @@ def test_two_processes_validate_what_one_does(tmp_path, run_file):
         assert launch(*command, world_size=world_size) == [0] * world_size
     one, two = (validated(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
-    for key in ("valid/loss", "valid/mse", "valid/cos_loss"):
+    for key in ("valid_ema/loss", "valid_ema/mse", "valid_ema/cos_loss"):
         assert two[key] == pytest.approx(one[key], abs=1e-4)
 
 

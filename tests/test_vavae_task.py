@@ -23,7 +23,8 @@ TINY = AutoencoderConfig(**J("04_vae_tiny")["tiny_config"])
 VIT = {"img_size": 16, "patch_size": 2, "embed_dim": 24, "depth": 1, "num_heads": 2}
 LOSS = {"perceptual": "none", "disc_start": 2, "disc_ndf": 8, "disc_n_layers": 1}
 GAN_LOGS = {"g_loss", "d_weight", "d_loss", "logits_real", "logits_fake"}
-PLAIN_LOGS = {"loss", "rec", "nll", "kl", "vf_distmat", "vf_cos", "vf_weight"}
+LATENT_LOGS = {"latent_std", "latent_std_min", "dead_channels"}
+PLAIN_LOGS = {"loss", "rec", "nll", "kl", "vf_distmat", "vf_cos", "vf_weight"} | LATENT_LOGS
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def foundation(root, **fields) -> FoundationConfig:
     return FoundationConfig(model_name="vit_tiny_patch16_224", model_args=VIT, **{"weights": weights, **fields})
 
 
-def make(files, *, model=TINY, stages=(), seed=0, data=None, **loss) -> VavaeTask:
+def make(files, *, model=TINY, stages=(), seed=0, data=None, frozen_dtype=torch.float32, **loss) -> VavaeTask:
     data = DataConfig(**{"data_path": str(files / "images"), "image_size": 16, "decoder": "pil"} | (data or {}))
     return VavaeTask(
         model=model,
@@ -56,6 +57,7 @@ def make(files, *, model=TINY, stages=(), seed=0, data=None, **loss) -> VavaeTas
         seed=seed,
         global_batch_size=4,
         stages=stages,
+        frozen_dtype=frozen_dtype,
     )
 
 
@@ -234,14 +236,14 @@ def test_without_vf_and_gan_there_is_neither_projection_nor_discriminator(files)
     task = make(files, use_vf=False, disc_weight=0.0)
     assert set(task.networks) == {"autoencoder"} and not hasattr(task.networks["autoencoder"], "linear_proj")
     logs, losses = step_once(task, 99)
-    assert set(logs) == {"loss", "rec", "nll", "kl"} and set(losses) == {"autoencoder"}
+    assert set(logs) == {"loss", "rec", "nll", "kl"} | LATENT_LOGS and set(losses) == {"autoencoder"}
 
 
 def test_validation_measures_without_gradients(files):
     task = make(files)
     batch, draws = batch_of(task), task.draw(-1, 4, "cpu")
     logs = task.validate(task.networks, batch, draws)
-    assert set(logs) == {"rec", "nll", "kl", "vf_distmat", "vf_cos", "psnr"}
+    assert set(logs) == {"rec", "nll", "kl", "vf_distmat", "vf_cos", "psnr", "ssim"} | LATENT_LOGS
     with torch.no_grad():
         net = task.networks["autoencoder"]
         reconstruction = net.decode(net.encode(batch["image"]).sample(noise=draws["noise"]))

@@ -29,6 +29,7 @@ from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
 from vavae.gradients import adaptive_weight, upcast, with_gradients
 from vavae.model import Posterior
+from vavae.watch import latent_activity
 
 Logs = dict[str, torch.Tensor]
 Ends = tuple[
@@ -199,6 +200,7 @@ def generator_loss(
     nll, logs = reconstruction_nll(config, output.images, pixels, perceptual)
     nll, kl = nll.mean(), kl_term(config, output.posterior)
     logs |= {"nll": nll.detach(), "kl": kl.detach()}
+    logs |= latent_activity(output.posterior.mean)
     (nll_gradient,) = torch.autograd.grad(nll, pixels)  # [B, 3, H, W]
     value, gradient = nll.detach(), nll_gradient
     if discriminator is not None:

@@ -1,5 +1,6 @@
 """The tokenizer's training task: networks, batches, random draws, the training step of both networks."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from vavae.config import (
 from vavae.data import ImageDataset
 from vavae.discriminator import NLayerDiscriminator, adopt_weight, frozen
 from vavae.foundation import FoundationModel
-from vavae.images import psnr, to_uint8
+from vavae.images import to_uint8
 from vavae.loss import (
     AutoencoderOutput,
     Logs,
@@ -39,6 +40,7 @@ from vavae.loss import (
     vf_term,
 )
 from vavae.model import AutoencoderKL, Half
+from vavae.watch import collapse_warnings, latent_activity, reconstruction_figures, similarity_to_centre
 from vavae.weights import log_dropped, split_tokenizer
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,8 @@ class VavaeTask:
         device: where images may be decoded.
         use_checkpoint: as `train.use_checkpoint`.
         frozen_dtype: in which the foundation model and the VGG of LPIPS compute.
+        num_pictures: of how many validation images `pictures` are wanted.
+        picture_similarities: whether they show similarities among features and latents too.
 
     Attributes:
         networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
@@ -140,12 +144,15 @@ class VavaeTask:
         device: torch.device | str = "cpu",
         use_checkpoint: bool | str = False,
         frozen_dtype: torch.dtype = torch.float32,
+        num_pictures: int = 16,
+        picture_similarities: bool = False,
     ):
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
         self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
         self.use_checkpoint = use_checkpoint
         self.global_batch_size = global_batch_size
+        self.num_pictures, self._picture_similarities = num_pictures, picture_similarities
         self.grid = data.image_size // model.downsample_ratio
         self.batches = ImageDataset(data, seed, device=device)
         self.foundation = None
@@ -155,7 +162,9 @@ class VavaeTask:
         self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
         if self.foundation is not None:
             self.foundation.to(frozen_dtype)
-        if self.perceptual is not None:
+        self._validated_by = self.perceptual  # LPIPS in float32
+        if self.perceptual is not None and frozen_dtype != torch.float32:
+            self._validated_by = copy.deepcopy(self.perceptual)
             self.perceptual.cast(frozen_dtype)
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
         for module in self.networks["autoencoder"].modules():
@@ -273,18 +282,56 @@ class VavaeTask:
 
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Logs:
-        """Errors of the reconstruction from a posterior sample, without gradients; `psnr` in dB on 8-bit images."""
+        """Errors of the reconstruction from a posterior sample, without gradients.
+
+        `psnr` (dB), `ssim` and `lpips` are of 8-bit images; see `vavae.watch.reconstruction_figures`.
+        """
+        reconstruction, logs = self._reconstruct(networks, batch, draws, self._measure)
+        pair = to_uint8(batch["image"]), to_uint8(reconstruction)
+        if self._validated_by is not None:
+            self._validated_by.to(reconstruction.device)  # not there before: a run may have no validation
+        return logs | reconstruction_figures(*pair, self._validated_by)
+
+    @torch.no_grad()
+    def pictures(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> dict[str, Tensors]:
+        """Picture → rows to show below each other, one image or map for each image of the batch.
+
+        Images are uint8 [B, H, W, 3], maps of similarity to the centre, where they are asked for, float32 [B, h, w].
+        """
+        reconstruction, maps = self._reconstruct(networks, batch, draws, self._similarities)
+        original, decoded = (to_uint8(x).permute(0, 2, 3, 1) for x in (batch["image"], reconstruction))
+        found = {"reconstructions": {"original": original, "decoded": decoded}}
+        return found | {"similarities": {"original": original, **maps}} if maps else found
+
+    def warnings(self, row: Mapping[str, float | None]) -> dict[str, str]:
+        """Cause → what is wrong with the latents, by the means in a row of the log."""
+        return collapse_warnings(row, self.model.embed_dim)
+
+    def _reconstruct(
+        self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, criterion: Criterion
+    ) -> tuple[torch.Tensor, Logs]:
+        """Reconstructions [B, 3, H, W] float32 from posterior samples, and what the criterion logs."""
         images = _laid_out(batch["image"])
-        inputs = (images, draws["noise"], self._features(images), self._measure)
+        inputs = (images, draws["noise"], self._features(images), criterion)
         _, reconstruction, logs = networks["autoencoder"](*inputs)
-        return logs | {"psnr": psnr(to_uint8(images), to_uint8(reconstruction.float())).mean()}
+        return reconstruction.float(), logs
 
     def _measure(self, output: AutoencoderOutput) -> tuple[torch.Tensor, Logs]:
         nll, logs = reconstruction_nll(self.loss, output.images, output.reconstruction, self.perceptual)
         logs |= {"nll": nll.mean(), "kl": kl_term(self.loss, output.posterior)}
+        logs |= latent_activity(output.posterior.mean)
         if output.latents is not None and output.features is not None:
             logs |= vf_term(self.loss, self.ops, output.latents, output.features)[1]
         return nll.mean(), logs
+
+    def _similarities(self, output: AutoencoderOutput) -> tuple[torch.Tensor, Logs]:
+        maps = {}
+        if self._picture_similarities and output.latents is not None and output.features is not None:
+            maps = {
+                "features": similarity_to_centre(output.features),
+                "latents": similarity_to_centre(output.latents),
+            }
+        return output.reconstruction.new_zeros(()), maps
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
         return self.foundation(images) if self.foundation is not None else None

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vavae import images
@@ -145,30 +144,13 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return images.psnr(a, b)  # a mean over all but the first dimension: the layout does not matter to it
 
 
-def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
-    """Structural similarity of each pair of uint8 images `[N, H, W, 3]`, `[N]` float64.
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each pair of uint8 images `[N, H, W, 3]`, `[N]` float64; see `vavae.images.ssim`.
 
-    The form of Wang et al. (IEEE TIP 2004) on each colour channel: an 11-wide Gaussian of 1.5 pixels, windows inside
-    the image only, (0.01·255)² and (0.03·255)² as stabilisers, the mean over positions and channels.
+    Raises ValueError for images of fewer than 11 pixels a side.
     """
     _require_images(a, b)
-    if min(a.shape[1:3]) < window:
-        raise ValueError(f"SSIM needs images of at least {window} pixels a side, got {tuple(a.shape[1:3])}")
-    offsets = torch.arange(window, dtype=torch.float64, device=a.device) - (window - 1) / 2
-    gauss = (-offsets.square() / (2 * sigma**2)).exp()
-    gauss /= gauss.sum()
-
-    def blur(x: Tensor) -> Tensor:  # separable, each channel by itself
-        return F.conv2d(F.conv2d(x, gauss.view(1, 1, -1, 1)), gauss.view(1, 1, 1, -1))
-
-    x, y = (v.permute(0, 3, 1, 2).flatten(0, 1).unsqueeze(1).double() for v in (a, b))
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
-    cov = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
-    structure = (2 * cov + c2) / (var_x + var_y + c2)
-    return (luminance * structure).view(len(a), -1).mean(1)
+    return images.ssim(*(x.permute(0, 3, 1, 2) for x in (a, b)))
 
 
 def _require_images(a: Tensor, b: Tensor) -> None:

@@ -90,6 +90,8 @@ def vavae_task(run: VavaeRun, ops, device: torch.device | str = "cpu") -> "tuple
         device=device,
         use_checkpoint=run.train.use_checkpoint,
         frozen_dtype=getattr(torch, run.train.precision),
+        num_pictures=run.train.pictures,
+        picture_similarities=run.train.picture_similarities,
     )
     if run.train.weight_init is not None:
         task.load_weights(run.train.weight_init)

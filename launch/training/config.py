@@ -41,6 +41,7 @@ class TrainConfig(Section):
     "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
     of half a minute (`kernels.compile.modes`). `deterministic` keeps Inductor from choosing by timing what
     changes last bits, so that another run on the same GPUs gives the same; its cost in speed is not measured yet.
+    `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
     """
 
     max_steps: Count | None = None
@@ -63,6 +64,7 @@ class TrainConfig(Section):
     keep_checkpoints: Count | None = None
     valid_every: Count | None = None
     valid_batches: Count = 8
+    valid_weights: Literal["ema", "model"] = "ema"
     max_skipped_in_a_row: Count = 20
     tensorboard: bool = True
 

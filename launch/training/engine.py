@@ -7,8 +7,10 @@ the ZeRO stage or the precision it was written under.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -168,6 +170,34 @@ class Engine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the parameters, which would keep weights and optimizer alive."""
         self._engine.destroy()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the moving average until the block ends, then with the weights of before, bit for bit.
+
+        Every process must enter and leave it. In it nothing may be trained or saved: where no other copy is kept (ZeRO
+        0 in float32), the weights in use are the master weights. It takes a second copy of the weights in use.
+        """
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for name in self._names:
+                average = self._read(name, "ema")
+                for target, value in self._in_use(self._names[name], average):
+                    kept.append((target, target.clone()))
+                    target.copy_(value)
+            yield
+        finally:
+            for target, value in reversed(kept):  # under ZeRO 3 two of them may be one memory
+                target.copy_(value)
+
+    def _in_use(self, p: Any, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The tensors that forward passes take a parameter from, each with what it holds for a whole `value`."""
+        if self._stage < 3:
+            return [(p.data, value)]
+        targets = [(p.ds_tensor.data, self._zero3_partition(p, value))]
+        if p.ds_status.name == "AVAILABLE":  # small ones stay gathered
+            targets.append((p.data, value))
+        return targets
 
     def full_state(self, *, keep: bool) -> State:
         """Unsharded float32 CPU tensors by parameter name: `model` (with buffers and frozen parameters) and states.

@@ -153,6 +153,14 @@ def read_batches(
     return read_in_processes(_ByKey(load), keys, num_workers=num_workers, pin_memory=pin_memory)
 
 
+def to_device(batch: Tensors, device: torch.device) -> Tensors:
+    """A batch on the device of the run, without waiting for it."""
+    for value in batch.values():
+        if value.is_cuda:  # made on a reader's stream: its memory is not free before this stream has used it
+            value.record_stream(torch.cuda.current_stream(device))
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
 class _ByKey(Dataset):
     def __init__(self, load: Callable[..., Tensors]):
         self._load = load

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import logging
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from common.files import WriteError, atomic_write, make_directory, write_error
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -158,6 +162,11 @@ class TensorBoardWriter:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values]
         self._add(Event(step=row["step"], summary=Summary(value=scalars)))
 
+    def write_picture(self, name: str, step: int, png: bytes) -> None:
+        width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, always the first (PNG, section 11.2.1)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
+
     def _add(self, event: Event) -> None:
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
@@ -167,15 +176,15 @@ class TensorBoardWriter:
 
 
 class RunLog:
-    """Rows of a run in `metrics.jsonl` and TensorBoard, and a progress bar where a person is watching.
+    """Rows and pictures of a run in its directory and TensorBoard, and a progress bar where a person is watching.
 
-    Rows after `step` are cut: they belong to steps that a run resuming from that checkpoint makes again. Raises
-    WriteError, naming the file, where one of them cannot be written.
+    Rows of `metrics.jsonl` after `step` are cut: they belong to steps that a run resuming from that checkpoint makes
+    again. Raises WriteError, naming the file, where one of them cannot be written.
     """
 
     def __init__(self, directory: Path, step: int, last_step: int, *, tensorboard: bool = True):
         make_directory(directory)
-        self.path = directory / "metrics.jsonl"
+        self._directory, self.path = directory, directory / "metrics.jsonl"
         truncate_rows(self.path, step)
         self._file = AppendOnlyFile(self.path, "a")
         self._board = TensorBoardWriter(directory / "tensorboard", step + 1) if tensorboard else None
@@ -191,6 +200,18 @@ class RunLog:
             self._board.write_row(row)
         with self._bar.external_write_mode():
             print(describe(row), flush=True)
+
+    def write_picture(self, name: str, step: int, draw: Callable[[Path], None]) -> None:
+        """Have the PNG `<name>/step_<step>.png` of the run's directory drawn, and show it in TensorBoard too."""
+        path = self._directory / name / f"step_{step:07d}.png"
+        draw(path)
+        if self._board is not None:
+            self._board.write_picture(name, step, path.read_bytes())
+
+    def warn(self, text: str) -> None:
+        """Log a warning without breaking into the progress bar."""
+        with self._bar.external_write_mode():
+            logger.warning("%s", text)
 
     def check(self) -> None:
         """Raise WriteError where the run's directory is no longer in its place: a checkpoint would make another."""

@@ -1,7 +1,7 @@
 """The interface between the trainer and a model package."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -49,3 +49,24 @@ class Task(Protocol):
 
     def load_state_dict(self, state: dict) -> None:
         """Restore it; raises ValueError where it contradicts the run."""
+
+
+@runtime_checkable
+class DrawsPictures(Protocol):
+    """A task of whose validation there is something to see; `num_pictures`: of how many samples (0: of none)."""
+
+    num_pictures: int
+
+    def pictures(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Mapping[str, Tensors]:
+        """Picture → caption → a row of it, for one micro-batch of validation data, without gradients.
+
+        Rows as `launch.pictures.comparison` takes them. Names of pictures become folders of the run's directory.
+        """
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """A task that knows what figures of its own are a reason to worry."""
+
+    def warnings(self, row: Mapping[str, float | None]) -> Mapping[str, str]:
+        """Cause → what to say of it, by the means of a row of the log; a pure function of them."""

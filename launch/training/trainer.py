@@ -5,6 +5,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
@@ -15,6 +16,7 @@ from torch import nn
 from common.files import write_json
 from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
+from launch.pictures import comparison
 from launch.runtime import launcher
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
@@ -22,12 +24,14 @@ from launch.training import checkpoint
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
-from launch.training.loader import Batches, BatchSplit, SampleOrder, Tensors, micro_batches, samples_of_step
+from launch.training.loader import Batches, BatchSplit, SampleOrder, Tensors, micro_batches, samples_of_step, to_device
 from launch.training.log import Meter, RunLog, Throughput
 from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
 from launch.training.skips import SkippedSteps, all_skipped
 from launch.training.task import Task
+from launch.training.validation import Validation
+from launch.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,6 @@ class Trainer:
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
         self.split = BatchSplit(train.global_batch_size, processes.world_size, micro)
         self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
-        self._validation = validation
         self._meter, self._throughput = Meter(), Throughput()
         self._draws: Tensors | None = None
         self.step = 0
@@ -74,6 +77,18 @@ class Trainer:
             load_optimizer_states(start, task.networks, self.engines)
             self._restore_row(start)
             self._print_resumed(start)
+        self._validation: Validation | None = None
+        if validation is not None:
+            self._validation = Validation(
+                task,
+                validation,
+                self.engines,
+                self.split,
+                processes,
+                batches=train.valid_batches,
+                averaged=config.optimizer.ema_decay > 0 and train.valid_weights == "ema",
+            )
+        self._watch = Watch(task)
         self._skips = SkippedSteps(self.engines, self.step, train.log_every, processes.device)
         self._start_counters = self._read_counters()
 
@@ -157,7 +172,7 @@ class Trainer:
         draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device, self._draws)
         self._draws = draws
         for micro in range(self.split.accumulation):
-            batch = self._to_device(next(stream))
+            batch = to_device(next(stream), self.processes.device)
             start, stop = self.split.bounds(micro, self.processes.rank)
             stepped: list[str] = []
 
@@ -192,6 +207,8 @@ class Trainer:
         }
         if log is not None:
             log.write_row(row)
+            for warning in self._watch.new_warnings(row):
+                log.warn(warning)
         self._check_skips(row, counters)
 
     def _read_counters(self) -> dict[str, dict[str, float]]:
@@ -238,28 +255,14 @@ class Trainer:
         self.save()
         raise NonFiniteError(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
 
-    @torch.no_grad()
     def _validate(self, log: RunLog | None) -> None:
-        """Mean losses over the first `valid_batches` batches of the validation set, always with the same draws."""
+        """A row of means over validation data, and pictures of some of them."""
         assert self._validation is not None
-        size = self.split.micro_batch_size
-        meter = Meter()
-        for engine in self.engines.values():
-            engine.train(False)
-        for number in range(self.config.train.valid_batches):
-            first = (number * self.processes.world_size + self.processes.rank) * size
-            indices = torch.arange(first, first + size) % len(self._validation)
-            batch = self._to_device(self._validation.batch(torch.zeros_like(indices), indices))
-            draws = self.task.draw(-1 - number, size * self.processes.world_size, self.processes.device)
-            start = self.processes.rank * size
-            own_draws = {name: value[start : start + size] for name, value in draws.items()}
-            losses = self.task.validate(self.engines, batch, own_draws)
-            meter.add({f"valid/{name}": value for name, value in losses.items()})
-        for engine in self.engines.values():
-            engine.train()
-        means = meter.read()
+        means, pictures = self._validation.run()
         if log is not None:
             log.write_row({**self._position(), **means, "eta_seconds": 0.0})
+            for name, rows in pictures.items():
+                log.write_picture(name, self.step, partial(comparison, rows))
 
     def save(self) -> None:
         """Write a checkpoint of the present step (every process takes part, the main one writes)."""
@@ -344,10 +347,3 @@ class Trainer:
         if mode not in ("none", "aot_eager") and self.processes.is_main:
             print(f"what is compiled is kept in {cache_directory() or 'a temporary folder'} for the next start")
         return mode
-
-    def _to_device(self, batch: Tensors) -> Tensors:
-        device = self.processes.device
-        for value in batch.values():
-            if value.is_cuda:  # made on a reader's stream: its memory is not free before this stream has used it
-                value.record_stream(torch.cuda.current_stream(device))
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

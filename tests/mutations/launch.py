@@ -10,6 +10,7 @@ TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_h
 THROUGHPUT = "test_launch_log.py::test_every_figure_of_the_throughput"
 MODES = "test_launch_validation.py::test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode"
 ONE_SIGNAL = "test_launch_lifecycle.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
+AVERAGED = "test_launch_averaged.py::test_the_average_is_validated_and_training_goes_on_bit_for_bit"
 VALIDATED = "test_launch_validation.py::test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch"
 SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
 
@@ -150,25 +151,62 @@ MISTAKES = {
     ),
     # Validation.
     "validation_draws_the_same_for_every_batch": Mistake(
-        "launch/training/trainer.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
+        "launch/training/validation.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
         VALIDATED,
     ),
     "validation_of_the_same_images": Mistake(
-        "launch/training/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
-        "first = self.processes.rank * size", VALIDATED,
+        "launch/training/validation.py", "first = (number * processes.world_size + processes.rank) * size",
+        "first = processes.rank * size", VALIDATED,
     ),
     "validation_of_the_first_process_s_images": Mistake(
-        "launch/training/trainer.py", "first = (number * self.processes.world_size + self.processes.rank) * size",
+        "launch/training/validation.py", "first = (number * processes.world_size + processes.rank) * size",
         "first = number * size", "test_launch_validation.py::test_two_processes_validate_what_one_does",
     ),
     "validation_in_training_mode": Mistake(
-        "launch/training/trainer.py", "engine.train(False)", "engine.train()",
+        "launch/training/validation.py", "engine.train(False)", "engine.train()",
         MODES,
     ),
     "evaluation_mode_afterwards": Mistake(
-        "launch/training/trainer.py", "            engine.train()\n        means = meter.read()", '''\
-            engine.train(False)
-        means = meter.read()''', MODES,
+        "launch/training/validation.py", "                stack.callback(engine.train)\n", "", MODES,
+    ),
+    "average_never_validated": Mistake(
+        "launch/training/trainer.py", "config.optimizer.ema_decay > 0 and", "False and", AVERAGED,
+    ),
+    "average_validated_under_the_name_of_the_weights": Mistake(
+        "launch/training/validation.py", '"valid_ema" if self._averaged else "valid"', '"valid"', AVERAGED,
+    ),
+    "average_left_in_the_weights": Mistake(
+        "launch/training/engine.py", "            for target, value in reversed(kept):",
+        "            for target, value in kept[:0]:", AVERAGED,
+    ),
+    "weights_put_back_in_the_order_they_were_taken": Mistake(
+        "launch/training/engine.py", "in reversed(kept):", "in kept:", AVERAGED,
+    ),
+    "average_left_out_of_weights_that_stay_gathered": Mistake(
+        "launch/training/engine.py", 'if p.ds_status.name == "AVAILABLE":', "if False:",
+        "test_launch_averaged.py::test_two_processes_validate_the_average_that_one_has",
+    ),
+    "pictures_of_the_first_images": Mistake(
+        "launch/training/validation.py", "self._batch(places * len(self.data) // count)", "self._batch(places)",
+        "test_launch_watch.py::test_a_picture_shows_the_same_images_at_every_validation",
+    ),
+    "pictures_of_more_images_than_wanted": Mistake(
+        "launch/training/validation.py", "torch.cat(parts)[:count]", "torch.cat(parts)",
+        "test_launch_watch.py::test_a_picture_shows_the_same_images_at_every_validation",
+    ),
+    "picture_without_its_size": Mistake(
+        "launch/training/log.py", "Summary.Image(height=height, width=width,",
+        "Summary.Image(height=width, width=height,",
+        "test_launch_watch.py::test_a_picture_shows_the_same_images_at_every_validation",
+    ),
+    # Warnings.
+    "warned_in_every_row": Mistake(
+        "launch/training/watch.py", "        self._causes = set(found)\n", "",
+        "test_launch_watch.py::test_a_cause_is_told_once_until_it_has_gone",
+    ),
+    "warned_once_in_a_run": Mistake(
+        "launch/training/watch.py", "self._causes = set(found)", "self._causes |= set(found)",
+        "test_launch_watch.py::test_a_cause_is_told_once_until_it_has_gone",
     ),
     # Throughput and schedule.
     "seconds_of_all_steps": Mistake(
@@ -423,7 +461,7 @@ MISTAKES = {
         "test_launch_metrics.py::test_inception_score",
     ),
     "ssim_of_one_channel": Mistake(
-        "launch/evaluation/metrics.py", "(0.01 * 255) ** 2, (0.03 * 255) ** 2", "0.01**2, 0.03**2",
+        "vavae/images.py", "(0.01 * 255) ** 2, (0.03 * 255) ** 2", "0.01**2, 0.03**2",
         "test_launch_metrics.py::test_ssim_against_the_formula_written_out",
     ),
     "rfid_of_the_originals": Mistake(

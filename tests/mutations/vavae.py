@@ -88,6 +88,26 @@ MISTAKES = {
         "vavae/images.py", "left, top = (image.width - size) // 2, (image.height - size) // 2",
         "left, top = (image.width - size + 1) // 2, (image.height - size + 1) // 2", CROPS,
     ),
+    "dead_channels_by_their_deviation": Mistake(
+        "vavae/watch.py", "(variance <= ACTIVE_VARIANCE)", "(std <= ACTIVE_VARIANCE)",
+        "test_vavae_watch.py::test_dead_channels_are_those_that_do_not_move",
+    ),
+    "deviation_over_the_images_alone": Mistake(
+        "vavae/watch.py", ".var(dim=(0, 2, 3), correction=0)", ".mean((2, 3)).var(dim=0, correction=0)",
+        "test_vavae_watch.py::test_dead_channels_are_those_that_do_not_move",
+    ),
+    "not_finite_taken_for_alive": Mistake(
+        "vavae/watch.py", ".masked_fill(~variance.isfinite(), torch.nan)", "",
+        "test_vavae_watch.py::test_what_is_not_finite_counts_neither_as_dead_nor_as_alive",
+    ),
+    "lpips_of_bytes": Mistake(
+        "vavae/watch.py", "pair = (to_float_batch(x.permute(0, 2, 3, 1)) for", "pair = (x.float() for",
+        "test_vavae_watch.py::test_figures_are_those_of_evaluation_and_of_other_libraries",
+    ),
+    "similarity_to_the_corner": Mistake(
+        "vavae/watch.py", "unit[:, :, x.shape[2] // 2, x.shape[3] // 2]", "unit[:, :, 0, 0]",
+        "test_vavae_watch.py::test_similarities_are_cosines_to_the_middle",
+    ),
     "psnr_halved": Mistake(
         "vavae/images.py", "20.0 * torch.log10(255.0 / mse.sqrt())", "10.0 * torch.log10(255.0 / mse.sqrt())",
         "test_vavae_data.py::test_psnr_matches_the_recorded",

@@ -88,9 +88,8 @@ class FoundationModel(nn.Module):
 
     def _apply(self, fn, recurse=True):
         kept = [(self, "shift"), (self, "scale")]
-        if isinstance(
-            rope := getattr(self.vit, "rope", None), nn.Module
-        ):  # rotary positions: tables of sine and cosine
+        rope = getattr(self.vit, "rope", None)  # rotary positions: tables of sine and cosine
+        if isinstance(rope, nn.Module):
             kept += [(rope, name) for name, buffer in rope.named_buffers(recurse=False) if buffer.is_floating_point()]
         before = [getattr(module, name) for module, name in kept]
         super()._apply(fn, recurse)
