@@ -33,7 +33,6 @@ from tests.operator_costs import READS, moved_bytes
 from vavae.config import AutoencoderConfig, FoundationConfig, LossConfig
 from vavae.foundation import FoundationModel
 from vavae.loss import Perceptual, lpips_network
-from vavae.model import AutoencoderKL
 from vavae.task import VavaeTask, build_networks
 
 PAPER = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
@@ -53,8 +52,8 @@ class Variant:
         mode: of `kernels.compile.modes`.
         residual: dtype of the residual stream.
         recompute: `use_checkpoint` of the network.
-        network: "lightningdit", "plain" (the peer), "sampler" (without gradients), "encoder" or "decoder"; "vavae" is a
-            step of both of the tokenizer's networks, with all terms of the loss.
+        network: "lightningdit", "plain" (the peer), "sampler" (without gradients), or "vavae": both of the tokenizer's
+            networks at 256 × 256, with all terms of the loss.
         batch: images at once.
     """
 
@@ -85,8 +84,6 @@ VARIANTS = {
     "cudagraphs": Variant(mode="cudagraphs"),
     "plain": Variant(ops="reference", network="plain"),
     "sampler": Variant(network="sampler"),
-    "encoder": Variant(network="encoder", batch=32),
-    "decoder": Variant(network="decoder", batch=32),
     "vavae": Variant(network="vavae", batch=32),
     "vavae-pointwise": Variant(network="vavae", batch=32, recompute="pointwise"),
 }
@@ -185,25 +182,6 @@ def sampler(variant: Variant, config: ModelConfig) -> Step:
     return Step(torch.no_grad()(lambda: call(x, t, y)))
 
 
-def tokenizer(variant: Variant, config: AutoencoderConfig) -> Step:
-    """Forward and backward pass of the encoder or the decoder at 256 × 256, in channels-last bfloat16."""
-    ops = variant.select()
-    with unset_fake_temporarily(), torch.device("meta"):
-        model = AutoencoderKL(config, ops).train().bfloat16().to(memory_format=torch.channels_last)
-    model = on_device(model)
-    latent = (variant.batch, config.embed_dim, 256 // config.downsample_ratio, 256 // config.downsample_ratio)
-    shape = (variant.batch, 3, 256, 256) if variant.network == "encoder" else latent
-    x = torch.empty(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    call = compiled(model.moments if variant.network == "encoder" else model.decode, variant.mode, ops)
-
-    def update(loss: torch.Tensor) -> None:
-        loss.backward()
-        for p in model.parameters():
-            p.grad = None
-
-    return Step(lambda: call(x).float().square().mean(), update)
-
-
 class FakeTask(VavaeTask):
     """The tokenizer's task with DINOv2 and LPIPS on the device, without files."""
 
@@ -246,8 +224,6 @@ def vavae(variant: Variant, config: AutoencoderConfig) -> Step:
 
 
 def make_step(variant: Variant, depth: int) -> Step:
-    if variant.network in ("encoder", "decoder"):
-        return tokenizer(variant, AutoencoderConfig(size="f16d32"))
     if variant.network == "vavae":
         return vavae(variant, AutoencoderConfig(size="f16d32"))
     config = named_config("LightningDiT-XL/1", input_size=16, in_channels=32, **PAPER)
