@@ -226,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
             with path.open("rb") as file:
                 deque(iter(partial(file.read, 1 << 24), b""), maxlen=0)
         data = LatentDataset(directory, verify=False)
+        if data.store == "moments" or data.dtype != torch.float32:
+            print(f"{directory} stores {data.store} in {data.dtype}: the published way reads latents in float32 alone")
+            return 2
         workers = tuple(options.workers or (0, 2))
         return program.work_through(comparison, [LoaderJob(data, options.batch_size, workers)])
 

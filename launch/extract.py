@@ -1,38 +1,60 @@
 """`python -m launch extract CONFIG --output DIR [key=value …]`: images as latents to train LightningDiT on.
 
 CONFIG is a tokenizer's run file: `ckpt_path` names the weights (without it, the newest checkpoint of the run is taken)
-and `data.data_path` the images. Every image, centre-cropped as in ADM, is encoded once as it is and once mirrored; what
-is stored is one posterior sample of each, whose noise depends on (train.global_seed, image index) alone. An interrupted
-extraction goes on where it stopped; under a launcher every process writes its own shards.
+and `data.data_path` the images. Every image, centre-cropped as in ADM, is encoded once as it is and once mirrored. Of
+the posteriors is stored, by --store,
+
+    sample   one sample of each, whose noise depends on (train.global_seed, image index) alone (default, as published)
+    mean     the means
+    moments  means and standard deviations: training draws another sample in every epoch
+
+as float32, float16 or bfloat16 (--dtype). Readers of the published format take samples in float32 alone; training here
+takes all.
+
+Processes of a launcher divide the images among themselves. Files, their names and every bit depend neither on their
+number nor on interruptions: what 3 processes began, 2 may finish. (On a CPU the last bits of a convolution depend on
+the number of threads, which launchers set to 1: OMP_NUM_THREADS=1 gives the same without one.) A killed process loses
+what it encoded since it last completed a shard of 10,000 images, and not more than the last 5 minutes and a batch; the
+same command goes on, with the same --batch-size.
+
+Before it begins, some images are encoded and decoded; at the end the latents stored of them are decoded, plain and
+mirrored, and compared with those images, and the statistics with the latents: the set is complete only where both fit.
 
 `python -m launch extract --statistics DIR` makes the latents_stats.pt of latents that came without, as published.
 """
 
 import argparse
+import copy
 import hashlib
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
 
-from common.seeds import generator
 from common.tensors import weights_file
 from common.text import shortened
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
+from launch.extraction.encoding import ImagesWithNoise, batch_bounds, encode, share_of
+from launch.extraction.round_trip import RoundTrip, try_stored, try_tokenizer
+from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import require_one_decoder
 from launch.training.checkpoint import find_checkpoint
 from launch.training.loader import read_batches
-from lightningdit.latents import STATISTICS_FILE
-from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
-from vavae import seeds
+from lightningdit.data import LatentDataset
+from lightningdit.latents import STATISTICS_FILE, Manifest, Store, StoredDtype
+from lightningdit.latents_parts import Rows, Stored, begin, complete_set, keep_intact
+from lightningdit.latents_statistics import make_statistics
+from lightningdit.latents_writer import SAVE_SECONDS, LatentsWriter, finish
 from vavae.data import ImageDataset
-from vavae.images import psnr, to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import build_tokenizer, fingerprint, load_tokenizer
 
@@ -56,6 +78,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="images per process and pass (default: 32)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the tokenizer")
     parser.add_argument(
+        "--store", choices=get_args(Store), default="sample", help="of each posterior (default: sample)"
+    )
+    parser.add_argument(
+        "--dtype", choices=get_args(StoredDtype), default="float32", help="of what is stored (default: float32)"
+    )
+    parser.add_argument(
         "--least-psnr",
         type=float,
         default=LEAST_PSNR,
@@ -75,7 +103,15 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--batch-size {args.batch_size}: at least 1")
     if math.isnan(args.least_psnr):
         raise ConfigError("--least-psnr nan: a number is wanted; -inf takes every tokenizer")
-    extract(run, args.output, batch_size=args.batch_size, precision=args.precision, least_psnr=args.least_psnr)
+    extract(
+        run,
+        args.output,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        store=args.store,
+        dtype=args.dtype,
+        least_psnr=args.least_psnr,
+    )
     return 0
 
 
@@ -85,13 +121,17 @@ def extract(
     *,
     batch_size: int = 32,
     precision: str = "float32",
+    store: Store = "sample",
+    dtype: StoredDtype = "float32",
     least_psnr: float = LEAST_PSNR,
     shard_size: int = SHARD_SIZE,
-) -> dict:
+    save_seconds: float = SAVE_SECONDS,
+) -> Manifest:
     """Write the latents of a run's images into `output` → the manifest.
 
     Raises ValueError where weights or images are missing or do not fit, the tokenizer reconstructs worse than
-    `least_psnr` (dB), or `output` holds the latents of another extraction or is in use by one.
+    `least_psnr` (dB), latents do not fit `dtype`, `output` holds the latents of another extraction or is in use by one,
+    or what was stored does not decode to the images (see `try_stored`).
     """
     # Imports DeepSpeed: seconds that a mistake in the config need not wait.
     from launch.training.engine import start_processes
@@ -101,65 +141,122 @@ def extract(
     data = run.images().for_evaluation()
     images = ImageDataset(data, run.train.global_seed, device=processes.device)
     require_one_decoder(images, processes)
+    chosen = {
+        "precision": precision,
+        "store": store,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "shard_size": shard_size,
+    }
+    identity = _identity(tokenizer, images, run) | chosen
+    grid = data.image_size // tokenizer.config.downsample_ratio
+    noisy = ImagesWithNoise(images, (2, tokenizer.config.embed_dim, grid, grid), run.train.global_seed)
+    facts = {"source": source, "sha256": identity["tokenizer"]}
+    complete = partial(finish, output, tokenizer=facts, expected=len(images), classes=images.classes)
     with lock_directory(output, processes):
-        identity = {
-            "tokenizer": fingerprint(tokenizer),
-            "images": _names_hash(images),
-            "image_size": data.image_size,
-            "decoder": images.decoder,
-            "exif_rotation": data.exif_rotation,
-            "seed": run.train.global_seed,
-            "precision": precision,
-            "processes": processes.world_size,
-        }
-        tokenizer.to(processes.device)
-        check_round_trip(tokenizer, images, least_psnr, source)
-        tokenizer.to(getattr(torch, precision))
-        first, last = (len(images) * r // processes.world_size for r in (processes.rank, processes.rank + 1))
-        if not processes.is_main:
-            processes.barrier()  # the main process marks the directory as begun, alone
-        writer = LatentsWriter(output, rank=processes.rank, shard_size=shard_size, identity=identity)
-        if processes.is_main:
-            processes.barrier()
-        grid = data.image_size // tokenizer.config.downsample_ratio
-        batches = _ImagesWithNoise(
-            images,
-            (2, tokenizer.config.embed_dim, grid, grid),
-            run.train.global_seed,
-            batch_bounds(first + writer.position, last, shard_size, batch_size),
-        )
-        stream = read_batches(
-            images,
-            batches.load,
-            range(len(batches)),
-            num_workers=data.num_workers,
-            pin_memory=processes.device.type == "cuda",
-        )
-        counts: Counter[str] = Counter()
-        with closing(stream):
-            for batch in tqdm(stream, desc="batches", total=len(batches), disable=None if processes.is_main else True):
-                writer.add(*encode(tokenizer, batch["image"], batch["noise"]), batch["y"])
-                counts.update({name: int(batch[name].sum()) for name in _COUNTED if name in batch})
-        writer.close()
-        for name, number in counts.items():
-            if number:
-                print(f"process {processes.rank}: {number:,} {_COUNTED[name]}")
-        processes.barrier()
-        manifest = None
-        if processes.is_main:
-            facts = {"source": source, "sha256": identity["tokenizer"]}
-            manifest = finish(
-                output, world_size=processes.world_size, tokenizer=facts, expected=len(images), classes=images.classes
+        if processes.on_main(lambda: complete_set(output, identity, _is_same)) is None:
+            tokenizer.to(processes.device)
+            trip = try_tokenizer(tokenizer, noisy, store, least_psnr, source)
+            found = _begin(output, identity, processes)
+            writer = LatentsWriter(
+                output,
+                shard_size=shard_size,
+                identity=identity,
+                store=store,
+                dtype=dtype,
+                total=len(images),
+                found=found,
+                save_seconds=save_seconds,
             )
-        manifest = processes.broadcast(manifest)
-        if processes.is_main:
-            of = (
-                ""
-                if images.classes is None
-                else f" of {len(images.classes):,} classes ({shortened(images.classes, 3)})"
-            )
-            print(f"{manifest.count:,} images{of} as latents {list(manifest.shape)} in {output}")
-        return manifest
+            bounds = batch_bounds(len(images), shard_size, batch_size)
+            share = share_of(bounds, [record.rows for record in found], processes.rank, processes.world_size)
+            encoder = tokenizer if precision == "float32" else copy.deepcopy(tokenizer).to(getattr(torch, precision))
+            _encode(encoder, noisy, share, data.num_workers, writer, processes)
+            records = _merge(writer, found, processes)
+            check = partial(_check_stored, tokenizer, output, trip, run.train.global_seed, least_psnr)
+            complete = partial(complete, records, check=check)
+        manifest = processes.on_main(complete)
+    if processes.is_main:
+        names = images.classes
+        of = "" if names is None else f" of {len(names):,} classes ({shortened(names, 3)})"
+        print(f"{manifest.count:,} images{of} as latents {list(manifest.shape)} in {output}")
+    return manifest
+
+
+def _identity(tokenizer: AutoencoderKL, images: ImageDataset, run: VavaeRun) -> dict[str, Any]:
+    """What latents depend on beside how they are made: an extraction goes on only where this is the same."""
+    data = run.images()
+    return {
+        "tokenizer": fingerprint(tokenizer),
+        "images": _names_hash(images),
+        "image_size": data.image_size,
+        "decoder": images.decoder,
+        "exif_rotation": data.exif_rotation,
+        "seed": run.train.global_seed,
+    }
+
+
+def _begin(output: Path, identity: dict, processes: Processes) -> list[Stored]:
+    """Records of what the directory has already and is intact; every process looks at some of the files."""
+    records = processes.on_main(lambda: begin(output, identity))
+    return _together(processes, keep_intact(output, records[processes.rank :: processes.world_size]))
+
+
+def _encode(
+    encoder: AutoencoderKL,
+    images: ImagesWithNoise,
+    share: Sequence[Rows],
+    num_workers: int,
+    writer: LatentsWriter,
+    processes: Processes,
+) -> None:
+    """Write the latents of this process's share of the batches."""
+    stream = read_batches(
+        images.images,
+        images.load,
+        share,
+        num_workers=num_workers,
+        pin_memory=processes.device.type == "cuda",
+    )
+    counts: Counter[str] = Counter()
+    shown = tqdm(stream, desc="batches", total=len(share), disable=None if processes.is_main else True)
+    with closing(stream):
+        for (first, _), batch in zip(share, shown, strict=True):
+            stored = encode(encoder, batch["image"], batch["noise"], writer.store)
+            writer.add(*stored, batch["y"], at=first)
+            counts.update({name: int(batch[name].sum()) for name in _COUNTED if name in batch})
+    writer.close()
+    for name, number in counts.items():
+        if number:
+            print(f"process {processes.rank}: {number:,} {_COUNTED[name]}")
+
+
+def _merge(writer: LatentsWriter, found: Sequence[Stored], processes: Processes) -> list[Stored]:
+    """Join parts to shards, when all processes have written theirs → records of all that there is then."""
+    records = [*found, *_together(processes, writer.records)]
+    writer.merge(records, rank=processes.rank, world_size=processes.world_size)
+    return [*found, *_together(processes, writer.records)]
+
+
+def _together(processes: Processes, records: Sequence[Stored]) -> list[Stored]:
+    return [record for some in processes.all_gather(records) for record in some]
+
+
+def _check_stored(tokenizer: AutoencoderKL, output: Path, trip: RoundTrip, seed: int, least: float) -> None:
+    latents = LatentDataset(output, seed=seed, unfinished=True)
+    plain, mirrored = try_stored(tokenizer, latents, trip, least).mean(0).tolist()
+    print(f"{len(trip.names)} images decode from what is stored at {plain:.1f} dB, mirrored at {mirrored:.1f} dB")
+
+
+def _is_same(theirs: Any, ours: dict) -> bool:
+    """Whether a complete set is of this extraction.
+
+    Earlier versions stored samples in float32, and noted the number of processes, not the sizes of batches and shards.
+    """
+    if isinstance(theirs, dict) and "processes" in theirs:
+        former = {key: value for key, value in theirs.items() if key != "processes"}
+        theirs = ours | {"store": "sample", "dtype": "float32"} | former
+    return theirs == ours
 
 
 def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
@@ -176,67 +273,6 @@ def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {checkpoint.state['kind']!r}, not 'vavae'")
     tensors = checkpoint.weights("autoencoder", "ema")
     return build_tokenizer(tensors, run.model, ops, checkpoint.path), str(checkpoint.path)
-
-
-@torch.no_grad()
-def check_round_trip(
-    tokenizer: AutoencoderKL, images: ImageDataset, least: float, source: str, count: int = 8
-) -> float:
-    """PSNR (dB, mean over the first images) of encoding and decoding; raises ConfigError where it is below `least`."""
-    indices = torch.arange(min(count, len(images)))
-    batch = images.batch(torch.zeros_like(indices), indices)["image"].to(tokenizer.quant_conv.weight.device)
-    reconstruction, _ = tokenizer(batch)
-    found = psnr(to_uint8(batch), to_uint8(reconstruction.float())).mean().item()
-    if not found >= least:
-        raise ConfigError(
-            f"{source} reconstructs these images at {found:.1f} dB, below {least:g} (--least-psnr): "
-            "it is untrained, or not the tokenizer for such images"
-        )
-    return found
-
-
-@torch.no_grad()
-def encode(tokenizer: AutoencoderKL, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior samples of images [b, 3, H, W] and of their mirror images, float32 [b, C, h, w] on the CPU.
-
-    noise: standard normal [b, 2, C, h, w], for the plain and the mirrored.
-    """
-    device = tokenizer.quant_conv.weight.device
-    images, noise = images.to(device, non_blocking=True), noise.to(device, non_blocking=True)
-    posterior = tokenizer.encode(torch.cat([images, images.flip(-1)]))
-    plain, mirrored = posterior.sample(noise=torch.cat(noise.unbind(1))).float().cpu().chunk(2)
-    return plain, mirrored
-
-
-def batch_bounds(first: int, last: int, shard_size: int, batch_size: int) -> list[tuple[int, int]]:
-    """Start and end of each batch of images `first` to `last`; shards begin at `first`, and no batch spans two.
-
-    An image is then encoded with the same others wherever an extraction goes on: sums in another order of another batch
-    would give other bits.
-    """
-    return [
-        (start, min(start + batch_size, shard + shard_size, last))
-        for shard in range(first, last, shard_size)
-        for start in range(shard, min(shard + shard_size, last), batch_size)
-    ]
-
-
-class _ImagesWithNoise:
-    """The images of each of `bounds`, every one with noise of its own."""
-
-    def __init__(self, images: ImageDataset, noise_shape: tuple[int, ...], seed: int, bounds: list[tuple[int, int]]):
-        self.images, self.noise_shape, self.seed, self.bounds = images, noise_shape, seed, bounds
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    def load(self, number: int, **options: bool) -> dict[str, torch.Tensor]:
-        indices = torch.arange(*self.bounds[number])
-        noise = torch.stack([self._noise(index) for index in indices.tolist()])
-        return self.images.batch(torch.zeros_like(indices), indices, **options) | {"noise": noise}
-
-    def _noise(self, index: int) -> torch.Tensor:
-        return torch.randn(self.noise_shape, generator=generator(self.seed, seeds.EXTRACTION_NOISE, index))
 
 
 def _names_hash(images: ImageDataset) -> str:

@@ -279,7 +279,9 @@ class DataConfig(Section):
 
     Ours: `latent_flip`, whether half of the samples are mirrored (as published; false where left and right differ in
     meaning), `verify`, whether every checksum of the manifest is compared when the data is opened (null: for less than
-    4 GiB, where that takes seconds), and `num_images`, assumed by a dry run where there is no data to count.
+    4 GiB, where that takes seconds), `check_statistics`, whether statistics that do not fit the latents are refused
+    (false where those of other latents are meant, as in fine-tuning), and `num_images`, assumed by a dry run where
+    there is no data to count.
     """
 
     data_path: PathText
@@ -292,4 +294,5 @@ class DataConfig(Section):
     latent_multiplier: Positive = 1.0
     latent_flip: bool = True
     verify: bool | None = None
+    check_statistics: bool = True
     num_images: Count = 1_281_167

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.seeds import mix
+from common.seeds import generator, mix
 from common.text import shortened
 from lightningdit.config import DataConfig
 from lightningdit.latents import (
@@ -16,14 +16,18 @@ from lightningdit.latents import (
     LatentsError,
     LatentStatistics,
     Manifest,
-    Shard,
-    open_shard,
+    Store,
+    manifest_in,
     read_manifest,
     read_statistics,
     shards_of,
 )
+from lightningdit.latents_shards import STORED, Shard, open_shard, parts_of
+from lightningdit.latents_statistics import check_statistics
 
 log = logging.getLogger(__name__)
+
+_POSTERIOR_NOISE = 1  # a word of its seeds
 
 
 class LatentDataset:
@@ -33,13 +37,18 @@ class LatentDataset:
     latent_flip: mirror half of the samples; else none.
     num_classes: if given, labels must be below it.
     verify: also compare every checksum of the manifest (reads everything once); None does so below 4 GiB.
+    unfinished: open a set whose extraction lacks the manifest alone; else that is an error.
 
-    Attributes: `shape` (C, H, W); `labels` [N] int64; `statistics` that undo the normalisation; `manifest` of the
-    directory or None; `classes`, the names of the labels, or None. Opened files are not pickled, so data-loader workers
-    may be forked or spawned; `threaded` tells the loader to use threads, as reading releases the GIL.
+    Whatever is stored, samples are float32. Of moments (a mean and a standard deviation for each number) one is drawn
+    when it is read, by noise from (seed, epoch, index): another in every epoch, and the same after a resume.
+
+    Attributes: `shape` (C, H, W); `store` and `dtype`, what is stored; `labels` [N] int64; `statistics` that undo the
+    normalisation; `manifest` of the directory or None; `classes`, the names of the labels, or None. Opened files are
+    not pickled, so data-loader workers may be forked or spawned; `threaded` tells the loader to use threads, as reading
+    releases the GIL.
 
     Raises LatentsError, naming the file, where a shard is missing, truncated (also later, while batches are read) or of
-    another shape, a checksum differs, statistics are missing or unusable, or a label is out of range or has no name.
+    another kind, a checksum differs, statistics are missing or unusable, or a label is out of range or has no name.
     """
 
     threaded = True
@@ -54,22 +63,21 @@ class LatentDataset:
         num_classes: int | None = None,
         seed: int = 0,
         verify: bool | None = None,
+        unfinished: bool = False,
     ):
         self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
             raise LatentsError(
                 f"{self.path} is not a directory; data_path holds latents shards, as extract writes them"
             )
-        self.manifest: Manifest | None = read_manifest(self.path)
+        self.manifest: Manifest | None = manifest_in(self.path) if unfinished else read_manifest(self.path)
         self.classes = None if self.manifest is None else self.manifest.classes
         self._check_manifest(verify)
         self._shards = [Shard.read(p) for p in shards_of(self.path, self.manifest)]
-        self.shape = self._common_shape()
+        self.shape, self.store, self.dtype = self._common_kind()
         counts = [shard.count for shard in self._shards]
         self._ends = np.cumsum(counts)
-        if self.manifest and (self.manifest.count, self.manifest.shape) != (sum(counts), self.shape):
-            said, found = (self.manifest.count, self.manifest.shape), (sum(counts), self.shape)
-            raise LatentsError(f"{self.path / MANIFEST_FILE} says count and shape {said}, its shards hold {found}")
+        self._compare_with_manifest(sum(counts))
         self._starts = self._ends - counts
         self._open()
         self._check_labels(num_classes)
@@ -81,7 +89,10 @@ class LatentDataset:
 
     @classmethod
     def from_config(cls, config: DataConfig, seed: int) -> "LatentDataset":
-        """The training set of a `data` section; its size and classes are logged."""
+        """The training set of a `data` section; its size and classes are logged.
+
+        Raises LatentsError also where its statistics do not fit, see `check_statistics`.
+        """
         latents = cls(
             config.data_path,
             latent_norm=config.latent_norm,
@@ -91,9 +102,11 @@ class LatentDataset:
             seed=seed,
             verify=config.verify,
         )
+        if config.check_statistics:
+            check_statistics(latents)
         classes = latents.classes or ()
         names = f" of {len(classes):,} classes ({shortened(classes, 3)})" if classes else ""
-        log.info("%s: %s latents%s", latents.path, f"{len(latents):,}", names)
+        log.info("%s: %s latents%s%s", latents.path, f"{len(latents):,}", names, latents._stored_otherwise())
         return latents
 
     def __len__(self) -> int:
@@ -121,26 +134,53 @@ class LatentDataset:
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"indices run from {indices.min()} to {indices.max()}; the set has {len(self)} latents")
-        flips = self.flips(np.asarray(epochs), indices) if flips is None else np.asarray(flips, dtype=bool)
+        epochs = np.asarray(epochs)
+        flips = self.flips(epochs, indices) if flips is None else np.asarray(flips, dtype=bool)
         shape = (len(indices), math.prod(self.shape))
         # torch reuses pinned memory for the next batch; of NumPy's, large arrays are in huge pages.
         x = torch.empty(shape, pin_memory=True) if pin_memory else torch.from_numpy(np.empty(shape, np.float32))
-        self._read(x.numpy(), indices, flips)
+        if self.store == "moments":
+            self._draw(x, epochs, indices, flips)
+        else:
+            self.stored(indices, flips, out=x.numpy()[:, None])
         self._normalise(x.numpy())
         y = self.labels[torch.from_numpy(indices)]
         return {"x": x.view(-1, *self.shape), "y": y.pin_memory() if pin_memory else y}
 
-    def _read(self, x: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
-        """Fill x [B, C·H·W] with the samples as they are stored, by one positional read each.
+    def stored(self, indices: np.ndarray, flips: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """What is stored of samples `indices` [B], not normalised: float32 [B, 1, C·H·W]; into `out` if given.
+
+        Of moments it is [B, 2, C·H·W], the means and the standard deviations.
+        """
+        if out is None:
+            out = np.empty((len(indices), parts_of(self.store), math.prod(self.shape)), np.float32)
+        if self.dtype == torch.float32:
+            self._read(out.reshape(len(out), out[:1].size).view(np.uint8), indices, flips)
+            return out
+        content = np.empty((len(indices), self._shards[0].row_bytes), np.uint8)
+        self._read(content, indices, flips)
+        torch.from_numpy(out).copy_(torch.from_numpy(content).view(self.dtype).view(out.shape))
+        return out
+
+    def _draw(self, x: torch.Tensor, epochs: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
+        """Fill x [B, C·H·W] with a sample of each posterior: `mean + std·noise`, noise by (seed, epoch, index)."""
+        for row, epoch, index in zip(x, epochs.tolist(), indices.tolist(), strict=True):
+            draw_noise(row, self.seed, int(epoch), index)
+        moments = self.stored(indices, flips)
+        np.multiply(x.numpy(), moments[:, 1], out=x.numpy())
+        np.add(x.numpy(), moments[:, 0], out=x.numpy())
+
+    def _read(self, rows: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
+        """Fill the rows of bytes [B, row_bytes] with the samples as they are stored, by one positional read each.
 
         A short read of a truncated shard is an error that names it; in a memory map it would be a SIGBUS. np.memmap is
         not faster from the page cache (32 × 16 × 16 latents, batches of 128 on one core: 249,000 latents/s against
         239,000 row by row and 264,000 by an index for each shard; safetensors' slices 40,000).
         """
         shards = np.searchsorted(self._ends, indices, side="right")  # [B]
-        rows = indices - self._starts[shards]  # [B]
-        offsets = self._offsets[shards, flips.astype(np.int64)] + rows * x.itemsize * x.shape[1]  # [B]
-        for row, shard, offset in zip(x, shards.tolist(), offsets.tolist(), strict=True):
+        places = indices - self._starts[shards]  # [B]
+        offsets = self._offsets[shards, flips.astype(np.int64)] + places * rows.shape[1]  # [B]
+        for row, shard, offset in zip(rows, shards.tolist(), offsets.tolist(), strict=True):
             if os.preadv(self._files[shard].fileno(), (row,), offset) != row.nbytes:
                 raise LatentsError(f"{self._shards[shard].path} has been truncated since it was opened")
 
@@ -159,7 +199,7 @@ class LatentDataset:
         """
         self._files = [open_shard(shard.path) for shard in self._shards]
         self.labels = torch.cat([shard.labels() for shard in self._shards])
-        self._offsets = np.array([[s.offsets[name] for name in ("latents", "latents_flip")] for s in self._shards])
+        self._offsets = np.array([[s.offsets[name] for name in STORED] for s in self._shards])
 
     def _check_manifest(self, verify: bool | None) -> None:
         if self.manifest is None:
@@ -168,12 +208,32 @@ class LatentDataset:
             return
         self.manifest.check(self.path, checksums=verify)
 
-    def _common_shape(self) -> tuple[int, int, int]:
+    def _compare_with_manifest(self, count: int) -> None:
+        if self.manifest is None:
+            return
+        said = (self.manifest.count, self.manifest.shape, self.manifest.store, self.manifest.dtype)
+        found = (count, self.shape, self.store, str(self.dtype).removeprefix("torch."))
+        if said != found:
+            raise LatentsError(
+                f"{self.path / MANIFEST_FILE} says count, shape, store and dtype {said}, its shards hold {found}"
+            )
+
+    def _common_kind(self) -> tuple[tuple[int, int, int], Store, torch.dtype]:
         first = self._shards[0]
         for shard in self._shards:
             if shard.shape != first.shape:
                 raise LatentsError(f"{shard.path} has latents of {shard.shape}, {first.path.name} of {first.shape}")
-        return first.shape
+            if (shard.store, shard.dtype) != (first.store, first.dtype):
+                raise LatentsError(
+                    f"{shard.path} stores {shard.store} in {shard.dtype}, {first.path.name} {first.store} in "
+                    f"{first.dtype}"
+                )
+        return first.shape, first.store, first.dtype
+
+    def _stored_otherwise(self) -> str:
+        if (self.store, self.dtype) == ("sample", torch.float32):
+            return ""
+        return f", stored as {self.store} in {str(self.dtype).removeprefix('torch.')}"
 
     def _check_labels(self, num_classes: int | None) -> None:
         named = None if self.classes is None else len(self.classes)
@@ -186,3 +246,8 @@ class LatentDataset:
                 raise LatentsError(
                     f"{shard.path} has labels from {low} to {high}, but {MANIFEST_FILE} has names of {named} classes"
                 )
+
+
+def draw_noise(out: torch.Tensor, seed: int, epoch: int, index: int) -> None:
+    """Fill a contiguous float32 tensor with the noise by which a sample is drawn from the moments of image `index`."""
+    out.normal_(generator=generator(seed, _POSTERIOR_NOISE, epoch, index))

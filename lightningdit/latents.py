@@ -1,32 +1,31 @@
-"""The latents format: shard headers, manifest, statistics, and the checks of a directory before it is read.
+"""The latents format: names, manifest, statistics, and the checks of a directory before it is read.
 
 Extraction writes it (`lightningdit.latents_writer`), training reads it (`lightningdit.data`). It is a directory of
 
 * safetensors shards `latents_rank{RR}_shard{SSS}.safetensors`, those of each rank numbered from 0, each with `latents`
-  and `latents_flip` (of the mirrored images) [N, C, H, W] float32 and `labels` [N] int64,
+  and `latents_flip` (of the mirrored images) and `labels` [N] int64 (`lightningdit.latents_shards`),
 * `latents_stats.pt` with `mean` and `std` [1, C, 1, 1],
-* and, unlike the published sets, `manifest.json`: counts, checksums, names of the classes, the latents' origin and
-  statistics.
+* and, unlike the published sets, `manifest.json`: counts, checksums, names of the classes, the latents' origin, what is
+  stored and as what, and statistics.
 
-Sample i of a set is row i of its shards, sorted by name.
+Sample i of a set is row i of its shards, sorted by name. What is stored of an image's posterior (`Store`) is one
+sample, its mean, or mean and standard deviation (`moments`), in float32, float16 or bfloat16. The published sets, and
+what reads those alone, know samples in float32.
 """
 
-import json
 import logging
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field, StringConstraints, TypeAdapter, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from common.files import FileError, open_regular, path_exists, refuse_placeholders, sha256
+from common.files import FileError, path_exists, sha256
 from common.records import ClassNames, FileRecord, Record, read_record
 from common.tensors import WeightsError, read_tensors
 from common.text import shortened
@@ -38,10 +37,10 @@ SHARD_NAME = re.compile(r"latents_rank([0-9]{2}|[1-9][0-9]{2,})_shard([0-9]{3}|[
 STATISTICS_FILE, MANIFEST_FILE = "latents_stats.pt", "manifest.json"
 UNFINISHED_FILE = "unfinished"  # from start to end of an extraction, as published sets have no manifest either
 VERIFY_BELOW = 4 * 2**30  # bytes of which checksums take seconds
-MAX_HEADER_BYTES = 2**20  # the header of a shard has some hundred
-_DTYPES = {"latents": "F32", "latents_flip": "F32", "labels": "I64"}
+SHARDS_PER_RANK = 1000  # of the sets written here: with more, numbers of four digits sort before those of three
 
-
+Store = Literal["sample", "mean", "moments"]
+StoredDtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -80,6 +79,8 @@ class Manifest(Record):
     format: Annotated[int, Field(ge=1, le=1)]
     count: Positive
     shape: tuple[Positive, Positive, Positive]
+    store: Store = "sample"
+    dtype: StoredDtype = "float32"
     tokenizer: Any
     identity: Any
     classes: ClassNames | None = None
@@ -124,6 +125,14 @@ class Manifest(Record):
 def shard_name(rank: int, number: int) -> str:
     """The file of a rank's shard, both from 0."""
     return f"latents_rank{rank:02d}_shard{number:03d}.safetensors"
+
+
+def numbered_shard(number: int) -> str:
+    """The file of shard `number` of a set: names sort as the numbers do, up to number 99,999.
+
+    Only the published extraction and earlier versions of this one mean a process by the rank.
+    """
+    return shard_name(*divmod(number, SHARDS_PER_RANK))
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -231,93 +240,6 @@ class LatentStatistics:
         """Normalised latents [B, C, H, W] → the tokenizer's, `z · std / multiplier + mean`."""
         mean, std = (v.to(z).view(1, -1, 1, 1) for v in (self.mean, self.std))  # [1, C, 1, 1]
         return z * std / self.multiplier + mean
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard of `count` latents of `shape`; `offsets`: the byte in the file at which each tensor begins, by name."""
-
-    path: Path
-    count: int
-    shape: tuple[int, int, int]
-    offsets: dict[str, int]
-
-    @classmethod
-    def read(cls, path: Path) -> "Shard":
-        """Parse the safetensors header; raises LatentsError where the file is truncated or no shard of latents."""
-        with open_shard(path) as f:
-            size = os.fstat(f.fileno()).st_size
-            begin = f.read(8)
-            length = int.from_bytes(begin, "little")
-            if size < 8 or 8 + length > size:
-                refuse_placeholders(path, begin + f.read(100))
-                raise LatentsError(f"{path} is truncated: {size:,} bytes do not hold its header")
-            if length > MAX_HEADER_BYTES:
-                raise LatentsError(f"{path} is not a latents shard: its header has {length:,} bytes")
-            text = f.read(length)
-        header = _parse_header(path, text)
-        if size != (needed := 8 + length + max((entry.data_offsets[1] for entry in header.values()), default=0)):
-            raise LatentsError(f"{path} is truncated or damaged: {size:,} bytes where its header asks for {needed:,}")
-        for name, dtype in _DTYPES.items():
-            if name not in header or header[name].dtype != dtype:
-                raise LatentsError(f"{path} holds {_describe(header)}; a latents shard has {name} as {dtype}")
-        entries = {name: header[name] for name in _DTYPES}
-        offsets = {name: 8 + length + entry.data_offsets[0] for name, entry in entries.items()}
-        shape, flipped, labels = (entry.shape for entry in entries.values())
-        sizes = [end - start for start, end in (entry.data_offsets for entry in entries.values())]
-        values = [4 * math.prod(shape), 4 * math.prod(flipped), 8 * math.prod(labels)]
-        if len(shape) != 4 or 0 in shape or shape != flipped or labels != shape[:1] or sizes != values:
-            raise LatentsError(f"{path} holds {_describe(entries)}: these do not fit together")
-        if any(offset % 4 for offset in offsets.values()):
-            found = f"tensors that begin at bytes {offsets}, not at multiples of 4"
-            raise LatentsError(f"{path} has {found}: load and save it again with safetensors 0.3 or later")
-        return cls(path, labels[0], shape[1:], offsets)
-
-    def latents(self) -> torch.Tensor:
-        """The latents [N, C, H, W] float32 without the mirrored ones, read into memory."""
-        return self._tensor("latents", np.float32).view(self.count, *self.shape)
-
-    def labels(self) -> torch.Tensor:
-        """Labels [N] int64, read into memory."""
-        return self._tensor("labels", np.int64)
-
-    def _tensor(self, name: str, dtype: type) -> torch.Tensor:
-        count = self.count * (1 if name == "labels" else math.prod(self.shape))
-        with open_shard(self.path) as f:
-            f.seek(self.offsets[name])
-            return torch.from_numpy(np.fromfile(f, dtype, count))
-
-
-def open_shard(path: Path) -> BinaryIO:
-    """Open a shard for reading; raises LatentsError where it is no regular file."""
-    try:
-        return open_regular(path)
-    except FileError as e:
-        raise LatentsError(str(e)) from None
-
-
-class HeaderEntry(Record):
-    """A tensor in a safetensors header."""
-
-    dtype: str
-    shape: tuple[Count, ...]
-    data_offsets: tuple[Count, Count]
-
-
-_HEADER = TypeAdapter(dict[str, HeaderEntry])
-
-
-def _parse_header(path: Path, text: bytes) -> "dict[str, HeaderEntry]":
-    try:
-        content = json.loads(text)
-        content.pop("__metadata__", None)
-        return _HEADER.validate_json(json.dumps(content))
-    except (ValueError, RecursionError, AttributeError):
-        raise LatentsError(f"{path} is damaged: its safetensors header cannot be read") from None
-
-
-def _describe(entries: "dict[str, HeaderEntry]") -> str:
-    return ", ".join(f"{name} {e.dtype} {list(e.shape)}" for name, e in entries.items()) or "no tensors"
 
 
 def read_manifest(directory: Path) -> Manifest | None:

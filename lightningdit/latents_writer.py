@@ -1,210 +1,282 @@
-"""Writer of latents directories (`lightningdit.latents`): resumable shards, statistics, manifest."""
+"""Writer of latents directories (`lightningdit.latents`): shards by any number of processes, statistics, manifest."""
 
 import json
-import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import Field, model_validator
 
-from common.files import file_entry, make_directory, path_exists, write_text
-from common.records import Record, write_checksummed
-from common.tensors import save_pickled, write_tensors
+from common.files import file_entry
+from common.records import write_checksummed
+from common.tensors import write_tensors
 from lightningdit.latents import (
     MANIFEST_FILE,
+    SHARDS_PER_RANK,
     STATISTICS_FILE,
     UNFINISHED_FILE,
     LatentsError,
     Manifest,
-    Positive,
-    Shard,
     ShardRecord,
-    damage_of,
+    Store,
+    StoredDtype,
     manifest_in,
+    numbered_shard,
     read_latents_record,
-    read_manifest,
     shard_files,
-    shard_name,
-    shards_of,
 )
+from lightningdit.latents_parts import (
+    FinishedShard,
+    Part,
+    Stored,
+    begin,
+    complete_set,
+    finished_shards,
+    keep_intact,
+    part_name,
+    remove_part,
+)
+from lightningdit.latents_shards import STORED, Shard, parts_of
+from lightningdit.latents_statistics import merge_moments, moments_of, write_statistics
 
-log = logging.getLogger(__name__)
-
-
-class Moments(Record):
-    """Moments of a shard's latents, per channel: count, mean and sum of squared deviations m2."""
-
-    count: Positive
-    mean: tuple[float, ...]
-    m2: tuple[Annotated[float, Field(ge=0)], ...]
-
-
-class FinishedShard(ShardRecord):
-    """The JSON beside a shard of an extraction that has not finished."""
-
-    shape: tuple[Positive, Positive, Positive]
-    moments: Moments
-    identity: Any
-
-    @model_validator(mode="after")
-    def _moments_are_the_shards(self) -> "FinishedShard":
-        channels, height, width = self.shape
-        moments = self.moments
-        if moments.count != self.count * height * width or {len(moments.mean), len(moments.m2)} != {channels}:
-            raise ValueError(
-                f"moments of {moments.count} values in {len(moments.mean)} channels, of {self.count} "
-                f"latents {list(self.shape)}"
-            )
-        return self
+SAVE_SECONDS = 300.0  # of work that a kill may cost, where a shard takes longer
+MOST_SHARDS = 100 * SHARDS_PER_RANK  # beyond, names no longer sort as their numbers do
 
 
 class LatentsWriter:
-    """Writer of one process's shards of a latents directory; each shard appears complete or not at all.
+    """Writer of rows of a latents directory: whole shards, or parts of those that it is given a part of.
 
-        writer = LatentsWriter(directory, rank=rank, identity={...})
+        writer = LatentsWriter(directory, identity={...})
         for batch in images[writer.position:]: writer.add(latents, latents_flip, labels)
         writer.close()
-        finish(directory, world_size=..., tokenizer=...)     # one process, when all have closed
+        finish(directory)
 
-    A shard counts once its small JSON record lies beside it (`position` then includes it), so an extraction killed at
-    any moment goes on where it stopped. identity: what the latents depend on (any JSON); a directory begun under
-    another one is refused, and so is one with shards that no writer began, such as a published set.
+    Several processes write a set of `total` rows together: one of them calls `begin`, each makes a writer with `found`,
+    adds its rows with `at`, and closes it; when all have, each calls `merge`, and when all have, one calls `finish`.
+    Shard s is rows s·shard_size to (s + 1)·shard_size: what is in a file, and what it is called, depends neither on the
+    number of processes nor on when they were interrupted.
+
+    Args:
+        shard_size: rows of a shard.
+        identity: what the latents depend on (any JSON); a directory begun under another one is refused, and so is one
+            with shards that no writer began, such as a published set.
+        store: what is stored of each image: of `moments`, `add` takes means and standard deviations, as 2·C channels.
+        dtype: what it is stored as, rounded to the nearest.
+        total: rows of the set; None: those that are added, one after the other.
+        found: records of what the directory has, from `begin`; None: this process writes alone, and `begin` is called.
+        save_seconds: where a shard takes longer, what there is of it is written as a part.
+
+    Attributes: `position`, the first row that is not there; `records` of what this writer wrote.
     """
 
-    def __init__(self, directory: Path | str, *, rank: int = 0, shard_size: int = 10_000, identity: dict | None = None):
-        self.directory, self.rank, self.shard_size = Path(directory), rank, shard_size
-        make_directory(self.directory)
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        shard_size: int = 10_000,
+        identity: Any = None,
+        store: Store = "sample",
+        dtype: StoredDtype = "float32",
+        total: int | None = None,
+        found: Sequence[Stored] | None = None,
+        save_seconds: float = SAVE_SECONDS,
+    ):
+        if total is not None and total > MOST_SHARDS * shard_size:
+            raise LatentsError(f"{total:,} latents in shards of {shard_size:,}: at most {MOST_SHARDS:,} shards")
+        self.directory, self.shard_size, self.total = Path(directory), shard_size, total
+        self.store, self.dtype, self._save_seconds = store, getattr(torch, dtype), save_seconds
         self._identity = json.loads(json.dumps(identity))
-        for leftover in self.directory.glob(f".latents_rank{rank:02d}_*.tmp"):
-            leftover.unlink()
-        counts = self._finished_shards()
-        _mark_unfinished(self.directory)
-        self.position = self._next_shard = self._filled = 0
-        while (name := shard_name(self.rank, self._next_shard)) in counts:
-            self.position, self._next_shard = self.position + counts[name], self._next_shard + 1
+        self._alone = found is None
+        there: Iterable[tuple[int, int]]
+        if found is not None:
+            there = [record.rows for record in found]
+        elif manifest := complete_set(self.directory, self._identity):
+            there = [(0, manifest.count)]
+        else:
+            found = keep_intact(self.directory, begin(self.directory, self._identity))
+            there = [record.rows for record in found]
+        self._found, self.records = list(found or ()), list[Stored]()
+        self.position = _first_missing(there)
+        self._start, self._filled, self._saved = self.position, 0, time.monotonic()
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def _finished_shards(self) -> dict[str, int]:
-        """Name → number of latents of each complete shard; raises LatentsError where another extraction made one.
+    def add(
+        self, latents: torch.Tensor, latents_flip: torch.Tensor, labels: torch.Tensor, *, at: int | None = None
+    ) -> None:
+        """Append latents and their mirror images' [b, C, H, W] ([b, 2·C, H, W] of moments) with labels [b].
 
-        A shard of this process that is truncated or was changed since is not counted while the extraction has not
-        finished; afterwards it is an error.
+        at: row of the first; None: after the last. Raises ValueError on shapes that do not fit, and on values that are
+        not finite as they would be stored.
         """
-        shards: Sequence[ShardRecord]
-        if (manifest := manifest_in(self.directory)) is not None:
-            manifest.check(self.directory, checksums=None)
-            shards, identities = manifest.shards, [manifest.identity] * len(manifest.shards)
-        else:
-            shards = records = _records(self.directory)
-            identities = [record.identity for record in records]
-        for shard, identity in zip(shards, identities, strict=True):
-            if identity != self._identity:
-                raise LatentsError(
-                    f"{self.directory / shard.file} belongs to another extraction: {identity}, this one is "
-                    f"{self._identity}. Give an empty directory, or delete that one"
-                )
-        counted = [s for s in shards if manifest or s.rank != self.rank or self._is_intact(s)]
-        return {shard.file: shard.count for shard in counted}
-
-    def _is_intact(self, shard: ShardRecord) -> bool:
-        path = self.directory / shard.file
-        damage = damage_of(path, shard)
-        if damage:
-            log.warning("%s; it is written again", damage)
-            path.with_suffix(".json").unlink()
-        return not damage
-
-    def add(self, latents: torch.Tensor, latents_flip: torch.Tensor, labels: torch.Tensor) -> None:
-        """Append latents and their mirror images' [b, C, H, W] (stored as float32) with labels [b]."""
         if latents.dim() != 4 or latents.shape != latents_flip.shape or labels.shape != latents.shape[:1]:
             shapes = [tuple(v.shape) for v in (latents, latents_flip, labels)]
             raise ValueError(f"latents, latents_flip, labels have shapes {shapes}; wanted [b, C, H, W] twice and [b]")
+        if latents.shape[1] % parts_of(self.store):
+            raise ValueError(f"{latents.shape[1]} channels of moments: wanted as many means as standard deviations")
+        if at is not None and at != self._start + self._filled:
+            self._flush()
+            self._start = at
         self._allocate(tuple(latents.shape[1:]))
         start = 0
         while start < len(labels):
-            taken = min(len(labels) - start, self.shard_size - self._filled)
+            taken = min(len(labels) - start, self._shard_end() - self._start - self._filled)
             for name, value in (("latents", latents), ("latents_flip", latents_flip), ("labels", labels)):
-                self._buffers[name][self._filled : self._filled + taken].copy_(value[start : start + taken])
+                into = self._buffers[name][self._filled : self._filled + taken]
+                into.copy_(value[start : start + taken])
+                self._require_finite(into, value[start : start + taken])
             start, self._filled = start + taken, self._filled + taken
-            if self._filled == self.shard_size:
-                self._write_shard()
+            if self._start + self._filled == self._shard_end():
+                self._flush()
+        if time.monotonic() > self._saved + self._save_seconds:
+            self._flush()
 
     def close(self) -> None:
-        """Write the remaining latents as a last, shorter shard."""
-        if self._filled:
-            self._write_shard()
+        """Write what remains: the last, shorter shard, or a part; a writer alone also merges the parts there are."""
+        if self._alone and self.total is None:
+            self.total = max(self._start + self._filled, self.position)
+        self._flush()
         self._buffers = {}
+        if self._alone:
+            self.merge([*self._found, *self.records])
+
+    def merge(self, records: Sequence[Stored], *, rank: int = 0, world_size: int = 1) -> None:
+        """Make shards of the parts among the records of a set, and remove those.
+
+        Of several processes, `rank` does every `world_size`-th shard. Raises LatentsError where rows are missing.
+        """
+        whole = {record.rows[0] // self.shard_size for record in records if isinstance(record, FinishedShard)}
+        parts = defaultdict[int, list[Part]](list)
+        for record in records:
+            if isinstance(record, Part):
+                parts[record.shard].append(record)
+        for number in sorted(parts)[rank::world_size]:
+            if number not in whole:
+                self._join(number, sorted(parts[number], key=lambda part: part.rows))
+            for part in parts[number]:
+                remove_part(self.directory / part.file)
+
+    def _join(self, number: int, parts: Sequence[Part]) -> None:
+        self._start, self._filled = number * self.shard_size, 0
+        for part in parts:
+            if part.start != self._start + self._filled:
+                continue  # of rows that came twice, or after some that are missing
+            shard = Shard.read(self.directory / part.file)
+            tensors = {name: shard.stored(name) for name in STORED} | {"labels": shard.labels()}
+            self._allocate(tuple(tensors["latents"].shape[1:]))
+            for name, value in tensors.items():
+                self._buffers[name][self._filled : self._filled + shard.count].copy_(value)
+            self._filled += shard.count
+        if self._start + self._filled != min(self._shard_end(), self.total or self._shard_end()):
+            raise LatentsError(
+                f"{self.directory} lacks rows of {numbered_shard(number)}, {self._start + self._filled} and later: run "
+                "the extraction again to complete it"
+            )
+        self._flush()
+
+    def _shard_end(self) -> int:
+        """The row at which the shard of the rows in memory ends."""
+        return (self._start // self.shard_size + 1) * self.shard_size
 
     def _allocate(self, shape: tuple[int, ...]) -> None:
         if not self._buffers:
-            for name in ("latents", "latents_flip"):
-                self._buffers[name] = torch.empty(self.shard_size, *shape)
+            for name in STORED:
+                self._buffers[name] = torch.empty(self.shard_size, *shape, dtype=self.dtype)
             self._buffers["labels"] = torch.empty(self.shard_size, dtype=torch.int64)
         elif shape != (expected := tuple(self._buffers["latents"].shape[1:])):
             raise ValueError(f"latents of shape {shape} after latents of shape {expected}")
 
-    def _write_shard(self) -> None:
-        tensors = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
-        latents, path = tensors["latents"], self.directory / shard_name(self.rank, self._next_shard)
-        if not bool(torch.isfinite(latents).all() & torch.isfinite(tensors["latents_flip"]).all()):
+    def _require_finite(self, stored: torch.Tensor, given: torch.Tensor) -> None:
+        if torch.isfinite(stored).all():
+            return
+        path = self.directory / numbered_shard(self._start // self.shard_size)
+        if not torch.isfinite(given).all():
             raise LatentsError(f"{path}: the latents to store are not finite")
-        # The published files' metadata.
-        write_tensors(path, tensors, {"total_size": str(self._filled), "dtype": "torch.float32", "device": "cpu"})
-        record = {"file": path.name, "rank": self.rank, "count": self._filled, "shape": list(latents.shape[1:])}
-        record |= {"moments": _moments(latents).model_dump(), "identity": self._identity} | file_entry(path)
+        raise LatentsError(
+            f"{path}: latents to store reach {given.abs().max().item():,.0f}, and {self.dtype} ends at "
+            f"{torch.finfo(self.dtype).max:,.0f}: store them as bfloat16 or float32"
+        )
+
+    def _flush(self) -> None:
+        """Write the rows in memory: as a shard where they are all of one, else as a part."""
+        self._saved = time.monotonic()
+        if not self._filled:
+            return
+        start, number = self._start, self._start // self.shard_size
+        whole = start % self.shard_size == 0 and start + self._filled in (self._shard_end(), self.total)
+        path = self.directory / (numbered_shard(number) if whole else part_name(number, start))
+        tensors = {name: buffer[: self._filled] for name, buffer in self._buffers.items()}
+        write_tensors(path, tensors, self._metadata())
+        channels, *sides = tensors["latents"].shape[1:]
+        record = {"file": path.name, "start": start, "count": self._filled, "identity": self._identity}
+        record |= {"shape": [channels // parts_of(self.store), *sides]} | file_entry(path)
+        if whole:
+            moments = moments_of(tensors["latents"], self.store)
+            record |= {"rank": number // SHARDS_PER_RANK, "moments": moments.model_dump()}
+        else:
+            record |= {"shard": number}
         write_checksummed(path.with_suffix(".json"), record)
-        self.position += self._filled
-        self._next_shard, self._filled = self._next_shard + 1, 0
+        self.records.append((FinishedShard if whole else Part).model_validate_json(json.dumps(record)))
+        self._start, self._filled = start + self._filled, 0
+        self.position = self._start
+
+    def _metadata(self) -> dict[str, str]:
+        """The published files' metadata, and what is stored where that is not what they store."""
+        published = {"total_size": str(self._filled), "dtype": str(self.dtype), "device": "cpu"}
+        return published if self.store == "sample" else published | {"store": self.store}
+
+
+def _first_missing(there: Iterable[tuple[int, int]]) -> int:
+    """The first row that is not among these stretches of rows."""
+    position = 0
+    for start, stop in sorted(there):
+        if start > position:
+            break
+        position = max(position, stop)
+    return position
 
 
 def finish(
     directory: Path | str,
+    records: Sequence[Stored] | None = None,
     *,
-    world_size: int = 1,
     tokenizer: dict | None = None,
     expected: int | None = None,
     classes: Sequence[str] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Manifest:
     """Complete a directory of closed writers with the statistics file, then `manifest.json` → the manifest.
 
     The statistics are over all plain latents (not the mirrored ones), std unbiased, merged from float64 sums.
-    tokenizer: the tokenizer of the latents (any JSON, such as name and hash). classes: names of the labels. Raises
-    LatentsError where shards of a rank are missing, do not fit together, or do not add up to `expected`. Calling it
-    again changes nothing.
+    records: of the set's shards; None: those that lie beside them. tokenizer: the tokenizer of the latents (any JSON,
+    such as name and hash). classes: names of the labels. check: called when all but the manifest is there; what it
+    raises leaves the set unfinished. Raises LatentsError where shards are missing, do not fit together, or do not add
+    up to `expected`. Calling it again changes nothing.
     """
     directory = Path(directory)
     if (manifest := manifest_in(directory)) is not None:
         manifest.check(directory, checksums=None)
         _remove_records(directory, manifest)  # an earlier call may have been killed before it
         return manifest
-    records = _records(directory)
-    known = {record.file for record in records}
-    strays = [p.name for p in shard_files(directory) if p.name not in known]
-    if strays or not records:
-        what = f"unfinished shards {', '.join(strays)}" if strays else "no complete shard"
-        raise LatentsError(f"{directory} holds {what}; run the extraction again to complete it")
-    ranks, shapes = {record.rank for record in records}, {record.shape for record in records}
-    count = sum(record.count for record in records)
-    if max(ranks) >= world_size or len(shapes) > 1 or expected not in (None, count):
-        raise LatentsError(
-            f"{directory} holds {count} latents of shapes {sorted(shapes)} by ranks {sorted(ranks)}; "
-            f"expected {'any number' if expected is None else expected} of one shape by ranks below {world_size}"
-        )
-    statistics = merge_moments(record.moments for record in records)
+    shards = _whole_set(directory, finished_shards(directory) if records is None else records, expected)
+    statistics = merge_moments(shard.moments for shard in shards)
     write_statistics(directory, statistics)
+    first = Shard.read(directory / shards[0].file)
+    if check is not None:
+        check()
     content = {
         "format": 1,
-        "count": count,
-        "shape": records[0].shape,
+        "count": sum(shard.count for shard in shards),
+        "shape": first.shape,
+        "store": first.store,
+        "dtype": str(first.dtype).removeprefix("torch."),
         "tokenizer": tokenizer,
-        "identity": records[0].identity,
+        "identity": shards[0].identity,
         "classes": None if classes is None else list(classes),
         "statistics": statistics,
         "files": {STATISTICS_FILE: file_entry(directory / STATISTICS_FILE)},
-        "shards": [record.model_dump(include=set(ShardRecord.model_fields)) for record in records],
+        "shards": [shard.model_dump(include=set(ShardRecord.model_fields)) for shard in shards],
     }
     write_checksummed(directory / MANIFEST_FILE, content)
     manifest = read_latents_record(directory / MANIFEST_FILE, Manifest)
@@ -212,10 +284,22 @@ def finish(
     return manifest
 
 
-def write_statistics(directory: Path, statistics: dict) -> None:
-    """Write `latents_stats.pt` of {"mean", "std"} per channel."""
-    tensors = {key: torch.tensor(statistics[key]).view(1, -1, 1, 1) for key in ("mean", "std")}
-    save_pickled(directory / STATISTICS_FILE, tensors)
+def _whole_set(directory: Path, records: Sequence[Stored], expected: int | None) -> list[FinishedShard]:
+    """The shards among the records, in order; raises LatentsError where they are not a whole set."""
+    shards = sorted((r for r in records if isinstance(r, FinishedShard)), key=lambda shard: shard.rows)
+    known = {shard.file for shard in shards}
+    strays = [path.name for path in shard_files(directory) if path.name not in known]
+    if strays or not shards:
+        what = f"unfinished shards {', '.join(strays)}" if strays else "no complete shard"
+        raise LatentsError(f"{directory} holds {what}; run the extraction again to complete it")
+    count, shapes = sum(shard.count for shard in shards), {shard.shape for shard in shards}
+    missing = _first_missing(shard.rows for shard in shards)
+    if missing != count or len(shapes) > 1 or expected not in (None, count):
+        raise LatentsError(
+            f"{directory} holds {count} latents of shapes {sorted(shapes)}, the first {missing} without a gap; "
+            f"expected {'any number' if expected is None else expected} of one shape"
+        )
+    return shards
 
 
 def _remove_records(directory: Path, manifest: Manifest) -> None:
@@ -223,72 +307,3 @@ def _remove_records(directory: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         (directory / shard.file).with_suffix(".json").unlink(missing_ok=True)
     (directory / UNFINISHED_FILE).unlink(missing_ok=True)
-
-
-def _records(directory: Path) -> "list[FinishedShard]":
-    """The records of the complete shards of an unfinished extraction, sorted by the shards' names."""
-    paths = [p for p in shard_files(directory) if path_exists(p.with_suffix(".json"))]
-    records = [read_latents_record(p.with_suffix(".json"), FinishedShard) for p in paths]
-    for path, record in zip(paths, records, strict=True):
-        if record.file != path.name:
-            raise LatentsError(f"{path.with_suffix('.json')} is damaged: it describes {record.file}")
-    return records
-
-
-def _mark_unfinished(directory: Path) -> None:
-    """Mark a directory as one that an extraction is writing, unless it is marked or has finished."""
-    marker = directory / UNFINISHED_FILE
-    if path_exists(marker) or path_exists(directory / MANIFEST_FILE):
-        return
-    if shards := sorted(directory.glob("*.safetensors")):
-        raise LatentsError(
-            f"{shards[0]} was not written by an extraction that can be resumed here: give an empty directory"
-        )
-    write_text(marker, "These latents are being written, or their extraction was interrupted: run it again.\n")
-
-
-def _finite(shard: Shard) -> torch.Tensor:
-    """The shard's latents without the mirrored ones; raises LatentsError where one is not finite."""
-    latents = shard.latents()
-    if not torch.isfinite(latents).all():
-        raise LatentsError(f"{shard.path} has latents that are not finite")
-    return latents
-
-
-def _moments(x: torch.Tensor) -> Moments:
-    """Count, mean and sum of squared deviations per channel of [N, C, H, W], in float64."""
-    x = x.transpose(0, 1).flatten(1)
-    means, deviations = [], []
-    for channel in x:  # one at a time: all in float64 would take twice the memory of the shard
-        channel = channel.double()
-        means.append(float(channel.mean()))
-        deviations.append(float((channel - channel.mean()).square().sum()))
-    return Moments(count=x.shape[1], mean=tuple(means), m2=tuple(deviations))
-
-
-def merge_moments(parts: "Iterable[Moments]") -> dict:
-    """Mean and unbiased std of the union, by the pairwise update of Chan, Golub and LeVeque (1979)."""
-    count, mean, m2 = 0, np.zeros(()), np.zeros(())
-    for part in parts:
-        n, delta = part.count, np.array(part.mean) - mean
-        m2 = m2 + np.array(part.m2) + delta**2 * count * n / (count + n)
-        mean, count = mean + delta * n / (count + n), count + n
-    return {"mean": mean.tolist(), "std": np.sqrt(m2 / max(count - 1, 1)).tolist(), "count": count}
-
-
-def make_statistics(directory: Path) -> dict:
-    """Write the statistics of a set that has none, such as the published ones → {"mean", "std", "count"}.
-
-    Raises LatentsError where there is no set, it is unfinished, its latents are not finite, or it has statistics.
-    """
-    path = directory / STATISTICS_FILE
-    if path_exists(path):
-        raise LatentsError(f"{path} is already there")
-    if not directory.is_dir():
-        raise LatentsError(f"{directory} is not a directory")
-    shards = [Shard.read(shard) for shard in shards_of(directory, read_manifest(directory))]
-    if len(shapes := {shard.shape for shard in shards}) > 1:
-        raise LatentsError(f"{directory} holds latents of shapes {sorted(shapes)}; all of one shape are wanted")
-    statistics = merge_moments(_moments(_finite(shard)) for shard in shards)
-    write_statistics(directory, statistics)
-    return statistics

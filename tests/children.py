@@ -41,9 +41,9 @@ def launch(
     return _run(" ".join(argv), limit, world_size, _child, argv, at, log)
 
 
-def call(function: Callable, *args, world_size: int, limit: float = 240) -> list[int]:
+def call(function: Callable, *args, world_size: int, at: Moment | None = None, limit: float = 240) -> list[int]:
     """Call a module's function in processes that can form a group; returns exit codes, raises as `launch` does."""
-    return _run(function.__name__, limit, world_size, _call, function, args)
+    return _run(function.__name__, limit, world_size, _call, function, args, at)
 
 
 def _run(what: str, limit: float, world_size: int, target: Callable, *args) -> list[int]:
@@ -77,8 +77,10 @@ def _join(rank: int, world_size: int, port: int) -> None:
         }
 
 
-def _call(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+def _call(rank: int, world_size: int, port: int, function: Callable, args: tuple, at: Moment | None) -> None:
     _join(rank, world_size, port)
+    if at is not None and at.rank in (None, rank):
+        _strike(at)
     function(*args)
 
 

@@ -12,6 +12,7 @@ from bench.data import BATCHES, WAYS, FilePerSample, LoaderComparison, LoaderJob
 from bench.measure import rows
 from bench.workloads.latents import write_latents
 from lightningdit.data import LatentDataset
+from lightningdit.latents_writer import LatentsWriter, finish
 from tests.golden.golden import ROOT
 
 PUBLISHED = ROOT / "06_latents_dir"
@@ -150,3 +151,14 @@ def test_what_is_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         bench_data.main([f"--{option}", value])
     assert f"--{option}: '{value}' is no whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"store": "moments"}, {"dtype": "float16"}])
+def test_latents_that_the_published_way_does_not_read_are_not_compared(tmp_path, capsys, options):
+    writer = LatentsWriter(tmp_path, **options)
+    x = torch.arange(48.0).view(3, 4, 2, 2)
+    writer.add(x, x, torch.arange(3))
+    writer.close()
+    finish(tmp_path)
+    assert bench_data.main(["--directory", str(tmp_path)]) == 2
+    assert f"{tmp_path} stores" in (said := capsys.readouterr().out) and "latents in float32 alone" in said

@@ -13,7 +13,7 @@ from launch.training import checkpoint
 from launch.training.checkpoint import find_checkpoint
 from lightningdit.config import ModelConfig
 from lightningdit.data import LatentDataset
-from lightningdit.latents import LatentStatistics
+from lightningdit.latents import LatentStatistics, Manifest
 from lightningdit.weights import Export, read_export, save_export
 from tests import toy
 
@@ -38,7 +38,8 @@ def read_latents(directory: Path) -> list:
     data = LatentDataset(directory, num_classes=3)
     everything = torch.arange(len(data))
     batches = [data.batch(everything, everything, [flip] * len(data)) for flip in (False, True)]
-    return [*(sorted(b.items()) for b in batches), data.statistics.to_json(), data.manifest]
+    manifest = data.manifest.model_dump(include=set(Manifest.model_fields))  # a key that is none says nothing
+    return [*(sorted(b.items()) for b in batches), data.statistics.to_json(), manifest]
 
 
 def make_export(directory: Path) -> None:

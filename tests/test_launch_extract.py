@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import kernels
+from common.records import write_checksummed
 from common.seeds import generator
-from common.tensors import write_tensors
 from launch import extract as program
 from launch.config import VavaeRun
-from launch.extract import batch_bounds, extract
+from launch.extract import extract
+from launch.extraction.encoding import batch_bounds, share_of
 from launch.runtime.processes import Processes
 from launch.runtime.run_lock import DirectoryInUseError, lock_directory
 from lightningdit.data import LatentDataset
@@ -22,7 +23,6 @@ from lightningdit.latents import LatentsError
 from tests import children
 from vavae.config import AutoencoderConfig, DataConfig, LossConfig
 from vavae.data import ImageDataset
-from vavae.model import AutoencoderKL
 from vavae.seeds import EXTRACTION_NOISE
 from vavae.task import build_networks
 from vavae.weights import fingerprint, load_tokenizer, write_export
@@ -30,7 +30,7 @@ from vavae.weights import fingerprint, load_tokenizer, write_export
 OPS = kernels.select("reference")
 TINY = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (), "z_channels": 4, "embed_dim": 4}
 MODEL = AutoencoderConfig(**TINY, resolution=16)
-COUNT, SHARD = 11, 4
+COUNT, SHARD, FIRST = 11, 4, "latents_rank00_shard000.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -137,26 +137,26 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(files, whole, tmp_p
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-@pytest.mark.parametrize("done", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("first", "last", "shard", "batch"),
-    [
-        (0, 11, 4, 3),
-        (5, 11, 4, 4),
-        (3, 26, 10, 4),
-        (0, 7, 4, 100),
-        (2, 10, 4, 2),
-        (0, 9, 9, 1),
-        (4, 4, 5, 2),
-    ],
+    ("total", "shard", "batch"), [(11, 4, 3), (11, 4, 4), (26, 10, 4), (7, 4, 100), (8, 4, 2), (9, 9, 1), (0, 5, 2)]
 )
-def test_batches_are_the_same_wherever_an_extraction_goes_on(first, last, shard, batch, done):
-    whole = batch_bounds(first, last, shard, batch)
-    assert [i for start, stop in whole for i in range(start, stop)] == list(range(first, last))
+def test_batches_cover_the_images_and_none_is_of_two_shards(total, shard, batch):
+    whole = batch_bounds(total, shard, batch)
+    assert [i for start, stop in whole for i in range(start, stop)] == list(range(total))
     assert all(0 < stop - start <= batch for start, stop in whole)
-    assert all((start - first) // shard == (stop - 1 - first) // shard for start, stop in whole)  # in one shard
-    resumed = min(first + done * shard, last)
-    assert batch_bounds(resumed, last, shard, batch) == [b for b in whole if b[0] >= resumed]
+    assert all(start // shard == (stop - 1) // shard for start, stop in whole)
+
+
+@pytest.mark.parametrize("there", [[], [(0, 4)], [(6, 8), (4, 6)], [(0, 26)], [(8, 10), (24, 26)], [(0, 7)]])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
+def test_processes_share_the_batches_that_are_missing(there, world_size):
+    """Each takes whole batches of the same division, whatever is there; one that is half there is encoded again."""
+    whole = batch_bounds(26, 8, 2)
+    shares = [share_of(whole, there, rank, world_size) for rank in range(world_size)]
+    rows = {row for start, stop in there for row in range(start, stop)}
+    want = [(start, stop) for start, stop in whole if not rows >= set(range(start, stop))]
+    assert [bounds for share in shares for bounds in share] == want
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -174,20 +174,19 @@ def test_the_precision_that_is_stated_is_the_one_that_encodes(files, whole, tmp_
     assert error == 0 if precision == "float32" else 1e-4 < error < 0.2
 
 
-def test_two_processes_write_a_half_each_and_together_the_same_set(files, whole, tmp_path):
+def test_two_processes_write_a_half_each_and_together_the_same_set(files, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(run_of(files).model_dump(mode="json")))
-    output = tmp_path / "set"
-    arguments = ["extract", str(config), "--output", str(output), "--least-psnr", "0", "--batch-size", "3"]
-    assert children.launch(*arguments, world_size=2, log=tmp_path / "log") == [0, 0]
-    manifest = json.loads((output / "manifest.json").read_text())
-    assert [(s["rank"], s["count"]) for s in manifest["shards"]] == [(0, 5), (1, 6)]
-    assert manifest["count"] == COUNT and manifest["classes"] == ["0", "1", "2"]
-    shards = [load_file(path) for path in sorted(output.glob("*.safetensors"))]
-    for key, value in whole[1].items():
-        torch.testing.assert_close(torch.cat([shard[key] for shard in shards]), value, atol=1e-5, rtol=0)
-    first, second = ((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    for world_size in (1, 2):
+        output = str(tmp_path / f"set{world_size}")
+        arguments = ["extract", str(config), "--output", output, "--least-psnr", "0", "--batch-size", "3"]
+        log = tmp_path / f"log{world_size}"
+        assert children.launch(*arguments, world_size=world_size, log=log) == [0] * world_size
+    alone, together = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("set1", "set2"))
+    assert together == alone and len(LatentDataset(tmp_path / "set2")) == COUNT
+    first, second = ((tmp_path / f"log2.{rank}").read_text() for rank in (0, 1))
     assert "11 images in 3 classes" in first and "11 images" not in second  # the main process alone says it
+    assert "decode from what is stored" in first and "decode from what is stored" not in second
 
 
 def test_a_directory_that_is_in_use_is_refused(files, tmp_path):
@@ -200,6 +199,50 @@ def test_a_directory_that_is_in_use_is_refused(files, tmp_path):
 def test_another_extraction_may_not_go_on_with_these_shards(files, whole):
     with pytest.raises(ValueError, match="belongs to another extraction"):
         extract(run_of(files, train={"global_seed": 7}), whole[0], least_psnr=0.0)
+
+
+@pytest.mark.parametrize(
+    "other", [{"batch_size": 4}, {"shard_size": 5}, {"store": "mean"}, {"dtype": "float16"}, {"precision": "bfloat16"}]
+)
+def test_what_changes_the_bits_may_not_change_on_the_way(files, whole, other):
+    before = {path.name: path.read_bytes() for path in whole[0].iterdir()}
+    ((name, value),) = other.items()
+    options = {"batch_size": 3, "shard_size": SHARD} | other
+    with pytest.raises(
+        ValueError, match=rf"another extraction: {{'{name}': .*}}, this one is {{'{name}': '?{value}'?}}\."
+    ):
+        extract(run_of(files), whole[0], least_psnr=0.0, **options)
+    assert {path.name: path.read_bytes() for path in whole[0].iterdir()} == before
+
+
+def as_of_an_earlier_version(directory, **changes) -> None:
+    content = json.loads((directory / "manifest.json").read_text())
+    new = ("checksum", "store", "dtype")
+    identity = {
+        key: value
+        for key, value in content["identity"].items()
+        if key not in ("store", "dtype", "batch_size", "shard_size")
+    }
+    identity |= {"processes": 2} | changes
+    write_checksummed(
+        directory / "manifest.json", {k: v for k, v in content.items() if k not in new} | {"identity": identity}
+    )
+
+
+def test_a_set_that_an_earlier_version_completed_is_still_complete(files, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "set")
+    as_of_an_earlier_version(tmp_path / "set")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "encode", None)
+        assert extract(run_of(files), tmp_path / "set", batch_size=5).count == COUNT
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
+    assert torch.equal(load_file(tmp_path / "set" / FIRST)["latents"], whole[1]["latents"][:SHARD])
+    with pytest.raises(ValueError, match=r"another extraction: {'processes': 2}, this one is {'store': 'mean', "):
+        extract(run_of(files), tmp_path / "set", store="mean")
+    as_of_an_earlier_version(tmp_path / "set", seed=1)
+    with pytest.raises(ValueError, match="another extraction"):
+        extract(run_of(files), tmp_path / "set")
 
 
 def labels_file(files, path, labels):
@@ -271,19 +314,6 @@ def test_the_program_reads_a_config_and_reports(files, tmp_path, capsys):
         program.main([str(config), "--output", str(tmp_path / "set"), "--batch-size", "0"])
     with pytest.raises(ValueError, match="--least-psnr nan"):
         program.main([str(config), "--output", str(tmp_path / "set"), "--least-psnr", "nan"])
-
-
-def test_round_trip_is_the_psnr_of_the_mode(files):
-    model = AutoencoderKL(MODEL, OPS)
-    write_tensors(files / "other.safetensors", model.state_dict())
-    images = ImageDataset(DataConfig(data_path=str(files / "images"), image_size=16, crop="center"), seed=0)
-    found = program.check_round_trip(model, images, 0.0, "this", count=4)
-    x = images.batch(torch.zeros(4, dtype=torch.int64), torch.arange(4))["image"]
-    with torch.no_grad():
-        y = model.decode(model.encode(x).mean)
-    eight_bits = [(127.5 * v + 128).clamp(0, 255).floor().double() for v in (x, y)]
-    mse = (eight_bits[0] - eight_bits[1]).square().mean(dim=(1, 2, 3))
-    assert found == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-9)
 
 
 def test_statistics_of_latents_that_came_without(files, whole, tmp_path, capsys):

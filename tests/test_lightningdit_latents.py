@@ -17,7 +17,7 @@ from tests.golden.golden import ROOT
 from tests.toy import write_random_latents
 
 PUBLISHED = ROOT / "06_latents_dir"
-SHARD = "latents_rank00_shard001.safetensors"
+SHARD, LATER = "latents_rank00_shard001.safetensors", "latents_rank00_shard002.safetensors"
 
 
 # --- the writer
@@ -226,13 +226,16 @@ def test_writer_refuses(tmp_path):
     write_random_latents(tmp_path / "a", identity={"seed": 0})
     with pytest.raises(LatentsError, match=r"shard000.*another extraction: {'seed': 0}, this one is {'seed': 1}"):
         LatentsWriter(tmp_path / "a", identity={"seed": 1})
-    writer = LatentsWriter(tmp_path / "b", rank=1, shard_size=3)
-    writer.add(torch.ones(3, 4, 2, 2), torch.ones(3, 4, 2, 2), torch.arange(3))
-    with pytest.raises(LatentsError, match=r"3 latents.*ranks \[1\]; expected 4.*below 1"):
-        finish(tmp_path / "b", world_size=1, expected=4)
-    shutil.copy(tmp_path / "a" / "latents_rank00_shard000.safetensors", tmp_path / "b")
-    with pytest.raises(LatentsError, match="unfinished shards latents_rank00_shard000"):
-        finish(tmp_path / "b", world_size=2)
+    writer = LatentsWriter(tmp_path / "b", shard_size=3)
+    writer.add(torch.ones(3, 4, 2, 2), torch.ones(3, 4, 2, 2), torch.arange(3), at=3)
+    with pytest.raises(LatentsError, match=r"3 latents.*the first 0 without a gap; expected any number"):
+        finish(tmp_path / "b")
+    writer.add(torch.ones(3, 4, 2, 2), torch.ones(3, 4, 2, 2), torch.arange(3), at=0)
+    with pytest.raises(LatentsError, match=r"6 latents.*the first 6 without a gap; expected 7"):
+        finish(tmp_path / "b", expected=7)
+    shutil.copy(tmp_path / "a" / "latents_rank00_shard000.safetensors", tmp_path / "b" / LATER)
+    with pytest.raises(LatentsError, match=f"unfinished shards {LATER}"):
+        finish(tmp_path / "b")
 
 
 # --- what can be wrong with a directory
@@ -327,8 +330,13 @@ def test_unlisted_and_foreign_shards(latents):
     save_file({"latents": wide, "latents_flip": wide.clone(), "labels": torch.arange(2)}, extra)
     with pytest.raises(LatentsError, match=r"rank01.*has latents of \(4, 3, 3\).*shard000.*\(4, 3, 2\)"):
         LatentDataset(latents)
-    save_file({"latents": torch.zeros(2, 4, 3, 2).half(), "labels": torch.arange(2)}, extra)
-    with pytest.raises(LatentsError, match=r"rank01.*latents as F32"):
+    save_file(
+        {"latents": torch.zeros(2, 4, 3, 2), "latents_flip": torch.zeros(2, 4, 3, 2).half(), "labels": torch.arange(2)},
+        extra,
+    )
+    with pytest.raises(
+        LatentsError, match=r"rank01.*latents and latents_flip, both as F32, F16, BF16, and labels as I64"
+    ):
         LatentDataset(latents)
     save_file({"latents": wide, "latents_flip": wide.clone(), "labels": torch.arange(3)}, extra)
     with pytest.raises(LatentsError, match=r"rank01.*do not fit together"):

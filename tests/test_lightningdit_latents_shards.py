@@ -11,7 +11,8 @@ import torch
 from lightningdit.config import DataConfig
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError, shards_of
-from lightningdit.latents_writer import LatentsWriter, finish, make_statistics
+from lightningdit.latents_statistics import make_statistics
+from lightningdit.latents_writer import LatentsWriter, finish
 from tests.toy import write_latents, write_random_latents
 
 

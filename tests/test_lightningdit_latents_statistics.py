@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentsError, LatentStatistics, StatisticsRecord, read_statistics
-from lightningdit.latents_writer import make_statistics
+from lightningdit.latents_statistics import make_statistics
 from tests.toy import write_random_latents
 
 WANTED = r"latents of 4 channels take floats \[4\] or \[1, 4, 1, 1\]"

@@ -1,5 +1,6 @@
 """Small real inputs for tests of the programs: latents, images, run files."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from common.files import file_entry, read_json, write_json
 from common.records import write_checksummed
-from lightningdit import latents_writer
+from lightningdit import latents_statistics, latents_writer
 
 LIGHTNINGDIT = {
     "preset": "default",
@@ -96,19 +97,41 @@ def write_latents(directory: Path, count: int = 20, classes: Sequence[str] | Non
 def write_random_latents(
     directory: Path, counts=(5, 3), ranks=1, shard_size=5, shape=(4, 3, 2), identity: dict | None = None
 ) -> torch.Tensor:
-    """Random latents of each rank, `counts` at a time, mean 2, std 3, mirrored ones 100 more. → The plain ones."""
+    """Random latents, `counts` at a time, mean 2, std 3, mirrored ones 100 more. → The plain ones.
+
+    Of several ranks, each with shards of its own, as earlier versions wrote a set by several processes.
+    """
     generator = torch.Generator().manual_seed(0)
-    everything = []
-    for rank in range(ranks):
-        writer = latents_writer.LatentsWriter(directory, rank=rank, shard_size=shard_size, identity=identity)
+    everything, parts = [], [directory / f"rank{rank}" for rank in range(ranks)] if ranks > 1 else [directory]
+    tokenizer = {"name": "test", "sha256": "00"}
+    for part in parts:
+        writer = latents_writer.LatentsWriter(part, shard_size=shard_size, identity=identity)
         for count in counts:
             x = torch.randn(count, *shape, generator=generator) * 3 + 2
             writer.add(x, x + 100, torch.arange(count) % 4)
             everything.append(x)
         writer.close()
-    tokenizer = {"name": "test", "sha256": "00"}
-    latents_writer.finish(directory, world_size=ranks, tokenizer=tokenizer, expected=ranks * sum(counts))
+        latents_writer.finish(part, tokenizer=tokenizer, expected=sum(counts))
+    if ranks > 1:
+        _join_ranks(directory, parts)
     return torch.cat(everything)
+
+
+def _join_ranks(directory: Path, parts: Sequence[Path]) -> None:
+    """One set of the shards of several; what manifests of earlier versions did not say is left out."""
+    shards = []
+    for rank, part in enumerate(parts):
+        content = read_json(part / "manifest.json")
+        for shard in content["shards"]:
+            name = shard["file"].replace("rank00", f"rank{rank:02d}")
+            (part / shard["file"]).rename(directory / name)
+            shards.append(shard | {"file": name, "rank": rank})
+        shutil.rmtree(part)
+    statistics = latents_statistics.make_statistics(directory)
+    facts = {key: content[key] for key in ("format", "shape", "tokenizer", "identity", "classes")}
+    facts |= {"count": sum(shard["count"] for shard in shards), "statistics": statistics, "shards": shards}
+    entry = file_entry(directory / "latents_stats.pt")
+    write_checksummed(directory / "manifest.json", facts | {"files": {"latents_stats.pt": entry}})
 
 
 def checkpoint_state(step: int, kind: str, network: str = "model", **facts) -> dict:

@@ -5,8 +5,10 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from launch.runtime.launcher import LaunchEnvironment, LaunchError
 log = logging.getLogger(__name__)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # that the first process waits for the last
 HOSTNAME_TIMEOUT = 60.0  # seconds that a name may take to become known
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,17 @@ class Processes:
         if error is not None:
             error.reported_by_main = True
             raise error
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on the main process, which alone calls it, on every process; it raises on all."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as e:
+                error = e
+        self.raise_on_all(error)
+        return self.broadcast(result)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -5,6 +5,11 @@ from tests.mutations import Mistake
 CONVERSIONS = "test_lightningdit_flow.py::test_conversions"
 LOSSES = "test_lightningdit_flow.py::test_losses"
 RECORDED_MODEL = "test_lightningdit_model.py::test_output_and_gradients"
+ANY_KILL = (
+    "test_lightningdit_latents_parts.py::test_a_kill_before_any_change_of_the_disk_loses_nothing_of_the_set "
+    "test_lightningdit_latents_parts.py::test_what_is_damaged_is_written_again"
+)
+NOT_REFUSED = "test_lightningdit_latents_check.py::test_correct_statistics_are_never_refused"
 LIKELIHOOD = "test_lightningdit_solvers.py::test_log_likelihood_of_gaussian_data"
 
 MISTAKES = {
@@ -220,18 +225,88 @@ MISTAKES = {
         "test_lightningdit_latents_shards.py::test_labels_without_a_name_are_refused",
     ),
     "statistics_of_the_last_shard": Mistake(
-        "lightningdit/latents_writer.py", "merge_moments(record.moments for record in records)",
-        "merge_moments(record.moments for record in records[-1:])",
+        "lightningdit/latents_writer.py", "merge_moments(shard.moments for shard in shards)",
+        "merge_moments(shard.moments for shard in shards[-1:])",
         "test_lightningdit_latents.py::test_statistics_are_of_the_whole_set",
     ),
     "latents_that_are_not_finite_stored": Mistake(
-        "lightningdit/latents_writer.py", "torch.isfinite(latents).all() & torch.isfinite(", "torch.isfinite(",
+        "lightningdit/latents_writer.py", "        if torch.isfinite(stored).all():", "        if stored.dtype != 0:",
         "test_lightningdit_latents.py::test_writer_refuses",
     ),
     "record_of_a_shard_written_in_place": Mistake(
         "lightningdit/latents_writer.py", 'write_checksummed(path.with_suffix(".json"), record)',
         'path.with_suffix(".json").write_text(json.dumps(record))',
         "test_common_writers.py::test_nothing_else_writes_files",
+    ),
+    "part_counted_before_it_is_there": Mistake(
+        "lightningdit/latents_parts.py", "        if path_exists(beside):\n", "        if True:\n", ANY_KILL,
+    ),
+    "parts_of_a_killed_process_left": Mistake(
+        "lightningdit/latents_parts.py", "        if path.name not in known:\n            path.unlink()\n",
+        "        if path.name not in known:\n            pass\n", ANY_KILL,
+    ),
+    "halves_of_a_killed_process_left": Mistake(
+        "lightningdit/latents_parts.py", 'glob(".latents_rank*.tmp"):\n        leftover.unlink()',
+        'glob(".latents_rank*.tmp"):\n        pass', ANY_KILL,
+    ),
+    "part_removed_before_its_record": Mistake(
+        "lightningdit/latents_parts.py", '''\
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+''', '''\
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
+''', ANY_KILL,
+    ),
+    "parts_removed_before_their_shard_is_there": Mistake(
+        "lightningdit/latents_writer.py", '''\
+            if number not in whole:
+                self._join(''', '''\
+            for part in parts[number]:
+                (self.directory / part.file).with_suffix(".json").unlink()
+            if number not in whole:
+                self._join(''', ANY_KILL,
+    ),
+    "parts_joined_in_the_order_of_processes": Mistake(
+        "lightningdit/latents_writer.py", "sorted(parts[number], key=lambda part: part.rows)", "parts[number][::-1]",
+        "test_lightningdit_latents_parts.py::test_any_number_of_processes_writes_the_same_files",
+    ),
+    "rows_that_are_missing_not_noticed": Mistake(
+        "lightningdit/latents_writer.py", "            if part.start != self._start + self._filled:\n",
+        "            if False:\n",
+        "test_lightningdit_latents_parts.py::test_rows_that_are_missing_when_parts_are_joined_are_named",
+    ),
+    "beyond_float16_stored": Mistake(
+        "lightningdit/latents_writer.py", "self._require_finite(into, value[start : start + taken])",
+        "self._require_finite(value, value)",
+        "test_lightningdit_latents_stores.py::test_values_beyond_float16_are_refused",
+    ),
+    "variance_of_posteriors_left_out": Mistake(
+        "lightningdit/latents_statistics.py", "/ max(count - 1, 1) + variance)", "/ max(count - 1, 1))",
+        "test_lightningdit_latents_stores.py::test_statistics_of_moments_are_those_of_the_samples",
+    ),
+    "sample_of_moments_the_same_in_every_epoch": Mistake(
+        "lightningdit/data.py", "draw_noise(row, self.seed, int(epoch), index)", "draw_noise(row, self.seed, 0, index)",
+        "test_lightningdit_latents_stores.py::test_moments_are_drawn_by_seed_epoch_and_index",
+    ),
+    "errors_of_statistics_over_positions": Mistake(
+        "lightningdit/latents_statistics.py", "spread_of_mean / math.sqrt(count)", "spread_of_mean / math.sqrt(values)",
+        NOT_REFUSED,
+    ),
+    "statistics_refused_by_5_percent_alone": Mistake(
+        "lightningdit/latents_statistics.py", "STANDARD_ERRORS = 5.0", "STANDARD_ERRORS = 0.0", NOT_REFUSED,
+    ),
+    "statistics_refused_by_errors_alone": Mistake(
+        "lightningdit/latents_statistics.py", "TOLERANCE = 0.05 ", "TOLERANCE = 0.0 ",
+        "test_lightningdit_latents_check.py::test_what_is_less_than_5_percent_off_is_not_refused",
+    ),
+    "statistics_compared_at_a_period": Mistake(
+        "lightningdit/latents_statistics.py", "return edges[:-1] + (mix(", "return edges[:-1] + 0 * (mix(",
+        "test_lightningdit_latents_check.py::test_labels_that_go_round_do_not_make_a_period",
+    ),
+    "statistics_not_compared_at_the_start": Mistake(
+        "lightningdit/data.py", "        if config.check_statistics:\n", "        if False:\n",
+        "test_lightningdit_latents_check.py::test_training_does_not_begin_with_statistics_of_other_latents",
     ),
     "shards_not_synchronised": Mistake(
         "common/tensors.py", "    with atomic_write(path) as f:\n        write_safetensors(f, tensors, metadata)",
