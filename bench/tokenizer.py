@@ -7,8 +7,8 @@ Parts are encode, decode and train. Passes are checked against the reference ops
 loss, LPIPS and GAN, by their first losses against those of the reference ops. All weights are random, also of
 the frozen networks: values change no speed. Ends with 1 if a provider is wrong or fails, with 2 if there is no GPU.
 
-`--cpu` times training steps of f16d32 at 64 × 64 with a small vision transformer on the CPU, beside the plain
-formulation, for the ratio.
+`--cpu` times the gradients of both networks in training steps of f16d32 at 64 × 64, with a small vision transformer, on
+the CPU, beside those of the plain formulation, for the ratio.
 """
 
 import sys
@@ -83,7 +83,7 @@ def jobs(
 
 
 def cpu_job(batch: int) -> TokenizerJob:
-    """Training steps small enough for a CPU."""
+    """Gradients of training steps small enough for a CPU."""
     return TokenizerJob("train", "as named", batch, tuple(TOKENIZER_ON_CPU.values()), size=64, overrides=CPU_RUN)
 
 
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     names = list(dict.fromkeys(name for variants in TOKENIZER.values() for name in variants))
     parser.add_argument("--variant", action="append", choices=names, help="repeatable; default: all")
     parser.add_argument("--quick", action="store_true", help=f"one batch of each part, {', '.join(QUICK)} alone")
-    parser.add_argument("--cpu", action="store_true", help="training steps on the CPU; see above")
+    parser.add_argument("--cpu", action="store_true", help="gradients on the CPU; see above")
     options = parser.parse_args(argv)
     for part in options.part:
         if part not in TOKENIZER:

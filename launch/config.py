@@ -32,7 +32,7 @@ from launch.config_files import ConfigError, merge, parse_value
 from launch.extends import KEY, Layer, convert, explain, merged, read_layers, title, without_sizes
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig
-from vavae.published import from_published
+from vavae.published import FOUNDATION_MODELS, from_published
 
 
 class TokenizerSection(Section):
@@ -187,6 +187,15 @@ class VavaeRun(Section):
                 "GAN terms takes several: use 0, 1 or 2, or loss.adaptive_vf false and loss.disc_weight 0"
             )
         _refuse_to_compile_gathering(self.train, self.deepspeed)
+        if (
+            self.train.use_checkpoint == "pointwise"
+            and self.train.compile == "none"
+            and vae.balances_both(self.loss, self.stages)
+        ):
+            raise ValueError(
+                "train.use_checkpoint is pointwise and train.compile none, but balancing both the VF and the GAN term "
+                "takes two backward passes through the decoder: use use_checkpoint true, or compile inductor"
+            )
         if self.train.residual_dtype != "float32":
             raise ValueError("train.residual_dtype is for LightningDiT; a tokenizer allows only float32")
         self._check_pictures()
@@ -207,11 +216,13 @@ class VavaeRun(Section):
         return self.data.as_published() if self.preset == "paper" else self.data
 
     def features(self) -> vae.FoundationConfig | None:
-        """The `foundation` section as the preset means it: the paper feeds [−1, 1] unless the file says otherwise."""
-        unsaid = self.foundation is not None and "normalization" not in self.foundation.model_fields_set
-        if self.preset == "paper" and unsaid:
-            return self.foundation.model_copy(update={"normalization": "published"})
-        return self.foundation
+        """The `foundation` section as the preset means it: the paper feeds its own two models [−1, 1] unless the file
+        says otherwise."""
+        found = self.foundation
+        if found is None or self.preset != "paper" or "normalization" in found.model_fields_set:
+            return found
+        papers = found.model_name in FOUNDATION_MODELS.values()
+        return found.model_copy(update={"normalization": "published"}) if papers else found
 
 
 Run = LightningDiTRun | VavaeRun

@@ -147,7 +147,7 @@ def test_the_run_that_is_trained_has_every_term(setup):
     step, losses = setup.provider(BARE)
     assert set(CHECKED_LOSSES) | {"perceptual", "g_loss"} <= set(losses) and all(losses[k] != 0 for k in CHECKED_LOSSES)
     x, y = torch.rand(2, 1, 3, 64, 64) * 2 - 1
-    perceptual = Perceptual(run.loss.perceptual_weights)
+    perceptual = Perceptual.from_weights(run.loss.perceptual_weights)
     assert 1e-3 < float(perceptual(x, y)) < 1e3
     assert 0.05 < perceptual.net.net(x)[-1].std() < 20, "activations neither vanish nor explode"
     assert len(step._task.batches) == 6 and step._batch["image"].shape == (4, 3, 16, 16)

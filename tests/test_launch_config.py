@@ -269,6 +269,12 @@ def test_the_preset_decides_what_the_foundation_model_is_fed(published_tokenizer
         assert said.features().normalization == "imagenet"
 
 
+@pytest.mark.parametrize("file", ["vavae_f16d32_dinov2.yaml", "vavae_f16d64_mae_50ep.yaml"])
+def test_another_model_than_the_papers_is_fed_as_it_was_trained(file):
+    assert load(file, kind="vavae")[0].features().normalization == "published"
+    assert load(file, ["foundation.model_name=clip-l"], kind="vavae")[0].features().normalization == "model"
+
+
 @pytest.mark.parametrize("key", ["gradient_clipping", "bf16", "train_batch_size"])
 def test_what_follows_from_our_keys_is_not_overridden(published, key):
     run, _ = load(published, [f"deepspeed.overrides={{{key}: 1}}"], kind="lightningdit")

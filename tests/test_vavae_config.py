@@ -38,7 +38,8 @@ def test_published_yaml_becomes_our_sections():
     assert sections["preset"] == "paper" and sections["ckpt_path"] == "/path/to/ckpt"
     assert AutoencoderConfig(**sections["model"]) == AutoencoderConfig(size="f16d32")
     foundation = FoundationConfig(**sections["foundation"])
-    assert (foundation.model_name, foundation.normalization) == ("vit_large_patch14_dinov2.lvd142m", "published")
+    assert foundation.model_name == "vit_large_patch14_dinov2.lvd142m"
+    assert "normalization" not in foundation.model_fields_set  # `preset: paper` says it of this model
     loss = LossConfig(**sections["loss"])
     assert (loss.disc_start, loss.kl_weight, loss.disc_weight, loss.vf_weight) == (2501, 1e-6, 0.5, 0.1)
     assert (loss.distmat_margin, loss.cos_margin, loss.adaptive_vf, loss.reverse_proj) == (0.25, 0.5, True, True)

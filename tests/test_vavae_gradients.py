@@ -79,7 +79,7 @@ def plain_step(loss: LossConfig, found: dict[str, nn.Module], data, gan: bool, v
         total, reconstruction, _ = plain(images, noise, features if vf else None)
         total.backward()
     if gan:
-        plain_discriminator_loss(discriminator, images, reconstruction).backward()
+        plain_discriminator_loss(loss, discriminator, images, reconstruction).backward()
     return total.detach()
 
 
@@ -114,6 +114,30 @@ def test_gradients_are_those_of_the_plain_formulation(dtype, tolerance, vf, gan,
     for name in ours:
         assert_same_gradients(ours[name], theirs[name], tolerance)
     assert bool(gradients(ours["discriminator"])) == gan
+
+
+VARIANTS = (
+    {"disc_factor": 0.3, "logvar": 0.4},
+    {"adaptive_vf": False, "vf_weight": 0.7},
+    {"reverse_proj": False},
+    {"proj_fix": True},
+    {"distmat_weight": 0.3, "cos_weight": 2.0},
+)
+
+
+@pytest.mark.parametrize("gan", [False, True])
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_every_setting_of_the_loss_is_that_of_the_plain_formulation(fields, gan):
+    """Over two micro-batches, whose gradients add up."""
+    loss, data = LossConfig(**LOSS | fields), inputs(torch.float64, batch=4)
+    ours = networks(loss, torch.float64)
+    theirs = copy.deepcopy(ours)
+    for half in (slice(0, 2), slice(2, 4)):
+        part = [tensor[half] for tensor in data]
+        step(loss, ours, part, gan, True, None)
+        plain_step(loss, theirs, part, gan, True, None)
+    for name in ours:
+        assert_same_gradients(ours[name], theirs[name], 1e-9)
 
 
 class Walks:
@@ -184,6 +208,18 @@ def test_given_gradients_are_scaled_as_the_loss_is():
     assert torch.equal(x.grad, torch.tensor([0.75, 1.25, 1.75]))
 
 
+@pytest.mark.parametrize("vf, gan", product([False, True], repeat=2))
+def test_no_more_memory_than_the_plain_formulation(vf, gan, perceptual):
+    loss, data, peaks = LossConfig(**LOSS), inputs(torch.float32, batch=4), {}
+    net = copy.deepcopy(perceptual).float()
+    for run, distance in ((step, partial(lpips_distance, net)), (plain_step, net)):
+        found = networks(loss)
+        with LiveMemory() as memory:
+            run(loss, found, data, gan, vf, distance)
+        peaks[run] = memory.peak
+    assert peaks[step] <= peaks[plain_step], peaks
+
+
 @pytest.mark.parametrize("kind, gan", [(True, False), (True, True), ("pointwise", False)])
 def test_activation_checkpointing_keeps_gradients_and_saves_memory(kind, gan):
     loss, data = LossConfig(**LOSS), inputs(torch.float32, batch=4)
@@ -218,9 +254,7 @@ def test_compiled_networks_give_the_same_gradients(gan, perceptual):
     """As graphs without a break, of which the decoder's backward pass is walked twice where both terms are balanced."""
     loss, data = LossConfig(**LOSS), inputs(torch.float32)
     eager, graphs = networks(loss), networks(loss)
-    distance = Perceptual.__new__(Perceptual)
-    nn.Module.__init__(distance)
-    distance.net = copy.deepcopy(perceptual).float()
+    distance = Perceptual(copy.deepcopy(perceptual).float())
     step(loss, eager, data, gan, True, distance)
     torch._dynamo.reset()
     for network in (*graphs.values(), distance):
@@ -233,9 +267,7 @@ def test_compiled_networks_give_the_same_gradients(gan, perceptual):
 
 def test_lpips_in_bfloat16_compares_in_float32(perceptual):
     """VGG alone is rounded: the distance is float32, and as far off as bfloat16's digits."""
-    distance = Perceptual.__new__(Perceptual)
-    nn.Module.__init__(distance)
-    distance.net = copy.deepcopy(perceptual).float()
+    distance = Perceptual(copy.deepcopy(perceptual).float())
     x, y = inputs(torch.float32)[0], inputs(torch.float32)[0].flip(0)
     exact = distance(x, y)
     distance.cast(torch.bfloat16)

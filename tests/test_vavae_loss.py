@@ -293,7 +293,7 @@ def formula_lpips(tmp_path_factory) -> Perceptual:
     features = {k.split(".", 2)[2]: v for k, v in weights.items() if k.startswith("net.")}
     classifier = {"classifier.0.weight": torch.zeros(1)}
     torch.save({f"features.{k}": v for k, v in features.items()} | classifier, path)
-    model = Perceptual(str(path))
+    model = Perceptual.from_weights(str(path))
     for index, head in enumerate(model.net.lins):
         head.load_state_dict({"model.1.weight": weights[f"lin{index}.model.1.weight"].abs()})
     return model
@@ -335,13 +335,13 @@ def test_lpips_heads_are_those_of_the_wheel(formula_lpips, tmp_path, monkeypatch
         theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     theirs.net.load_state_dict(own)
     x, y = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    close("distance", Perceptual(str(path))(x, y), theirs(x, y), atol=1e-6)
+    close("distance", Perceptual.from_weights(str(path))(x, y), theirs(x, y), atol=1e-6)
 
 
 def test_a_wrong_backbone_is_named(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
     with pytest.raises(WeightsError, match=r"vgg.pth as VGG-16 does not fit: 25 missing: slice1.0.bias"):
-        Perceptual(str(tmp_path / "vgg.pth"))
+        Perceptual.from_weights(str(tmp_path / "vgg.pth"))
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch):
@@ -350,4 +350,4 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", offline)
     with pytest.raises(RuntimeError, match=r"could not download VGG-16.*perceptual_weights.*loss\.perceptual to none"):
-        Perceptual(None)
+        Perceptual.from_weights(None)

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,9 +286,40 @@ def test_weights_of_a_published_training_checkpoint_are_taken(files, tmp_path):
     write_tensors(tmp_path / "vae.safetensors", tensors)
     task.load_weights(str(tmp_path / "vae.safetensors"))
     assert_same_weights(task.networks, source.networks)
-    write_tensors(tmp_path / "bare.safetensors", {k: v for k, v in tensors.items() if not k.startswith("linear_proj")})
-    with pytest.raises(WeightsError, match=r"missing: linear_proj\.weight"):
-        task.load_weights(str(tmp_path / "bare.safetensors"))
+    for key in ("decoder.conv_in.bias", "linear_proj.bias"):
+        odd = {k: v for k, v in tensors.items() if k != key} | ({key: torch.zeros(24)} if key not in tensors else {})
+        write_tensors(tmp_path / "odd.safetensors", odd)
+        with pytest.raises(WeightsError, match=f"(missing|unexpected): {key}"):
+            task.load_weights(str(tmp_path / "odd.safetensors"))
+
+
+def test_a_projection_begins_and_ends_with_the_vf_term(files, tmp_path, caplog):
+    """A file without one starts a run with VF by its own, and says so; one with it starts a run without VF."""
+    source = dict(make(files, seed=3).networks["autoencoder"].state_dict())
+    bare = {k: v for k, v in source.items() if not k.startswith("linear_proj")}
+    write_tensors(tmp_path / "bare.safetensors", bare)
+    write_tensors(tmp_path / "aligned.safetensors", source)
+    task, own = make(files), make(files).networks["autoencoder"].linear_proj.weight
+    caplog.clear()
+    task.load_weights(str(tmp_path / "bare.safetensors"))
+    assert ["starts as initialised" in text for text in warnings(caplog)] == [True]
+    assert torch.equal(task.networks["autoencoder"].linear_proj.weight, own)
+    without = make(files, use_vf=False)
+    without.load_weights(str(tmp_path / "aligned.safetensors"))
+    for found in (task, without):
+        state = found.networks["autoencoder"].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in bare.items())
+
+
+def test_the_foundation_model_runs_where_its_features_are_used(files):
+    calls = []
+    for task in (make(files), make(files, vf_weight=0.0)):
+        task.foundation.register_forward_hook(lambda *args: calls.append(1))
+        batch, draws = batch_of(task), task.draw(0, 4, "cpu")
+        step_once(task, 1)
+        task.validate(task.networks, batch, draws)
+        task.pictures(task.networks, batch, draws)
+    assert len(calls) == 2, "training and validation of the first"
 
 
 def test_the_foundation_model_is_in_no_checkpoint(files):
@@ -364,6 +396,18 @@ def test_flops_are_three_forwards_of_the_convolutions():
     want = 3 * 2 * sum(products) + 3 * 2 * 2 * 5 * 64 * 64 * 64
     first = 2 * 16 * 16 * 32 * 27  # the images need no gradient
     assert cost.flops == pytest.approx(want - first, rel=0.02)
+
+
+def test_flops_of_a_step_are_those_of_the_documented_passes():
+    """f16d32 at 256 pixels, without the foundation model; `vavae/README.md` has the numbers, in GFLOP."""
+    text = (Path(__file__).parents[1] / "vavae/README.md").read_text()
+    found = []
+    for vf, gan in ((True, True), (True, False), (False, True)):
+        loss = LossConfig(use_vf=vf, disc_weight=0.5 if gan else 0.0, perceptual="lpips", disc_start=0)
+        costs = training_cost(AutoencoderConfig(size="f16d32"), FoundationConfig(), loss, 256)
+        found.append(round(sum(cost.flops for name, cost in costs.items() if name != "frozen") / 1e9))
+    (row,) = [line for line in text.splitlines() if line.startswith("| GFLOP an image")]
+    assert [int(cell.replace(",", "")) for cell in row.split("|")[2:-1]][1::2] == found
 
 
 def test_saved_elements_are_activations_not_weights():

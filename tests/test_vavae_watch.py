@@ -114,7 +114,9 @@ def test_channels_that_were_dead_all_the_time_are_warned_of(share, said):
 def test_figures_are_those_of_evaluation_and_of_other_libraries(vgg):
     a, b = images(0), images(1)
     b[1] = a[1] // 2  # figures are means of figures, not of errors
-    got = {name: value.item() for name, value in reconstruction_figures(a, b, Perceptual(str(vgg))).items()}
+    got = {
+        name: value.item() for name, value in reconstruction_figures(a, b, Perceptual.from_weights(str(vgg))).items()
+    }
     pairs = [[x.permute(1, 2, 0).numpy() for x in pair] for pair in zip(a, b, strict=True)]
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     want = {

@@ -353,6 +353,12 @@ def _not_set(*keys: str) -> ValueError:
     return ValueError("not set: " + "; ".join(f"{key} (in a published file {_PUBLISHED[key]})" for key in keys))
 
 
+def balances_both(loss: LossConfig, stages: Iterable[StageConfig]) -> bool:
+    """Whether some step balances the VF and the GAN term, for which the decoder has two backward passes."""
+    losses = [loss_at(loss, [stage], 0) for stage in stages] or [loss]
+    return loss.use_gan and loss.adaptive_vf and any(each.aligns for each in losses)
+
+
 def check_sections(
     model: AutoencoderConfig,
     foundation: FoundationConfig | None,

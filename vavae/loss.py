@@ -44,28 +44,36 @@ class Perceptual(nn.Module):
     """Frozen LPIPS on VGG-16 (arXiv 1801.03924): distances [B, 1, 1, 1] between batches [B, 3, H, W] in [−1, 1].
 
     Args:
-        backbone: local VGG-16 weights in torchvision's layout; None downloads torchvision's ImageNet weights.
-
-    The linear heads are those inside the `lpips` wheel (version 0.1).
-
-    Raises:
-        DownloadError: the backbone could not be downloaded.
-        ValueError: the local file does not fit.
+        net: of the `lpips` package.
     """
 
-    def __init__(self, backbone: str | None):
+    def __init__(self, net: lpips.LPIPS):
         super().__init__()
+        self.net = net
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_weights(cls, backbone: str | None) -> "Perceptual":
+        """With the linear heads inside the `lpips` wheel (version 0.1).
+
+        Args:
+            backbone: local VGG-16 weights in torchvision's layout; None downloads torchvision's ImageNet weights.
+
+        Raises:
+            DownloadError: the backbone could not be downloaded.
+            ValueError: the local file does not fit.
+        """
         vgg = read_tensors(backbone) if backbone is not None else _download_vgg()
         shipped = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
         heads = read_tensors(shipped)
-        self.net = lpips_network("cpu")
+        net = lpips_network("cpu")
         # torchvision's `features.<layer>.<kind>` is here `slice<n>.<layer>.<kind>`.
-        names = {key: f"features.{key.split('.', 1)[1]}" for key in self.net.net.state_dict()}
+        names = {key: f"features.{key.split('.', 1)[1]}" for key in net.net.state_dict()}
         convolutions = {key: vgg[name] for key, name in names.items() if name in vgg}
-        load_strict(self.net.net, convolutions, f"{backbone or 'of torchvision'} as VGG-16")
-        for index, head in enumerate(self.net.lins):
+        load_strict(net.net, convolutions, f"{backbone or 'of torchvision'} as VGG-16")
+        for index, head in enumerate(net.lins):
             load_strict(head, {"model.1.weight": heads[f"lin{index}.model.1.weight"]}, shipped)
-        self.eval().requires_grad_(False)
+        return cls(net)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Let VGG compute in `dtype`; its inputs are scaled, and its activations compared, in float32 all the same."""
@@ -218,8 +226,10 @@ def generator_loss(
         assert config.vf_weight is not None  # see check_sections
         weight = torch.full_like(vf, config.vf_weight)
         if config.adaptive_vf:
-            balanced, walked = _balance_vf(output, vf, nll_gradient, trains=discriminator is None)
-            weight, ends = weight * balanced, walked or ends
+            balanced, reached = _balance_vf(output, vf, nll_gradient, trains=discriminator is None)
+            weight = weight * balanced
+            if reached is not None:
+                ends = reached
         rest = rest + weight * vf
         logs |= vf_logs | {"vf_weight": weight}
     if config.kl_weight > 0:

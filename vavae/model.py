@@ -145,7 +145,7 @@ class MidBlock(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))  # [B, C, h, w]
 
 
-class Half(nn.Module):
+class Coder(nn.Module):
     """What encoder and decoder have in common: a last convolution apart from the rest, and activation checkpointing.
 
     `hidden` is what is compiled. The last convolution stays outside of that graph: the gradients that balance the terms
@@ -180,7 +180,7 @@ class Half(nn.Module):
         return block(x)
 
 
-class Encoder(Half):
+class Encoder(Coder):
     """Images [B, in_channels, H, W] → [B, 2Z, h, w]."""
 
     def __init__(self, config: AutoencoderConfig, ops: Ops):
@@ -205,7 +205,7 @@ class Encoder(Half):
         return self.norm_out(self.run(self.mid, x))  # [B, ch · ch_mult[-1], h, w]
 
 
-class Decoder(Half):
+class Decoder(Coder):
     """[B, Z, h, w] → images [B, out_ch, H, W]. `up` is indexed as `down`: the last runs first."""
 
     def __init__(self, config: AutoencoderConfig, ops: Ops):

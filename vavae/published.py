@@ -136,7 +136,7 @@ def _foundation(params: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(name, str) or name not in FOUNDATION_MODELS:
         raise ValueError(f"model.params.use_vf: {name!r} is not one of {', '.join(FOUNDATION_MODELS)}")
-    return {"model_name": FOUNDATION_MODELS[name], "normalization": "published"}
+    return {"model_name": FOUNDATION_MODELS[name]}  # which `preset: paper` feeds [−1, 1]
 
 
 def _loss(read: _Reader, params: Mapping[str, Any]) -> dict[str, Any]:

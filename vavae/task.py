@@ -22,6 +22,7 @@ from vavae.config import (
     FoundationConfig,
     LossConfig,
     StageConfig,
+    balances_both,
     check_sections,
     loss_at,
 )
@@ -39,9 +40,9 @@ from vavae.loss import (
     reconstruction_nll,
     vf_term,
 )
-from vavae.model import AutoencoderKL, Half
+from vavae.model import AutoencoderKL, Coder
 from vavae.watch import collapse_warnings, latent_activity, reconstruction_figures, similarity_to_centre
-from vavae.weights import log_dropped, split_tokenizer
+from vavae.weights import PROJECTION_PREFIX, log_dropped, split_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class AlignedAutoencoder(AutoencoderKL):
             self.linear_proj = nn.Conv2d(*channels, 1, bias=not reverse).requires_grad_(not fixed)
 
     @property
-    def graphs(self) -> list[tuple[nn.Module, str]]:
+    def compiled_methods(self) -> list[tuple[nn.Module, str]]:
         """Modules and their methods that are compiled, each as one graph; the terms are balanced between them."""
         return [(self.encoder, "hidden"), (self.decoder, "hidden")]
 
@@ -150,7 +151,7 @@ class VavaeTask:
         stages = tuple(stages)
         check_sections(model, foundation, loss, data, stages)
         self.model, self.loss, self.stages, self.ops, self.seed = model, loss, stages, ops, seed
-        self.use_checkpoint = use_checkpoint
+        self.use_checkpoint, self._cudagraphs = use_checkpoint, False
         self.global_batch_size = global_batch_size
         self.num_pictures, self._picture_similarities = num_pictures, picture_similarities
         self.grid = data.image_size // model.downsample_ratio
@@ -159,7 +160,7 @@ class VavaeTask:
         if loss.use_vf:
             assert foundation is not None  # see check_sections
             self.foundation = FoundationModel.from_config(foundation, self.grid)
-        self.perceptual = Perceptual(loss.perceptual_weights) if loss.perceptual == "lpips" else None
+        self.perceptual = Perceptual.from_weights(loss.perceptual_weights) if loss.perceptual == "lpips" else None
         if self.foundation is not None:
             self.foundation.to(frozen_dtype)
         self._validated_by = self.perceptual  # LPIPS in float32
@@ -168,12 +169,13 @@ class VavaeTask:
             self.perceptual.cast(frozen_dtype)
         self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
         for module in self.networks["autoencoder"].modules():
-            if isinstance(module, Half):
+            if isinstance(module, Coder):
                 module.use_checkpoint = use_checkpoint
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
         parts = split_tokenizer(read_tensors(path), path)
+        _fit_projection(self.networks["autoencoder"], parts.autoencoder, path)
         load_strict(self.networks["autoencoder"], parts.autoencoder, f"{path} as a tokenizer in training")
         if parts.discriminator and "discriminator" in self.networks:
             load_strict(self.networks["discriminator"], parts.discriminator, f"{path} as a discriminator")
@@ -183,23 +185,31 @@ class VavaeTask:
         """Move the frozen networks."""
         for network in self._frozen():
             network.to(device)
+            if device.type == "cuda":
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self, mode: str, deterministic: bool = True) -> None:
         """Compile the frozen networks in a mode of `kernels.compile.modes`."""
-        if mode == "none" and self.use_checkpoint == "pointwise" and self._walks_decoder_twice():
+        twice = balances_both(self.loss, self.stages)
+        if mode == "none" and self.use_checkpoint == "pointwise" and twice:
             raise ValueError(
                 "train.use_checkpoint is pointwise, which keeps results for one backward pass, but balancing both the "
                 "VF and the GAN term takes two through the decoder: use true, or compile inductor (train.compile)"
             )
-        if mode != "none":
-            # A balanced term's gradient is taken before the backward pass, from a graph that is walked again.
+        if mode != "none" and twice:  # the decoder's graph is kept after its first backward pass
             torch._functorch.config.donated_buffer = False
+        self._cudagraphs = mode == "cudagraphs"
         for network in self._frozen():
             compile_module(network, mode, self.ops, deterministic)
 
-    def _walks_decoder_twice(self) -> bool:
-        """Whether any step does; see `vavae.loss`."""
-        return self.loss.use_gan and self.loss.use_vf and self.loss.adaptive_vf
+    def _begin_graphs(self) -> None:
+        """Tell CUDA graphs that what those of the step before gave is not needed any more, and only now.
+
+        Otherwise any call of a graph while no backward pass is due counts as the beginning of a step, such as the
+        encoder's after the foundation model's, whose features the loss still reads.
+        """
+        if self._cudagraphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def _frozen(self) -> list[nn.Module]:
         return [network for network in (self.foundation, self.perceptual) if network is not None]
@@ -262,6 +272,7 @@ class VavaeTask:
             Detached scalars to log, means over the micro-batch; numbers (integers) of unreadable images and
             of those that Pillow decoded in place of another decoder.
         """
+        self._begin_graphs()
         config, images = self.loss_at(step), _laid_out(batch["image"])
         gan_weight = config.disc_factor * config.disc_weight
         gan = config.disc_start is not None and adopt_weight(gan_weight, step - 1, config.disc_start) > 0
@@ -269,7 +280,8 @@ class VavaeTask:
         discriminator = self.networks["discriminator"] if gan else None
         criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=discriminator)
         with frozen(discriminator) if discriminator is not None else nullcontext():
-            inputs = (images, draws["noise"], self._features(images) if config.aligns else None, criterion)
+            features = self._features(images) if config.aligns else None
+            inputs = (images, draws["noise"], features, criterion)
             loss, reconstruction, logs = networks["autoencoder"](*inputs)
             backward("autoencoder", loss)
         if gan:
@@ -282,11 +294,14 @@ class VavaeTask:
 
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Logs:
-        """Errors of the reconstruction from a posterior sample, without gradients.
+        """Errors of the reconstruction from a posterior sample, without gradients, under the loss of the run's section
+        whatever the stage.
 
         `psnr` (dB), `ssim` and `lpips` are of 8-bit images; see `vavae.watch.reconstruction_figures`.
         """
-        reconstruction, logs = self._reconstruct(networks, batch, draws, self._measure)
+        self._begin_graphs()
+        features = self._features(batch["image"]) if self.loss.aligns else None
+        reconstruction, logs = self._reconstruct(networks, batch, draws, features, self._measure)
         pair = to_uint8(batch["image"]), to_uint8(reconstruction)
         if self._validated_by is not None:
             self._validated_by.to(reconstruction.device)  # not there before: a run may have no validation
@@ -298,7 +313,9 @@ class VavaeTask:
 
         Images are uint8 [B, H, W, 3], maps of similarity to the centre, where they are asked for, float32 [B, h, w].
         """
-        reconstruction, maps = self._reconstruct(networks, batch, draws, self._similarities)
+        self._begin_graphs()
+        features = self._features(batch["image"]) if self._picture_similarities else None
+        reconstruction, maps = self._reconstruct(networks, batch, draws, features, self._similarities)
         original, decoded = (to_uint8(x).permute(0, 2, 3, 1) for x in (batch["image"], reconstruction))
         found = {"reconstructions": {"original": original, "decoded": decoded}}
         return found | {"similarities": {"original": original, **maps}} if maps else found
@@ -308,11 +325,15 @@ class VavaeTask:
         return collapse_warnings(row, self.model.embed_dim)
 
     def _reconstruct(
-        self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors, criterion: Criterion
+        self,
+        networks: Mapping[str, Callable],
+        batch: Tensors,
+        draws: Tensors,
+        features: torch.Tensor | None,
+        criterion: Criterion,
     ) -> tuple[torch.Tensor, Logs]:
         """Reconstructions [B, 3, H, W] float32 from posterior samples, and what the criterion logs."""
-        images = _laid_out(batch["image"])
-        inputs = (images, draws["noise"], self._features(images), criterion)
+        inputs = (_laid_out(batch["image"]), draws["noise"], features, criterion)
         _, reconstruction, logs = networks["autoencoder"](*inputs)
         return reconstruction.float(), logs
 
@@ -334,7 +355,20 @@ class VavaeTask:
         return output.reconstruction.new_zeros(()), maps
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
-        return self.foundation(images) if self.foundation is not None else None
+        return self.foundation(_laid_out(images)) if self.foundation is not None else None
+
+
+def _fit_projection(network: nn.Module, tensors: Tensors, path: str) -> None:
+    """Leave out a projection to features that the network has not, and keep its own where the file has none."""
+    ours = {k: v for k, v in network.state_dict().items() if k.startswith(PROJECTION_PREFIX)}
+    theirs = [key for key in tensors if key.startswith(PROJECTION_PREFIX)]
+    if ours and not theirs:
+        log.warning("%s has no %s*: the projection to features starts as initialised", path, PROJECTION_PREFIX)
+        tensors.update(ours)
+    elif theirs and not ours:
+        log.info("%s: left out %s*, as this run has no VF term", path, PROJECTION_PREFIX)
+        for key in theirs:
+            del tensors[key]
 
 
 def _laid_out(images: torch.Tensor) -> torch.Tensor:

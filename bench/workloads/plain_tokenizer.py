@@ -6,6 +6,7 @@ arXiv 2012.09841, as latent diffusion and VA-VAE train it). It reads the paramet
 given the same.
 """
 
+import math
 from types import MethodType
 
 import lpips
@@ -35,6 +36,11 @@ class PlainAutoencoder(nn.Module):
         discriminator: nn.Module | None,
     ):
         super().__init__()
+        if loss.reconstruction != "sum" or loss.disc_loss != "hinge":
+            raise ValueError(
+                f"the plain formulation sums errors and has a hinge loss; the config has reconstruction "
+                f"{loss.reconstruction} and disc_loss {loss.disc_loss}"
+            )
         self.network, self.loss = network, loss
         self.perceptual, self._discriminator = perceptual, [discriminator]  # in a list: no part of this network
         for module in network.modules():
@@ -49,21 +55,23 @@ class PlainAutoencoder(nn.Module):
         z = mean + (0.5 * logvar).exp() * noise
         reconstruction = net.decoder(net.post_quant_conv(z))
         error = (images - reconstruction).abs()
-        if self.perceptual is not None:
+        if self.perceptual is not None and loss.perceptual_weight > 0:
             error = error + loss.perceptual_weight * self.perceptual(images, reconstruction)
-        nll = error.sum() / len(images)
+        nll = (error / math.exp(loss.logvar) + loss.logvar).sum() / len(images)
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / len(images)
         total, logs = nll + loss.kl_weight * kl, {"nll": nll, "kl": kl}
         if features is not None:
             assert loss.vf_weight is not None
-            distmat, cos = vf_terms(net.linear_proj(z), features, loss)
+            pair = (net.linear_proj(z), features) if net.reverse else (z, net.linear_proj(features))
+            distmat, cos = vf_terms(pair[0], pair[1], loss)
             vf = loss.distmat_weight * distmat + loss.cos_weight * cos
-            weight = loss.vf_weight * adaptive_weight(nll, vf, net.encoder.conv_out.weight, 1e8)
-            total, logs = total + weight * vf, logs | {"vf_distmat": distmat, "vf_cos": cos, "vf_weight": weight}
+            balanced = adaptive_weight(nll, vf, net.encoder.conv_out.weight, 1e8) if loss.adaptive_vf else 1.0
+            total = total + loss.vf_weight * balanced * vf
+            logs |= {"vf_distmat": distmat, "vf_cos": cos, "vf_weight": torch.as_tensor(loss.vf_weight * balanced)}
         if self._discriminator[0] is not None:
             gan = -self._discriminator[0](reconstruction).mean()
             weight = loss.disc_weight * adaptive_weight(nll, gan, net.decoder.conv_out.weight, 1e4)
-            total, logs = total + weight * gan, logs | {"d_weight": weight}
+            total, logs = total + loss.disc_factor * weight * gan, logs | {"d_weight": weight}
         return total, reconstruction.detach(), {name: value.detach() for name, value in logs.items()}
 
 
@@ -84,7 +92,7 @@ def vf_terms(z: Tensor, f: Tensor, loss: LossConfig) -> tuple[Tensor, Tensor]:
     return distmat, cos
 
 
-def discriminator_loss(discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> Tensor:
+def discriminator_loss(loss: LossConfig, discriminator: nn.Module, images: Tensor, reconstruction: Tensor) -> Tensor:
     """The hinge loss (arXiv 1705.02894)."""
     real, fake = discriminator(images), discriminator(reconstruction)
-    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    return 0.5 * loss.disc_factor * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())

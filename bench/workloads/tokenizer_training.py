@@ -113,6 +113,7 @@ class BareStep(TaskStep):
         super().__init__(variant, setup)
         dtype = getattr(torch, variant.precision)
         self._optimizers = {name: FlatAdamW(network, self._ops, dtype) for name, network in self._networks.items()}
+        self._optimize = variant.optimizer
         self._task.compile(variant.compile, deterministic=variant.ours)
         for network in self._networks.values():
             compile_module(network, variant.compile, self._ops, deterministic=variant.ours)
@@ -127,7 +128,10 @@ class BareStep(TaskStep):
 
         logs = self._task.train_step(self._networks, self._batch, draws, self._step, backward)
         for name in stepped:
-            self._optimizers[name].step()
+            if self._optimize:
+                self._optimizers[name].step()
+            else:
+                self._networks[name].zero_grad()
         return logs
 
 
@@ -141,6 +145,7 @@ class PlainStep(TaskStep):
         self._foundation, self._discriminator = self._task.foundation, self._networks["discriminator"]
         perceptual = self._task.perceptual.net if self._task.perceptual is not None else None
         self._autoencoder = PlainAutoencoder(autoencoder, self._task.loss_at(1), perceptual, self._discriminator)
+        self._optimize = variant.optimizer
         betas, fused = (optimizer.beta1, optimizer.beta2), setup.device.type == "cuda"
         self._optimizers = [
             torch.optim.Adam(network.parameters(), lr=optimizer.lr, betas=betas, fused=fused)
@@ -152,10 +157,11 @@ class PlainStep(TaskStep):
         with frozen(self._discriminator):
             total, reconstruction, logs = self._autoencoder(images, noise, self._foundation(images))
             total.backward()
-        loss = discriminator_loss(self._discriminator, images, reconstruction)
+        loss = discriminator_loss(self._autoencoder.loss, self._discriminator, images, reconstruction)
         loss.backward()
         for optimizer in self._optimizers:
-            optimizer.step()
+            if self._optimize:
+                optimizer.step()
             optimizer.zero_grad()
         return logs | {"d_loss": loss.detach()}
 

@@ -2,6 +2,9 @@ import torch
 
 from kernels.registry import Backend
 
+#: Numbers that a CPU updates at once: few enough for all that is made on the way to stay in its caches.
+BLOCK = 2**18
+
 
 @torch.no_grad()
 def adamw_ema_(
@@ -19,6 +22,29 @@ def adamw_ema_(
     ema_decay,
     grad_scale,
     skip,
+    bf16_param=None,
+):
+    scalars = (step, lr, betas, eps, weight_decay, ema_decay, grad_scale, skip)
+    tensors = [param, grad, exp_avg, exp_avg_sq, ema, *([] if bf16_param is None else [bf16_param])]
+    size = BLOCK if param.device.type == "cpu" else max(param.numel(), 1)
+    for blocks in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        update(*scalars, *blocks)
+
+
+def update(
+    step,
+    lr,
+    betas,
+    eps,
+    weight_decay,
+    ema_decay,
+    grad_scale,
+    skip,
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    ema,
     bf16_param=None,
 ):
     acc_dtype = param.dtype

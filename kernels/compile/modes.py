@@ -57,7 +57,7 @@ def source_hash() -> str:
 def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, deterministic: bool = True) -> None:
     """Compile `module.forward` in a mode; a graph break is an error.
 
-    A module with the attribute `graphs`, pairs of a part and the name of a method, is compiled in those methods.
+    A module with the attribute `compiled_methods`, pairs of a part and a method's name, is compiled in those methods.
     Only `forward`, not `__call__`: hooks on the module, such as DeepSpeed's, cannot be traced. With "cudagraphs",
     forward and backward are a graph each: weights are read in place, at the same addresses after each step, and the
     inputs are copied in.
@@ -81,7 +81,7 @@ def compile_module(module: nn.Module, mode: str, ops: Ops | None = None, determi
                 forwards[kind] = compiled(kind.forward, "inductor", ops, deterministic)
             region.forward = MethodType(forwards[kind], region)
     elif mode != "none":
-        for part, method in getattr(module, "graphs", [(module, "forward")]):
+        for part, method in getattr(module, "compiled_methods", [(module, "forward")]):
             setattr(part, method, compiled(getattr(part, method), mode, ops, deterministic))
 
 

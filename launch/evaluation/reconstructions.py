@@ -65,7 +65,7 @@ def perceptual_distance(
     weights: str | Path | None, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS (VGG-16) between two batches of uint8 images, `[B]`; raises where the backbone's weights cannot be had."""
-    net = Perceptual(None if weights is None else str(weights)).to(device)
+    net = Perceptual.from_weights(None if weights is None else str(weights)).to(device)
 
     @torch.no_grad()
     def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -190,9 +190,7 @@ class FakeTask(VavaeTask):
         self.use_checkpoint, self.global_batch_size = variant.recompute, variant.batch
         with unset_fake_temporarily(), torch.device("meta"):
             foundation = FoundationModel.from_config(FoundationConfig(), 16, pretrained=False).bfloat16()
-            perceptual = Perceptual.__new__(Perceptual)
-            torch.nn.Module.__init__(perceptual)
-            perceptual.net = lpips_network("meta").eval().requires_grad_(False)
+            perceptual = Perceptual(lpips_network("meta"))
             perceptual.cast(torch.bfloat16)
             networks = build_networks(config, self.loss, self.ops, 0, foundation.width)
             for network in networks.values():

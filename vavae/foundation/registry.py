@@ -127,6 +127,11 @@ def plan(entry: Entry, config: FoundationConfig, grid: int) -> Plan:
     size, resize = _input_size(config, grid, stride=_stride(model, entry.name), name=entry.name), PUBLISHED_RESIZE
     if hasattr(model, "set_input_size") and not arguments.get("dynamic_img_size"):
         # Built for one size, a model holds positions of that size and does not interpolate them in each pass.
+        if arguments.get("img_size", size) != size:
+            raise ValueError(
+                f"foundation.model_args: img_size {arguments['img_size']}, but images of {size} pixels are what "
+                f"{entry.name} is given: leave it out, or set foundation.input_size"
+            )
         arguments["img_size"] = size
         if "dynamic_img_size" in inspect.signature(type(model).__init__).parameters:
             arguments["dynamic_img_size"] = False
