@@ -33,6 +33,7 @@ NAMES = {
     "data": ("provider", "workers", "batch_size"),
     "images": ("provider", "source", "device", "workers", "batch_size"),
     "triage": ("part", "name"),
+    "vf_study": ("study", "seed", "use_vf"),
 }
 #: Keys of `machine`.
 MACHINE = ("device", "gpu", "capability", "driver", "python", "torch", "cuda", "triton", "revision")
