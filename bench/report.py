@@ -1,7 +1,8 @@
-"""Write the pages of measurements: the README's tables, and `bench/results/README.md` with its pictures.
+"""Write the pages of measurements: the README's tables, and `bench/results/README.md` with its pictures; where
+`bench.vf_study` has left rows, its page and picture too.
 
 python -m bench.report            from the rows in bench/results/*.jsonl
-python -m bench.report --check    write nothing; ends with 1 if one of the two pages would change
+python -m bench.report --check    write nothing; ends with 1 if one of the pages would change
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 from bench.measure.rows import ROOT
-from bench.pages import comparison_tables, pictures, tables
+from bench.pages import alignment, comparison_tables, pictures, tables
 from bench.pages.measured import Measured, load
 from bench.pages.targets import missed
 
@@ -87,11 +88,11 @@ def note(notes: Path, name: str) -> str:
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """Path → its content by the rows."""
     folder, readme = root / "bench" / "results", root / "README.md"
-    results = load(folder)
+    results, study = load(folder), alignment.rows_in(folder)
     return {
         readme: filled(readme.read_text(encoding="utf-8"), results),
         folder / "README.md": page(results, folder / "notes"),
-    }
+    } | (alignment.page_of(study) if study.exists() else {})
 
 
 def stale(root: Path = ROOT) -> str:
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, print differences")
     if parser.parse_args(argv).check:
         differences = stale(root)
-        print(differences or "both pages agree with the rows")
+        print(differences or "the pages agree with the rows")
         return int(bool(differences))
     for path, text in pages(root).items():
         path.write_text(text, encoding="utf-8")
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     for gpu in load(root / "bench" / "results"):
         for path in pictures.draw(gpu, root / "bench" / "results"):
             print(path)
+    if (study := alignment.rows_in(root / "bench" / "results")).exists():
+        print(alignment.draw(study))
     return 0
 
 

@@ -30,6 +30,7 @@ from bench.pages import alignment as pages
 from bench.workloads.alignment import Arm, Material, RunFile, digits
 from common.files import make_directory, read_json, require_writable, write_json, write_text
 from launch.arguments import local_path
+from launch.config import Run
 
 MODULE = "bench.vf_study"
 OUTPUT = Path("output") / "vf_study"
@@ -43,9 +44,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    run_file = {"nargs": "+", "metavar": ("CONFIG", "key=value")}
-    made.add_argument("--tokenizer", **run_file, help="its run file, and what to change in it (digits_vavae.yaml)")
-    made.add_argument("--lightningdit", **run_file, help="its run file, and what to change in it (digits.yaml)")
+    for name, (default,) in DIGITS.items():
+        what = f"its run file, and what to change in it (default: {default})"
+        made.add_argument(f"--{name}", nargs="+", metavar=("CONFIG", "key=value"), help=what)
     made.add_argument("--seeds", nargs="+", type=program.whole_number(0), default=[0, 1], metavar="N")
     made.add_argument("--repeats", type=program.whole_number(1), default=3, help="draws of latents to average over")
     made.add_argument("--output", type=local_path, default=OUTPUT, help=f"folder of the runs (default: {OUTPUT})")
@@ -76,25 +77,23 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def material(options: argparse.Namespace) -> Material:
     """What the study is of; the digits are made where they are not there yet. Raises ValueError where it is wrong."""
-    given = {"tokenizer": options.tokenizer, "lightningdit": options.lightningdit}
-    kinds = {"tokenizer": "vavae", "lightningdit": "lightningdit"}
-    files = {
-        name: RunFile(kinds[name], path, tuple(overrides))
-        for name, (path, *overrides) in {name: given[name] or DIGITS[name] for name in DIGITS}.items()
-    }
+    path, *overrides = options.tokenizer or DIGITS["tokenizer"]
+    tokenizer = RunFile("vavae", path, tuple(overrides))
+    path, *overrides = options.lightningdit or DIGITS["lightningdit"]
+    lightningdit = RunFile("lightningdit", path, tuple(overrides))
     if options.images is None:
-        made = digits(options.output, **files, repeats=options.repeats)
+        made = digits(options.output, tokenizer, lightningdit, options.repeats)
     else:
-        named = {"--foundation": options.foundation, "--inception-weights": options.inception_weights}
-        features = tuple(str(part) for name, path in named.items() if path for part in (name, path))
         made = Material(
             name=options.images.name,
             images=options.images,
             heldout=options.heldout,
-            features=features,
+            tokenizer=tokenizer,
+            lightningdit=lightningdit,
+            foundation=options.foundation,
+            inception_weights=options.inception_weights,
             repeats=options.repeats,
             allow_few=options.allow_few,
-            **files,
         )
     made.check()
     return made
@@ -119,9 +118,13 @@ def claim(output: Path, settings: dict) -> str:
 
 def configs(made: Material) -> dict[str, dict]:
     """The two run files as rows state them: name, overrides, steps, batch, and a hash of all that they say."""
-    files = {"tokenizer": made.tokenizer, "LightningDiT": made.lightningdit}
+    tokenizer, lightningdit = made.runs
+    files: dict[str, tuple[RunFile, Run]] = {
+        "tokenizer": (made.tokenizer, tokenizer),
+        "LightningDiT": (made.lightningdit, lightningdit),
+    }
     found = {}
-    for (name, file), run in zip(files.items(), made.runs, strict=True):
+    for name, (file, run) in files.items():
         said = json.dumps(file.settings(run), sort_keys=True)
         found[name] = {
             "file": Path(file.path).name,
@@ -140,11 +143,11 @@ def merge(path: Path, fresh: Sequence[Row]) -> None:
     write_text(path, "".join(line(row) for row in have.values()))
 
 
-def run(options: argparse.Namespace) -> list[Path]:
-    """The whole study → the files made of it."""
+def run(options: argparse.Namespace) -> pages.Study:
+    """The whole study, with pages of all in its file of rows → what is there of it."""
     from launch.training.engine import uses_cuda  # imports DeepSpeed
 
-    out = options.out or options.output / "vf_study.jsonl"
+    out = options.out or pages.rows_in(options.output)
     require_writable(out)
     make_directory(options.output)
     common = machine("cuda" if uses_cuda() else "cpu") | {name: host()[name] for name in ("cpu", "cores")}
@@ -162,7 +165,9 @@ def run(options: argparse.Namespace) -> list[Path]:
                 row = {"kind": pages.KIND, "seed": seed, "use_vf": use_vf, "status": "ok", "reason": "", **facts}
                 write_json(folder / "row.json", complete(row | found, common))
             merge(out, [read_json(folder / "row.json")])
-    return [out, *pages.write(out)]
+    for path in (out, *pages.write(out)):
+        print(path)
+    return next(each for each in pages.load(out) if each.name == study)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,12 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     for package in ("lightningdit", "vavae", "launch"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
-        for path in run(options):
-            print(path)
+        study = run(options)
     except (ValueError, OSError) as error:
         print(f"{MODULE}: {error}", file=sys.stderr)
         return program.USAGE
-    study = pages.load(options.out or options.output / "vf_study.jsonl")[-1]
     print(f"\n{pages.results_table(study)}\n\n{pages.verdict(study)}")
     return 0
 

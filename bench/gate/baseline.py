@@ -12,6 +12,8 @@ from common.files import make_directory, write_text
 RESULTS = ROOT / "bench" / "results"
 #: Kinds of rows that count on a CPU, too.
 LOADERS = ("data", "images")
+#: Kinds of rows that hold no speed: verdicts of `bench.triage` on its children, and quality.
+NO_SPEED = ("triage", "vf_study")
 
 
 def path_for(gpu: str, folder: Path | None = None) -> Path:
@@ -20,11 +22,8 @@ def path_for(gpu: str, folder: Path | None = None) -> Path:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """The rows of a file that were measured on a GPU, and those of the loaders that feed it.
-
-    Verdicts of `bench.triage` on its children are no measurements.
-    """
-    yield from (row for row in read(path) if row["kind"] != "triage")
+    """The rows of speeds of a file that were measured on a GPU, and those of the loaders that feed it."""
+    yield from (row for row in read(path) if row["kind"] not in NO_SPEED)
     yield from (row for row in read(path, "cpu") if row["kind"] in LOADERS)
 
 

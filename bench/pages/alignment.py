@@ -3,14 +3,18 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from bench.measure.rows import Row, read
 from bench.pages.markdown import table
 from common.files import atomic_write, write_text
 
 KIND = "vf_study"
+#: Mark, line and grey of the seeds in a picture, in their order.
+STYLES = (("o", "-", "0.0"), ("s", "--", "0.15"), ("^", ":", "0.3"), ("v", "-.", "0.45"), ("D", "-", "0.6"))
 INTRODUCTION = """# Does alignment help?
 
 Made by `python -m bench.vf_study` from the rows in `{rows}`; an edit of this page is lost. Two tokenizers of a seed are
@@ -38,7 +42,7 @@ class Figure:
 
 
 FIGURES = (
-    Figure("psnr", "reconstructions of held-out images, PSNR in dB", True, ".2f", "PSNR, dB"),
+    Figure("psnr", "reconstructions of held-out images, PSNR in dB", True, ".2f", "PSNR (dB)"),
     Figure("ssim", "the same, SSIM", True, ".4f", "SSIM"),
     Figure("density_cv", "latents, coefficient of variation of the density", False, ".4f", "density CV"),
     Figure("gini", "latents, Gini coefficient of the density", False, ".4f", "Gini"),
@@ -88,6 +92,10 @@ class Study:
     """Rows of the same settings."""
 
     rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        return self.rows[0]["study"]
 
     @cached_property
     def arms(self) -> dict[tuple[int, bool], Row]:
@@ -214,53 +222,67 @@ def page(found: list[Study], rows: str, picture: str) -> str:
     return "\n".join(parts)
 
 
-def draw(found: list[Study], path: Path) -> None:
-    """Small panels, one for each figure and study: a line for each seed from its value without to that with VF.
+def rows_in(folder: Path) -> Path:
+    """The file of rows of a folder."""
+    return folder / f"{KIND}.jsonl"
 
-    Seeds differ by mark and line, so that the picture can be read in grey.
+
+def page_of(rows: Path) -> dict[Path, str]:
+    """Path → content of the page beside a file of rows."""
+    text, picture = rows.with_suffix(".md"), rows.with_suffix(".svg")
+    return {text: page(load(rows), rows.name, picture.name)}
+
+
+def draw(rows: Path) -> Path | None:
+    """Write the picture beside a file of rows, if a seed was measured both ways → its path.
+
+    Small panels, one for each figure of a study: a line for each seed from its value without VF to that with it. Seeds
+    differ by mark and line, so that the picture can be read in grey.
     """
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    found = [study for study in found if study.pairs]
-    width = max(len(study.pairs) for study in found)
+    if not (found := [study for study in load(rows) if study.pairs]):
+        return None
+    columns = -(-max(len(study.pairs) for study in found) // 2)
+    styles = dict(zip(sorted({seed for study in found for seed in study.seeds}), cycle(STYLES), strict=False))
     with matplotlib.rc_context({"svg.hashsalt": KIND, "svg.fonttype": "none", "font.size": 8}):
-        columns = -(-width // 2)
         canvas = Canvas(figsize=(2.3 * columns, 4.4 * len(found)), layout="constrained")
         grid = canvas.subplots(2 * len(found), columns, squeeze=False)
+        legend: dict[str, Any] = {}
         for axes in grid.flat:
             axes.set_axis_off()
         for number, study in enumerate(found):
             for axes, pair in zip(grid[2 * number : 2 * number + 2].flat, study.pairs, strict=False):
                 axes.set_axis_on()
-                _panel(axes, pair, study.seeds)
-        lines, names = grid[0, 0].get_legend_handles_labels()
-        canvas.legend(lines, names, loc="outside lower center", ncols=len(names))
-        with atomic_write(path) as file:
+                legend |= _panel(axes, pair, {seed: styles[seed] for seed in study.seeds})
+            grid[2 * number, 0].set_ylabel(study.rows[0]["settings"]["images"])
+        canvas.legend([*legend.values()], [*legend], loc="outside lower center", ncols=9)
+        with atomic_write(rows.with_suffix(".svg")) as file:
             canvas.savefig(file, format="svg", metadata={"Date": None})
+    return rows.with_suffix(".svg")
 
 
-def _panel(axes, pair: Pairs, seeds: list[int]) -> None:
-    styles = [("o", "-"), ("s", "--"), ("^", ":"), ("v", "-."), ("D", "-")]
+def _panel(axes, pair: Pairs, styles: dict[int, tuple[str, str, str]]) -> dict[str, Any]:
+    """Draw one figure; styles: mark, line and grey of each seed → what is drawn, by its name in the legend."""
     scale = 100 if pair.figure.form.endswith("%") else 1
-    for number, seed in enumerate(seeds):
-        values = [scale * pair.without[number], scale * pair.aligned[number]]
-        mark, line = styles[number % len(styles)]
-        grey = str(0.15 * (number % 4))
-        axes.plot([0, 1], values, marker=mark, ls=line, color=grey, lw=1, ms=5, label=f"seed {seed}")
+    drawn = {}
+    for seed, without, aligned in zip(styles, pair.without, pair.aligned, strict=True):
+        mark, line, grey = styles[seed]
+        values = [scale * without, scale * aligned]
+        (drawn[f"seed {seed}"],) = axes.plot([0, 1], values, marker=mark, ls=line, color=grey, lw=1, ms=5)
     means = [scale * fmean(pair.without), scale * fmean(pair.aligned)]
-    axes.plot([0, 1], means, ls="none", marker="_", ms=22, mew=2.5, color="black", label="mean")
+    (drawn["mean"],) = axes.plot([0, 1], means, ls="none", marker="_", ms=22, mew=2.5, color="black")
     axes.set_xticks([0, 1], ["without", "with VF"])
     axes.set_xlim(-0.4, 1.4)
-    unit = " %" if scale == 100 else ""
+    unit = ", %" if scale == 100 else ""
     axes.set_title(f"{pair.figure.short}{unit} ({'higher' if pair.figure.higher else 'lower'} is better)", fontsize=7)
+    return drawn
 
 
 def write(rows: Path) -> list[Path]:
-    """Write the page and the picture beside a file of rows, with its name; their paths."""
-    found, text, picture = load(rows), rows.with_suffix(".md"), rows.with_suffix(".svg")
-    write_text(text, page(found, rows.name, picture.name))
-    if not any(study.pairs for study in found):
-        return [text]
-    draw(found, picture)
-    return [text, picture]
+    """Write the page and the picture of a file of rows beside it; their paths."""
+    pages = page_of(rows)
+    for path, text in pages.items():
+        write_text(path, text)
+    return [*pages, *filter(None, [draw(rows)])]

@@ -21,7 +21,7 @@ from launch.config import LightningDiTRun, Run, VavaeRun, load, select_ops
 from launch.digits_demo import dataset
 from launch.digits_demo.classifier import DigitClassifier, samples_report
 from launch.digits_demo.foundation import train_foundation
-from launch.evaluation.features import FoundationFeatures
+from launch.evaluation.features import FoundationFeatures, InceptionFeatures
 from launch.evaluation.image_source import Decoding, open_images
 from launch.evaluation.metrics import FeatureStatistics, frechet_distance
 from launch.evaluation.reconstructions import Reconstructions, evaluate_reconstructions
@@ -64,7 +64,9 @@ class RunFile:
                 raise ValueError(f"{override}: {name} is what the study itself sets; leave it out")
 
     def load(self, own: Sequence[str] = ()) -> Run:
-        return load(self.path, [*self.overrides, *own], kind=self.kind)[0]
+        run, _ = load(self.path, [*self.overrides, *own], kind=self.kind)
+        assert isinstance(run, VavaeRun | LightningDiTRun)
+        return run
 
     def arguments(self, own: Sequence[str]) -> list[str]:
         """What a program is given: the file, the overrides, and those of one run."""
@@ -89,7 +91,10 @@ class Material:
     Fields:
         name: of the images, in tables.
         images, heldout: what is trained on, and compared with.
-        features: options of `launch evaluate` that name the network.
+        foundation, inception_weights: weights of that network, see `launch.evaluation.features`; without either,
+            Inception is downloaded.
+        repeats: draws of latents that uniformity is averaged over.
+        allow_few: compare no more images than there are features.
         digits: whether images are the demo's digits, whose classifiers say more.
     """
 
@@ -98,10 +103,22 @@ class Material:
     heldout: Path
     tokenizer: RunFile
     lightningdit: RunFile
-    features: tuple[str, ...] = ()
+    foundation: Path | None = None
+    inception_weights: Path | None = None
     repeats: int = 1
     allow_few: bool = False
     digits: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Options of `launch evaluate` that name the network."""
+        named = {"--foundation": self.foundation, "--inception-weights": self.inception_weights}
+        return tuple(str(part) for option, path in named.items() if path for part in (option, path))
+
+    def extractor(self) -> FoundationFeatures | InceptionFeatures:
+        if self.foundation is not None:
+            return FoundationFeatures.from_file(self.foundation, _device())
+        return InceptionFeatures(self.inception_weights, _device())
 
     @cached_property
     def runs(self) -> tuple[VavaeRun, LightningDiTRun]:
@@ -142,7 +159,17 @@ class Material:
                 f"data.num_classes is {lightningdit.data.num_classes} in {self.lightningdit.path}, but "
                 f"{self.images} has {len(classes)} classes"
             )
-        open_source(self.heldout, split="val", labelled=False)
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        """Raise ValueError where a Fréchet distance would be of no more images than features."""
+        tokenizer, lightningdit = self.runs
+        heldout = open_images(self.heldout, tokenizer.data.image_size)
+        width = self.extractor()(next(iter(heldout.batches(1))))["features"].shape[1]
+        counts = {f"{self.heldout}": len(heldout), "sample.fid_num": lightningdit.sampling().fid_num}
+        for what, count in counts.items():
+            if count <= width and not self.allow_few:
+                raise ValueError(f"{what}: {count} images for {width} features, of which no distance can be relied on")
 
     def settings(self) -> dict:
         """What a study is of: rows with the same are of one study. A JSON-ready dict."""
@@ -181,7 +208,7 @@ def digits(folder: Path, tokenizer: RunFile, lightningdit: RunFile, repeats: int
         heldout=folders.heldout,
         tokenizer=RunFile(tokenizer.kind, tokenizer.path, (*tokenizer.overrides, key("foundation.weights", weights))),
         lightningdit=lightningdit,
-        features=("--foundation", str(weights)),
+        foundation=weights,
         repeats=repeats,
         digits=True,
     )
@@ -276,9 +303,10 @@ class Arm:
         training, heldout = dataset.read(self.material.images), dataset.read(self.material.heldout)
         with np.load(npz) as content:
             made, labels = torch.from_numpy(content["arr_0"]), torch.from_numpy(content["arr_1"])
-        extractor = FoundationFeatures.from_file(self.material.features[-1], _device())
+        extractor = self.material.extractor()
+        assert isinstance(extractor, FoundationFeatures)
         classifier = DigitClassifier(training, heldout)
-        report = samples_report(classifier, made, labels, training, heldout, lambda batch: extractor.pooled(batch))
+        report = samples_report(classifier, made, labels, training, heldout, extractor.pooled)
         moments = [FeatureStatistics().update(dataset.downsample(x).flatten(1)).moments for x in (made, heldout.images)]
         return {
             "recognised": report["recognised"],

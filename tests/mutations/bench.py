@@ -87,4 +87,38 @@ MISTAKES = {
         "bench/workloads/image_loading.py", "if by_pillow == 1:", "if by_pillow > 1:",
         "test_bench_images.py::test_files_that_only_pillow_reads_are_no_measure_of_a_decoder",
     ),
+    "alignment_helps_where_less_is_better": Mistake(
+        "bench/pages/alignment.py", "sum(d > 0 if self.figure.higher else d < 0 for d in self.differences)",
+        "sum(d > 0 for d in self.differences)",
+        "test_bench_vf_study.py::test_the_table_by_hand",
+    ),
+    "difference_of_alignment_upside_down": Mistake(
+        "bench/pages/alignment.py", "tuple(a - b for a, b in zip(self.aligned,",
+        "tuple(b - a for a, b in zip(self.aligned,",
+        "test_bench_vf_study.py::test_the_table_by_hand",
+    ),
+    "a_seed_with_one_arm_counts": Mistake(
+        "bench/pages/alignment.py", "if use_vf and (seed, False) in self.arms)", "if use_vf)",
+        "test_bench_vf_study.py::test_a_seed_counts_once_both_its_rows_are_there",
+    ),
+    "stages_done_again": Mistake(
+        "bench/workloads/alignment.py", "            if name in done:\n", "            if name == done:\n",
+        "test_bench_vf_study.py::test_a_study_goes_on_where_it_was_interrupted",
+    ),
+    "both_tokenizers_aligned": Mistake(
+        "bench/workloads/alignment.py", "loss.use_vf={json.dumps(self.use_vf)}", "loss.use_vf=true",
+        "test_bench_vf_study.py::test_two_arms_differ_in_the_vf_loss_alone",
+    ),
+    "other_noise_for_the_aligned": Mistake(
+        "bench/workloads/alignment.py", 'f"sample.seed={self.seed}")', 'f"sample.seed={self.seed + self.use_vf}")',
+        "test_bench_vf_study.py::test_two_arms_differ_in_the_vf_loss_alone",
+    ),
+    "alignment_of_other_settings_mixed": Mistake(
+        "bench/vf_study.py", "if earlier.get(name) != settings[name]]", "if name not in earlier]",
+        "test_bench_vf_study.py::test_a_folder_holds_one_study",
+    ),
+    "quality_as_speed_of_a_gpu": Mistake(
+        "bench/gate/baseline.py", 'NO_SPEED = ("triage", "vf_study")', 'NO_SPEED = ("triage",)',
+        "test_bench_vf_study.py::test_a_study_on_a_gpu_is_no_row_of_speeds",
+    ),
 }  # fmt: skip
