@@ -85,7 +85,7 @@ def material(options: argparse.Namespace) -> Material:
         made = digits(options.output, tokenizer, lightningdit, options.repeats)
     else:
         made = Material(
-            name=options.images.name,
+            name="/".join(options.images.absolute().parts[-2:]),
             images=options.images,
             heldout=options.heldout,
             tokenizer=tokenizer,

@@ -133,7 +133,7 @@ def test_image_folders_are_measured_without_the_digits_classifier(finished, tmp_
     monkeypatch.setattr(latent_space, "VECTORS", 48)
     folder = finished.root
     made = material(folder, "--repeats", "2")
-    assert made.settings()["images"] == "train" and made.settings()["features"][0] == "--foundation"
+    assert made.settings()["images"] == "data/train" and made.settings()["features"][0] == "--foundation"
     shutil.copytree(folder / "seed5-vf", tmp_path / "arm")
     alignment.Arm(tmp_path / "arm", made, 5, True).evaluate()
     found, known = json.loads((tmp_path / "arm" / "figures.json").read_text()), finished.rows[1]
@@ -163,6 +163,16 @@ def test_image_folders_are_measured_without_the_digits_classifier(finished, tmp_
 def test_what_does_not_fit_is_refused_before_the_first_step(finished, tokenizer, lightningdit, message):
     with pytest.raises(ValueError, match=message):
         material(finished.root, tokenizer=tokenizer, lightningdit=lightningdit)
+
+
+def test_too_few_images_for_the_uniformity_of_their_latents(finished, tmp_path):
+    shutil.copytree(finished.root / "data", tmp_path / "data")
+    for label in range(10):
+        for path in sorted((tmp_path / "data" / "train" / str(label)).iterdir())[3:]:
+            path.unlink()
+    (tmp_path / "foundation").symlink_to(finished.root / "foundation")
+    with pytest.raises(ValueError, match="train: 30 images; the uniformity of their latents needs over 30"):
+        material(tmp_path)
 
 
 def test_few_images_are_compared_where_that_is_asked_for(finished):
@@ -222,7 +232,7 @@ def rows() -> list[Row]:
 def test_the_table_by_hand():
     (study,) = pages.studies(rows())
     assert pages.results_table(study).splitlines() == [
-        "|  | better | without VF (seeds 0, 1) | with VF | difference | its spread | better with VF |",
+        "|  | better | without VF (seeds 0, 1) | with VF | with − without | its spread | better with VF |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         "| reconstructions of held-out images, PSNR in dB | higher | 31.00 (30.00, 32.00) | 29.50 (29.00, 30.00) "
         "| −1.50 | 0.71 | 0 of 2 seeds |",
@@ -254,10 +264,13 @@ def test_a_seed_counts_once_both_its_rows_are_there():
 
 def test_studies_of_other_settings_are_apart(tmp_path):
     path = tmp_path / "vf_study.jsonl"
-    others = [each | {"study": "another", "digits": False, "seed": 1 + each["seed"]} for each in rows()]
+    folders = {"study": "another", "digits": False, "revision": "89-dirty"}
+    folders |= {"settings": rows()[0]["settings"] | {"images": "ImageNet/train"}}
+    others = [each | folders | {"seed": 1 + each["seed"]} for each in rows()]
     path.write_text("".join(map(line, rows() + others)))
     text, picture = (found.read_text() for found in pages.write(path))
-    assert text.count("## Handwritten digits") == 2 and text.count(pages.CAVEAT) == 1
+    assert text.count("## Handwritten digits\n") == text.count("## `ImageNet/train`\n") == text.count(pages.CAVEAT) == 1
+    assert "revision 01234\n" in text and "revision 89-dirty\n" in text
     assert [picture.count(f"seed {seed}<") for seed in range(4)] == [1, 1, 1, 0], "one legend for both"
     assert picture.count("recognised") == 2
 

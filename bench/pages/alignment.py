@@ -17,10 +17,10 @@ KIND = "vf_study"
 STYLES = (("o", "-", "0.0"), ("s", "--", "0.15"), ("^", ":", "0.3"), ("v", "-.", "0.45"), ("D", "-", "0.6"))
 INTRODUCTION = """# Does alignment help?
 
-Made by `python -m bench.vf_study` from the rows in `{rows}`; an edit of this page is lost. Two tokenizers of a seed are
-trained, with the VF loss and without it (`loss.use_vf`), from the same initial weights, on the same images in the same
-order and for the same steps; then a LightningDiT on the latents of each, and the same number of images is sampled from
-the same noise.
+Made by `python -m bench.vf_study` from the rows in `{rows}`; an edit of this page is lost. Two tokenizers
+of a seed are trained, with the VF loss and without it (`loss.use_vf`), from the same initial weights, on the same
+images in the same order and for the same steps; then a LightningDiT on the latents of each, and the same number of
+images is sampled from the same noise.
 """
 CAVEAT = """\
 The stand-in for a foundation model is a classifier trained on these digits, with their labels: it knows more about
@@ -97,6 +97,11 @@ class Study:
     def name(self) -> str:
         return self.rows[0]["study"]
 
+    @property
+    def title(self) -> str:
+        images = self.rows[0]["settings"]["images"]
+        return images.capitalize() if self.rows[0]["digits"] else f"`{images}`"
+
     @cached_property
     def arms(self) -> dict[tuple[int, bool], Row]:
         return {(row["seed"], row["use_vf"]): row for row in self.rows}
@@ -135,7 +140,7 @@ def load(path: Path) -> list[Study]:
 def results_table(study: Study) -> str:
     """A line for each figure: mean and value of each seed, without and with VF, and their difference."""
     names = ", ".join(map(str, study.seeds))
-    head = ["", "better", f"without VF (seeds {names})", "with VF", "difference", "its spread", "better with VF"]
+    head = ["", "better", f"without VF (seeds {names})", "with VF", "with − without", "its spread", "better with VF"]
     lines = []
     for pair in study.pairs:
         form = pair.figure.form
@@ -175,11 +180,8 @@ def described(study: Study) -> str:
     """What was trained, on what, and on which machine."""
     row = study.rows[0]
     settings, devices = row["settings"], sorted({_device(row) for row in study.rows})
-    files = [
-        f"{name} `{' '.join([run['file'], *run['overrides']])}`, {run['steps']:,} steps of {run['batch']:,}"
-        for name, run in row["configs"].items()
-    ]
-    versions = sorted({f"torch {r['torch']}, revision {r['revision']:.12}" for r in study.rows})
+    files = [f"{name} {_trained(run)}" for name, run in row["configs"].items()]
+    versions = sorted({f"torch {r['torch']}, revision {_revision(r)}" for r in study.rows})
     return "\n".join(
         [
             f"* images: {settings['training_images']:,} to train on, {settings['heldout_images']:,} held out",
@@ -193,8 +195,20 @@ def described(study: Study) -> str:
     )
 
 
+def _trained(run: Row) -> str:
+    """A run file, what was changed in it, and how long it was trained."""
+    changed = any(override.startswith("train.max_steps=") for override in run["overrides"])
+    remark = ": not the file's own number, at which the figures may compare otherwise" if changed else ""
+    return f"`{' '.join([run['file'], *run['overrides']])}`, {run['steps']:,} steps of {run['batch']:,}{remark}"
+
+
 def _device(row: Row) -> str:
     return row["gpu"] or f"a CPU ({row['cpu']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''})"
+
+
+def _revision(row: Row) -> str:
+    revision, dirty, _ = row["revision"].partition("-dirty")
+    return f"{revision:.12}{dirty}"
 
 
 def _draws(repeats: int) -> str:
@@ -211,7 +225,7 @@ def page(found: list[Study], rows: str, picture: str) -> str:
     """The page of a file of rows; picture: its name, beside the page."""
     parts = [INTRODUCTION.format(rows=rows)]
     for study in found:
-        parts += [f"## {study.rows[0]['settings']['images'].capitalize()}\n"]
+        parts.append(f"## {study.title}\n")
         if not study.pairs:
             parts.append("No seed has been measured both with and without VF.\n")
             continue

@@ -43,6 +43,7 @@ OWN_KEYS = {
 #: Files of machines, not settings; their content is not looked at.
 PATH_KEYS = ("foundation.weights", "loss.perceptual_weights", "data.fid_reference_file", "data.valid_path")
 LATENTS = "latents"
+PERPLEXITY = 30  # of the t-SNE plane; uniformity needs more latents than that, and takes one vector of each
 
 
 def key(name: str, path: Path | str) -> str:
@@ -162,7 +163,9 @@ class Material:
         self._check_counts()
 
     def _check_counts(self) -> None:
-        """Raise ValueError where a Fréchet distance would be of no more images than features."""
+        """Raise ValueError where a figure would be of too few images."""
+        if (count := len(open_source(self.images))) <= PERPLEXITY:
+            raise ValueError(f"{self.images}: {count} images; the uniformity of their latents needs over {PERPLEXITY}")
         tokenizer, lightningdit = self.runs
         heldout = open_images(self.heldout, tokenizer.data.image_size)
         width = self.extractor()(next(iter(heldout.batches(1))))["features"].shape[1]
