@@ -107,7 +107,7 @@ def claim(output: Path, settings: dict) -> str:
     """
     path = output / "study.json"
     earlier = read_json(path) if path.is_file() else settings
-    if changed := [name for name in settings if earlier.get(name) != settings[name]]:
+    if changed := sorted(name for name in earlier | settings if earlier.get(name) != settings.get(name)):
         raise ValueError(
             f"{output} holds a study with other settings ({', '.join(changed)}): name another --output, or give "
             "the options that it was begun with"

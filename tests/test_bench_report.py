@@ -315,11 +315,13 @@ def test_the_tables_of_comparisons(tmp_path):
     xl = "| LightningDiT-XL/1 | 64 | bfloat16 |"
     assert f"{xl} auto | 4.50 | 1.0 % | 4.75 | 55.0 % | 2.25 |  | 60.25 | 30.50 | 320.00 | 4.00 |  |" in page
     assert f"{xl} plain-eager | 2.00 | 1.0 % | 2.10 | 55.0 % |  |  | 120.00 |  |  |  |  |" in page
-    encode = "| encode | bfloat16 | 64 | auto | 2,100.0 | 1.0 % | 55.0 % | 20.0 GB | 1.75 |  |"
+    encode = "| encode | bfloat16 | 64 | auto | 2,100.0 | 1.0 % | 55.0 % | 20.0 GB | 1.75 |  |  |"
     assert f"{encode} 30.5 | 125.0 | 30.0 | 2.0 |  |" in page
     assert page.index("| reference | 2,900.0 |") < page.index("| auto | 2,100.0 |"), "the fastest first"
     assert "| 1 of 4 rounds, not by turns, cut off: SIGTERM |" in page
-    assert "| train | bfloat16 | 64 | auto |  |  |  |  |  |  |  |  |  |  | unavailable: not installed: lpips |" in page
+    assert (
+        "| train | bfloat16 | 64 | auto |  |  |  |  |  |  |  |  |  |  |  | unavailable: not installed: lpips |" in page
+    )
     assert "| qkv | wgrad | 32768 × 3456 × 1152 | cublaslt | 800.0 | 1.0 % | 90.0 % |  |" in page
     assert "| all | mean over a step |  | torch | 625.0 |" in page and "| best | 800.0 |" in page
     assert "| all | within a step, by the profiler |  | torch |" in page

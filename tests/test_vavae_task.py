@@ -418,6 +418,17 @@ def test_saved_elements_are_activations_not_weights():
     assert 3.9 < large / small < 5  # they grow with the area (the attention in the middle faster), weights do not
 
 
+def test_checkpointing_saves_what_is_computed_again():
+    """Of f16d32 at 256 pixels: most for whole levels, of which the largest is there when it is computed again."""
+    sizes = [
+        training_cost(AutoencoderConfig(size="f16d32"), None, LossConfig(use_vf=False), 256, kind)["autoencoder"]
+        for kind in (False, "pointwise", True)
+    ]
+    none, pointwise, whole = (cost.saved_elements for cost in sizes)
+    assert 0.4 * none < whole < 0.6 * none and 1.3 * whole < pointwise < 0.9 * none
+    assert len({cost.flops for cost in sizes}) == 1
+
+
 def test_golden_tokenizer_is_what_the_task_trains():
     """The wrapper adds nothing to the recorded autoencoder but its projection."""
     golden = G("04_vae_tiny")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from vavae.config import AutoencoderConfig, FoundationConfig, LossConfig
 from vavae.discriminator import frozen
 from vavae.foundation import FoundationModel
 from vavae.loss import discriminator_loss, generator_loss, lpips_network
+from vavae.model import AutoencoderKL, Level, MidBlock
 from vavae.task import build_networks
 
 
@@ -26,7 +27,9 @@ class Cost:
         flops: of a training step's passes through it, per image (a multiply-add is two; norms and activations are not
             counted). The autoencoder's include LPIPS, the VF loss, the discriminator's pass that the GAN term takes,
             and the passes that balance the terms.
-        saved_elements: numbers saved for the backward pass, per image, by the reference ops without recomputation.
+        saved_elements: numbers saved for the backward pass, per image, by the reference ops. With activation
+            checkpointing those of each level are its input (pointwise also what its convolutions give), and those of
+            the largest level, which is computed again.
     """
 
     parameters: int
@@ -36,7 +39,11 @@ class Cost:
 
 
 def training_cost(
-    model: AutoencoderConfig, foundation: FoundationConfig | None, loss: LossConfig, image_size: int
+    model: AutoencoderConfig,
+    foundation: FoundationConfig | None,
+    loss: LossConfig,
+    image_size: int,
+    use_checkpoint: bool | str = False,
 ) -> dict[str, Cost]:
     """Costs of the trained networks by name (with the GAN terms, if the loss has them) and of the `frozen` ones.
 
@@ -52,6 +59,7 @@ def training_cost(
         networks = build_networks(model, loss, ops, 0, vit.width if vit else None)
     perceptual = lpips_network("meta").requires_grad_(False) if loss.perceptual == "lpips" else None
     autoencoder, discriminator = networks["autoencoder"], networks.get("discriminator")
+    assert isinstance(autoencoder, AutoencoderKL)
     frozen_networks = [network for network in (vit, perceptual) if network is not None]
     features = None if vit is None else vit(images)
     costs = {"frozen": _count(frozen_networks, lambda: None if vit is None else vit(images))}
@@ -62,12 +70,44 @@ def training_cost(
 
     with frozen(discriminator) if discriminator is not None else nullcontext():
         costs["autoencoder"] = _count([autoencoder], generator_step)
+    if use_checkpoint:
+        less = _saved_by_checkpointing(autoencoder, images, use_checkpoint == "pointwise")
+        full = costs["autoencoder"]
+        costs["autoencoder"] = replace(full, saved_elements=full.saved_elements - less)
     if discriminator is not None:
         logits = partial(discriminator, images)
         costs["discriminator"] = _count(
             [discriminator], lambda: discriminator_loss(loss, logits(), logits())[0].backward()
         )
     return costs
+
+
+def _saved_by_checkpointing(autoencoder: AutoencoderKL, images: torch.Tensor, pointwise: bool) -> int:
+    """How many fewer numbers are held for the backward pass when levels are computed again."""
+    inputs: dict[nn.Module, torch.Tensor] = {}
+    blocks = [module for module in autoencoder.modules() if isinstance(module, Level | MidBlock)]
+    hooks = [block.register_forward_pre_hook(lambda block, args: inputs.update({block: args[0]})) for block in blocks]
+    with torch.no_grad():
+        autoencoder.decode(autoencoder.encode(images).mode())
+    for hook in hooks:
+        hook.remove()
+    inner, kept = [], 0
+    for block, x in inputs.items():
+        inner.append(_count([block], partial(block, x)).saved_elements)
+        kept += x.numel() + (_convolved(block, x) if pointwise else 0)
+    return sum(inner) - kept - max(inner)
+
+
+def _convolved(block: nn.Module, x: torch.Tensor) -> int:
+    """Numbers that the convolutions of a block give."""
+    given: list[int] = []
+    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(lambda module, args, y: given.append(y.numel())) for module in convolutions]
+    with torch.no_grad():
+        block(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(given)
 
 
 def _count(modules: list[nn.Module], run: Callable[[], None]) -> Cost:

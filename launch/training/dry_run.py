@@ -112,7 +112,7 @@ class RunPlan:
         lines = [f"  memory per GPU in {dtype} (estimated; activations {activations / GIB:,.1f} GiB of it):"]
         for stage in range(4):
             state = sum(state_bytes(n.trainable, stage, self.processes, self.bf16) for n in self.networks)
-            total = (state + activations + self.frozen_parameters * FLOAT32) / GIB
+            total = (state + activations + self.frozen_parameters * BYTES[dtype]) / GIB
             mark = "   ← this run" if stage == self.stage else ""
             lines.append(f"    ZeRO {stage}: {total:7,.1f} GiB{mark}")
         return lines
@@ -246,7 +246,7 @@ def _lightningdit_costs(run: LightningDiTRun):
 def _vavae_costs(run: VavaeRun):
     import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
 
-    costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size)
+    costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size, run.train.use_checkpoint)
     width = BYTES[run.train.precision]
     frozen = costs.pop("frozen", None)
     networks = tuple(

@@ -114,7 +114,7 @@ MISTAKES = {
         "test_bench_vf_study.py::test_two_arms_differ_in_the_vf_loss_alone",
     ),
     "alignment_of_other_settings_mixed": Mistake(
-        "bench/vf_study.py", "if earlier.get(name) != settings[name]]", "if name not in earlier]",
+        "bench/vf_study.py", "if earlier.get(name) != settings.get(name))", "if name not in earlier)",
         "test_bench_vf_study.py::test_a_folder_holds_one_study",
     ),
     "quality_as_speed_of_a_gpu": Mistake(
