@@ -225,9 +225,7 @@ def test_activation_checkpointing_keeps_gradients_and_saves_memory(kind, gan):
     loss, data = LossConfig(**LOSS), inputs(torch.float32, batch=4)
     found, peaks = [], []
     for use in (False, kind):
-        both = networks(loss)
-        for half in (both["autoencoder"].encoder, both["autoencoder"].decoder):
-            half.use_checkpoint = use
+        both = build_networks(TINY, loss, OPS, 0, 24, use)
         with LiveMemory() as memory:
             step(loss, both, data, gan, True, None)
         found.append(both)
@@ -242,8 +240,7 @@ def test_dropped_units_are_the_same_when_computed_again():
     found = []
     for use in (False, True):
         torch.manual_seed(0)
-        network = build_networks(TINY.model_copy(update={"dropout": 0.3}), loss, OPS, 0, 24)["autoencoder"]
-        network.encoder.use_checkpoint = network.decoder.use_checkpoint = use
+        network = build_networks(TINY.model_copy(update={"dropout": 0.3}), loss, OPS, 0, 24, use)["autoencoder"]
         step(loss, {"autoencoder": network, "discriminator": NLayerDiscriminator(ndf=8)}, data, False, True, None)
         found.append(network)
     assert_same_gradients(found[1], found[0], 1e-6)

@@ -29,9 +29,8 @@ from vavae.config import LossConfig
 from vavae.discriminator import DISCRIMINATOR_LOSSES
 from vavae.gradients import adaptive_weight, upcast, with_gradients
 from vavae.model import Posterior
-from vavae.watch import latent_activity
+from vavae.watch import Logs, latent_activity
 
-Logs = dict[str, torch.Tensor]
 Ends = tuple[
     tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]
 ]  # where a backward pass goes on, and from which gradients

@@ -32,7 +32,6 @@ from vavae.foundation import FoundationModel
 from vavae.images import to_uint8
 from vavae.loss import (
     AutoencoderOutput,
-    Logs,
     Perceptual,
     discriminator_loss,
     generator_loss,
@@ -40,8 +39,8 @@ from vavae.loss import (
     reconstruction_nll,
     vf_term,
 )
-from vavae.model import AutoencoderKL, Coder
-from vavae.watch import collapse_warnings, latent_activity, reconstruction_figures, similarity_to_centre
+from vavae.model import AutoencoderKL
+from vavae.watch import Logs, collapse_warnings, latent_activity, reconstruction_figures, similarity_to_centre
 from vavae.weights import PROJECTION_PREFIX, log_dropped, split_tokenizer
 
 log = logging.getLogger(__name__)
@@ -167,10 +166,8 @@ class VavaeTask:
         if self.perceptual is not None and frozen_dtype != torch.float32:
             self._validated_by = copy.deepcopy(self.perceptual)
             self.perceptual.cast(frozen_dtype)
-        self.networks = build_networks(model, loss, ops, seed, self.foundation.width if self.foundation else None)
-        for module in self.networks["autoencoder"].modules():
-            if isinstance(module, Coder):
-                module.use_checkpoint = use_checkpoint
+        width = self.foundation.width if self.foundation else None
+        self.networks = build_networks(model, loss, ops, seed, width, use_checkpoint)
 
     def load_weights(self, path: str) -> None:
         """Start from the weights of a tokenizer file (ours or published), strictly; with its discriminator if any."""
@@ -299,9 +296,7 @@ class VavaeTask:
 
         `psnr` (dB), `ssim` and `lpips` are of 8-bit images; see `vavae.watch.reconstruction_figures`.
         """
-        self._begin_graphs()
-        features = self._features(batch["image"]) if self.loss.aligns else None
-        reconstruction, logs = self._reconstruct(networks, batch, draws, features, self._measure)
+        reconstruction, logs = self._reconstruct(networks, batch, draws, self._measure, align=self.loss.aligns)
         pair = to_uint8(batch["image"]), to_uint8(reconstruction)
         if self._validated_by is not None:
             self._validated_by.to(reconstruction.device)  # not there before: a run may have no validation
@@ -313,9 +308,8 @@ class VavaeTask:
 
         Images are uint8 [B, H, W, 3], maps of similarity to the centre, where they are asked for, float32 [B, h, w].
         """
-        self._begin_graphs()
-        features = self._features(batch["image"]) if self._picture_similarities else None
-        reconstruction, maps = self._reconstruct(networks, batch, draws, features, self._similarities)
+        align = self._picture_similarities
+        reconstruction, maps = self._reconstruct(networks, batch, draws, self._similarities, align=align)
         original, decoded = (to_uint8(x).permute(0, 2, 3, 1) for x in (batch["image"], reconstruction))
         found = {"reconstructions": {"original": original, "decoded": decoded}}
         return found | {"similarities": {"original": original, **maps}} if maps else found
@@ -329,11 +323,17 @@ class VavaeTask:
         networks: Mapping[str, Callable],
         batch: Tensors,
         draws: Tensors,
-        features: torch.Tensor | None,
         criterion: Criterion,
+        *,
+        align: bool,
     ) -> tuple[torch.Tensor, Logs]:
-        """Reconstructions [B, 3, H, W] float32 from posterior samples, and what the criterion logs."""
-        inputs = (_laid_out(batch["image"]), draws["noise"], features, criterion)
+        """Reconstructions [B, 3, H, W] float32 from posterior samples, and what the criterion logs.
+
+        align: whether the criterion is given features of the foundation model, if there is one.
+        """
+        self._begin_graphs()
+        images = _laid_out(batch["image"])
+        inputs = (images, draws["noise"], self._features(images) if align else None, criterion)
         _, reconstruction, logs = networks["autoencoder"](*inputs)
         return reconstruction.float(), logs
 
@@ -355,7 +355,7 @@ class VavaeTask:
         return output.reconstruction.new_zeros(()), maps
 
     def _features(self, images: torch.Tensor) -> torch.Tensor | None:
-        return self.foundation(_laid_out(images)) if self.foundation is not None else None
+        return self.foundation(images) if self.foundation is not None else None
 
 
 def _fit_projection(network: nn.Module, tensors: Tensors, path: str) -> None:
@@ -377,16 +377,23 @@ def _laid_out(images: torch.Tensor) -> torch.Tensor:
 
 
 def build_networks(
-    model: AutoencoderConfig, loss: LossConfig, ops: Ops, seed: int, feature_dim: int | None
+    model: AutoencoderConfig,
+    loss: LossConfig,
+    ops: Ops,
+    seed: int,
+    feature_dim: int | None,
+    use_checkpoint: bool | str = False,
 ) -> dict[str, nn.Module]:
     """The trained networks by name; their initial weights depend on the seed alone.
 
     Args:
         feature_dim: channels of the foundation model's features, or None without one.
+        use_checkpoint: as `train.use_checkpoint`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, seeds.INITIAL_WEIGHTS))
         autoencoder = AlignedAutoencoder(model, ops, feature_dim, reverse=loss.reverse_proj, fixed=loss.proj_fix)
+        autoencoder.encoder.use_checkpoint = autoencoder.decoder.use_checkpoint = use_checkpoint
         networks: dict[str, nn.Module] = {"autoencoder": autoencoder}
         if loss.use_gan:
             networks["discriminator"] = NLayerDiscriminator(model.out_ch, loss.disc_ndf, loss.disc_n_layers)

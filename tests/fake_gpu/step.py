@@ -192,11 +192,9 @@ class FakeTask(VavaeTask):
             foundation = FoundationModel.from_config(FoundationConfig(), 16, pretrained=False).bfloat16()
             perceptual = Perceptual(lpips_network("meta"))
             perceptual.cast(torch.bfloat16)
-            networks = build_networks(config, self.loss, self.ops, 0, foundation.width)
+            networks = build_networks(config, self.loss, self.ops, 0, foundation.width, variant.recompute)
             for network in networks.values():
                 network.train().bfloat16()
-        autoencoder = networks["autoencoder"]
-        autoencoder.encoder.use_checkpoint = autoencoder.decoder.use_checkpoint = variant.recompute
         self.foundation, self.perceptual = on_device(foundation), on_device(perceptual)
         self.networks = {name: on_device(network) for name, network in networks.items()}
 

@@ -1,6 +1,6 @@
 """Realistic mistakes of one line, and the tests that ought to find each: `python -m tests.mutations` plants them.
 
-A file for each package holds its part of the one table, `table.MISTAKES`.
+A file for each package, or for a part of one, holds its part of the one table, `table.MISTAKES`.
 """
 
 from dataclasses import dataclass

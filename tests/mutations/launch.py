@@ -2,12 +2,6 @@
 
 from tests.mutations import Mistake
 
-ONE_EXTRACTION = "test_launch_extract.py::test_two_processes_write_a_half_each_and_together_the_same_set"
-SHARED_ROWS = "test_launch_extract.py::test_processes_share_the_batches_that_are_missing"
-KILLED_AND_FINISHED = (
-    "test_launch_extract_processes.py::test_three_processes_killed_and_finished_by_two_leave_the_files_of_one"
-)
-WRONG_AT_THE_END = "test_launch_round_trip.py::test_latents_that_are_not_the_images_are_found_at_the_end"
 SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
 WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
 EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
@@ -21,25 +15,6 @@ SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
 
 MISTAKES = {
     # More than one process.
-    "extraction_with_rank_0_everywhere": Mistake(
-        "launch/extraction/encoding.py", "for r in (rank, rank + 1))", "for r in (0, 1))",
-        f"{ONE_EXTRACTION} {SHARED_ROWS}",
-    ),
-    "extraction_of_everything_by_every_process": Mistake(
-        "launch/extraction/encoding.py", "for r in (rank, rank + 1))", "for r in (0, world_size))", SHARED_ROWS,
-    ),
-    "extraction_of_half_encoded_batches_left_out": Mistake(
-        "launch/extraction/encoding.py", "if not done[start:stop].all()]", "if not done[start:stop].any()]",
-        SHARED_ROWS,
-    ),
-    "extraction_joins_the_parts_of_one_process": Mistake(
-        "launch/extract.py", "records = [*found, *_together(processes, writer.records)]\n    writer.merge(",
-        "records = [*found, *writer.records]\n    writer.merge(", KILLED_AND_FINISHED,
-    ),
-    "extraction_goes_on_without_what_was_found": Mistake(
-        "launch/extract.py", "records = [*found, *_together(processes, writer.records)]\n    writer.merge(",
-        "records = _together(processes, writer.records)\n    writer.merge(", KILLED_AND_FINISHED,
-    ),
     "sampling_of_all_later_batches": Mistake(
         "launch/sample.py", "starts[processes.rank :: processes.world_size]", "starts[processes.rank :]",
         SHARED_BATCHES,
@@ -56,10 +31,6 @@ MISTAKES = {
         "launch/training/optimizer.py", "            dist.all_reduce(total)\n", "",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
-    "vote_to_stop_asks_for_all": Mistake(
-        "launch/runtime/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
-        ONE_SIGNAL,
-    ),
     "stop_without_agreement": Mistake(
         "launch/training/trainer.py", "self.processes.all_reduce_max(stop.number or 0)", "(stop.number or 0)",
         ONE_SIGNAL,
@@ -67,6 +38,10 @@ MISTAKES = {
     "meter_of_one_process": Mistake(
         "launch/training/log.py", "            dist.all_reduce(sums)\n", "            pass\n",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
+    ),
+    "vote_to_stop_asks_for_all": Mistake(
+        "launch/runtime/processes.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN",
+        ONE_SIGNAL,
     ),
     # Resume.
     "train_ckpt_taken_again": Mistake(
@@ -273,14 +248,6 @@ MISTAKES = {
         "launch/sample.py", "self.model.to(device, getattr(torch, self.settings.precision))", "self.model.to(device)",
         "test_launch_sample.py::test_the_network_runs_in_the_precision_that_is_stated",
     ),
-    "extraction_goes_on_with_other_labels": Mistake(
-        "launch/extract.py", "    digest.update(images.labels.numpy().tobytes())\n", "",
-        "test_launch_extract.py::test_corrected_labels_may_not_go_on_with_these_shards",
-    ),
-    "extraction_in_another_precision": Mistake(
-        "launch/extract.py", ".to(getattr(torch, precision))", ".to(torch.float32)",
-        "test_launch_extract.py::test_the_precision_that_is_stated_is_the_one_that_encodes",
-    ),
     # Files.
     "sample_parts_written_in_place": Mistake(
         "launch/sample.py", '''\
@@ -289,47 +256,7 @@ MISTAKES = {
                 with open(path, "wb") as file:
                     np.savez''', WRITERS,
     ),
-    # Extraction and sampling.
-    "mirrored_along_the_rows": Mistake(
-        "launch/extraction/encoding.py", "images.flip(-1)", "images.flip(-2)",
-        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
-    ),
-    "one_noise_for_both": Mistake(
-        "launch/extraction/encoding.py", "torch.cat(noise.unbind(1))", "torch.cat([noise[:, 0], noise[:, 0]])",
-        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
-    ),
-    "extraction_noise_the_same_for_every_image": Mistake(
-        "launch/extraction/encoding.py", "seeds.EXTRACTION_NOISE, index)", "seeds.EXTRACTION_NOISE, 0)",
-        "test_launch_extract.py::test_one_sample_of_each_image_and_of_its_mirror_image",
-    ),
-    "variance_stored_for_the_deviation": Mistake(
-        "launch/extraction/encoding.py", "[posterior.mean, posterior.std]", "[posterior.mean, posterior.var]",
-        "test_launch_round_trip.py::test_every_store_in_every_dtype_is_what_the_posterior_says",
-    ),
-    "sample_stored_for_the_mean": Mistake(
-        "launch/extraction/encoding.py", 'posterior.mode() if store == "mean" else', 'posterior.mode() if False else',
-        "test_launch_round_trip.py::test_every_store_in_every_dtype_is_what_the_posterior_says",
-    ),
-    "stored_latents_not_compared": Mistake(
-        "launch/extraction/round_trip.py", "wrong = ~(found >= trip.least)", "wrong = found != found", WRONG_AT_THE_END,
-    ),
-    "mirrored_stored_latents_not_compared": Mistake(
-        "launch/extraction/round_trip.py", "trip.indices, flip) for flip in (False, True)]",
-        "trip.indices, False) for flip in (False, True)]",
-        "test_launch_round_trip.py::test_the_figures_are_those_of_what_is_stored",
-    ),
-    "statistics_not_compared_at_the_end": Mistake(
-        "launch/extraction/round_trip.py", "    check_statistics(latents)\n", "",
-        "test_launch_round_trip.py::test_statistics_that_do_not_fit_are_found_at_the_end",
-    ),
-    "set_complete_before_it_is_looked_at": Mistake(
-        "launch/extract.py", "complete = partial(complete, records, check=check)",
-        "complete = partial(complete, records)", WRONG_AT_THE_END,
-    ),
-    "extraction_goes_on_with_other_batches": Mistake(
-        "launch/extract.py", '        "batch_size": batch_size,\n', "",
-        "test_launch_extract.py::test_what_changes_the_bits_may_not_change_on_the_way",
-    ),
+    # Sampling.
     "latents_decoded_as_they_are": Mistake(
         "launch/sample.py", "self.tokenizer.decode(self.statistics.denormalise(latents))",
         "self.tokenizer.decode(latents)", "test_launch_sample.py::test_the_pixels_are_the_decoded_denormalised_samples",
@@ -378,29 +305,7 @@ MISTAKES = {
         "launch/training/engine.py", "buffer.copy_(torch.where(skipped, kept, buffer))", "buffer.copy_(buffer)",
         "test_launch_skips.py::test_a_skipped_step_leaves_running_statistics_alone",
     ),
-    # Configs and plans.
-    "overrides_at_the_top_alone": Mistake(
-        "launch/config.py", "return _replaced(document, [*sections, last], value)",
-        "return _replaced(document, [last], value)",
-        "test_launch_config.py::test_overrides_reach_deep_values_and_null_sections",
-    ),
-    "sections_replaced_by_an_override": Mistake(
-        "launch/config.py", "        value = merge(inner[last], value)\n", "        pass\n",
-        "test_launch_config.py::test_an_override_of_a_section_is_merged_into_it",
-    ),
-    "anchors_share_an_override": Mistake(
-        "launch/config_files.py", "    return {**base, **both}\n", "    base.update(both)\n    return base\n",
-        "test_launch_config.py::test_an_override_changes_no_other_key_that_shares_an_anchor",
-    ),
-    "comments_cut_out_of_overrides": Mistake(
-        "launch/config_files.py", "            if between:\n", "            if not end:\n",
-        "test_launch_config_files.py::test_what_yaml_would_take_out_of_a_value_is_refused_and_taken_in_the_quotes_that_"
-        "are_advised",
-    ),
-    "shipped_deepspeed_files_first": Mistake(
-        "launch/config_files.py", "_is_name_of(path, ours) and not path_exists(here)", "_is_name_of(path, ours)",
-        "test_launch_config_files.py::test_a_file_here_comes_before_a_shipped_one_and_the_choice_is_said",
-    ),
+    # Sections and plans.
     "names_hold_anything": Mistake(
         "common/sections.py", "    if printable(text) != text:\n", "    if printable(text[:9]) != text[:9]:\n",
         "test_launch_sections.py::test_no_name_or_path_holds_what_no_file_system_takes",
@@ -409,62 +314,6 @@ MISTAKES = {
         "launch/runtime/launcher.py",
         '    local_rank = _number("LOCAL_RANK", 0, world_size - 1)\n', "    local_rank = 0\n",
         "test_launch_lifecycle.py::test_an_environment_that_makes_no_sense_is_named",
-    ),
-    "keys_may_stand_twice": Mistake(
-        "launch/config_files.py", "            if name in lines:\n", "            if None in lines:\n",
-        "test_launch_config_files.py::test_what_cannot_be_read_is_said_in_a_line_with_its_file",
-    ),
-    "groups_of_zero_3_count_as_steps": Mistake(
-        "launch/training/deepspeed_options.py",
-        '        config["zero_optimization"]["sub_group_size"] = int(1e15)\n', """\
-        config["zero_optimization"]["sub_group_size"] = 100
-""", "test_launch_deepspeed_options.py::test_an_option_changes_no_number[offloaded_weights]",
-    ),
-    "key_of_deepspeed_that_has_no_reason": Mistake(
-        "launch/training/deepspeed_options.py",
-        '        "compute_grad_norm": "it follows from what else is set",\n', "",
-        "test_launch_deepspeed_options.py::test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason",
-    ),
-    "merge_replaces_sections": Mistake(
-        "launch/config_files.py",
-        "if isinstance(v, Mapping) and isinstance(base.get(k), Mapping) and (v or not empties)", "if False",
-        "test_launch_config.py::test_merge_goes_down",
-    ),
-    # Files that extend others.
-    "empty_mappings_leave_the_base": Mistake(
-        "launch/extends.py", ", empties=True)", ")",
-        "test_launch_extends.py::test_null_and_empty_values_take_the_place_of_the_bases",
-    ),
-    "base_over_the_file_that_extends_it": Mistake(
-        "launch/extends.py", "            return layers[::-1], notes\n", "            return layers, notes\n",
-        "test_launch_extends.py::test_a_file_says_what_differs_from_its_base",
-    ),
-    "bases_from_the_working_directory": Mistake(
-        "launch/extends.py", "found = find_config(written, folder=folder)", "found = find_config(written)",
-        "test_launch_extends.py::test_a_base_extends_a_file_in_its_turn_each_from_its_own_folder",
-    ),
-    "sizes_lose_to_the_base": Mistake(
-        "launch/extends.py", "merge(without_sizes(base, layer.document), layer.document, empties=True)",
-        "merge(base, layer.document, empties=True)",
-        "test_launch_extends.py::test_a_size_takes_the_place_of_the_fields_of_one",
-    ),
-    "sizes_lose_to_a_file": Mistake(
-        "launch/config.py", "_overridden(without_sizes(document, _overridden({}, override)), override)",
-        "_overridden(document, override)",
-        "test_launch_extends.py::test_a_size_takes_the_place_of_the_fields_of_one",
-    ),
-    "circles_by_name_alone": Mistake(
-        "launch/extends.py", "os.path.realpath(found) == os.path.realpath(file)", "found == file",
-        "test_launch_extends.py::test_files_in_a_circle_are_listed",
-    ),
-    "mistakes_of_overrides_in_the_base": Mistake(
-        "launch/config.py", "explain(e, [*layers, Layer('', said)])", "explain(e, layers)",
-        "test_launch_extends.py::test_a_wrong_value_is_said_with_the_file_it_stands_in",
-    ),
-    "bases_of_any_model": Mistake(
-        "launch/config.py", "    _refuse_other_kind(document, kind)\n",
-        "    _refuse_other_kind(document, kind) if extends else None\n",
-        "test_launch_extends.py::test_a_base_of_the_other_model_is_named",
     ),
     "gib_of_ten_to_the_nine": Mistake(
         "launch/training/dry_run.py", "GIB = 2**30", "GIB = 10**9",
@@ -519,10 +368,6 @@ MISTAKES = {
         "launch/export.py", "            for path in placed:\n", "            for path in paths:\n",
         "test_launch_export.py::test_of_two_exports_of_one_name_one_is_made",
     ),
-    "an_empty_override_is_merged": Mistake(
-        "launch/config.py", "    if value and isinstance(value, dict)", "    if isinstance(value, dict)",
-        "test_launch_config.py::test_an_empty_override_empties",
-    ),
     "statistics_of_any_size_compared": Mistake(
         "launch/evaluation/metrics.py", "value.abs().max())) > MAX_MOMENT", "value.abs().max())) > math.inf",
         "test_launch_evaluation.py::test_statistics_without_a_distance_are_named_with_their_file",
@@ -542,9 +387,5 @@ MISTAKES = {
     "mean_0_and_std_1_written_as_statistics": Mistake(
         "launch/export.py", "None if scale.is_identity else values.tolist()", "values.tolist()",
         "test_launch_export_diffusers.py::test_a_scale_alone_leaves_the_statistics_null",
-    ),
-    "a_folder_of_diffusers_is_a_run": Mistake(
-        "launch/extract.py", "if not weights_file(path).is_dir():", "if not path.is_dir():",
-        "test_launch_export_diffusers.py::test_programs_take_the_folder_for_a_tokenizer",
     ),
 }  # fmt: skip

@@ -1,11 +1,26 @@
 """All mistakes by name, `<package>/<mistake>`."""
 
-from tests.mutations import KernelMistake, Mistake, bench, common, csrc, kernels, launch, lightningdit, vavae
+from tests.mutations import (
+    KernelMistake,
+    Mistake,
+    bench,
+    common,
+    csrc,
+    kernels,
+    launch,
+    launch_extraction,
+    launch_run_files,
+    lightningdit,
+    vavae,
+)  # fmt: skip
 
 PACKAGES = {
-    "csrc": csrc, "kernels": kernels, "common": common, "lightningdit": lightningdit, "vavae": vavae, "launch": launch,
-    "bench": bench,
+    "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
+    "launch": (launch, launch_extraction, launch_run_files), "bench": (bench,),
 }  # fmt: skip
 MISTAKES: dict[str, Mistake | KernelMistake] = {
-    f"{package}/{name}": mistake for package, module in PACKAGES.items() for name, mistake in module.MISTAKES.items()
+    f"{package}/{name}": mistake
+    for package, modules in PACKAGES.items()
+    for module in modules
+    for name, mistake in module.MISTAKES.items()
 }
