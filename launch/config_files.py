@@ -17,6 +17,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from common.files import FileError, open_regular, path_exists, refuse_placeholders
+from common.text import nearest
 
 SHIPPED = Path(__file__).parent / "configs"
 SIZE_LIMIT = 16 * 2**20  # bytes
@@ -185,7 +186,7 @@ def _read_text(path: str | Path) -> str:
             content = f.read(SIZE_LIMIT + 1)
         refuse_placeholders(path, content[:100])
     except FileError as e:
-        raise ConfigError(f"cannot read config: {e}") from None
+        raise ConfigError(f"cannot read config: {e}{_shipped_name(path)}") from None
     except OSError as e:
         raise ConfigError(f"cannot read config {path}: {e.strerror}") from None
     if len(content) > SIZE_LIMIT:
@@ -197,6 +198,13 @@ def _read_text(path: str | Path) -> str:
         raise ConfigError(
             f"{path}, line {line}: byte 0x{content[e.start]:02x} is not UTF-8; save the file in that encoding"
         ) from None
+
+
+def _shipped_name(path: str | Path) -> str:
+    """The shipped file that a mere name that is nowhere may mean, as a hint; else nothing."""
+    if str(path) != Path(path).name or path_exists(Path(path)):
+        return ""
+    return nearest(str(path), [file.name for file in sorted(SHIPPED.glob("*.yaml"))])
 
 
 def merge(base: Mapping, top: Mapping, *, empties: bool = False) -> dict:

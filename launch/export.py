@@ -21,10 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from common.files import (
     link_without_overwrite,
     make_directory,
     path_exists,
+    read_json,
     rename_directory,
     require_writable,
     sync_directory,
@@ -34,8 +37,15 @@ from launch.arguments import load_run, local_path
 from launch.config import ConfigError, select_ops, stored_run
 from launch.trained import build_diffusion, diffusion_weights, from_checkpoint, statistics_for
 from launch.training.checkpoint import Checkpoint, find_checkpoint
+from lightningdit.latents import LatentStatistics
 from lightningdit.weights import save_export, save_published
-from vavae.diffusers_layout import inexpressible, write_folder
+from vavae.diffusers_layout import (
+    CONFIG_FILE,
+    inexpressible,
+    is_diffusers,
+    read_config,
+    write_folder,
+)
 from vavae.model import AutoencoderKL
 from vavae.sizes import infer_config
 from vavae.weights import build_tokenizer, write_export
@@ -77,7 +87,10 @@ def main(argv: list[str]) -> int:
     for path in written:
         print(f"{path}: {what}, {path.stat().st_size / 1e6:,.1f} MB")
     if args.format == "diffusers" and args.latents is None:
-        print(f"latents_mean and latents_std are null, scaling_factor {args.multiplier or 1:g}: --latents gives others")
+        said = read_json(written[0])
+        numbers = "null" if said["latents_mean"] is None else f"those of {args.source}"
+        factor = f"scaling_factor {said['scaling_factor']:g}"
+        print(f"latents_mean and latents_std are {numbers}, {factor}: --latents gives others")
     return 0
 
 
@@ -221,6 +234,18 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
     return _paths(name, SUFFIXES)
 
 
+def _stated_statistics(folder: Path, channels: int, multiplier: float | None) -> LatentStatistics | None:
+    """What a diffusers folder's own config says of its latents; None without one."""
+    if (config := read_config(folder)) is None:
+        return None
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None or std is None:
+        mean, std = (config.shift_factor or 0.0,) * channels, (1.0,) * channels
+    factor = config.scaling_factor if multiplier is None else multiplier
+    tensors = torch.tensor(mean), torch.tensor(std)
+    return LatentStatistics.checked(*tensors, factor, channels=channels, source=folder / CONFIG_FILE)
+
+
 def _said(checkpoint: Checkpoint, weights: str) -> dict:
     return {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
 
@@ -255,7 +280,10 @@ def export_diffusers(
             said = _said(source, weights)
         if reasons := inexpressible(tokenizer.config):
             raise ConfigError(f"diffusers has no such autoencoder: {'; '.join(reasons)}")
-        scale = statistics_for(tokenizer, latents, multiplier)
+        scale = None
+        if isinstance(source, Path) and latents is None and is_diffusers(tensors):
+            scale = _stated_statistics(source, tokenizer.config.embed_dim, multiplier)
+        scale = scale or statistics_for(tokenizer, latents, multiplier)
         mean, std = (None if scale.is_identity else values.tolist() for values in (scale.mean, scale.std))
         written = write_folder(made, tokenizer.state_dict(), tokenizer.config, mean, std, scale.multiplier, **said)
     return [folder / path.name for path in written]

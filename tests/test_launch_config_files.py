@@ -218,3 +218,12 @@ def test_pipes_and_folders_are_no_config(tmp_path):
     for name, words in (("pipe", "named pipe"), ("folder", "directory"), ("absent", "does not exist")):
         with pytest.raises(ConfigError, match=f"cannot read config: .*{name}.*{words}"):
             read_mapping(tmp_path / name)
+
+
+def test_a_name_near_a_shipped_files_is_told_which(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"digit.yaml does not exist \(did you mean 'digits.yaml'\?\)$"):
+        read_mapping("digit.yaml")
+    for path in ("elsewhere/digit.yaml", "run.yaml"):
+        with pytest.raises(ConfigError, match=r"does not exist$"):
+            read_mapping(path)

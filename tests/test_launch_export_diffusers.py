@@ -10,7 +10,7 @@ import yaml
 
 import kernels
 import launch.export
-from common.files import WriteError, read_json
+from common.files import WriteError, read_json, write_json
 from launch.config import LightningDiTRun, VavaeRun
 from launch.evaluate import main as evaluate_main
 from launch.export import export
@@ -134,6 +134,23 @@ def test_a_scale_alone_leaves_the_statistics_null(weights, tmp_path, monkeypatch
     for name in "xy":
         config = config_of(tmp_path / name)
         assert (config["latents_mean"], config["latents_std"], config["scaling_factor"]) == (None, None, 0.18215)
+
+
+def test_a_folder_of_diffusers_keeps_the_statistics_it_states(weights, tmp_path, capsys):
+    source = weights / "tokenizer.safetensors"
+    latents = write_latents(tmp_path / "latents", fingerprint(load_tokenizer(source, OPS)))
+    export_main([str(source), str(tmp_path / "x"), "--format", "diffusers", "--latents", str(latents)])
+    argv = [str(tmp_path / "x"), "--format", "diffusers"]
+    capsys.readouterr()
+    assert export_main([*argv, str(tmp_path / "y"), "--multiplier", "0.5"]) == 0
+    assert f"latents_std are those of {tmp_path}/x, scaling_factor 0.5" in capsys.readouterr().out
+    first, second = config_of(tmp_path / "x"), config_of(tmp_path / "y")
+    assert all(first[f"latents_{name}"] == second[f"latents_{name}"] for name in ("mean", "std"))
+    write_json(tmp_path / "x/config.json", first | {"latents_mean": None, "scaling_factor": 0.3, "shift_factor": 0.1})
+    assert export_main([*argv, str(tmp_path / "z")]) == 0
+    third = config_of(tmp_path / "z")
+    assert torch.tensor(third["latents_mean"]).allclose(torch.tensor(0.1)) and third["latents_std"] == [1.0] * 4
+    assert third["scaling_factor"] == 0.3
 
 
 def test_what_cannot_be_a_folder_is_said(weights, run, tmp_path):

@@ -64,8 +64,8 @@ def test_published_checkpoint_becomes_a_tokenizer_and_says_what_it_left_out(tens
     (message,) = caplog.messages
     for part in (
         "2 tensors foundation_model.",
-        "1 tensors loss.logvar",
-        "1 tensors linear_proj.",
+        "1 tensor loss.logvar",
+        "1 tensor linear_proj.",
         "22 tensors loss.discriminator.",
     ):
         assert part in message

@@ -130,7 +130,7 @@ def _log_normalisation(source: str | Path) -> None:
 
 def log_dropped(source: str | Path, dropped: Mapping[str, int]) -> None:
     """Log the number of dropped tensors by prefix, where there are any."""
-    parts = [f"{count} tensors {prefix}*" for prefix, count in dropped.items() if count]
+    parts = [f"{count} tensor{'s' * (count != 1)} {prefix}*" for prefix, count in dropped.items() if count]
     if parts:
         log.info("%s: left out %s", source, ", ".join(parts))
 
