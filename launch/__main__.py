@@ -17,12 +17,15 @@ PROGRAMS = {
     "sample": "generate images: sample CONFIG [key=value …]",
     "evaluate": "measure samples or reconstructions",
     "export": "write weights as safetensors + JSON and as a published .pt",
+    "compare": "loss curves of runs beside each other, or beside the published one: compare RUN [RUN …] [--published]",
+    "status": "where the runs below a directory stand: status DIR",
+    "scaling": "time, bytes and failures on many GPUs, on paper: scaling CONFIG --gpus 8,64,1024",
     "quickstart": "every stage on handwritten digits, in minutes",
     "doctor": "what this machine has, and which backend each op would use",
 }
 
 
-SINGLE_PROCESS = ("evaluate", "export", "quickstart")  # run as one process
+SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart")  # run as one process
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,8 @@ import fcntl
 import json
 import os
 import socket
+import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ from launch.runtime.processes import Processes
 
 NAME = ".lock"
 _PLAIN = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link to another's file, never waiting
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _held: set[Path] = set()  # by this process: a lock of lockf does not exclude its own process
 
@@ -71,6 +74,40 @@ def lock_directory(directory: Path, processes: Processes) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+@dataclass(frozen=True)
+class LockState:
+    """Who a directory's lock file names (None: damaged, as a kill may leave it), and whether that one still holds it.
+
+    held: None where that cannot be told: no locks on its file system, and a process of another host.
+    """
+
+    owner: Owner | None
+    held: bool | None
+
+
+def read_lock(directory: Path) -> LockState | None:
+    """The lock of a directory, without taking it or writing anything; None where there is no readable lock file."""
+    path = directory / NAME
+    try:
+        if directory.resolve() in _held:  # opening and closing the file would give up this process's own lock
+            return LockState(Owner.this_process(), True)
+        handle = os.open(path, os.O_RDONLY | _PLAIN)
+    except (OSError, ValueError):
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None
+        owner = _read(handle)
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack_from(_FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+        return LockState(owner, answer[0] != fcntl.F_UNLCK)
+    except OSError:  # a file system without locks: host and process decide
+        here = owner is not None and owner.host == socket.gethostname()
+        return LockState(owner, not owner.has_ended() if owner and here else None)
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -154,7 +191,7 @@ def _read(handle: int) -> Owner | None:
     """The owner that the file names; None where it is empty or damaged, as a kill may leave it."""
     try:
         return Owner.model_validate(json.loads(os.pread(handle, 1 << 12, 0)))
-    except (ValueError, ValidationError):
+    except (ValueError, ValidationError, RecursionError):
         return None
 
 

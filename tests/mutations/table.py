@@ -9,6 +9,7 @@ from tests.mutations import (
     kernels,
     launch,
     launch_extraction,
+    launch_programs,
     launch_run_files,
     lightningdit,
     vavae,
@@ -16,7 +17,7 @@ from tests.mutations import (
 
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
-    "launch": (launch, launch_extraction, launch_run_files), "bench": (bench,),
+    "launch": (launch, launch_extraction, launch_programs, launch_run_files), "bench": (bench,),
 }  # fmt: skip
 MISTAKES: dict[str, Mistake | KernelMistake] = {
     f"{package}/{name}": mistake
