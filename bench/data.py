@@ -4,8 +4,9 @@
     python -m bench.data --images            image files in the place of latents: see bench/images.py
 
 The loader is measured as the trainer uses it, in the global shuffled order, with and without workers, from files in the
-page cache. The published way opens a file for every sample. Both are first compared on the same samples. A row's times
-are of one latent.
+page cache. The published way opens a file for every sample. Both are first compared on the same samples. A third row is
+of latents that lie in the memory of the device, a GPU's where there is one, and whose batches are made there; its first
+batches are compared with the loader's. A row's times are of one latent.
 """
 
 import argparse
@@ -33,14 +34,16 @@ from bench.measure.progress import Ready
 from bench.measure.rows import Log, Row, version
 from bench.measure.timing import HostDevice, Iteration
 from bench.workloads.latents import write_latents
-from launch.training.loader import BatchSplit, SampleOrder, micro_batches
+from launch.training.device_batches import DeviceBatches
+from launch.training.loader import BatchSplit, SampleOrder, Streams, micro_batches
 from lightningdit.data import LatentDataset
+from lightningdit.device_latents import DeviceLatents
 
 SHAPE = (32, 16, 16)
 FOREVER = 10**9
 #: Batches of an iteration: more than workers have ready when it begins.
 BATCHES = 16
-OURS, PUBLISHED = "latents", "file-per-sample"
+OURS, PUBLISHED, ON_DEVICE = "latents", "file-per-sample", "latents-device"
 
 
 class FilePerSample(Dataset):
@@ -79,13 +82,14 @@ class LoaderJob:
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return tuple(f"{way}-{workers}" for way in WAYS for workers in self.workers)
+        read = tuple(f"{way}-{workers}" for way in WAYS for workers in self.workers)
+        return (*read, f"{ON_DEVICE}-0")
 
     def __str__(self) -> str:
         return f"{self.data.path} batch {self.batch_size}"
 
 
-def _ours(data: LatentDataset, batch_size: int, workers: int) -> Iterator:
+def _ours(data: LatentDataset | Streams, batch_size: int, workers: int) -> Iterator:
     order, split = SampleOrder(len(data), batch_size, 0), BatchSplit(batch_size, 1, batch_size)
     return micro_batches(
         data,
@@ -132,9 +136,22 @@ def disagreement(data: LatentDataset, published: Dataset, count: int = 64, seed:
     return "" if not wrong else f"{' and '.join(wrong)} differ from the published way's"
 
 
+def device() -> str:
+    """Where the latents of the third row lie."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def difference_on_device(made: Streams, data: LatentDataset, batch_size: int, count: int = 4) -> str:
+    """Differences between the first batches made on the device and the loader's, bit for bit; "" if there are none."""
+    for ours, loaded in zip(*(islice(_ours(each, batch_size, 0), count) for each in (made, data)), strict=True):
+        if wrong := [name for name, value in loaded.items() if not torch.equal(ours[name].cpu(), value)]:
+            return f"{' and '.join(wrong)} differ from the loader's"
+    return ""
+
+
 @dataclass(frozen=True)
 class LoaderComparison(Comparison):
-    """Without times where both ways disagree."""
+    """Without times where two ways disagree."""
 
     seconds: float = 4.0
     rounds: int = 8
@@ -145,13 +162,14 @@ class LoaderComparison(Comparison):
 
     def named(self, job: LoaderJob, name: str) -> Row:
         way, _, workers = name.rpartition("-")
-        includes, package, _ = WAYS[way]
+        includes, package = WAYS[way][:2] if way in WAYS else (f"DeviceLatents in memory of {device()}", "torch")
         return {
             "provider": way,
             "workers": int(workers),
             "batch_size": job.batch_size,
             "includes": includes,
             "version": version(package),
+            "memory": device() if way == ON_DEVICE else "cpu",
             "pinned": torch.cuda.is_available(),
             **host(),
         }
@@ -167,9 +185,15 @@ class LoaderComparison(Comparison):
         if shared:
             return Ready({}, shared)
         way, _, workers = name.rpartition("-")
-        stream = WAYS[way][2](job.data, job.batch_size, int(workers))
+        if way == ON_DEVICE:
+            made = DeviceBatches(DeviceLatents(job.data, device()))
+            if why := difference_on_device(made, job.data, job.batch_size):
+                return Ready({}, why)
+            stream, close = _ours(made, job.batch_size, 0), made.close
+        else:
+            stream, close = WAYS[way][2](job.data, job.batch_size, int(workers)), lambda: None
         iteration = Iteration(partial(read, stream), BATCHES * job.batch_size, method="host clock")
-        return Ready({"": iteration}, "", {"calls": iteration.calls, "method": iteration.method})
+        return Ready({"": iteration}, "", {"calls": iteration.calls, "method": iteration.method}, close=close)
 
     def wrong(self, job: LoaderJob, values: Mapping[str, str], shared: str) -> dict[str, str]:
         return {name: why for name, why in values.items() if why}
@@ -185,19 +209,25 @@ class LoaderComparison(Comparison):
         return f"{rate:10,.0f} {between:>19} {rate * row['bytes'] / 1e9:6.2f}"
 
     def conclude(self, rows: list[Row]) -> None:
-        """Print the best of ours against the best of the published way."""
+        """Print the best of ours against the best of the published way, and the device's against ours."""
         rates = {
-            way: [row["latents_per_second"] for row in rows if row["provider"] == way and row["status"] == "ok"]
-            for way in (OURS, PUBLISHED)
+            way: max(
+                (row["latents_per_second"] for row in rows if (row["provider"], row["status"]) == (way, "ok")),
+                default=0,
+            )
+            for way in (OURS, PUBLISHED, ON_DEVICE)
         }
-        if all(rates.values()):
-            ratio = max(rates[OURS]) / max(rates[PUBLISHED])
-            print(f"best against best: {ratio:.1f}x the way that opens one file per sample")
+        if rates[OURS] and rates[PUBLISHED]:
+            print(f"best against best: {rates[OURS] / rates[PUBLISHED]:.1f}x the way that opens one file per sample")
+        if rates[OURS] and rates[ON_DEVICE]:
+            print(f"in memory of {device()}: {rates[ON_DEVICE] / rates[OURS]:.1f}x the loader's best")
 
 
 def read(stream: Iterator) -> None:
-    """One iteration."""
-    deque(islice(stream, BATCHES), maxlen=0)
+    """One iteration, to its end where batches are made on a GPU."""
+    last = deque(islice(stream, BATCHES), maxlen=1)
+    if isinstance(last[0], dict) and last[0]["x"].is_cuda:
+        torch.cuda.synchronize()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

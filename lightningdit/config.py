@@ -280,8 +280,13 @@ class DataConfig(Section):
     Ours: `latent_flip`, whether half of the samples are mirrored (as published; false where left and right differ in
     meaning), `verify`, whether every checksum of the manifest is compared when the data is opened (null: for less than
     4 GiB, where that takes seconds), `check_statistics`, whether statistics that do not fit the latents are refused
-    (false where those of other latents are meant, as in fine-tuning), and `num_images`, assumed by a dry run where
-    there is no data to count.
+    (false where those of other latents are meant, as in fine-tuning), `num_images`, assumed by a dry run where
+    there is no data to count, and two keys about memory:
+    `placement` says where training reads its samples: from the files ("host"), or from the devices' memory, over which
+    the set is spread at the start ("device", see `lightningdit.device_latents`); "auto" is the latter on GPUs that have
+    room for it beside the run. Samples are the same bits. `latent_dtype` is what samples are made of: "bfloat16" rounds
+    what is stored to it before anything is computed, wherever it lies, and takes half the memory on devices; "float32"
+    changes nothing, and takes no more than what is stored. Validation reads files, and rounds alike.
     """
 
     data_path: PathText
@@ -296,3 +301,5 @@ class DataConfig(Section):
     verify: bool | None = None
     check_statistics: bool = True
     num_images: Count = 1_281_167
+    placement: Literal["auto", "host", "device"] = "auto"
+    latent_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -38,11 +38,13 @@ class LatentDataset:
     num_classes: if given, labels must be below it.
     verify: also compare every checksum of the manifest (reads everything once); None does so below 4 GiB.
     unfinished: open a set whose extraction lacks the manifest alone; else that is an error.
+    latent_dtype: bfloat16 rounds what is stored to it (to nearest even) before a sample is made of it; else float32.
 
     Whatever is stored, samples are float32. Of moments (a mean and a standard deviation for each number) one is drawn
     when it is read, by noise from (seed, epoch, index): another in every epoch, and the same after a resume.
 
-    Attributes: `shape` (C, H, W); `store` and `dtype`, what is stored; `labels` [N] int64; `statistics` that undo the
+    Attributes: `shape` (C, H, W); `store` and `dtype`, what is stored; `memory_dtype`, the smallest that holds what
+    samples are made of; `labels` [N] int64; `statistics` that undo the
     normalisation; `manifest` of the directory or None; `classes`, the names of the labels, or None. Opened files are
     not pickled, so data-loader workers may be forked or spawned; `threaded` tells the loader to use threads, as reading
     releases the GIL.
@@ -64,6 +66,7 @@ class LatentDataset:
         seed: int = 0,
         verify: bool | None = None,
         unfinished: bool = False,
+        latent_dtype: torch.dtype = torch.float32,
     ):
         self.path, self.seed, self.latent_norm, self.latent_flip = Path(path), seed, latent_norm, latent_flip
         if not self.path.is_dir():
@@ -75,6 +78,7 @@ class LatentDataset:
         self._check_manifest(verify)
         self._shards = [Shard.read(p) for p in shards_of(self.path, self.manifest)]
         self.shape, self.store, self.dtype = self._common_kind()
+        self.memory_dtype = torch.bfloat16 if latent_dtype == torch.bfloat16 else self.dtype
         counts = [shard.count for shard in self._shards]
         self._ends = np.cumsum(counts)
         self._compare_with_manifest(sum(counts))
@@ -101,6 +105,7 @@ class LatentDataset:
             num_classes=config.num_classes,
             seed=seed,
             verify=config.verify,
+            latent_dtype=getattr(torch, config.latent_dtype),
         )
         if config.check_statistics:
             check_statistics(latents)
@@ -154,13 +159,32 @@ class LatentDataset:
         """
         if out is None:
             out = np.empty((len(indices), parts_of(self.store), math.prod(self.shape)), np.float32)
+        values = torch.from_numpy(out)
         if self.dtype == torch.float32:
             self._read(out.reshape(len(out), out[:1].size).view(np.uint8), indices, flips)
-            return out
-        content = np.empty((len(indices), self._shards[0].row_bytes), np.uint8)
+            return out if self.memory_dtype == self.dtype else values.copy_(values.to(self.memory_dtype)).numpy()
+        content = np.empty((len(indices), self.row_bytes), np.uint8)
         self._read(content, indices, flips)
-        torch.from_numpy(out).copy_(torch.from_numpy(content).view(self.dtype).view(out.shape))
+        values.copy_(torch.from_numpy(content).view(self.dtype).view(out.shape).to(self.memory_dtype))
         return out
+
+    def consecutive(self, start: int, stop: int, *, mirrored: bool, pin_memory: bool = False) -> torch.Tensor:
+        """What is stored of samples `start` to `stop`, in its dtype: [stop − start, 1 or 2 parts · C·H·W].
+
+        By sequential reads. pin_memory: return a tensor in page-locked memory.
+        """
+        rows = torch.empty((stop - start, self.row_bytes), dtype=torch.uint8, pin_memory=pin_memory)
+        first, last = np.searchsorted(self._ends, (start, stop - 1), side="right").tolist()
+        for shard in range(first, last + 1):
+            begin, end = max(start, int(self._starts[shard])), min(stop, int(self._ends[shard]))
+            offset = int(self._offsets[shard, int(mirrored)]) + (begin - int(self._starts[shard])) * self.row_bytes
+            self._read_whole(shard, rows[begin - start : end - start].flatten().numpy().data, offset)
+        return rows.view(self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes in a shard of what is stored of one image, its mirror image apart."""
+        return self._shards[0].row_bytes
 
     def _draw(self, x: torch.Tensor, epochs: np.ndarray, indices: np.ndarray, flips: np.ndarray) -> None:
         """Fill x [B, C·H·W] with a sample of each posterior: `mean + std·noise`, noise by (seed, epoch, index)."""
@@ -182,7 +206,18 @@ class LatentDataset:
         offsets = self._offsets[shards, flips.astype(np.int64)] + places * rows.shape[1]  # [B]
         for row, shard, offset in zip(rows, shards.tolist(), offsets.tolist(), strict=True):
             if os.preadv(self._files[shard].fileno(), (row,), offset) != row.nbytes:
-                raise LatentsError(f"{self._shards[shard].path} has been truncated since it was opened")
+                raise self._truncated(shard)
+
+    def _read_whole(self, shard: int, content: memoryview, offset: int) -> None:
+        """Fill bytes from a place in a shard, in as many reads as the system makes of it."""
+        while len(content):
+            read = os.preadv(self._files[shard].fileno(), (content,), offset)
+            if not read:
+                raise self._truncated(shard)
+            content, offset = content[read:], offset + read
+
+    def _truncated(self, shard: int) -> LatentsError:
+        return LatentsError(f"{self._shards[shard].path} has been truncated since it was opened")
 
     def _normalise(self, x: np.ndarray) -> None:
         """Normalise x [B, C·H·W] in place."""
@@ -231,9 +266,10 @@ class LatentDataset:
         return first.shape, first.store, first.dtype
 
     def _stored_otherwise(self) -> str:
+        rounded = ", rounded to bfloat16" if self.memory_dtype != self.dtype else ""
         if (self.store, self.dtype) == ("sample", torch.float32):
-            return ""
-        return f", stored as {self.store} in {str(self.dtype).removeprefix('torch.')}"
+            return rounded
+        return f", stored as {self.store} in {str(self.dtype).removeprefix('torch.')}{rounded}"
 
     def _check_labels(self, num_classes: int | None) -> None:
         named = None if self.classes is None else len(self.classes)

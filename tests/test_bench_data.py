@@ -11,7 +11,9 @@ from bench import data as bench_data
 from bench.data import BATCHES, WAYS, FilePerSample, LoaderComparison, LoaderJob, disagreement
 from bench.measure import rows
 from bench.workloads.latents import write_latents
+from launch.training.device_batches import DeviceBatches
 from lightningdit.data import LatentDataset
+from lightningdit.device_latents import DeviceLatents
 from lightningdit.latents_writer import LatentsWriter, finish
 from tests.golden.golden import ROOT
 
@@ -83,6 +85,16 @@ def test_a_wrong_bit_label_row_or_mirroring_is_a_disagreement(latents, wrong, wh
     assert disagreement(latents, wrong(latents)).startswith(f"{what} differ")
 
 
+def test_latents_on_the_device_that_are_not_the_loaders_have_no_time(latents, monkeypatch):
+    assert bench_data.difference_on_device(DeviceBatches(DeviceLatents(latents, "cpu")), latents, 8) == ""
+    rounded = LatentDataset(latents.path, latent_dtype=torch.bfloat16)
+    monkeypatch.setattr(bench_data, "DeviceLatents", lambda data, device: DeviceLatents(rounded, device))
+    comparison = LoaderComparison(Told(), rows.Log("cpu"), None)
+    ready = comparison.prepare(LoaderJob(latents, 8, (0,)), "latents-device-0", "")
+    assert not ready.iterations and ready.value == "x differ from the loader's"
+    assert comparison.wrong(None, {"latents-device-0": ready.value}, "") == {"latents-device-0": ready.value}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_provider_reads_whole_epochs_in_an_order_of_its_own(latents, workers):
     for name, (_, _, way) in WAYS.items():
@@ -95,27 +107,30 @@ def test_every_provider_reads_whole_epochs_in_an_order_of_its_own(latents, worke
 
 
 def test_what_a_row_says(latents, tmp_path, capsys):
-    """Iterations of 16 × 8 latents in 1, 2, 8 and 4 ms."""
+    """Iterations of 16 × 8 latents in 1, 2, 8, 4 and 0.5 ms."""
     out = tmp_path / "rows.jsonl"
-    comparison = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004), rows.Log("cpu", out), None)
+    comparison = LoaderComparison(Told(0.001, 0.002, 0.008, 0.004, 0.0005), rows.Log("cpu", out), None)
     got = comparison.run(LoaderJob(latents, 8, (0, 1)))
     assert [(row["provider"], row["workers"]) for row in got] == [
         ("latents", 0),
         ("latents", 1),
         ("file-per-sample", 0),
         ("file-per-sample", 1),
+        ("latents-device", 0),
     ]
-    assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000])
+    assert [row["latents_per_second"] for row in got] == pytest.approx([128_000, 64_000, 16_000, 32_000, 256_000])
+    assert [row["memory"] for row in got] == ["cpu"] * 5
     first = got[0]
     assert first["p20_us"] == first["p50_us"] == first["p80_us"] == pytest.approx(1000 / 128) and first["spread"] == 0
-    ratios = {"latents-1": 2, "file-per-sample-0": 8, "file-per-sample-1": 4}
+    ratios = {"latents-1": 2, "file-per-sample-0": 8, "file-per-sample-1": 4, "latents-device-0": 0.5}
     assert first["times_faster_than"] == pytest.approx(ratios)
     assert (first["bytes"], first["calls"], first["kind"], first["status"]) == (32768, BATCHES * 8, "data", "ok")
     assert first["cpu"] and first["cores"] >= 1 and first["load"] >= 0
     assert list(rows.read(out, "cpu")) == json.loads(json.dumps(got))
     comparison.conclude(got)
     printed = capsys.readouterr().out
-    assert "best against best: 4.0x" in printed and "128,000" in printed and f"{first['cores']} cores" in printed
+    assert "best against best: 4.0x" in printed and "in memory of cpu: 2.0x the loader's best" in printed
+    assert "128,000" in printed and f"{first['cores']} cores" in printed
 
 
 def test_quantiles_of_a_time_are_those_of_the_rate_the_other_way_round():
@@ -127,20 +142,20 @@ def test_no_time_beside_wrong_numbers(latents, monkeypatch, capsys):
     monkeypatch.setattr(bench_data, "disagreement", lambda data, published: "x differ")
     comparison = LoaderComparison(Told(), rows.Log("cpu"), None)
     got = comparison.run(LoaderJob(latents, 8, (0,)))
-    assert [(row["status"], row["reason"]) for row in got] == [("incorrect", "x differ")] * 2
+    assert [(row["status"], row["reason"]) for row in got] == [("incorrect", "x differ")] * 3
     assert not any("p50_us" in row or "latents_per_second" in row for row in got)
     comparison.conclude(got)
     printed = capsys.readouterr().out
-    assert printed.count("incorrect: x differ") == 2 and "best" not in printed
+    assert printed.count("incorrect: x differ") == 3 and "best" not in printed
     assert bench_data.main(["--samples", "4", "--workers", "0"]) == 1
 
 
 def test_from_the_command_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_data, "HostDevice", lambda: Told(0.001, 0.01))
+    monkeypatch.setattr(bench_data, "HostDevice", lambda: Told(0.001, 0.01, 0.001))
     out = tmp_path / "rows.jsonl"
     both = ["--batch-size", "2", "--workers", "0", "--out", str(out)]
     assert bench_data.main(["--samples", "20", *both]) == bench_data.main(["--directory", str(PUBLISHED), *both]) == 0
-    assert [row["bytes"] for row in rows.read(out, "cpu")] == [32768] * 2 + [256] * 2
+    assert [row["bytes"] for row in rows.read(out, "cpu")] == [32768] * 3 + [256] * 3
     assert capsys.readouterr().out.count("best against best: 10.0x") == 2 and PUBLISHED.is_dir()
 
 

@@ -69,6 +69,25 @@ def test_values_are_stored_to_the_nearest_and_read_in_float32(tmp_path, store, d
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("store", ["sample", "moments"])
+def test_what_is_stored_may_be_rounded_to_bfloat16_before_it_is_used(tmp_path, store, dtype):
+    """Twice where float16 is stored: from what the file holds. Statistics and noise stay what they are."""
+    write(tmp_path, store, dtype)
+    data, exact = (LatentDataset(tmp_path, seed=3, latent_dtype=t) for t in (torch.bfloat16, torch.float32))
+    mean, std = (rounded(rounded(value, dtype), "bfloat16") for value in posteriors())
+    parts = [mean, std] if store == "moments" else [mean]
+    indices, plain = np.arange(COUNT), np.zeros(COUNT, bool)
+    assert torch.equal(torch.from_numpy(data.stored(indices, plain)), torch.stack(parts, 1).flatten(2))
+    got, statistics = data.batch([2] * COUNT, indices, plain)["x"], exact.statistics
+    noise = [torch.randn(SHAPE, generator=generator(3, POSTERIOR_NOISE, 2, index)) for index in range(COUNT)]
+    want = mean + std * torch.stack(noise) if store == "moments" else mean
+    want = (want - statistics.mean.view(4, 1, 1)) / statistics.std.view(4, 1, 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert torch.equal(got, exact.batch([2] * COUNT, indices, plain)["x"]) == (dtype == "bfloat16")
+    assert torch.equal(data.statistics.std, statistics.std)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_moments_are_drawn_by_seed_epoch_and_index(tmp_path, dtype):
     write(tmp_path, "moments", dtype)
     mean, std = (rounded(value, dtype) for value in posteriors())

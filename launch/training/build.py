@@ -8,6 +8,7 @@ import torch
 
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.runtime.processes import Processes
+from launch.training.placement import place_latents
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
@@ -37,6 +38,7 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
     ops = select_ops(run.kernels)
     task: VavaeTask | LightningDiTTask
     validation: ImageDataset | LatentDataset | None
+    on_device = None
     if isinstance(run, VavaeRun):
         task, validation = vavae_task(run, ops, processes.device)
         require_one_decoder(task.batches, processes)
@@ -45,6 +47,7 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
         run = run.model_copy(update={"data": data})
     else:
         task, validation = _lightningdit_task(run, ops)
+        on_device = place_latents(run, task.batches, processes)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -55,7 +58,7 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
         deepspeed=run.deepspeed,
         run=run.model_dump(mode="json"),
     )
-    trainer = Trainer(task, config, processes, ops, validation)
+    trainer = Trainer(task, config, processes, ops, validation, on_device)
     if processes.is_main:
         print(
             f"training {kind} in {directory}: {config.last_step:,} steps of {train.global_batch_size} images, "

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,28 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, epochs: torch.Tensor, indices: torch.Tensor) -> Tensors: ...
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """A data set that makes the micro-batches of a process by itself, from the order of samples, on its device."""
+
+    def __len__(self) -> int: ...
+
+    def stream(
+        self,
+        order: "SampleOrder",
+        split: "BatchSplit",
+        rank: int,
+        *,
+        first_step: int,
+        last_step: int,
+        num_workers: int,
+    ) -> Generator[Tensors]:
+        """As `micro_batches`."""
+
+    def close(self) -> None:
+        """Free the device's memory."""
 
 
 @dataclass
@@ -113,7 +135,7 @@ class _KeySampler(Sampler):
 
 
 def micro_batches(
-    batches: Batches,
+    batches: Batches | Streams,
     order: SampleOrder,
     split: BatchSplit,
     rank: int,
@@ -125,8 +147,11 @@ def micro_batches(
 ) -> Generator[Tensors]:
     """This process's micro-batches of steps `first_step` to `last_step`, in order, read ahead by `num_workers`.
 
-    See `read_batches`.
+    See `read_batches`; those of `Streams` come as they make them.
     """
+    if isinstance(batches, Streams):
+        steps = {"first_step": first_step, "last_step": last_step}
+        return batches.stream(order, split, rank, **steps, num_workers=num_workers)
 
     def load(key: Key, **options: bool) -> Tensors:
         step, micro = key

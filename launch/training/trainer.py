@@ -24,7 +24,16 @@ from launch.training import checkpoint
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
-from launch.training.loader import Batches, BatchSplit, SampleOrder, Tensors, micro_batches, samples_of_step, to_device
+from launch.training.loader import (
+    Batches,
+    BatchSplit,
+    SampleOrder,
+    Streams,
+    Tensors,
+    micro_batches,
+    samples_of_step,
+    to_device,
+)
 from launch.training.log import Meter, RunLog, Throughput
 from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
@@ -52,12 +61,20 @@ class Trainer:
 
     Args:
         validation: batches to validate on every `train.valid_every` steps, or None.
+        on_device: the task's batches, made from what lies in the devices' memory, to train on instead; or None.
     """
 
     def __init__(
-        self, task: Task, config: TrainerConfig, processes: Processes, ops: Ops, validation: Batches | None = None
+        self,
+        task: Task,
+        config: TrainerConfig,
+        processes: Processes,
+        ops: Ops,
+        validation: Batches | None = None,
+        on_device: Streams | None = None,
     ):
         self.task, self.config, self.processes, self._ops = task, config, processes, ops
+        self._on_device = on_device
         train = config.train
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
         self.split = BatchSplit(train.global_batch_size, processes.world_size, micro)
@@ -109,7 +126,9 @@ class Trainer:
                 log.close()
 
     def close(self) -> None:
-        """Free the memory of networks and optimizers; nothing can be trained afterwards."""
+        """Free the memory of networks, optimizers and data; nothing can be trained afterwards."""
+        if self._on_device is not None:
+            self._on_device.close()
         for engine in self.engines.values():
             engine.close()
 
@@ -153,7 +172,7 @@ class Trainer:
         for engine in self.engines.values():
             engine.train()
         return micro_batches(
-            self.task.batches,
+            self.task.batches if self._on_device is None else self._on_device,
             self.order,
             self.split,
             self.processes.rank,

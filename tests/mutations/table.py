@@ -8,6 +8,7 @@ from tests.mutations import (
     csrc,
     kernels,
     launch,
+    launch_device_batches,
     launch_extraction,
     launch_programs,
     launch_run_files,
@@ -17,7 +18,10 @@ from tests.mutations import (
 
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
-    "launch": (launch, launch_extraction, launch_programs, launch_run_files), "bench": (bench,),
+    "launch": (
+        launch, launch_device_batches, launch_extraction, launch_programs, launch_run_files,
+    ),
+    "bench": (bench,),
 }  # fmt: skip
 MISTAKES: dict[str, Mistake | KernelMistake] = {
     f"{package}/{name}": mistake
