@@ -26,11 +26,27 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+#: Errors that say nothing of the file that was asked for: of a network file system, or of this process's limits.
+_UNREACHABLE = {
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
 _LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 class FileError(ValueError):
     """A file that cannot be read, or is not what it should be; the message names it."""
+
+
+class UnreachableError(FileError):
+    """The system does not tell what there is (a stale handle, too many open files): the file itself may be whole."""
 
 
 class DownloadError(RuntimeError):
@@ -179,7 +195,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     except FileNotFoundError:
         raise FileError(f"{path} does not exist") from None
     except OSError as e:
-        raise FileError(f"cannot read {path}: {e.strerror}") from None
+        raise _read_error(path, e) from None
     except ValueError as e:  # such as a null byte
         raise FileError(f"{str(path)!r} is no path of a file: {e}") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
@@ -189,18 +205,31 @@ def open_regular(path: Path | str) -> BinaryIO:
     return open(handle, "rb")
 
 
+def _read_error(path: Path | str, error: OSError) -> FileError:
+    kind = UnreachableError if error.errno in _UNREACHABLE else FileError
+    return kind(f"cannot read {path}: {error.strerror or error}")
+
+
+def file_status(path: Path | str) -> os.stat_result:
+    """`os.stat`; raises FileError where the system does not give it, UnreachableError where that says nothing."""
+    try:
+        return os.stat(path)
+    except OSError as e:
+        raise _read_error(path, e) from None
+
+
 def path_exists(path: Path | str) -> bool:
     """Whether there is such a name, be it a link to nothing.
 
-    Raises FileError where the system does not tell (no permission, a stale handle, a failing disk): whoever then took
-    a file for absent would begin anew.
+    Raises UnreachableError where the system does not tell (no permission, a stale handle, a failing disk): whoever then
+    took a file for absent would begin anew.
     """
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as e:
-        raise FileError(f"cannot look for {path}: {getattr(e, 'strerror', None) or e}") from None
+        raise UnreachableError(f"cannot look for {path}: {getattr(e, 'strerror', None) or e}") from None
     return True
 
 
@@ -218,7 +247,10 @@ def read_json(path: Path | str) -> Any:
         size = os.fstat(f.fileno()).st_size
         if size > JSON_LIMIT:
             raise FileError(f"{path} has {size:,} bytes; a JSON file of this project has at most {JSON_LIMIT:,}")
-        content = f.read()
+        try:
+            content = f.read()
+        except OSError as e:
+            raise _read_error(path, e) from None
     refuse_placeholders(path, content[:100])
     try:
         return json.loads(content, parse_constant=_finite, parse_float=_finite)
@@ -237,11 +269,30 @@ def sha256(path: Path | str) -> str:
     """SHA-256 of a file's content, hexadecimal; raises FileError where it cannot be read."""
     digest = hashlib.sha256()
     with open_regular(path) as f:
-        while block := f.read(_BLOCK):
-            digest.update(block)
+        try:
+            while block := f.read(_BLOCK):
+                digest.update(block)
+        except OSError as e:
+            raise _read_error(path, e) from None
     return digest.hexdigest()
 
 
 def file_entry(path: Path) -> dict:
     """{"bytes", "sha256"} of a file, for a manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+class HashingWriter:
+    """Writes to a binary file and takes SHA-256 of what it writes, so that nothing has to be read again for it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self._bytes += memoryview(content).nbytes
+
+    def entry(self) -> dict:
+        """As `file_entry` of the file, where all of it was written so."""
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}

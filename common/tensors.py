@@ -13,19 +13,20 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy._core import multiarray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from common.file_types import LEGACY_TORCH, describe_content, is_safetensors
-from common.files import FileError, atomic_write, open_regular, refuse_placeholders
+from common.files import FileError, HashingWriter, atomic_write, open_regular, refuse_placeholders
 
 Tensors = dict[str, torch.Tensor]
 
@@ -158,6 +159,15 @@ def _load_safetensors(path: Path, begin: bytes) -> Tensors:
         raise WeightsError(f"{path} {other or f'is damaged or truncated: {e}'}") from None
 
 
+def check_safetensors(path: Path) -> None:
+    """Raise WeightsError where a file has no header of safetensors that fits its size; values are not read."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise WeightsError(f"{path} is damaged or truncated: {e}") from None
+
+
 def _why_unread(error: Exception, by_torch: bool) -> str | None:
     """The reason in torch's error, without its advice to switch safety off; None where it has none."""
     if not by_torch:
@@ -250,16 +260,46 @@ def _some(keys: Iterable[str]) -> str:
     return (", ".join(keys[:_MAX_NAMED]) or "nothing") + more
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
-    """Write a `.safetensors` file, whole or not at all (see `common.files.atomic_write`).
+@dataclass(frozen=True)
+class TensorInParts:
+    """A tensor to write that is never whole in memory: `parts()` yields its values, flat, in order and of its dtype.
+
+    A part is written before the next one is asked for, and may share its memory.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    parts: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.itemsize
+
+
+Writable = Mapping[str, torch.Tensor] | Mapping[str, torch.Tensor | TensorInParts]
+
+
+def write_tensors(path: Path | str, tensors: Writable, metadata: Mapping[str, str] | None = None) -> dict:
+    """Write a `.safetensors` file, whole or not at all (see `common.files.atomic_write`) → its bytes and SHA-256, as
+    `common.files.file_entry` gives them.
 
     metadata: default {"format": "pt"}, which other libraries look for. Equal tensors give equal files.
     """
     with atomic_write(path) as f:
-        write_safetensors(f, tensors, metadata)
+        hashing = HashingWriter(f)
+        write_safetensors(hashing, tensors, metadata)
+    return hashing.entry()
 
 
-def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None):
+class _Writer(Protocol):
+    def write(self, content: bytes | memoryview, /) -> Any: ...
+
+
+def write_safetensors(f: _Writer, tensors: Writable, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors (of any device) and metadata, in the given order, as a safetensors file; see `write_tensors`.
 
     The package's own writer shuffles metadata, makes files that only their owner can read, and does not say which file
@@ -273,8 +313,14 @@ def write_safetensors(f: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     f.write(len(text).to_bytes(8, "little") + text)
-    for _, value in ordered:
-        f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, value in ordered:
+        written = 0
+        for part in value.parts() if isinstance(value, TensorInParts) else (value,):
+            content = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            f.write(content)
+            written += content.nbytes
+        if written != value.nbytes:
+            raise RuntimeError(f"the parts of {name} have {written:,} bytes where it has {value.nbytes:,}")
 
 
 def save_pickled(path: Path | str, content: Any) -> None:

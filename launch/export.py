@@ -36,7 +36,8 @@ from common.tensors import Tensors, model_of, read_entry, save_pickled, weights_
 from launch.arguments import load_run, local_path
 from launch.config import ConfigError, select_ops, stored_run
 from launch.trained import build_diffusion, diffusion_weights, from_checkpoint, statistics_for
-from launch.training.checkpoint import Checkpoint, find_checkpoint
+from launch.training.checkpoint import Checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.latents import LatentStatistics
 from lightningdit.weights import save_export, save_published
 from vavae.diffusers_layout import (

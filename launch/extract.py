@@ -47,7 +47,7 @@ from launch.extraction.round_trip import RoundTrip, try_stored, try_tokenizer
 from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import require_one_decoder
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from launch.training.loader import read_batches
 from lightningdit.data import LatentDataset
 from lightningdit.latents import STATISTICS_FILE, Manifest, Store, StoredDtype

@@ -9,7 +9,8 @@ from common.files import path_exists
 from common.sections import describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
-from launch.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from launch.training.checkpoint import Checkpoint, CheckpointError
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.latents import (
     STATISTICS_FILE,
     LatentStatistics,

@@ -56,8 +56,8 @@ def writes(tree: ast.Module) -> set[str]:
         name = whole if whole in IN_PLACE else whole.split(".")[-1]
         if name == "open" and not _for_writing(node):
             continue
-        if whole in ("write_text", "save", "checkpoint.save"):
-            continue  # of common.files and launch.training.checkpoint
+        if whole in ("write_text", "save", "checkpoint.save", "self.saver.save"):
+            continue  # of common.files, launch.training.checkpoint and launch.training.saving
         if name in ("rename", "dump", "save") and not node.args:
             continue  # a trainer's, a model's
         inside = name in INSIDE or whole == "archive.open"

@@ -10,7 +10,7 @@ import torch
 
 from common.files import FileError
 from launch.training import checkpoint
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.config import ModelConfig
 from lightningdit.data import LatentDataset
 from lightningdit.latents import LatentStatistics, Manifest

@@ -15,7 +15,7 @@ from launch.export import export
 from launch.export import main as export_main
 from launch.trained import build_tokenizer, diffusion_weights
 from launch.training import checkpoint
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.weights import read_export, read_weights
 from tests import toy
 from tests.tiny_weights import STATISTICS, a_run, document, write_weights

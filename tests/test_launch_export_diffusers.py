@@ -18,7 +18,7 @@ from launch.export import main as export_main
 from launch.extract import find_tokenizer
 from launch.trained import build_tokenizer
 from launch.training import checkpoint
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.latents import LatentStatistics, read_statistics
 from lightningdit.latents_writer import LatentsWriter, finish
 from tests import toy

@@ -20,7 +20,7 @@ from launch.runtime import processes
 from launch.runtime.run_lock import DirectoryInUseError, lock_directory
 from launch.trained import from_checkpoint
 from launch.training import checkpoint, engine
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample as sample_latents

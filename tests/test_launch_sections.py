@@ -158,7 +158,7 @@ def test_a_wrong_value_is_said_in_plain_words_with_its_key(section):
         ({"train": 3}, "train: a section of keys is wanted (got 3)"),
         ({"train": {"max_steps": "many"}}, "train.max_steps: a whole number is wanted (got 'many')"),
         ({"train": {"max_steps": 0}}, "train.max_steps: must be at least 1 (got 0)"),
-        ({"train": {"resume": "x"}}, "train.resume: true or false is wanted (got 'x')"),
+        ({"train": {"resume": "x"}}, "train.resume: allowed are true, false and 'strict' (got 'x')"),
         ({"train": {"precision": "int8"}}, "train.precision: must be 'float32' or 'bfloat16' (got 'int8')"),
         (
             {"train": {"exp_name": False}},

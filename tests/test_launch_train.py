@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def run_file(tmp_path, data):
 
 def rows(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    return [row for row in found if "event" not in row]
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -68,11 +70,16 @@ def test_killed_and_started_again_is_as_if_never_killed(tmp_path, run_file, kind
     assert launch("train", kind, path, "train.exp_name=whole", world_size=world_size) == [0] * world_size
     per_step = 1 if kind == "lightningdit" else 2  # engines; the GAN starts at the third iteration
     mid_step = Moment(MID_STEP.module, MID_STEP.name, 5 if per_step == 1 else 6)
-    assert -signal.SIGKILL in launch(*command, world_size=world_size, at=mid_step)
-    assert checkpoint.newest(tmp_path / "killed/checkpoints").step in (2, 3)
+    inline = "train.background_save=false"  # in the background it may not be written yet
+    assert -signal.SIGKILL in launch(*command, inline, world_size=world_size, at=mid_step)
+    before = checkpoint.newest(tmp_path / "killed/checkpoints").step
+    assert before in (2, 3)
     assert -signal.SIGKILL in launch(*command, world_size=world_size, at=MID_SAVE)
+    assert checkpoint.newest(tmp_path / "killed/checkpoints").step == before
+    assert list((tmp_path / "killed/checkpoints").glob(".step_*.tmp"))
     assert launch(*command, world_size=world_size) == [0] * world_size
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed/checkpoints").glob(".*"))
 
 
 def test_sigterm_ends_after_a_checkpoint(tmp_path, run_file):
@@ -223,15 +230,26 @@ def test_a_checkpoint_of_another_run_is_refused(run_file):
         train_here(path, "train.micro_batch_size=3")
 
 
-def test_a_damaged_checkpoint_stops_the_resume(run_file):
-    path = run_file(train={"max_steps": 2})
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_resumed_from(run_file, tmp_path, caplog):
+    """To the same bits; with `resume: strict` it ends the run."""
+    path = run_file(train={"max_steps": 4, "ckpt_every": 2})
+    whole = train_here(path, "train.exp_name=whole")
     directory = train_here(path)
-    file = directory / "checkpoints/step_0000002/model.exp_avg.safetensors"
+    file = directory / "checkpoints/step_0000004/model.exp_avg.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 4
     file.write_bytes(content)
-    with pytest.raises(checkpoint.CheckpointError, match=r"exp_avg\.safetensors .*damaged"):
-        train_here(path, "train.max_steps=3")
+    with pytest.raises(checkpoint.CheckpointError, match=r"exp_avg\.safetensors .*damaged \(train\.resume is strict"):
+        train_here(path, "train.resume=strict")
+    caplog.clear()
+    assert train_here(path) == directory
+    said = [record.getMessage() for record in caplog.records if record.name == "launch.training.restore"]
+    assert len(said) == 1 and re.search(
+        r"step_0000004 is DAMAGED and set aside as step_0000004\.damaged: .*SHA", said[0]
+    )
+    names = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert names == ["step_0000002", "step_0000004", "step_0000004.damaged"]
+    assert_same_run(whole, directory)
 
 
 def test_validation_and_its_rows(run_file, data):

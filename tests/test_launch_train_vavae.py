@@ -97,7 +97,7 @@ def test_a_stage_without_the_vf_term_costs_none(tmp_path, run_file, stage):
     found = rows(tmp_path / "run")
     assert ["vf_cos" in row for row in found] == [False, False, False, True]
     projections = [
-        checkpoint.find_checkpoint(tmp_path / f"run/checkpoints/step_{step:07d}").weights("autoencoder", "model")
+        checkpoint.Checkpoint(tmp_path / f"run/checkpoints/step_{step:07d}").weights("autoencoder", "model")
         for step in (1, 3, 4)
     ]
     first, third, fourth = (weights["linear_proj.weight"] for weights in projections)
@@ -117,7 +117,7 @@ def test_killed_in_the_second_of_three_stages_and_started_again(tmp_path, run_fi
     command = ("train", "vavae", path, "train.exp_name=killed")
     assert launch("train", "vavae", path, "train.exp_name=whole", world_size=2) == [0, 0]
     moment = Moment("launch.training.engine:Engine", "step", 8)  # two engines from step 3: in the fifth step
-    assert -signal.SIGKILL in launch(*command, world_size=2, at=moment)
+    assert -signal.SIGKILL in launch(*command, "train.background_save=false", world_size=2, at=moment)
     assert checkpoint.newest(tmp_path / "killed/checkpoints").step == 4
     assert launch(*command, world_size=2) == [0, 0]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

@@ -11,7 +11,7 @@ from common.tensors import WeightsError
 from launch.__main__ import main
 from launch.config import LightningDiTRun
 from launch.trained import diffusion_weights, from_checkpoint
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.weights import save_export
 from tests import toy
 from tests.tiny_weights import document, write_weights

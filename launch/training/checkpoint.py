@@ -6,17 +6,20 @@
       <network>.model.safetensors      weights, published key names, float32
       <network>.{ema,exp_avg,exp_avg_sq}.safetensors
 
-Tensors are whole, not sharded, so any number of processes under any ZeRO stage can go on from them.
+Tensors are whole, not sharded, so any number of processes under any ZeRO stage can go on from them. A damaged one that
+was set aside has another name, `step_0000020.damaged`, and is neither read nor removed.
 """
 
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,20 @@ import torch
 
 from common.files import (
     FileError,
+    UnreachableError,
     WriteError,
     file_entry,
+    file_status,
     make_directory,
     path_exists,
-    read_json,
+    rename_directory,
     sha256,
     sync_directory,
     write_error,
     write_json,
 )
 from common.records import Record, read_record, write_checksummed
-from common.tensors import WeightsError, read_tensors, write_tensors
-from launch.config_files import ConfigError
+from common.tensors import WeightsError, Writable, check_safetensors, read_tensors, write_tensors
 from launch.training.checkpoint_state import Manifest, State
 
 log = logging.getLogger(__name__)
@@ -52,11 +56,19 @@ class CheckpointError(FileError):
     """A checkpoint that is not whole, or not what was asked for."""
 
 
+#: Bytes and time of the last change (ns) of a file.
+Stamp = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk; tensors are read when asked for, after their checksum held."""
+    """A complete checkpoint on disk; tensors are read when asked for, after their checksum held.
+
+    verified: files whose checksum held a moment ago; it is computed once more where a file's stamp is another.
+    """
 
     path: Path
+    verified: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -137,18 +149,52 @@ class Checkpoint:
                 raise CheckpointError(f"{self._tensors_path(network, key)} has negative averages of squares")
             yield key, tensors
 
+    def verify(self, keys: Iterable[str] = KEYS) -> "Checkpoint":
+        """The same checkpoint, whose state and tensors of these keys were found whole; other files have their sizes.
+
+        Raises CheckpointError, naming a file that is not as it was written, and UnreachableError where the system does
+        not tell.
+        """
+        try:
+            hashed = [name for name in self.manifest.files if name.split(".")[1] in ("json", *keys)]
+            for name in self.manifest.files.keys() - hashed:
+                self._present(name)
+            with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to other threads
+                found = Checkpoint(self.path, dict(zip(hashed, pool.map(self._verify, hashed), strict=True)))
+            _ = found.state
+        except (CheckpointError, UnreachableError):
+            raise
+        except FileError as e:
+            raise CheckpointError(str(e)) from None
+        return found
+
+    def _verify(self, name: str) -> Stamp:
+        _, stamp = self._present(name)  # before it is read: what changes it then gives it another
+        path = self._checked(name)
+        if name.endswith(".safetensors"):
+            check_safetensors(path)
+        return stamp
+
     def _checked(self, name: str) -> Path:
+        """The path of a file whose checksum holds."""
+        path, stamp = self._present(name)
+        wanted = self.manifest.files[name].sha256
+        if self.verified.get(name) != stamp and (found := sha256(path)) != wanted:
+            raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {wanted}: damaged")
+        return path
+
+    def _present(self, name: str) -> tuple[Path, Stamp]:
+        """The path of a file that is there in its size, and its stamp."""
         path, entry = self.path / name, self.manifest.files.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path} has no {name}; it has {', '.join(sorted(self.manifest.files))}")
         if not path_exists(path):
             raise CheckpointError(f"{path} is missing though the manifest lists it")
-        size = path.stat().st_size
-        if size != entry.bytes:
+        status = file_status(path)
+        if status.st_size != entry.bytes:
+            size = status.st_size
             raise CheckpointError(f"{path} has {size:,} bytes where the manifest says {entry.bytes:,}: cut short?")
-        if (found := sha256(path)) != entry.sha256:
-            raise CheckpointError(f"{path} has SHA-256 {found} where the manifest says {entry.sha256}: damaged")
-        return path
+        return path, (status.st_size, status.st_mtime_ns)
 
 
 def _names(networks: Iterable[str]) -> str:
@@ -158,36 +204,42 @@ def _names(networks: Iterable[str]) -> str:
 def _read(path: Path, record: type[Record]) -> Any:
     try:
         return read_record(path, record)
+    except UnreachableError:
+        raise
     except FileError as e:
         raise CheckpointError(str(e)) from None
 
 
-def save(directory: Path, state: dict, networks: dict[str, dict[str, dict[str, torch.Tensor]]]) -> Path:
+def save(directory: Path, state: dict, networks: Mapping[str, Mapping[str, Writable]]) -> Path:
     """Write the checkpoint of `state["step"]` below `directory` and return its path.
 
-    `networks` holds network → key → name → tensor. A kill at any moment leaves the earlier checkpoints and at most a
-    temporary directory, which `clean_up` and the next save remove. A checkpoint of the same step is replaced.
+    `networks` holds network → key → name → tensor; parts of tensors are asked for in this order. A kill at any moment
+    leaves the earlier checkpoints and at most a temporary directory, which `clean_up` and the next save remove. A
+    checkpoint of the same step is replaced.
 
     Raises WriteError, naming the file, where the system refuses; the earlier checkpoints are then untouched.
     """
     make_directory(directory)
     final = directory / f"step_{state['step']:07d}"
     temporary = directory / f".{final.name}.tmp"
+    files: dict[str, dict] = {}
     try:
         with _writing(final):
             clean_up(directory)
             temporary.mkdir()
             for network, keys in networks.items():
                 for key, tensors in keys.items():
-                    write_tensors(temporary / f"{network}.{key}.safetensors", tensors)
+                    name = f"{network}.{key}.safetensors"
+                    files[name] = write_tensors(temporary / name, tensors)
             write_json(temporary / "state.json", state)
-            files = {p.name: file_entry(p) for p in sorted(temporary.iterdir())}
-            write_checksummed(temporary / "manifest.json", {"format": 1, "step": state["step"], "files": files})
+            files["state.json"] = file_entry(temporary / "state.json")
+            content = {"format": 1, "step": state["step"], "files": dict(sorted(files.items()))}
+            write_checksummed(temporary / "manifest.json", content)
             if path_exists(final):
                 os.replace(final, directory / f".{final.name}.old")
             os.replace(temporary, final)
             sync_directory(directory)
-    except OSError:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # what it takes up may be what is lacking
         raise
     shutil.rmtree(directory / f".{final.name}.old", ignore_errors=True)
@@ -232,37 +284,19 @@ def newest(directory: Path) -> Checkpoint | None:
 
     One without a manifest, such as a copy that was cut short, does not count, and this is logged.
     """
-    for path in reversed(_by_step(directory)):
-        if path_exists(path / "manifest.json"):
-            return Checkpoint(path)
-        log.warning("%s has no manifest.json: it is not complete and is left aside", path)
+    for found in by_step(directory):
+        if path_exists(found.path / "manifest.json"):
+            return found
+        log.warning("%s has no manifest.json: it is not complete and is left aside", found.path)
     return None
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint `path` is, or the newest of the run whose directory it is; raises ValueError on neither."""
-    if not path.is_dir():
-        what = "is no directory, which a checkpoint is" if path.exists() else "does not exist"
-        raise ConfigError(f"{path} {what}")
-    if path_exists(path / "manifest.json") and not _is_latents(path):
-        return Checkpoint(path)
-    found = newest(path / "checkpoints") or newest(path)
-    if found is None:
-        raise ConfigError(f"{path} is no checkpoint and has no complete one below it")
-    return found
-
-
-def _is_latents(path: Path) -> bool:
-    """Whether the manifest there is that of a latents directory; a damaged one may be anything."""
-    try:
-        return "shards" in read_json(path / "manifest.json")
-    except (FileError, TypeError):
-        return False
-
-
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the `keep` checkpoints of the highest steps."""
-    for path in _by_step(directory)[:-keep]:
+def prune(directory: Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove all but the `keep` checkpoints of the highest steps, and those of every `keep_every` steps."""
+    for old in by_step(directory)[keep:]:
+        path = old.path
+        if keep_every is not None and _step_of(path) % keep_every == 0:
+            continue
         # Renamed first: half a removal must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.removed")
         with _writing(path):
@@ -270,7 +304,25 @@ def prune(directory: Path, keep: int) -> None:
         _remove(doomed)
 
 
-def _by_step(directory: Path) -> list[Path]:
-    """Directories of checkpoints, complete or not, in the order of their steps."""
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name that is none of a checkpoint's, so that it is never read nor removed → its path.
+
+    Raises WriteError where the system refuses.
+    """
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged" + (f".{number}" if number > 1 else ""))
+        if not path_exists(aside):
+            rename_directory(path, aside)
+            return aside
+    raise AssertionError
+
+
+def by_step(directory: Path) -> list[Checkpoint]:
+    """The checkpoints below `directory`, complete or not, the highest step first."""
     entries = directory.iterdir() if path_exists(directory) else ()
-    return sorted((p for p in entries if _STEP.fullmatch(p.name)), key=lambda p: int(p.name.removeprefix("step_")))
+    paths = sorted((p for p in entries if _STEP.fullmatch(p.name)), key=_step_of, reverse=True)
+    return [Checkpoint(path) for path in paths]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

@@ -9,7 +9,7 @@ from torch import nn
 from common.files import FileError, open_regular
 from common.tensors import weights_file
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
-from launch.training.checkpoint import find_checkpoint
+from launch.training.checkpoint_search import candidates
 from lightningdit.model import LightningDiT
 from vavae.config import check_sections
 
@@ -33,7 +33,7 @@ def check_run(run: Run) -> None:
         check_file(key, path)
     if run.train.ckpt is not None:
         try:
-            find_checkpoint(Path(run.train.ckpt))
+            candidates(Path(run.train.ckpt))
         except ValueError as e:
             raise ConfigError(f"train.ckpt: {e}") from None
     check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))

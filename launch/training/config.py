@@ -2,9 +2,9 @@
 
 import math
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from common.sections import (
     Count,
@@ -31,6 +31,12 @@ def _below_output_dir(name: str) -> str:
 RunName = Annotated[Text, AfterValidator(_below_output_dir)]
 
 
+def _resume(value: Any) -> Any:
+    if isinstance(value, bool) or value == "strict":
+        return value
+    raise ValueError(f"allowed are true, false and 'strict' (got {value!r})")
+
+
 class TrainConfig(Section):
     """The `train` section: published keys, and ours from `max_epochs` on.
 
@@ -41,6 +47,9 @@ class TrainConfig(Section):
     "cudagraphs" is Inductor with CUDA graphs, "regional" compiles each kind of block once, which takes seconds instead
     of half a minute (`kernels.compile.modes`). `deterministic` keeps Inductor from choosing by timing what
     changes last bits, so that another run on the same GPUs gives the same; its cost in speed is not measured yet.
+    `resume` "strict" ends with an error where the newest checkpoint is damaged; true sets it aside, under another name,
+    and goes on from the one before. `background_save` has a checkpoint written while training goes on, from a copy in
+    host memory. `keep_checkpoints` keeps that many of the newest, and with `keep_every` those of every so many steps.
     `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
     """
 
@@ -53,7 +62,7 @@ class TrainConfig(Section):
     log_every: Count = 100
     ckpt_every: Count = 20_000
     weight_init: PathText | None = None
-    resume: bool = True
+    resume: Annotated[bool | Literal["strict"], BeforeValidator(_resume)] = True
     use_checkpoint: Recompute = False
     max_epochs: Count | None = None
     micro_batch_size: Size | None = None
@@ -67,9 +76,15 @@ class TrainConfig(Section):
     valid_weights: Literal["ema", "model"] = "ema"
     max_skipped_in_a_row: Count = 20
     tensorboard: bool = True
+    keep_every: Count | None = None
+    background_save: bool = True
 
     @model_validator(mode="after")
     def _check(self):
+        if self.keep_every is not None and self.keep_checkpoints is None:
+            raise ValueError(f"keep_every is {self.keep_every}, but without keep_checkpoints every checkpoint is kept")
+        if self.keep_every is not None and self.keep_every % self.ckpt_every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of ckpt_every {self.ckpt_every}")
         if self.max_steps is not None and self.max_epochs is not None:
             raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
         return self

@@ -135,6 +135,9 @@ class Engine:
         self._running_buffers = [(buffer, buffer.clone()) for buffer in _running_statistics(module)]
         compile_module(module, compile, ops, deterministic)
         self._init_optimizer_states()
+        #: The end of a copy of the state that a stream of its own makes; nothing here changes the state before it.
+        self.copied: torch.cuda.Event | None = None
+        self.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
         for name, value in masters.items():
             self._write(name, "model", value)
             self._write(name, "ema", value)
@@ -179,6 +182,7 @@ class Engine:
         0 in float32), the weights in use are the master weights. It takes a second copy of the weights in use.
         """
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._await_copy()
         try:
             for name in self._names:
                 average = self._read(name, "ema")
@@ -211,17 +215,58 @@ class Engine:
                 if keep:
                     state[key][name] = value.to("cpu", torch.float32, copy=True).contiguous()
         if keep:
-            state["model"].update(self._frozen)
-            for name in self._buffers:
-                value = self.module.get_buffer(name).detach().to("cpu", copy=True).contiguous()
-                state["model"][name] = value.float() if value.is_floating_point() else value
+            state["model"].update(self.untrained_state())
         return state
+
+    def untrained_state(self) -> dict[str, torch.Tensor]:
+        """Frozen parameters and buffers, on the CPU and not those in use; numbers that are not whole in float32."""
+        tensors = dict(self._frozen)
+        for name in self._buffers:
+            value = self.module.get_buffer(name).detach().to("cpu", copy=True).contiguous()
+            tensors[name] = value.float() if value.is_floating_point() else value
+        return tensors
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the trained parameters, whole, in the order of `full_state`."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._names.items()}  # ZeRO 3 leaves none in p
+
+    def own_parts(self, key: str) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What this process holds of `model` (the master weights) or a state: of all processes, every element once.
+
+        Yields a parameter's name, the place of the first element in it when it is flat, and the elements as they are in
+        use, of any device and strides; names in the order of `full_state`. Nothing is gathered.
+        """
+        for name in self._names:
+            start, value = self._own_part(name, key)
+            if value is not None:
+                yield name, start, value
+
+    def _own_part(self, name: str, key: str) -> tuple[int, torch.Tensor | None]:
+        p: Any = self._names[name]
+        if self._stage == 0:
+            return 0, self._read(name, key) if dist.get_rank() == 0 else None
+        state = None if key == "model" and not self._optimizer_has_masters else MASTER if key == "model" else key
+        if self._stage < 3:
+            mapping = p._hp_mapping  # None where another process has all of it
+            return (mapping.lp_fragment_address.start, mapping.get_hp_fragment(state)) if mapping else (0, None)
+        get = deepspeed.utils.safe_get_local_optimizer_state
+        part = deepspeed.utils.safe_get_local_fp32_param(p) if state is None else get(p, state)
+        start = part.numel() * dist.get_rank()
+        size = min(part.numel(), p.ds_numel - start)  # the rest is padding
+        return start, part[:size] if size > 0 else None
 
     def load_states(self, state: State) -> None:
         """Set master weights and optimizer states from unsharded tensors as `full_state` gives them."""
+        self._await_copy()
         for name in self._names:
             for key, values in state.items():
                 self._write(name, key, values[name])
+
+    def _await_copy(self) -> None:
+        """Have the device wait, not the host, until `copied`."""
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+            self.copied = None
 
     def _init_optimizer_states(self) -> None:
         """Create the optimizer's states and let DeepSpeed's per-parameter views find them."""

@@ -1,5 +1,8 @@
 """Start a run from a checkpoint: which one, and its weights, optimizer states and counters."""
 
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -8,62 +11,100 @@ from common.files import path_exists
 from common.tensors import load_strict
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
-from launch.training.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from launch.training.checkpoint import Checkpoint, CheckpointError
+from launch.training.checkpoint_search import candidates, newest_whole
 from launch.training.config import TrainConfig
 from launch.training.engine import Engine
 from launch.training.task import Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins from. checkpoint: found whole; damaged: later ones of the run that are not, with the reason."""
+
+    checkpoint: Checkpoint | None
+    damaged: Mapping[Path, str] = field(default_factory=dict)
 
 
 def agree_on_start(checkpoints: Path, train: TrainConfig, processes: Processes) -> Checkpoint | None:
     """The checkpoint that the main process finds (see `find_start`), on every process; None for a new run.
 
-    Incomplete checkpoints below `checkpoints` are removed first, and all but the newest `train.keep_checkpoints`.
-    Raises, on every process, what the main one raised, or CheckpointError where a process cannot see the checkpoint.
+    Incomplete saves below `checkpoints` are removed first. Damaged checkpoints that are later than the one found are
+    set aside, then all but those to be kept are removed. Raises, on every process, what the main one raised, or
+    CheckpointError where a process cannot see the checkpoint.
     """
-    path = error = None
-    if processes.is_main:
-        try:
-            if checkpoints.is_dir():
-                checkpoint.clean_up(checkpoints)
-                if train.keep_checkpoints:
-                    checkpoint.prune(checkpoints, train.keep_checkpoints)
-            path = find_start(checkpoints, train)
-        except (ValueError, OSError) as e:
-            error = e
-    processes.raise_on_all(error)
-    path = processes.broadcast(path)
+    found = processes.on_main(lambda: _prepare_start(checkpoints, train))
+    path = found and found.path
     if processes.any(path is not None and not path.is_dir()):
         raise CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
-    return path and Checkpoint(path)
+    return found
 
 
-def find_start(checkpoints: Path, train: TrainConfig) -> Path | None:
-    """The newest checkpoint of this run's directory, else the one that `train.ckpt` names, else None.
+def _prepare_start(checkpoints: Path, train: TrainConfig) -> Checkpoint | None:
+    if checkpoints.is_dir():
+        checkpoint.clean_up(checkpoints)
+    start = find_start(checkpoints, train)
+    for path, reason in start.damaged.items():
+        aside = checkpoint.set_aside(path)
+        log.warning("%s is DAMAGED and set aside as %s: %s", path, aside.name, reason)
+    if train.keep_checkpoints:
+        checkpoint.prune(checkpoints, train.keep_checkpoints, train.keep_every)
+    return start.checkpoint
 
-    Raises ValueError where going on from there would lose what is there, or is not what the user asked for.
+
+def find_start(checkpoints: Path, train: TrainConfig) -> Start:
+    """The newest whole checkpoint of this run's directory, else what `train.ckpt` names, else none.
+
+    Raises ValueError where going on from there would lose what is there, or is not what the user asked for; of it
+    AllDamagedError where there are checkpoints and none is whole. Renames and removes nothing.
     """
-    own = checkpoint.newest(checkpoints)
-    named = None if train.ckpt is None else find_checkpoint(Path(train.ckpt)).path
-    if own is None:
-        _refuse_foreign(checkpoints)
-        if named is not None:
-            print(f"starting from {named}, as train.ckpt says")
-        return named
+    own = checkpoint.by_step(checkpoints)
+    named = None if train.ckpt is None else candidates(Path(train.ckpt))
+    if not own:
+        return _start_of_another(checkpoints, named, train)
     if not train.resume:
         raise ValueError(
-            f"{checkpoints} already holds step {own.step} and train.resume is false; "
-            "give another train.exp_name or output_dir, or remove it"
+            f"{checkpoints} already holds step {int(own[0].path.name.removeprefix('step_'))} and train.resume is "
+            "false; give another train.exp_name or output_dir, or remove it"
         )
-    if named is not None and named.resolve() != own.path.resolve():
-        if named.resolve().parent == checkpoints.resolve():
+    newest, damaged = _newest_whole(own, train)
+    if named is not None and named[0].path.resolve() != newest.path.resolve():
+        if named[0].path.resolve() in {path.resolve() for path in damaged}:
+            named[0].verify()  # says why not
+        if named[0].path.resolve().parent == checkpoints.resolve():
             raise ValueError(
-                f"train.ckpt is {named}, but this run has gone on to {own.path.name}: to branch off, "
+                f"train.ckpt is {named[0].path}, but this run has gone on to {newest.path.name}: to branch off, "
                 "give another train.exp_name; to go on, leave train.ckpt out"
             )
-        print(f"train.ckpt {named} was this run's start; now its own newest checkpoint is")
+        print(f"train.ckpt {named[0].path} was this run's start; now its own newest checkpoint is")
     if train.weight_init is not None:
         print(f"train.weight_init {train.weight_init} was this run's start; now its newest checkpoint is")
-    return own.path
+    return Start(newest, damaged)
+
+
+def _start_of_another(checkpoints: Path, named: Sequence[Checkpoint] | None, train: TrainConfig) -> Start:
+    """Of a run that has no checkpoint of its own; those of another run are left as they are."""
+    _refuse_foreign(checkpoints)
+    if named is None:
+        return Start(None)
+    found, damaged = _newest_whole(named, train)
+    for reason in damaged.values():
+        log.warning("DAMAGED and passed over: %s", reason)
+    print(f"starting from {found.path}, as train.ckpt says")
+    return Start(found)
+
+
+def _newest_whole(found: Sequence[Checkpoint], train: TrainConfig) -> tuple[Checkpoint, dict[Path, str]]:
+    if train.resume != "strict":
+        return newest_whole(found)
+    try:
+        return found[0].verify(), {}
+    except CheckpointError as e:
+        raise CheckpointError(
+            f"{e} (train.resume is strict; true would set {found[0].path.name} aside and take the one before)"
+        ) from None
 
 
 def _refuse_foreign(checkpoints: Path) -> None:

@@ -1,12 +1,9 @@
 """The training loop of every model: steps, accumulation, logging, validation, checkpoints, signals."""
 
-import platform
-import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
 
@@ -17,7 +14,6 @@ from common.files import write_json
 from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
 from launch.pictures import comparison
-from launch.runtime import launcher
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
@@ -37,6 +33,7 @@ from launch.training.loader import (
 from launch.training.log import Meter, RunLog, Throughput
 from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
+from launch.training.saving import Saver, report, versions
 from launch.training.skips import SkippedSteps, all_skipped
 from launch.training.task import Task
 from launch.training.validation import Validation
@@ -108,6 +105,7 @@ class Trainer:
         self._watch = Watch(task)
         self._skips = SkippedSteps(self.engines, self.step, train.log_every, processes.device)
         self._start_counters = self._read_counters()
+        self.saver = Saver(self._checkpoints, self.engines, processes, train)
 
     def run(self) -> int | None:
         """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint → the signal, or None.
@@ -122,11 +120,13 @@ class Trainer:
             with StopRequest() as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
         finally:
+            self.saver.leave()
             if log is not None:
                 log.close()
 
     def close(self) -> None:
         """Free the memory of networks, optimizers and data; nothing can be trained afterwards."""
+        self.saver.close()
         if self._on_device is not None:
             self._on_device.close()
         for engine in self.engines.values():
@@ -142,6 +142,7 @@ class Trainer:
                 print(f"already at step {self.step} of {last}: nothing to train")
         while self.step < last:
             self.train_step(stream)
+            self._report_saved(log)
             if log is not None:
                 log.step()
             # All processes agree on a signal to any of them, so that they stop after the same step.
@@ -154,7 +155,8 @@ class Trainer:
             if save:
                 if log is not None:
                     log.check()
-                self.save()
+                self.save(wait=bool(stopped_by) or self.step == last)
+                self._report_saved(log)
             if save or self._validation_due():
                 self._throughput.start(self.step)  # the next rate is that of training alone
             if stopped_by:
@@ -283,12 +285,12 @@ class Trainer:
             for name, rows in pictures.items():
                 log.write_picture(name, self.step, partial(comparison, rows))
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step (every process takes part, the main one writes)."""
-        begin = time.perf_counter()
-        networks = {name: engine.full_state(keep=self.processes.is_main) for name, engine in self.engines.items()}
+    def save(self, *, wait: bool = True) -> None:
+        """Save the present step (every process takes part, the main one writes); unless `wait`, it may still be written
+        when this returns, and `saver.poll` raises what that meets."""
         counters, meters = self._read_counters(), self.processes.all_gather(self._meter.state_dict())
         self._skipped_steps += self._skips.read(self.step, self.processes)
+        state = None
         if self.processes.is_main:
             state = {
                 "kind": self.config.kind,
@@ -298,19 +300,18 @@ class Trainer:
                 "task": self.task.state_dict(),
                 "ops": self._ops.table(),
                 "config": self.config.run,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "deepspeed": version("deepspeed"),
-                },
+                "versions": versions(),
                 "world_size": self.processes.world_size,
                 "since_last_row": {"meters": meters, "skipped_steps": self._skipped_steps},
             }
-            checkpoint.save(self._checkpoints, state, networks)
-            if self.config.train.keep_checkpoints:
-                checkpoint.prune(self._checkpoints, self.config.train.keep_checkpoints)
-            launcher.warn_of_slow_checkpoint(time.perf_counter() - begin)
-        self.processes.barrier()
+        self.saver.save(state)
+        if wait:
+            self.saver.wait()
+            self.processes.barrier()
+
+    def _report_saved(self, log: RunLog | None) -> None:
+        for saved in self.saver.poll():
+            report(saved, log)
 
     @property
     def _checkpoints(self) -> Path:

@@ -45,7 +45,8 @@ MISTAKES = {
     ),
     # Resume.
     "train_ckpt_taken_again": Mistake(
-        "launch/training/restore.py", "    return own.path\n", "    return named or own.path\n",
+        "launch/training/restore.py", "    return Start(newest, damaged)\n",
+        "    return Start(named[0] if named else newest, damaged)\n",
         "test_launch_train.py::test_a_run_begins_from_another_runs_checkpoint_once",
     ),
     "weight_init_ignored": Mistake(
@@ -75,20 +76,20 @@ MISTAKES = {
     ),
     "newest_by_name_as_text": Mistake(
         "launch/training/checkpoint.py",
-        'key=lambda p: int(p.name.removeprefix("step_")))', "key=lambda p: p.stat().st_mtime)",
+        "key=_step_of, reverse=True)", "key=lambda p: p.stat().st_mtime, reverse=True)",
         "test_launch_checkpoint.py::test_newest_goes_by_step_not_by_time_or_size",
     ),
     "prune_keeps_the_oldest": Mistake(
-        "launch/training/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[keep:]",
+        "launch/training/checkpoint.py", "by_step(directory)[keep:]", "by_step(directory)[:-keep]",
         "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
     ),
     "prune_keeps_one_more": Mistake(
-        "launch/training/checkpoint.py", "_by_step(directory)[:-keep]", "_by_step(directory)[: -keep - 1]",
+        "launch/training/checkpoint.py", "by_step(directory)[keep:]", "by_step(directory)[keep + 1 :]",
         "test_launch_checkpoint.py::test_prune_keeps_the_highest_steps",
     ),
     "checkpoint_hash_not_compared": Mistake(
         "launch/training/checkpoint.py",
-        "if (found := sha256(path)) != entry.sha256:", "if not (found := sha256(path)):",
+        "(found := sha256(path)) != wanted:", "not (found := sha256(path)):",
         "test_launch_checkpoint.py::test_a_flipped_bit_is_named",
     ),
     "checkpoint_step_not_compared_with_its_name": Mistake(

@@ -12,6 +12,7 @@ from tests.mutations import (
     launch_extraction,
     launch_programs,
     launch_run_files,
+    launch_saving,
     lightningdit,
     vavae,
 )  # fmt: skip
@@ -19,7 +20,7 @@ from tests.mutations import (
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
     "launch": (
-        launch, launch_device_batches, launch_extraction, launch_programs, launch_run_files,
+        launch, launch_device_batches, launch_extraction, launch_programs, launch_run_files, launch_saving,
     ),
     "bench": (bench,),
 }  # fmt: skip
