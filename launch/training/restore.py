@@ -36,7 +36,7 @@ def agree_on_start(checkpoints: Path, train: TrainConfig, processes: Processes) 
     CheckpointError where a process cannot see the checkpoint.
     """
     found = processes.on_main(lambda: _prepare_start(checkpoints, train))
-    path = found and found.path
+    path = None if found is None else found.path
     if processes.any(path is not None and not path.is_dir()):
         raise CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
     return found
