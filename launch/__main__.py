@@ -5,11 +5,15 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
-from launch.runtime import launcher, packages
-from launch.runtime.lifetime import exit_process
+from launch.runtime import exit_status, launcher, packages
+from launch.runtime.lifetime import StopRequest, exit_process
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
@@ -26,6 +30,7 @@ PROGRAMS = {
 
 
 SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart")  # run as one process
+LOST_PEER_PATIENCE = 10.0  # seconds in which the watchdog says which other process was lost
 
 
 def main(argv: list[str]) -> int:
@@ -39,9 +44,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_user_error(e):
             raise
-        if not (getattr(e, "reported_by_main", False) and launcher.rank()):
-            print(f"error: {_printable(_message(e))}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
-        return 2
+        return _end_with_error(e)
 
 
 def _program(argv: list[str]) -> int:
@@ -67,21 +70,72 @@ def _program(argv: list[str]) -> int:
 
 def run(argv: list[str]) -> NoReturn:
     """Run one program as this process and exit with its status, also after an exception or when the launcher ends."""
+    together = False
     try:
         _open_streams()
+        # Until a training loop takes over; the first SIGINT is Python's own KeyboardInterrupt.
+        StopRequest(_leave_at_once, at_once=True, numbers=(signal.SIGTERM, signal.SIGUSR1)).__enter__()
         launcher.exit_with_launcher()
         status = main(argv)
+        together = status in exit_status.IN_ORDER
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        together = status == 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
+        status = exit_status.INTERRUPTED
+        _end_all(status, "interrupted", lambda: print("interrupted", file=sys.stderr))
+    except BaseException as e:
+        status = exit_status.FAULT
+        _end_all(status, f"{type(e).__name__}: {e}", partial(_print_fault, e))
     # After a failure the process group is not destroyed: peers wait for this process in another collective.
-    together = (status == 0 or status > 128) and "launch.training.engine" in sys.modules
+    together = together and "launch.training.engine" in sys.modules
     exit_process(status, sys.modules["launch.training.engine"].stop_processes if together else None)
+
+
+def _end_with_error(error: Exception) -> int:
+    """Say a user's error in one line, unless another process of the run does → the status."""
+    from launch.runtime import heartbeat  # here and below: late, as `foreign_packages` is asked first what is ours
+
+    status, told = _status(error), getattr(error, "reported_by_main", False)
+    if status == exit_status.LOST_PEER:
+        heartbeat.await_order(LOST_PEER_PATIENCE)  # the watchdog knows more, and ends this process
+    text = _printable(_message(error))
+    who = "" if told else _who()
+    say = partial(print, f"error: {who}{text}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
+    _end_all(status, text, None if told and _rank() else say)
+    return status
+
+
+def _end_all(status: int, reason: str, say: Callable[[], None] | None) -> None:
+    from launch.runtime import heartbeat
+
+    heartbeat.end_all(status, reason, say)
+
+
+def _leave_at_once(number: int) -> NoReturn:
+    from launch.runtime import heartbeat
+
+    heartbeat.leave_at_once(number)
+
+
+def _print_fault(error: BaseException) -> None:
+    if who := _who():
+        print(f"{who.removesuffix(': ')} failed:", file=sys.stderr)
+    sys.excepthook(type(error), error, error.__traceback__)
+
+
+def _who() -> str:
+    """This process among several; "" where it is the only one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    return f"rank {_rank()} (process {os.getpid()} on {socket.gethostname()}): "
+
+
+def _rank() -> int:
+    """The rank, also where the launcher's variables are wrong, which may be the error."""
+    with suppress(launcher.LaunchError):
+        return launcher.rank()
+    return 0
 
 
 def _open_streams() -> None:
@@ -117,7 +171,7 @@ class _Formatter(logging.Formatter):
 
 def _printable(text: str) -> str:
     """Much of what is said is text of files: what a terminal would obey in it comes as escapes."""
-    from common.text import printable  # here and below: late, as `foreign_packages` is asked first whether it is ours
+    from common.text import printable
 
     return printable(text, lines=True)
 
@@ -138,6 +192,14 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write to standard output: {error.strerror}"  # every file that is written has its name there
     return str(error)
+
+
+def _status(error: Exception) -> int:
+    from launch.training.optimizer import NonFiniteError
+
+    if isinstance(error, NonFiniteError):
+        return exit_status.NUMERICAL
+    return exit_status.LOST_PEER if _lost_peer(error) else exit_status.ERROR
 
 
 def _is_user_error(error: Exception) -> bool:

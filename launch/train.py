@@ -7,7 +7,7 @@ import torch
 
 from launch.arguments import add_run_file, load_run
 from launch.config import ConfigError, Run
-from launch.runtime import launcher
+from launch.runtime import exit_status, last_exit, launcher
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import make_trainer, name_run
 from launch.training.checks import check_run
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(plan_run(run, args.kind, args.gpus or _default_processes()).lines()))
         return 0
     _, stopped_by = run_training(run, args.kind)
-    return 128 + stopped_by if stopped_by else 0
+    return exit_status.of_signal(stopped_by)
 
 
 def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
@@ -38,11 +38,14 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     # Imports DeepSpeed: seconds that a mistake or a dry run need not wait.
     from launch.training.engine import start_processes
 
-    processes = start_processes()
+    processes = start_processes(heartbeat_timeout=run.train.heartbeat_timeout)
     run = name_run(run, kind, processes)
-    with lock_directory(Path(run.train.output_dir) / run.train.exp_name, processes):
+    directory = Path(run.train.output_dir) / run.train.exp_name
+    with lock_directory(directory, processes), last_exit.recorded(directory, processes.rank) as ending:
         trainer = make_trainer(run, kind, processes)
-        return trainer.config.directory, trainer.run()
+        ending.step = lambda: trainer.step
+        ending.stopped_by = trainer.run()
+        return trainer.config.directory, ending.stopped_by
 
 
 def _default_processes() -> int:

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["launch.train", "launch.training.trainer", "launch.training.engine", "vavae.task"])
+#: The last is what DeepSpeed imports where an engine is made: torch.compile, with seconds of modules behind it.
+PRELOADED = [
+    "launch.train",
+    "launch.training.trainer",
+    "launch.training.engine",
+    "vavae.task",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
+_context.set_forkserver_preload(PRELOADED)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from launch.runtime import exit_status
 from tests import toy
 from tests.children import Moment, launch
 
@@ -28,7 +29,7 @@ def endings(directory: Path, count: int) -> Counter:
         command = ("train", "lightningdit", str(config), "train.max_steps=2", f"train.exp_name=run{number}")
         statuses = launch(*command, world_size=2, at=moment, log=log)
         said = "".join(Path(f"{log}.{rank}").read_text() for rank in (0, 1))
-        right = [0 if moment is None else 128 + signal.SIGTERM] * 2
+        right = [exit_status.DONE if moment is None else exit_status.STOPPED] * 2
         fine = statuses == right and not any(word in said for word in ("terminate called", "Traceback", "error"))
         found["as it should" if fine else f"{statuses}: {said[-200:]}"] += 1
     return found

@@ -10,6 +10,7 @@ import torch
 from launch.config import load, select_ops
 from launch.export import export
 from launch.extract import find_tokenizer
+from launch.runtime import exit_status
 from launch.training import build, checkpoint
 from launch.training.engine import start_processes
 from tests import toy
@@ -169,7 +170,7 @@ def test_a_signal_in_validation_leaves_the_average_out_of_the_checkpoint(tmp_pat
     path = str(run_file("vavae", 0))
     assert launch("train", "vavae", path, "train.exp_name=whole") == [0]
     command = ("train", "vavae", path, "train.exp_name=stopped", "train.max_steps=5")
-    assert launch(*command, at=IN_VALIDATION) == [128 + signal.SIGTERM]
+    assert launch(*command, at=IN_VALIDATION) == [exit_status.STOPPED]
     assert_equal(last(tmp_path / "whole"), last(tmp_path / "stopped"))  # both after step 4
 
 

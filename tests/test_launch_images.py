@@ -17,6 +17,7 @@ import kernels
 from launch import evaluate
 from launch.__main__ import main
 from launch.config import ConfigError
+from launch.runtime import exit_status
 from launch.runtime.processes import Processes
 from launch.training import checkpoint, image_rate
 from launch.training.build import require_one_decoder
@@ -87,7 +88,7 @@ def test_training_goes_on_after_an_end_in_mid_epoch(tmp_path, sources, run_file,
     assert f"{sources[source]}: decoded by {decoder} on cpu (asked for)" in (tmp_path / "log.0").read_text()
     # Of two engines from the third step on: in the seventh, after the checkpoint of the sixth.
     moment = Moment("launch.training.engine:Engine", "step", 11, ended_by)
-    status = -ended_by if ended_by == signal.SIGKILL else 128 + ended_by
+    status = -ended_by if ended_by == signal.SIGKILL else exit_status.STOPPED
     assert launch("train", "vavae", path, "train.exp_name=ended", at=moment) == [status]
     assert 0 < checkpoint.newest(tmp_path / "ended/checkpoints").step < STEPS
     assert launch("train", "vavae", path, "train.exp_name=ended") == [0]

@@ -17,12 +17,11 @@ from launch.__main__ import main
 from launch.config import load
 from launch.runtime import launcher, lifetime, processes
 from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_environment
-from launch.runtime.lifetime import StopRequest
 from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from tests import toy
-from tests.children import Moment, alive, launch
+from tests.children import alive
 
 _fork = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
@@ -52,85 +51,6 @@ def wait_until(condition, seconds: float = 60.0) -> bool:
     while time.monotonic() < end and not condition():
         time.sleep(0.05)
     return condition()
-
-
-# --- a signal
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, run_file):
-    """Between two rows: the rows are then those of a run that was never stopped."""
-    number = signal.SIGTERM
-    command = ("train", "lightningdit", run_file)
-    assert launch(*command, "train.exp_name=whole", world_size=2) == [0, 0]
-    moment = Moment("launch.training.engine:Engine", "step", 2, number, rank=1)
-    log = tmp_path / "log"
-    statuses = launch(*command, "train.exp_name=stopped", world_size=2, at=moment, log=log)
-    assert statuses == [128 + number] * 2
-    assert checkpoint.newest(tmp_path / "stopped/checkpoints").step == 2
-    assert not rows(tmp_path / "stopped")  # none is due before step 4
-    said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
-    assert f"stopped by {number.name} after step 2" in said[0] and "stopped by" not in said[1]
-    assert launch(*command, "train.exp_name=stopped", world_size=2) == [0, 0]
-    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
-    assert [row["step"] for row in rows(tmp_path / "whole")] == [4, 6]
-
-
-def test_a_row_that_was_not_due_goes_on_on_another_number_of_processes(tmp_path, run_file):
-    command = ("train", "lightningdit", run_file)
-    assert launch(*command, "train.exp_name=whole") == [0]
-    moment = Moment("launch.training.engine:Engine", "step", 3, signal.SIGTERM, rank=0)
-    assert launch(*command, "train.exp_name=stopped", world_size=2, at=moment) == [128 + signal.SIGTERM] * 2
-    assert launch(*command, "train.exp_name=stopped") == [0]
-    for one, other in zip(rows(tmp_path / "stopped"), rows(tmp_path / "whole"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "at", "ends"),
-    [
-        ((signal.SIGTERM, signal.SIGTERM), 9.0, False),
-        ((signal.SIGTERM, signal.SIGTERM), 11.0, True),
-        ((signal.SIGINT, signal.SIGINT), 1.0, False),
-        ((signal.SIGINT, signal.SIGINT), 3.0, True),
-        ((signal.SIGINT, signal.SIGTERM), 9.0, False),
-    ],
-)
-def test_a_second_signal_ends_at_once_unless_it_is_a_copy(numbers, at, ends):
-    def child():
-        now = [0.0]
-        with StopRequest(lambda: now[0]) as stop:
-            signal.raise_signal(numbers[0])
-            assert stop.number == numbers[0]
-            now[0] = at
-            signal.raise_signal(numbers[1])
-            assert stop.number == numbers[0]
-        os._exit(7)
-
-    process = _fork.Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode == (-numbers[1] if ends else 7)
-
-
-# --- an error
-
-
-def test_what_a_loader_process_cannot_read_ends_the_run_with_a_sentence(tmp_path):
-    broken = toy.write_images(tmp_path / "images") / "class0/broken.png"
-    broken.write_bytes(b"\x89PNG cut short")
-    data = {"data_path": str(tmp_path / "images"), "num_workers": 2}
-    path = toy.write_run(tmp_path / "run.yaml", toy.VAVAE, data=data, train={"output_dir": str(tmp_path)})
-    assert launch("train", "vavae", str(path), log=tmp_path / "log", limit=120) == [2]
-    said = (tmp_path / "log.0").read_text()
-    assert f"error: cannot read image {broken}" in said and "Traceback" not in said
-
-
-def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tmp_path, run_file):
-    moment = Moment("launch.training.engine:Engine", "step", 2, signal.SIGKILL, rank=1)
-    statuses = launch("train", "lightningdit", run_file, world_size=2, at=moment, log=tmp_path / "log", limit=120)
-    assert statuses == [2, -signal.SIGKILL]
-    said = (tmp_path / "log.0").read_text()
-    assert "error: another process of this run has ended" in said and "Traceback" not in said
 
 
 # --- its standard streams
@@ -376,7 +296,7 @@ def test_who_follows_the_process_that_started_it(monkeypatch, variables, nohup, 
     """A launcher's ranks, also below nohup; not what a person starts, nor what a shell started to outlive it."""
     followed = []
     monkeypatch.setattr(launcher, "signal_on_parent_exit", lambda number, pid: followed.append((number, pid)))
-    monkeypatch.setattr(launcher, "_name", lambda pid: parent)
+    monkeypatch.setattr(launcher.process_table, "name", lambda pid: parent)
     monkeypatch.delenv("RANK", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -419,8 +339,8 @@ def test_deepspeeds_processes_watch_each_other(monkeypatch):
     watched = []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(launcher, "signal_on_parent_exit", lambda number, pid: None)
-    monkeypatch.setattr(launcher, "_command", commands.get)
-    monkeypatch.setattr(launcher, "_parent", {os.getppid(): 7}.get)
+    monkeypatch.setattr(launcher.process_table, "command", commands.get)
+    monkeypatch.setattr(launcher.process_table, "parent", {os.getppid(): 7}.get)
     monkeypatch.setattr(launcher, "_signal_when_ended", lambda pid, other: watched.append((pid, other)))
     launcher.exit_with_launcher()
     assert watched == [(7, os.getpid()), (os.getppid(), 7)]

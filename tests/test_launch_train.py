@@ -14,6 +14,7 @@ import torch
 from kernels.backends.triton_launch import INTERPRETED
 from launch.config import ConfigError, load
 from launch.export import export
+from launch.runtime import exit_status
 from launch.training import checkpoint
 from lightningdit.weights import read_weights
 from tests import toy
@@ -86,7 +87,7 @@ def test_sigterm_ends_after_a_checkpoint(tmp_path, run_file):
     path = str(run_file())
     assert launch("train", "lightningdit", path, "train.exp_name=whole") == [0]
     moment = Moment("launch.training.engine:Engine", "step", 2, signal.SIGTERM)
-    assert launch("train", "lightningdit", path, "train.exp_name=stopped", at=moment) == [128 + signal.SIGTERM]
+    assert launch("train", "lightningdit", path, "train.exp_name=stopped", at=moment) == [exit_status.STOPPED]
     assert checkpoint.newest(tmp_path / "stopped/checkpoints").step == 2
     assert launch("train", "lightningdit", path, "train.exp_name=stopped") == [0]
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")

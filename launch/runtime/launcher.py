@@ -7,8 +7,8 @@ import signal
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from launch.runtime import process_table
 from launch.runtime.lifetime import signal_on_parent_exit
 
 log = logging.getLogger(__name__)
@@ -94,11 +94,11 @@ def exit_with_launcher() -> None:
     if "RANK" not in os.environ or _started_by_nohup(parent):
         return
     signal_on_parent_exit(signal.SIGTERM, parent)
-    if _name(parent) in _INIT_PROCESSES and any(name in os.environ for name in _LAUNCHER_VARIABLES):
+    if process_table.name(parent) in _INIT_PROCESSES and any(name in os.environ for name in _LAUNCHER_VARIABLES):
         signal.raise_signal(signal.SIGTERM)  # it had gone before we looked
-    if "deepspeed.launcher.launch" in _command(parent):
-        runner = _parent(parent)
-        if "deepspeed" in _command(runner):
+    if "deepspeed.launcher.launch" in process_table.command(parent):
+        runner = process_table.parent(parent)
+        if "deepspeed" in process_table.command(runner):
             _signal_when_ended(runner, os.getpid())
             _signal_when_ended(parent, runner)
 
@@ -118,7 +118,7 @@ def warn_of_slow_checkpoint(seconds: float) -> None:
 
 def _started_by_nohup(parent: int) -> bool:
     """Whether a shell started this process by nohup."""
-    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and _name(parent) in _SHELLS
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and process_table.name(parent) in _SHELLS
 
 
 def _signal_when_ended(pid: int, other: int) -> None:
@@ -136,22 +136,3 @@ def _signal_when_ended(pid: int, other: int) -> None:
             signal.pidfd_send_signal(told, signal.SIGTERM)
 
     threading.Thread(target=wait, name=f"follow process {pid}", daemon=True).start()
-
-
-def _name(pid: int) -> str:
-    return _of_process(pid, "comm").strip()
-
-
-def _command(pid: int) -> str:
-    return _of_process(pid, "cmdline").replace("\0", " ")
-
-
-def _parent(pid: int) -> int:
-    fields = _of_process(pid, "stat").rpartition(")")[2].split()
-    return int(fields[1]) if fields else 0
-
-
-def _of_process(pid: int, file: str) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/{file}").read_text("utf-8", "replace")
-    return ""

@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 EXIT_TIMEOUT = 20.0  # seconds that a process has to leave in order
-#: Seconds in which another signal is taken for a launcher's copy of the first.
-_REPEAT_SECONDS = {signal.SIGTERM: 10.0, signal.SIGINT: 2.0}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1 is SLURM's warning, by --signal
+#: Seconds in which a SIGINT is taken for a copy of the first: launchers send theirs within milliseconds, and nobody
+#: presses Ctrl-C twice in so little time and means it.
+COPY_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -29,31 +31,72 @@ def signal_on_parent_exit(number: int, parent: int) -> None:
         signal.raise_signal(number)
 
 
-class StopRequest:
-    """SIGTERM and SIGINT, while the block lasts, are kept for a loop to see: `number` is the first one.
+#: A child would write the numbers of its signals to its parent's pipe.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
-    Terminals, schedulers and launchers signal a process several times for one wish to end it. So a SIGTERM within 10 s
-    of the first signal, and a SIGINT within 2 s, change nothing; a later one ends the process at once.
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 and SIGINT, while the block lasts, are kept for a loop to see: `number` is the first one.
+
+    A second SIGINT calls `leave(SIGINT)`, which ends the process at once, whatever its main thread waits for. Terminals
+    and launchers send a SIGINT of the same Ctrl-C each: those within `COPY_SECONDS` of the first signal are one wish.
+    SIGTERM and SIGUSR1 may come any number of times, as schedulers repeat them while a checkpoint is written.
+
+    Where `number` is set at the end of the block, the process is about to leave: further signals are ignored.
+
+    Args:
+        at_once: the first signal already calls `leave`, as nothing needs to be saved.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, leave: Callable[[int], object], *, at_once: bool = False, numbers: Sequence[int] = STOP_SIGNALS):
         self.number: int | None = None
-        self._clock, self._since = clock, 0.0
+        self._leave, self._at_once, self._numbers = leave, at_once, numbers
 
     def __enter__(self) -> "StopRequest":
-        self._former = {number: signal.signal(number, self._take) for number in _REPEAT_SECONDS}
+        # Python runs handlers between two of the main thread's steps, and that may be inside a collective which never
+        # ends; the system's own handler writes the number of each signal to this pipe, for a thread to read.
+        self._signals, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._former = {number: signal.signal(number, self._take) for number in self._numbers}
+        self._former_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(self._former_wakeup)
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.number is None else signal.SIG_IGN)
+        os.write(self._wakeup, bytes(1))
+        self._thread.join()
+        os.close(self._signals)
+        os.close(self._wakeup)
+
+    def agree(self, all_reduce_max: Callable[[int], int]) -> int | None:
+        """The signal that all processes of a run stop by, where one of them got any; then it is `number` on each.
+
+        SIGINT, the smallest number, comes before the others: who presses Ctrl-C wants no scheduler to start it again.
+
+        all_reduce_max: gives the largest of all processes' numbers.
+        """
+        highest = all_reduce_max(signal.NSIG - self.number if self.number else 0)
+        if highest:
+            self.number = signal.NSIG - highest
+        return self.number if highest else None
 
     def _take(self, number: int, frame) -> None:
         if self.number is None:
-            self.number, self._since = number, self._clock()
-        elif self._clock() - self._since > _REPEAT_SECONDS[number]:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            self.number = number
+
+    def _watch(self) -> None:
+        since = None
+        while number := os.read(self._signals, 1)[0]:
+            if number not in self._numbers:  # Python has handlers of its own for others
+                continue
+            now = time.monotonic()
+            since = now if since is None else since
+            if self._at_once or (number == signal.SIGINT and now - since > COPY_SECONDS):
+                self._leave(number)
 
 
 def exit_process(status: int, first: Callable[[], None] | None = None) -> NoReturn:
@@ -63,7 +106,7 @@ def exit_process(status: int, first: Callable[[], None] | None = None) -> NoRetu
     gloo and DeepSpeed, met while their libraries are destroyed, now and then abort a process whose work was all done.
     The process is gone within `EXIT_TIMEOUT`, also where one of these blocks or raises.
     """
-    for number in _REPEAT_SECONDS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end = threading.Timer(EXIT_TIMEOUT, os._exit, [status or 1])
     end.daemon = True

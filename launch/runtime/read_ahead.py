@@ -9,7 +9,7 @@ import pickle
 import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from launch.runtime.lifetime import signal_on_parent_exit
+from launch.runtime.lifetime import STOP_SIGNALS, signal_on_parent_exit
 
 SHARED_MEMORY = Path("/dev/shm")
 CLOSE_TIMEOUT = 5.0  # seconds that a reader gets to end
@@ -120,7 +120,7 @@ class _ReturnExceptions(Dataset):
 
 def _init_worker(number: int, parent: int) -> None:
     """A launcher signals every process below it: workers must outlive the step that ends in a checkpoint."""
-    for ignored in (signal.SIGTERM, signal.SIGINT):
+    for ignored in STOP_SIGNALS:
         signal.signal(ignored, signal.SIG_IGN)
     signal_on_parent_exit(signal.SIGKILL, parent)
 
@@ -156,11 +156,16 @@ def _kill(items) -> None:
     items._shutdown = True
     if hasattr(items, "_pin_memory_thread"):
         items._pin_memory_thread_done_event.set()
-    for worker in items._workers:
+    end_processes(items._workers)
+
+
+def end_processes(workers: Sequence[Any]) -> None:
+    """Kill loader processes and free what they were about to hand over."""
+    for worker in workers:
         worker.kill()
-    for worker in items._workers:
+    for worker in workers:
         worker.join(timeout=CLOSE_TIMEOUT)  # one that waits for a disk that does not answer cannot even be killed
-        # What it was about to hand over: torch takes the name away only once both have it open.
+        # torch takes the name away only once both have it open.
         for memory in SHARED_MEMORY.glob(f"torch_{worker.pid}_*"):
             with suppress(OSError):
                 memory.unlink()

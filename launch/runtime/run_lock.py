@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from common.files import make_directory, write_error
 from common.records import Record
+from launch.runtime import process_table
 from launch.runtime.processes import Processes
 
 NAME = ".lock"
@@ -45,11 +46,11 @@ class Owner(Record):
     @classmethod
     def this_process(cls) -> "Owner":
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(host=socket.gethostname(), pid=os.getpid(), since=now, started=_started(os.getpid()))
+        return cls(host=socket.gethostname(), pid=os.getpid(), since=now, started=process_table.started(os.getpid()))
 
     def has_ended(self) -> bool:
         """Whether that is certain: on another host it is not."""
-        return self.host == socket.gethostname() and _started(self.pid) != self.started
+        return self.host == socket.gethostname() and process_table.started(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -204,11 +205,3 @@ def _refusal(path: Path, owner: Owner | None) -> str:
             "such as torchrun, per node"
         )
     return text
-
-
-def _started(pid: int) -> str | None:
-    """The boot and the clock tick that a process began at, which tell it from others of the same number."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
-        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text('utf-8', 'replace').rpartition(')')[2].split()[19]}"
-    return None

@@ -1,4 +1,5 @@
-# What both launcher scripts set; source it. PYTHON comes from launch/setup_env.sh.
+# shellcheck shell=bash
+# What all scripts that launch set; source it. PYTHON comes from launch/setup_env.sh.
 _scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$_scripts/../.." && pwd)"
 source "$root/launch/setup_env.sh"

@@ -50,6 +50,8 @@ class TrainConfig(Section):
     `resume` "strict" ends with an error where the newest checkpoint is damaged; true sets it aside, under another name,
     and goes on from the one before. `background_save` has a checkpoint written while training goes on, from a copy in
     host memory. `keep_checkpoints` keeps that many of the newest, and with `keep_every` those of every so many steps.
+    `heartbeat_timeout`: seconds after which a process that does not answer (stopped, its machine unreachable) is lost,
+    and all end; compilation, validation and saving do not count, however long they take.
     `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
     """
 
@@ -78,6 +80,7 @@ class TrainConfig(Section):
     tensorboard: bool = True
     keep_every: Count | None = None
     background_save: bool = True
+    heartbeat_timeout: Annotated[Float, Field(ge=1)] = 30.0
 
     @model_validator(mode="after")
     def _check(self):

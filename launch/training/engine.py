@@ -6,6 +6,7 @@ the ZeRO stage or the precision it was written under.
 """
 
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from torch import nn
 
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
-from launch.runtime import launcher
+from launch.runtime import heartbeat, launcher
 from launch.runtime.processes import Processes, local_gpu, rendezvous
+from launch.runtime.read_ahead import end_processes
 from launch.training.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if launcher.accelerator(gpus_here=torch.cuda.is_available()) == "cpu":
@@ -39,10 +41,11 @@ def uses_cuda() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
-def start_processes(timeout_minutes: int = 30) -> Processes:
+def start_processes(timeout_minutes: int = 30, heartbeat_timeout: float = heartbeat.TIMEOUT) -> Processes:
     """Join the process group the launcher describes (RANK, WORLD_SIZE, LOCAL_RANK …), or be a group of one.
 
-    The device is the GPU of LOCAL_RANK where there is one, else the CPU. Calling it again joins nothing twice.
+    The device is the GPU of LOCAL_RANK where there is one, else the CPU. Calling it again joins nothing twice. From
+    then on all processes leave where one is lost, also one that has not answered for `heartbeat_timeout` seconds.
 
     Raises LaunchError where the environment makes no sense, or the processes do not meet.
     """
@@ -59,6 +62,7 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
     if not dist.is_initialized():
         if environment is not None:
             store = rendezvous(environment)
+            heartbeat.start(environment, store, heartbeat_timeout, _end_children)
             dist.init_process_group(
                 backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
             )
@@ -76,8 +80,13 @@ def start_processes(timeout_minutes: int = 30) -> Processes:
 
 def stop_processes() -> None:
     """Leave the process group, if there is one; at the end of a process, as DeepSpeed keeps hold of its groups."""
+    heartbeat.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_children() -> None:
+    end_processes(multiprocessing.active_children())
 
 
 def compile_mode(asked: str, stage: int, accumulation: int = 1) -> str:

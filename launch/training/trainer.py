@@ -14,6 +14,7 @@ from common.files import write_json
 from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
 from launch.pictures import comparison
+from launch.runtime import heartbeat
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
@@ -108,7 +109,7 @@ class Trainer:
         self.saver = Saver(self._checkpoints, self.engines, processes, train)
 
     def run(self) -> int | None:
-        """Train to the last step; SIGTERM and SIGINT end the run early, after a checkpoint → the signal, or None.
+        """Train to the last step; a signal ends the run early, after a checkpoint → the signal, or None.
 
         Raises NonFiniteError when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of
         one network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
@@ -117,7 +118,7 @@ class Trainer:
         if self.processes.is_main:
             log = RunLog(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
         try:
-            with StopRequest() as stop, closing(self.stream()) as stream:
+            with StopRequest(heartbeat.leave_at_once) as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
         finally:
             self.saver.leave()
@@ -146,7 +147,7 @@ class Trainer:
             if log is not None:
                 log.step()
             # All processes agree on a signal to any of them, so that they stop after the same step.
-            stopped_by = self.processes.all_reduce_max(stop.number or 0) if self.step < last else 0
+            stopped_by = stop.agree(self.processes.all_reduce_max) if self.step < last else None
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self.step % train.log_every == 0 or self.step == last:
                 self._log(log)

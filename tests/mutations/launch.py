@@ -8,7 +8,7 @@ EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_d
 TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
 THROUGHPUT = "test_launch_log.py::test_every_figure_of_the_throughput"
 MODES = "test_launch_validation.py::test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode"
-ONE_SIGNAL = "test_launch_lifecycle.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
+ONE_SIGNAL = "test_launch_signals.py::test_a_signal_to_one_process_stops_all_after_the_same_step"
 AVERAGED = "test_launch_averaged.py::test_the_average_is_validated_and_training_goes_on_bit_for_bit"
 VALIDATED = "test_launch_validation.py::test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch"
 SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
@@ -129,10 +129,6 @@ MISTAKES = {
     "lock_left_behind": Mistake(
         "launch/runtime/run_lock.py", "                path.unlink()\n", "                pass\n",
         "test_launch_run_lock.py::test_a_directory_made_for_nothing_goes_again",
-    ),
-    "copies_of_a_signal_end_at_once": Mistake(
-        "launch/runtime/lifetime.py", "elif self._clock() - self._since > _REPEAT_SECONDS[number]:", "else:",
-        "test_launch_lifecycle.py::test_a_second_signal_ends_at_once_unless_it_is_a_copy",
     ),
     "success_where_leaving_fails": Mistake(
         "launch/runtime/lifetime.py", "            status = status or 1\n", "            pass\n",

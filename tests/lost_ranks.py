@@ -1,0 +1,202 @@
+"""`python -m tests.lost_ranks [CASE …]`: what ends a run of three processes, one case after the other.
+
+Each case trains, harms the run once, and looks at what is left: all processes gone within a minute, one message on
+standard error, the documented status, and a start anew that loses only the steps since the last whole checkpoint.
+The run's processes are started by `tests.starter`, which ends none of them itself. Cases that fill the disk need a
+tmpfs, which only root can mount; elsewhere they are skipped, and that is said. All take some minutes.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.runtime import exit_status, process_table
+from launch.training import checkpoint
+from tests import toy
+from tests.children import all_ended
+from tests.random_kills import ROOT, last_step, ranks, starter
+
+PROCESSES, LIMIT = 3, 60.0
+Harm = Callable[[Path, list[int]], None]
+
+
+def send(number: int, rank: int) -> Harm:
+    return lambda run, pids: os.kill(pids[rank], number)
+
+
+def send_to_watchdog_too(number: int, rank: int) -> Harm:
+    """As where a whole machine is gone: nothing of the process answers."""
+
+    def harm(run: Path, pids: list[int]) -> None:
+        children = Path(f"/proc/{pids[rank]}/task/{pids[rank]}/children").read_text().split()
+        for pid in [*map(int, children), pids[rank]]:
+            os.kill(pid, number)
+
+    return harm
+
+
+def kill_starter(run: Path, pids: list[int]) -> None:
+    os.kill(process_table.parent(pids[0]), signal.SIGKILL)
+
+
+def stop_a_rank_and_kill_starter(run: Path, pids: list[int]) -> None:
+    os.kill(pids[1], signal.SIGSTOP)
+    kill_starter(run, pids)
+
+
+def move_directory(run: Path, pids: list[int]) -> None:
+    run.rename(run.with_name("moved"))
+
+
+def fill(run: Path, pids: list[int]) -> None:
+    """Leave no room on the run's file system."""
+    with suppress(OSError), open(run.parent / "ballast", "wb", buffering=0) as f:
+        while True:
+            f.write(bytes(1 << 12))
+
+
+@dataclass(frozen=True)
+class Case:
+    """harm: done to a run once three rows are in its log; statuses: of the starter; said: in the one message, if any.
+
+    settings: of the run. goes_on: whether the run's directory is there for a start anew.
+    """
+
+    harm: Harm
+    status: int
+    said: str
+    settings: tuple[str, ...] = ()
+    goes_on: bool = True
+    tmpfs: bool = False
+
+
+EVERY_CHECKPOINT, NO_CHECKPOINT = ("train.ckpt_every=5",), ("train.ckpt_every=100000",)
+CASES = {
+    "killed": Case(send(signal.SIGKILL, 1), 137, "was killed or ended without a word"),
+    "killed_main": Case(send(signal.SIGKILL, 0), 137, "rank 0 (process"),
+    "stopped": Case(send(signal.SIGSTOP, 2), 74, "has been stopped for 5 s"),
+    "stopped_main": Case(send(signal.SIGSTOP, 0), 74, "has been stopped for 5 s"),
+    "silent": Case(send_to_watchdog_too(signal.SIGSTOP, 2), 74, "has not answered for 5 s"),
+    "silent_main": Case(send_to_watchdog_too(signal.SIGSTOP, 0), 74, "has not answered for 5 s"),
+    "signal": Case(send(signal.SIGUSR1, 2), 75, "", NO_CHECKPOINT),
+    "launcher_killed": Case(kill_starter, -9, "", NO_CHECKPOINT),
+    "launcher_killed_beside_a_stopped_rank": Case(stop_a_rank_and_kill_starter, -9, "has been stopped for 5 s"),
+    "directory_gone": Case(move_directory, 2, "is gone", goes_on=False),
+    "full_at_log": Case(fill, 2, "metrics.jsonl: No space left", (*NO_CHECKPOINT,), tmpfs=True),
+    "full_at_checkpoint": Case(fill, 2, "No space left", ("train.ckpt_every=5", "train.log_every=4"), tmpfs=True),
+    "full_at_validation": Case(fill, 2, "No space left", ("train.valid_every=2", "train.log_every=100000"), tmpfs=True),
+}
+
+
+@contextmanager
+def tmpfs(directory: Path):
+    """A small file system below `directory`; raises PermissionError where none can be mounted."""
+    directory.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(directory)], capture_output=True)
+    if done.returncode:
+        raise PermissionError(done.stderr.decode().strip())
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def harm_and_look(directory: Path, name: str) -> list[str]:
+    """Carry out a case below `directory` → sentences on what is wrong, empty where nothing is."""
+    case, latents = CASES[name], toy.write_latents(directory / "latents")
+    train = {"output_dir": str(directory / "out"), "max_steps": 1_000_000, "ckpt_every": 2, "keep_checkpoints": 2}
+    data = {"data_path": str(latents), **({"valid_path": str(latents)} if "valid" in name else {})}
+    train |= {"heartbeat_timeout": 5.0}
+    config = toy.write_run(directory / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train)
+    command = [*starter(config, PROCESSES, "run"), *case.settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    run, said = directory / "out/run", directory / "said"
+    with open(said, "wb") as f:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=f, stderr=f)
+    try:
+        pids = _wait_for_training(run, launcher)
+        case.harm(run, pids)
+        begin = time.monotonic()
+        status = launcher.wait(timeout=LIMIT + 10)
+        gone = all_ended(pids, within=max(begin + LIMIT - time.monotonic(), 0))
+    finally:
+        launcher.kill()
+    wrong = _look(case, status, said.read_text(), gone)
+    if case.tmpfs:
+        (run.parent / "ballast").unlink()
+    if case.goes_on:
+        wrong += _start_anew(case, run, command, environment)
+    return wrong
+
+
+def _wait_for_training(run: Path, launcher: subprocess.Popen) -> list[int]:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and launcher.poll() is None:
+        training = last_step(run) >= 3 or "full_at" in str(run) or any((run / "checkpoints").glob("step_*"))
+        if len(pids := ranks(run)) == PROCESSES and (training or _rows_are_rare(run)):
+            return pids
+        time.sleep(0.02)
+    raise RuntimeError(f"no training within 120 s (status {launcher.poll()})")
+
+
+def _rows_are_rare(run: Path) -> bool:
+    return (run / "metrics.jsonl").exists()
+
+
+def _look(case: Case, status: int, said: str, gone: bool) -> list[str]:
+    wrong = [] if gone else [f"not all processes were gone within {LIMIT:g} s"]
+    if status != case.status:
+        wrong.append(f"status {status}, not {case.status}")
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    if "Traceback" in said or len(errors) != bool(case.said) or case.said not in "".join(errors):
+        wrong.append(f"said {errors}, traceback {'Traceback' in said}: {said[-1500:]}")
+    return wrong
+
+
+def _start_anew(case: Case, run: Path, command: list[str], environment: dict[str, str]) -> list[str]:
+    """Go on for two steps, and see from where."""
+    record = json.loads((run / "last_exit.json").read_text()) if (run / "last_exit.json").exists() else {}
+    wrong = []
+    expected = {137: exit_status.LOST_PEER}.get(case.status, case.status)
+    if case.status >= 0 and record.get("status") not in (expected, *([None] if case.tmpfs else [])):
+        wrong.append(f"last_exit.json says {record}")
+    newest = checkpoint.newest(run / "checkpoints")
+    step = newest.step if newest else 0
+    if case.harm is not fill and step == 0:
+        wrong.append("there is no checkpoint")
+    command = [*command, f"train.max_steps={step + 2}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0 or (step and f"after step {step}" not in done.stdout):
+        wrong.append(f"started anew: status {done.returncode}, {done.stdout[-500:]} {done.stderr[-1000:]}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.lost_ranks", description=__doc__)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE", default=list(CASES))
+    failed = 0
+    for name in parser.parse_args().cases or CASES:
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                with tmpfs(Path(directory) / "out") if CASES[name].tmpfs else nullcontext():
+                    wrong = harm_and_look(Path(directory), name)
+            except PermissionError as e:
+                print(f"{name}: skipped, no tmpfs: {e}")
+                continue
+        print(f"{name}: {'; '.join(wrong) or 'as it should'} ({time.monotonic() - begin:.0f} s)", flush=True)
+        failed += bool(wrong)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
