@@ -88,8 +88,21 @@ def _recompute(value: Any) -> Any:
     raise ValueError(f"allowed are false, true and 'pointwise' (got {value!r})")
 
 
+def _recompute_blocks(value: Any) -> Any:
+    if isinstance(value, bool) or value == "pointwise":
+        return value
+    if isinstance(value, int) and 1 <= value <= 1_000:
+        return True if value == 1 else value
+    raise ValueError(
+        "allowed are false, true, 'pointwise' and k, a whole number from 1 to 1000, for every k-th block "
+        f"(got {value!r})"
+    )
+
+
 #: Activation checkpointing: none, of whole blocks, or of the norms and activations between matrix products.
 Recompute = Annotated[bool | Literal["pointwise"], BeforeValidator(_recompute)]
+#: The same, or k for every k-th block of a transformer as a whole; 1 is read as true.
+RecomputeBlocks = Annotated[bool | int | Literal["pointwise"], BeforeValidator(_recompute_blocks)]
 
 
 class Section(BaseModel):

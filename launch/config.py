@@ -21,6 +21,7 @@ from common.sections import (
     PathText,
     Positive,
     Probability,
+    Recompute,
     Section,
     SmallCount,
     Text,
@@ -150,6 +151,7 @@ class TokenizerTrainConfig(TrainConfig):
 
     global_batch_size: Count = 256
     compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
+    use_checkpoint: Recompute = False
     pictures: Annotated[int, Field(ge=0, le=256)] = 16
     picture_similarities: bool = False
 

@@ -1,17 +1,15 @@
-"""`python -m launch train vavae|lightningdit CONFIG [key=value …] [--dry-run] [--gpus N]`."""
+"""`python -m launch train vavae|lightningdit CONFIG [key=value …] [--dry-run] [--gpus N] [--memory GIB]`."""
 
 import argparse
 from pathlib import Path
 
-import torch
-
 from launch.arguments import add_run_file, load_run
 from launch.config import ConfigError, Run
-from launch.runtime import exit_status, last_exit, launcher
+from launch.runtime import exit_status, last_exit
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import make_trainer, name_run
 from launch.training.checks import check_run
-from launch.training.dry_run import plan_run
+from launch.training.dry_run import card_bytes, plan_run, planned_processes
 
 
 def main(argv: list[str]) -> int:
@@ -21,12 +19,15 @@ def main(argv: list[str]) -> int:
     add_run_file(parser, "YAML file, ours or a published one", "train.max_steps=20")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--gpus", type=int, help="processes the plan is for (default: as launched, else GPUs here)")
+    parser.add_argument("--memory", type=float, help="GiB of each GPU: the plan says what fits, as nvidia-smi counts")
     args = parser.parse_intermixed_args(argv)
     run = load_run(args.config, args.overrides, args.kind)
-    if args.gpus is not None and args.gpus < 1:
-        raise ConfigError(f"--gpus must be at least 1, got {args.gpus}")
+    if not args.dry_run and (args.gpus, args.memory) != (None, None):
+        raise ConfigError("--gpus and --memory are for a plan: add --dry-run, or let a launcher start the processes")
     if args.dry_run:
-        print("\n".join(plan_run(run, args.kind, args.gpus or _default_processes()).lines()))
+        processes, note = planned_processes(args.gpus)
+        plan = plan_run(run, args.kind, processes, card=card_bytes(args.memory), processes_note=note)
+        print("\n".join(plan.lines()))
         return 0
     _, stopped_by = run_training(run, args.kind)
     return exit_status.of_signal(stopped_by)
@@ -46,8 +47,3 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
         ending.step = lambda: trainer.step
         ending.stopped_by = trainer.run()
         return trainer.config.directory, ending.stopped_by
-
-
-def _default_processes() -> int:
-    environment = launcher.launch_environment()
-    return environment.world_size if environment else max(torch.cuda.device_count(), 1)

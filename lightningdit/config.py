@@ -17,7 +17,7 @@ from common.sections import (
     PathText,
     Positive,
     Probability,
-    Recompute,
+    RecomputeBlocks,
     Section,
     Size,
     SmallCount,
@@ -52,7 +52,7 @@ class ModelConfig(Section):
     use_rope: bool = False
     use_rmsnorm: bool = False
     wo_shift: bool = False
-    use_checkpoint: Recompute = False
+    use_checkpoint: RecomputeBlocks = False
 
     @model_validator(mode="after")
     def _check(self):
@@ -156,7 +156,7 @@ class ModelSection(Section):
     use_rmsnorm: bool = False
     wo_shift: bool = False
     learn_sigma: bool = False
-    use_checkpoint: Recompute = False
+    use_checkpoint: RecomputeBlocks = False
 
     @model_validator(mode="after")
     def _check(self):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.compile.recompute import recomputed
+from kernels.compile.recompute import recomputed, recomputes
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import (
@@ -300,11 +300,10 @@ class LightningDiT(Float32Tables):
         adaln = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
         vectors = modulations(adaln, c, self.ops) if self.params_gathered else (m(c) for m in adaln)  # [B, D] each
         pending: PendingResidual | None = None
-        for block, modulation in zip(self.blocks, vectors, strict=True):
-            if self.config.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, pending = recomputed(
-                    block, self.saved_operators, self.config.use_checkpoint, x, pending, modulation, cos, sin
-                )
+        kind = self.config.use_checkpoint if self.training and torch.is_grad_enabled() else False
+        for number, (block, modulation) in enumerate(zip(self.blocks, vectors, strict=True)):
+            if recomputes(kind, number):
+                x, pending = recomputed(block, self.saved_operators, kind, x, pending, modulation, cos, sin)
             else:
                 x, pending = block(x, pending, modulation, cos, sin)
         x = self.final_layer(x, pending, c)  # [B, N, P·P·out_channels]

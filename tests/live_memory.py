@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """`now` and `peak` bytes of the storages that operators allocated under this mode and that still live.
 
-    What a custom operator allocates for itself while it runs is not seen, and what the mode found is not counted.
+    What a custom operator allocates for itself while it runs is not seen, and what the mode found is not counted, nor
+    are tensors on "meta", which have no memory.
     """
 
     def __init__(self):
@@ -43,4 +44,5 @@ class LiveMemory(TorchDispatchMode):
 
 
 def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta"]

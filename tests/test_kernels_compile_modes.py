@@ -213,7 +213,7 @@ def test_what_is_compiled_anew_gives_the_same_bits(device, mode):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("kind", [True, "pointwise"])
+@pytest.mark.parametrize("kind", [True, 2, "pointwise"])
 def test_checkpointing_in_a_compiled_graph_changes_no_gradient(kind):
     plain, recomputed = gradients("none"), gradients("inductor", use_checkpoint=kind)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, recomputed, strict=True))

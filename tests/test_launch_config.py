@@ -116,7 +116,7 @@ def test_every_shipped_config_loads_and_sets_a_preset(name):
     layers, _ = read_layers(CONFIGS / name)
     run, _ = load(CONFIGS / name, kind="vavae" if "vavae" in name else "lightningdit")
     assert "preset" in merged(layers) and run.train.exp_name is not None
-    assert run.deepspeed.merged_overrides("bfloat16").keys() <= {"zero_optimization"}  # its file is there and agrees
+    assert run.deepspeed.merged_overrides("bfloat16").keys() <= {"zero_optimization", "data_types"}
 
 
 def refusal(path, *overrides, kind="lightningdit") -> str:

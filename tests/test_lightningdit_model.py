@@ -375,12 +375,29 @@ def test_residual_stream_dtype(residual, ops):
 def test_activation_checkpointing_changes_nothing(variant, ops):
     config = ModelConfig(**VARIANTS[variant])
     results = []
-    for use_checkpoint in (False, True, "pointwise"):
+    for use_checkpoint in (False, True, "pointwise", 2):
         model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
         out = model(*inputs(config))
         out.square().sum().backward()
         results.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+    plain, *others = results
+    assert all(torch.equal(a, b) for other in others for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [(False, []), (2, [0, 2, 4]), (3, [0, 3]), (9, [0]), (True, [*range(5)])])
+def test_every_kth_block_is_computed_again(kind, blocks, ops):
+    """And no other: a block that is runs once more in the backward pass. Gradients are the same bits."""
+    config = ModelConfig(**VARIANTS["a"] | {"depth": 5})
+    runs, gradients = Counter(), []
+    for use_checkpoint in (False, kind):
+        runs.clear()
+        model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
+        for number, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
+        model(*inputs(config)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert [number for number, count in sorted(runs.items()) if count == 2] == blocks and len(runs) == 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 class Products(TorchDispatchMode):

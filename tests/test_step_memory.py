@@ -82,6 +82,24 @@ def test_a_block_keeps_what_its_cost_says(changes, residual):
 
 
 @pytest.mark.parametrize("residual", [torch.float16, torch.float32])
+def test_of_two_blocks_one_is_kept_where_every_second_is_checkpointed(residual):
+    """Two blocks more keep what one does, and the branch between them: within 4 %, statistics and modulation aside."""
+    kept = measured(4, residual, use_checkpoint=2)[0] - measured(2, residual, use_checkpoint=2)[0]
+    want = (
+        BATCH
+        / TENSOR
+        * (
+            activation_bytes_per_image(network_config(4, use_checkpoint=2), residual_bytes=residual.itemsize)
+            - activation_bytes_per_image(network_config(2, use_checkpoint=2), residual_bytes=residual.itemsize)
+        )
+    )
+    beside = 2 * BATCH * 6 * 16 * 2 / TENSOR
+    statistics = (BATCH * 256 * (2 + 2) + 256 * 8) * 4 / TENSOR
+    assert 0.96 * (want + beside) <= kept <= want + beside + statistics + 0.1
+    assert kept < 0.6 * (measured(4, residual)[0] - measured(2, residual)[0])
+
+
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32])
 def test_peak_of_a_step(residual):
     kept, peak = measured(2, residual)
     assert 0 < peak - kept <= ON_THE_WAY[residual]

@@ -1,6 +1,6 @@
 """FLOPs, parameters and saved activations of a tokenizer, counted in a training step on the meta device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +49,17 @@ def training_cost(
 
     No weights are read and nothing is downloaded.
     """
+    return training_costs(model, foundation, loss, image_size, [use_checkpoint])[use_checkpoint]
+
+
+def training_costs(
+    model: AutoencoderConfig,
+    foundation: FoundationConfig | None,
+    loss: LossConfig,
+    image_size: int,
+    kinds: Iterable[bool | int | str] = (False, "pointwise", True),
+) -> dict[bool | int | str, dict[str, Cost]]:
+    """`training_cost` under each of several values of `use_checkpoint`, of which only the saved numbers differ."""
     ops, grid = kernels.select("reference"), image_size // model.downsample_ratio
     with torch.device("meta"):
         images, noise = torch.empty(1, 3, image_size, image_size), torch.empty(1, model.embed_dim, grid, grid)
@@ -70,16 +81,17 @@ def training_cost(
 
     with frozen(discriminator) if discriminator is not None else nullcontext():
         costs["autoencoder"] = _count([autoencoder], generator_step)
-    if use_checkpoint:
-        less = _saved_by_checkpointing(autoencoder, images, use_checkpoint == "pointwise")
-        full = costs["autoencoder"]
-        costs["autoencoder"] = replace(full, saved_elements=full.saved_elements - less)
     if discriminator is not None:
         logits = partial(discriminator, images)
         costs["discriminator"] = _count(
             [discriminator], lambda: discriminator_loss(loss, logits(), logits())[0].backward()
         )
-    return costs
+    full = costs["autoencoder"]
+    found: dict[bool | int | str, dict[str, Cost]] = {}
+    for kind in kinds:
+        less = _saved_by_checkpointing(autoencoder, images, kind == "pointwise") if kind else 0
+        found[kind] = costs | {"autoencoder": replace(full, saved_elements=full.saved_elements - less)}
+    return found
 
 
 def _saved_by_checkpointing(autoencoder: AutoencoderKL, images: torch.Tensor, pointwise: bool) -> int:

@@ -57,7 +57,7 @@ class TrainingVariant(Variant):
     compile: str = "inductor"
     graph_passes: tuple[str, ...] = ()
     residual: str = "float32"
-    recompute: bool | str = False
+    recompute: bool | int | str = False
     per_op: tuple[tuple[str, str], ...] = ()
     deterministic: bool = True
 

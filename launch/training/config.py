@@ -14,7 +14,7 @@ from common.sections import (
     PathText,
     Positive,
     Probability,
-    Recompute,
+    RecomputeBlocks,
     Section,
     Size,
     Text,
@@ -52,6 +52,8 @@ class TrainConfig(Section):
     host memory. `keep_checkpoints` keeps that many of the newest, and with `keep_every` those of every so many steps.
     `heartbeat_timeout`: seconds after which a process that does not answer (stopped, its machine unreachable) is lost,
     and all end; compilation, validation and saving do not count, however long they take.
+    `use_checkpoint` computes activations again in the backward pass instead of keeping them: of whole blocks (true), of
+    every k-th block (a number k), or of norms and activations alone ("pointwise").
     `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
     """
 
@@ -65,7 +67,7 @@ class TrainConfig(Section):
     ckpt_every: Count = 20_000
     weight_init: PathText | None = None
     resume: Annotated[bool | Literal["strict"], BeforeValidator(_resume)] = True
-    use_checkpoint: Recompute = False
+    use_checkpoint: RecomputeBlocks = False
     max_epochs: Count | None = None
     micro_batch_size: Size | None = None
     precision: Literal["float32", "bfloat16"] = "bfloat16"

@@ -1,6 +1,6 @@
-"""The estimate that --dry-run prints: steps, parameters, memory, FLOPs and disk of a run, without running it."""
+"""The plan that --dry-run prints: steps, parameters, memory, FLOPs and disk of a run, without running it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,168 +9,198 @@ import torch
 import kernels
 import lightningdit.cost as dit_cost
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
+from launch.runtime import launcher
 from launch.training.build import open_dataset
 from launch.training.checks import check_run, network_on_meta
 from launch.training.loader import BatchSplit
+from launch.training.memory import BFLOAT16, FLOAT32, GIB, STAGES, NetworkCost, Setup, device_latents_bytes
+from launch.training.micro_batches import Costs, Fit, nearest_that_divide
+from launch.training.plan import RunPlan
+from launch.training.remarks import remarks, stage_lines
 from lightningdit.task import check_classes
 from vavae.decoders.choice import choose_decoder, lacking
 
 if TYPE_CHECKING:
     from vavae.data import ImageDataset
 
-GIB = 2**30
-FLOAT32, BFLOAT16 = 4, 2
 BYTES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
-OPTIMIZER_STATES = 3  # exp_avg, exp_avg_sq, ema: float32 each
 
 
-@dataclass(frozen=True)
-class NetworkCost:
-    """One trained network: parameters, and what one image costs in it.
+def planned_processes(gpus: int | None) -> tuple[int, str | None]:
+    """How many processes a plan is for (`--gpus`, else as launched, else the GPUs here), and a note if that is a guess.
 
-    `flops` counts a training step's (forward and backward) per image; `activation_bytes` what is kept for the backward
-    pass per image in the run's precision.
+    Raises ConfigError for less than one.
     """
-
-    name: str
-    parameters: int
-    trainable: int
-    flops: float
-    activation_bytes: float
-
-
-def state_bytes(trainable: int, stage: int, processes: int, bf16: bool) -> float:
-    """Bytes per process of weights, gradients, master weights and optimizer states under a ZeRO stage.
-
-    In bf16 the weights and gradients take 2 bytes and a float32 master copy is kept beside the states; in float32 that
-    copy exists only where ZeRO partitions it (stages 1 to 3). Stage 1 shards master and states, 2 also gradients, 3
-    also weights (Rajbhandari et al., arXiv 1910.02054).
-    """
-    weight = BFLOAT16 if bf16 else FLOAT32
-    master = FLOAT32 if bf16 or stage > 0 else 0
-    shares = [(weight, 3), (weight, 2), (master + OPTIMIZER_STATES * FLOAT32, 1)]  # bytes, sharded from stage
-    return trainable * sum(size / processes if stage >= first else size for size, first in shares)
+    if gpus is not None:
+        if gpus < 1:
+            raise ConfigError(f"--gpus must be at least 1, got {gpus}")
+        return gpus, None
+    environment = launcher.launch_environment()
+    if environment is not None:
+        return environment.world_size, None
+    here = torch.cuda.device_count()
+    if here:
+        return here, None
+    return 1, "planned for 1 process: there is no GPU here; --gpus N plans for N of them, --memory M for GPUs of M GiB"
 
 
-def latents_bytes(num_images: int, channels: int, size: int) -> int:
-    """Disk for the latents: an image and its mirror image, float32 `[channels, size, size]`, and an int64 label."""
-    return num_images * (2 * channels * size * size * FLOAT32 + 8)
+def card_bytes(memory: float | None) -> float | None:
+    """Bytes of a card of `--memory` GiB; raises ConfigError for what no card has."""
+    if memory is None:
+        return None
+    if not 1 <= memory <= 10_000:
+        raise ConfigError(f"--memory is the GiB of one GPU, from 1 to 10,000, got {memory:g}")
+    return memory * GIB
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """The figures of one run."""
-
-    title: str
-    networks: tuple[NetworkCost, ...]
-    frozen_parameters: int
-    num_images: int
-    images_assumed: bool
-    steps: int
-    global_batch_size: int
-    micro_batch_size: int
-    processes: int
-    stage: int
-    bf16: bool
-    latents: tuple[int, int] | None = None  # channels, size
-    reading: tuple[str, ...] = ()  # how images are decoded, and how fast
-    absent: tuple[str, ...] = ()  # what the run needs and this machine has not
-    downloads: tuple[str, ...] = ()  # what the run would download first
-
-    def lines(self) -> list[str]:
-        """The plan, line by line, for a person."""
-        epochs = self.steps * self.global_batch_size / self.num_images
-        source = "assumed, `data.num_images`" if self.images_assumed else "counted"
-        accumulation = self.global_batch_size // (self.micro_batch_size * self.processes)
-        per_gpu = self.global_batch_size // self.processes
-        flops = sum(n.flops for n in self.networks) * self.global_batch_size
-        lines = [
-            self.title,
-            *(f"  {n.name}: {n.parameters:,} parameters, {n.trainable:,} of them trained" for n in self.networks),
-        ]
-        if self.frozen_parameters:
-            lines.append(f"  frozen helpers: {self.frozen_parameters:,} parameters")
-        lines += [
-            f"  {self.steps:,} steps = {epochs:.1f} epochs of {self.num_images:,} images ({source})",
-            f"  global batch {self.global_batch_size:,} = {self.processes} process{'es' * (self.processes != 1)} × "
-            f"micro-batch {self.micro_batch_size} × {accumulation} accumulated; {per_gpu} images per GPU and step",
-            f"  {flops / 1e12:,.2f} TFLOP per step (training), {flops * self.steps / 1e18:,.3f} EFLOP in all",
-            *self._memory_lines(),
-        ]
-        if self.latents is not None:
-            channels, size = self.latents
-            disk = latents_bytes(self.num_images, channels, size)
-            lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB (float32 {channels}×{size}×{size}, two per image)")
-        lines += [f"  {line}" for line in self.reading]
-        lines += [f"  not on this machine, so no run yet: {what}" for what in self.absent]
-        lines += [f"  to be downloaded by the run: {what}" for what in self.downloads]
-        return lines
-
-    def _memory_lines(self) -> list[str]:
-        activations = sum(n.activation_bytes for n in self.networks) * self.micro_batch_size
-        dtype = "bfloat16" if self.bf16 else "float32"
-        lines = [f"  memory per GPU in {dtype} (estimated; activations {activations / GIB:,.1f} GiB of it):"]
-        for stage in range(4):
-            state = sum(state_bytes(n.trainable, stage, self.processes, self.bf16) for n in self.networks)
-            total = (state + activations + self.frozen_parameters * BYTES[dtype]) / GIB
-            mark = "   ← this run" if stage == self.stage else ""
-            lines.append(f"    ZeRO {stage}: {total:7,.1f} GiB{mark}")
-        return lines
-
-
-def plan_run(run: Run, kind: str, processes: int) -> RunPlan:
-    """The figures of a run on so many processes, without making any of it.
+def plan_run(
+    run: Run, kind: str, processes: int, *, card: float | None = None, processes_note: str | None = None
+) -> RunPlan:
+    """The figures of a run on so many processes, without making any of it; with `card`, what fits so many bytes.
 
     Raises ValueError for what the run itself would refuse, but that its data or a backend is missing: the plan may be
     for another machine, and says so.
     """
     check_run(run)
     train, absent = run.train, _backends_missing(run)
-    num_images, assumed = run.data.num_images, True
-    opened: list = []
     if isinstance(run, VavaeRun) and (why := lacking(run.data.decoder, _device())):
         absent.append(f"data.decoder {run.data.decoder} ({why})")
-    for key in ("data_path", "valid_path"):
-        folder = getattr(run.data, key)
-        if folder is None:
-            continue
-        if not _is_here(run, folder):
-            absent.append(f"data.{key} {folder}")
-            continue
-        opened.append(open_dataset(_to_look_at(run), key, _device()))
-        if key == "data_path":
-            num_images, assumed = len(opened[0]), False
-    if kind == "lightningdit" and len(opened) == 2:
-        check_classes(*opened)
-    networks, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
-    if train.global_batch_size % processes:
-        raise ConfigError(f"train.global_batch_size {train.global_batch_size} is no multiple of {processes} processes")
+    opened = _open_data(run, kind, absent)
+    num_images = len(opened["data_path"]) if "data_path" in opened else run.data.num_images
+    micro_batch_size = _micro_batch_size(run, processes)
+    costs_of, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
+    own = run.network().use_checkpoint if isinstance(run, LightningDiTRun) else train.use_checkpoint
+    networks = costs_of([own])[own]
     reading: tuple[str, ...] = ()
     if isinstance(run, VavaeRun):
         flops = sum(network.flops for network in networks)
         gpus = min(processes, max(torch.cuda.device_count(), 1))
-        reading = _reading(run, None if assumed else opened[0], gpus, flops)
-    steps = train.steps(num_images)
-    micro_batch_size = train.micro_batch_size or train.global_batch_size // processes
-    BatchSplit(train.global_batch_size, processes, micro_batch_size)
+        reading = _reading(run, opened.get("data_path"), gpus, flops)
+    steps, stage = train.steps(num_images), run.deepspeed.zero_stage
+    store_bytes, store_lines = _latents_on_device(run, latents, num_images, processes)
+    setup = Setup(
+        processes=processes,
+        bf16=train.precision == "bfloat16",
+        options=run.deepspeed.merged_overrides(train.precision),
+        frozen=frozen,
+        latents=store_bytes,
+        averaged=run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model",
+    )
+    fit = None
+    if card is not None:
+        fit = Fit(
+            costs_of(_kinds(run, own)),
+            setup,
+            card,
+            train.global_batch_size // processes,
+            stage,
+            own,
+            _stages(run),
+            run.deepspeed.file,
+            "model.use_checkpoint" if getattr(run.model, "use_checkpoint", False) else "train.use_checkpoint",
+        )
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
         f"preset {run.preset}, {train.precision}",
-        networks=networks,
-        frozen_parameters=frozen,
+        networks=tuple(networks),
         num_images=num_images,
-        images_assumed=assumed,
+        images_assumed="data_path" not in opened,
         steps=steps,
         global_batch_size=train.global_batch_size,
         micro_batch_size=micro_batch_size,
-        processes=processes,
-        stage=run.deepspeed.zero_stage,
-        bf16=train.precision == "bfloat16",
+        setup=setup,
+        stage=stage,
+        stages_allowed=_stages(run),
+        processes_note=processes_note,
+        fit=fit,
+        background_save=getattr(train, "background_save", True),
         latents=latents,
+        latent_store=store_lines,
+        keep_checkpoints=train.keep_checkpoints,
+        checkpoints=-(-steps // train.ckpt_every),
         reading=reading,
         absent=tuple(absent),
         downloads=_downloads(run),
+        losses=tuple(stage_lines(run, num_images)),
+        remarks=tuple(remarks(run, steps, num_images)),
     )
+
+
+def _open_data(run: Run, kind: str, absent: list[str]) -> dict:
+    """The data sets that are here, by their keys; the others are added to `absent`."""
+    opened: dict = {}
+    for key in ("data_path", "valid_path"):
+        folder = getattr(run.data, key)
+        if folder is None:
+            continue
+        if _is_here(run, folder):
+            opened[key] = open_dataset(_to_look_at(run), key, _device())
+        else:
+            absent.append(f"data.{key} {folder}")
+    if kind == "lightningdit" and len(opened) == 2:
+        check_classes(*opened.values())
+    return opened
+
+
+def _micro_batch_size(run: Run, processes: int) -> int:
+    """Images at once of each process; raises ConfigError, with the nearest numbers that do, where a step has rests."""
+    total, micro = run.train.global_batch_size, run.train.micro_batch_size
+    if total % processes:
+        raise ConfigError(
+            f"train.global_batch_size {total} is no multiple of {processes} processes; the nearest numbers that divide "
+            f"it are {nearest_that_divide(total, processes)} (--gpus)"
+        )
+    share = total // processes
+    if micro is not None and share % micro:
+        raise ConfigError(
+            f"train.micro_batch_size {micro} does not divide the {share} images of each of {processes} processes "
+            f"(train.global_batch_size {total}); the nearest that do are {nearest_that_divide(share, micro)}"
+        )
+    return BatchSplit(total, processes, micro or share).micro_batch_size
+
+
+def _stages(run: Run) -> tuple[int, ...]:
+    """The ZeRO stages that the run could have with everything else as it is."""
+    return tuple(stage for stage in STAGES if stage == run.deepspeed.zero_stage or _allows(run, zero_stage=stage))
+
+
+def _kinds(run: Run, own: bool | int | str) -> list[bool | int | str]:
+    """Values of `use_checkpoint` that the run could have, from the least that is computed again to the most."""
+    usual: list[bool | int | str] = [False, "pointwise", 2, True]
+    if isinstance(run, VavaeRun):
+        usual.remove(2)
+    allowed = [kind for kind in usual if kind == own or _allows(run, use_checkpoint=kind)]
+    if own not in allowed:  # every k-th block, before all
+        allowed.insert(len(allowed) - 1, own)
+    return allowed
+
+
+def _allows(run: Run, *, zero_stage: int | None = None, use_checkpoint: bool | int | str | None = None) -> bool:
+    """Whether the run's own checks pass with that; what DeepSpeed is told of a stage is of its own file."""
+    document = run.model_dump()
+    if zero_stage is not None:
+        document["deepspeed"]["zero_stage"] = zero_stage
+    if use_checkpoint is not None:
+        document["train"]["use_checkpoint"] = use_checkpoint
+        document["model"].pop("use_checkpoint", None)
+    try:
+        type(run).model_validate(document)
+    except ValueError:
+        return False
+    return True
+
+
+def _latents_on_device(run: Run, shape: tuple[int, int], num_images: int, processes: int) -> tuple[float, tuple]:
+    """Bytes of a process's share of the latents where the run says that they are on the device, and what to say."""
+    placement = getattr(run.data, "placement", "host")
+    if not isinstance(run, LightningDiTRun) or placement == "host":
+        return 0.0, ()
+    dtype = getattr(run.data, "latent_dtype", "float32")
+    held = device_latents_bytes(num_images, *shape, width=BYTES[dtype], flip=run.data.latent_flip, processes=processes)
+    amount = f"{held / GIB:,.1f} GiB per GPU of latents in {dtype}"
+    if placement == "device":
+        return held, (f"data.placement device: {amount}, counted above",)
+    return 0.0, (f"data.placement auto: {amount} where they fit beside the above, else they are read from files",)
 
 
 def _is_here(run: Run, path: str) -> bool:
@@ -210,6 +240,8 @@ def _to_look_at(run: Run) -> Run:
     if isinstance(run, LightningDiTRun):
         return run
     here = {"decoder": "auto"} if lacking(run.data.decoder, _device()) else {}
+    if run.data.cache:  # which decides about the decoder, and is left out here
+        here = {"decoder": choose_decoder(run.data.decoder, _device(), crop=run.data.crop, cached=True)[0]}
     return run.model_copy(update={"data": run.data.model_copy(update={"cache": False, **here})})
 
 
@@ -231,36 +263,51 @@ def _downloads(run: Run) -> tuple[str, ...]:
     return tuple(what for what in (features, loss.to_download(run.loss)) if what is not None)
 
 
-def _lightningdit_costs(run: LightningDiTRun):
+Counted = Callable[[Sequence[bool | int | str]], Costs]
+
+
+def _lightningdit_costs(run: LightningDiTRun) -> tuple[Counted, int, tuple[int, int]]:
+    """What counts the network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
     network, parameters = run.network(), list(network_on_meta(run).parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    residual_bytes = BYTES[run.train.residual_dtype]
-    activations = dit_cost.activation_bytes_per_image(
-        network, weight_bytes=BYTES[run.train.precision], residual_bytes=residual_bytes
+    total, trainable = (
+        sum(p.numel() for p in which) for which in (parameters, [p for p in parameters if p.requires_grad])
     )
+    widths = {"weight_bytes": BYTES[run.train.precision], "residual_bytes": BYTES[run.train.residual_dtype]}
+    widths["residual_bytes"] = max(widths.values())
+    whole = run.train.compile in ("auto", "inductor", "cudagraphs") and run.deepspeed.zero_stage < 3
     _, flops = dit_cost.flops_per_image(network)
-    model = NetworkCost("model", sum(p.numel() for p in parameters), trainable, flops, activations)
-    return (model,), 0, (network.in_channels, network.input_size)
+
+    def cost(kind: bool | int | str) -> tuple[NetworkCost, ...]:
+        config = network.model_copy(update={"use_checkpoint": kind})
+        activations = dit_cost.peak_bytes_per_image(config, whole_graph=whole, **widths)
+        forward = dit_cost.forward_bytes_per_image(config, **widths)
+        return (NetworkCost("model", total, trainable, flops, activations, forward),)
+
+    return lambda kinds: {kind: cost(kind) for kind in kinds}, 0, (network.in_channels, network.input_size)
 
 
-def _vavae_costs(run: VavaeRun):
+def _vavae_costs(run: VavaeRun) -> tuple[Counted, int, tuple[int, int]]:
+    """The same of a tokenizer's two networks."""
     import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
 
-    costs = vae_cost.training_cost(run.model, run.features(), run.loss, run.data.image_size, run.train.use_checkpoint)
-    width = BYTES[run.train.precision]
-    frozen = costs.pop("frozen", None)
-    networks = tuple(
-        NetworkCost(
-            name,
-            c.parameters,
-            c.trainable,
-            c.flops + (frozen.flops if frozen and name == "autoencoder" else 0),
-            c.saved_elements * width,
-        )
-        for name, c in costs.items()
-    )
-    return (
-        networks,
-        frozen.parameters if frozen else 0,
+    width, latents = (
+        BYTES[run.train.precision],
         (run.model.embed_dim, run.data.image_size // run.model.downsample_ratio),
     )
+    counted = vae_cost.training_costs(run.model, run.features(), run.loss, run.data.image_size)
+    frozen = counted[False]["frozen"]
+
+    def cost(kind: bool | int | str) -> tuple[NetworkCost, ...]:
+        return tuple(
+            NetworkCost(
+                name,
+                c.parameters,
+                c.trainable,
+                c.flops + (frozen.flops if name == "autoencoder" else 0),
+                c.saved_elements * width,
+            )
+            for name, c in counted[kind].items()
+            if name != "frozen"
+        )
+
+    return lambda kinds: {kind: cost(kind) for kind in kinds}, frozen.parameters, latents

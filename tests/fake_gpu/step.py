@@ -61,7 +61,7 @@ class Variant:
     graph_pass: tuple[str, ...] = ()
     mode: str = "inductor"
     residual: torch.dtype = torch.float32
-    recompute: bool | str = False
+    recompute: bool | int | str = False
     network: str = "lightningdit"
     batch: int = 128
 
@@ -79,6 +79,7 @@ VARIANTS = {
     "bfloat16-stream": Variant(residual=torch.bfloat16),
     "recompute": Variant(recompute=True),
     "pointwise": Variant(recompute="pointwise"),
+    "recompute-every-second": Variant(recompute=2),
     "regional": Variant(mode="regional"),
     "regional-recompute": Variant(mode="regional", recompute=True),
     "cudagraphs": Variant(mode="cudagraphs"),

@@ -312,14 +312,6 @@ MISTAKES = {
         '    local_rank = _number("LOCAL_RANK", 0, world_size - 1)\n', "    local_rank = 0\n",
         "test_launch_lifecycle.py::test_an_environment_that_makes_no_sense_is_named",
     ),
-    "gib_of_ten_to_the_nine": Mistake(
-        "launch/training/dry_run.py", "GIB = 2**30", "GIB = 10**9",
-        "test_launch_dry_run.py::test_memory_is_said_in_units_of_1024_cubed",
-    ),
-    "plan_without_master_weights": Mistake(
-        "launch/training/dry_run.py", "master = FLOAT32 if bf16 or stage > 0 else 0", "master = FLOAT32 if bf16 else 0",
-        "test_launch_dry_run.py::test_float32_keeps_a_master_copy_only_where_it_is_sharded",
-    ),
     "other_packages_taken_for_ours": Mistake(
         "launch/runtime/packages.py", 'if MARKS.get(name, b"") not in content:', "if not content:",
         "test_launch_packages.py::test_a_file_of_ours_that_was_overwritten_is_named",

@@ -1,0 +1,97 @@
+"""Which micro-batch sizes fit a card's memory, and what to override so that a run does."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.training.memory import STAGES, Memory, NetworkCost, Setup, memory_of, usable
+
+#: A value of `use_checkpoint`: the networks' costs under it.
+Costs = Mapping[bool | int | str, Sequence[NetworkCost]]
+
+
+def dividing(number: int, near: int) -> list[int]:
+    """The divisors of `number` next to `near`, below and above it, or `near` itself."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    if near in divisors:
+        return [near]
+    return [d for d in (max((d for d in divisors if d < near), default=0), *(d for d in divisors if d > near)) if d][:2]
+
+
+def nearest_that_divide(number: int, near: int) -> str:
+    """The same for a message: `4 and 8`."""
+    return " and ".join(f"{d:,}" for d in dividing(number, near))
+
+
+def as_yaml(kind: bool | int | str) -> str:
+    """A value of `use_checkpoint` as a run file says it."""
+    return str(kind).lower() if isinstance(kind, bool) else str(kind)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits a card of `card` bytes.
+
+    Fields:
+        costs: of the networks, by each `use_checkpoint` that the run may have.
+        kind, stage: the run's own `use_checkpoint` and ZeRO stage.
+        stages: those that the run may have.
+        per_process: images of a step on each process.
+        deepspeed_file: the run's `deepspeed.file`.
+        kind_key: the key that decides about `use_checkpoint`.
+    """
+
+    costs: Costs
+    setup: Setup
+    card: float
+    per_process: int
+    stage: int
+    kind: bool | int | str
+    stages: Sequence[int] = STAGES
+    deepspeed_file: str | None = None
+    kind_key: str = "train.use_checkpoint"
+
+    def memory(self, stage: int, kind: bool | int | str, micro_batch_size: int) -> Memory:
+        accumulation = self.per_process // micro_batch_size
+        return memory_of(self.costs[kind], self.setup, stage, micro_batch_size, accumulation)
+
+    def largest(self, stage: int, kind: bool | int | str) -> int:
+        """The largest micro-batch size that divides a process's images and fits; 0: not even one image."""
+        sizes = [d for d in range(self.per_process, 0, -1) if self.per_process % d == 0]
+        fitting = (size for size in sizes if self.memory(stage, kind, size).peak <= usable(self.card))
+        return next(fitting, 0)
+
+    def table(self) -> list[str]:
+        """Rows of the largest sizes, by stage and `use_checkpoint`."""
+        kinds = list(self.costs)
+        rows = ["    use_checkpoint " + "".join(f"{as_yaml(kind):>11}" for kind in kinds)]
+        for stage in self.stages:
+            sizes = [self.largest(stage, kind) or "none" for kind in kinds]
+            rows.append(f"    ZeRO {stage}         " + "".join(f"{size:>11}" for size in sizes))
+        return rows
+
+    def suggestion(self, micro_batch_size: int) -> str | None:
+        """Overrides with which the run fits, or with which it takes more images at once; None: nothing helps.
+
+        The first that serves: another micro-batch size, then checkpointing of more, then a higher stage.
+        """
+        fits = self.memory(self.stage, self.kind, micro_batch_size).peak <= usable(self.card)
+        kinds = list(self.costs)
+        kinds = kinds[kinds.index(self.kind) :]
+        stages = [self.stage, *(s for s in self.stages if s > self.stage and self.setup.processes > 1)]
+        for stage, kind in [(s, k) for s in stages for k in kinds]:
+            size = self.largest(stage, kind)
+            if size > (micro_batch_size if fits else 0):
+                return " ".join(self._overrides(stage, kind, size))
+            if fits:
+                return None
+        return None
+
+    def _overrides(self, stage: int, kind: bool | int | str, size: int) -> list[str]:
+        overrides = [f"train.micro_batch_size={size}"]
+        if kind != self.kind:
+            overrides.append(f"{self.kind_key}={as_yaml(kind)}")
+        if stage != self.stage:
+            overrides.append(f"deepspeed.zero_stage={stage}")
+            if self.deepspeed_file is not None:
+                overrides.append(f"deepspeed.file=zero{stage}.json")
+        return overrides
