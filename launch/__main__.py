@@ -25,11 +25,12 @@ PROGRAMS = {
     "status": "where the runs below a directory stand: status DIR",
     "scaling": "time, bytes and failures on many GPUs, on paper: scaling CONFIG --gpus 8,64,1024",
     "quickstart": "every stage on handwritten digits, in minutes",
+    "replay": "compute what stopped a run again: replay DUMP [key=value …]",
     "doctor": "what this machine has, and which backend each op would use",
 }
 
 
-SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart")  # run as one process
+SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart", "replay")  # run as one process
 LOST_PEER_PATIENCE = 10.0  # seconds in which the watchdog says which other process was lost
 
 

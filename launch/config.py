@@ -268,9 +268,11 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
         raise ConfigError(f"{named}: {e}") from None
 
 
-def stored_run(content: dict, source: str | Path, *, kind: str) -> Section:
+def stored_run(content: dict, source: str | Path, overrides: Iterable[str] = (), *, kind: str) -> Section:
     """The run file stored in a checkpoint; raises ConfigError, naming `source`, where it is not valid for `kind`."""
     try:
+        for override in overrides:
+            content = _overridden(content, override)
         return KINDS[kind].model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"{source}: {describe(e)}") from None

@@ -1,15 +1,20 @@
 """`python -m launch train vavae|lightningdit CONFIG [key=value …] [--dry-run] [--gpus N] [--memory GIB]`."""
 
 import argparse
+import gc
 from pathlib import Path
+
+import torch
 
 from launch.arguments import add_run_file, load_run
 from launch.config import ConfigError, Run
 from launch.runtime import exit_status, last_exit
+from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import make_trainer, name_run
 from launch.training.checks import check_run
 from launch.training.dry_run import card_bytes, plan_run, planned_processes
+from launch.training.rollback import Rollback
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +48,24 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
     run = name_run(run, kind, processes)
     directory = Path(run.train.output_dir) / run.train.exp_name
     with lock_directory(directory, processes), last_exit.recorded(directory, processes.rank) as ending:
-        trainer = make_trainer(run, kind, processes)
-        ending.step = lambda: trainer.step
-        ending.stopped_by = trainer.run()
-        return trainer.config.directory, ending.stopped_by
+        ending.stopped_by = _train(run, kind, processes, ending)
+        return directory, ending.stopped_by
+
+
+def _train(run: Run, kind: str, processes: Processes, ending: last_exit.Run) -> int | None:
+    """Train → the signal that ended it early or None; by a trainer of its own after each rollback."""
+    rollback = None
+    while True:
+        trainer = make_trainer(run, kind, processes, rollback)
+        ending.step = lambda trainer=trainer: trainer.step
+        try:
+            return trainer.run()
+        except Rollback as e:
+            rollback = e.with_traceback(None)  # which would keep the trainer
+        step = trainer.step
+        ending.step = lambda step=step: step
+        trainer.close()
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """The training task of LightningDiT: network, latents, random draws, the training step of flow matching."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -12,12 +12,14 @@ from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
+from lightningdit.watch import measured
 from lightningdit.weights import read_weights
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 _INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for each purpose
+WATCHED_SAMPLES = 4  # of a micro-batch, that `measure` takes
 
 
 class LightningDiTTask:
@@ -65,14 +67,23 @@ class LightningDiTTask:
     def compile(self, mode: str, deterministic: bool) -> None:
         """Nothing to do, for the same reason."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
+    def draw(
+        self,
+        step: int,
+        batch_size: int,
+        device: torch.device | str,
+        out: Tensors | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
         A function of (seed, step) and the type of device, to be sliced by process and micro-batch. With `out`, the
-        result of an earlier call of the same sizes, its tensors are overwritten and returned.
+        result of an earlier call of the same sizes, its tensors are overwritten and returned. seed: the task's where
+        none is given.
         """
-        config = self.config
-        noise, times, drops = (generator(self._seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
+        config, seed = self.config, self._seed if seed is None else seed
+        noise, times, drops = (generator(seed, step, salt, device=device) for salt in (_NOISE, _TIMES, _DROPS))
         shape = (batch_size, config.in_channels, config.input_size, config.input_size)
         draws = out or {
             "noise": torch.empty(shape, device=device),
@@ -80,11 +91,15 @@ class LightningDiTTask:
             "drop": torch.empty(batch_size, dtype=torch.bool, device=device),
         }
         draws["noise"].normal_(generator=noise)
-        lognorm = self.transport.use_lognorm and (self._lognorm_until is None or step <= self._lognorm_until)
+        lognorm = self.transport.use_lognorm and self.objective(step)
         t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=lognorm)
         draws["t"].copy_(t)
         torch.lt(torch.rand(batch_size, generator=drops, device=device), config.class_dropout_prob, out=draws["drop"])
         return draws
+
+    def objective(self, step: int) -> bool:
+        """Whether times are drawn from the logit-normal distribution yet in a step, where the transport has it."""
+        return self._lognorm_until is None or step <= self._lognorm_until
 
     def train_step(
         self,
@@ -118,6 +133,16 @@ class LightningDiTTask:
             return {"loss": mse, "mse": mse}
         cosine = per_sample["cos_loss"].mean()
         return {"loss": mse + cosine, "mse": mse, "cos_loss": cosine}
+
+    @torch.no_grad()
+    def measure(
+        self, names: Collection[str], networks: Mapping[str, Callable], batch: Tensors, draws: Tensors
+    ) -> Tensors:
+        """Figures of `lightningdit.watch` that have these names, over the first samples of a micro-batch."""
+        x, y = batch["x"][:WATCHED_SAMPLES], batch["y"][:WATCHED_SAMPLES]
+        with measured(self.networks["model"], names) as found:
+            self._losses(networks["model"], x, y, {name: value[:WATCHED_SAMPLES] for name, value in draws.items()})
+        return found
 
     def state_dict(self) -> dict:
         """Statistics and number of the latents and, where known, the names of their classes, as JSON."""

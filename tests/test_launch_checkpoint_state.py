@@ -202,7 +202,7 @@ def test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skip
     run = load(config, ["train.max_steps=3", "loss.disc_weight=0"], kind="vavae")[0]
     trainer = make_trainer(run, "vavae", start_processes())
     try:
-        assert trainer.step == 2 and trainer._skipped_steps == [own]
+        assert trainer.step == 2 and trainer.incidents.skipped_steps == [own]
         with closing(trainer.stream()) as stream:
             trainer.train_step(stream)
         trainer._log(None)

@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 def run_file(tmp_path, data):
     def write(kind: str = "lightningdit", **train) -> Path:
         content, folder = (toy.LIGHTNINGDIT, "latents") if kind == "lightningdit" else (toy.VAVAE, "images")
-        train = {"output_dir": str(tmp_path), **train}
+        train = {"output_dir": str(tmp_path), "rollbacks": 0, **train}
         return toy.write_run(tmp_path / f"{kind}.yaml", content, data={"data_path": str(data / folder)}, train=train)
 
     return write
@@ -105,15 +105,15 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_wherever_the_rows_are(run_
     poison(2, 3, 4, fault=fault)
     noticed = {1: 4, 4: 4, 6: 6}[log_every]
     path = run_file(max_skipped_in_a_row=3, log_every=log_every, ckpt_every=10)
-    with pytest.raises(NonFiniteError, match=rf"3 steps in a row up to step {noticed} .*step_000000{noticed}\.json"):
+    with pytest.raises(NonFiniteError, match=rf"3 steps in a row up to step {noticed} .*run/dump_step_0000002;"):
         train(path)
     directory = path.parent / "run"
-    report = json.loads((directory / f"nonfinite_step_000000{noticed}.json").read_text())
-    assert report["skipped_in_a_row"] == 3 and report["row"]["step"] == noticed
+    report = json.loads((directory / "dump_step_0000002/dump.json").read_text())
+    assert (report["step"], report["last_bad_step"], report["row"]["step"]) == (2, 4, noticed)
     order, ranks = SampleOrder(20, 8, 0), [0] if fault == "loss" else []
     why = {"network": "model", "not_finite": fault, "ranks": ranks}
     samples = {step: [values.tolist() for values in order.slice(step, 0, 8)] for step in (2, 3, 4)}
-    assert report["steps"] == [
+    assert report["skipped_steps"] == [
         {"step": step, **why, "epochs": [epochs], "samples": [indices]} for step, (epochs, indices) in samples.items()
     ]
     assert checkpoint.newest(directory / "checkpoints").step == noticed
@@ -144,9 +144,7 @@ def test_a_run_of_skipped_steps_alone_does_not_end_well(run_file, poison, kind, 
     network = {"lightningdit": "model", "vavae": "discriminator"}[kind]
     poison(*range(1, 6), fault=fault, network=network, kind=kind)
     path = run_file(kind, max_steps=5)
-    with pytest.raises(
-        NonFiniteError, match=r"all steps up to the last, 5, .*nothing was trained.*nonfinite_step_0000005"
-    ):
+    with pytest.raises(NonFiniteError, match=r"all steps up to the last, 5, .*nothing was trained.*dump_step_000000"):
         train(path, kind=kind)
     with pytest.raises(NonFiniteError, match="all steps of this run up to the last, 5, were skipped"):
         train(path, kind=kind)
@@ -214,8 +212,8 @@ def test_two_processes_skip_what_one_of_them_cannot_take(tmp_path, run_file):
     save_file(tensors, shard)
     changes = (f"data.data_path={latents}", "train.max_skipped_in_a_row=1")
     assert launch("train", "lightningdit", str(run_file()), *changes, world_size=2) == [2, 2]
-    report = json.loads((tmp_path / "run/nonfinite_step_0000001.json").read_text())
-    (found,) = report["steps"]
+    report = json.loads((tmp_path / "run/dump_step_0000001/dump.json").read_text())
+    (found,) = report["skipped_steps"]
     assert found["not_finite"] == "loss" and found["ranks"] == [1] and found["samples"] == order
 
 

@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ from vavae.loss import (
     reconstruction_nll,
     vf_term,
 )
+from vavae.measure import measured
 from vavae.model import AutoencoderKL
 from vavae.watch import Logs, collapse_warnings, latent_activity, reconstruction_figures, similarity_to_centre
 from vavae.weights import PROJECTION_PREFIX, log_dropped, split_tokenizer
@@ -46,6 +48,7 @@ from vavae.weights import PROJECTION_PREFIX, log_dropped, split_tokenizer
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+WATCHED_IMAGES = 2  # of a micro-batch, that `measure` takes
 Criterion = Callable[[AutoencoderOutput], tuple[torch.Tensor, Logs]]
 
 
@@ -233,13 +236,23 @@ class VavaeTask:
                 self.batches.source.description,
             )
 
-    def draw(self, step: int, batch_size: int, device: torch.device | str, out: Tensors | None = None) -> Tensors:
+    def draw(
+        self,
+        step: int,
+        batch_size: int,
+        device: torch.device | str,
+        out: Tensors | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Tensors:
         """The posterior noise of the global batch of a step: `noise` [batch_size, embed_dim, h, w] float32.
 
-        With `out`, the result of an earlier call of the same sizes, its tensor is overwritten and returned.
+        With `out`, the result of an earlier call of the same sizes, its tensor is overwritten and returned. seed: the
+        task's where none is given.
         """
         shape = (batch_size, self.model.embed_dim, self.grid, self.grid)
-        noise = generator(self.seed, seeds.POSTERIOR_NOISE, step, device=device)
+        seed = self.seed if seed is None else seed
+        noise = generator(seed, seeds.POSTERIOR_NOISE, step, device=device)
         draws = out or {"noise": torch.empty(shape, device=device)}
         draws["noise"].normal_(generator=noise)
         return draws
@@ -247,6 +260,12 @@ class VavaeTask:
     def loss_at(self, step: int) -> LossConfig:
         """The loss in force at a step (from 1)."""
         return loss_at(self.loss, self.stages, (step - 1) * self.global_batch_size / len(self.batches))
+
+    def objective(self, step: int) -> tuple[LossConfig, bool]:
+        """The loss in force at a step (from 1), and whether its GAN term is."""
+        config = self.loss_at(step)
+        gan_weight = config.disc_factor * config.disc_weight
+        return config, config.disc_start is not None and adopt_weight(gan_weight, step - 1, config.disc_start) > 0
 
     def train_step(
         self,
@@ -270,9 +289,7 @@ class VavaeTask:
             of those that Pillow decoded in place of another decoder.
         """
         self._begin_graphs()
-        config, images = self.loss_at(step), _laid_out(batch["image"])
-        gan_weight = config.disc_factor * config.disc_weight
-        gan = config.disc_start is not None and adopt_weight(gan_weight, step - 1, config.disc_start) > 0
+        (config, gan), images = self.objective(step), _laid_out(batch["image"])
         # The module itself, not its engine: here the discriminator only passes gradients on.
         discriminator = self.networks["discriminator"] if gan else None
         criterion = partial(generator_loss, config, self.ops, perceptual=self.perceptual, discriminator=discriminator)
@@ -313,6 +330,22 @@ class VavaeTask:
         original, decoded = (to_uint8(x).permute(0, 2, 3, 1) for x in (batch["image"], reconstruction))
         found = {"reconstructions": {"original": original, "decoded": decoded}}
         return found | {"similarities": {"original": original, **maps}} if maps else found
+
+    @torch.no_grad()
+    def measure(
+        self, names: Collection[str], networks: Mapping[str, Callable], batch: Tensors, draws: Tensors
+    ) -> Tensors:
+        """Figures of `vavae.measure` that have these names, of the autoencoder on the first images of a micro-batch."""
+        few = {name: value[:WATCHED_IMAGES] for name, value in {**batch, **draws}.items()}
+        network: Any = networks["autoencoder"]
+        training = self.networks["autoencoder"].training
+        network.train(False)  # dropout would move the random numbers of training
+        try:
+            with measured(self.networks["autoencoder"], names) as found:
+                network(_laid_out(few["image"]), few["noise"], None, _no_loss)
+        finally:
+            network.train(training)
+        return found
 
     def warnings(self, row: Mapping[str, float | None]) -> dict[str, str]:
         """Cause → what is wrong with the latents, by the means in a row of the log."""
@@ -369,6 +402,10 @@ def _fit_projection(network: nn.Module, tensors: Tensors, path: str) -> None:
         log.info("%s: left out %s*, as this run has no VF term", path, PROJECTION_PREFIX)
         for key in theirs:
             del tensors[key]
+
+
+def _no_loss(output: AutoencoderOutput) -> tuple[torch.Tensor, Logs]:
+    return output.reconstruction.new_zeros(()), {}
 
 
 def _laid_out(images: torch.Tensor) -> torch.Tensor:

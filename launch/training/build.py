@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.registry import Ops
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.runtime.processes import Processes
 from launch.training.placement import place_latents
+from launch.training.rollback import Rollback
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
@@ -29,8 +31,11 @@ def name_run(run: Run, kind: str, processes: Processes) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"exp_name": name})})
 
 
-def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
-    """The loop of a run that has a name, at its newest checkpoint or at its start, with nothing trained yet."""
+def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback | None = None) -> "Trainer":
+    """The loop of a run that has a name, at its newest checkpoint or at its start, with nothing trained yet.
+
+    rollback: what an earlier one has raised.
+    """
     from launch.training.trainer import Trainer, TrainerConfig  # imports DeepSpeed: seconds of its own
 
     train = run.train.with_validation(run.data.valid_path)
@@ -58,13 +63,18 @@ def make_trainer(run: Run, kind: str, processes: Processes) -> "Trainer":
         deepspeed=run.deepspeed,
         run=run.model_dump(mode="json"),
     )
-    trainer = Trainer(task, config, processes, ops, validation, on_device)
+    trainer = Trainer(task, config, processes, ops, validation, on_device, rollback)
     if processes.is_main:
         print(
             f"training {kind} in {directory}: {config.last_step:,} steps of {train.global_batch_size} images, "
             f"{processes.world_size} × {processes.device.type}, ZeRO {run.deepspeed.zero_stage}, {train.precision}"
         )
     return trainer
+
+
+def make_task(run: Run, ops: Ops, device: torch.device | str = "cpu") -> "VavaeTask | LightningDiTTask":
+    """The task of a run with those ops."""
+    return vavae_task(run, ops, device)[0] if isinstance(run, VavaeRun) else _lightningdit_task(run, ops)[0]
 
 
 def require_one_decoder(images: "ImageDataset", processes: Processes) -> None:

@@ -304,13 +304,13 @@ def prune(directory: Path, keep: int, keep_every: int | None = None) -> None:
         _remove(doomed)
 
 
-def set_aside(path: Path) -> Path:
-    """Give a damaged checkpoint a name that is none of a checkpoint's, so that it is never read nor removed → its path.
+def set_aside(path: Path, suffix: str = "damaged") -> Path:
+    """Give a checkpoint a name that is none of a checkpoint's, so that it is never read nor removed → its path.
 
     Raises WriteError where the system refuses.
     """
     for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged" + (f".{number}" if number > 1 else ""))
+        aside = path.with_name(f"{path.name}.{suffix}" + (f".{number}" if number > 1 else ""))
         if not path_exists(aside):
             rename_directory(path, aside)
             return aside
@@ -322,6 +322,11 @@ def by_step(directory: Path) -> list[Checkpoint]:
     entries = directory.iterdir() if path_exists(directory) else ()
     paths = sorted((p for p in entries if _STEP.fullmatch(p.name)), key=_step_of, reverse=True)
     return [Checkpoint(path) for path in paths]
+
+
+def complete(directory: Path) -> list[Checkpoint]:
+    """The checkpoints below `directory` that have a manifest, the lowest step first; their files are not looked at."""
+    return [each for each in reversed(by_step(directory)) if path_exists(each.path / "manifest.json")]
 
 
 def _step_of(path: Path) -> int:

@@ -72,6 +72,15 @@ class SkippedStep(Record):
     ranks: tuple[Count, ...]
 
 
+class LossState(Record):
+    """`Spikes.state_dict`: the last losses, spikes since the last row, and the present spike."""
+
+    last: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    spikes: Count
+    in_a_row: Count
+    first: Annotated[int, Field(ge=1)] | None
+
+
 class RowState(Record):
     """The part of a row of the log that was not yet due. `meters`: by rank, all with the same names."""
 
@@ -115,6 +124,8 @@ class State(Record):
     config: RunSections
     versions: dict[str, str]
     since_last_row: RowState | None = None
+    losses: LossState | None = None
+    redrawn: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Count], ...] = ()
 
     @model_validator(mode="after")
     def _agrees_with_counters(self) -> "State":

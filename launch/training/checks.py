@@ -10,6 +10,7 @@ from common.files import FileError, open_regular
 from common.tensors import weights_file
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.training.checkpoint_search import candidates
+from launch.training.gradient_sums import engine_options
 from lightningdit.model import LightningDiT
 from vavae.config import check_sections
 
@@ -28,7 +29,7 @@ def check_run(run: Run) -> None:
             "train.ckpt goes on from a checkpoint and its weights, train.weight_init starts from other "
             "weights: set one of the two to null"
         )
-    _check_profiling(run, run.deepspeed.merged_overrides(run.train.precision))
+    _check_profiling(run, engine_options(run.train, run.deepspeed))
     for key, path in _weights(run).items():
         check_file(key, path)
     if run.train.ckpt is not None:

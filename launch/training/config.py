@@ -28,6 +28,17 @@ def _below_output_dir(name: str) -> str:
     return name
 
 
+def _distinct(names: Any) -> Any:
+    """A list as a tuple, of names that differ."""
+    if isinstance(names, list | tuple):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} stands there twice")
+        return tuple(names)
+    return names
+
+
+Watched = Literal["grad_norms", "activation_norms", "attention_logits"]
 RunName = Annotated[Text, AfterValidator(_below_output_dir)]
 
 
@@ -54,6 +65,13 @@ class TrainConfig(Section):
     and all end; compilation, validation and saving do not count, however long they take.
     `use_checkpoint` computes activations again in the backward pass instead of keeping them: of whole blocks (true), of
     every k-th block (a number k), or of norms and activations alone ("pointwise").
+    `watch` adds to every row of the log, for each block, "grad_norms" of the step, and of a few of its samples
+    "activation_norms" and "attention_logits", the largest; a pass of its own.
+    A loss further above the median of the last `spike_window` than `spike_factor` deviations is a spike
+    (`launch.training.spikes`), `spike_steps` of them in a row are one that lasts (null: none does). After such a spike,
+    or `max_skipped_in_a_row` skipped steps, the run goes back to the last good checkpoint and past the steps that
+    caused it, `rollbacks` times, then it stops (`launch.training.incidents`).
+    `grad_sum_dtype` is what gradients are summed in over micro-batches and processes; null: that of `precision`.
     `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
     """
 
@@ -83,6 +101,12 @@ class TrainConfig(Section):
     keep_every: Count | None = None
     background_save: bool = True
     heartbeat_timeout: Annotated[Float, Field(ge=1)] = 30.0
+    watch: Annotated[tuple[Watched, ...], BeforeValidator(_distinct)] = ()
+    spike_factor: Positive = 7.0
+    spike_window: Annotated[int, Field(ge=4, le=10_000)] = 256
+    spike_steps: Count | None = 50
+    rollbacks: CountFrom0 = 1
+    grad_sum_dtype: Literal["bfloat16", "float32"] | None = None
 
     @model_validator(mode="after")
     def _check(self):
@@ -92,6 +116,13 @@ class TrainConfig(Section):
             raise ValueError(f"keep_every {self.keep_every} is no multiple of ckpt_every {self.ckpt_every}")
         if self.max_steps is not None and self.max_epochs is not None:
             raise ValueError(f"max_steps {self.max_steps} and max_epochs {self.max_epochs} both given; keep one")
+        if self.spike_steps is not None and self.spike_steps > self.spike_window // 4:
+            raise ValueError(
+                f"spike_steps {self.spike_steps} is more than a quarter of spike_window {self.spike_window}: the "
+                "median would be that of the spike itself"
+            )
+        if self.grad_sum_dtype == "bfloat16" and self.precision == "float32":
+            raise ValueError("grad_sum_dtype bfloat16 would round gradients that precision float32 has in float32")
         return self
 
     def with_validation(self, valid_path: str | None) -> "TrainConfig":

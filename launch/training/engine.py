@@ -22,6 +22,7 @@ from kernels.registry import Ops
 from launch.runtime import heartbeat, launcher
 from launch.runtime.processes import Processes, local_gpu, rendezvous
 from launch.runtime.read_ahead import end_processes
+from launch.training.block_norms import BlockNorms, Part
 from launch.training.optimizer import MASTER, STATE_KEYS, AdamWEma
 
 if launcher.accelerator(gpus_here=torch.cuda.is_available()) == "cpu":
@@ -147,6 +148,8 @@ class Engine:
         #: The end of a copy of the state that a stream of its own makes; nothing here changes the state before it.
         self.copied: torch.cuda.Event | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
+        parts = {name: self._parts(p, index) for index, (name, p) in enumerate(self._names.items())}
+        self.optimizer.blocks = BlockNorms(parts, partitioned=self._stage > 0)
         for name, value in masters.items():
             self._write(name, "model", value)
             self._write(name, "ema", value)
@@ -284,6 +287,20 @@ class Engine:
         link = getattr(inner, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+
+    def _parts(self, p: Any, index: int) -> list[Part]:
+        """Where this process's part of a parameter's gradient lies in the tensors of the optimizer."""
+        wrapper = self._engine.optimizer
+        if self._stage == 0:
+            return [(index, 0, p.numel())]
+        if self._stage == 3:
+            tensor, start, size = wrapper.grad_position[wrapper.get_param_id(p)]
+            return [(tensor, start, size)]
+        place = p._hp_mapping
+        if place is None:  # all of it lies on other processes
+            return []
+        address = place.get_hp_fragment_address()
+        return [(place.param_group_index, address.start, address.numel)]
 
     def _unsharded(self, name: str) -> torch.Tensor | None:
         """The master tensor of a parameter where every process holds all of it (ZeRO 0), else None."""

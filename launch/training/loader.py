@@ -1,6 +1,6 @@
 """Sample order and data loader: the samples of a step are a function of the step alone, so resuming is exact."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from launch.runtime.read_ahead import read_in_processes, read_in_threads
 
 Tensors = dict[str, torch.Tensor]
 Key = tuple[int, int]  # step and micro-batch
+Redrawn = tuple[int, int, int]  # first and last step, seed
 
 
 class Batches(Protocol):
@@ -57,31 +58,39 @@ class SampleOrder:
 
     Step s (from 1) takes positions (s − 1)·B to s·B of the stream; no sample is dropped at an epoch's end. The global
     batch of a step is the same for any number of processes and micro-batches.
+
+    redrawn: ranges (first step, last step, seed) whose steps take their positions from the stream of another seed, the
+        last range that holds a step; some samples of the epoch are then met twice and others not.
     """
 
     num_samples: int
     global_batch_size: int
     seed: int
-    _permutations: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    redrawn: Sequence[Redrawn] = ()
+    _permutations: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+
+    def seed_of(self, step: int) -> int:
+        """The seed that a step's samples and random numbers are drawn from."""
+        return next((seed for first, last, seed in reversed(self.redrawn) if first <= step <= last), self.seed)
 
     def slice(self, step: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Epochs and sample indices (int64 `[stop − start]`) of part of the global batch of `step`."""
-        first = (step - 1) * self.global_batch_size
+        first, seed = (step - 1) * self.global_batch_size, self.seed_of(step)
         epochs, places = np.divmod(np.arange(first + start, first + stop), self.num_samples)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            indices[here] = self._permutation(epoch)[places[here]]
+            indices[here] = self._permutation(seed, epoch)[places[here]]
         return torch.from_numpy(epochs), torch.from_numpy(indices)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        found = self._permutations.get(epoch)
+    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
+        found = self._permutations.get((seed, epoch))
         if found is None:
-            found = torch.randperm(self.num_samples, generator=generator(self.seed, epoch)).numpy()
+            found = torch.randperm(self.num_samples, generator=generator(seed, epoch)).numpy()
             # Steps near each other, in whatever order threads come to them, hardly need more than an epoch's
             # neighbours. The dict is replaced, never changed, so that no thread meets it half done.
-            near = {e: p for e, p in self._permutations.items() if abs(e - epoch) <= 1}
-            self._permutations = near | {epoch: found}
+            near = {key: p for key, p in self._permutations.items() if abs(key[1] - epoch) <= 1}
+            self._permutations = near | {(seed, epoch): found}
         return found
 
 

@@ -19,6 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from common.files import WriteError, atomic_write, make_directory, write_error
+from launch.training.watch import in_short
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,10 @@ class RunLog:
         with self._bar.external_write_mode():
             print(describe(row), flush=True)
 
+    def write_event(self, event: dict) -> None:
+        """Write a row that says what happened after `event["step"]`: `event["event"]`."""
+        self._file.write(f"{json.dumps(event)}\n".encode())
+
     def write_picture(self, name: str, step: int, draw: Callable[[Path], None]) -> None:
         """Have the PNG `<name>/step_<step>.png` of the run's directory drawn, and show it in TensorBoard too."""
         path = self._directory / name / f"step_{step:07d}.png"
@@ -230,7 +235,7 @@ def describe(row: dict) -> str:
     head += f"  (batch {row['global_batch_size']})"
     told = {"step", "last_step", "epoch", "images", "global_batch_size", "seconds_per_step", "eta_seconds"}
     told |= {"skipped"} if not row.get("skipped") else set()
-    values = (f"{name} {_format_value(value)}" for name, value in row.items() if name not in told)
+    values = (f"{name} {_format_value(value)}" for name, value in in_short(row).items() if name not in told)
     return f"{head}  {'  '.join(values)}  eta {_format_duration(row['eta_seconds'])}"
 
 

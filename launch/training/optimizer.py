@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from kernels import select
 from kernels.registry import Ops
+from launch.training.block_norms import BlockNorms
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
 COUNTERS = ("applied", "skipped", "skipped_in_a_row", "most_skipped_in_a_row")
 _REFERENCE = select("reference")
+DRIFT_ELEMENTS = 2**24  # that `ema_drift` reads at once: its copies take 64 MiB
 MASTER = "master"  # the state of a bfloat16 tensor that holds its float32 weights
 
 
@@ -64,6 +66,10 @@ class AdamWEma(torch.optim.Optimizer):
         # Counters for logs and checkpoints, kept on the device until they are read.
         self.counters = {name: torch.zeros((), device=device) for name in COUNTERS}
         self.grad_norm = torch.zeros((), device=device)
+        # Gradient norms by block, float32 [blocks], of the last step that `measure_blocks` was on in.
+        self.blocks: BlockNorms | None = None
+        self.measure_blocks = False
+        self.block_norms: torch.Tensor | None = None
         # bool [2] of the last step: skipped (on every process); a loss of this process was not finite.
         self.skip_flags = torch.zeros(2, dtype=torch.bool, device=device)
 
@@ -109,6 +115,9 @@ class AdamWEma(torch.optim.Optimizer):
         if not self._initialized:
             return
         self.grad_norm = self._global_norm()
+        if self.measure_blocks and self.blocks is not None:
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            self.block_norms = self.blocks.measure(grads, self._device)
         skip = ~torch.isfinite(self.grad_norm)
         scale = torch.ones_like(self.grad_norm)
         if self._max_grad_norm > 0:
@@ -118,6 +127,19 @@ class AdamWEma(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, group, scale, skip)
+
+    @torch.no_grad()
+    def ema_drift(self) -> torch.Tensor:
+        """‖ema − weights‖ / ‖weights‖ of the float32 weights, a scalar on the device; every process must call it."""
+        squares = torch.zeros(2, device=self._device)
+        for param, state in self.state.items():
+            weights, ema = state.get(MASTER, param).detach().view(-1), state["ema"].view(-1)
+            for first in range(0, weights.numel(), DRIFT_ELEMENTS):
+                w, e = (x[first : first + DRIFT_ELEMENTS] for x in (weights, ema))
+                squares += torch.stack([(e - w).norm(), w.norm()]).square().to(self._device)
+        if self._partitioned and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(squares)
+        return (squares[0] / squares[1]).sqrt()
 
     def _update(self, param: torch.Tensor, group: dict, scale: torch.Tensor, skip: torch.Tensor) -> None:
         state = self.state[param]

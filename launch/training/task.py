@@ -1,6 +1,6 @@
 """The interface between the trainer and a model package."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -24,11 +24,19 @@ class Task(Protocol):
     def compile(self, mode: str, deterministic: bool) -> None:
         """Compile frozen helpers in a mode of `kernels.compile.modes`, as the engines compile the networks."""
 
-    def draw(self, step: int, batch_size: int, device: torch.device, out: Tensors | None = None) -> Tensors:
+    def draw(
+        self,
+        step: int,
+        batch_size: int,
+        device: torch.device,
+        out: Tensors | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Tensors:
         """Every random number of optimizer step `step` (from 1) for the global batch, a function of (seed, step).
 
         With `out`, the result of an earlier call, its tensors are overwritten, so that every step finds them at the
-        same addresses (CUDA graphs).
+        same addresses (CUDA graphs). seed: of the step, where it is not the task's.
         """
 
     def train_step(
@@ -62,6 +70,27 @@ class DrawsPictures(Protocol):
 
         Rows as `launch.pictures.comparison` takes them. Names of pictures become folders of the run's directory.
         """
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A task that measures more of a network than its losses, on request (`train.watch`)."""
+
+    def measure(
+        self, names: Collection[str], networks: Mapping[str, Callable], batch: Tensors, draws: Tensors
+    ) -> Tensors:
+        """Figures of a forward pass of some samples of a micro-batch, without gradients: key → scalar, on the device.
+
+        names: those of `MEASURED` that are wanted. Keys are `<figure>/<block>`; the largest over processes is logged.
+        """
+
+
+@runtime_checkable
+class ChangesObjective(Protocol):
+    """A task whose loss means something else from some step on."""
+
+    def objective(self, step: int) -> Hashable:
+        """What is minimised in a step: losses of steps where it differs are not to be compared."""
 
 
 @runtime_checkable

@@ -10,7 +10,6 @@ from signal import Signals
 import torch
 from torch import nn
 
-from common.files import write_json
 from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
 from launch.pictures import comparison
@@ -21,21 +20,16 @@ from launch.training import checkpoint
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
-from launch.training.loader import (
-    Batches,
-    BatchSplit,
-    SampleOrder,
-    Streams,
-    Tensors,
-    micro_batches,
-    samples_of_step,
-    to_device,
-)
+from launch.training.figures import Figures
+from launch.training.gradient_sums import engine_options
+from launch.training.incidents import Incidents
+from launch.training.loader import Batches, BatchSplit, SampleOrder, Streams, Tensors, micro_batches, to_device
 from launch.training.log import Meter, RunLog, Throughput
 from launch.training.optimizer import AdamWEma, NonFiniteError
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
+from launch.training.rollback import Rollback
 from launch.training.saving import Saver, report, versions
-from launch.training.skips import SkippedSteps, all_skipped
+from launch.training.skips import all_skipped
 from launch.training.task import Task
 from launch.training.validation import Validation
 from launch.training.watch import Watch
@@ -60,6 +54,7 @@ class Trainer:
     Args:
         validation: batches to validate on every `train.valid_every` steps, or None.
         on_device: the task's batches, made from what lies in the devices' memory, to train on instead; or None.
+        rollback: what an earlier trainer of the run has raised, if it has.
     """
 
     def __init__(
@@ -70,24 +65,38 @@ class Trainer:
         ops: Ops,
         validation: Batches | None = None,
         on_device: Streams | None = None,
+        rollback: Rollback | None = None,
     ):
         self.task, self.config, self.processes, self._ops = task, config, processes, ops
         self._on_device = on_device
         train = config.train
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
         self.split = BatchSplit(train.global_batch_size, processes.world_size, micro)
-        self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed)
+        self._rollback = rollback
         self._meter, self._throughput = Meter(), Throughput()
         self._draws: Tensors | None = None
         self.step = 0
         start = agree_on_start(self._checkpoints, train, processes)
         if start is not None:
             self.step = load_weights(start, task, {"kind": config.kind, **self._identity()})
+        redrawn = rollback.redrawn if rollback else start.state.get("redrawn", ()) if start else ()
+        self.order = SampleOrder(len(task.batches), train.global_batch_size, train.global_seed, redrawn)
         task.to(processes.device)
         self._compile_mode = self._choose_compile_mode()
         task.compile(self._compile_mode, train.deterministic)
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
-        self._skipped_steps: list[dict] = []  # those since the last row, and those in a row before it
+        self.incidents = Incidents(
+            config,
+            task,
+            self.engines,
+            self.order,
+            self.split,
+            processes,
+            self.step,
+            save=self.save,
+            wait=lambda: self.saver.wait(),
+        )
+        self._figures = Figures(task, self.engines, train.watch, averaged=config.optimizer.ema_decay > 0)
         if start is not None:
             load_optimizer_states(start, task.networks, self.engines)
             self._restore_row(start)
@@ -104,26 +113,34 @@ class Trainer:
                 averaged=config.optimizer.ema_decay > 0 and train.valid_weights == "ema",
             )
         self._watch = Watch(task)
-        self._skips = SkippedSteps(self.engines, self.step, train.log_every, processes.device)
         self._start_counters = self._read_counters()
         self.saver = Saver(self._checkpoints, self.engines, processes, train)
 
     def run(self) -> int | None:
         """Train to the last step; a signal ends the run early, after a checkpoint → the signal, or None.
 
-        Raises NonFiniteError when `train.max_skipped_in_a_row` steps in a row were skipped, or at the end all steps of
-        one network: skipped steps leave no trace in the weights, and a report of them lies in the run's directory.
+        Raises Rollback, or NonFiniteError with a dump in the run's directory, where steps are skipped or losses spikes
+        (see `launch.training.incidents`).
         """
         config, log = self.config, None
         if self.processes.is_main:
             log = RunLog(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
         try:
+            self._begin_again(log)
             with StopRequest(heartbeat.leave_at_once) as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
         finally:
             self.saver.leave()
             if log is not None:
                 log.close()
+
+    def _begin_again(self, log: RunLog | None) -> None:
+        """After a rollback say so, and keep it in a checkpoint: what is drawn anew stays so over a restart."""
+        if self._rollback is not None:
+            if log is not None:
+                log.warn(self._rollback.line())
+                log.write_event(self._rollback.event())
+            self.save()
 
     def close(self) -> None:
         """Free the memory of networks, optimizers and data; nothing can be trained afterwards."""
@@ -149,7 +166,7 @@ class Trainer:
             # All processes agree on a signal to any of them, so that they stop after the same step.
             stopped_by = stop.agree(self.processes.all_reduce_max) if self.step < last else None
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
-            if self.step % train.log_every == 0 or self.step == last:
+            if self._row_due():
                 self._log(log)
             if self._validation_due():
                 self._validate(log)
@@ -165,6 +182,9 @@ class Trainer:
                     print(f"stopped by {Signals(stopped_by).name} after step {self.step}; the same command goes on")
                 return stopped_by
         return None
+
+    def _row_due(self) -> bool:
+        return self.step % self.config.train.log_every == 0 or self.step == self.config.last_step
 
     def _validation_due(self) -> bool:
         every = self.config.train.valid_every
@@ -188,22 +208,26 @@ class Trainer:
     def train_step(self, stream: Iterator[Tensors]) -> None:
         """One optimizer step on the next micro-batches of the stream; waits for no device."""
         self.step += 1
+        self.incidents.begin_step(self.step)
+        self._figures.begin_step(due=self._row_due())
         optimizer = self.config.optimizer
         for engine in self.engines.values():
             engine.optimizer.set_lr(optimizer.lr_at(self.step, self.config.last_step))
-        draws = self.task.draw(self.step, self.split.global_batch_size, self.processes.device, self._draws)
-        self._draws = draws
+        images, seed = self.split.global_batch_size, self.order.seed_of(self.step)
+        draws = self._draws = self.task.draw(self.step, images, self.processes.device, self._draws, seed=seed)
         for micro in range(self.split.accumulation):
             batch = to_device(next(stream), self.processes.device)
             start, stop = self.split.bounds(micro, self.processes.rank)
             stepped: list[str] = []
 
             def backward(name: str, loss: torch.Tensor, stepped=stepped) -> None:
+                self.incidents.add_loss(self.step, name, loss)
                 self.engines[name].backward(loss)
                 stepped.append(name)
 
             own_draws = {name: value[start:stop] for name, value in draws.items()}
             logs = self.task.train_step(self.engines, batch, own_draws, self.step, backward)
+            self._figures.keep(batch, own_draws)
             self._meter.add(logs, self.split.micro_batch_size / self.split.global_batch_size)
             for name in stepped:
                 self.engines[name].step()
@@ -212,7 +236,7 @@ class Trainer:
             norm = {f"{prefix}grad_norm": self.engines[name].optimizer.grad_norm}
             self._meter.add(norm, 1 / self.processes.world_size)
         skip_flags = {name: self.engines[name].optimizer.skip_flags for name in stepped}
-        self._skips.record(self.step, skip_flags)
+        self.incidents.end_step(self.step, skip_flags)
         skipped = torch.stack(list(skip_flags.values()))[:, 0].any()
         for engine in self.engines.values():
             engine.restore_statistics(skipped)
@@ -223,6 +247,8 @@ class Trainer:
         row = {
             **self._position(),
             **means,
+            **self.incidents.figures(self.step),
+            **self._figures.read(),
             "lr": self.config.optimizer.lr_at(self.step, self.config.last_step),
             "skipped": int(sum(c["skipped"] for c in counters.values())),
             **self._throughput.read(self.step, self.config.last_step, self.split.global_batch_size),
@@ -231,24 +257,10 @@ class Trainer:
             log.write_row(row)
             for warning in self._watch.new_warnings(row):
                 log.warn(warning)
-        self._check_skips(row, counters)
+        self.incidents.check(self.step, row, self._start_counters, counters)
 
     def _read_counters(self) -> dict[str, dict[str, float]]:
         return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
-
-    def _check_skips(self, row: dict, counters: dict[str, dict[str, float]]) -> None:
-        """Stop where too many steps in a row were skipped since the last row of the log, or all steps of the run."""
-        self._skipped_steps += self._skips.read(self.step, self.processes)
-        for engine in self.engines.values():
-            engine.optimizer.reset_most_skipped()
-        most = int(max(c["most_skipped_in_a_row"] for c in counters.values()))
-        if most >= self.config.train.max_skipped_in_a_row:
-            allowed = f"allowed: {self.config.train.max_skipped_in_a_row - 1}"
-            self._stop_nonfinite(row, most, f"{most} steps in a row up to step {self.step}", allowed)
-        if self.step == self.config.last_step and all_skipped(self._start_counters, counters):
-            self._stop_nonfinite(row, most, f"all steps up to the last, {self.step},", "nothing was trained")
-        last_applied = {name: self.step - c["skipped_in_a_row"] for name, c in counters.items()}
-        self._skipped_steps = [each for each in self._skipped_steps if each["step"] > last_applied[each["network"]]]
 
     def _position(self) -> dict:
         images = self.step * self.split.global_batch_size
@@ -268,15 +280,6 @@ class Trainer:
             "num_samples": len(self.task.batches),
         }
 
-    def _stop_nonfinite(self, row: dict, in_a_row: int, which: str, why: str) -> None:
-        """Write a report and raise: going back to a checkpoint would meet the same batches and the same numbers."""
-        report = self.config.directory / f"nonfinite_step_{self.step:07d}.json"
-        if self.processes.is_main:
-            steps = [each | samples_of_step(self.order, self.split, each["step"]) for each in self._skipped_steps]
-            write_json(report, {"row": row, "skipped_in_a_row": in_a_row, "steps": steps})
-        self.save()
-        raise NonFiniteError(f"{which} had a non-finite loss or gradient and were skipped ({why}); see {report}")
-
     def _validate(self, log: RunLog | None) -> None:
         """A row of means over validation data, and pictures of some of them."""
         assert self._validation is not None
@@ -290,7 +293,8 @@ class Trainer:
         """Save the present step (every process takes part, the main one writes); unless `wait`, it may still be written
         when this returns, and `saver.poll` raises what that meets."""
         counters, meters = self._read_counters(), self.processes.all_gather(self._meter.state_dict())
-        self._skipped_steps += self._skips.read(self.step, self.processes)
+        self.incidents.read(self.step)
+        incidents = self.incidents.state_dict()
         state = None
         if self.processes.is_main:
             state = {
@@ -303,7 +307,9 @@ class Trainer:
                 "config": self.config.run,
                 "versions": versions(),
                 "world_size": self.processes.world_size,
-                "since_last_row": {"meters": meters, "skipped_steps": self._skipped_steps},
+                "since_last_row": {"meters": meters, "skipped_steps": incidents["skipped_steps"]},
+                "losses": incidents["losses"],
+                **({"redrawn": [list(each) for each in self.order.redrawn]} if self.order.redrawn else {}),
             }
         self.saver.save(state)
         if wait:
@@ -324,7 +330,7 @@ class Trainer:
         if kept is not None:
             processes = self.processes
             self._meter.load_state_dicts(kept["meters"], processes.rank, processes.world_size, processes.device)
-            self._skipped_steps = [each for each in kept["skipped_steps"] if each["network"] in self.engines]
+        self.incidents.load_state_dict(start.state)
 
     def _print_resumed(self, start: checkpoint.Checkpoint) -> None:
         if self.processes.is_main:
@@ -340,7 +346,7 @@ class Trainer:
             micro_batch_size=self.split.micro_batch_size,
             accumulation=self.split.accumulation,
             world_size=self.processes.world_size,
-            overrides=ds.merged_overrides(train.precision),
+            overrides=engine_options(train, ds),
         )
 
         def make_optimizer(params, partitioned: bool) -> AdamWEma:
