@@ -14,10 +14,10 @@ import torch
 
 import kernels
 from bench.measure import ceilings
-from bench.measure.data_sheets import SHEETS
 from bench.measure.rows import Log
 from bench.measure.timing import CudaDevice
 from bench.workloads.published import published_config
+from common.data_sheets import SHEETS
 from kernels.backends.device import cuda_reasons
 from kernels.testing.cases import Cost
 from lightningdit.cost import flops_per_image

@@ -71,6 +71,20 @@ def _refuse_to_compile_gathering(train: TrainConfig, deepspeed: DeepSpeedConfig)
         )
 
 
+class DiffusionTrainConfig(TrainConfig):
+    """The `train` section of a LightningDiT file.
+
+    `previews` says how many samples by the moving average (without one: the weights) a picture shows in training, from
+    the same noise and classes every time, decoded by the tokenizer of the `vae` section; null: 16 where that names one
+    that is there, else none. `preview_every`: the steps between two (null: those between validations, else
+    checkpoints; the last step always has one). `preview_steps`: points of the ODE solver, guided as `sample` says.
+    """
+
+    previews: Annotated[int, Field(ge=0, le=256)] | None = None
+    preview_every: Count | None = None
+    preview_steps: Annotated[int, Field(ge=2, le=1000)] = 25
+
+
 class LightningDiTRun(Section):
     """A LightningDiT file. `ckpt_path` is what `sample` loads: a checkpoint, an export or a published .pt."""
 
@@ -79,7 +93,7 @@ class LightningDiTRun(Section):
     data: dit.DataConfig
     vae: TokenizerSection = TokenizerSection()
     model: dit.ModelSection
-    train: TrainConfig = TrainConfig()
+    train: DiffusionTrainConfig = DiffusionTrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     transport: dit.TransportConfig = dit.TransportConfig()
     sample: dit.SampleConfig = dit.SampleConfig()
@@ -99,7 +113,27 @@ class LightningDiTRun(Section):
                 "to keep: use use_checkpoint true or false, or compile inductor"
             )
         self._check_ops_in_graphs()
+        self._check_previews()
         return self
+
+    def _check_previews(self) -> None:
+        """Refuse to ask for previews that nothing could decode, and for their times where there are none."""
+        count, every = self.train.previews, self.train.preview_every
+        if count and self.vae.ckpt_path is None:
+            raise ValueError(f"train.previews is {count}, but vae.ckpt_path names no tokenizer to decode them")
+        if every is not None and not self.num_previews():
+            why = "train.previews is 0" if count == 0 else "vae.ckpt_path names no tokenizer"
+            raise ValueError(f"train.preview_every is {every}, but {why}: there are no previews")
+
+    def num_previews(self) -> int:
+        """Samples that a preview shows, if the tokenizer is there; 0 for no previews."""
+        if self.train.previews is None:
+            return 0 if self.vae.ckpt_path is None else 16
+        return self.train.previews
+
+    def without_effect(self) -> list[str]:
+        """Notes on keys that a file sets and that change nothing."""
+        return self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
 
     def _check_latents(self, size: int) -> None:
         """Refuse latents of `size`² that the model's patches do not divide, and more guided channels than they have."""
@@ -144,7 +178,8 @@ class TokenizerTrainConfig(TrainConfig):
     """The `train` section of a tokenizer file; one setting holds for both networks, and for the frozen ones.
 
     Encoder, decoder, discriminator, foundation model and LPIPS are compiled each for itself. Activation checkpointing
-    is by level of the encoder and the decoder. `pictures` says of how many validation images a picture shows the
+    is by level of the encoder and the decoder. Validation takes long beside training: by default that of the average
+    alone. `pictures` says of how many validation images a picture shows the
     reconstructions at every validation (0: no picture), `picture_similarities` whether another shows the similarities
     that the VF loss aligns.
     """
@@ -152,6 +187,7 @@ class TokenizerTrainConfig(TrainConfig):
     global_batch_size: Count = 256
     compile: Literal["auto", "none", "inductor", "cudagraphs", "aot_eager"] = "auto"
     use_checkpoint: Recompute = False
+    valid_weights: Literal["both", "ema", "model"] = "ema"
     pictures: Annotated[int, Field(ge=0, le=256)] = 16
     picture_similarities: bool = False
 
@@ -213,6 +249,13 @@ class VavaeRun(Section):
         if self.train.picture_similarities and (why := [reason for reason, lacks in lacking.items() if lacks]):
             raise ValueError(f"train.picture_similarities is true, but {' and '.join(why)}")
 
+    def without_effect(self) -> list[str]:
+        """Notes on keys that a file sets and that change nothing."""
+        found = self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
+        if "pictures" in self.train.model_fields_set and self.train.pictures and self.data.valid_path is None:
+            found.append(f"train.pictures is {self.train.pictures}, but data.valid_path names no images to show")
+        return found
+
     def images(self) -> vae.DataConfig:
         """The `data` section as the preset means it."""
         return self.data.as_published() if self.preset == "paper" else self.data
@@ -261,7 +304,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, kind: str) -> tuple
             document = _overridden(without_sizes(document, _overridden({}, override)), override)
             said = _overridden(said, override)
         run = KINDS[kind].model_validate(document)
-        return run, notes + converted + run.deepspeed.notes()
+        return run, notes + converted + run.deepspeed.notes() + run.without_effect()
     except ValidationError as e:
         raise ConfigError(f"{named}: {explain(e, [*layers, Layer('', said)])}") from None
     except ValueError as e:

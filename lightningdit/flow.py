@@ -180,6 +180,11 @@ class Transport:
         start, end = self.interval(self.train_eps)
         return start + (end - start) * (logit_normal(u) if lognorm else u)
 
+    def timesteps_at(self, shares: Tensor) -> Tensor:
+        """Quantiles of what `sample_timesteps` draws from: the times [B] below which these shares [B] in (0, 1) lie."""
+        start, end = self.interval(self.train_eps)
+        return start + (end - start) * (logit_normal(torch.special.ndtri(shares)) if self.use_lognorm else shares)
+
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, v_t) [B, ...]: the point between noise x0 and data x1 at t, and its time derivative."""
         t = unsqueeze_like(t, x1)  # [B, 1, ...], as what follows of it

@@ -20,15 +20,20 @@ Tensors = dict[str, torch.Tensor]
 
 _INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for each purpose
 WATCHED_SAMPLES = 4  # of a micro-batch, that `measure` takes
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, however many (Niederreiter 1992, chapter 3)
+TIME_BUCKETS = 5  # equal parts of the time axis whose losses validation tells apart
 
 
 class LightningDiTTask:
     """A network of `model`'s shape on `data`, trained by `transport`; every random number follows from `seed`.
 
     networks: {"model"}, float32 on the CPU, with initial weights from the seed alone. batches: the latents.
+    validated: the networks that validation calls.
 
     Raises ValueError where the latents' shape or the number of classes does not fit the model.
     """
+
+    validated = ("model",)
 
     def __init__(
         self,
@@ -121,18 +126,35 @@ class LightningDiTTask:
         backward("model", losses["loss"])
         return {name: value.detach() for name, value in losses.items()}
 
+    def validation_draws(self, number: int, batch_size: int, device: torch.device | str) -> Tensors:
+        """As `draw`, for the global batch `number` (from 0) of validation: times are quantiles of training's
+        distribution, spread evenly over the samples, so that a mean has no noise of times and compares with training's.
+        """
+        draws = self.draw(-1 - number, batch_size, device)
+        places = torch.arange(number * batch_size, (number + 1) * batch_size, dtype=torch.float64, device=device)
+        draws["t"].copy_(self.transport.timesteps_at((0.5 + GOLDEN * places) % 1))
+        return draws
+
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
-        """The losses of `train_step` without gradients and without label drops."""
-        return self._losses(networks["model"], batch["x"], batch["y"], draws)
+        """The losses of `train_step` without gradients and without label drops, and `loss_t0.1`, `loss_t0.3` …: the
+        loss [b] of the samples whose time is in the fifth of (0, 1) around 0.1 …, NaN for the others."""
+        per_sample = self._sample_losses(networks["model"], batch["x"], batch["y"], draws)
+        bucket = (draws["t"] * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)  # [b]
+        total = torch.stack(list(per_sample.values())).sum(0)  # [b]
+        by_time = {
+            f"loss_t{(i + 0.5) / TIME_BUCKETS:.1f}": total.masked_fill(bucket != i, torch.nan)
+            for i in range(TIME_BUCKETS)
+        }
+        return _means(per_sample) | by_time
 
     def _losses(self, model: Callable, x: torch.Tensor, y: torch.Tensor, draws: Tensors) -> Tensors:
-        per_sample = self.transport.training_losses(model, x, t=draws["t"], x0=draws["noise"], y=y)
-        mse = per_sample["loss"].mean()
-        if not self.transport.use_cosine_loss:
-            return {"loss": mse, "mse": mse}
-        cosine = per_sample["cos_loss"].mean()
-        return {"loss": mse + cosine, "mse": mse, "cos_loss": cosine}
+        return _means(self._sample_losses(model, x, y, draws))
+
+    def _sample_losses(self, model: Callable, x: torch.Tensor, y: torch.Tensor, draws: Tensors) -> Tensors:
+        """The parts of the loss of each sample, [b]."""
+        found = self.transport.training_losses(model, x, t=draws["t"], x0=draws["noise"], y=y)
+        return {"mse": found["loss"]} | ({"cos_loss": found["cos_loss"]} if self.transport.use_cosine_loss else {})
 
     @torch.no_grad()
     def measure(
@@ -161,6 +183,12 @@ class LightningDiTTask:
         if different:
             found = "; ".join(different)
             raise ValueError(f"the checkpoint was trained on other latents than {self.batches.path}: {found}")
+
+
+def _means(per_sample: Tensors) -> Tensors:
+    """The loss, the sum of its parts, and these, each the mean over the samples."""
+    parts = {name: values.mean() for name, values in per_sample.items()}
+    return {"loss": parts["mse"] + parts["cos_loss"] if "cos_loss" in parts else parts["mse"], **parts}
 
 
 def check_latents(latents: LatentDataset, model: ModelConfig) -> None:

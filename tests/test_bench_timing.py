@@ -8,9 +8,9 @@ import torch
 from bench import roofline
 from bench.measure import ceilings, timing
 from bench.measure.ceilings import Ceilings
-from bench.measure.data_sheets import SHEETS
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice, Iteration, Timing, interleave, iteration_size
+from common.data_sheets import SHEETS
 
 
 class Scripted:

@@ -27,6 +27,7 @@ HOME = {
     "triton": "kernels/",
     "deepspeed": "launch/training/engine.py",
     "timm": "vavae/foundation/",
+    "wandb": "launch/training/wandb_writer.py",
     "nvidia": "vavae/decoders/dali_decoder.py",  # DALI
 }
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
@@ -50,6 +51,7 @@ SLOW = {
     "tensorboard",
     "pydantic",
     "nvidia.dali",
+    "wandb",
 }
 #: Module → why its functions may import at will.
 LATE = {
@@ -183,7 +185,7 @@ def test_only_the_registry_computes_what_it_imports():
     assert users == {"kernels/registry.py"}
 
 
-@pytest.mark.parametrize("packages, extras", [(PACKAGES, ("dali",)), (("bench", "tests"), ("test",))])
+@pytest.mark.parametrize("packages, extras", [(PACKAGES, ("dali", "wandb")), (("bench", "tests"), ("test",))])
 def test_imported_packages_are_pinned(packages, extras):
     """Whatever is imported comes with Python, is of this repository, or has its one version in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,6 +1,7 @@
 """The moving average in validation, extraction and export; and that training does not notice being validated."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def run_file(tmp_path, data):
             "deepspeed": {"zero_stage": stage, "overrides": overrides},
         }
         sections["train"] |= {"output_dir": str(tmp_path), "global_batch_size": SIZE, "precision": precision}
+        sections["train"] |= {"valid_weights": "both"}
         if kind == "vavae":
             sections["loss"] = {"disc_weight": 0.0}  # as ZeRO 3 wants it
         return toy.write_run(tmp_path / f"{kind}.yaml", WRITERS[kind][0], **sections)
@@ -61,7 +63,8 @@ def plain_task(path: Path, kind: str):
     return (build.vavae_task if kind == "vavae" else build._lightningdit_task)(run, select_ops(run.kernels))
 
 
-def means_by_hand(path: Path, kind: str, weights: dict, precision: str) -> dict[str, float]:
+def means_by_hand(path: Path, kind: str, weights: dict, precision: str, prefix: str) -> dict[str, float]:
+    """Of scalars over batches, of numbers of samples over those that have one."""
     task, data = plain_task(path, kind)
     network = task.networks[NETWORKS[kind]]
     network.load_state_dict(weights)
@@ -70,8 +73,10 @@ def means_by_hand(path: Path, kind: str, weights: dict, precision: str) -> dict[
     for number in range(BATCHES):
         indices = torch.arange(number * SIZE, (number + 1) * SIZE)
         batch = data.batch(torch.zeros_like(indices), indices)
-        logs.append(task.validate(task.networks, batch, task.draw(-1 - number, SIZE, torch.device("cpu"))))
-    return {f"valid_ema/{name}": sum(log[name].item() for log in logs) / BATCHES for name in logs[0]}
+        logs.append(task.validate(task.networks, batch, task.validation_draws(number, SIZE, torch.device("cpu"))))
+    found = {name: torch.cat([log[name].double().flatten() for log in logs]) for name in logs[0]}
+    means = {f"{prefix}/{name}": values.nanmean().item() for name, values in found.items()}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
 
 
 def validated(directory: Path) -> dict[str, float]:
@@ -112,12 +117,13 @@ def test_the_average_is_validated_and_training_goes_on_bit_for_bit(
     assert_equal(last(tmp_path / "run"), last(tmp_path / "blind"))
     found = checkpoint.Checkpoint(tmp_path / "run/checkpoints/step_0000003")
     average, raw = (
-        means_by_hand(path, kind, found.weights(NETWORKS[kind], key), precision) for key in ("ema", "model")
+        means_by_hand(path, kind, found.weights(NETWORKS[kind], key), precision, prefix)
+        for key, prefix in (("ema", "valid_ema"), ("model", "valid"))
     )
     got = validated(tmp_path / "run")
-    assert got == pytest.approx(average, rel=1e-5)
-    error = "valid_ema/rec" if kind == "vavae" else "valid_ema/mse"
-    assert abs(raw[error] / average[error] - 1) > 1e-4
+    assert got == pytest.approx(average | raw, rel=1e-5)
+    error = "rec" if kind == "vavae" else "mse"
+    assert abs(raw[f"valid/{error}"] / average[f"valid_ema/{error}"] - 1) > 1e-4
 
 
 def test_weights_are_put_back_whatever_happens(run_file):
@@ -145,10 +151,8 @@ def test_the_weights_themselves_are_validated_where_no_average_is_kept_or_wanted
     run = trainer(path, kind, *settings)
     run.run()
     found = checkpoint.Checkpoint(tmp_path / "run/checkpoints/step_0000003").weights(NETWORKS[kind], "model")
-    want = means_by_hand(path, kind, found, "float32")
-    assert validated(tmp_path / "run") == pytest.approx(
-        {name.replace("valid_ema", "valid"): value for name, value in want.items()}, rel=1e-5
-    )
+    want = means_by_hand(path, kind, found, "float32", "valid")
+    assert validated(tmp_path / "run") == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("vavae", 2), ("lightningdit", 3)])
@@ -161,7 +165,7 @@ def test_two_processes_validate_the_average_that_one_has(tmp_path, run_file, kin
     one, two = (validated(tmp_path / name) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=0.1)
     assert all(two[name] == pytest.approx(one[name], rel=1e-4) for name in one if "latent_std" not in name)
-    assert len(one) == {"vavae": 8, "lightningdit": 3}[kind]
+    assert len(one) == 2 * {"vavae": 8, "lightningdit": 8}[kind]
     pictures = [sorted(path.name for path in (tmp_path / name).rglob("*.png")) for name in ("one", "two")]
     assert pictures == [["step_0000003.png"] if kind == "vavae" else []] * 2
 

@@ -20,12 +20,12 @@ from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_envir
 from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
+from launch.training.progress import TIMING
 from tests import toy
 from tests.children import alive
 
 _fork = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
-TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -42,8 +42,8 @@ def run_file(tmp_path) -> str:
 
 def rows(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-    return [row for row in found if "event" not in row]
+    found = [row for row in map(json.loads, lines) if "event" not in row]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
 
 
 def wait_until(condition, seconds: float = 60.0) -> bool:

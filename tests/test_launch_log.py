@@ -9,7 +9,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import WriteError
-from launch.training.log import Meter, RunLog, Throughput, describe, truncate_rows
+from launch.training.log import Meter, RunLog, describe
+from launch.training.progress import Throughput
+from launch.training.writers import truncate_rows
 
 
 def rows(path):
@@ -42,6 +44,14 @@ def test_skipped_steps_do_not_spoil_a_mean():
     for value in (1.0, float("nan"), 3.0, float("inf")):
         meter.add({"loss": torch.tensor(value), "bad": torch.tensor(float("nan"))})
     assert meter.read() == {"loss": 2.0, "bad": None}
+
+
+def test_a_mean_over_samples_is_of_those_that_have_the_number():
+    """Whatever micro-batches they come in; where none has it there is no mean."""
+    meter, nan = Meter(), float("nan")
+    for samples in ([1.0, 2.0, 6.0], [nan, 7.0, nan], [nan, nan, nan]):
+        meter.add({"loss_t0.1": torch.tensor(samples), "none": torch.full((3,), nan)}, 0.5)
+    assert meter.read() == {"loss_t0.1": 4.0, "none": None}
 
 
 def test_integers_are_added_up():
@@ -110,7 +120,7 @@ def test_a_log_that_is_gone_is_found_at_the_next_row(tmp_path, loss, tensorboard
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
 def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch, name):
     log = RunLog(tmp_path, 0, 9)
-    file = log._file if name == "metrics.jsonl" else log._board._records._writer
+    file = log._file if name == "metrics.jsonl" else log._writers[1]._records._writer
     file.close()
     file._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
     with pytest.raises(WriteError, match=rf"cannot write .*{name}.*: No space left on device"):

@@ -14,6 +14,7 @@ from launch.config import LightningDiTRun, VavaeRun
 #: Keys whose text is no path.
 TEXT = {
     "exp_name",
+    "wandb",
     "model_name",
     "model_type",
     "sampling_method",

@@ -16,6 +16,7 @@ from launch.config import ConfigError, load
 from launch.export import export
 from launch.runtime import exit_status
 from launch.training import checkpoint
+from launch.training.progress import TIMING
 from lightningdit.weights import read_weights
 from tests import toy
 from tests.children import Moment, free_port, launch
@@ -23,7 +24,6 @@ from vavae.model import Decoder, Encoder
 
 pytestmark = pytest.mark.usefixtures("own_linear")
 
-TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
 MID_STEP = Moment("launch.training.engine:Engine", "step", 5)  # after the backward of step 5, before its update
 MID_SAVE = Moment("launch.training.checkpoint", "write_tensors", 3)
 
@@ -45,9 +45,10 @@ def run_file(tmp_path, data):
 
 
 def rows(directory: Path) -> list[dict]:
+    """Those of training and validation: events say how often a run was started."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
-    return [row for row in found if "event" not in row]
+    found = [row for row in map(json.loads, lines) if "event" not in row]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

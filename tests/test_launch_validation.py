@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from launch.config import load
-from launch.training import checkpoint, trainer
+from launch.training import checkpoint, progress, trainer
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
-from launch.training.log import Throughput
+from launch.training.evaluations import Evaluations
+from launch.training.progress import Throughput
 from tests import toy
 from tests.children import launch
 
@@ -51,22 +52,23 @@ def test_the_mean_is_that_of_other_images_and_other_draws_in_every_batch(tmp_pat
     path = run_file(valid_weights="model")
     run = loop(path)
     run.run()
-    task, data, losses = run.task, run._validation.data, []
+    task, data, losses = run.task, run._evaluations.validation.data, []
     model = task.networks["model"].eval()
     for number in range(BATCHES):
         indices = torch.arange(number * SIZE, (number + 1) * SIZE) % len(data)
         batch = data.batch(torch.zeros_like(indices), indices)
-        draws = task.draw(-1 - number, SIZE, torch.device("cpu"))
+        draws = task.validation_draws(number, SIZE, torch.device("cpu"))
         with torch.no_grad():
             found = task.transport.training_losses(model, batch["x"], t=draws["t"], x0=draws["noise"], y=batch["y"])
         losses.append((found["loss"].mean() + found["cos_loss"].mean()).item())
     assert len({round(loss, 6) for loss in losses}) == BATCHES
+    assert not any(name.startswith("valid_ema") for name in validated(tmp_path / "run"))
     assert validated(tmp_path / "run")["valid/loss"] == pytest.approx(sum(losses) / BATCHES, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["lightningdit", "vavae"])
 def test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode(tmp_path, run_file, kind, monkeypatch):
-    run = loop(run_file(kind, max_steps=5), kind)
+    run = loop(run_file(kind, max_steps=5, valid_weights="model"), kind)
     networks, seen = run.task.networks.values(), {"train_step": [], "validate": []}
 
     def buffers():
@@ -93,13 +95,14 @@ def test_networks_are_evaluated_in_evaluation_mode_and_trained_in_training_mode(
 def test_two_processes_validate_what_one_does(tmp_path, run_file):
     path = str(run_file(kind="lightningdit"))
     for name, world_size in (("one", 1), ("two", 2)):
-        micro = f"train.micro_batch_size={SIZE // world_size}"
+        micro = f"train.micro_batch_size={SIZE // (2 * world_size)}"
         command = ("train", "lightningdit", path, f"train.exp_name={name}", micro)
         assert launch(*command, world_size=world_size) == [0] * world_size
     one, two = (validated(tmp_path / name) for name in ("one", "two"))
     assert one.keys() == two.keys()
-    for key in ("valid_ema/loss", "valid_ema/mse", "valid_ema/cos_loss"):
-        assert two[key] == pytest.approx(one[key], abs=1e-4)
+    losses = [key for key in one if key.startswith("valid")]
+    assert {"valid_ema/loss", "valid/loss", "valid_ema/loss_t0.3", "valid/loss_t0.7"} <= set(losses)
+    assert {key: two[key] for key in losses} == pytest.approx({key: one[key] for key in losses}, abs=1e-4)
 
 
 def test_a_rate_is_that_of_training_alone(tmp_path, run_file, monkeypatch):
@@ -115,9 +118,9 @@ def test_a_rate_is_that_of_training_alone(tmp_path, run_file, monkeypatch):
 
         monkeypatch.setattr(owner, name, slow)
 
-    monkeypatch.setattr(trainer, "Throughput", partial(Throughput, lambda: now[0]))
+    monkeypatch.setattr(progress, "Throughput", partial(Throughput, lambda: now[0]))
     lasts(trainer.Trainer, "train_step", 2.0)
-    lasts(trainer.Trainer, "_validate", 50.0)
+    lasts(Evaluations, "_validate", 50.0)
     lasts(checkpoint, "save", 100.0)
     loop(run_file(max_steps=6, ckpt_every=2, log_every=1)).run()
     timed = [row for row in rows(tmp_path / "run") if "seconds_per_step" in row]

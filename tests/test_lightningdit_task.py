@@ -114,7 +114,7 @@ def test_logit_normal_ends_after_its_step(latents, ops):
 def test_step_minimises_both_terms_and_logs_them_apart(latents, ops):
     t = task(latents, ops)
     logged, loss = one_step(t)
-    assert set(logged) == {"loss", "mse", "cos_loss"} and not any(v.requires_grad for v in logged.values())
+    assert {"loss", "mse", "cos_loss"} < set(logged) and not any(v.requires_grad for v in logged.values())
     assert loss.item() == pytest.approx(float(logged["mse"]) + float(logged["cos_loss"]))
     assert float(logged["cos_loss"]) == pytest.approx(1.0)  # a new network predicts zero, of no direction
     batch, draws = t.batches.batch(torch.zeros(16), torch.arange(16)), t.draw(1, 16, "cpu")
@@ -160,6 +160,38 @@ def test_validation_has_no_gradient(latents, ops):
     batch = t.batches.batch(torch.zeros(8), torch.arange(8))
     logged = t.validate(t.networks, batch, t.draw(1, 8, "cpu"))
     assert set(logged) == {"loss", "mse", "cos_loss"} and not any(v.requires_grad for v in logged.values())
+
+
+@pytest.mark.parametrize("lognorm", [True, False])
+def test_times_of_validation_are_quantiles_spread_evenly_in_any_batches(latents, ops, lognorm):
+    """Of the distribution that training draws from, by SciPy; noise is new in every batch, and all of it fixed."""
+    t = task(latents, ops, transport=TransportConfig(use_lognorm=lognorm))
+    times = torch.cat([t.validation_draws(number, 10, "cpu")["t"] for number in range(10)])
+    shares = stats.norm.cdf(torch.logit(times.double())) if lognorm else times.double().numpy()
+    for count in (20, 50, 100):
+        for tenth in range(10):
+            inside = (shares[:count] * 10).astype(int) == tenth
+            assert abs(inside.sum() - count / 10) < 2, (count, tenth)
+    assert torch.equal(torch.cat([t.validation_draws(number, 25, "cpu")["t"] for number in range(4)]), times)
+    first, again, second = (t.validation_draws(number, 4, "cpu")["noise"] for number in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_validation_tells_losses_by_time_apart(latents, ops):
+    """A sample's loss counts around its own time alone; together they make up the loss."""
+    t = task(latents, ops)
+    batch, draws = t.batches.batch(torch.zeros(6), torch.arange(6)), t.validation_draws(0, 6, "cpu")
+    draws["t"] = torch.tensor([0.05, 0.3, 0.35, 0.5, 0.999, 1.0])
+    found = t.validate(t.networks, batch, draws)
+    alone = [
+        t.validate(t.networks, *({k: v[i : i + 1] for k, v in each.items()} for each in (batch, draws)))["loss"]
+        for i in range(6)
+    ]
+    for middle, samples in {"0.1": [0], "0.3": [1, 2], "0.5": [3], "0.7": [], "0.9": [4, 5]}.items():
+        by_time = found[f"loss_t{middle}"]
+        assert by_time.isfinite().nonzero().flatten().tolist() == samples
+        assert by_time[samples].tolist() == pytest.approx([alone[i].item() for i in samples], rel=1e-5)
+    assert found["loss"].item() == pytest.approx(sum(x.item() for x in alone) / 6, rel=1e-5)
 
 
 def test_bfloat16_networks_take_float32_batches(latents, ops):

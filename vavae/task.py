@@ -128,10 +128,13 @@ class VavaeTask:
     Attributes:
         networks: `autoencoder` (an `AlignedAutoencoder`) and, where the loss has a GAN term, `discriminator`.
         batches: the training images.
+        validated: the networks that validation calls.
 
     Raises:
         ValueError: sections that contradict each other, each named; missing data or weights.
     """
+
+    validated = ("autoencoder",)
 
     def __init__(
         self,
@@ -305,6 +308,10 @@ class VavaeTask:
             logs |= more
         logs |= {name: batch[name].count_nonzero() for name in ("unreadable", "by_pillow") if name in batch}
         return logs
+
+    def validation_draws(self, number: int, batch_size: int, device: torch.device | str) -> Tensors:
+        """As `draw`, for the global batch `number` (from 0) of validation."""
+        return self.draw(-1 - number, batch_size, device)
 
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Logs:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from bench.measure.data_sheets import SHEETS
 from bench.measure.rows import Log, Row, machine, read
 from bench.measure.timing import Device, Iteration, Timing, interleave
+from common.data_sheets import SHEETS
 
 MATMUL = 8192
 COPIED = 2 << 30  # bytes; a copy reads and writes them

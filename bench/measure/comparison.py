@@ -18,11 +18,11 @@ import torch
 from bench.measure import timing
 from bench.measure.ceilings import Ceilings
 from bench.measure.cutoff import NEVER, CutOff, Deadline
-from bench.measure.data_sheets import SHEETS
 from bench.measure.failures import status_of
 from bench.measure.progress import ENDED, PeakMemory, Progress, Ready
 from bench.measure.rows import Log, Row, clocks
 from bench.measure.timing import Device
+from common.data_sheets import SHEETS
 from kernels.testing.tolerance import mismatch
 
 #: Most seconds of iterations right after a provider has started: all that its row covers until the rounds begin.

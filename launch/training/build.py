@@ -9,8 +9,11 @@ import torch
 from kernels.registry import Ops
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.runtime.processes import Processes
+from launch.training.flops import training_flops
 from launch.training.placement import place_latents
+from launch.training.previews import make_previews
 from launch.training.rollback import Rollback
+from launch.training.wandb_writer import require_wandb
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
@@ -39,11 +42,12 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
     from launch.training.trainer import Trainer, TrainerConfig  # imports DeepSpeed: seconds of its own
 
     train = run.train.with_validation(run.data.valid_path)
+    require_wandb(train.wandb)
     assert train.exp_name is not None, "name_run gives one"
     ops = select_ops(run.kernels)
     task: VavaeTask | LightningDiTTask
     validation: ImageDataset | LatentDataset | None
-    on_device = None
+    on_device = previews = None
     if isinstance(run, VavaeRun):
         task, validation = vavae_task(run, ops, processes.device)
         require_one_decoder(task.batches, processes)
@@ -53,6 +57,7 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
     else:
         task, validation = _lightningdit_task(run, ops)
         on_device = place_latents(run, task.batches, processes)
+        previews = make_previews(run, task, processes)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -62,8 +67,10 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
         optimizer=run.optimizer,
         deepspeed=run.deepspeed,
         run=run.model_dump(mode="json"),
+        flops=training_flops(run, len(task.batches)),
+        paced=isinstance(run, LightningDiTRun),
     )
-    trainer = Trainer(task, config, processes, ops, validation, on_device, rollback)
+    trainer = Trainer(task, config, processes, ops, validation, on_device, previews=previews, rollback=rollback)
     if processes.is_main:
         print(
             f"training {kind} in {directory}: {config.last_step:,} steps of {train.global_batch_size} images, "

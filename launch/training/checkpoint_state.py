@@ -111,7 +111,10 @@ class RunSections(Record):
 
 
 class State(Record):
-    """`state.json`: all that is not a tensor. `counters` are by network."""
+    """`state.json`: all that is not a tensor. `counters` are by network.
+
+    `hours`, `gpu_hours` and `started` (Unix time): see `launch.training.progress.RunTime`; earlier ones lack them.
+    """
 
     kind: str
     step: Count
@@ -126,6 +129,9 @@ class State(Record):
     since_last_row: RowState | None = None
     losses: LossState | None = None
     redrawn: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Count], ...] = ()
+    hours: Annotated[float, Field(ge=0)] | None = None
+    gpu_hours: Annotated[float, Field(ge=0)] | None = None
+    started: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _agrees_with_counters(self) -> "State":

@@ -88,6 +88,8 @@ def _levels(module: nn.Module) -> int:
 def _weights(run: Run) -> dict[str, str]:
     """The weights files that training reads, by the key that names each."""
     named = {"train.weight_init": run.train.weight_init}
+    if isinstance(run, LightningDiTRun) and run.train.previews:
+        named["vae.ckpt_path"] = run.vae.ckpt_path
     if isinstance(run, VavaeRun):
         named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None
         named["loss.perceptual_weights"] = run.loss.perceptual_weights if run.loss.perceptual == "lpips" else None

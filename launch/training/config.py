@@ -72,7 +72,10 @@ class TrainConfig(Section):
     or `max_skipped_in_a_row` skipped steps, the run goes back to the last good checkpoint and past the steps that
     caused it, `rollbacks` times, then it stops (`launch.training.incidents`).
     `grad_sum_dtype` is what gradients are summed in over micro-batches and processes; null: that of `precision`.
-    `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema") or the weights.
+    `valid_weights` says what is validated where `optimizer.ema_decay` keeps an average: it ("ema"), the weights
+    ("model"), or one after the other ("both").
+    `valid_batches` counts batches of `global_batch_size` images.
+    `wandb` names a project of Weights & Biases to log to; `WANDB_MODE=offline` keeps the log here until `wandb sync`.
     """
 
     max_steps: Count | None = None
@@ -95,7 +98,7 @@ class TrainConfig(Section):
     keep_checkpoints: Count | None = None
     valid_every: Count | None = None
     valid_batches: Count = 8
-    valid_weights: Literal["ema", "model"] = "ema"
+    valid_weights: Literal["both", "ema", "model"] = "both"
     max_skipped_in_a_row: Count = 20
     tensorboard: bool = True
     keep_every: Count | None = None
@@ -107,6 +110,7 @@ class TrainConfig(Section):
     spike_steps: Count | None = 50
     rollbacks: CountFrom0 = 1
     grad_sum_dtype: Literal["bfloat16", "float32"] | None = None
+    wandb: Text | None = None
 
     @model_validator(mode="after")
     def _check(self):
@@ -131,6 +135,21 @@ class TrainConfig(Section):
             raise ConfigError(f"train.valid_every is {self.valid_every}, but data.valid_path names no data for it")
         every = None if valid_path is None else self.valid_every or self.ckpt_every
         return self.model_copy(update={"valid_every": every})
+
+    def validated(self, ema_decay: float) -> tuple[str, ...]:
+        """What is validated, in this order: "ema", the average, "model", the weights; without an average these."""
+        if ema_decay == 0:
+            return ("model",)
+        return ("ema", "model") if self.valid_weights == "both" else (self.valid_weights,)
+
+    def without_effect(self, ema_decay: float, valid_path: str | None) -> list[str]:
+        """Notes on keys that a file sets and that change nothing."""
+        asked = f"train.valid_weights is {self.valid_weights}" if "valid_weights" in self.model_fields_set else None
+        if asked and valid_path is None:
+            return [f"{asked}, but data.valid_path names no data: nothing is validated"]
+        if asked and ema_decay == 0:
+            return [f"{asked}, but optimizer.ema_decay is 0: no average is kept, and the weights are validated"]
+        return []
 
     def steps(self, num_images: int) -> int:
         """Optimizer steps of the run: `max_steps`, or what `max_epochs` epochs of `num_images` come to."""

@@ -1,25 +1,20 @@
-"""The log of a run: JSON lines, TensorBoard, a progress bar. Values stay on the device until a row is due."""
+"""The log of a run: means of values that stay on the device until a row is due, and what is said and written of it."""
 
-import itertools
-import json
 import logging
-import os
-import socket
-import struct
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from common.files import WriteError, atomic_write, make_directory, write_error
+from launch.training.wandb_writer import WandbWriter
 from launch.training.watch import in_short
+from launch.training.writers import JsonLinesWriter, Row, TensorBoardWriter, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +30,9 @@ class Meter:
         self._counts: set[str] = set()  # names of integers
 
     def add(self, values: dict[str, torch.Tensor], weight: float = 1.0) -> None:
-        """Add one micro-batch's scalars; nothing is copied to the host.
+        """Add one micro-batch's values; nothing is copied to the host.
 
+        values: scalars, or one number for each sample that has it (`[B]`, NaN for the others).
         weight: of the micro-batch in a mean, such as its part of a step; integers have none.
         """
         for name, value in values.items():
@@ -45,7 +41,9 @@ class Meter:
             counted = 1.0 if name in self._counts else weight
             value = value.detach().double()
             finite = torch.isfinite(value)
-            entry = counted * torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.double()])
+            entry = counted * torch.stack([torch.where(finite, value, 0.0), finite.double()])
+            if value.ndim:
+                entry = entry.sum(1)
             self._sums[name] = self._sums[name] + entry if name in self._sums else entry
 
     def read(self) -> dict[str, float | None]:
@@ -80,187 +78,131 @@ class Meter:
         self._sums = dict(zip(names, parts[rank], strict=True))
 
 
-class Throughput:
-    """Images per second since the last reading, and the time left. `now` gives seconds."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._now = now
-        self._time, self._step = now(), 0
-
-    def start(self, step: int) -> None:
-        """Begin to measure after `step`: what came before, such as saving, does not count."""
-        self._time, self._step = self._now(), step
-
-    def read(self, step: int, last_step: int, global_batch_size: int) -> dict[str, float]:
-        """Rates over the steps since `start` or the last reading."""
-        now = self._now()
-        per_step = (now - self._time) / max(step - self._step, 1)
-        self._time, self._step = now, step
-        return {
-            "images_per_second": global_batch_size / per_step,
-            "seconds_per_step": per_step,
-            "eta_seconds": per_step * (last_step - step),
-        }
-
-
-class AppendOnlyFile:
-    """An unbuffered file that is only appended to; `mode`: "a", or "x" for a new one.
-
-    Raises WriteError, naming the file, where a write fails or the file is gone from its path, as after the removal
-    of the run's directory.
-    """
-
-    def __init__(self, path: Path, mode: str):
-        self.path = path
-        try:
-            self._file = open(path, f"{mode}b", buffering=0)  # noqa: SIM115 — closed by close()
-        except OSError as e:
-            raise write_error(path, e) from None
-
-    def write(self, content: bytes) -> None:
-        try:
-            while content:  # a disk that is nearly full takes a part
-                content = content[self._file.write(content) :]
-        except OSError as e:
-            raise write_error(self.path, e) from None
-        self.check()
-
-    def check(self) -> None:
-        """Raise WriteError where the file is no longer in its place."""
-        try:
-            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            there = False
-        except OSError as e:
-            raise write_error(self.path, e) from None
-        if not there:
-            raise WriteError(f"{self.path} is gone: something removed or replaced it while it was written to")
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class TensorBoardWriter:
-    """Scalars in TensorBoard's format, each written before `write_row` returns.
-
-    torch's SummaryWriter writes them in a thread, whose errors nobody sees.
-    """
-
-    def __init__(self, directory: Path, first_step: int):
-        make_directory(directory)
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        taken = (directory / f"{name}.{number}" for number in itertools.count())
-        self._records = RecordWriter(AppendOnlyFile(next(path for path in taken if not path.exists()), "x"))
-        self._add(Event(file_version="brain.Event:2"))
-        # TensorBoard drops what an earlier start wrote from this step on.
-        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def write_row(self, row: dict) -> None:
-        values = [(k, v) for k, v in row.items() if isinstance(v, int | float) and k != "step"]
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values]
-        self._add(Event(step=row["step"], summary=Summary(value=scalars)))
-
-    def write_picture(self, name: str, step: int, png: bytes) -> None:
-        width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, always the first (PNG, section 11.2.1)
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        self._add(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
-
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
-
-    def close(self) -> None:
-        self._records.close()
-
-
 class RunLog:
-    """Rows and pictures of a run in its directory and TensorBoard, and a progress bar where a person is watching.
+    """Rows, events and pictures of a run: to its writers, and a line for each to the screen.
 
-    Rows of `metrics.jsonl` after `step` are cut: they belong to steps that a run resuming from that checkpoint makes
-    again. Raises WriteError, naming the file, where one of them cannot be written.
+    Rows and events of `metrics.jsonl` after `step` are cut: they belong to steps that a run resuming from that
+    checkpoint makes again. Raises WriteError, naming the file, where one in the run's directory cannot be written.
+
+    Args:
+        tensorboard: whether TensorBoard's files are written.
+        wandb: the project of Weights & Biases, or None.
+        run: the run file, for wandb.
     """
 
-    def __init__(self, directory: Path, step: int, last_step: int, *, tensorboard: bool = True):
-        make_directory(directory)
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        last_step: int,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        run: Mapping[str, Any] | None = None,
+    ):
         self._directory, self.path = directory, directory / "metrics.jsonl"
-        truncate_rows(self.path, step)
-        self._file = AppendOnlyFile(self.path, "a")
-        self._board = TensorBoardWriter(directory / "tensorboard", step + 1) if tensorboard else None
+        lines = JsonLinesWriter(self.path, step)
+        self._file = lines.file
+        self._writers: list[Writer] = [lines]
+        if tensorboard:
+            self._writers.append(TensorBoardWriter(directory / "tensorboard", step + 1))
+        if wandb is not None:
+            self._writers.append(WandbWriter(directory, wandb, _name(directory, run), run or {}))
         self._bar = tqdm(total=last_step, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def step(self) -> None:
         self._bar.update()
 
-    def write_row(self, row: dict) -> None:
-        """Write one row; the numbers of it go to TensorBoard at `row["step"]`."""
-        self._file.write(f"{json.dumps(row)}\n".encode())
-        if self._board is not None:
-            self._board.write_row(row)
-        with self._bar.external_write_mode():
-            print(describe(row), flush=True)
+    def write_row(self, row: Row) -> None:
+        """Write the values of a step, `row["step"]`."""
+        for writer in self._writers:
+            writer.write_row(row)
+        self._print(describe(row))
 
-    def write_event(self, event: dict) -> None:
-        """Write a row that says what happened after `event["step"]`: `event["event"]`."""
-        self._file.write(f"{json.dumps(event)}\n".encode())
+    def write_event(self, event: Row) -> None:
+        """Write what happened at a step, `event["step"]`, with the time; `event["event"]` is its kind."""
+        event = {**event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        for writer in self._writers:
+            writer.write_event(event)
+        self._print(describe_event(event))
 
     def write_picture(self, name: str, step: int, draw: Callable[[Path], None]) -> None:
-        """Have the PNG `<name>/step_<step>.png` of the run's directory drawn, and show it in TensorBoard too."""
+        """Have the PNG `<name>/step_<step>.png` of the run's directory drawn, and hand it to the writers."""
         path = self._directory / name / f"step_{step:07d}.png"
         draw(path)
-        if self._board is not None:
-            self._board.write_picture(name, step, path.read_bytes())
+        for writer in self._writers:
+            writer.write_picture(name, step, path)
 
     def warn(self, text: str) -> None:
         """Log a warning without breaking into the progress bar."""
         with self._bar.external_write_mode():
             logger.warning("%s", text)
 
+    def _print(self, text: str) -> None:
+        with self._bar.external_write_mode():
+            print(text, flush=True)
+
     def check(self) -> None:
         """Raise WriteError where the run's directory is no longer in its place: a checkpoint would make another."""
         self._file.check()
 
     def close(self) -> None:
-        self._file.close()
         self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        for writer in self._writers:
+            writer.close()
 
 
-def describe(row: dict) -> str:
-    """One line for a person: step, epoch, images, global batch, then what was measured."""
+def _name(directory: Path, run: Mapping[str, Any] | None) -> str:
+    return (run or {}).get("train", {}).get("exp_name") or directory.name
+
+
+#: Keys of a row that its line says in its head and tail, or not at all.
+_UNSAID = {"step", "last_step", "epoch", "images", "global_batch_size", "seconds_per_step", "hours", "wall_hours"}
+_OF_EVENTS = {"step", "event", "time"}
+#: What is measured of single blocks, and losses by time: too many for a line.
+_DETAILS = re.compile(r".*/loss_t\d")
+_SHORT = {"grad_norm": "grad", "cos_loss": "cos"}
+#: Key → how it is said, behind the values; nothing where it is None.
+_FIGURES: dict[str, Callable[[float], str]] = {
+    "images_per_second": lambda rate: f"{_format_value(rate)} img/s",
+    "mfu": lambda share: f"MFU {share:.1%}",
+    "data_wait": lambda share: f"data wait {share:.1%}",
+    "memory_gb": lambda peak: f"{peak:.1f} GB",
+    "ahead_hours": lambda hours: f"{_format_duration(abs(3600 * hours))} {'behind' if hours < 0 else 'ahead'}",
+    "eta_seconds": lambda seconds: f"eta {_format_duration(seconds)}",
+}
+
+
+def describe(row: Row) -> str:
+    """One line for a person: step, epoch, images, global batch, what was measured, how fast, the time left."""
     head = f"step {row['step']:>7,}/{row['last_step']:,}  epoch {row['epoch']:.2f}  images {row['images']:,}"
     head += f"  (batch {row['global_batch_size']})"
-    told = {"step", "last_step", "epoch", "images", "global_batch_size", "seconds_per_step", "eta_seconds"}
-    told |= {"skipped"} if not row.get("skipped") else set()
-    values = (f"{name} {_format_value(value)}" for name, value in in_short(row).items() if name not in told)
-    return f"{head}  {'  '.join(values)}  eta {_format_duration(row['eta_seconds'])}"
+    counts = {name for name in ("skipped", "loss_spikes") if not row.get(name)}
+    values = [
+        f"{_short(name)} {_format_value(value)}"
+        for name, value in in_short(row).items()
+        if name not in _UNSAID | _FIGURES.keys() | counts and not _DETAILS.match(name)
+    ]
+    figures = [say(row[name]) for name, say in _FIGURES.items() if row.get(name) is not None]
+    return "  ".join([head, *values, *figures])
 
 
-def truncate_rows(path: Path, step: int) -> None:
-    """Drop rows of later steps, and a last line that a kill has cut short, from a JSON-lines file."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if 0 <= _row_step(line) <= step]
-    if len(kept) < len(lines):
-        with atomic_write(path) as f:
-            f.writelines(kept)
+def describe_event(event: Row) -> str:
+    """One line for a person: step, what happened, and the rest of what is known of it."""
+    rest = (f"{name} {_format_value(value)}" for name, value in event.items() if name not in _OF_EVENTS)
+    return "  ".join([f"step {event['step']:>7,}  {event['event']}", *rest])
 
 
-def _row_step(line: bytes) -> int:
-    """The step of a row; −1 where the line is cut short or none."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else -1
-    except (ValueError, KeyError, TypeError):
-        return -1
+def _short(name: str) -> str:
+    group, slash, last = name.rpartition("/")
+    return f"{group}{slash}{_SHORT.get(last, last)}"
 
 
-def _format_value(value) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return "not finite"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -1,11 +1,13 @@
 """The interface between the trainer and a model package."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from launch.runtime.processes import Processes
 from launch.training.loader import Batches, Tensors
 
 
@@ -13,9 +15,11 @@ class Task(Protocol):
     """A model package as the trainer uses it.
 
     `networks` are the trained networks by name, float32 and on the CPU when built; each gets an engine of its own.
+    `validated` names those that `validate` and `pictures` call.
     """
 
     networks: dict[str, nn.Module]
+    validated: Collection[str]
     batches: Batches
 
     def to(self, device: torch.device) -> None:
@@ -49,8 +53,12 @@ class Task(Protocol):
     ) -> Tensors:
         """Losses of one micro-batch; calls `backward(name, loss)` for each network it steps; returns scalars to log."""
 
+    def validation_draws(self, number: int, batch_size: int, device: torch.device) -> Tensors:
+        """Every random number of the global batch `number` (from 0) of validation, the same every time."""
+
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
-        """Scalars of one micro-batch of validation data, without gradients."""
+        """What is measured of one micro-batch of validation data, without gradients: scalars, or a number for each
+        sample that has it (NaN for the others)."""
 
     def state_dict(self) -> dict:
         """More state for a checkpoint (JSON), such as the latents' statistics."""
@@ -70,6 +78,21 @@ class DrawsPictures(Protocol):
 
         Rows as `launch.pictures.comparison` takes them. Names of pictures become folders of the run's directory.
         """
+
+
+class Previews(Protocol):
+    """Samples of a network in training, to look at."""
+
+    every: int  # steps
+
+    def sample(self, networks: Mapping[str, Callable], processes: Processes, batch_size: int | None) -> torch.Tensor:
+        """Latents of all samples, on the CPU of every process; every process must call it, without gradients.
+
+        batch_size: with which networks are called; None for any.
+        """
+
+    def draw(self, latents: torch.Tensor, device: torch.device, path: Path) -> None:
+        """Decode latents on the device and write their picture, a PNG."""
 
 
 @runtime_checkable

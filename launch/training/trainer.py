@@ -1,9 +1,8 @@
 """The training loop of every model: steps, accumulation, logging, validation, checkpoints, signals."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from kernels.compile.modes import cache_directory
 from kernels.registry import Ops
-from launch.pictures import comparison
 from launch.runtime import heartbeat
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
@@ -20,18 +18,19 @@ from launch.training import checkpoint
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, compile_mode
+from launch.training.evaluations import Evaluations
 from launch.training.figures import Figures
 from launch.training.gradient_sums import engine_options
 from launch.training.incidents import Incidents
 from launch.training.loader import Batches, BatchSplit, SampleOrder, Streams, Tensors, micro_batches, to_device
-from launch.training.log import Meter, RunLog, Throughput
+from launch.training.log import Meter, RunLog
 from launch.training.optimizer import AdamWEma, NonFiniteError
+from launch.training.progress import Progress
 from launch.training.restore import agree_on_start, config_changes, load_optimizer_states, load_weights
 from launch.training.rollback import Rollback
 from launch.training.saving import Saver, report, versions
 from launch.training.skips import all_skipped
-from launch.training.task import Task
-from launch.training.validation import Validation
+from launch.training.task import Previews, Task
 from launch.training.watch import Watch
 
 
@@ -46,6 +45,8 @@ class TrainerConfig:
     optimizer: OptimizerConfig
     deepspeed: DeepSpeedConfig
     run: dict = field(repr=False)  # the whole run file, for the record
+    flops: Callable[[int], float] = field(repr=False)  # of a training step, per image, by step
+    paced: bool  # whether the run is compared with the published one
 
 
 class Trainer:
@@ -54,6 +55,7 @@ class Trainer:
     Args:
         validation: batches to validate on every `train.valid_every` steps, or None.
         on_device: the task's batches, made from what lies in the devices' memory, to train on instead; or None.
+        previews: samples to look at, or None.
         rollback: what an earlier trainer of the run has raised, if it has.
     """
 
@@ -65,6 +67,8 @@ class Trainer:
         ops: Ops,
         validation: Batches | None = None,
         on_device: Streams | None = None,
+        *,
+        previews: Previews | None = None,
         rollback: Rollback | None = None,
     ):
         self.task, self.config, self.processes, self._ops = task, config, processes, ops
@@ -73,10 +77,20 @@ class Trainer:
         micro = train.micro_batch_size or max(train.global_batch_size // processes.world_size, 1)
         self.split = BatchSplit(train.global_batch_size, processes.world_size, micro)
         self._rollback = rollback
-        self._meter, self._throughput = Meter(), Throughput()
+        self._meter = Meter()
+        self._progress = Progress(
+            last_step=config.last_step,
+            global_batch_size=train.global_batch_size,
+            num_samples=len(task.batches),
+            processes=processes,
+            precision=train.precision,
+            flops=config.flops,
+            paced=config.paced,
+        )
         self._draws: Tensors | None = None
         self.step = 0
         start = agree_on_start(self._checkpoints, train, processes)
+        self._resumed_from = None if start is None else start.path
         if start is not None:
             self.step = load_weights(start, task, {"kind": config.kind, **self._identity()})
         redrawn = rollback.redrawn if rollback else start.state.get("redrawn", ()) if start else ()
@@ -101,17 +115,18 @@ class Trainer:
             load_optimizer_states(start, task.networks, self.engines)
             self._restore_row(start)
             self._print_resumed(start)
-        self._validation: Validation | None = None
-        if validation is not None:
-            self._validation = Validation(
-                task,
-                validation,
-                self.engines,
-                self.split,
-                processes,
-                batches=train.valid_batches,
-                averaged=config.optimizer.ema_decay > 0 and train.valid_weights == "ema",
-            )
+        self._evaluations = Evaluations(
+            task,
+            self.engines,
+            self.split,
+            processes,
+            train,
+            config.optimizer,
+            data=validation,
+            previews=previews,
+            last_step=config.last_step,
+            compiled=self._compile_mode != "none",
+        )
         self._watch = Watch(task)
         self._start_counters = self._read_counters()
         self.saver = Saver(self._checkpoints, self.engines, processes, train)
@@ -124,7 +139,14 @@ class Trainer:
         """
         config, log = self.config, None
         if self.processes.is_main:
-            log = RunLog(config.directory, self.step, config.last_step, tensorboard=config.train.tensorboard)
+            log = RunLog(
+                config.directory,
+                self.step,
+                config.last_step,
+                tensorboard=config.train.tensorboard,
+                wandb=config.train.wandb,
+                run=config.run,
+            )
         try:
             self._begin_again(log)
             with StopRequest(heartbeat.leave_at_once) as stop, closing(self.stream()) as stream:
@@ -135,7 +157,10 @@ class Trainer:
                 log.close()
 
     def _begin_again(self, log: RunLog | None) -> None:
-        """After a rollback say so, and keep it in a checkpoint: what is drawn anew stays so over a restart."""
+        """Say what the run goes on from; after a rollback keep that in a checkpoint: what is drawn anew stays so over a
+        restart."""
+        if log is not None and self._resumed_from is not None:
+            log.write_event({"step": self.step, "event": "resumed", "checkpoint": str(self._resumed_from)})
         if self._rollback is not None:
             if log is not None:
                 log.warn(self._rollback.line())
@@ -152,7 +177,7 @@ class Trainer:
 
     def _loop(self, stream: Iterator[Tensors], log: RunLog | None, stop: StopRequest) -> int | None:
         train, last = self.config.train, self.config.last_step
-        self._throughput.start(self.step)
+        self._progress.begin(self.step)
         if self.step >= last:
             if all_skipped({}, self._start_counters):
                 raise NonFiniteError(f"all steps of this run up to the last, {last}, were skipped: nothing was trained")
@@ -168,15 +193,14 @@ class Trainer:
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self._row_due():
                 self._log(log)
-            if self._validation_due():
-                self._validate(log)
+            paused = self._evaluations.run(self.step, self._progress.position, log)
             if save:
                 if log is not None:
                     log.check()
                 self.save(wait=bool(stopped_by) or self.step == last)
                 self._report_saved(log)
-            if save or self._validation_due():
-                self._throughput.start(self.step)  # the next rate is that of training alone
+            if save or paused:
+                self._progress.start(self.step)  # the next rate is that of training alone
             if stopped_by:
                 if log is not None:
                     print(f"stopped by {Signals(stopped_by).name} after step {self.step}; the same command goes on")
@@ -185,10 +209,6 @@ class Trainer:
 
     def _row_due(self) -> bool:
         return self.step % self.config.train.log_every == 0 or self.step == self.config.last_step
-
-    def _validation_due(self) -> bool:
-        every = self.config.train.valid_every
-        return self._validation is not None and every is not None and self.step % every == 0
 
     def stream(self) -> Generator[Tensors]:
         """This process's micro-batches from the next step to the last, for `train_step`; to be closed."""
@@ -216,7 +236,8 @@ class Trainer:
         images, seed = self.split.global_batch_size, self.order.seed_of(self.step)
         draws = self._draws = self.task.draw(self.step, images, self.processes.device, self._draws, seed=seed)
         for micro in range(self.split.accumulation):
-            batch = to_device(next(stream), self.processes.device)
+            with self._progress.data_wait:
+                batch = to_device(next(stream), self.processes.device)
             start, stop = self.split.bounds(micro, self.processes.rank)
             stepped: list[str] = []
 
@@ -245,13 +266,13 @@ class Trainer:
         means = self._meter.read()
         counters = self._read_counters()
         row = {
-            **self._position(),
+            **self._progress.position(self.step),
             **means,
             **self.incidents.figures(self.step),
             **self._figures.read(),
             "lr": self.config.optimizer.lr_at(self.step, self.config.last_step),
             "skipped": int(sum(c["skipped"] for c in counters.values())),
-            **self._throughput.read(self.step, self.config.last_step, self.split.global_batch_size),
+            **self._progress.read(self.step),
         }
         if log is not None:
             log.write_row(row)
@@ -262,16 +283,6 @@ class Trainer:
     def _read_counters(self) -> dict[str, dict[str, float]]:
         return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}
 
-    def _position(self) -> dict:
-        images = self.step * self.split.global_batch_size
-        return {
-            "step": self.step,
-            "last_step": self.config.last_step,
-            "epoch": images / len(self.task.batches),
-            "images": images,
-            "global_batch_size": self.split.global_batch_size,
-        }
-
     def _identity(self) -> dict:
         """Values that must not change for a step to mean the same images and the same noise."""
         return {
@@ -279,15 +290,6 @@ class Trainer:
             "seed": self.config.train.global_seed,
             "num_samples": len(self.task.batches),
         }
-
-    def _validate(self, log: RunLog | None) -> None:
-        """A row of means over validation data, and pictures of some of them."""
-        assert self._validation is not None
-        means, pictures = self._validation.run()
-        if log is not None:
-            log.write_row({**self._position(), **means, "eta_seconds": 0.0})
-            for name, rows in pictures.items():
-                log.write_picture(name, self.step, partial(comparison, rows))
 
     def save(self, *, wait: bool = True) -> None:
         """Save the present step (every process takes part, the main one writes); unless `wait`, it may still be written
@@ -299,7 +301,8 @@ class Trainer:
         if self.processes.is_main:
             state = {
                 "kind": self.config.kind,
-                **self._position(),
+                **self._progress.position(self.step),
+                **self._progress.time.state_dict(),
                 **self._identity(),
                 "counters": counters,
                 "task": self.task.state_dict(),
@@ -326,6 +329,7 @@ class Trainer:
 
     def _restore_row(self, start: checkpoint.Checkpoint) -> None:
         """Restore what belongs to the row of the log that was not yet due; earlier checkpoints have none."""
+        self._progress.time.load_state(start.state)
         kept = start.state.get("since_last_row")
         if kept is not None:
             processes = self.processes

@@ -1,7 +1,7 @@
 """Validation in the loop: means and pictures of the same images with the same draws every time."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -12,14 +12,29 @@ from launch.training.log import Meter
 from launch.training.task import DrawsPictures, Task
 
 Pictures = dict[str, Tensors]  # picture → caption → row
+PREFIX = {"ema": "valid_ema", "model": "valid"}  # of the keys of a row, by the weights
 _PICTURES = 0  # the step whose draws are those of pictures: training has those from 1, validation those below 0
 
 
+@contextmanager
+def evaluating(engines: Mapping[str, Engine], averaged: Collection[str] = ()) -> Iterator[None]:
+    """Networks in evaluation mode, those named in `averaged` with the moving average for weights; afterwards in
+    training mode with the weights they had, bit for bit. Every process must enter and leave it."""
+    with ExitStack() as stack:
+        for name, engine in engines.items():
+            stack.callback(engine.train)
+            engine.train(False)
+            if name in averaged:
+                stack.enter_context(engine.averaged())
+        yield
+
+
 class Validation:
-    """What is measured of `task` on the first `batches` micro-batches of every process.
+    """What is measured of `task` on the first images of `data`: `batches` global batches of them, cut among processes
+    and micro-batches as training's are, so that their number changes nothing.
 
     Args:
-        averaged: by the moving average of the weights.
+        weights: which are validated, one after the other: "ema", the moving average, and "model", the weights.
     """
 
     def __init__(
@@ -31,36 +46,34 @@ class Validation:
         processes: Processes,
         *,
         batches: int,
-        averaged: bool,
+        weights: Sequence[str],
     ):
         self.task, self.data, self._engines, self._split, self._processes = task, data, engines, split, processes
-        self._batches, self._averaged = batches, averaged
+        self._batches, self._weights = batches, weights
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float | None], Pictures]:
-        """Means, under `valid/` or, of the average, `valid_ema/`, and pictures; every process must call it.
+        """Means, under `valid_ema/` of the average and `valid/` of the weights, and pictures by the first of the two;
+        every process must call it."""
+        means: dict[str, float | None] = {}
+        pictures: Pictures = {}
+        for which in self._weights:
+            with evaluating(self._engines, self.task.validated if which == "ema" else ()):
+                means |= self._means(PREFIX[which])
+                pictures = pictures or self._pictures()
+        return means, pictures
 
-        Networks are in evaluation mode meanwhile, and afterwards in training mode with the weights they had.
-        """
-        with ExitStack() as stack:
-            for engine in self._engines.values():
-                stack.callback(engine.train)
-                engine.train(False)
-                if self._averaged:
-                    stack.enter_context(engine.averaged())
-            return self._means(), self._pictures()
-
-    def _means(self) -> dict[str, float | None]:
-        size, processes = self._split.micro_batch_size, self._processes
-        prefix, meter = "valid_ema" if self._averaged else "valid", Meter()
+    def _means(self, prefix: str) -> dict[str, float | None]:
+        split, processes, meter = self._split, self._processes, Meter()
         for number in range(self._batches):
-            first = (number * processes.world_size + processes.rank) * size
-            batch = self._batch(torch.arange(first, first + size) % len(self.data))
-            draws = self.task.draw(-1 - number, size * processes.world_size, processes.device)
-            start = processes.rank * size
-            own_draws = {name: value[start : start + size] for name, value in draws.items()}
-            losses = self.task.validate(self._engines, batch, own_draws)
-            meter.add({f"{prefix}/{name}": value for name, value in losses.items()})
+            first = number * split.global_batch_size
+            draws = self.task.validation_draws(number, split.global_batch_size, processes.device)
+            for micro in range(split.accumulation):
+                start, stop = split.bounds(micro, processes.rank)
+                batch = self._batch(torch.arange(first + start, first + stop) % len(self.data))
+                own_draws = {name: value[start:stop] for name, value in draws.items()}
+                losses = self.task.validate(self._engines, batch, own_draws)
+                meter.add({f"{prefix}/{name}": value for name, value in losses.items()})
         return meter.read()
 
     def _pictures(self) -> Pictures:

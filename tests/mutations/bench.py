@@ -26,11 +26,11 @@ MISTAKES = {
         "test_bench_timing.py::test_what_is_overwritten_is_put_back_before_every_round",
     ),
     "bandwidth_of_an_h200": Mistake(
-        "bench/measure/data_sheets.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
+        "common/data_sheets.py", "989e12, 1979e12, 4.8e12,", "989e12, 1979e12, 4.3e12,",
         "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
     ),
     "rate_with_sparsity": Mistake(
-        "bench/measure/data_sheets.py", "989e12, 1979e12, 4.8e12,", "1979e12, 3958e12, 4.8e12,",
+        "common/data_sheets.py", "989e12, 1979e12, 4.8e12,", "1979e12, 3958e12, 4.8e12,",
         "test_bench_timing.py::test_data_sheets_state_what_the_vendor_states",
     ),
     "copy_counted_once": Mistake(

@@ -136,29 +136,29 @@ MISTAKES = {
     ),
     # Validation.
     "validation_draws_the_same_for_every_batch": Mistake(
-        "launch/training/validation.py", "self.task.draw(-1 - number,", "self.task.draw(-1,",
+        "lightningdit/task.py", "self.draw(-1 - number, batch_size, device)", "self.draw(-1, batch_size, device)",
         VALIDATED,
     ),
     "validation_of_the_same_images": Mistake(
-        "launch/training/validation.py", "first = (number * processes.world_size + processes.rank) * size",
-        "first = processes.rank * size", VALIDATED,
+        "launch/training/validation.py", "first = number * split.global_batch_size", "first = 0", VALIDATED,
     ),
     "validation_of_the_first_process_s_images": Mistake(
-        "launch/training/validation.py", "first = (number * processes.world_size + processes.rank) * size",
-        "first = number * size", "test_launch_validation.py::test_two_processes_validate_what_one_does",
+        "launch/training/validation.py", "self._batch(torch.arange(first + start, first + stop)",
+        "self._batch(torch.arange(first, first + stop - start)",
+        "test_launch_validation.py::test_two_processes_validate_what_one_does",
     ),
     "validation_in_training_mode": Mistake(
         "launch/training/validation.py", "engine.train(False)", "engine.train()",
         MODES,
     ),
     "evaluation_mode_afterwards": Mistake(
-        "launch/training/validation.py", "                stack.callback(engine.train)\n", "", MODES,
+        "launch/training/validation.py", "            stack.callback(engine.train)\n", "", MODES,
     ),
     "average_never_validated": Mistake(
-        "launch/training/trainer.py", "config.optimizer.ema_decay > 0 and", "False and", AVERAGED,
+        "launch/training/validation.py", "            if name in averaged:", "            if False:", AVERAGED,
     ),
     "average_validated_under_the_name_of_the_weights": Mistake(
-        "launch/training/validation.py", '"valid_ema" if self._averaged else "valid"', '"valid"', AVERAGED,
+        "launch/training/validation.py", '{"ema": "valid_ema",', '{"ema": "valid",', AVERAGED,
     ),
     "average_left_in_the_weights": Mistake(
         "launch/training/engine.py", "            for target, value in reversed(kept):",
@@ -180,7 +180,7 @@ MISTAKES = {
         "test_launch_watch.py::test_a_picture_shows_the_same_images_at_every_validation",
     ),
     "picture_without_its_size": Mistake(
-        "launch/training/log.py", "Summary.Image(height=height, width=width,",
+        "launch/training/writers.py", "Summary.Image(height=height, width=width,",
         "Summary.Image(height=width, width=height,",
         "test_launch_watch.py::test_a_picture_shows_the_same_images_at_every_validation",
     ),
@@ -195,27 +195,27 @@ MISTAKES = {
     ),
     # Throughput and schedule.
     "seconds_of_all_steps": Mistake(
-        "launch/training/log.py", "(now - self._time) / max(step - self._step, 1)", "now - self._time",
+        "launch/training/progress.py", "self.elapsed / max(step - self._step, 1)", "self.elapsed",
         THROUGHPUT,
     ),
     "eta_from_the_start": Mistake(
-        "launch/training/log.py", "per_step * (last_step - step)", "per_step * last_step", THROUGHPUT,
+        "launch/training/progress.py", "per_step * (last_step - step)", "per_step * last_step", THROUGHPUT,
     ),
     "milliseconds_for_seconds": Mistake(
-        "launch/training/log.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
+        "launch/training/progress.py", '"seconds_per_step": per_step,', '"seconds_per_step": 1e3 * per_step,',
         THROUGHPUT,
     ),
     "images_of_one_process_per_second": Mistake(
-        "launch/training/log.py", '"images_per_second": global_batch_size / per_step,',
+        "launch/training/progress.py", '"images_per_second": global_batch_size / per_step,',
         '"images_per_second": 1 / per_step,',
         THROUGHPUT,
     ),
     "saving_counted_into_the_rate": Mistake(
         "launch/training/trainer.py", '''\
-            if save or self._validation_due():
-                self._throughput''', '''\
-            if self._validation_due():
-                self._throughput''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
+            if save or paused:
+                self._progress''', '''\
+            if paused:
+                self._progress''', "test_launch_validation.py::test_a_rate_is_that_of_training_alone",
     ),
     "learning_rate_of_the_step_before": Mistake(
         "launch/training/trainer.py", "engine.optimizer.set_lr(optimizer.lr_at(self.step, self.config.last_step))",

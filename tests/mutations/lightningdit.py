@@ -147,12 +147,12 @@ MISTAKES = {
         "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
     ),
     "labels_dropped_in_validation": Mistake(
-        "lightningdit/task.py", 'return self._losses(networks["model"], batch["x"], batch["y"], draws)',
-        'return self._losses(networks["model"], batch["x"], batch["y"].masked_fill(draws["drop"], 0), draws)',
+        "lightningdit/task.py", 'self._sample_losses(networks["model"], batch["x"], batch["y"], draws)',
+        'self._sample_losses(networks["model"], batch["x"], batch["y"].masked_fill(draws["drop"], 0), draws)',
         "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
     ),
     "cosine_term_not_minimised": Mistake(
-        "lightningdit/task.py", '{"loss": mse + cosine,', '{"loss": mse,',
+        "lightningdit/task.py", '{"loss": parts["mse"] + parts["cos_loss"] if', '{"loss": parts["mse"] if',
         "test_lightningdit_task.py::test_step_minimises_both_terms_and_logs_them_apart",
     ),
     "draws_of_every_step_the_same": Mistake(

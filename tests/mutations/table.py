@@ -15,6 +15,7 @@ from tests.mutations import (
     launch_programs,
     launch_run_files,
     launch_saving,
+    launch_sight,
     lightningdit,
     vavae,
 )  # fmt: skip
@@ -23,7 +24,7 @@ PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
     "launch": (
         launch, launch_device_batches, launch_extraction, launch_faults, launch_planning, launch_programs,
-        launch_run_files, launch_saving,
+        launch_run_files, launch_saving, launch_sight,
     ),
     "bench": (bench,),
 }  # fmt: skip
