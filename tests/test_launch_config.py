@@ -71,6 +71,21 @@ def test_every_optional_key_of_a_published_file_has_its_effect(tmp_path):
     assert load(path, ["train.resume=false"], kind="lightningdit")[0].train.resume is False
 
 
+def test_checkpointing_of_every_kth_block_is_for_transformers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(LIGHTNINGDIT_YAML)
+    for said, meant in (("2", 2), ("1", True), ("true", True), ("pointwise", "pointwise"), ("28", 28)):
+        for section in ("train", "model"):
+            run, _ = load(path, [f"{section}.use_checkpoint={said}"], kind="lightningdit")
+            assert (type(run.network().use_checkpoint), run.network().use_checkpoint) == (type(meant), meant)
+    for said in ("0", "-1", "1001", "2.0", "block"):
+        words = refusal(path, f"train.use_checkpoint={said}")
+        assert "train.use_checkpoint: allowed are false, true, 'pointwise' and k, a whole number" in words
+    path.write_text(TOKENIZER_YAML)
+    words = refusal(path, "train.use_checkpoint=2", kind="vavae")
+    assert "train.use_checkpoint: allowed are false, true and 'pointwise' (got 2)" in words
+
+
 def test_every_optional_key_of_a_published_tokenizer_has_its_effect(tmp_path):
     path = tmp_path / "all.yaml"
     path.write_text(yaml.safe_dump(merge(*map(yaml.safe_load, (TOKENIZER_YAML, TOKENIZER_OPTIONAL)))))

@@ -1,8 +1,6 @@
 """The plan that --dry-run prints: steps, parameters, memory, FLOPs and disk of a run, without running it."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,18 +8,14 @@ import kernels
 import lightningdit.cost as dit_cost
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
 from launch.runtime import launcher
-from launch.training.build import open_dataset
 from launch.training.checks import check_run, network_on_meta
 from launch.training.loader import BatchSplit
 from launch.training.memory import BFLOAT16, FLOAT32, GIB, STAGES, NetworkCost, Setup, device_latents_bytes
 from launch.training.micro_batches import Costs, Fit, nearest_that_divide
 from launch.training.plan import RunPlan
+from launch.training.planned_data import device_here, open_data, reading_lines
 from launch.training.remarks import remarks, stage_lines
-from lightningdit.task import check_classes
-from vavae.decoders.choice import choose_decoder, lacking
-
-if TYPE_CHECKING:
-    from vavae.data import ImageDataset
+from vavae.decoders.choice import lacking
 
 BYTES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 
@@ -63,9 +57,9 @@ def plan_run(
     """
     check_run(run)
     train, absent = run.train, _backends_missing(run)
-    if isinstance(run, VavaeRun) and (why := lacking(run.data.decoder, _device())):
+    if isinstance(run, VavaeRun) and (why := lacking(run.data.decoder, device_here())):
         absent.append(f"data.decoder {run.data.decoder} ({why})")
-    opened = _open_data(run, kind, absent)
+    opened = open_data(run, kind, absent)
     num_images = len(opened["data_path"]) if "data_path" in opened else run.data.num_images
     micro_batch_size = _micro_batch_size(run, processes)
     costs_of, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
@@ -75,7 +69,7 @@ def plan_run(
     if isinstance(run, VavaeRun):
         flops = sum(network.flops for network in networks)
         gpus = min(processes, max(torch.cuda.device_count(), 1))
-        reading = _reading(run, opened.get("data_path"), gpus, flops)
+        reading = reading_lines(run, opened.get("data_path"), gpus, flops)
     steps, stage = train.steps(num_images), run.deepspeed.zero_stage
     store_bytes, store_lines = _latents_on_device(run, latents, num_images, processes)
     setup = Setup(
@@ -86,19 +80,6 @@ def plan_run(
         latents=store_bytes,
         averaged=run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model",
     )
-    fit = None
-    if card is not None:
-        fit = Fit(
-            costs_of(_kinds(run, own)),
-            setup,
-            card,
-            train.global_batch_size // processes,
-            stage,
-            own,
-            _stages(run),
-            run.deepspeed.file,
-            "model.use_checkpoint" if getattr(run.model, "use_checkpoint", False) else "train.use_checkpoint",
-        )
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
         f"preset {run.preset}, {train.precision}",
@@ -112,7 +93,7 @@ def plan_run(
         stage=stage,
         stages_allowed=_stages(run),
         processes_note=processes_note,
-        fit=fit,
+        fit=None if card is None else _fit(run, costs_of(_kinds(run, own)), setup, card, own),
         background_save=getattr(train, "background_save", True),
         latents=latents,
         latent_store=store_lines,
@@ -126,20 +107,19 @@ def plan_run(
     )
 
 
-def _open_data(run: Run, kind: str, absent: list[str]) -> dict:
-    """The data sets that are here, by their keys; the others are added to `absent`."""
-    opened: dict = {}
-    for key in ("data_path", "valid_path"):
-        folder = getattr(run.data, key)
-        if folder is None:
-            continue
-        if _is_here(run, folder):
-            opened[key] = open_dataset(_to_look_at(run), key, _device())
-        else:
-            absent.append(f"data.{key} {folder}")
-    if kind == "lightningdit" and len(opened) == 2:
-        check_classes(*opened.values())
-    return opened
+def _fit(run: Run, costs: Costs, setup: Setup, card: float, own: bool | int | str) -> Fit:
+    in_model = bool(getattr(run.model, "use_checkpoint", False))
+    return Fit(
+        costs,
+        setup,
+        card,
+        per_process=run.train.global_batch_size // setup.processes,
+        stage=run.deepspeed.zero_stage,
+        kind=own,
+        stages=_stages(run),
+        deepspeed_file=run.deepspeed.file,
+        kind_key="model.use_checkpoint" if in_model else "train.use_checkpoint",
+    )
 
 
 def _micro_batch_size(run: Run, processes: int) -> int:
@@ -201,48 +181,6 @@ def _latents_on_device(run: Run, shape: tuple[int, int], num_images: int, proces
     if placement == "device":
         return held, (f"data.placement device: {amount}, counted above",)
     return 0.0, (f"data.placement auto: {amount} where they fit beside the above, else they are read from files",)
-
-
-def _is_here(run: Run, path: str) -> bool:
-    if isinstance(run, LightningDiTRun):
-        return Path(path).exists()
-    from vavae.sources import source_exists  # imports Pillow: seconds of its own
-
-    return source_exists(path)
-
-
-def _reading(run: VavaeRun, images: "ImageDataset | None", gpus: int, flops_per_image: float) -> tuple[str, ...]:
-    """What decodes a run's images, and how fast; without images here only the first. gpus: that share this machine."""
-    from launch.training.image_rate import describe_rate, measure_images  # imports torchvision: seconds of its own
-
-    if lacking(run.data.decoder, _device()):  # on this machine
-        return ()
-    data, device = run.images(), _device()
-    name, reason = choose_decoder(data.decoder, device, crop=data.crop, cached=data.cache)
-    decoder = f"images decoded by {name} on {device} ({reason}), {run.data.num_workers} workers"
-    if images is None:
-        return (decoder,)
-    if run.data.cache:
-        return (decoder, "images/s: not measured, they are kept in memory")
-    try:
-        measured = measure_images(images, run.data.num_workers)
-    except ValueError as e:  # such as an unreadable file, which a run may never come to
-        return (decoder, f"images/s: not measured, and a run stops there: {e}")
-    return (decoder, describe_rate(measured, flops_per_image, run.train.precision, gpus))
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _to_look_at(run: Run) -> Run:
-    """The run with its images left on the disk, by a decoder that is here."""
-    if isinstance(run, LightningDiTRun):
-        return run
-    here = {"decoder": "auto"} if lacking(run.data.decoder, _device()) else {}
-    if run.data.cache:  # which decides about the decoder, and is left out here
-        here = {"decoder": choose_decoder(run.data.decoder, _device(), crop=run.data.crop, cached=True)[0]}
-    return run.model_copy(update={"data": run.data.model_copy(update={"cache": False, **here})})
 
 
 def _backends_missing(run: Run) -> list[str]:

@@ -33,7 +33,7 @@ MISTAKES = {
         f"{PLAN}stages_are_listed_with_their_epochs",
     ),
     "plan_opens_images_by_another_decoder": Mistake(
-        "launch/training/dry_run.py", "crop=run.data.crop, cached=True)[0]", "crop=run.data.crop)[0]",
+        "launch/training/planned_data.py", "crop=run.data.crop, cached=True)[0]", "crop=run.data.crop)[0]",
         f"{PLAN}a_plan_names_one_decoder_where_images_are_kept",
     ),
     "every_other_block_but_one": Mistake(
