@@ -192,3 +192,14 @@ def write_run(path: Path, content: dict, **sections: dict) -> Path:
     merged = {**content, **{name: {**content.get(name, {}), **values} for name, values in sections.items()}}
     path.write_text(yaml.safe_dump(merged))
     return path
+
+
+def spoil_latent(directory: Path, index: int) -> None:
+    """Make a latent of `write_latents` infinite, and remove the manifest, whose checksum would tell."""
+    from safetensors.torch import load_file, save_file
+
+    (directory / "manifest.json").unlink()
+    (shard,) = directory.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["latents"][index] = tensors["latents_flip"][index] = torch.inf
+    save_file(tensors, shard)
