@@ -32,6 +32,11 @@ PROGRAMS = {
 
 SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart", "replay")  # run as one process
 LOST_PEER_PATIENCE = 10.0  # seconds in which the watchdog says which other process was lost
+<<<<<<< ours
+=======
+_ending = False  # an error ends this process
+SINGLE_PROCESS = ("evaluate", "export", "quickstart")  # run as one process
+>>>>>>> theirs
 
 
 def main(argv: list[str]) -> int:
@@ -82,6 +87,8 @@ def run(argv: list[str]) -> NoReturn:
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
         together = status == 0
+        if status:
+            _end_all(status, "see its usage", None)
     except KeyboardInterrupt:
         status = exit_status.INTERRUPTED
         _end_all(status, "interrupted", lambda: print("interrupted", file=sys.stderr))
@@ -98,6 +105,8 @@ def _end_with_error(error: Exception) -> int:
     from launch.runtime import heartbeat  # here and below: late, as `foreign_packages` is asked first what is ours
 
     status, told = _status(error), getattr(error, "reported_by_main", False)
+    if (status_of_peer := getattr(error, "status_of_peer", None)) is not None:  # it has said why
+        return status_of_peer
     if status == exit_status.LOST_PEER:
         heartbeat.await_order(LOST_PEER_PATIENCE)  # the watchdog knows more, and ends this process
     text = _printable(_message(error))
@@ -108,15 +117,20 @@ def _end_with_error(error: Exception) -> int:
 
 
 def _end_all(status: int, reason: str, say: Callable[[], None] | None) -> None:
+    global _ending
     from launch.runtime import heartbeat
 
+    _ending = True
     heartbeat.end_all(status, reason, say)
+    if "launch.runtime.processes" in sys.modules:
+        sys.modules["launch.runtime.processes"].announce_failure(status, reason)
 
 
-def _leave_at_once(number: int) -> NoReturn:
+def _leave_at_once(number: int) -> None:
     from launch.runtime import heartbeat
 
-    heartbeat.leave_at_once(number)
+    if not _ending:  # with a status that says more
+        heartbeat.leave_at_once(number)
 
 
 def _print_fault(error: BaseException) -> None:

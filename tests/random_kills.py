@@ -45,6 +45,7 @@ def write_run(directory: Path, last_step: int) -> Path:
     """A run whose checkpoints take some tenths of a second."""
     data = {"data_path": str(toy.write_latents(directory / "latents"))}
     train = {"output_dir": str(directory), "max_steps": last_step, "ckpt_every": 3, "keep_checkpoints": 3}
+    train["global_batch_size"] = 12  # a multiple of 2, 3 and 4 processes
     model = {"hidden_size": 128, "depth": 4}
     return toy.write_run(directory / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train, model=model)
 

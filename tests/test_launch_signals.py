@@ -226,3 +226,23 @@ def test_an_error_is_said_once_by_the_process_that_met_it(tmp_path, run_file, fa
     (message,) = errors(tmp_path / "log")
     assert message.startswith(f"error: rank {failing[0]} (process ") and message.endswith(": no good")
     assert last_exit(tmp_path / "run") == {"status": 2, "reason": "no good", "rank": 0, "step": 3}
+
+
+def _fail_before_all_have_met(run_file: str, log: str, failing: int) -> None:
+    rank = int(os.environ["RANK"])
+    handle = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 2)
+    from launch.__main__ import run
+
+    if rank == failing:
+        time.sleep(1.0)  # the other one waits by then
+    run(["train", "lightningdit", run_file, *(["train.no_such_key=1"] if rank == failing else [])])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_before_all_have_met_ends_the_others_too(tmp_path, run_file, failing):
+    begin = time.monotonic()
+    statuses = call(_fail_before_all_have_met, run_file, str(tmp_path / "log"), failing, world_size=2, limit=90)
+    assert statuses == [exit_status.ERROR] * 2 and time.monotonic() - begin < 60
+    (message,) = errors(tmp_path / "log")
+    assert message.startswith(f"error: rank {failing} (process ") and "no_such_key" in message

@@ -122,7 +122,7 @@ def _spawn(settings: Settings) -> tuple[subprocess.Popen, socket.socket]:
     # A signal to all processes of a job may come before it ignores them.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
     try:
-        return subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL), ours
+        return subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL), ours
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
         theirs.close()

@@ -1,11 +1,13 @@
 """The processes of a run: their rendezvous, and collectives on host values."""
 
 import itertools
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -13,13 +15,24 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.runtime.launcher import LaunchEnvironment, LaunchError
+from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_environment
 
 log = logging.getLogger(__name__)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # that the first process waits for the last
+ANNOUNCE_TIMEOUT = 3.0  # seconds in which the others learn that a process failed before it met them
+_meeting = False  # whether this process has begun to meet the others
+_FAILED, _ARRIVED, _TOLD = "launch/failed", "launch/arrived", "launch/told"
 HOSTNAME_TIMEOUT = 60.0  # seconds that a name may take to become known
 
 Result = TypeVar("Result")
+
+
+class PeerFailedError(LaunchError):
+    """Another process of the run failed, with `status`, before all had met; it has said why."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(f"another process of the run failed: {reason}")
+        self.status_of_peer = status
 
 
 @dataclass(frozen=True)
@@ -100,9 +113,17 @@ def local_gpu(env: LaunchEnvironment | None) -> int:
 def rendezvous(env: LaunchEnvironment) -> dist.Store:
     """The store at which the run's processes have met; raises LaunchError where they do not."""
     where = f"{env.address}:{env.port} (MASTER_ADDR, MASTER_PORT)"
+    global _meeting
+    _meeting = True
     _await_hostname(env.address)
     try:
-        store, *_ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=RENDEZVOUS_TIMEOUT))
+        if _launcher_has_store():
+            store, *_ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=RENDEZVOUS_TIMEOUT))
+            return store
+        store = _store(env, RENDEZVOUS_TIMEOUT)
+        _await_all(store, env)
+    except PeerFailedError:
+        raise
     except (dist.DistError, RuntimeError, ValueError) as e:
         text = str(e).splitlines()[0]
         if "EADDRINUSE" in text:
@@ -116,6 +137,54 @@ def rendezvous(env: LaunchEnvironment) -> dist.Store:
             reason = f"no meeting with the process of rank 0 within {RENDEZVOUS_TIMEOUT} ({text})"
         raise LaunchError(f"{where}: {reason}") from None
     return store
+
+
+def _launcher_has_store() -> bool:
+    """Whether the store is torchrun's, which ends all processes itself where one fails."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store(env: LaunchEnvironment, timeout: timedelta) -> dist.TCPStore:
+    return dist.TCPStore(env.address, env.port, None, env.rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+
+
+def _await_all(store: dist.Store, env: LaunchEnvironment) -> None:
+    """Wait until all processes have come; raises PeerFailedError where one says that it has failed."""
+    end, pause = time.monotonic() + RENDEZVOUS_TIMEOUT.total_seconds(), 0.01
+    come = store.add(_ARRIVED, 1)
+    while come < env.world_size:
+        if store.check([_FAILED]):
+            status, reason = json.loads(store.get(_FAILED))
+            store.add(_TOLD, 1)
+            if env.rank == 0:  # it has the store
+                _until_told(store, env.world_size - 1)
+            raise PeerFailedError(status, reason)
+        if time.monotonic() > end:
+            raise dist.DistError(f"waiting for clients: {come} of {env.world_size} are here")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+        come = store.add(_ARRIVED, 0)
+
+
+def _until_told(store: dist.Store, others: int) -> None:
+    end = time.monotonic() + ANNOUNCE_TIMEOUT
+    while store.add(_TOLD, 0) < others and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def announce_failure(status: int, reason: str) -> None:
+    """Tell the processes that wait for this one, if they do, that it fails before it meets them."""
+    with suppress(Exception):  # the environment may be what is wrong, and nobody may wait
+        env = launch_environment()
+        if env is None or env.world_size == 1 or _meeting or _launcher_has_store():
+            return
+        if env.rank:
+            socket.create_connection((env.address, env.port), timeout=1.0).close()
+        store = _store(env, timedelta(seconds=ANNOUNCE_TIMEOUT))
+        store.set(_FAILED, json.dumps([status, reason]))
+        store.add(_TOLD, 1 if env.rank else 0)
+        if env.rank == 0:
+            _until_told(store, env.world_size - 1)
 
 
 def _await_hostname(address: str) -> None:

@@ -32,7 +32,7 @@ MISTAKES = {
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
     ),
     "stop_without_agreement": Mistake(
-        "launch/training/trainer.py", "self.processes.all_reduce_max(stop.number or 0)", "(stop.number or 0)",
+        "launch/training/trainer.py", "stop.agree(self.processes.all_reduce_max)", "stop.number",
         ONE_SIGNAL,
     ),
     "meter_of_one_process": Mistake(
