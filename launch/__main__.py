@@ -32,11 +32,7 @@ PROGRAMS = {
 
 SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart", "replay")  # run as one process
 LOST_PEER_PATIENCE = 10.0  # seconds in which the watchdog says which other process was lost
-<<<<<<< ours
-=======
 _ending = False  # an error ends this process
-SINGLE_PROCESS = ("evaluate", "export", "quickstart")  # run as one process
->>>>>>> theirs
 
 
 def main(argv: list[str]) -> int:

@@ -10,13 +10,8 @@ from kernels.registry import Ops
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
 from launch.runtime.processes import Processes
 from launch.training.flops import training_flops
-<<<<<<< ours
 from launch.training.placement import place_latents
-from launch.training.previews import make_previews
 from launch.training.rollback import Rollback
-from launch.training.wandb_writer import require_wandb
-=======
->>>>>>> theirs
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
@@ -60,12 +55,9 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
         run = run.model_copy(update={"data": data})
     else:
         task, validation = _lightningdit_task(run, ops)
-<<<<<<< ours
-        on_device = place_latents(run, task.batches, processes)
-=======
         from launch.training.previews import make_previews  # imports Pillow and torchvision
 
->>>>>>> theirs
+        on_device = place_latents(run, task.batches, processes)
         previews = make_previews(run, task, processes)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
