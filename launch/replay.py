@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     dump = read_dump(args.dump)
     ranks = _ranks(dump, args.rank)
-    run = stored_run(dump["config"], args.dump / "dump.json", args.overrides, kind=dump["kind"])
+    run: Any = stored_run(dump["config"], args.dump / "dump.json", args.overrides, kind=dump["kind"])
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task = _task(run, args.dump, device)
     print(f"step {dump['step']}: {dump['reason']}")
@@ -88,7 +88,7 @@ def _samples(dump: dict, rank: int, micro: int) -> str:
     return ", ".join(map(str, found[:8])) + (f" … ({size})" if size > 8 else "")
 
 
-def _task(run: Run, dump: Path, device: torch.device) -> Task:
+def _task(run: Run, dump: Path, device: torch.device) -> Any:
     """The run's task with the dump's weights, on the device and in the run's precision."""
     sections = {"train": {"weight_init": None}, "data": {"valid_path": None}}
     alone = {name: getattr(run, name).model_copy(update=keys) for name, keys in sections.items()}

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def run_training(run: Run, kind: str) -> tuple[Path, int | None]:
 
     processes = start_processes(heartbeat_timeout=run.train.heartbeat_timeout)
     run = name_run(run, kind, processes)
+    assert run.train.exp_name is not None, "name_run gives one"
     directory = Path(run.train.output_dir) / run.train.exp_name
     with lock_directory(directory, processes), last_exit.recorded(directory, processes.rank) as ending:
         ending.stopped_by = _train(run, kind, processes, ending)
@@ -57,13 +59,12 @@ def _train(run: Run, kind: str, processes: Processes, ending: last_exit.Run) -> 
     rollback = None
     while True:
         trainer = make_trainer(run, kind, processes, rollback)
-        ending.step = lambda trainer=trainer: trainer.step
+        ending.step = partial(getattr, trainer, "step")
         try:
             return trainer.run()
         except Rollback as e:
             rollback = e.with_traceback(None)  # which would keep the trainer
-        step = trainer.step
-        ending.step = lambda step=step: step
+        ending.step = partial(int, trainer.step)
         trainer.close()
         del trainer
         gc.collect()

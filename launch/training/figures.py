@@ -62,7 +62,7 @@ class Figures:
 
     def _gradients(self) -> Tensors:
         """Of the networks whose optimizer was called in this step."""
-        found = {}
+        found: Tensors = {}
         for name, engine in self._engines.items():
             norms, blocks = engine.optimizer.block_norms, engine.optimizer.blocks
             if norms is not None and blocks is not None:

@@ -20,7 +20,7 @@ from launch.training.engine import Engine
 from launch.training.loader import BatchSplit, SampleOrder
 from launch.training.optimizer import NonFiniteError
 from launch.training.rollback import Rollback
-from launch.training.skips import SkippedSteps, all_skipped
+from launch.training.skips import Counters, SkippedSteps, all_skipped
 from launch.training.spikes import Spikes, StepLosses, add_all
 from launch.training.task import ChangesObjective, Task
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from launch.training.trainer import TrainerConfig
 
 log = logging.getLogger(__name__)
-Counters = Mapping[str, Mapping[str, float]]
 
 
 class Incidents:
@@ -50,7 +49,7 @@ class Incidents:
         processes: Processes,
         step: int,
         save: Callable[[], None],
-        wait: Callable[[], None] = lambda: None,
+        wait: Callable[[], object] = lambda: None,
     ):
         self._config, self._task, self._engines, self._processes = config, task, engines, processes
         self._order, self._split, self._start = order, split, step
@@ -127,7 +126,7 @@ class Incidents:
             return None
         runs = [run for name in counters for run in _runs(self.skipped_steps, name) if len(run) >= allowed]
         if not runs:  # earlier checkpoints name none
-            runs = [range(step - most + 1, step + 1)]
+            runs = [list(range(step - most + 1, step + 1))]
         first, last = min(run[0] for run in runs), max(run[-1] for run in runs)
         what = f"{most} steps in a row up to step {step} had a non-finite loss or gradient and were skipped"
         return BadSteps(first, last, f"{what} (allowed: {allowed - 1})", harmless=True)

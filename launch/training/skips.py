@@ -1,11 +1,14 @@
 """Skipped steps and their causes: recorded on the device in every step, read when a row of the log is due."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from launch.runtime.processes import Processes
 from launch.training.optimizer import COUNTERS
+
+#: Network → what `AdamWEma.read_counters` gives.
+Counters = Mapping[str, Mapping[str, float]]
 
 
 class SkippedSteps:
@@ -53,9 +56,9 @@ class SkippedSteps:
         return found
 
 
-def all_skipped(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> bool:
+def all_skipped(before: Counters, after: Counters) -> bool:
     """Whether a network has met steps between two readings of the counters, and each of them was skipped."""
-    nothing = dict.fromkeys(COUNTERS, 0.0)
+    nothing: Mapping[str, float] = dict.fromkeys(COUNTERS, 0.0)
     earlier = {name: before.get(name, nothing) for name in after}
     return any(
         c["applied"] == earlier[name]["applied"] and c["skipped"] > earlier[name]["skipped"]
