@@ -12,6 +12,7 @@ from launch.runtime.processes import Processes
 from launch.training.flops import training_flops
 from launch.training.placement import place_latents
 from launch.training.rollback import Rollback
+from launch.training.trainer_config import TrainerConfig
 from lightningdit.data import LatentDataset
 from lightningdit.task import LightningDiTTask, check_classes, check_latents
 
@@ -37,7 +38,7 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
 
     rollback: what an earlier one has raised.
     """
-    from launch.training.trainer import Trainer, TrainerConfig  # imports DeepSpeed: seconds of its own
+    from launch.training.trainer import Trainer  # imports DeepSpeed: seconds of its own
     from launch.training.wandb_writer import require_wandb  # imports TensorBoard
 
     train = run.train.with_validation(run.data.valid_path)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,7 @@ from launch.training.block_norms import block_of
 from launch.training.engine import Engine
 from launch.training.loader import BatchSplit, SampleOrder, Tensors, samples_of_step, to_device
 from launch.training.task import Measures, Task
-
-if TYPE_CHECKING:
-    from launch.training.trainer import TrainerConfig
+from launch.training.trainer_config import TrainerConfig
 
 MEASURED = ("activation_norms", "attention_logits")
 
@@ -46,7 +44,7 @@ def replay_command(directory: Path) -> str:
 
 
 def write_dump(
-    config: "TrainerConfig",
+    config: TrainerConfig,
     task: Task,
     engines: Mapping[str, Engine],
     order: SampleOrder,

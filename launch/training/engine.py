@@ -149,7 +149,7 @@ class Engine:
         self.copied: torch.cuda.Event | None = None
         self.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
         parts = {name: self._parts(p, index) for index, (name, p) in enumerate(self._names.items())}
-        self.optimizer.blocks = BlockNorms(parts, partitioned=self._stage > 0)
+        self.optimizer.blocks = BlockNorms(parts, self._stage > 0)
         for name, value in masters.items():
             self._write(name, "model", value)
             self._write(name, "ema", value)

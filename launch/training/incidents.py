@@ -9,7 +9,6 @@ batches were skipped did not meet it again, although the same batches caused non
 import logging
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +22,7 @@ from launch.training.rollback import Rollback
 from launch.training.skips import Counters, SkippedSteps, all_skipped
 from launch.training.spikes import Spikes, StepLosses, add_all
 from launch.training.task import ChangesObjective, Task
-
-if TYPE_CHECKING:
-    from launch.training.trainer import TrainerConfig
+from launch.training.trainer_config import TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +38,7 @@ class Incidents:
 
     def __init__(
         self,
-        config: "TrainerConfig",
+        config: TrainerConfig,
         task: Task,
         engines: Mapping[str, Engine],
         order: SampleOrder,

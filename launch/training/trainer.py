@@ -1,8 +1,7 @@
 """The training loop of every model: steps, accumulation, logging, validation, checkpoints, signals."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 
@@ -15,8 +14,7 @@ from launch.runtime import heartbeat
 from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
-from launch.training.config import OptimizerConfig, TrainConfig
-from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
+from launch.training.deepspeed_options import deepspeed_config
 from launch.training.engine import Engine, compile_mode
 from launch.training.evaluations import Evaluations
 from launch.training.figures import Figures
@@ -31,22 +29,8 @@ from launch.training.rollback import Rollback
 from launch.training.saving import Saver, report, versions
 from launch.training.skips import all_skipped
 from launch.training.task import Previews, Task
+from launch.training.trainer_config import TrainerConfig
 from launch.training.watch import Watch
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """A run as the trainer needs it: kind and length, output directory, sections of the run file."""
-
-    kind: str
-    directory: Path
-    last_step: int
-    train: TrainConfig
-    optimizer: OptimizerConfig
-    deepspeed: DeepSpeedConfig
-    run: dict = field(repr=False)  # the whole run file, for the record
-    flops: Callable[[int], float] = field(repr=False)  # of a training step, per image, by step
-    paced: bool  # whether the run is compared with the published one
 
 
 class Trainer:

@@ -105,7 +105,7 @@ MISTAKES = {
         "test_launch_checkpoint_state.py::test_a_value_that_no_run_leaves_is_named_with_its_key",
     ),
     "skips_of_a_network_that_is_gone_kept": Mistake(
-        "launch/training/trainer.py", 'if each["network"] in self.engines]', "]",
+        "launch/training/incidents.py", ' if each["network"] in self._engines]', "]",
         "test_launch_checkpoint_state.py::test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped",
     ),
     "names_of_counts_without_sums_kept": Mistake(
@@ -265,7 +265,7 @@ MISTAKES = {
     # Loader.
     "order_the_same_in_every_epoch": Mistake(
         "launch/training/loader.py",
-        "generator=generator(self.seed, epoch)", "generator=generator(self.seed, 0)", EPOCHS,
+        "generator=generator(seed, epoch)", "generator=generator(seed, 0)", EPOCHS,
     ),
     "rest_of_an_epoch_dropped": Mistake(
         "launch/training/loader.py", "first + stop), self.num_samples)",

@@ -156,8 +156,8 @@ MISTAKES = {
         "test_lightningdit_task.py::test_step_minimises_both_terms_and_logs_them_apart",
     ),
     "draws_of_every_step_the_same": Mistake(
-        "lightningdit/task.py", "generator(self._seed, step, salt, device=device)",
-        "generator(self._seed, 1, salt, device=device)",
+        "lightningdit/task.py", "generator(seed, step, salt, device=device)",
+        "generator(seed, 1, salt, device=device)",
         "test_lightningdit_task.py::test_draws_are_of_seed_and_step_alone",
     ),
     "noise_and_times_of_one_stream": Mistake(
@@ -166,7 +166,7 @@ MISTAKES = {
         "test_lightningdit_task.py::test_draws_have_their_distributions",
     ),
     "logit_normal_a_step_short": Mistake(
-        "lightningdit/task.py", "step <= self._lognorm_until)", "step < self._lognorm_until)",
+        "lightningdit/task.py", "step <= self._lognorm_until\n", "step < self._lognorm_until\n",
         "test_lightningdit_task.py::test_logit_normal_ends_after_its_step",
     ),
     # Latents.

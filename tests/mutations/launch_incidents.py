@@ -1,0 +1,80 @@
+"""Mistakes in rollbacks, dumps, loss spikes, figures by block and sums of gradients."""
+
+from tests.mutations import Mistake
+
+_INCIDENTS, _SPIKES = "test_launch_incidents.py", "test_launch_spikes.py"
+MISTAKES = {
+    "rolled_back_to_the_newest": Mistake(
+        "launch/training/incidents.py", "        step = max(before or good)\n", "        step = max(good)\n",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "bad_checkpoints_stay": Mistake(
+        "launch/training/incidents.py", "            if each.step > step:\n",
+        "            if each.step > step + 100:\n",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "rollback_is_not_kept": Mistake(
+        "launch/training/trainer.py",
+        "                log.write_event(self._rollback.event())\n            self.save()\n",
+        "                log.write_event(self._rollback.event())\n",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "drawn_anew_in_samples_alone": Mistake(
+        "launch/training/trainer.py", "self._draws, seed=seed)", "self._draws)",
+        f"{_INCIDENTS}::test_without_a_checkpoint_the_run_begins_anew",
+    ),
+    "rollbacks_without_end": Mistake(
+        "launch/training/incidents.py", "len(self._order.redrawn) < self._config.train.rollbacks", "True",
+        f"{_INCIDENTS}::test_a_spike_that_lasts_is_left_behind_once",
+    ),
+    "spikes_are_saved": Mistake(
+        "launch/training/incidents.py", "        if bad.harmless:\n", "        if bad:\n",
+        f"{_INCIDENTS}::test_a_spike_that_lasts_is_left_behind_once",
+    ),
+    "replay_of_initial_weights": Mistake(
+        "launch/replay.py", "        load_strict(network, weights, path)\n", "",
+        f"{_INCIDENTS}::test_the_replay_of_a_dump_shows_the_same_nan",
+    ),
+    "replay_of_other_draws": Mistake(
+        "launch/training/dump.py", "own = {name: value[start:stop] for", "own = {name: value[start:stop].flip(0) for",
+        f"{_INCIDENTS}::test_the_replay_of_a_dump_shows_the_same_nan",
+    ),
+    "ranges_of_before_come_first": Mistake(
+        "launch/training/loader.py", "in reversed(self.redrawn)", "in self.redrawn",
+        f"{_SPIKES}::test_steps_that_are_drawn_anew_take_their_places_from_another_seed",
+    ),
+    "permutations_of_any_seed": Mistake(
+        "launch/training/loader.py", "generator=generator(seed, epoch)", "generator=generator(self.seed, epoch)",
+        f"{_SPIKES}::test_steps_that_are_drawn_anew_take_their_places_from_another_seed",
+    ),
+    "deviation_is_not_scaled": Mistake(
+        "launch/training/spikes.py", "NORMAL = 1.4826", "NORMAL = 1.0",
+        f"{_SPIKES}::test_a_spike_is_seven_robust_deviations_above_the_median",
+    ),
+    "losses_of_any_objective": Mistake(
+        "launch/training/spikes.py", "            self._losses.clear()\n", "            pass\n",
+        f"{_SPIKES}::test_losses_of_another_objective_are_not_compared",
+    ),
+    "skipped_steps_end_a_spike": Mistake(
+        "launch/training/spikes.py", "        if not math.isfinite(loss):\n            return\n",
+        "        if not math.isfinite(loss):\n            self.first, self.in_a_row = None, 0\n            return\n",
+        f"{_SPIKES}::test_a_spike_lasts_over_skipped_steps_and_a_restart_until_a_loss_is_none",
+    ),
+    "logits_before_rope": Mistake(
+        "lightningdit/watch.py", "    if cos is not None and sin is not None:\n", "    if cos is None:\n",
+        f"{_SPIKES}::test_the_largest_logit_is_that_of_the_attention",
+    ),
+    "watched_ops_stay": Mistake(
+        "lightningdit/watch.py", "            attention.ops = ops\n", "            pass\n",
+        f"{_SPIKES}::test_what_is_watched_changes_no_bit_of_the_training",
+    ),
+    "drift_of_half_of_the_weights": Mistake(
+        "launch/training/optimizer.py", "for first in range(0, weights.numel(), DRIFT_ELEMENTS)",
+        "for first in range(weights.numel() // 2, weights.numel(), DRIFT_ELEMENTS)",
+        f"{_SPIKES}::test_figures_of_a_row",
+    ),
+    "float32_sums_sent_in_bfloat16": Mistake(
+        "launch/training/gradient_sums.py", '"communication_data_type": "fp32"}', '"communication_data_type": "bf16"}',
+        "test_launch_gradient_sums.py::test_sums_in_float32_have_float32s_errors_and_send_twice_the_bytes",
+    ),
+}  # fmt: skip
