@@ -94,7 +94,7 @@ MISTAKES = {
     ),
     "damaged_checkpoint_keeps_its_name": Mistake(
         "launch/training/checkpoint.py",
-        'f"{path.name}.damaged" + (f".{number}" if number > 1 else "")',
+        'f"{path.name}.{suffix}" + (f".{number}" if number > 1 else "")',
         'f"step_{number:07d}"',
         DAMAGED,
     ),

@@ -104,8 +104,8 @@ MISTAKES = {
     ),
     "blocks_in_the_line": Mistake(
         "launch/training/log.py",
-        'r"watch/|.*',
-        'r".*',
+        "in_short(row).items()",
+        "row.items()",
         f"{WRITERS}test_a_line_leaves_out_what_is_of_single_blocks_and_times",
     ),
     # Validation.
