@@ -88,11 +88,11 @@ def _samples(dump: dict, rank: int, micro: int) -> str:
     return ", ".join(map(str, found[:8])) + (f" … ({size})" if size > 8 else "")
 
 
-def _task(run: Run, dump: Path, device: torch.device) -> Any:
+def _task(run: Run, dump: Path, device: torch.device) -> Task:
     """The run's task with the dump's weights, on the device and in the run's precision."""
     sections = {"train": {"weight_init": None}, "data": {"valid_path": None}}
     alone = {name: getattr(run, name).model_copy(update=keys) for name, keys in sections.items()}
-    task = make_task(run.model_copy(update=alone), select_ops(run.kernels), device)
+    task: Any = make_task(run.model_copy(update=alone), select_ops(run.kernels), device)
     for name, network in task.networks.items():
         path = dump / f"{name}.safetensors"
         weights = read_tensors(path)

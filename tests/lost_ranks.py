@@ -8,6 +8,7 @@ tmpfs, which only root can mount; elsewhere they are skipped, and that is said. 
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +24,8 @@ from launch.runtime import exit_status, process_table
 from launch.training import checkpoint
 from tests import toy
 from tests.children import all_ended
-from tests.random_kills import ROOT, last_step, ranks, starter
+from tests.random_kills import last_step, program, ranks
+from tests.starter import start
 
 PROCESSES, LIMIT, START_LIMIT = 3, 60.0, 300.0
 Harm = Callable[[Path, list[int]], None]
@@ -66,9 +68,10 @@ def fill(run: Path, pids: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """harm: done to a run once three rows are in its log; statuses: of the starter; said: in the one message, if any.
+    """harm: done to a run once five steps are in its log; said: in the one message, if any; settings: of the run.
 
-    settings: of the run. goes_on: whether the run's directory is there for a start anew.
+    status: of the starter, that of the first process to end: where one is lost its own (137, killed) or 74.
+    goes_on: whether the run's directory is there for a start anew; tmpfs: whether it has to be a small file system.
     """
 
     harm: Harm
@@ -85,8 +88,8 @@ CASES = {
     "killed_main": Case(send(signal.SIGKILL, 0), 137, "rank 0 (process"),
     "stopped": Case(send(signal.SIGSTOP, 2), 74, "has been stopped for 5 s"),
     "stopped_main": Case(send(signal.SIGSTOP, 0), 74, "has been stopped for 5 s"),
-    "silent": Case(send_to_watchdog_too(signal.SIGSTOP, 2), 74, "has not answered for 5 s"),
-    "silent_main": Case(send_to_watchdog_too(signal.SIGSTOP, 0), 74, "has not answered for 5 s"),
+    "silent": Case(send_to_watchdog_too(signal.SIGSTOP, 2), 137, "has not answered for 5 s"),
+    "silent_main": Case(send_to_watchdog_too(signal.SIGSTOP, 0), 137, "has not answered for 5 s"),
     "signal": Case(send(signal.SIGUSR1, 2), 75, "", NO_CHECKPOINT),
     "launcher_killed": Case(kill_starter, -9, "", NO_CHECKPOINT),
     "launcher_killed_beside_a_stopped_rank": Case(stop_a_rank_and_kill_starter, -9, "has been stopped for 5 s"),
@@ -123,16 +126,15 @@ def harm_and_look(directory: Path, name: str) -> list[str]:
     data = {"data_path": str(latents), **({"valid_path": str(latents)} if "valid" in name else {})}
     train |= {"heartbeat_timeout": 5.0}
     config = toy.write_run(directory / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train)
-    command = [*starter(config, PROCESSES, "run"), *case.settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*program(config, "run"), *case.settings]
     run, said = directory / "out/run", directory / "said"
-    with open(said, "wb") as f:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=f, stderr=f)
+    launcher = start(PROCESSES, command, said)
     try:
-        pids = _wait_for_training(run, launcher)
+        pids = _wait_for_training(run, launcher, said)
         case.harm(run, pids)
         begin = time.monotonic()
-        status = launcher.wait(timeout=LIMIT + 10)
+        launcher.join(LIMIT + 10)
+        status = launcher.exitcode
         gone = all_ended(pids, within=max(begin + LIMIT - time.monotonic(), 0))
     finally:
         launcher.kill()
@@ -140,32 +142,32 @@ def harm_and_look(directory: Path, name: str) -> list[str]:
     if case.tmpfs:
         (run.parent / "ballast").unlink()
     if case.goes_on:
-        wrong += _start_anew(case, run, command, environment)
+        wrong += _start_anew(case, run, command, said)
     return wrong
 
 
-def _wait_for_training(run: Path, launcher: subprocess.Popen) -> list[int]:
+def _wait_for_training(run: Path, launcher: multiprocessing.Process, said: Path) -> list[int]:
     """The processes of the run, once five steps are in its log, be it by rows of validation."""
     end = time.monotonic() + START_LIMIT
-    while time.monotonic() < end and launcher.poll() is None:
+    while time.monotonic() < end and launcher.is_alive():
         if last_step(run) >= 5 and len(pids := ranks(run)) == PROCESSES:
             return pids
         time.sleep(0.02)
-    said = (run.parents[1] / "said").read_text()[-2000:]
-    raise RuntimeError(f"no training within {START_LIMIT:g} s (status {launcher.poll()}): {said}")
+    raise RuntimeError(f"no training (status {launcher.exitcode}): {said.read_text()[-2000:]}")
 
 
-def _look(case: Case, status: int, said: str, gone: bool) -> list[str]:
+def _look(case: Case, status: int | None, said: str, gone: bool) -> list[str]:
     wrong = [] if gone else [f"not all processes were gone within {LIMIT:g} s"]
-    if status != case.status:
-        wrong.append(f"status {status}, not {case.status}")
+    statuses = (74, 137) if case.status in (74, 137) else (case.status,)
+    if status not in statuses:
+        wrong.append(f"status {status}, not {statuses}")
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     if "Traceback" in said or len(errors) != bool(case.said) or case.said not in "".join(errors):
         wrong.append(f"said {errors}, traceback {'Traceback' in said}: {said[-1500:]}")
     return wrong
 
 
-def _start_anew(case: Case, run: Path, command: list[str], environment: dict[str, str]) -> list[str]:
+def _start_anew(case: Case, run: Path, command: list[str], said: Path) -> list[str]:
     """Go on for two steps, and see from where."""
     record = json.loads((run / "last_exit.json").read_text()) if (run / "last_exit.json").exists() else {}
     wrong = []
@@ -176,10 +178,11 @@ def _start_anew(case: Case, run: Path, command: list[str], environment: dict[str
     step = newest.step if newest else 0
     if case.harm is not fill and step == 0:
         wrong.append("there is no checkpoint")
-    command = [*command, f"train.max_steps={step + 2}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    if done.returncode != 0 or (step and f"after step {step}" not in done.stdout):
-        wrong.append(f"started anew: status {done.returncode}, {done.stdout[-500:]} {done.stderr[-1000:]}")
+    again = start(PROCESSES, [*command, f"train.max_steps={step + 2}"], said)
+    again.join(START_LIMIT)
+    text = said.read_text()
+    if again.exitcode != 0 or (step and f"after step {step}" not in text):
+        wrong.append(f"started anew: status {again.exitcode}, {text[-1500:]}")
     return wrong
 
 

@@ -22,12 +22,13 @@ from launch.runtime import process_table
 from launch.training import checkpoint
 from tests import toy
 from tests.children import alive
+from tests.starter import start
 
 ROOT = Path(__file__).parents[1]
 SUPERVISE = ROOT / "launch/scripts/supervise.sh"
 STEPS = 6  # steps in which one kill falls
 SEED = 15
-TIMEOUT = 120.0  # seconds for a start to get to its kill
+TIMEOUT = 600.0  # seconds for a start to get to its kill: on a busy machine the imports alone take a minute
 KEYS = ("step", "epoch", "images", "loss", "mse", "cos_loss", "grad_norm", "lr", "skipped")
 
 
@@ -50,9 +51,12 @@ def write_run(directory: Path, last_step: int) -> Path:
     return toy.write_run(directory / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train, model=model)
 
 
+def program(config: Path, name: str) -> list[str]:
+    return ["train", "lightningdit", str(config), f"train.exp_name={name}"]
+
+
 def starter(config: Path, processes: int, name: str) -> list[str]:
-    program = ["train", "lightningdit", str(config), f"train.exp_name={name}"]
-    return [sys.executable, "-m", "tests.starter", str(processes), *program]
+    return [sys.executable, "-m", "tests.starter", str(processes), *program(config, name)]
 
 
 def ranks(directory: Path) -> list[int]:
@@ -62,7 +66,7 @@ def ranks(directory: Path) -> list[int]:
     except (OSError, ValueError, KeyError):
         return []
     parent = process_table.parent(main)
-    if not alive(main) or "tests.starter" not in process_table.command(parent):
+    if not alive(main) or " tests." not in process_table.command(parent):
         return []
     try:
         return sorted(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
@@ -137,9 +141,10 @@ def kill_at_random(directory: Path, kills: int, processes: int = 3) -> Outcome:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PAUSE": "0"}
     # A kill in the save of the last step before the next due one makes no progress: several starts may.
     environment["MAX_STARTS"] = "5"
-    subprocess.run(
-        starter(config, processes, "whole"), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600
-    )
+    whole = start(processes, program(config, "whole"), directory / "said")
+    whole.join(600)
+    if whole.exitcode != 0:
+        raise RuntimeError(f"status {whole.exitcode}: {(directory / 'said').read_text()[-2000:]}")
     with open(directory / "said", "wb") as said:
         command = ["bash", str(SUPERVISE), *starter(config, processes, "killed")]
         supervisor = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)

@@ -4,12 +4,17 @@ It imports the programs once and forks, so that a start takes seconds. It ends n
 and ends with the first status that was not 0, as a shell gives it.
 """
 
+import atexit
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 from tests.children import PRELOADED, free_port
+
+_fork = multiprocessing.get_context("fork")
 
 
 def main(world_size: int, argv: list[str]) -> int:
@@ -27,6 +32,24 @@ def main(world_size: int, argv: list[str]) -> int:
         status = os.waitstatus_to_exitcode(status)
         first = first or (128 - status if status < 0 else status)
     return first
+
+
+def start(world_size: int, argv: list[str], said: Path) -> multiprocessing.Process:
+    """The same as a child of this process, which imports the programs once for all; what it says goes to a file."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    child = _fork.Process(target=_say_into, args=(said, world_size, argv))
+    child.start()
+    return child
+
+
+def _say_into(said: Path, world_size: int, argv: list[str]) -> None:
+    atexit._clear()  # of this process's parent, such as the removal of its temporary directories
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    os._exit(main(world_size, argv))
 
 
 def _be(rank: int, world_size: int, port: int, argv: list[str]) -> None:

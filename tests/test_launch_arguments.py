@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -39,6 +40,7 @@ def asked(monkeypatch) -> list:
     """What the programs were asked to do, in place of doing it."""
     calls: list = []
     monkeypatch.setattr(train, "run_training", lambda run, kind: calls.append(run) or (None, None))
+    monkeypatch.setattr(train, "plan_run", lambda run, *_, **__: calls.append(run) or SimpleNamespace(lines=list))
     monkeypatch.setattr(sample, "generate", lambda run, *args: calls.append(run))
     monkeypatch.setattr(extract, "extract", lambda run, *args, **kwargs: calls.append(run))
     monkeypatch.setattr(
@@ -53,7 +55,7 @@ def asked(monkeypatch) -> list:
 
 
 PROGRAMS = {
-    "train": ("lightningdit", ["--gpus", "2"]),
+    "train": ("lightningdit", ["--dry-run", "--gpus", "2"]),
     "sample": ("lightningdit", ["--demo"]),
     "extract": ("vavae", ["--output", "latents"]),
     "evaluate": ("lightningdit", ["--latents", "latents"]),

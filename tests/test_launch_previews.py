@@ -26,7 +26,12 @@ from vavae.weights import load_tokenizer, write_export
 
 OPS = kernels.select("reference")
 COUNT, POINTS = 5, 3
-SAMPLING = {"cfg_scale": 2.0, "cfg_interval_start": 0.3, "timestep_shift": 0.3, "seed": 4}
+SAMPLING = {
+    "cfg_scale": 2.0,
+    "cfg_interval_start": 0.1,
+    "timestep_shift": 0.3,
+    "seed": 4,
+}  # guides the second of two calls, at 0.23
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +106,8 @@ def test_the_same_pictures_after_a_resume_and_by_two_processes_under_zero_3(tmp_
     trainer(path, "train.exp_name=cut", "train.max_steps=2").run()
     first = pictures(tmp_path / "cut")
     trainer(path, "train.exp_name=cut").run()
-    assert (
-        pictures(tmp_path / "cut") == pictures(tmp_path / "whole")
-        and first.items() < pictures(tmp_path / "cut").items()
-    )
-    assert len(set(pictures(tmp_path / "whole").values())) == 4
+    whole = pictures(tmp_path / "whole")
+    assert pictures(tmp_path / "cut") == whole and first.items() < whole.items() and len(set(whole.values())) == 3
     command = ("train", "lightningdit", path, "train.exp_name=two", "deepspeed.zero_stage=3", "train.max_steps=1")
     assert launch(*command, world_size=2) == [0, 0]
     one, two = (np.asarray(Image.open(tmp_path / name / "previews/step_0000001.png")) for name in ("whole", "two"))

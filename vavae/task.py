@@ -345,11 +345,11 @@ class VavaeTask:
         """Figures of `vavae.measure` that have these names, of the autoencoder on the first images of a micro-batch."""
         few = {name: value[:WATCHED_IMAGES] for name, value in {**batch, **draws}.items()}
         network: Any = networks["autoencoder"]
-        module: Any = self.networks["autoencoder"]
-        training = module.training
+        autoencoder: Any = self.networks["autoencoder"]
+        training = autoencoder.training
         network.train(False)  # dropout would move the random numbers of training
         try:
-            with measured(module, names) as found:
+            with measured(autoencoder, names) as found:
                 network(_laid_out(few["image"]), few["noise"], None, _no_loss)
         finally:
             network.train(training)

@@ -123,7 +123,7 @@ class Incidents:
             return None
         runs = [run for name in counters for run in _runs(self.skipped_steps, name) if len(run) >= allowed]
         if not runs:  # earlier checkpoints name none
-            runs = [list(range(step - most + 1, step + 1))]
+            runs = [[step - most + 1, step]]
         first, last = min(run[0] for run in runs), max(run[-1] for run in runs)
         what = f"{most} steps in a row up to step {step} had a non-finite loss or gradient and were skipped"
         return BadSteps(first, last, f"{what} (allowed: {allowed - 1})", harmless=True)
