@@ -13,7 +13,7 @@ from launch.pictures import sample_grid
 from launch.training import checkpoint, checks
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
-from launch.training.previews import in_batches, preview_labels
+from launch.training.previews import in_batches, preview_labels, preview_settings
 from lightningdit.config import SampleConfig
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample
@@ -26,12 +26,7 @@ from vavae.weights import load_tokenizer, write_export
 
 OPS = kernels.select("reference")
 COUNT, POINTS = 5, 3
-SAMPLING = {
-    "cfg_scale": 2.0,
-    "cfg_interval_start": 0.1,
-    "timestep_shift": 0.3,
-    "seed": 4,
-}  # guides the second of two calls, at 0.23
+SAMPLING = {"cfg_scale": 2.0, "cfg_interval_start": 0.1, "timestep_shift": 0.3, "seed": 4}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +107,18 @@ def test_the_same_pictures_after_a_resume_and_by_two_processes_under_zero_3(tmp_
     assert launch(*command, world_size=2) == [0, 0]
     one, two = (np.asarray(Image.open(tmp_path / name / "previews/step_0000001.png")) for name in ("whole", "two"))
     assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_previews_are_guided_as_samples_are_by_a_solver_of_few_steps(run_file):
+    def settings(*overrides: str) -> SampleConfig:
+        return preview_settings(load(run_file(), overrides, kind="lightningdit")[0])
+
+    assert settings() == SampleConfig(**SAMPLING, num_sampling_steps=POINTS)
+    assert settings("sample.sampling_method=heun").sampling_method == "heun"
+    for overrides in (("sample.sampling_method=dopri5",), ("sample.mode=SDE", "sample.sampling_method=heun")):
+        assert settings(*overrides) == settings()
+    assert not settings("sample.likelihood=true", "sample.cfg_scale=1").likelihood
+    assert settings("model.class_dropout_prob=0").cfg_scale == 1  # nothing to be guided away from
 
 
 def test_where_the_tokenizer_is_not_there_by_default_there_are_none(tmp_path, run_file, capsys):

@@ -150,7 +150,7 @@ MISTAKES = {
         "launch/training/previews.py",
         '"cfg_scale": found.cfg_scale if',
         '"cfg_scale": 1.0 if',
-        BY_HAND,
+        f"{PREVIEWS}test_previews_are_guided_as_samples_are_by_a_solver_of_few_steps",
     ),
     "previews_in_normalised_latents": Mistake(
         "launch/training/previews.py",
