@@ -1,6 +1,5 @@
 """The moving average in validation, extraction and export; and that training does not notice being validated."""
 
-import json
 import math
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ from launch.training import build, checkpoint
 from launch.training.engine import start_processes
 from tests import toy
 from tests.children import Moment, launch
+from tests.run_rows import rows
 from vavae.weights import load_tokenizer
 
 BATCHES, SIZE = 2, 4
@@ -80,8 +80,7 @@ def means_by_hand(path: Path, kind: str, weights: dict, precision: str, prefix: 
 
 def validated(directory: Path) -> dict[str, float]:
     """NaN where no sample had a number."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    (row,) = [row for row in rows if any(name.startswith("valid") for name in row)]
+    (row,) = [row for row in rows(directory) if any(name.startswith("valid") for name in row)]
     return {name: math.nan if value is None else value for name, value in row.items() if name.startswith("valid")}
 
 

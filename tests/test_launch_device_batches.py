@@ -1,6 +1,5 @@
 """Batches made in devices' memory, here of CPU tensors: those of the host loader, bit for bit, over any processes."""
 
-import json
 import re
 import threading
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from lightningdit.device_latents import DeviceLatents
 from lightningdit.latents_writer import LatentsWriter, finish
 from tests import toy
 from tests.children import call
+from tests.run_rows import rows
 
 pytestmark = pytest.mark.usefixtures("own_linear")
 
@@ -225,12 +225,11 @@ def run_file(tmp_path, latents) -> str:
 
 def trained(directory: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """Numbers of the rows of a run, and all tensors of its last checkpoint."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     told = ("step", "loss", "mse", "grad_norm", "valid_ema/loss")
     newest = checkpoint.newest(directory / "checkpoints")
     names = [name.split(".")[:2] for name in newest.manifest.files if name.endswith(".safetensors")]
     tensors = {f"{key}/{n}": t for network, key in names for n, t in newest.tensors(network, key).items()}
-    return [{key: row.get(key) for key in told} for row in rows], tensors
+    return [{key: row.get(key) for key in told} for row in rows(directory)], tensors
 
 
 def train_in_both_ways(run_file: str) -> None:

@@ -21,10 +21,10 @@ from launch.runtime import exit_status
 from launch.runtime.processes import Processes
 from launch.training import checkpoint, image_rate
 from launch.training.build import require_one_decoder
-from launch.training.progress import TIMING
 from tests import toy
 from tests.children import Moment, launch
 from tests.photographs import encoded, photographs
+from tests.run_rows import rows
 from vavae.config import AutoencoderConfig
 from vavae.images import psnr
 from vavae.model import AutoencoderKL
@@ -68,12 +68,6 @@ def run_file(tmp_path, sources):
     return write
 
 
-def rows(directory: Path) -> list[dict]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if "event" not in row]
-    return [{key: value for key, value in row.items() if key not in TIMING} for row in found]
-
-
 @pytest.mark.parametrize(
     ("decoder", "source", "ended_by"),
     [
@@ -110,8 +104,7 @@ def test_a_labels_file_is_that_of_the_validation_images(tmp_path, sources, run_f
     (tmp_path / "synsets").write_text("n00000002\n" * 6)
     path = run_file(str(tmp_path / "train"), valid_path=str(tmp_path / "val"), labels_file=str(tmp_path / "synsets"))
     assert main(["train", "vavae", path, "train.max_steps=2", "train.valid_batches=1"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert any("valid/psnr" in row for row in rows)
+    assert any("valid/psnr" in row for row in rows(tmp_path / "run"))
 
 
 def test_the_decoder_that_auto_took_is_kept_with_the_checkpoint(tmp_path, sources, run_file):

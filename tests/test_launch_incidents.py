@@ -1,6 +1,5 @@
 """Rollbacks past bad steps, the stop after them with its dump, and the replay of that."""
 
-import json
 import weakref
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from launch.training.trainer import Trainer
 from lightningdit.task import LightningDiTTask
 from tests import toy
 from tests.children import call
+from tests.run_rows import events, rows
 
 pytestmark = pytest.mark.usefixtures("own_linear")
 
@@ -38,10 +38,6 @@ def run_file(tmp_path, data):
 
 def train(path: Path, *overrides: str) -> Path:
     return run_training(load(path, list(overrides), kind="lightningdit")[0], "lightningdit")[0]
-
-
-def rows(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def spoil(change, monkeypatch) -> None:
@@ -96,12 +92,12 @@ def test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback(run_file, monkey
     monkeypatch.setattr(Trainer, "close", lambda self: (freed.append(weakref.ref(self)), close(self)))
     spoil(bad_as_drawn_first(range(6, 16)), monkeypatch)
     directory = train(run_file(**section))
-    (event,) = [row for row in rows(directory) if "event" in row]
+    (event,) = events(directory, "rollback")
     assert event["step"] == 4 and event["event"] == "rollback" and "10 steps in a row up to step" in event["reason"]
     assert event["redrawn"] == {"first": 5, "last": 15, "seed": 1}
     told = [record.getMessage() for record in caplog.records if record.name == "launch.training.log"]
     assert any("rolled back to step 4; steps 5 to 15 are drawn anew from seed 1" in text for text in told)
-    assert [row["step"] for row in rows(directory) if "event" not in row] == [4, 8, 12, 16, 18]
+    assert [row["step"] for row in rows(directory)] == [4, 8, 12, 16, 18]
     assert equal(directory, alone, 18)
     kept = {path.name for path in (directory / "checkpoints").iterdir()}
     assert {"step_0000008.set_aside", "step_0000012.set_aside", "step_0000016", "step_0000018"} <= kept
@@ -118,8 +114,8 @@ def test_a_run_goes_on_over_a_restart_after_a_rollback(run_file, monkeypatch):
     cut, save = run_file("cut", **section), Trainer.save
 
     def stop_at(step):
-        def stopping(self):
-            save(self)
+        def stopping(self, **options):
+            save(self, **options)
             if self.step == step and self.order.redrawn:
                 raise KeyboardInterrupt
 
@@ -135,7 +131,7 @@ def test_a_run_goes_on_over_a_restart_after_a_rollback(run_file, monkeypatch):
 def test_without_a_checkpoint_the_run_begins_anew(run_file, monkeypatch):
     spoil(bad_as_drawn_first(range(2, 5)), monkeypatch)
     directory = train(run_file(max_steps=6, ckpt_every=6))
-    (event,) = [row for row in rows(directory) if "event" in row]
+    (event,) = events(directory, "rollback")
     assert event["step"] == 0 and event["redrawn"] == {"first": 1, "last": 4, "seed": 1}
     assert rows(directory)[-1]["skipped"] == 0
 
@@ -144,7 +140,7 @@ def test_where_only_later_checkpoints_are_kept_skipped_steps_are_left_behind_fro
     """They left no trace in the weights; earlier ones were removed by `keep_checkpoints`."""
     spoil(bad_as_drawn_first(range(2, 5)), monkeypatch)
     directory = train(run_file(max_steps=6, ckpt_every=3, keep_checkpoints=1))
-    (event,) = [row for row in rows(directory) if "event" in row]
+    (event,) = events(directory, "rollback")
     assert event["step"] == 3 and event["redrawn"] == {"first": 4, "last": 4, "seed": 1}
 
 
@@ -221,8 +217,8 @@ def test_a_spike_that_lasts_is_left_behind_once(run_file, monkeypatch, rollbacks
         assert checkpoint.newest(path.parent / "run/checkpoints").step == 20
         return
     directory = train(path)
-    (event,) = [row for row in rows(directory) if "event" in row]
+    (event,) = events(directory, "rollback")
     assert event["step"] == 15 and event["redrawn"] == {"first": 16, "last": 21, "seed": 1}
     assert "spike from step 17 to step 21" in event["reason"]
-    spikes = {row["step"]: row["loss_spikes"] for row in rows(directory) if "event" not in row}
+    spikes = {row["step"]: row["loss_spikes"] for row in rows(directory)}
     assert spikes[24] == 2 and sum(spikes.values()) == 2  # steps 22 and 23 are as they were

@@ -20,9 +20,9 @@ from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_envir
 from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
-from launch.training.progress import TIMING
 from tests import toy
 from tests.children import alive
+from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parents[1]
@@ -38,12 +38,6 @@ def run_file(tmp_path) -> str:
             tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")}, train=train
         )
     )
-
-
-def rows(directory: Path) -> list[dict]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if "event" not in row]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
 
 
 def wait_until(condition, seconds: float = 60.0) -> bool:

@@ -1,6 +1,5 @@
 """The launcher scripts, run for real on CPUs: one node of two processes, two nodes of one."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 
 from tests import toy
 from tests.children import free_port
+from tests.run_rows import rows
 
 SCRIPTS = Path(__file__).parents[1] / "launch" / "scripts"
 pytestmark = pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs to run in a virtual environment")
@@ -38,7 +38,7 @@ def start(script: str, *argv: str, cwd: Path, **env: object) -> subprocess.Popen
 
 
 def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "run/metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows(directory / "run")]
 
 
 def finish(*processes: subprocess.Popen) -> str:

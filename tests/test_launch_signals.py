@@ -14,9 +14,9 @@ from launch.runtime.lifetime import StopRequest
 from launch.training import checkpoint
 from tests import toy
 from tests.children import Moment, call, launch
+from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
-TIMING = {"images_per_second", "seconds_per_step", "eta_seconds"}
 STEP = "launch.training.engine:Engine"
 
 
@@ -25,11 +25,6 @@ def run_file(tmp_path) -> str:
     data = {"data_path": str(toy.write_latents(tmp_path / "latents"))}
     train = {"output_dir": str(tmp_path), "log_every": 4, "ckpt_every": 100, "heartbeat_timeout": 2.0}
     return str(toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train))
-
-
-def rows(directory: Path) -> list[dict]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
 def last_exit(directory: Path) -> dict:

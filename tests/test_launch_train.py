@@ -1,6 +1,5 @@
 """Training as a user runs it: exact resume after a kill, any ZeRO stage, any number of processes."""
 
-import json
 import os
 import re
 import signal
@@ -16,10 +15,10 @@ from launch.config import ConfigError, load
 from launch.export import export
 from launch.runtime import exit_status
 from launch.training import checkpoint
-from launch.training.progress import TIMING
 from lightningdit.weights import read_weights
 from tests import toy
 from tests.children import Moment, free_port, launch
+from tests.run_rows import rows
 from vavae.model import Decoder, Encoder
 
 pytestmark = pytest.mark.usefixtures("own_linear")
@@ -42,13 +41,6 @@ def run_file(tmp_path, data):
         return toy.write_run(tmp_path / f"{kind}.yaml", content, **sections)
 
     return write
-
-
-def rows(directory: Path) -> list[dict]:
-    """Those of training and validation: events say how often a run was started."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    found = [row for row in map(json.loads, lines) if "event" not in row]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

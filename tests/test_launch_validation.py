@@ -1,6 +1,5 @@
 """Validation in the loop, against means made by hand; and what of a run's time counts as training."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from launch.training.evaluations import Evaluations
 from launch.training.progress import Throughput
 from tests import toy
 from tests.children import launch
+from tests.run_rows import rows
 
 BATCHES, SIZE = 3, 8
 KINDS = {"lightningdit": (toy.LIGHTNINGDIT, toy.write_latents), "vavae": (toy.VAVAE, toy.write_images)}
@@ -37,10 +37,6 @@ def run_file(tmp_path):
 
 def loop(path: Path, kind: str = "lightningdit") -> trainer.Trainer:
     return make_trainer(load(path, kind=kind)[0], kind, start_processes())
-
-
-def rows(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def validated(directory: Path) -> dict:
