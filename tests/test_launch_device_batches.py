@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lightningdit.cost as dit_cost
 from launch.config import ConfigError, load
 from launch.runtime.processes import Processes
 from launch.train import main
 from launch.training import checkpoint, device_batches, placement
 from launch.training.device_batches import DeviceBatches
-from launch.training.dry_run import state_bytes
+from launch.training.dry_run import plan_run
 from launch.training.engine import start_processes
 from launch.training.loader import BatchSplit, SampleOrder, micro_batches
+from launch.training.memory import memory_of
 from lightningdit.data import LatentDataset
 from lightningdit.device_latents import DeviceLatents
 from lightningdit.latents_writer import LatentsWriter, finish
@@ -316,10 +316,10 @@ def test_what_is_asked_for_and_does_not_fit_is_refused_with_figures(run_file, mo
 def test_the_estimate_of_training_is_that_of_the_dry_run(run_file, stage, precision):
     changes = [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.micro_batch_size=4"]
     run = load(run_file, changes, kind="lightningdit")[0]
-    trained = sum(p.numel() for p in placement.network_on_meta(run).parameters() if p.requires_grad)
-    width = 2 if precision == "bfloat16" else 4
-    kept = 4 * dit_cost.activation_bytes_per_image(run.network(), weight_bytes=width)
-    assert placement.run_bytes(run, 2) == int(state_bytes(trained, stage, 2, precision == "bfloat16") + kept)
+    plan = plan_run(run, "lightningdit", 2)
+    assert plan.micro_batch_size == 4
+    accumulation = plan.global_batch_size // (4 * 2)
+    assert placement.run_bytes(run, 2) == int(memory_of(plan.networks, plan.setup, stage, 4, accumulation).peak)
 
 
 def test_a_process_s_share_of_the_free_memory():

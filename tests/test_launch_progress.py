@@ -1,6 +1,5 @@
 """How a run gets on, against numbers worked out by hand: MFU, waiting for data, memory, hours, the published pace."""
 
-import json
 import resource
 from types import SimpleNamespace
 
@@ -16,6 +15,7 @@ from launch.training.flops import training_flops
 from launch.training.progress import DataWait, Progress, RunTime, peak_flops, peak_memory
 from lightningdit.cost import flops_per_image
 from tests import toy
+from tests.run_rows import events, read_lines
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -139,10 +139,9 @@ def test_a_resumed_run_goes_on_with_its_hours_and_says_that_it_was_resumed(tmp_p
         make_trainer(run, "lightningdit", start_processes()).run()
     one, two = (checkpoint.Checkpoint(tmp_path / f"run/checkpoints/step_000000{n}").state for n in (1, 2))
     assert 0 < one["hours"] == one["gpu_hours"] < two["hours"] and one["started"] == two["started"]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    (resumed,) = [line for line in lines if line.get("event") == "resumed"]
+    (resumed,) = events(tmp_path / "run", "resumed")
     assert resumed["step"] == 1 and resumed["checkpoint"].endswith("run/checkpoints/step_0000001")
-    row = lines[-1]
+    row = [line for line in read_lines(tmp_path / "run") if "event" not in line][-1]
     assert row["step"] == 2 and one["hours"] < row["hours"] <= two["hours"] and row["wall_hours"] >= row["hours"]
     assert row["mfu"] is None and row["ahead_hours"] is None and 0 <= row["data_wait"] <= 1 and row["memory_gb"] > 0.05
 

@@ -1,6 +1,5 @@
 """Warnings and pictures of a run: each warning once, pictures of the same images in files and in TensorBoard."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from launch.training.engine import start_processes
 from launch.training.trainer import Trainer
 from launch.training.watch import Watch, zero_gradients
 from tests import toy
+from tests.run_rows import rows
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 
@@ -106,9 +106,9 @@ def test_dead_channels_are_warned_of_and_logged(tmp_path, run_file, caplog, dead
     said = {0: [], 1: ["1 of 4 channels of the latents are dead"], 4: ["all 4 channels of the latents are dead"]}[dead]
     found = warnings(caplog)
     assert len(found) == len(said) and all(text.startswith(start) for text, start in zip(found, said, strict=True))
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    logged = [row.get("dead_channels", row.get("valid/dead_channels")) for row in rows]
-    assert logged == [dead / 4] * 3 and all(row.get("latent_std_min", 0) < 1e-3 for row in rows if dead)
+    found_rows = rows(tmp_path / "run")
+    logged = [row.get("dead_channels", row.get("valid/dead_channels")) for row in found_rows]
+    assert logged == [dead / 4] * 3 and all(row.get("latent_std_min", 0) < 1e-3 for row in found_rows if dead)
 
 
 # Pictures

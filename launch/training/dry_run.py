@@ -5,19 +5,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 import kernels
-import lightningdit.cost as dit_cost
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
 from launch.runtime import launcher
-from launch.training.checks import check_run, network_on_meta
+from launch.training.checks import check_run
+from launch.training.costs import BYTES, lightningdit_cost
+from launch.training.gradient_sums import engine_options
 from launch.training.loader import BatchSplit
-from launch.training.memory import BFLOAT16, FLOAT32, GIB, STAGES, NetworkCost, Setup, device_latents_bytes
+from launch.training.memory import GIB, STAGES, NetworkCost, Setup, device_latents_bytes
 from launch.training.micro_batches import Costs, Fit, nearest_that_divide
 from launch.training.plan import RunPlan
 from launch.training.planned_data import device_here, open_data, reading_lines
 from launch.training.remarks import remarks, stage_lines
 from vavae.decoders.choice import lacking
-
-BYTES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
 
 
 def planned_processes(gpus: int | None) -> tuple[int, str | None]:
@@ -75,7 +74,7 @@ def plan_run(
     setup = Setup(
         processes=processes,
         bf16=train.precision == "bfloat16",
-        options=run.deepspeed.merged_overrides(train.precision),
+        options=engine_options(train, run.deepspeed),
         frozen=frozen,
         latents=store_bytes,
         averaged=run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model",
@@ -206,22 +205,12 @@ Counted = Callable[[Sequence[bool | int | str]], Costs]
 
 def _lightningdit_costs(run: LightningDiTRun) -> tuple[Counted, int, tuple[int, int]]:
     """What counts the network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
-    network, parameters = run.network(), list(network_on_meta(run).parameters())
-    total, trainable = (
-        sum(p.numel() for p in which) for which in (parameters, [p for p in parameters if p.requires_grad])
-    )
-    widths = {"weight_bytes": BYTES[run.train.precision], "residual_bytes": BYTES[run.train.residual_dtype]}
-    widths["residual_bytes"] = max(widths.values())
-    whole = run.train.compile in ("auto", "inductor", "cudagraphs") and run.deepspeed.zero_stage < 3
-    _, flops = dit_cost.flops_per_image(network)
+    network = run.network()
 
-    def cost(kind: bool | int | str) -> tuple[NetworkCost, ...]:
-        config = network.model_copy(update={"use_checkpoint": kind})
-        activations = dit_cost.peak_bytes_per_image(config, whole_graph=whole, **widths)
-        forward = dit_cost.forward_bytes_per_image(config, **widths)
-        return (NetworkCost("model", total, trainable, flops, activations, forward),)
+    def cost(kinds: Sequence[bool | int | str]) -> dict[bool | int | str, tuple[NetworkCost, ...]]:
+        return {kind: (lightningdit_cost(run, kind),) for kind in kinds}
 
-    return lambda kinds: {kind: cost(kind) for kind in kinds}, 0, (network.in_channels, network.input_size)
+    return cost, 0, (network.in_channels, network.input_size)
 
 
 def _vavae_costs(run: VavaeRun) -> tuple[Counted, int, tuple[int, int]]:

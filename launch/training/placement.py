@@ -5,17 +5,18 @@ from pathlib import Path
 
 import torch
 
-import lightningdit.cost as dit_cost
 from launch.config import ConfigError, LightningDiTRun
 from launch.runtime.processes import Processes
-from launch.training.checks import network_on_meta
+from launch.training.costs import lightningdit_cost
 from launch.training.device_batches import DeviceBatches
+from launch.training.gradient_sums import engine_options
+from launch.training.loader import BatchSplit
+from launch.training.memory import GIB, Setup, memory_of
 from lightningdit.data import LatentDataset
 from lightningdit.device_latents import DeviceLatents
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 #: Of the free memory, left to what estimates do not count: workspaces, collectives' buffers, fragments.
 SPARE = 1 / 8
 MEMORY_INFO = Path("/proc/meminfo")
@@ -69,21 +70,13 @@ def free_bytes(device: torch.device, processes: int) -> int:
 
 
 def run_bytes(run: LightningDiTRun, processes: int) -> int:
-    """Estimated bytes of training on one process: weights, gradients, optimizer states and activations.
-
-    In bfloat16, weights and gradients take 2 bytes and a float32 master copy 4; in float32 the copy exists where ZeRO
-    partitions it. Stage 1 shards master and states (exp_avg, exp_avg_sq, ema), 2 also gradients, 3 also weights
-    (Rajbhandari et al., arXiv 1910.02054).
-    """
-    stage, bf16 = run.deepspeed.zero_stage, run.train.precision == "bfloat16"
-    width = 2 if bf16 else 4
-    shares = [(width, 3), (width, 2), ((4 if bf16 or stage else 0) + 3 * 4, 1)]  # bytes, sharded from stage
-    trained = sum(p.numel() for p in network_on_meta(run).parameters() if p.requires_grad)
-    state = trained * sum(size / processes if stage >= first else size for size, first in shares)
-    residual = getattr(torch, run.train.residual_dtype).itemsize
-    per_image = dit_cost.activation_bytes_per_image(run.network(), weight_bytes=width, residual_bytes=residual)
-    micro = run.train.micro_batch_size or max(run.train.global_batch_size // processes, 1)
-    return int(state + micro * per_image)
+    """Estimated bytes of training on one process at its peak, as `--dry-run` counts them, latents apart."""
+    train = run.train
+    micro = train.micro_batch_size or max(train.global_batch_size // processes, 1)
+    averaged = run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model"
+    setup = Setup(processes, train.precision == "bfloat16", engine_options(train, run.deepspeed), averaged=averaged)
+    accumulation = BatchSplit(train.global_batch_size, processes, micro).accumulation
+    return int(memory_of([lightningdit_cost(run)], setup, run.deepspeed.zero_stage, micro, accumulation).peak)
 
 
 def _smaller(latents: LatentDataset) -> str:
