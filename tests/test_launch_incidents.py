@@ -100,7 +100,7 @@ def test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback(run_file, monkey
     assert [row["step"] for row in rows(directory)] == [4, 8, 12, 16, 18]
     assert equal(directory, alone, 18)
     kept = {path.name for path in (directory / "checkpoints").iterdir()}
-    assert {"step_0000008.set_aside", "step_0000012.set_aside", "step_0000016", "step_0000018"} <= kept
+    assert {"step_0000008.rolled_back", "step_0000012.rolled_back", "step_0000016", "step_0000018"} <= kept
     for step in (4, 16, 18):
         assert checkpoint.Checkpoint(directory / f"checkpoints/step_{step:07d}").state["redrawn"] == [[5, 15, 1]]
     assert len(freed) == 1 and freed[0]() is None
