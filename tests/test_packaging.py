@@ -17,6 +17,7 @@ import pytest
 from launch.config import ConfigError, load
 from launch.config_files import SHIPPED
 from tests import toy
+from tests.run_rows import rows
 from tests.test_house import PACKAGES
 
 ROOT = Path(__file__).parents[1]
@@ -186,8 +187,7 @@ def test_an_installation_plans_and_trains_with_a_shipped_config(installed, tmp_p
     assert f"digits.yaml: not here, so the one in {site / 'launch' / 'configs'}" in text
     assert not (tmp_path / "output").exists()
     done(python, "-m", "launch", *command, cwd=tmp_path)
-    rows = (tmp_path / "output/digits/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows(tmp_path / "output/digits")] == [1, 2]
 
 
 def test_an_installation_that_another_package_has_overwritten_says_so(installed, tmp_path):

@@ -65,7 +65,7 @@ def free_bytes(device: torch.device, processes: int) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    available = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    available = next(line for line in MEMORY_INFO.read_text("utf-8").splitlines() if line.startswith("MemAvailable:"))
     return 1024 * int(available.split()[1]) // processes
 
 
