@@ -195,6 +195,7 @@ class Engine:
         """
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._await_copy()
+        self._release_gathered()
         try:
             for name in self._names:
                 average = self._read(name, "ema")
@@ -203,8 +204,14 @@ class Engine:
                     target.copy_(value)
             yield
         finally:
+            self._release_gathered()
             for target, value in reversed(kept):  # under ZeRO 3 two of them may be one memory
                 target.copy_(value)
+
+    def _release_gathered(self) -> None:
+        """Let ZeRO 3 gather weights anew from their parts, where it still holds what it gathered before."""
+        if self._stage == 3:
+            self._engine.empty_partition_cache()
 
     def _in_use(self, p: Any, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The tensors that forward passes take a parameter from, each with what it holds for a whole `value`."""
