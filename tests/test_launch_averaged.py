@@ -120,7 +120,7 @@ def test_the_average_is_validated_and_training_goes_on_bit_for_bit(
         for key, prefix in (("ema", "valid_ema"), ("model", "valid"))
     )
     got = validated(tmp_path / "run")
-    # The two sets of weights are 8e-3 apart. Under ZeRO 3 in bfloat16 the engine's passes round otherwise than plain ones.
+    # The two sets of weights are 8e-3 apart. Under ZeRO 3 in bfloat16 the engine rounds otherwise than a plain pass.
     rel = 2e-4 if (stage, precision) == (3, "bfloat16") else 1e-5
     assert got == pytest.approx(average | raw, rel=rel, nan_ok=True)
     error = "rec" if kind == "vavae" else "mse"
