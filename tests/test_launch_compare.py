@@ -108,6 +108,12 @@ def test_against_the_published_curve_our_mse_is_compared(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_runs_that_end_before_the_first_published_point_have_losses_of_their_own_to_reach(tmp_path):
+    curves = [published(), curve("a"), curve("b", values=(4.0, 3.0, 2.0))]
+    text = report(curves, "mse", [], None)
+    assert "|            2 | 45 s (step 100) | 18 min (step 30) |   – |" in text
+
+
 def test_what_differs_between_the_runs_is_listed(tmp_path):
     paths = []
     for name, lr in (("a", 1e-3), ("b", 1e-2)):

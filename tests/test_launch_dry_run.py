@@ -265,7 +265,7 @@ def test_of_two_checkpointing_keys_the_one_that_counts_is_said():
 
 
 def test_a_plan_names_one_decoder_where_images_are_kept(tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run: (lambda kinds: dict.fromkeys(kinds, ()), 0, None))
+    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))
     toy.write_images(tmp_path / "images")
     path = toy.write_run(tmp_path / "run.yaml", toy.VAVAE, data={"data_path": str(tmp_path / "images")})
     with caplog.at_level("INFO"):

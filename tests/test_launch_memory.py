@@ -47,7 +47,7 @@ def counted(world_size: int) -> list[list[dict[str, float]]]:
 
 @pytest.mark.parametrize(("world_size", "number"), NUMBERS)
 def test_an_engine_holds_what_is_estimated(world_size, number):
-    """Weights and states within 1 %, set-up within 4 % (8 where weights are gathered one by one), the step at most 13 %
+    """Weights and states within 1 %, set-up within 4 % (8 where weights are gathered one by one), the step at most 4 %
     above the estimate and 15 % below.
 
     And the backward pass, whose activations are as counted, at most 3 % above, with the gradients on their way.
@@ -63,8 +63,7 @@ def test_an_engine_holds_what_is_estimated(world_size, number):
     memory = memory_of([network], setup, case["stage"], IMAGES, case["accumulation"])
     assert memory.activations == pytest.approx(most["kept"])
     assert memory.start == pytest.approx(most["start"], rel=0.04 if case["stage"] < 3 else 0.08)
-    # A reduction that a busy machine is late to end holds one part of the gradients longer.
-    assert 0.88 * most["step"] <= memory.step <= 1.15 * most["step"]
+    assert 0.96 * most["step"] <= memory.step <= 1.15 * most["step"]
     stream = IMAGES * NETWORK.num_tokens * NETWORK.hidden_size
     on_the_way = stream * (2 * 4 + 3 * setup.weight)  # as `lightningdit.cost` counts them
     assert 0.97 * most["backward"] <= memory.backward + on_the_way

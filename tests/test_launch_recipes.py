@@ -51,15 +51,15 @@ def costs() -> dict:
 @pytest.fixture
 def plan(tmp_path, capsys, monkeypatch, costs):
     """`train vavae … --dry-run` on 32 GPUs → what it prints. A network's cost, a second each, is counted once."""
-    count = vavae.cost.training_cost
+    count = vavae.cost.training_costs
 
-    def training_cost(*sections, **options):
+    def training_costs(*sections, **options):
         key = repr((sections, options))
         if key not in costs:
             costs[key] = count(*sections, **options)
         return costs[key]
 
-    monkeypatch.setattr(vavae.cost, "training_cost", training_cost)
+    monkeypatch.setattr(vavae.cost, "training_costs", training_costs)
 
     def plan(run: dict | str, *overrides: str) -> str:
         path = tmp_path / "run.yaml"

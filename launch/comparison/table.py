@@ -100,7 +100,7 @@ def default_levels(curves: Sequence[Curve], steps: Sequence[int], window: int, c
     curve = reference_of(curves)
     values = values_at(curve, steps, window)
     if not np.isfinite(values).any():  # no run has come to the first published point
-        values = values_at(curves[0], steps, window)
+        values = values_at(next(each for each in curves if not each.interpolated), steps, window)
     levels = {math.ceil(v * 1e4) / 1e4 for v in values[np.isfinite(values)][-count:]}
     return sorted(levels, reverse=True)
 

@@ -1,6 +1,6 @@
 """The plan that --dry-run prints: steps, parameters, memory, FLOPs and disk of a run, without running it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -61,9 +61,10 @@ def plan_run(
     opened = open_data(run, kind, absent)
     num_images = len(opened["data_path"]) if "data_path" in opened else run.data.num_images
     micro_batch_size = _micro_batch_size(run, processes)
-    costs_of, frozen, latents = _vavae_costs(run) if isinstance(run, VavaeRun) else _lightningdit_costs(run)
     own = run.network().use_checkpoint if isinstance(run, LightningDiTRun) else train.use_checkpoint
-    networks = costs_of([own])[own]
+    kinds = [own] if card is None else _kinds(run, own)
+    costs, frozen, latents = _vavae_costs(run, kinds) if isinstance(run, VavaeRun) else _lightningdit_costs(run, kinds)
+    networks = costs[own]
     reading: tuple[str, ...] = ()
     if isinstance(run, VavaeRun):
         flops = sum(network.flops for network in networks)
@@ -92,7 +93,7 @@ def plan_run(
         stage=stage,
         stages_allowed=_stages(run),
         processes_note=processes_note,
-        fit=None if card is None else _fit(run, costs_of(_kinds(run, own)), setup, card, own),
+        fit=None if card is None else _fit(run, costs, setup, card, own),
         background_save=getattr(train, "background_save", True),
         latents=latents,
         latent_store=store_lines,
@@ -200,20 +201,14 @@ def _downloads(run: Run) -> tuple[str, ...]:
     return tuple(what for what in (features, loss.to_download(run.loss)) if what is not None)
 
 
-Counted = Callable[[Sequence[bool | int | str]], Costs]
-
-
-def _lightningdit_costs(run: LightningDiTRun) -> tuple[Counted, int, tuple[int, int]]:
-    """What counts the network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
+def _lightningdit_costs(run: LightningDiTRun, kinds: Sequence[bool | int | str]) -> tuple[Costs, int, tuple[int, int]]:
+    """The network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
     network = run.network()
-
-    def cost(kinds: Sequence[bool | int | str]) -> dict[bool | int | str, tuple[NetworkCost, ...]]:
-        return {kind: (lightningdit_cost(run, kind),) for kind in kinds}
-
-    return cost, 0, (network.in_channels, network.input_size)
+    costs = {kind: (lightningdit_cost(run, kind),) for kind in kinds}
+    return costs, 0, (network.in_channels, network.input_size)
 
 
-def _vavae_costs(run: VavaeRun) -> tuple[Counted, int, tuple[int, int]]:
+def _vavae_costs(run: VavaeRun, kinds: Sequence[bool | int | str]) -> tuple[Costs, int, tuple[int, int]]:
     """The same of a tokenizer's two networks."""
     import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
 
@@ -221,8 +216,8 @@ def _vavae_costs(run: VavaeRun) -> tuple[Counted, int, tuple[int, int]]:
         BYTES[run.train.precision],
         (run.model.embed_dim, run.data.image_size // run.model.downsample_ratio),
     )
-    counted = vae_cost.training_costs(run.model, run.features(), run.loss, run.data.image_size)
-    frozen = counted[False]["frozen"]
+    counted = vae_cost.training_costs(run.model, run.features(), run.loss, run.data.image_size, kinds)
+    frozen = counted[kinds[0]]["frozen"]
 
     def cost(kind: bool | int | str) -> tuple[NetworkCost, ...]:
         return tuple(
@@ -237,4 +232,4 @@ def _vavae_costs(run: VavaeRun) -> tuple[Counted, int, tuple[int, int]]:
             if name != "frozen"
         )
 
-    return lambda kinds: {kind: cost(kind) for kind in kinds}, frozen.parameters, latents
+    return {kind: cost(kind) for kind in kinds}, frozen.parameters, latents
