@@ -1,7 +1,6 @@
 """The network against the recorded published model, and the invariants a training engine relies on."""
 
 import hashlib
-from collections import Counter
 
 import pytest
 import torch
@@ -12,10 +11,8 @@ import kernels
 from lightningdit.config import MODEL_NAMES, ModelConfig, named_config
 from lightningdit.embeddings import LabelTable, position_embedding, rope_tables, timestep_embedding
 from lightningdit.model import LightningDiT, ModulatedRMSNorm, SwiGLUMLP, unpatchify
+from tests.dit_models import RECORDED, VARIANTS, build, inputs, random_model
 from tests.golden import G, J, close, close_grads
-
-VARIANTS = J("01_dit")["variants"]
-RECORDED = ("a", "b", "d")  # the variants whose tensors are recorded
 
 #: Of the times' frequencies, float32 numbers below 1 in every precision: exp differs by that between kinds of CPUs.
 ULP = 2.0**-23
@@ -24,31 +21,6 @@ ULP = 2.0**-23
 @pytest.fixture(scope="module")
 def ops():
     return kernels.select("reference")
-
-
-def build(variant, ops, dtype=torch.float32, **changes) -> LightningDiT:
-    """The recorded model of that letter, with its recorded weights where they exist."""
-    model = LightningDiT(ModelConfig(**VARIANTS[variant] | changes), ops)
-    if variant in RECORDED:
-        model.load_state_dict(G(f"01_dit_{variant}").group("param/"))
-    return model.to(dtype).eval()
-
-
-def random_model(config: ModelConfig, ops, seed=0) -> LightningDiT:
-    """A model none of whose weights is zero, so that every connection shows."""
-    torch.manual_seed(seed)
-    model = LightningDiT(config, ops)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.copy_(torch.randn_like(p) * 0.1 + (1.0 if "norm" in name and p.dim() == 1 else 0.0))
-    return model
-
-
-def inputs(config: ModelConfig, batch=3, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=g)
-    return x, torch.rand(batch, generator=g), torch.randint(config.num_classes, (batch,), generator=g)
 
 
 @pytest.mark.parametrize("variant", RECORDED)
@@ -369,64 +341,6 @@ def test_residual_stream_dtype(residual, ops):
     model(*inputs(config))
     assert [z.dtype for z in seen] == [residual, *[torch.bfloat16] * 3]
     assert LightningDiT(config, ops, torch.bfloat16)(*inputs(config)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("variant", ["a", "b", "c", "d", "e", "g"])
-def test_activation_checkpointing_changes_nothing(variant, ops):
-    config = ModelConfig(**VARIANTS[variant])
-    results = []
-    for use_checkpoint in (False, True, "pointwise", 2):
-        model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
-        out = model(*inputs(config))
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
-    plain, *others = results
-    assert all(torch.equal(a, b) for other in others for a, b in zip(plain, other, strict=True))
-
-
-@pytest.mark.parametrize(("kind", "blocks"), [(False, []), (2, [0, 2, 4]), (3, [0, 3]), (9, [0]), (True, [*range(5)])])
-def test_every_kth_block_is_computed_again(kind, blocks, ops):
-    """And no other: a block that is runs once more in the backward pass. Gradients are the same bits."""
-    config = ModelConfig(**VARIANTS["a"] | {"depth": 5})
-    runs, gradients = Counter(), []
-    for use_checkpoint in (False, kind):
-        runs.clear()
-        model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
-        for number, block in enumerate(model.blocks):
-            block.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
-        model(*inputs(config)).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert [number for number, count in sorted(runs.items()) if count == 2] == blocks and len(runs) == 5
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products, and softmaxes for work that is none."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.count["products" if name in ("mm", "addmm", "bmm") else name] += 1
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_what_the_backward_pass_computes_again(compiled, ops):
-    """No product is made twice under "pointwise", though norms and activations are."""
-    config = ModelConfig(**VARIANTS["a"])
-    counts = {}
-    for use_checkpoint in (False, "pointwise", True):
-        model = random_model(config.model_copy(update={"use_checkpoint": use_checkpoint}), ops).train()
-        call = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition") if compiled else model
-        call(*inputs(config)).square().sum().backward()
-        with Products() as seen:
-            call(*inputs(config)).square().sum().backward()
-        counts[use_checkpoint] = seen.count
-    assert counts["pointwise"]["products"] == counts[False]["products"] < counts[True]["products"]
-    assert counts["pointwise"]["rsqrt"] > config.depth * 2 + 1 or compiled
 
 
 def test_forward_draws_nothing(ops):

@@ -8,8 +8,7 @@ import kernels
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
 from launch.runtime import launcher
 from launch.training.checks import check_run
-from launch.training.costs import BYTES, lightningdit_cost
-from launch.training.gradient_sums import engine_options
+from launch.training.costs import BYTES, lightningdit_costs, setup_of
 from launch.training.loader import BatchSplit
 from launch.training.memory import GIB, STAGES, NetworkCost, Setup, device_latents_bytes
 from launch.training.micro_batches import Costs, Fit, nearest_that_divide
@@ -72,14 +71,7 @@ def plan_run(
         reading = reading_lines(run, opened.get("data_path"), gpus, flops)
     steps, stage = train.steps(num_images), run.deepspeed.zero_stage
     store_bytes, store_lines = _latents_on_device(run, latents, num_images, processes)
-    setup = Setup(
-        processes=processes,
-        bf16=train.precision == "bfloat16",
-        options=engine_options(train, run.deepspeed),
-        frozen=frozen,
-        latents=store_bytes,
-        averaged=run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model",
-    )
+    setup = setup_of(run, processes, frozen=frozen, latents=store_bytes)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
         f"preset {run.preset}, {train.precision}",
@@ -204,7 +196,7 @@ def _downloads(run: Run) -> tuple[str, ...]:
 def _lightningdit_costs(run: LightningDiTRun, kinds: Sequence[bool | int | str]) -> tuple[Costs, int, tuple[int, int]]:
     """The network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
     network = run.network()
-    costs = {kind: (lightningdit_cost(run, kind),) for kind in kinds}
+    costs = {kind: (cost,) for kind, cost in lightningdit_costs(run, kinds).items()}
     return costs, 0, (network.in_channels, network.input_size)
 
 

@@ -7,11 +7,10 @@ import torch
 
 from launch.config import ConfigError, LightningDiTRun
 from launch.runtime.processes import Processes
-from launch.training.costs import lightningdit_cost
+from launch.training.costs import lightningdit_costs, setup_of
 from launch.training.device_batches import DeviceBatches
-from launch.training.gradient_sums import engine_options
 from launch.training.loader import BatchSplit
-from launch.training.memory import GIB, Setup, memory_of
+from launch.training.memory import GIB, memory_of
 from lightningdit.data import LatentDataset
 from lightningdit.device_latents import DeviceLatents
 
@@ -73,10 +72,9 @@ def run_bytes(run: LightningDiTRun, processes: int) -> int:
     """Estimated bytes of training on one process at its peak, as `--dry-run` counts them, latents apart."""
     train = run.train
     micro = train.micro_batch_size or max(train.global_batch_size // processes, 1)
-    averaged = run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model"
-    setup = Setup(processes, train.precision == "bfloat16", engine_options(train, run.deepspeed), averaged=averaged)
     accumulation = BatchSplit(train.global_batch_size, processes, micro).accumulation
-    return int(memory_of([lightningdit_cost(run)], setup, run.deepspeed.zero_stage, micro, accumulation).peak)
+    networks = list(lightningdit_costs(run, [run.network().use_checkpoint]).values())
+    return int(memory_of(networks, setup_of(run, processes), run.deepspeed.zero_stage, micro, accumulation).peak)
 
 
 def _smaller(latents: LatentDataset) -> str:

@@ -109,8 +109,8 @@ MISTAKES = {
         PLACEMENT, "placed.bytes + training > free:  # an", "placed.bytes > free:  # an",
         "test_launch_device_batches.py::test_what_is_asked_for_and_does_not_fit_is_refused_with_figures",
     ),
-    "gradients_sharded_from_stage_1": Mistake(
-        PLACEMENT, "(width, 3), (width, 2)", "(width, 3), (width, 1)",
+    "estimate_for_one_process": Mistake(
+        PLACEMENT, "setup_of(run, processes)", "setup_of(run, 1)",
         "test_launch_device_batches.py::test_the_estimate_of_training_is_that_of_the_dry_run",
     ),
     "trained_from_the_host_all_the_same": Mistake(

@@ -38,7 +38,7 @@ MISTAKES = {
     ),
     "every_other_block_but_one": Mistake(
         "kernels/compile/recompute.py", "block % k == 0", "block % (k + 1) == 0",
-        "test_lightningdit_model.py::test_every_kth_block_is_computed_again",
+        "test_lightningdit_checkpointing.py::test_every_kth_block_is_computed_again",
     ),
     "every_kth_block_is_counted_as_all": Mistake(
         "lightningdit/cost.py", "(depth - checkpointed) * per_block", "0 * per_block",

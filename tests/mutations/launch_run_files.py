@@ -38,7 +38,7 @@ MISTAKES = {
     "key_of_deepspeed_that_has_no_reason": Mistake(
         "launch/training/deepspeed_options.py",
         '        "compute_grad_norm": "it follows from what else is set",\n', "",
-        "test_launch_deepspeed_options.py::test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason",
+        "test_launch_deepspeed_keys.py::test_each_key_that_deepspeed_knows_is_allowed_or_refused_with_a_reason",
     ),
     "merge_replaces_sections": Mistake(
         "launch/config_files.py",

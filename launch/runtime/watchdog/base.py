@@ -4,6 +4,7 @@ import os
 import selectors
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ MEETING_TIMEOUT = 120.0  # seconds that watchdogs wait for each other at the sta
 LEAVE_GRACE = 10.0  # seconds after which a process that was told to leave is killed
 
 
-class Watchdog:
+class Watchdog(ABC):
     """Watch one process of a run until it leaves.
 
     Messages to the process: `port` and `token` (of the main one's watchdog), `met`, `granted` (whether it is to say the
@@ -43,33 +44,33 @@ class Watchdog:
 
     # --- of the main process's watchdog, and of the others
 
+    @abstractmethod
     def wires(self) -> list[Wire]:
         """The connections to other watchdogs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self) -> None:
         """Begin to meet the other watchdogs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost(self, member: Member, why: str) -> None:
         """A process is lost: see that it is said once, and that all leave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def claim(self, rank: int) -> None:
         """A process asks whether it is the one to say an error."""
-        raise NotImplementedError
 
+    @abstractmethod
     def left(self, status: int, reason: str) -> None:
         """The own process leaves with an error: have the others leave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def introduced(self, wire: Wire, message: dict) -> None:
         """The first message of a watchdog that has connected to this one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tick(self, now: float, elapsed: float) -> None:
         """What is due; elapsed: seconds since the last time."""
-        raise NotImplementedError
 
     # --- the loop
 
