@@ -101,7 +101,7 @@ def _workload(args, run: Run, plan, parameters: int, flops: float, gpu: Gpu, sta
     stated["training"] = f"{epochs:.1f} epochs of {plan.num_images:,} images", "given" if args.epochs else "run file"
     weight = 2 if run.train.precision == "bfloat16" else 4
     named = {"bf16": "bfloat16", "fp32": "float32"}.get(str(options.get("communication_data_type")))
-    travel = args.gradients or getattr(run.train, "grad_sum_dtype", None) or named
+    travel = args.gradients or run.train.grad_sum_dtype or named
     gradient = {"bfloat16": 2, "float32": 4}[travel] if travel else weight
     stated["bytes that travel"] = (
         f"{gradient} of a gradient, {weight} of a weight",

@@ -164,13 +164,12 @@ def _allows(run: Run, *, zero_stage: int | None = None, use_checkpoint: bool | i
 
 def _latents_on_device(run: Run, shape: tuple[int, int], num_images: int, processes: int) -> tuple[float, tuple]:
     """Bytes of a process's share of the latents where the run says that they are on the device, and what to say."""
-    placement = getattr(run.data, "placement", "host")
-    if not isinstance(run, LightningDiTRun) or placement == "host":
+    if not isinstance(run, LightningDiTRun) or run.data.placement == "host":
         return 0.0, ()
-    dtype = getattr(run.data, "latent_dtype", "float32")
+    dtype = run.data.latent_dtype
     held = device_latents_bytes(num_images, *shape, width=BYTES[dtype], flip=run.data.latent_flip, processes=processes)
     amount = f"{held / GIB:,.1f} GiB per GPU of latents in {dtype}"
-    if placement == "device":
+    if run.data.placement == "device":
         return held, (f"data.placement device: {amount}, counted above",)
     return 0.0, (f"data.placement auto: {amount} where they fit beside the above, else they are read from files",)
 

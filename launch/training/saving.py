@@ -29,6 +29,7 @@ from launch.runtime.processes import Processes
 from launch.training import checkpoint
 from launch.training.config import TrainConfig
 from launch.training.engine import Engine
+from launch.training.log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -48,23 +49,15 @@ class Saved:
     bytes: int
 
     def row(self) -> dict[str, Any]:
-        """As a row of the run's log."""
+        """As an event of the run's log."""
         times = {"pause_seconds": self.pause_seconds, "write_seconds": self.write_seconds}
         return {"step": self.step, "event": "saved", **times, "bytes": self.bytes}
 
-    def __str__(self) -> str:
-        return (
-            f"saved step {self.step:,}: training paused for {self.pause_seconds:.2f} s, {self.bytes / 1e9:.2f} GB "
-            f"were written in {self.write_seconds:.1f} s"
-        )
 
-
-def report(saved: Saved, log: Any) -> None:
-    """Say it once, and write it into the run's log (a `RunLog`, or None on all but the main process)."""
-    logger.info("%s", saved)
+def report(saved: Saved, log: RunLog) -> None:
+    """Write it into the run's log, which says it, too."""
     launcher.warn_of_slow_checkpoint(saved.seconds)
-    if hasattr(log, "write_event"):
-        log.write_event(saved.row())
+    log.write_event(saved.row())
 
 
 def versions() -> dict[str, str]:

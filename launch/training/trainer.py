@@ -305,7 +305,8 @@ class Trainer:
 
     def _report_saved(self, log: RunLog | None) -> None:
         for saved in self.saver.poll():
-            report(saved, log)
+            if log is not None:
+                report(saved, log)
 
     @property
     def _checkpoints(self) -> Path:
