@@ -1,10 +1,10 @@
 """Loss spikes: the losses of all steps, kept on the device until a row of the log is due, against a running median.
 
 A spike is a loss further above the median of the losses before it than `spike_factor` standard deviations, these
-estimated by the median absolute deviation. Seven of them are the rule by which OLMo 2 counts spikes (arXiv 2501.00656,
-appendix on stability, which takes the mean and the standard deviation of the last 1,000 values, that a spike itself
-moves); 1.4826 makes the median absolute deviation an estimate of the standard deviation of normal numbers (Rousseeuw
-and Croux, 1993, doi 10.1080/01621459.1993.10476408).
+estimated by the median absolute deviation. Seven of them are the rule by which OLMo 2 counts spikes (arXiv 2501.00656;
+it takes the mean and the standard deviation of the last 1,000 values, which a spike itself moves); 1.4826 makes the
+median absolute deviation an estimate of the standard deviation of normal numbers (Rousseeuw and Croux, 1993, doi
+10.1080/01621459.1993.10476408).
 """
 
 import math

@@ -9,7 +9,7 @@ Row = Mapping[str, Any]
 #: Rows in a row in which a block has no gradient before it is said: adaLN-zero and the zeros of the last layer leave
 #: most blocks without one in the first two steps (arXiv 2212.09748, section 3.2).
 ROWS_WITHOUT_GRADIENT = 3
-#: Runs with larger attention logits diverged (Wortsman et al., arXiv 2309.14322, section 3.1).
+#: Runs with larger attention logits diverged (Wortsman et al., arXiv 2309.14322).
 LARGEST_LOGIT = 1e4
 
 
