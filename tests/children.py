@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
@@ -118,6 +120,17 @@ def _strike(at: Moment) -> None:
         return real(*args, **kwargs)
 
     setattr(owner, at.name, counted)
+
+
+@contextmanager
+def started(process: BaseProcess) -> Iterator[None]:
+    """Start a process that the block waits for; one that has not ended with it is killed."""
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
 
 
 def free_port() -> int:

@@ -25,9 +25,9 @@ from launch.training import checkpoint
 from tests import toy
 from tests.children import all_ended
 from tests.random_kills import last_step, program, ranks
-from tests.starter import start
+from tests.starter import start, stop
 
-PROCESSES, LIMIT, START_LIMIT = 3, 60.0, 300.0
+PROCESSES, LIMIT, START_LIMIT = 3, 60.0, 180.0
 Harm = Callable[[Path, list[int]], None]
 
 
@@ -47,7 +47,9 @@ def send_to_watchdog_too(number: int, rank: int) -> Harm:
 
 
 def kill_starter(run: Path, pids: list[int]) -> None:
-    os.kill(process_table.parent(pids[0]), signal.SIGKILL)
+    parent = process_table.parent(pids[0])
+    assert parent > 1, f"process {pids[0]} has ended"  # 0 would be all of this group
+    os.kill(parent, signal.SIGKILL)
 
 
 def stop_a_rank_and_kill_starter(run: Path, pids: list[int]) -> None:
@@ -118,7 +120,7 @@ def harm_and_look(directory: Path, name: str) -> list[str]:
     case, latents = CASES[name], toy.write_latents(directory / "latents")
     train = {
         "output_dir": str(directory / "out"),
-        "max_steps": 1_000_000,
+        "max_steps": 20_000,
         "ckpt_every": 2,
         "keep_checkpoints": 2,
         "global_batch_size": 12,
@@ -137,7 +139,7 @@ def harm_and_look(directory: Path, name: str) -> list[str]:
         status = launcher.exitcode
         gone = all_ended(pids, within=max(begin + LIMIT - time.monotonic(), 0))
     finally:
-        launcher.kill()
+        stop(launcher)
     wrong = _look(case, status, said.read_text(), gone)
     if case.tmpfs:
         (run.parent / "ballast").unlink()
@@ -179,7 +181,10 @@ def _start_anew(case: Case, run: Path, command: list[str], said: Path) -> list[s
     if case.harm is not fill and step == 0:
         wrong.append("there is no checkpoint")
     again = start(PROCESSES, [*command, f"train.max_steps={step + 2}"], said)
-    again.join(START_LIMIT)
+    try:
+        again.join(START_LIMIT)
+    finally:
+        stop(again)
     text = said.read_text()
     if again.exitcode != 0 or (step and f"after step {step}" not in text):
         wrong.append(f"started anew: status {again.exitcode}, {text[-1500:]}")

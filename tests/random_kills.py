@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from launch.runtime import process_table
 from launch.training import checkpoint
 from tests import toy
 from tests.children import alive
-from tests.starter import start
+from tests.starter import start, stop
 
 ROOT = Path(__file__).parents[1]
 SUPERVISE = ROOT / "launch/scripts/supervise.sh"
@@ -84,7 +85,31 @@ def last_step(directory: Path) -> int:
 
 
 def being_written(directory: Path) -> bool:
-    return any((directory / "checkpoints").glob(".step_*.tmp"))
+    """Whether a checkpoint is being written by the process that holds the run, not left by one before it."""
+    try:
+        begun = (directory / ".lock").stat().st_mtime_ns
+        return any(each.stat().st_mtime_ns > begun for each in (directory / "checkpoints").glob(".step_*.tmp"))
+    except FileNotFoundError:
+        return False
+
+
+def kill_one(run: Path, ranks: list[int], *, in_a_save: bool) -> bool | None:
+    """Kill one process → whether a checkpoint was being written; None, and none killed, where it had to be and was not.
+
+    The main process, which writes it, stands still meanwhile.
+    """
+    os.kill(ranks[0], signal.SIGSTOP)
+    try:
+        while alive(ranks[0]) and not process_table.is_stopped(ranks[0]):
+            time.sleep(0.001)
+        saving = being_written(run)
+        if in_a_save and not saving:
+            return None
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        return saving
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(ranks[0], signal.SIGCONT)
 
 
 def kill_when_due(
@@ -97,16 +122,15 @@ def kill_when_due(
             raise RuntimeError(f"the run ended with status {supervisor.returncode} before step {step}")
         due = last_step(run) >= step and len(victims := ranks(run)) == processes
         if due and (not in_a_save or being_written(run)):
-            break
+            time.sleep(0.0 if in_a_save else random.uniform(0, 0.1))
+            if (saving := kill_one(run, victims, in_a_save=in_a_save)) is not None:
+                break
         time.sleep(0.0 if due else 0.002)
     else:
         raise RuntimeError(f"no kill at step {step} within {TIMEOUT:g} s")
-    if not in_a_save:
-        time.sleep(random.uniform(0, 0.1))
-    victim, begin = random.choice(victims), time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
     outcome.kills += 1
-    outcome.in_a_save += being_written(run)
+    outcome.in_a_save += saving
     while any(alive(pid) for pid in victims) and time.monotonic() < begin + 60:
         time.sleep(0.01)
     outcome.slowest = max(outcome.slowest, time.monotonic() - begin)
@@ -142,7 +166,10 @@ def kill_at_random(directory: Path, kills: int, processes: int = 3) -> Outcome:
     # A kill in the save of the last step before the next due one makes no progress: several starts may.
     environment["MAX_STARTS"] = "5"
     whole = start(processes, program(config, "whole"), directory / "said")
-    whole.join(600)
+    try:
+        whole.join(TIMEOUT)
+    finally:
+        stop(whole)
     if whole.exitcode != 0:
         raise RuntimeError(f"status {whole.exitcode}: {(directory / 'said').read_text()[-2000:]}")
     with open(directory / "said", "wb") as said:
@@ -155,9 +182,13 @@ def kill_at_random(directory: Path, kills: int, processes: int = 3) -> Outcome:
                 kill_when_due(
                     directory / "killed", step, processes, in_a_save=in_a_save, supervisor=supervisor, outcome=outcome
                 )
-            status = supervisor.wait(timeout=300)
+            status = supervisor.wait(timeout=TIMEOUT)
         finally:
-            supervisor.terminate()
+            supervisor.terminate()  # and the run with it, after a checkpoint
+            try:
+                supervisor.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                supervisor.kill()
     if status != 0:
         outcome.wrong.append(f"supervise.sh ended with status {status}")
     text = (directory / "said").read_text()

@@ -12,5 +12,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 workers="$(nproc)"
 # One thread each: the processes keep the cores busy.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# By file, in the order of tests/conftest.py.
-exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder "$@"
+# By file, in the order of tests/conftest.py. A process that dies ends the run: pytest-xdist would give the files that it
+# had finished to another and, at the end, wait for ever.
+exec "$PYTHON" -m pytest -n "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder \
+    --max-worker-restart 0 "$@"

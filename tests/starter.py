@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from launch.runtime.lifetime import signal_on_parent_exit
 from tests.children import PRELOADED, free_port
 
 _fork = multiprocessing.get_context("fork")
@@ -21,11 +23,20 @@ def main(world_size: int, argv: list[str]) -> int:
     for module in PRELOADED:
         importlib.import_module(module)
     port, running, first = free_port(), set(), 0
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # one that comes before all are started waits
     for rank in range(world_size):
         if (pid := os.fork()) == 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             _be(rank, world_size, port, argv)
         running.add(pid)
-    signal.signal(signal.SIGTERM, lambda number, frame: [os.kill(pid, number) for pid in running])
+
+    def hand_on(number: int, frame: object) -> None:
+        for pid in running:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, hand_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     while running:
         pid, status = os.wait()
         running.discard(pid)
@@ -38,12 +49,19 @@ def start(world_size: int, argv: list[str], said: Path) -> multiprocessing.Proce
     """The same as a child of this process, which imports the programs once for all; what it says goes to a file."""
     for module in PRELOADED:
         importlib.import_module(module)
-    child = _fork.Process(target=_say_into, args=(said, world_size, argv))
+    child = _fork.Process(target=_say_into, args=(os.getpid(), said, world_size, argv))
     child.start()
     return child
 
 
-def _say_into(said: Path, world_size: int, argv: list[str]) -> None:
+def stop(child: multiprocessing.Process) -> None:
+    """End what `start` has started, if it has not ended by itself; its processes end with it."""
+    child.kill()
+    child.join()
+
+
+def _say_into(parent: int, said: Path, world_size: int, argv: list[str]) -> None:
+    signal_on_parent_exit(signal.SIGKILL, parent)  # the run ends with it
     atexit._clear()  # of this process's parent, such as the removal of its temporary directories
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)

@@ -21,7 +21,7 @@ from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from tests import toy
-from tests.children import alive
+from tests.children import alive, started
 from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
@@ -40,7 +40,7 @@ def run_file(tmp_path) -> str:
     )
 
 
-def wait_until(condition, seconds: float = 60.0) -> bool:
+def wait_until(condition, seconds: float = 240.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(0.05)
@@ -78,9 +78,9 @@ def test_a_run_without_standard_streams_is_the_same_run(tmp_path, run_file, clos
         )
 
     process = _fork.Process(target=child)
-    process.start()
-    process.join(240)
-    assert process.exitcode == 0
+    with started(process):
+        process.join(240)
+        assert process.exitcode == 0
     assert rows(tmp_path / "run")[-1]["step"] == 6 and checkpoint.newest(tmp_path / "run/checkpoints").step == 6
 
 
@@ -265,14 +265,14 @@ def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, 
 
     argv = ["train", "lightningdit", run_file, "train.max_steps=1000000", "train.log_every=1"]
     parent = forkserver.Process(target=_launch_below, args=(argv, free_port()))
-    parent.start()
     lock = tmp_path / "run" / ".lock"
-    assert wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and rows(tmp_path / "run"))
-    child = json.loads(lock.read_text())["pid"]
-    assert child != parent.pid and alive(child)
-    os.kill(parent.pid, number)
-    parent.join(60)
-    assert wait_until(lambda: not alive(child)), "the run goes on without its launcher"
+    with started(parent):
+        assert wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and rows(tmp_path / "run"))
+        child = json.loads(lock.read_text())["pid"]
+        assert child != parent.pid and alive(child)
+        os.kill(parent.pid, number)
+        parent.join(60)
+        assert wait_until(lambda: not alive(child)), "the run goes on without its launcher"
     assert checkpoint.newest(tmp_path / "run/checkpoints").state["step"] > 0 and not lock.exists()
 
 
@@ -387,8 +387,8 @@ def _leave(tmp: Path, what: str) -> None:
 )
 def test_a_process_leaves_in_order_and_within_seconds(tmp_path, what, status, said):
     process = _fork.Process(target=_leave, args=(tmp_path, what))
-    process.start()
-    process.join(60)
-    assert process.exitcode == status
+    with started(process):
+        process.join(240)
+        assert process.exitcode == status
     text = (tmp_path / "said").read_text()
     assert said in text and ("fault of a library" in text) == (what == "fails")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -21,8 +21,9 @@ def test_a_run_under_kills_ends_as_one_that_nobody_disturbed():
     assert "losses are those of an undisturbed run" in said
 
 
-def test_a_full_disk_and_a_silent_process_end_all(tmp_path):
-    said = run("tests.lost_ranks", "full_at_checkpoint", "silent")
-    if "skipped" in said:
+def test_a_full_disk_and_a_silent_process_end_all():
+    said = run("tests.lost_ranks", "silent", "full_at_checkpoint")
+    assert "silent: as it should" in said
+    if "full_at_checkpoint: skipped" in said:
         pytest.skip(said)
-    assert said.count("as it should") == 2
+    assert "full_at_checkpoint: as it should" in said

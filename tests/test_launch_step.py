@@ -239,7 +239,7 @@ def test_what_a_step_reads_on_the_host_and_copies(tmp_path, overrides):
         str(tmp_path / "reads.json"),
         *overrides,
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "reads.json").read_text())
     assert found["reads"] == {}

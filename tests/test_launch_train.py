@@ -196,7 +196,7 @@ def test_the_deepspeed_launcher_runs_it(tmp_path, run_file):
     command = [sys.executable, deepspeed, *options, "launch", "train", "lightningdit", path]
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 × cpu, ZeRO 1" in done.stdout
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]

@@ -127,6 +127,6 @@ def test_killed_in_the_second_of_three_stages_and_started_again(tmp_path, run_fi
 def test_no_step_reads_on_the_host(tmp_path, run_file, overrides):
     path = run_file(train={"precision": "bfloat16", "max_steps": 4})
     command = [sys.executable, "-m", "tests.host_reads", "vavae", path, str(tmp_path / "reads.json"), *overrides]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "reads.json").read_text())["reads"] == {}
