@@ -26,8 +26,11 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-#: Errors that say nothing of the file that was asked for: of a network file system, or of this process's limits.
+#: Errors that say nothing of what a file holds: of a network file system, of permissions, of this process's limits.
 _UNREACHABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINTR,
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.EHOSTDOWN,
@@ -46,7 +49,10 @@ class FileError(ValueError):
 
 
 class UnreachableError(FileError):
-    """The system does not tell what there is (a stale handle, too many open files): the file itself may be whole."""
+    """The system does not tell what there is (a stale handle, no permission, too many open files).
+
+    The file itself may be whole.
+    """
 
 
 class DownloadError(RuntimeError):

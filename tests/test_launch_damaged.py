@@ -111,7 +111,7 @@ def test_a_bit_that_no_file_system_reads_is_damage(run, monkeypatch):
     assert start(run).step == 20 and "step_0000030.damaged" in names(run)
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.EACCES])
 def test_what_the_system_does_not_tell_is_no_damage(run, monkeypatch, number):
     """The file may be whole: nothing is renamed, and no step is lost."""
     real = os.open

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.files import WriteError
-from launch.training.log import Meter, RunLog, describe
+from launch.training.log import CHECK_SECONDS, Meter, RunLog, describe
 from launch.training.progress import Throughput
 from launch.training.writers import truncate_rows
 
@@ -101,6 +103,17 @@ def test_cutting_nothing_leaves_the_file_alone(tmp_path):
     before = path.stat().st_mtime_ns
     truncate_rows(path, 5)
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_run_directory_that_is_gone_is_found_between_rows(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with closing(RunLog(tmp_path / "run", 0, 10, tensorboard=False)) as run_log:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        run_log.step()
+        now[0] += CHECK_SECONDS
+        with pytest.raises(WriteError, match="is gone"):
+            run_log.step()
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])

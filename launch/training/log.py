@@ -18,6 +18,8 @@ from launch.training.writers import JsonLinesWriter, Row, TensorBoardWriter, Wri
 
 logger = logging.getLogger(__name__)
 
+CHECK_SECONDS = 10.0  # between looks at whether the run's directory is still there
+
 
 class Meter:
     """Means of device scalars since the last reading, over micro-batches, steps and processes; of integers the sums.
@@ -108,10 +110,15 @@ class RunLog:
             self._writers.append(TensorBoardWriter(directory / "tensorboard", step + 1))
         if wandb is not None:
             self._writers.append(WandbWriter(directory, wandb, _name(directory, run), run or {}))
+        self._next_check = time.monotonic() + CHECK_SECONDS
         self._bar = tqdm(total=last_step, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def step(self) -> None:
+        """Count a step, and `check` once in a while: rows may be far apart."""
         self._bar.update()
+        if (now := time.monotonic()) >= self._next_check:
+            self._next_check = now + CHECK_SECONDS
+            self.check()
 
     def write_row(self, row: Row) -> None:
         """Write the values of a step, `row["step"]`."""

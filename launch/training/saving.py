@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.files import make_directory
 from common.tensors import TensorInParts
 from launch.runtime import launcher
 from launch.runtime.processes import Processes
@@ -40,17 +41,27 @@ LEAVE_TIMEOUT = 20.0  # seconds that a run which ends by an error still gives to
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that has been written: times in seconds, `seconds` from the call to the checkpoint being whole."""
+    """A checkpoint that has been written, times in seconds.
+
+    Attributes:
+        pause_seconds: that the host waited.
+        copy_seconds: that a GPU's copy to host memory took beside the next passes; what is left of it when they have
+            ended, the device waits for. None without a GPU, whose copy is the pause.
+        write_seconds: from the pause's end to the checkpoint being whole.
+        seconds: of both.
+    """
 
     step: int
     pause_seconds: float
     write_seconds: float
     seconds: float
     bytes: int
+    copy_seconds: float | None = None
 
     def row(self) -> dict[str, Any]:
         """As an event of the run's log."""
-        times = {"pause_seconds": self.pause_seconds, "write_seconds": self.write_seconds}
+        times = {key: getattr(self, key) for key in ("pause_seconds", "copy_seconds", "write_seconds")}
+        times = {key: value for key, value in times.items() if value is not None}
         return {"step": self.step, "event": "saved", **times, "bytes": self.bytes}
 
 
@@ -75,6 +86,7 @@ class HostCopy:
     def __init__(self, engine: Engine, device: torch.device, is_main: bool):
         self._engine, self._is_main = engine, is_main
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._begun: torch.cuda.Event | None = None
         self._copied: torch.cuda.Event | None = None
         #: Name → first element and number of elements of this process's part.
         self.extents = {name: (start, part.numel()) for name, start, part in engine.own_parts("model")}
@@ -95,9 +107,12 @@ class HostCopy:
             self._copy()
         else:
             self._stream.wait_stream(torch.cuda.current_stream())
+            self._begun, self._copied = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._begun.record(self._stream)
             with torch.cuda.stream(self._stream):
                 self._copy()
-            self._copied = self._engine.copied = self._stream.record_event()
+            self._copied.record(self._stream)
+            self._engine.copied = self._copied
         self.untrained = self._engine.untrained_state() if self._is_main else {}
 
     def _copy(self) -> None:
@@ -105,10 +120,12 @@ class HostCopy:
             for name, _, value in self._engine.own_parts(key):
                 parts[name].view(value.shape).copy_(value.detach(), non_blocking=True)
 
-    def wait(self) -> None:
-        """Until the copy has ended."""
-        if self._copied is not None:
-            self._copied.synchronize()
+    def wait(self) -> float | None:
+        """Until the copy has ended → seconds that it took on a GPU, None without one."""
+        if self._begun is None or self._copied is None:
+            return None
+        self._copied.synchronize()
+        return self._begun.elapsed_time(self._copied) / 1e3
 
 
 def _host_memory(size: int, device: torch.device) -> torch.Tensor:
@@ -128,12 +145,14 @@ class Saver:
     returns, and no host memory is held.
 
     Args:
-        directory: where the checkpoints are.
+        directory: where the checkpoints are; the folder that it is in, the run's, is made if need be, now or never.
         train: for `background_save`, `keep_checkpoints` and `keep_every`.
     """
 
     def __init__(self, directory: Path, engines: Mapping[str, Engine], processes: Processes, train: TrainConfig):
         self._directory, self._engines, self._processes, self._train = directory, engines, processes, train
+        if processes.is_main:
+            make_directory(directory.parent)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._finished: deque[Saved] = deque()
@@ -223,8 +242,7 @@ class Saver:
         self._processes.barrier()
 
     def _write_parts(self, state: dict, begin: float, pause: float) -> None:
-        for each in self._copies.values():
-            each.wait()
+        copied = [each.wait() for each in self._copies.values()]
         self._awaited = deque(
             (rank, size)
             for network in self._engines
@@ -238,7 +256,8 @@ class Saver:
             {name: {key: self._tensors(name, key) for key in checkpoint.KEYS} for name in self._engines},
         )
         end = time.perf_counter()
-        self._finished.append(Saved(state["step"], pause, end - begin - pause, end - begin, written))
+        copy_seconds = None if None in copied else sum(filter(None, copied))
+        self._finished.append(Saved(state["step"], pause, end - begin - pause, end - begin, written, copy_seconds))
 
     def _write(self, state: dict, networks: Mapping) -> int:
         """Write a checkpoint and remove those that are not to be kept → its bytes."""
