@@ -5,6 +5,7 @@ And the order of the files, and the seeds of what tests draw.
 
 import os
 import random
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -65,6 +66,14 @@ def own_linear():
     real = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = real
+
+
+@pytest.fixture(autouse=True)
+def no_watchdog():
+    """One that a test started in this process would end it, minutes later, in the middle of another test."""
+    yield
+    heartbeat = sys.modules.get("launch.runtime.heartbeat")
+    assert heartbeat is None or heartbeat._heartbeat is None, "the test left a watchdog of this process"
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,7 @@ from bench.workloads import alignment
 from launch import evaluate, extract, sample, train
 from launch.digits_demo import classifier, dataset, foundation
 from launch.evaluation import latent_space
+from tests import run_rows
 
 RESULTS = ROOT / "bench" / "results"
 FEW_STEPS = (
@@ -113,10 +114,7 @@ def test_two_arms_differ_in_the_vf_loss_alone(finished):
     without, aligned = ([command.replace(name, "X") for command in row["commands"]] for row, name in folders)
     assert [a for a, b in zip(without, aligned, strict=True) if a != b] == [c for c in without if "loss.use_vf" in c]
     assert [c.replace("loss.use_vf=false", "loss.use_vf=true") for c in without] == aligned
-    logs = [
-        [json.loads(text) for text in (finished.root / name / "tokenizer" / "metrics.jsonl").read_text().splitlines()]
-        for name in ("seed5-no-vf", "seed5-vf")
-    ]
+    logs = [run_rows.rows(finished.root / name / "tokenizer") for name in ("seed5-no-vf", "seed5-vf")]
     assert "vf_cos" not in logs[0][-1] and logs[1][-1]["vf_cos"] > 0, "and that loss is there where it is asked for"
 
 

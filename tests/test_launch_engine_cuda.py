@@ -32,6 +32,7 @@ def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     monkeypatch.setattr(engine.deepspeed, "ops", Refusing())
     monkeypatch.setattr(engine.deepspeed, "init_distributed", lambda **settings: asked.update(settings))
     monkeypatch.setattr(engine, "rendezvous", lambda environment: asked.update(met=environment))
+    monkeypatch.setattr(engine.heartbeat, "start", lambda environment, *_: asked.update(watched=environment.rank))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
@@ -45,6 +46,7 @@ def test_a_gpu_joins_nccl_and_no_compiler_is_asked(launched, monkeypatch):
     assert found.device == asked["device"] == torch.device("cuda", int(launched))
     assert asked["backend"] == asked["dist_backend"] == "nccl" and asked["dist_init_required"] is False
     assert found.host_group == ("gloo" if launched else None) and ("met" in asked) == launched
+    assert ("watched" in asked) == launched
     assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
 
 

@@ -204,7 +204,8 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
         "rfid": distance(tokens(foundation, decoded), tokens(foundation, original)),
     }
     for metrics in (report["metrics"], again["metrics"]):
-        assert metrics == {name: pytest.approx(value, rel=1e-3) for name, value in want.items()}
+        # SSIM of noise is near 0, and CPUs round a value or two of the images to other numbers.
+        assert metrics == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in want.items()}
 
 
 @pytest.mark.parametrize("option", ["--inception-weights", "--foundation", "--lpips-weights"])

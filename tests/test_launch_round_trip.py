@@ -162,7 +162,10 @@ def without_its_scale(encode, *args):
     ("fault", "why"),
     [
         (exchanged, r"It fits the (mirrored|plain) image: plain and mirrored latents are exchanged"),
-        (in_another_order, r"It fits the plain image \d+ \(.*png\): latents and images are in different orders"),
+        (
+            in_another_order,
+            r"It fits the (mirrored|plain) image \d+ \(.*png\): latents and images are in different orders",
+        ),
         (mirrored_in_another_order, r"It fits the mirrored image \d+ \(.*png\): latents and images are in different"),
         (by_another_tokenizer, r"It fits none of the 12 images looked at: it is another tokenizer's"),
         (without_its_scale, r"It fits none of the 12 images looked at: it is another tokenizer's, or was changed"),

@@ -20,14 +20,17 @@ import launch.train
 import launch.training.engine
 import launch.training.trainer  # noqa: F401 — here and above: once, before the children
 from launch.config import load
+from launch.training.checkpoint import newest
 from lightningdit.model import LightningDiT
 from lightningdit.weights import save_published
 from tests import toy
+from tests.run_rows import rows
 from vavae.config import AutoencoderConfig
 from vavae.model import AutoencoderKL
 from vavae.weights import write_export
 
-TIMING = ("images_per_second", "seconds_per_step", "eta_seconds")
+#: In the state of a checkpoint: they differ from run to run.
+TIMES = ("hours", "gpu_hours", "started")
 TIMEOUT = 120  # seconds for one run
 OPS = kernels.select("reference")
 disk = ctypes.CDLL(None)
@@ -87,12 +90,17 @@ BEFORE = {"train": ["train.max_steps=2"], "extract": None, "sample": None}
 
 
 def result(out: Path) -> dict:
-    """What counts below `out`: rows of a log without their timing, SHA-256 of the other files."""
-    found = {}
+    """What counts below `out`: rows of a log without their timing, a state without its times, SHA-256 of the others."""
+    found: dict[str, object] = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file() and "tensorboard" not in p.parts):
         if path.name == "metrics.jsonl":
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[path.name] = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+            found[path.name] = rows(path.parent)
+        elif path.name == "state.json":
+            found[str(path.relative_to(out))] = {
+                k: v for k, v in json.loads(path.read_text()).items() if k not in TIMES
+            }
+        elif path.name == "manifest.json" and "checkpoints" in path.parts:
+            newest(path.parents[1]).verify()  # has the hash of the state
         elif not path.name.startswith("."):
             found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
