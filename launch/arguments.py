@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from common.sections import expand_home, plain_text
 from launch.config import Run, load
 from launch.runtime import launcher
@@ -28,6 +30,14 @@ def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, re
         metavar="key=value",
         help=f"such as {example}; a mapping is merged into the section that is there",
     )
+
+
+def require_device(name: str) -> str:
+    """The name of a device that is there: cpu, cuda, cuda:1 …; raises ValueError for any other."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in devices and not (name == "cuda" and len(devices) > 1):
+        raise ValueError(f"--device {name!r} is not there: this machine has {', '.join(devices)}")
+    return name
 
 
 def load_run(config: Path, overrides: Iterable[str], kind: str) -> Run:

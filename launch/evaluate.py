@@ -23,7 +23,7 @@ import torch
 from common.files import JSON_LIMIT, open_regular, read_json, require_writable, write_json
 from common.sections import short
 from common.text import printable
-from launch.arguments import add_run_file, load_run, local_path
+from launch.arguments import add_run_file, load_run, local_path, require_device
 from launch.config import VavaeRun, select_ops
 from launch.config_files import parse_value
 from launch.evaluation.features import Extractor, FoundationFeatures, InceptionFeatures
@@ -155,7 +155,7 @@ def _check_mode(args: argparse.Namespace) -> None:
     for name in ("batch_size", "image_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{_option(name)} must be at least 1, got {value}")
-    _require_device(args.device)
+    require_device(args.device)
 
 
 def _refuse_unused(given: set[str], args: argparse.Namespace) -> None:
@@ -193,12 +193,6 @@ def _require_output(path: Path) -> None:
         earlier = None
     if not (isinstance(earlier, dict) and "metrics" in earlier):
         raise ValueError(f"--output {path} is already there and is no result of evaluate: give another name")
-
-
-def _require_device(name: str) -> None:
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if name not in devices and not (name == "cuda" and len(devices) > 1):
-        raise ValueError(f"--device {name!r} is not there: this machine has {', '.join(devices)}")
 
 
 def _samples(args: argparse.Namespace) -> dict:

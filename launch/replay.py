@@ -1,11 +1,14 @@
 """`python -m launch replay DUMP [key=value …]`: what stopped a run, computed again from its dump.
 
 DUMP is the directory `dump_step_…` that a run leaves where skipped steps or a lasting spike stop it. Its micro-batches
-go through the network with the weights and random numbers of the run, eagerly and on this machine, on a GPU or a CPU;
-for each is printed the loss, the module whose output is the first that is not finite, and, for each block, the largest
-number of its output and the norm of its gradient. Overrides change the run: where `kernels=reference` computes finite
-numbers from the same inputs, a kernel is at fault, where `train.precision=float32` does, the precision is, and where
-neither does, the inputs or the weights are. `data.data_path` may name any data that fits the model.
+go through the network with the random numbers of the run and its weights at the stop, eagerly and on this machine, on a
+GPU or a CPU; for each is printed the loss, the module whose output is the first that is not finite, and, for each
+block, the largest number of its output and the norm of its gradient, beside what the run computed by the same weights
+when it wrote the dump. A spike met earlier weights than these: the run's own losses are printed for that.
+
+Overrides change the run: where `kernels=reference` computes finite numbers from the same inputs, a kernel is at fault,
+where `train.precision=float32` does, the precision is, and where neither does, the inputs or the weights are.
+`data.data_path` may name any data that fits the model.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from torch import nn
 
 from common.files import FileError, read_json
 from common.tensors import load_strict, read_tensors
-from launch.arguments import local_path
+from launch.arguments import local_path, require_device
 from launch.config import ConfigError, Run, select_ops, stored_run
 from launch.training.block_norms import block_of
 from launch.training.build import make_task
@@ -42,13 +45,17 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", help="cpu, cuda … (default: a GPU where there is one)")
     args = parser.parse_intermixed_args(argv)
+    device = torch.device(require_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     dump = read_dump(args.dump)
     ranks = _ranks(dump, args.rank)
     run: Any = stored_run(dump["config"], args.dump / "dump.json", args.overrides, kind=dump["kind"])
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     task = _task(run, args.dump, device)
     print(f"step {dump['step']}: {dump['reason']}")
-    print(f"weights after step {dump['weights_of_step']}, {run.train.precision} on {device}, kernels {run.kernels}")
+    print(_losses_in_the_run(dump))
+    print(
+        f"weights after step {dump['weights_of_step']} (those that step {dump['step']} met only where all steps since "
+        f"were skipped), {run.train.precision} on {device}, kernels {run.kernels}"
+    )
     for rank in ranks:
         for micro, recorded in enumerate(dump["ranks"][rank]):
             batch, draws = unflatten(read_tensors(args.dump / micro_batch_name(rank, micro)))
@@ -80,6 +87,13 @@ def _ranks(dump: dict, asked: int | None) -> list[int]:
 
 def _not_finite(values: dict) -> bool:
     return any(isinstance(value, str) for value in values.values())
+
+
+def _losses_in_the_run(dump: dict) -> str:
+    """The run's own losses around the first bad step."""
+    first, last = dump["step"] - 2, dump["step"] + 5
+    near = [f"{step}: {_number(loss)}" for step, loss in dump.get("losses", ()) if first <= step <= last]
+    return f"losses in the run, by step: {', '.join(near) or 'not recorded'}"
 
 
 def _samples(dump: dict, rank: int, micro: int) -> str:
@@ -116,9 +130,9 @@ class Replay:
     grad_norms: dict[str, float] = field(default_factory=dict)
 
     def lines(self, recorded: dict) -> Iterator[str]:
-        """For a person, beside what the run recorded of it."""
+        """For a person, beside what the run computed by the same weights when it wrote the dump."""
         for name, loss in self.losses.items():
-            yield f"  loss of {name}: {loss:.6g} (in the run: {_number(recorded['losses'].get(name))})"
+            yield f"  loss of {name}: {loss:.6g} (when dumped: {_number(recorded['losses'].get(name))})"
         yield from (f"  not finite in the micro-batch: {what}" for what in self.inputs)
         yield f"  first module whose output is not finite: {self.first or 'none'}"
         theirs = {
@@ -127,10 +141,10 @@ class Replay:
             for block, norm in norms.items()
         }
         width = max(map(len, self.grad_norms), default=5)
-        yield f"  {'block':<{width}}  {'largest output':>14}  {'gradient norm':>13}  {'in the run':>10}"
+        yield f"  {'block':<{width}}  {'largest output':>14}  {'gradient norm':>13}  {'when dumped':>11}"
         for block, norm in self.grad_norms.items():
             output = _number(self.outputs.get(block))
-            yield f"  {block:<{width}}  {output:>14}  {norm:>13.4g}  {_number(theirs.get(block)):>10}"
+            yield f"  {block:<{width}}  {output:>14}  {norm:>13.4g}  {_number(theirs.get(block)):>11}"
 
 
 def _number(value: float | str | None) -> str:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import read_json
 from launch import replay
 from launch.config import ConfigError, load
 from launch.train import run_training
 from launch.training import checkpoint
+from launch.training.engine import Engine
 from launch.training.loader import SampleOrder
 from launch.training.optimizer import NonFiniteError
 from launch.training.trainer import Trainer
@@ -85,14 +87,18 @@ def redrawn_from_the_start(run_file, monkeypatch, step: int, redrawn: list[list[
 
 
 def test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback(run_file, monkeypatch, caplog):
-    """To the last checkpoint before them; afterwards the run is that which never had them, bit for bit."""
+    """To the last checkpoint before them; afterwards the run is that which never had them, bit for bit.
+
+    Its hours have the steps that were thrown away, and it is no resumed one: `train.resume` may be false.
+    """
     section = {"max_steps": 18, "max_skipped_in_a_row": 10, "log_every": 4, "ckpt_every": 4}
     alone = redrawn_from_the_start(run_file, monkeypatch, 4, [[5, 15, 1]], **section)
     freed, close = [], Trainer.close
     monkeypatch.setattr(Trainer, "close", lambda self: (freed.append(weakref.ref(self)), close(self)))
     spoil(bad_as_drawn_first(range(6, 16)), monkeypatch)
-    directory = train(run_file(**section))
+    directory = train(run_file(resume=False, **section))
     (event,) = events(directory, "rollback")
+    assert not events(directory, "resumed")
     assert event["step"] == 4 and event["event"] == "rollback" and "10 steps in a row up to step" in event["reason"]
     assert event["redrawn"] == {"first": 5, "last": 15, "seed": 1}
     told = [record.getMessage() for record in caplog.records if record.name == "launch.training.log"]
@@ -101,6 +107,9 @@ def test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback(run_file, monkey
     assert equal(directory, alone, 18)
     kept = {path.name for path in (directory / "checkpoints").iterdir()}
     assert {"step_0000008.rolled_back", "step_0000012.rolled_back", "step_0000016", "step_0000018"} <= kept
+    thrown_away = read_json(directory / "checkpoints/step_0000012.rolled_back/state.json")
+    kept_on = checkpoint.Checkpoint(directory / "checkpoints/step_0000004").state
+    assert kept_on["hours"] > thrown_away["hours"] > 0 and kept_on["started"] == thrown_away["started"]
     for step in (4, 16, 18):
         assert checkpoint.Checkpoint(directory / f"checkpoints/step_{step:07d}").state["redrawn"] == [[5, 15, 1]]
     assert len(freed) == 1 and freed[0]() is None
@@ -129,11 +138,16 @@ def test_a_run_goes_on_over_a_restart_after_a_rollback(run_file, monkeypatch):
 
 
 def test_without_a_checkpoint_the_run_begins_anew(run_file, monkeypatch):
+    """But for its times."""
+    times, close = [], Trainer.close
+    monkeypatch.setattr(Trainer, "close", lambda self: (times.append(self._progress.time.state_dict()), close(self)))
     spoil(bad_as_drawn_first(range(2, 5)), monkeypatch)
     directory = train(run_file(max_steps=6, ckpt_every=6))
     (event,) = events(directory, "rollback")
     assert event["step"] == 0 and event["redrawn"] == {"first": 1, "last": 4, "seed": 1}
     assert rows(directory)[-1]["skipped"] == 0
+    (before,), after = times, checkpoint.newest(directory / "checkpoints").state
+    assert after["started"] == before["started"] and after["gpu_hours"] > before["gpu_hours"] > 0
 
 
 def test_where_only_later_checkpoints_are_kept_skipped_steps_are_left_behind_from_there(run_file, monkeypatch):
@@ -147,8 +161,11 @@ def test_where_only_later_checkpoints_are_kept_skipped_steps_are_left_behind_fro
 def test_bad_steps_that_come_again_stop_the_run_with_a_dump(run_file, monkeypatch):
     spoil(lambda task, loss, draws, step: loss * torch.inf if step >= 4 else loss, monkeypatch)
     path = run_file(max_steps=9, micro_batch_size=4)
+    gathered, read = set(), Engine._read
+    monkeypatch.setattr(Engine, "_read", lambda self, name, key: (gathered.add(key), read(self, name, key))[1])
     with pytest.raises(NonFiniteError, match=r"again after the rollback to step 3; see .*python -m launch replay .*"):
         train(path)
+    assert gathered == {"model"}  # of a dump, which writes no more
     dump = replay.read_dump(path.parent / "run/dump_step_0000004")
     assert (dump["step"], dump["last_bad_step"], dump["redrawn"]) == (4, 6, [[4, 6, 1]])
     epochs, samples = SampleOrder(20, 8, 0, [(4, 6, 1)]).slice(4, 0, 8)
@@ -160,6 +177,7 @@ def test_bad_steps_that_come_again_stop_the_run_with_a_dump(run_file, monkeypatc
             f"{f}_max/blocks.{i}" for f in ("activation_norm", "attention_logit") for i in (0, 1)
         }
         assert len(micro["t"]) == 4
+    assert [step for step, _ in dump["losses"]] == [4, 5, 6] and {loss for _, loss in dump["losses"]} == {"inf"}
 
 
 def stop_on_bad_latents(folder: str) -> None:
@@ -174,29 +192,39 @@ def test_the_replay_of_a_dump_shows_the_same_nan(tmp_path, capsys):
     latents = toy.write_latents(tmp_path / "latents", count=8)
     toy.spoil_latent(latents, 5)
     train_section = {"output_dir": str(tmp_path), "max_skipped_in_a_row": 1, "precision": "bfloat16"}
+    train_section["micro_batch_size"] = 2
     toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(latents)}, train=train_section)
     assert call(stop_on_bad_latents, str(tmp_path), world_size=2) == [0, 0]
     dump = tmp_path / "run/dump_step_0000001"
-    (where,) = [rank for rank, samples in enumerate(replay.read_dump(dump)["samples"]["samples"]) if 5 in samples]
+    ((where, bad),) = [
+        (rank, samples.index(5) // 2)
+        for rank, samples in enumerate(replay.read_dump(dump)["samples"]["samples"])
+        if 5 in samples
+    ]
     capsys.readouterr()
     for overrides in ([], ["train.precision=float32", "kernels=reference"]):
         assert replay.main([str(dump), *overrides]) == 0
         said = capsys.readouterr().out
-        assert f"rank {where}, micro-batch 0" in said and f"rank {1 - where}," not in said
-        assert "loss of model: nan (in the run: nan)" in said and "not finite in the micro-batch: batch.x, 64 " in said
+        assert f"rank {where}, micro-batch {bad}" in said and f"rank {1 - where}," not in said
+        assert "loss of model: nan (when dumped: nan)" in said and "not finite in the micro-batch: batch.x, 64 " in said
+        assert "losses in the run, by step: 1: nan\n" in said and "weights after step 1 (those that step 1 met " in said
         assert "first module whose output is not finite: model.x_embedder.proj\n" in said
     assert replay.main([str(dump), "--rank", str(1 - where), "--device", "cpu"]) == 0
-    fine, recorded = capsys.readouterr().out, replay.read_dump(dump)["ranks"][1 - where][0]
-    assert "not finite: none" in fine and f"loss of model: {recorded['losses']['model']:.6g} (in the run: " in fine
-    for block, norm in recorded["grad_norms"]["model"].items():
-        (line,) = [line.split() for line in fine.splitlines() if line.split()[:1] == [f"model.{block}"]]
-        assert float(line[2]) == pytest.approx(norm, rel=1e-2, abs=1e-6) and line[3] == f"{norm:.4g}"
+    _, *fine = capsys.readouterr().out.split("micro-batch ")
+    for said, recorded in zip(fine, replay.read_dump(dump)["ranks"][1 - where], strict=True):
+        assert "not finite: none" in said and f"loss of model: {recorded['losses']['model']:.6g} (when dumped: " in said
+        for block, norm in recorded["grad_norms"]["model"].items():
+            (line,) = [line.split() for line in said.splitlines() if line.split()[:1] == [f"model.{block}"]]
+            assert float(line[2]) == pytest.approx(norm, rel=1e-2, abs=1e-6) and line[3] == f"{norm:.4g}"
     assert "launch replay" in (dump / "replay.sh").read_text()
 
 
 def test_what_is_no_dump_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"has no dump\.json: it is no dump"):
         replay.main([str(tmp_path)])
+    for device in ("gpu", "cuda:99", "mps"):
+        with pytest.raises(ValueError, match=rf"--device '{device}' is not there: this machine has cpu"):
+            replay.main([str(tmp_path), "--device", device])
 
 
 @pytest.mark.parametrize("rollbacks", [1, 0])
@@ -204,8 +232,12 @@ def test_a_spike_that_lasts_is_left_behind_once(run_file, monkeypatch, rollbacks
     """Its steps are drawn anew; without rollbacks left the run stops with a dump and saves nothing of it."""
     section = {"max_steps": 30, "ckpt_every": 5, "spike_window": 12, "spike_steps": 3, "log_every": 3}
 
+    losses = {}
+
     def change(task, loss, draws, step):
-        return loss * 100 if 17 <= step < 24 and as_drawn(task, draws, step) else loss
+        loss = loss * 100 if 17 <= step < 24 and as_drawn(task, draws, step) else loss
+        losses.setdefault(step, loss.item())
+        return loss
 
     spoil(change, monkeypatch)
     path = run_file(rollbacks=rollbacks, **section)
@@ -215,6 +247,9 @@ def test_a_spike_that_lasts_is_left_behind_once(run_file, monkeypatch, rollbacks
         ):
             train(path)
         assert checkpoint.newest(path.parent / "run/checkpoints").step == 20
+        dump = replay.read_dump(path.parent / "run/dump_step_0000017")  # by later weights, but for the run's losses
+        assert dict(dump["losses"]) == {step: pytest.approx(losses[step]) for step in range(10, 22)}
+        assert dump["weights_of_step"] == 21 and dump["ranks"][0][0]["losses"]["model"] != dict(dump["losses"])[17]
         return
     directory = train(path)
     (event,) = events(directory, "rollback")

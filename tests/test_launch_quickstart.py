@@ -45,7 +45,7 @@ def test_every_stage_runs_and_the_limits_are_checked(hasty, capsys):
         assert np.asarray(Image.open(hasty / name)).std() > 0
     images = (hasty / "samples.png").read_bytes()
     assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # nothing is made twice
-    assert "resuming from" in (text := capsys.readouterr().out) and "is already there" in text
+    assert "resumed  checkpoint " in (text := capsys.readouterr().out) and "is already there" in text
     assert (hasty / "samples.png").read_bytes() == images
 
 

@@ -1,6 +1,8 @@
 """Loss spikes, figures by block and their warnings, against float64, numpy and other ways to the same numbers."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +14,15 @@ from launch.training.block_norms import BlockNorms, block_of
 from launch.training.build import make_trainer
 from launch.training.config import TrainConfig
 from launch.training.engine import start_processes
+from launch.training.figures import Figures
 from launch.training.loader import SampleOrder
 from launch.training.log import describe
 from launch.training.spikes import Spikes, StepLosses
 from launch.training.trainer import Trainer
 from launch.training.watch import Watch
-from lightningdit.watch import LOGITS, largest_logit
+from lightningdit.watch import LOGITS, MEASURED, largest_logit
 from tests import toy
+from tests.children import call
 from tests.host_reads import HostReads
 
 pytestmark = pytest.mark.usefixtures("own_linear")
@@ -114,6 +118,14 @@ def test_steps_that_are_drawn_anew_take_their_places_from_another_seed():
         assert all(map(torch.equal, order.slice(step, 0, 8), plain[seed].slice(step, 0, 8)))
 
 
+def toy_trainer(folder, kind: str = "lightningdit", *overrides: str) -> Trainer:
+    content, write = (toy.LIGHTNINGDIT, toy.write_latents) if kind == "lightningdit" else (toy.VAVAE, toy.write_images)
+    data = {"data_path": str(write(folder / "data"))}
+    path = toy.write_run(folder / "run.yaml", content, data=data, train={"output_dir": str(folder)})
+    run, _ = load(path, list(overrides), kind=kind)
+    return make_trainer(run, kind, start_processes())
+
+
 # Figures by block
 
 
@@ -139,12 +151,60 @@ def test_norms_of_parts_of_flat_gradients():
     assert norms.measure([flat, None], torch.device("cpu"))[3] == 0
 
 
-def toy_trainer(folder, kind: str = "lightningdit", *overrides: str) -> Trainer:
-    content, write = (toy.LIGHTNINGDIT, toy.write_latents) if kind == "lightningdit" else (toy.VAVAE, toy.write_images)
-    data = {"data_path": str(write(folder / "data"))}
-    path = toy.write_run(folder / "run.yaml", content, data=data, train={"output_dir": str(folder)})
-    run, _ = load(path, list(overrides), kind=kind)
-    return make_trainer(run, kind, start_processes())
+class Wild:
+    """A task whose figures are these, whatever is measured."""
+
+    def __init__(self, *values: float):
+        self.values = values
+
+    def measure(self, names, networks, batch, draws):
+        return {f"activation_norm_max/blocks.{i}": torch.tensor(value) for i, value in enumerate(self.values)}
+
+
+def test_a_figure_that_is_not_finite_is_none_in_its_row():
+    figures = Figures(Wild(torch.inf, -torch.inf, torch.nan, 3e38, 2.0), {}, ("activation_norms",), averaged=False)
+    figures.keep({}, {})
+    assert [*figures.read().values()] == [None, None, None, pytest.approx(3e38), 2.0]
+
+
+def part_of_a_run(trainer: Trainer) -> dict:
+    """Figures and losses after two steps and a third of a loss of 1, but 100 for the last micro-batch of all."""
+    stream, kept, keep = trainer.stream(), [], trainer._figures.keep
+    trainer._figures.keep = lambda *of: (kept.append(of), keep(*of))
+    for _ in range(2):
+        trainer.train_step(stream)
+    found, task = trainer._figures.read(), trainer.task
+    measured = [task.measure(MEASURED, trainer.engines, *of) for of in kept[-trainer.split.accumulation :]]
+    here = trainer.processes.rank * trainer.split.accumulation
+    losses = [100.0 if here + micro == 1 else 1.0 for micro in range(trainer.split.accumulation)]
+    trainer.incidents.begin_step(3)
+    for loss in losses:
+        trainer.incidents.add_loss(3, "model", torch.tensor(loss))
+    found |= {f"loss {step}": loss for step, loss in trainer.incidents._losses.read(3)}
+    return {"figures": found, "measured": [{key: value.item() for key, value in of.items()} for of in measured]}
+
+
+RUN = ("train.micro_batch_size=4", f"train.watch=[grad_norms, {', '.join(MEASURED)}]", "train.log_every=2")
+
+
+def write_part_of_a_run(folder: str, *overrides: str) -> None:
+    processes = start_processes()
+    trainer = toy_trainer(Path(folder) / str(processes.rank), "lightningdit", *RUN, *overrides)
+    (Path(folder) / f"{processes.rank}.json").write_text(json.dumps(part_of_a_run(trainer)), encoding="utf-8")
+
+
+def test_two_processes_have_the_figures_and_losses_of_one(tmp_path):
+    """Each has half of the samples, and under ZeRO 2 half of gradients and average."""
+    alone = part_of_a_run(toy_trainer(tmp_path / "alone", "lightningdit", *RUN, "deepspeed.zero_stage=2"))
+    first, second = alone["measured"]
+    assert all(first[key] != second[key] for key in first)
+    want = alone["figures"] | {f"watch/{key}": max(first[key], second[key]) for key in first}
+    assert call(write_part_of_a_run, str(tmp_path), "deepspeed.zero_stage=2", world_size=2) == [0, 0]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in range(2)]
+    blocks = want.pop("zero_gradient_blocks")
+    assert [of["figures"].pop("zero_gradient_blocks") for of in found] == [blocks, blocks]
+    assert found[0]["figures"] == found[1]["figures"] == pytest.approx(want, rel=1e-4)
+    assert want["loss 3"] == 50.5 and want["ema_drift"] > 0 and want["watch/grad_norm/blocks.1"] > 0
 
 
 @pytest.mark.parametrize(

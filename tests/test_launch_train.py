@@ -266,7 +266,7 @@ def test_a_run_begins_from_another_runs_checkpoint_once(run_file, tmp_path, caps
         capsys.readouterr()
         further = train_here(*command, f"train.max_steps={steps}")
         said = capsys.readouterr().out
-        assert f"resuming from {start} after step {start.name[-1]}\n" in said
+        assert f"{start.name[-1]}  resumed  checkpoint {start}\n" in said
         assert ("was this run's start" in said) == (start.parent == own)
     assert [row["step"] for row in rows(further)] == [3, 4, 5, 6, 7]
 

@@ -295,7 +295,7 @@ def prune(directory: Path, keep: int, keep_every: int | None = None) -> None:
     """Remove all but the `keep` checkpoints of the highest steps, and those of every `keep_every` steps."""
     for old in by_step(directory)[keep:]:
         path = old.path
-        if keep_every is not None and _step_of(path) % keep_every == 0:
+        if keep_every is not None and step_of(path) % keep_every == 0:
             continue
         # Renamed first: half a removal must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.removed")
@@ -320,14 +320,10 @@ def set_aside(path: Path, suffix: str = "damaged") -> Path:
 def by_step(directory: Path) -> list[Checkpoint]:
     """The checkpoints below `directory`, complete or not, the highest step first."""
     entries = directory.iterdir() if path_exists(directory) else ()
-    paths = sorted((p for p in entries if _STEP.fullmatch(p.name)), key=_step_of, reverse=True)
+    paths = sorted((p for p in entries if _STEP.fullmatch(p.name)), key=step_of, reverse=True)
     return [Checkpoint(path) for path in paths]
 
 
-def complete(directory: Path) -> list[Checkpoint]:
-    """The checkpoints below `directory` that have a manifest, the lowest step first; their files are not looked at."""
-    return [each for each in reversed(by_step(directory)) if path_exists(each.path / "manifest.json")]
-
-
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """By its name, whatever is in it."""
     return int(path.name.removeprefix("step_"))

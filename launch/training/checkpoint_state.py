@@ -73,12 +73,14 @@ class SkippedStep(Record):
 
 
 class LossState(Record):
-    """`Spikes.state_dict`: the last losses, spikes since the last row, and the present spike."""
+    """`Spikes.state_dict`: the last losses, spikes since the last row, the present spike, and one that lasted, of which
+    earlier checkpoints say nothing."""
 
     last: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     spikes: Count
     in_a_row: Count
     first: Annotated[int, Field(ge=1)] | None
+    found: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
 
 
 class RowState(Record):

@@ -1,7 +1,8 @@
 """What a run leaves behind where bad numbers stop it, for `python -m launch replay`.
 
 dump_step_0000123/
-  dump.json                              why, the row, skipped steps, the samples and norms of the first bad step
+  dump.json                              why, the row, skipped steps, the run's last losses; the bad step's samples,
+                                         and losses and norms by the weights here
   <network>.safetensors                  weights at the stop, float32
   rank0000_micro0000.safetensors         what that process trained on in that step: `batch.…` and `draws.…`
   replay.sh                              the command that computes it again
@@ -9,7 +10,7 @@ dump_step_0000123/
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,13 +31,33 @@ MEASURED = ("activation_norms", "attention_logits")
 
 
 @dataclass(frozen=True)
+class RunParts:
+    """What a run is made of where its bad steps are concerned."""
+
+    config: TrainerConfig
+    task: Task
+    engines: Mapping[str, Engine]
+    order: SampleOrder
+    split: BatchSplit
+    processes: Processes
+
+
+@dataclass(frozen=True)
 class BadSteps:
-    """Steps from `first` to `last` that a run does not leave behind; `harmless`: they left no trace in the weights."""
+    """Steps from `first` to `last` that a run does not leave behind.
+
+    spike: the first of them whose loss was a spike, if any was; steps that were skipped left no trace in the weights.
+    """
 
     first: int
     last: int
     what: str
-    harmless: bool
+    spike: int | None = None
+
+    @property
+    def good_until(self) -> int:
+        """The step before which weights are good ones, and there is something to draw anew."""
+        return self.last if self.spike is None else self.spike
 
 
 def replay_command(directory: Path) -> str:
@@ -44,22 +65,21 @@ def replay_command(directory: Path) -> str:
 
 
 def write_dump(
-    config: TrainerConfig,
-    task: Task,
-    engines: Mapping[str, Engine],
-    order: SampleOrder,
-    split: BatchSplit,
-    processes: Processes,
+    parts: RunParts,
     *,
     row: dict,
     bad: BadSteps,
     skipped_steps: list[dict],
+    losses: Sequence[tuple[int, float]],
 ) -> Path:
     """Write the dump of the first bad step → its directory; every process must call it, and may not train afterwards.
 
     The step's micro-batches are computed once more by the weights at the stop, for the norms of each.
+
+    Args:
+        losses: (step, loss) of the run's last steps, as they were.
     """
-    step = bad.first
+    config, split, processes, step = parts.config, parts.split, parts.processes, bad.first
     directory = config.directory / f"dump_step_{step:07d}"
     facts = {
         "format": 1,
@@ -69,40 +89,46 @@ def write_dump(
         "last_bad_step": bad.last,
         "weights_of_step": row["step"],
         "row": row,
-        "skipped_steps": [each | samples_of_step(order, split, each["step"]) for each in skipped_steps],
-        "samples": samples_of_step(order, split, step),
+        "skipped_steps": [each | samples_of_step(parts.order, split, each["step"]) for each in skipped_steps],
+        "losses": losses,
+        "samples": samples_of_step(parts.order, split, step),
         "random_numbers": {
-            "seed": order.seed_of(step),
+            "seed": parts.order.seed_of(step),
             "device": processes.device.type,
             "made_by": "common.seeds.generator(seed, step and purpose): a function of them and of the type of device",
         },
         "split": {"world_size": split.world_size, "accumulation": split.accumulation, "size": split.micro_batch_size},
-        "redrawn": [list(each) for each in order.redrawn],
+        "redrawn": [list(each) for each in parts.order.redrawn],
         "config": config.run,
         "ranks": [],
     }
     if processes.is_main:
         make_directory(directory)
         write_text(directory / "replay.sh", f'#!/bin/sh\nexec {replay_command(directory.absolute())} "$@"\n')
-    for name, engine in engines.items():
-        weights = engine.full_state(keep=processes.is_main)["model"]
+    for name, engine in parts.engines.items():
+        weights = engine.full_state(["model"], keep=processes.is_main)["model"]
         if processes.is_main:
             write_tensors(directory / f"{name}.safetensors", weights)
     processes.barrier()
-    draws = task.draw(step, split.global_batch_size, processes.device, seed=order.seed_of(step))
-    found = []
-    for micro in range(split.accumulation):
-        start, stop = split.bounds(micro, processes.rank)
-        batch = task.batches.batch(*order.slice(step, start, stop))
-        own = {name: value[start:stop] for name, value in draws.items()}
-        write_tensors(directory / micro_batch_name(processes.rank, micro), _flat(batch, own))
-        found.append({"t": own["t"].tolist()} if "t" in own else {})
-        found[-1] |= _compute_again(task, engines, to_device(batch, processes.device), own, step)
-    ranks = processes.all_gather(found)
+    ranks = processes.all_gather(_micro_batches(parts, directory, step))
     if processes.is_main:
         write_json(directory / "dump.json", _storable(facts | {"ranks": ranks}))
     processes.barrier()
     return directory
+
+
+def _micro_batches(parts: RunParts, directory: Path, step: int) -> list[dict]:
+    """Write this process's micro-batches of a step → what computing each again gives."""
+    task, split, processes, seed = parts.task, parts.split, parts.processes, parts.order.seed_of(step)
+    draws, found = task.draw(step, split.global_batch_size, processes.device, seed=seed), []
+    for micro in range(split.accumulation):
+        start, stop = split.bounds(micro, processes.rank)
+        batch = task.batches.batch(*parts.order.slice(step, start, stop))
+        own = {name: value[start:stop] for name, value in draws.items()}
+        write_tensors(directory / micro_batch_name(processes.rank, micro), _flat(batch, own))
+        found.append({"t": own["t"].tolist()} if "t" in own else {})
+        found[-1] |= _compute_again(parts, to_device(batch, processes.device), own, step)
+    return found
 
 
 def micro_batch_name(rank: int, micro: int) -> str:
@@ -123,8 +149,12 @@ def unflatten(tensors: Tensors) -> tuple[Tensors, Tensors]:
     return parts["batch"], parts["draws"]
 
 
-def _compute_again(task: Task, engines: Mapping[str, Engine], batch: Tensors, draws: Tensors, step: int) -> dict:
-    """Loss and gradient norms by block of one micro-batch on this process, by network, and what the task measures."""
+def _compute_again(parts: RunParts, batch: Tensors, draws: Tensors, step: int) -> dict:
+    """Loss and gradient norms by block of one micro-batch on this process, by network, and what the task measures.
+
+    Norms are those of the micro-batch's own loss: the engines divide it by the number of micro-batches in a step.
+    """
+    task, engines = parts.task, parts.engines
     squares: dict[str, dict[str, torch.Tensor]] = {name: {} for name in engines}
     losses: dict[str, torch.Tensor] = {}
     hooks = []
@@ -146,7 +176,8 @@ def _compute_again(task: Task, engines: Mapping[str, Engine], batch: Tensors, dr
         for hook in hooks:
             hook.remove()
     figures = task.measure(MEASURED, engines, batch, draws) if isinstance(task, Measures) else {}
-    norms = {n: {block: value.sqrt().item() for block, value in found.items()} for n, found in squares.items()}
+    scale = parts.split.accumulation
+    norms = {n: {block: scale * value.sqrt().item() for block, value in of.items()} for n, of in squares.items()}
     return {
         "losses": {name: loss.item() for name, loss in losses.items()},
         "grad_norms": norms,

@@ -8,7 +8,7 @@ the ZeRO stage or the precision it was written under.
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -222,18 +222,18 @@ class Engine:
             targets.append((p.data, value))
         return targets
 
-    def full_state(self, *, keep: bool) -> State:
+    def full_state(self, keys: Iterable[str] = ("model", *STATE_KEYS), *, keep: bool) -> State:
         """Unsharded float32 CPU tensors by parameter name: `model` (with buffers and frozen parameters) and states.
 
         Every process must call it; those with `keep` false take part in the gathering and get empty dictionaries.
         """
-        state: State = {key: {} for key in ("model", *STATE_KEYS)}
+        state: State = {key: {} for key in keys}
         for name in self._names:
             for key in state:
                 value = self._read(name, key)
                 if keep:
                     state[key][name] = value.to("cpu", torch.float32, copy=True).contiguous()
-        if keep:
+        if keep and "model" in state:
             state["model"].update(self.untrained_state())
         return state
 

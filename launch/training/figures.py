@@ -76,7 +76,7 @@ class Figures:
             return {}
         found = self._task.measure(self._measured, self._engines, *self._sample)
         self._sample = None
-        values = torch.stack(list(found.values())).double().nan_to_num(nan=torch.inf)
+        values = torch.stack(list(found.values())).double().nan_to_num(torch.inf, torch.inf, -torch.inf)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return {f"{WATCH}{key}": value for key, value in zip(found, values.unbind(), strict=True)}

@@ -28,24 +28,26 @@ class Start:
     damaged: Mapping[Path, str] = field(default_factory=dict)
 
 
-def agree_on_start(checkpoints: Path, train: TrainConfig, processes: Processes) -> Checkpoint | None:
+def agree_on_start(
+    checkpoints: Path, train: TrainConfig, processes: Processes, *, going_on: bool = False
+) -> Checkpoint | None:
     """The checkpoint that the main process finds (see `find_start`), on every process; None for a new run.
 
     Incomplete saves below `checkpoints` are removed first. Damaged checkpoints that are later than the one found are
     set aside, then all but those to be kept are removed. Raises, on every process, what the main one raised, or
     CheckpointError where a process cannot see the checkpoint.
     """
-    found = processes.on_main(lambda: _prepare_start(checkpoints, train))
+    found = processes.on_main(lambda: _prepare_start(checkpoints, train, going_on))
     path = None if found is None else found.path
     if processes.any(path is not None and not path.is_dir()):
         raise CheckpointError(f"{path} is not visible from every process: is train.output_dir shared?")
     return found
 
 
-def _prepare_start(checkpoints: Path, train: TrainConfig) -> Checkpoint | None:
+def _prepare_start(checkpoints: Path, train: TrainConfig, going_on: bool) -> Checkpoint | None:
     if checkpoints.is_dir():
         checkpoint.clean_up(checkpoints)
-    start = find_start(checkpoints, train)
+    start = find_start(checkpoints, train, going_on=going_on)
     for path, reason in start.damaged.items():
         aside = checkpoint.set_aside(path)
         log.warning("%s is DAMAGED and set aside as %s: %s", path, aside.name, reason)
@@ -54,13 +56,18 @@ def _prepare_start(checkpoints: Path, train: TrainConfig) -> Checkpoint | None:
     return start.checkpoint
 
 
-def find_start(checkpoints: Path, train: TrainConfig) -> Start:
+def find_start(checkpoints: Path, train: TrainConfig, *, going_on: bool = False) -> Start:
     """The newest whole checkpoint of this run's directory, else what `train.ckpt` names, else none.
+
+    going_on: whether this process has begun the run already: then it goes on from the run's own checkpoints, whatever
+    `train.resume` and `train.ckpt` say of a start.
 
     Raises ValueError where going on from there would lose what is there, or is not what the user asked for; of it
     AllDamagedError where there are checkpoints and none is whole. Renames and removes nothing.
     """
     own = checkpoint.by_step(checkpoints)
+    if own and going_on:
+        return Start(*newest_allowed(own, train))
     named = None if train.ckpt is None else candidates(Path(train.ckpt))
     if not own:
         return _start_of_another(checkpoints, named, train)
@@ -69,7 +76,7 @@ def find_start(checkpoints: Path, train: TrainConfig) -> Start:
             f"{checkpoints} already holds step {int(own[0].path.name.removeprefix('step_'))} and train.resume is "
             "false; give another train.exp_name or output_dir, or remove it"
         )
-    newest, damaged = _newest_whole(own, train)
+    newest, damaged = newest_allowed(own, train)
     if named is not None and named[0].path.resolve() != newest.path.resolve():
         if named[0].path.resolve() in {path.resolve() for path in damaged}:
             named[0].verify()  # says why not
@@ -89,14 +96,15 @@ def _start_of_another(checkpoints: Path, named: Sequence[Checkpoint] | None, tra
     _refuse_foreign(checkpoints)
     if named is None:
         return Start(None)
-    found, damaged = _newest_whole(named, train)
+    found, damaged = newest_allowed(named, train)
     for reason in damaged.values():
         log.warning("DAMAGED and passed over: %s", reason)
     print(f"starting from {found.path}, as train.ckpt says")
     return Start(found)
 
 
-def _newest_whole(found: Sequence[Checkpoint], train: TrainConfig) -> tuple[Checkpoint, dict[Path, str]]:
+def newest_allowed(found: Sequence[Checkpoint], train: TrainConfig) -> tuple[Checkpoint, dict[Path, str]]:
+    """As `newest_whole`; raises CheckpointError where the first is not whole and `train.resume` is strict."""
     if train.resume != "strict":
         return newest_whole(found)
     try:

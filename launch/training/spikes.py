@@ -118,11 +118,19 @@ class Spikes:
         return figures
 
     def state_dict(self) -> dict:
-        return {"last": list(self._losses), "spikes": self.count, "in_a_row": self.in_a_row, "first": self.first}
+        return {
+            "last": list(self._losses),
+            "spikes": self.count,
+            "in_a_row": self.in_a_row,
+            "first": self.first,
+            "found": self.found,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self._losses.extend(state["last"])
         self.count, self.in_a_row, self.first = state["spikes"], state["in_a_row"], state["first"]
+        found = state.get("found")  # earlier checkpoints do not say
+        self.found = None if found is None or self.lasting is None else tuple(found)
 
 
 def add_all(spikes: Spikes, losses: Sequence[tuple[int, float]]) -> None:

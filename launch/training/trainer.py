@@ -15,6 +15,7 @@ from launch.runtime.lifetime import StopRequest
 from launch.runtime.processes import Processes
 from launch.training import checkpoint
 from launch.training.deepspeed_options import deepspeed_config
+from launch.training.dump import RunParts
 from launch.training.engine import Engine, compile_mode
 from launch.training.evaluations import Evaluations
 from launch.training.figures import Figures
@@ -73,8 +74,8 @@ class Trainer:
         )
         self._draws: Tensors | None = None
         self.step = 0
-        start = agree_on_start(self._checkpoints, train, processes)
-        self._resumed_from = None if start is None else start.path
+        start = agree_on_start(self._checkpoints, train, processes, going_on=rollback is not None)
+        self._resumed_from = None if start is None or rollback is not None else start.path
         if start is not None:
             self.step = load_weights(start, task, {"kind": config.kind, **self._identity()})
         redrawn = rollback.redrawn if rollback else start.state.get("redrawn", ()) if start else ()
@@ -83,22 +84,15 @@ class Trainer:
         self._compile_mode = self._choose_compile_mode()
         task.compile(self._compile_mode, train.deterministic)
         self.engines = {name: self._make_engine(network) for name, network in task.networks.items()}
-        self.incidents = Incidents(
-            config,
-            task,
-            self.engines,
-            self.order,
-            self.split,
-            processes,
-            self.step,
-            save=self.save,
-            wait=lambda: self.saver.wait(),
-        )
+        parts = RunParts(config, task, self.engines, self.order, self.split, processes)
+        self.incidents = Incidents(parts, self.step, save=self.save, wait=lambda: self.saver.wait())
         self._figures = Figures(task, self.engines, train.watch, averaged=config.optimizer.ema_decay > 0)
         if start is not None:
             load_optimizer_states(start, task.networks, self.engines)
             self._restore_row(start)
-            self._print_resumed(start)
+            self._print_changes(start)
+        if rollback is not None:
+            self._progress.time.load_state(rollback.time)
         self._evaluations = Evaluations(
             task,
             self.engines,
@@ -135,6 +129,9 @@ class Trainer:
             self._begin_again(log)
             with StopRequest(heartbeat.leave_at_once) as stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
+        except Rollback as rollback:
+            rollback.time = self._progress.time.state_dict()
+            raise
         finally:
             self.saver.leave()
             if log is not None:
@@ -321,9 +318,8 @@ class Trainer:
             self._meter.load_state_dicts(kept["meters"], processes.rank, processes.world_size, processes.device)
         self.incidents.load_state_dict(start.state)
 
-    def _print_resumed(self, start: checkpoint.Checkpoint) -> None:
+    def _print_changes(self, start: checkpoint.Checkpoint) -> None:
         if self.processes.is_main:
-            print(f"resuming from {start.path} after step {self.step}")
             for change in config_changes(start.state["config"], self.config.run):
                 print(f"resuming with a changed config: {change}")
 

@@ -76,7 +76,7 @@ MISTAKES = {
     ),
     "newest_by_name_as_text": Mistake(
         "launch/training/checkpoint.py",
-        "key=_step_of, reverse=True)", "key=lambda p: p.stat().st_mtime, reverse=True)",
+        "key=step_of, reverse=True)", "key=lambda p: p.stat().st_mtime, reverse=True)",
         "test_launch_checkpoint.py::test_newest_goes_by_step_not_by_time_or_size",
     ),
     "prune_keeps_the_oldest": Mistake(
@@ -105,7 +105,7 @@ MISTAKES = {
         "test_launch_checkpoint_state.py::test_a_value_that_no_run_leaves_is_named_with_its_key",
     ),
     "skips_of_a_network_that_is_gone_kept": Mistake(
-        "launch/training/incidents.py", ' if each["network"] in self._engines]', "]",
+        "launch/training/incidents.py", ' if each["network"] in self._parts.engines]', "]",
         "test_launch_checkpoint_state.py::test_a_run_without_a_discriminator_goes_on_from_one_whose_discriminator_skipped",
     ),
     "names_of_counts_without_sums_kept": Mistake(

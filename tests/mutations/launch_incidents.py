@@ -3,14 +3,16 @@
 from tests.mutations import Mistake
 
 _INCIDENTS, _SPIKES = "test_launch_incidents.py", "test_launch_spikes.py"
+_ROLLBACK = "test_launch_rollback.py"
+_TWO_PROCESSES = f"{_SPIKES}::test_two_processes_have_the_figures_and_losses_of_one"
 MISTAKES = {
     "rolled_back_to_the_newest": Mistake(
-        "launch/training/incidents.py", "        step = max(before or good)\n", "        step = max(good)\n",
+        "launch/training/incidents.py", "key=lambda each: step_of(each.path) < bad.first,", "key=lambda each: 0,",
         f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
     ),
     "bad_checkpoints_stay": Mistake(
-        "launch/training/incidents.py", "            if each.step > step:\n",
-        "            if each.step > step + 100:\n",
+        "launch/training/incidents.py", "            if step_of(each.path) > found.step:\n",
+        "            if step_of(each.path) > found.step + 100:\n",
         f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
     ),
     "rollback_is_not_kept": Mistake(
@@ -24,12 +26,82 @@ MISTAKES = {
         f"{_INCIDENTS}::test_without_a_checkpoint_the_run_begins_anew",
     ),
     "rollbacks_without_end": Mistake(
-        "launch/training/incidents.py", "len(self._order.redrawn) < self._config.train.rollbacks", "True",
+        "launch/training/incidents.py", "len(self._order.redrawn) < self._parts.config.train.rollbacks", "True",
         f"{_INCIDENTS}::test_a_spike_that_lasts_is_left_behind_once",
     ),
     "spikes_are_saved": Mistake(
-        "launch/training/incidents.py", "        if bad.harmless:\n", "        if bad:\n",
+        "launch/training/incidents.py", "        if bad.spike is None:\n", "        if bad:\n",
         f"{_INCIDENTS}::test_a_spike_that_lasts_is_left_behind_once",
+    ),
+    "spikes_before_skipped_steps_forgotten": Mistake(
+        "launch/training/incidents.py", "        if begun is None or begun > skipped.last:\n",
+        "        if begun is not None:\n",
+        f"{_ROLLBACK}::test_a_spike_that_ends_in_skipped_steps_is_gone_back_from_as_a_whole",
+    ),
+    "lasting_spikes_beside_skipped_steps_forgotten": Mistake(
+        "launch/training/incidents.py", "        if lasting is not None:\n", "        if lasting is None:\n",
+        f"{_ROLLBACK}::test_a_spike_that_ends_in_skipped_steps_is_gone_back_from_as_a_whole",
+    ),
+    "lasting_spikes_forgotten_over_a_restart": Mistake(
+        "launch/training/spikes.py", 'found = state.get("found")', "found = None",
+        f"{_ROLLBACK}::test_a_spike_that_lasted_is_gone_back_from_after_a_restart_too",
+    ),
+    "oldest_set_aside_first": Mistake(
+        "launch/training/incidents.py", "        for each in kept:\n", "        for each in reversed(kept):\n",
+        f"{_ROLLBACK}::test_checkpoints_are_set_aside_newest_first_once_a_whole_one_is_found",
+    ),
+    "rolled_back_to_damaged_checkpoints": Mistake(
+        "launch/training/incidents.py",
+        "            found, damaged = newest_allowed(good, self._parts.config.train)\n",
+        "            found, damaged = good[0], {}\n",
+        f"{_ROLLBACK}::test_checkpoints_are_set_aside_newest_first_once_a_whole_one_is_found",
+    ),
+    "rollback_as_a_start_of_the_user": Mistake(
+        "launch/training/trainer.py", "going_on=rollback is not None", "going_on=False",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "start_that_is_set_aside_asked_for": Mistake(
+        "launch/training/restore.py", "    if own and going_on:\n", "    if own and going_on and train.ckpt is None:\n",
+        f"{_ROLLBACK}::test_a_run_that_goes_on_takes_its_own_checkpoint_whatever_its_start_was",
+    ),
+    "rollbacks_told_as_resumes": Mistake(
+        "launch/training/trainer.py", "None if start is None or rollback is not None else start.path",
+        "None if start is None else start.path",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "hours_thrown_away_with_steps": Mistake(
+        "launch/training/trainer.py", "            self._progress.time.load_state(rollback.time)\n",
+        "            pass\n",
+        f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "norms_of_parts_of_a_step": Mistake(
+        "launch/training/dump.py", "scale = parts.split.accumulation", "scale = 1",
+        f"{_INCIDENTS}::test_the_replay_of_a_dump_shows_the_same_nan",
+    ),
+    "losses_of_the_run_not_dumped": Mistake(
+        "launch/training/incidents.py", "        self._last_losses.extend(losses)\n", "",
+        f"{_INCIDENTS}::test_a_spike_that_lasts_is_left_behind_once",
+    ),
+    "infinite_figures_as_large_numbers": Mistake(
+        "launch/training/figures.py", "nan_to_num(torch.inf, torch.inf, -torch.inf)", "nan_to_num(nan=torch.inf)",
+        f"{_SPIKES}::test_a_figure_that_is_not_finite_is_none_in_its_row",
+    ),
+    "block_norms_of_one_process": Mistake(
+        "launch/training/block_norms.py", "            dist.all_reduce(total)\n", "            pass\n", _TWO_PROCESSES,
+    ),
+    "drift_of_one_process": Mistake(
+        "launch/training/optimizer.py",
+        "            dist.all_reduce(squares)\n        return (squares[0]",
+        "            pass\n        return (squares[0]",
+        _TWO_PROCESSES,
+    ),
+    "maxima_of_one_process": Mistake(
+        "launch/training/figures.py", "            dist.all_reduce(values, op=dist.ReduceOp.MAX)\n",
+        "            pass\n",
+        _TWO_PROCESSES,
+    ),
+    "losses_of_one_process": Mistake(
+        "launch/training/spikes.py", "            dist.all_reduce(losses)\n", "            pass\n", _TWO_PROCESSES,
     ),
     "replay_of_initial_weights": Mistake(
         "launch/replay.py", "        load_strict(network, weights, path)\n", "",

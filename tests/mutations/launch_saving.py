@@ -82,8 +82,8 @@ MISTAKES = {
     ),
     "steps_to_keep_pruned": Mistake(
         "launch/training/checkpoint.py",
-        "_step_of(path) % keep_every == 0:",
-        "_step_of(path) % keep_every == 1:",
+        "step_of(path) % keep_every == 0:",
+        "step_of(path) % keep_every == 1:",
         "test_launch_saving.py::test_the_newest_are_kept_and_those_of_every_so_many_steps",
     ),
     "damaged_checkpoint_removed": Mistake(
@@ -100,8 +100,9 @@ MISTAKES = {
     ),
     "pruned_before_the_newest_is_known_to_be_whole": Mistake(
         "launch/training/restore.py",
-        "    start = find_start(checkpoints, train)\n",
-        "    checkpoint.prune(checkpoints, train.keep_checkpoints or 99)\n    start = find_start(checkpoints, train)\n",
+        "    start = find_start(checkpoints, train, going_on=going_on)\n",
+        "    checkpoint.prune(checkpoints, train.keep_checkpoints or 99)\n"
+        "    start = find_start(checkpoints, train, going_on=going_on)\n",
         "test_launch_damaged.py::test_the_last_whole_one_outlives_any_number_of_damaged_ones",
     ),
     "strict_takes_the_one_before": Mistake(
@@ -112,10 +113,10 @@ MISTAKES = {
     ),
     "all_damaged_begins_anew": Mistake(
         "launch/training/restore.py",
-        "    newest, damaged = _newest_whole(own, train)\n",
+        "    newest, damaged = newest_allowed(own, train)\n",
         """\
     try:
-        newest, damaged = _newest_whole(own, train)
+        newest, damaged = newest_allowed(own, train)
     except CheckpointError:
         return Start(None)
 """,
