@@ -60,18 +60,18 @@ def hopper(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def own_linear():
-    """ZeRO 3 puts its own linear function into torch for the rest of the process: not for other tests."""
-    real = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = real
+LINEAR = torch.nn.functional.linear
 
 
 @pytest.fixture(autouse=True)
-def no_watchdog():
-    """One that a test started in this process would end it, minutes later, in the middle of another test."""
+def as_before():
+    """What a test must not leave to those after it.
+
+    ZeRO 3 puts its own linear function into torch for the rest of the process; a watchdog of this process would end it,
+    minutes later, in the middle of another test.
+    """
     yield
+    torch.nn.functional.linear = LINEAR
     heartbeat = sys.modules.get("launch.runtime.heartbeat")
     assert heartbeat is None or heartbeat._heartbeat is None, "the test left a watchdog of this process"
 

@@ -30,8 +30,6 @@ from launch.training.optimizer import STATE_KEYS, AdamWEma
 from tests import toy
 from tests.children import call
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 STAGES = (0, 1, 2, 3)
 STEPS, MICRO_BATCHES = 3, 4
 

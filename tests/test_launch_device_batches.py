@@ -27,8 +27,6 @@ from tests import toy
 from tests.children import call
 from tests.run_rows import rows
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 SHAPE = (4, 3, 5)
 SETS = {
     "sample": ("sample", "float32", 20),

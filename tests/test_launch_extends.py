@@ -343,7 +343,6 @@ def test_no_layer_is_changed_by_those_above_it(write):
     assert layers[0] == Layer("base.yaml", {"train": {"a": {"b": 1}}, "other": {"a": {"b": 1}}})
 
 
-@pytest.mark.usefixtures("own_linear")
 def test_a_run_says_what_it_read_and_stores_the_merged_file(write, tmp_path, capsys):
     toy.write_latents(tmp_path / "latents")
     write(

@@ -30,8 +30,6 @@ from vavae.images import psnr
 from vavae.model import AutoencoderKL
 from vavae.weights import write_export
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 COUNT, STEPS = 14, 9
 
 

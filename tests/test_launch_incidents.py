@@ -20,8 +20,6 @@ from tests import toy
 from tests.children import call
 from tests.run_rows import events, rows
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

@@ -25,8 +25,6 @@ from tests.host_reads import HostReads
 from tests.run_rows import rows
 from vavae.task import VavaeTask
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 TASKS = {"lightningdit": LightningDiTTask, "vavae": VavaeTask}
 #: What makes a loss, or its gradient alone, not finite.
 FAULTS = {"loss": lambda loss: loss * torch.inf, "gradient": lambda loss: loss + (loss * 0).sqrt()}

@@ -25,8 +25,6 @@ from tests import toy
 from tests.children import call
 from tests.host_reads import HostReads
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 HEAD = {"step": 1, "last_step": 9, "epoch": 0.1, "images": 8, "global_batch_size": 8, "eta_seconds": 1.0}
 
 

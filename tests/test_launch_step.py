@@ -22,8 +22,6 @@ from tests import toy
 from tests.host_reads import HostReads
 from tests.operator_costs import moved_bytes
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -21,8 +21,6 @@ from tests.children import Moment, free_port, launch
 from tests.run_rows import rows
 from vavae.model import Decoder, Encoder
 
-pytestmark = pytest.mark.usefixtures("own_linear")
-
 MID_STEP = Moment("launch.training.engine:Engine", "step", 5)  # after the backward of step 5, before its update
 MID_SAVE = Moment("launch.training.checkpoint", "write_tensors", 3)
 

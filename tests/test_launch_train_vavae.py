@@ -16,7 +16,6 @@ from tests import toy
 from tests.children import Moment, launch
 from tests.test_launch_train import assert_same_run, rows
 
-pytestmark = pytest.mark.usefixtures("own_linear")
 ROOT = Path(__file__).parents[1]
 
 
