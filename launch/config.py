@@ -122,8 +122,11 @@ class LightningDiTRun(Section):
         if count and self.vae.ckpt_path is None:
             raise ValueError(f"train.previews is {count}, but vae.ckpt_path names no tokenizer to decode them")
         if every is not None and not self.num_previews():
-            why = "train.previews is 0" if count == 0 else "vae.ckpt_path names no tokenizer"
-            raise ValueError(f"train.preview_every is {every}, but {why}: there are no previews")
+            raise ValueError(f"train.preview_every is {every}, but {self._no_previews()}")
+
+    def _no_previews(self) -> str:
+        why = "train.previews is 0" if self.train.previews == 0 else "vae.ckpt_path names no tokenizer"
+        return f"{why}: there are no previews"
 
     def num_previews(self) -> int:
         """Samples that a preview shows, if the tokenizer is there; 0 for no previews."""
@@ -133,7 +136,10 @@ class LightningDiTRun(Section):
 
     def without_effect(self) -> list[str]:
         """Notes on keys that a file sets and that change nothing."""
-        return self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
+        found = self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
+        if "preview_steps" in self.train.model_fields_set and not self.num_previews():
+            found.append(f"train.preview_steps is {self.train.preview_steps}, but {self._no_previews()}")
+        return found
 
     def _check_latents(self, size: int) -> None:
         """Refuse latents of `size`² that the model's patches do not divide, and more guided channels than they have."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from launch.arguments import add_run_file, local_path
 from launch.config import KINDS, ConfigError, LightningDiTRun, VavaeRun, load
 from launch.scaling_model.gpu import HALF_BATCH
-from launch.scaling_model.inputs import PEAK, gather_inputs
+from launch.scaling_model.inputs import gather_inputs
 from launch.scaling_model.network import PRESETS
 from launch.scaling_model.plan import Surroundings
 from launch.scaling_model.report import as_json, as_text
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--efficiency and --half-batch both say how a GPU slows down: give one")
     inputs = gather_inputs(args, run, args.kind)
     if args.json:
-        print(json.dumps(as_json(inputs, args.gpus, args.least_efficiency), indent=1))
+        print(json.dumps(as_json(inputs, args.gpus, args.least_efficiency), indent=1, allow_nan=False))
     else:
         print(as_text(inputs, args.gpus, args.least_efficiency))
     return 0
@@ -62,7 +62,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", default="trainer", help="which of its steps (default: %(default)s)")
     parser.add_argument("--images-per-second", type=_positive, metavar="N", help="of one GPU")
     parser.add_argument("--mfu", type=_share, metavar="F", help="between 0 and 1, of --peak")
-    parser.add_argument("--peak", type=_positive, default=PEAK, metavar="TFLOP/s", help="default: %(default)g")
+    parser.add_argument("--peak", type=_positive, metavar="TFLOP/s", help="default: an H100's in train.precision")
     parser.add_argument("--micro-batch", type=_count, metavar="B", help="of that rate")
     parser.add_argument("--optimizer-ms", type=_positive, metavar="MS", help="the optimizer's part of its step")
     parser.add_argument("--efficiency", metavar="B:F,…", help="of a GPU by micro-batch, such as 8:0.5,128:1")
@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-rate", type=_positive, default=defaults.host_rate / 1e9, metavar="GB/s")
     parser.add_argument("--storage-rate", type=_positive, default=defaults.storage_rate / 1e9, metavar="GB/s")
     parser.add_argument("--least-efficiency", type=_share, default=0.5, metavar="F", help="default: %(default)g")
-    parser.add_argument("--json", action="store_true", help="all figures, in seconds, hours and bytes")
+    parser.add_argument("--json", action="store_true", help="all figures, in seconds, hours and bytes; null: infinite")
 
 
 def _number(text: str, wanted: str, fits: Callable[[float], bool]) -> float:

@@ -9,12 +9,13 @@ import torch
 
 from launch.arguments import add_run_file, load_run
 from launch.config import ConfigError, Run
-from launch.runtime import exit_status, last_exit
+from launch.runtime import exit_status, last_exit, launcher
 from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import make_trainer, name_run
 from launch.training.checks import check_run
 from launch.training.dry_run import card_bytes, plan_run, planned_processes
+from launch.training.remarks import unread
 from launch.training.rollback import Rollback
 
 
@@ -32,9 +33,13 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--gpus and --memory are for a plan: add --dry-run, or let a launcher start the processes")
     if args.dry_run:
         processes, note = planned_processes(args.gpus)
-        plan = plan_run(run, args.kind, processes, card=card_bytes(args.memory), processes_note=note)
+        on_gpus = (args.gpus, args.memory) != (None, None) or torch.cuda.is_available()
+        card = card_bytes(args.memory)
+        plan = plan_run(run, args.kind, processes, card=card, processes_note=note, on_gpus=on_gpus)
         print("\n".join(plan.lines()))
         return 0
+    for note in unread(run) if launcher.rank() == 0 else ():
+        print(f"note: {note}")
     _, stopped_by = run_training(run, args.kind)
     return exit_status.of_signal(stopped_by)
 

@@ -284,9 +284,10 @@ class DataConfig(Section):
     there is no data to count, and two keys about memory:
     `placement` says where training reads its samples: from the files ("host"), or from the devices' memory, over which
     the set is spread at the start ("device", see `lightningdit.device_latents`); "auto" is the latter on GPUs that have
-    room for it beside the run. Samples are the same bits. `latent_dtype` is what samples are made of: "bfloat16" rounds
-    what is stored to it before anything is computed, wherever it lies, and takes half the memory on devices; "float32"
-    changes nothing, and takes no more than what is stored. Validation reads files, and rounds alike.
+    room for it beside the run. Samples are the same bits; "host" is the default as long as the other has not been
+    measured on a GPU. `latent_dtype` is what samples are made of: "bfloat16" rounds what is stored to it before
+    anything is computed, wherever it lies, and takes half the memory on devices; "float32" changes nothing, and takes
+    no more than what is stored. Validation reads files, and rounds alike.
     """
 
     data_path: PathText
@@ -301,5 +302,5 @@ class DataConfig(Section):
     verify: bool | None = None
     check_statistics: bool = True
     num_images: Count = 1_281_167
-    placement: Literal["auto", "host", "device"] = "auto"
+    placement: Literal["auto", "host", "device"] = "host"
     latent_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -16,8 +16,6 @@ from kernels.registry import Ops
 from kernels.rope_attention.reference import apply_rope
 from lightningdit.model import Attention, LightningDiT, PendingResidual
 
-#: Names of `train.watch` → the figure that each logs.
-MEASURED = {"attention_logits": "attention_logit_max", "activation_norms": "activation_norm_max"}
 LOGITS = 2**24  # that are in memory at once, float32: 64 MiB
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import kernels
+from launch.config_files import merge
 from launch.training.config import TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig, deepspeed_config
 from launch.training.engine import Engine, start_processes
@@ -25,7 +26,12 @@ from tests.children import call
 from tests.live_memory import LiveMemory
 
 WIDTH, MICRO_BATCHES, BETA1 = 96, 4, 0.5
-BUCKET = {"zero_optimization": {"reduce_bucket_size": 1000}}  # by default the buffers are larger than this network
+#: By default buffers are larger than this network, which ZeRO 3 would keep whole on every process, or from the forward
+#: to the backward pass; here it gathers each weight in both.
+SMALL = {"zero_optimization": {"reduce_bucket_size": 1000}}
+GATHERED = {
+    f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+}
 
 
 class Traffic(LiveMemory):
@@ -60,14 +66,17 @@ def engine(stage: int, dtype: str, world_size: int) -> Engine:
             partitioned=partitioned,
         )
 
-    section = TrainConfig(grad_sum_dtype=dtype, precision="bfloat16")
+    section, overrides = (
+        TrainConfig(grad_sum_dtype=dtype, precision="bfloat16"),
+        merge(SMALL, {"zero_optimization": GATHERED if stage == 3 else {}}),
+    )
     config = deepspeed_config(
         stage=stage,
         bf16=True,
         micro_batch_size=2,
         accumulation=MICRO_BATCHES,
         world_size=world_size,
-        overrides=engine_options(section, DeepSpeedConfig(zero_stage=stage, overrides=BUCKET)),
+        overrides=engine_options(section, DeepSpeedConfig(zero_stage=stage, overrides=overrides)),
     )
     torch.manual_seed(0)
     return Engine(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)), optimizer, config)

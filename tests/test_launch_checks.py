@@ -179,7 +179,7 @@ def test_where_the_profiler_may_write(tmp_path, monkeypatch):
 
 def test_a_plan_says_what_the_run_would_download(tmp_path, run_file, monkeypatch, capsys):
     """What is named or in a cache would not be."""
-    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))
+    monkeypatch.setattr(dry_run, "network_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
     (tmp_path / "x.pt").touch()
@@ -222,7 +222,7 @@ def test_a_plan_does_not_decode_images_to_keep(tmp_path, run_file, monkeypatch):
 
     toy.write_images(tmp_path / "images")
     monkeypatch.setattr(ImageDataset, "_readable", None)
-    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))
+    monkeypatch.setattr(dry_run, "network_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))
     assert main(["train", "vavae", str(run_file("vavae")), "--dry-run", "data.cache=true"]) == 0
 
 

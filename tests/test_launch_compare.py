@@ -108,6 +108,17 @@ def test_against_the_published_curve_our_mse_is_compared(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("every", [100, 500])
+def test_means_of_other_spans_than_the_published_ones_have_no_difference(every):
+    """The published run itself, logged more rarely: its first 500 steps have a mean of 0.61, the 100 at 500 of 0.42."""
+    logged = np.array([loss for _, loss, _ in read_json(GOLDEN)["rows"][:100]]).reshape(-1, every // 100).mean(1)
+    text = report([published(), curve(steps=range(every, 10_001, every), values=logged)], "mse", [], None)
+    assert ("(+0.0%)" in text, "%" in text) == (every == 100, every == 100)
+    assert ("of published of 100, so that no difference is told" in text) == (every == 500)
+    (row,) = [line for line in text.splitlines() if line.startswith("|    500 |")]
+    assert row.split("|")[2:4] == (["    0.4186 ", " 0.4186 (+0.0%) "] if every == 100 else ["    0.4186 ", " 0.6143 "])
+
+
 def test_runs_that_end_before_the_first_published_point_have_losses_of_their_own_to_reach(tmp_path):
     curves = [published(), curve("a"), curve("b", values=(4.0, 3.0, 2.0))]
     text = report(curves, "mse", [], None)

@@ -279,17 +279,19 @@ HELD = 10 * 2 * 64 * 4  # bytes of a process's half of the 20 latents
 def test_auto_is_the_device_where_it_has_room_and_the_host_else(run_file, monkeypatch, caplog):
     """ "meta" stands in for a GPU, to which nothing is read before training begins."""
     caplog.set_level("INFO", "launch.training.placement")
+    auto = ["data.placement=auto"]
     training = placement.run_bytes(load(run_file, kind="lightningdit")[0], 2)
     needed = (HELD + training) * 8 / 7
-    assert placed(run_file, monkeypatch, device="cpu") is None
+    assert placed(run_file, monkeypatch, device="cpu", changes=auto) is None
     assert not [r for r in caplog.records if r.name == "launch.training.placement"], "nothing to say: one memory"
-    chosen = placed(run_file, monkeypatch, device="meta", free=needed + 8)
+    chosen = placed(run_file, monkeypatch, device="meta", free=needed + 8, changes=auto)
     assert chosen.latents.bytes == HELD and chosen.latents.rows is None
-    assert placed(run_file, monkeypatch, device="meta", free=needed - 8) is None
+    assert placed(run_file, monkeypatch, device="meta", free=needed - 8, changes=auto) is None
     texts = [r.getMessage() for r in caplog.records if r.name == "launch.training.placement"]
     assert texts[0].startswith("data.placement auto: latents in the memory of meta: 0.00 GiB of latents beside an")
     assert re.search(r"read from files, as .* GiB of free memory .* would not leave 1/8", texts[-1])
-    assert placed(run_file, monkeypatch, device="meta", free=1e12, changes=["data.placement=host"]) is None
+    for changes in ([], ["data.placement=host"]):  # the default, too, until the device has been measured
+        assert placed(run_file, monkeypatch, device="meta", free=1e12, changes=changes) is None
 
 
 def test_what_is_asked_for_and_does_not_fit_is_refused_with_figures(run_file, monkeypatch, caplog):

@@ -1,5 +1,7 @@
 """`train.grad_sum_dtype`: sums of gradients over micro-batches and processes, and what it contradicts."""
 
+from pathlib import Path
+
 import pytest
 
 from launch.config import ConfigError
@@ -8,15 +10,28 @@ from launch.training.deepspeed_options import DeepSpeedConfig
 from launch.training.gradient_sums import engine_options
 from tests.gradient_sums import measured
 
+README = Path(__file__).parents[1] / "launch" / "README.md"
 
-def test_sums_in_float32_have_float32s_errors_and_send_twice_the_bytes(tmp_path):
+#: Bytes a parameter that one process hands to collectives, of a weight (2) and a gradient (2 or 4) in 4 micro-batches.
+SENT = {1: lambda g: g + 2, 2: lambda g: 4 * g + 2, 3: lambda g: 4 * (2 * 2 + g)}
+
+
+def test_sums_have_the_errors_of_their_dtype_and_take_what_the_readme_says(tmp_path):
     """Against float64, over two processes and four micro-batches of each; bfloat16 has 2¹⁶ times coarser steps."""
     found = measured(tmp_path)
     for stage in (1, 2, 3):
         rounded, exact = found[f"{stage} bfloat16"], found[f"{stage} float32"]
         assert 3e-4 < rounded["error"] < 1e-2 and exact["error"] < 2e-7, stage
         assert exact["error"] * 2**12 < rounded["error"], stage
-        assert exact["sent"] > 1.3 * rounded["sent"], stage
+        sent = [each["sent"] for each in (rounded, exact)]
+        assert sent == pytest.approx([SENT[stage](2), SENT[stage](4)], rel=0.01), stage
+        row = f"| ZeRO {stage}, bfloat16 / float32 | {_power(rounded['error'])} / {_power(exact['error'])} | "
+        row += " / ".join(f"{each:.0f}" for each in sent) + f" | {rounded['alive']:.0f} / {exact['alive']:.0f} |"
+        assert row in README.read_text("utf-8")
+
+
+def _power(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def options(dtype: str | None, stage: int = 1, precision: str = "bfloat16", **overrides) -> dict:

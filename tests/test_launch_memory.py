@@ -1,13 +1,14 @@
 """The estimate of a process's memory against counts of real engines, and against what a GPU and compiled steps took."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from launch.training.memory import NetworkCost, Setup, device_latents_bytes, memory_of, save_bytes, usable
+from launch.training.memory import NetworkCost, Setup, memory_of, save_bytes, usable
 from lightningdit.config import named_config
 from lightningdit.cost import peak_bytes_per_image
 from tests import children
@@ -122,18 +123,24 @@ def test_offloaded_states_are_in_the_hosts_memory():
 
 def test_what_is_not_of_a_stage():
     network = NetworkCost("model", 100, 80, 0.0, 10.0, 3.0)
-    setup = Setup(2, False, frozen=1000, latents=500.0, averaged=True)
+    setup = Setup(2, False, frozen=1000, latents=500.0, averaged=True, sampled=3, decoding=70.0)
     memory = memory_of([network], setup, 0, 4)
     assert (memory.frozen, memory.latents, memory.activations) == (4000, 500, 40)
     assert memory.backward == 80 * (4 + 4 + 12) + 4540
     assert memory.validation == 80 * (4 + 12 + 4) + 4500 + 12 and memory.peak_moment == "optimizer step"
+    assert memory.decoding == 80 * (4 + 12) + 4500 + 70
+    assert memory_of([network], setup, 0, 1).validation == memory.validation - 3  # 3 samples for 4 images
     assert memory_of([network], setup, 0, 1000).peak_moment == "backward pass"
+    assert memory_of([network], replace(setup, decoding=1e6), 0, 4).peak_moment == "decoding of previews"
 
 
-def test_host_memory_of_a_save_and_latents_on_devices():
+def test_host_memory_of_a_save_and_what_of_a_card_is_counted_on():
     networks = [NetworkCost("a", 1000, 900, 0.0, 0.0), NetworkCost("b", 50, 50, 0.0, 0.0)]
     assert save_bytes(networks, 8, 1) == 950 * 16 / 8 + 100 * 4
     assert save_bytes(networks, 8, 0) == 950 * 16 + 100 * 4  # all on the main process
-    assert device_latents_bytes(1_281_167, 32, 16, width=2, flip=True, processes=8) == 160_146 * 2 * 8192 * 2
-    assert device_latents_bytes(10, 4, 8, width=4, flip=False, processes=3) == 4 * 256 * 4
+    # Of 450 and 25 bytes 512 and 32, four times; a power of two stays as it is.
+    assert save_bytes(networks, 8, 1, pinned=True) == 4 * (512 + 32) + 100 * 4
+    assert save_bytes([NetworkCost("a", 1024, 1024, 0.0, 0.0)], 8, 1, pinned=True) == 4 * 512
+    xl = NetworkCost("model", 675_262_784, 675_262_784, 0.0, 0.0)
+    assert save_bytes([xl], 8, 1, pinned=True) == 2 * 2**30  # 337.6 MB are 512 MiB
     assert usable(80 * 2**30) == 75 * 2**30

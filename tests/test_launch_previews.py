@@ -12,13 +12,16 @@ from launch.config import ConfigError, load
 from launch.pictures import sample_grid
 from launch.training import checkpoint, checks
 from launch.training.build import make_trainer
+from launch.training.costs import setup_of
 from launch.training.engine import start_processes
+from launch.training.memory import DECODED_PIXEL
 from launch.training.previews import in_batches, preview_labels, preview_settings
 from lightningdit.config import SampleConfig
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample
 from tests import toy
 from tests.children import launch
+from tests.live_memory import LiveMemory
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
@@ -54,6 +57,24 @@ def run_file(tmp_path, root):
         )
 
     return write
+
+
+def test_a_plan_counts_previews_of_5_images(run_file, root):
+    """The average in the weights' place without any validation, both passes of guidance, and the tokenizer."""
+    with_them, without = (setup_of(load(run_file(previews=n), kind="lightningdit")[0], 2) for n in (COUNT, 0))
+    assert (with_them.averaged, with_them.sampled, without.averaged, without.sampled) == (True, 6, False, 0)
+    weights = (root / "vae.safetensors").stat().st_size
+    assert (with_them.decoding, without.decoding) == (weights + 4 * 16**2 * DECODED_PIXEL, 0)
+    absent = load(run_file(), ["vae.ckpt_path=/absent", "train.previews=null"], kind="lightningdit")[0]
+    assert setup_of(absent, 2) == without
+
+
+def test_a_decoder_takes_as_much_as_is_planned():
+    """Of the published sizes with a quarter of the channels, tensor by tensor."""
+    small = AutoencoderKL(AutoencoderConfig(embed_dim=32, z_channels=32, ch=32), OPS).requires_grad_(False)
+    with LiveMemory() as memory:
+        small.decode(torch.randn(2, 32, 2, 2))
+    assert memory.peak == pytest.approx(2 * 32**2 * DECODED_PIXEL / 4, rel=0.01)
 
 
 def trainer(path: Path, *overrides: str):

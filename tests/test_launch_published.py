@@ -88,7 +88,9 @@ def test_what_only_other_programs_read_is_named_and_ignored(tmp_path):
 
 @pytest.mark.parametrize(("stem", "overrides", "asks"), TRAINING)
 def test_training_asks_for_what_a_file_and_its_overrides_leave_open(tmp_path, monkeypatch, stem, overrides, asks):
-    monkeypatch.setattr(dry_run, "_vavae_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None))  # seconds each
+    monkeypatch.setattr(
+        dry_run, "network_costs", lambda run, kinds: (dict.fromkeys(kinds, ()), 0, None)
+    )  # seconds each
     path = written(tmp_path, named(stem))
     run, _ = load(path, overrides, kind="vavae")
     if asks is None:

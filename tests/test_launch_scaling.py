@@ -57,6 +57,37 @@ def test_figures_come_with_their_inputs_and_are_called_computed(capsys):
     assert {each["stage"] for each in found["stages"]} == {0, 1, 2, 3}
 
 
+def test_nothing_is_looked_at_but_the_run_file(tmp_path, capsys):
+    """A folder of data that could not be opened; images are those of the file."""
+    where = [f"data.data_path={tmp_path}", "data.num_images=50000", "train.max_steps=null", "train.max_epochs=64"]
+    found = plan(capsys, *where, "--gpus", "8", "--mfu", "0.4")
+    assert found["work"]["images"] == pytest.approx(64 * 50_000, rel=1024 / (64 * 50_000))
+    assert found["inputs"]["training"]["source"] == "run file; images: data.num_images"
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("bfloat16", 989e12), ("float32", 67e12)])
+def test_a_share_of_the_peak_is_that_of_the_precision(capsys, precision, peak):
+    found = plan(capsys, "--gpus", "8", "--mfu", "0.4", f"train.precision={precision}")
+    assert found["gpu"]["images_per_second"] == pytest.approx(0.4 * peak / 711.76e9, rel=1e-4)
+    assert f"of {peak / 1e12:g} TFLOP/s, dense {precision} of H100" in found["inputs"]["one GPU"]["source"]
+    given = plan(capsys, "--gpus", "8", "--mfu", "0.4", "--peak", "100", f"train.precision={precision}")
+    assert given["gpu"]["images_per_second"] == pytest.approx(0.4 * 100e12 / 711.76e9, rel=1e-4)
+
+
+def test_a_run_that_failures_let_come_to_no_end_is_valid_json_and_said(capsys):
+    options = ["--gpus", "8", "--mfu", "0.4", "--mtbf-hours", "0.001"]
+    assert main(["scaling", XL, *options, "--json"]) == 0
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)["strong"][0]["training"]
+    assert (found["lost"], found["total"]) == (None, None) and found["hours"] > 1
+    assert main(["scaling", XL, *options]) == 0
+    text = capsys.readouterr().out
+    assert "no end |" in text and "inf" not in text.partition("Strong scaling")[2]
+
+
 def test_mfu_and_rate_are_the_same_by_hand(capsys):
     """20.4 % of 989 TFLOP/s are 284 images/s of XL: 8 GPUs take 10 hours where nothing is lost."""
     fast = ("--network", "intra=1e9,inter=1e9,latency=1e-9", "--optimizer-ms", "1e-6", "--mtbf-hours", "1e15")

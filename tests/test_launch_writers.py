@@ -1,7 +1,9 @@
 """Where a run's log goes: events, wandb by a stand-in of its signatures, and the line on the screen."""
 
+import io
 import json
 import logging
+import sys
 
 import pytest
 from PIL import Image
@@ -37,31 +39,46 @@ ROW = {
 
 
 class Wandb:
-    """What wandb 0.31 would be called with; `fails`: names of calls that raise, by mode of the start for `init`."""
+    """What wandb 0.31 would be called with; `fails`: names of calls that raise, by mode of the start for `init`.
+
+    As there, the id of a start that has failed is in use until `teardown`, and a terminal without a key is asked.
+    """
 
     def __init__(self):
-        self.started, self.logged, self.finished, self.fails = [], [], 0, {}
+        self.started, self.logged, self.finished, self.fails, self.in_use = [], [], 0, {}, False
 
     def modules(self) -> dict:
+        fails = self.fails
+
         class Error(Exception):
             pass
 
         class Settings:
             def __init__(self, *, console, silent, init_timeout, finish_timeout):
                 assert (console, silent) == ("off", True) and init_timeout > 0 and finish_timeout > 0
+                if "Settings" in fails:
+                    raise TypeError("Settings has no silent")
 
         class Picture:
             def __init__(self, data_or_path, mode=None, caption=None):
                 self.size = Image.open(data_or_path).size
 
         def init(*, project, id, name, config, dir, resume, settings, mode=None):
-            if mode in self.fails.get("init", ()):
+            assert not sys.stdin.isatty(), "asks for a key and waits"
+            if self.in_use:
+                raise Error(f"run ID {id} is in use")
+            if mode in fails.get("init", ()):
+                self.in_use = True
                 raise Error("no such host\nsecond line")
             self.started.append({"project": project, "id": id, "name": name, "config": config, "mode": mode})
             assert resume == "allow" and isinstance(settings, Settings) and isinstance(dir, str)
             return self
 
-        return {"wandb": {"init": init, "Settings": Settings, "Image": Picture, "Error": Error}}
+        def teardown(exit_code=None):
+            self.in_use = False
+
+        names = {"init": init, "teardown": teardown, "Settings": Settings, "Image": Picture, "Error": Error}
+        return {"wandb": names}
 
     def define_metric(self, name, step_metric=None):
         assert (name, step_metric) == ("*", "step")
@@ -83,7 +100,10 @@ def wandb(monkeypatch) -> Wandb:
     return found
 
 
-def test_a_run_goes_on_in_wandb_where_it_was(tmp_path, wandb):
+def test_a_run_goes_on_in_wandb_where_it_was(tmp_path, wandb, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
     run = {"train": {"exp_name": "xl"}, "data": {"data_path": "x"}}
     for start in (0, 2):
         log = RunLog(tmp_path, start, 9, tensorboard=False, wandb="dit", run=run)
@@ -91,6 +111,7 @@ def test_a_run_goes_on_in_wandb_where_it_was(tmp_path, wandb):
         log.write_event({"step": start + 1, "event": "rollback", "to": 1})
         log.write_picture("previews", start + 1, lambda path: picture(path))
         log.close()
+    assert sys.stdin is terminal
     first, second = wandb.started
     assert first == second and first["id"] and first["mode"] is None
     assert (first["project"], first["name"], first["config"]) == ("dit", "xl", run)
@@ -120,6 +141,35 @@ def test_where_no_server_answers_the_log_is_kept_here_and_training_goes_on(tmp_p
     found = warned(caplog)
     assert len(found) == said and f"(no such host): its log is kept in {tmp_path / 'wandb'}" in found[0]
     assert [each["mode"] for each in wandb.started] == ["offline"][: 2 - said] and len(wandb.logged) == 2 - said
+    assert json.loads(log.path.read_text()) == ROW
+
+
+def no_module(wandb, monkeypatch, folder) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+
+def no_settings(wandb, monkeypatch, folder) -> None:
+    wandb.fails["Settings"] = True
+
+
+def no_id(wandb, monkeypatch, folder) -> None:
+    (folder / "wandb_run_id").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(no_module, "import of wandb halted"), (no_settings, "Settings has no silent"), (no_id, "wandb_run_id")],
+)
+def test_whatever_keeps_wandb_from_starting_is_said_once_and_training_goes_on(
+    tmp_path, wandb, monkeypatch, caplog, wrong, said
+):
+    wrong(wandb, monkeypatch, tmp_path)
+    log = RunLog(tmp_path, 0, 9, tensorboard=False, wandb="dit")
+    log.write_row(ROW)
+    log.write_picture("previews", 1, picture)
+    log.close()
+    (found,) = warned(caplog)
+    assert said in found and found.endswith("this start of the run has no log there") and not wandb.logged
     assert json.loads(log.path.read_text()) == ROW
 
 

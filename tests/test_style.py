@@ -1,6 +1,7 @@
-"""Format, lint and types of the whole tree. The tools' settings: pyproject.toml, .clang-format."""
+"""Format, lint, types and links of the whole tree. The tools' settings: pyproject.toml, .clang-format."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -35,6 +36,27 @@ def test_cuda_sources_are_formatted():
     sources = sorted(str(path) for kind in ("cu", "h", "cpp") for path in (ROOT / "csrc").rglob(f"*.{kind}"))
     assert len(sources) > 20
     passes(str(SCRIPTS / "clang-format"), "--dry-run", "-Werror", *sources)
+
+
+def headings(document: str) -> set[str]:
+    """The fragments by which GitHub links to a document's headings: small letters, no punctuation, hyphens."""
+    outside = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.+?) *$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_between_documents_lead_somewhere():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    documents = {path: path.read_text("utf-8") for path in (ROOT / line for line in listed.splitlines())}
+    found = [(path, link) for path, text in documents.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    lost, local = [], [(path, link) for path, link in found if "://" not in link]
+    for path, link in local:
+        name, _, fragment = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        if not target.exists() or (fragment and fragment not in headings(target.read_text("utf-8"))):
+            lost.append(f"{path.relative_to(ROOT)}: {link}")
+    assert not lost and len(local) > 30
+    assert headings("# A B: `c` (d)\n```\n# no\n```\n## e-f, g") == {"a-b-c-d", "e-f-g"}
 
 
 def test_hooks_before_a_commit_call_tools_that_are_pinned():

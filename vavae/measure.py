@@ -9,9 +9,6 @@ from torch import Tensor
 
 from vavae.model import AttnBlock, AutoencoderKL, Level, MidBlock
 
-#: Names of `train.watch` → the figure that each logs.
-MEASURED = {"attention_logits": "attention_logit_max", "activation_norms": "activation_norm_max"}
-
 
 @contextmanager
 def measured(network: AutoencoderKL, names: Collection[str]) -> Iterator[dict[str, Tensor]]:

@@ -43,14 +43,19 @@ def values_at(curve: Curve, steps: Sequence[int], window: int) -> np.ndarray:
     return np.array([points.get(step, math.nan) for step in steps])
 
 
+def of_fewer_steps(curve: Curve, window: int) -> bool:
+    """Whether the points of a published curve are means of fewer steps than the window: nothing lies between them."""
+    return curve.interpolated and curve.window < window
+
+
 def losses(curves: Sequence[Curve], steps: Sequence[int], window: int) -> str:
-    """Losses at common steps, each with its difference to the reference."""
+    """Losses at common steps, each with its difference to the reference where both are means of as many steps."""
     reference = reference_of(curves)
     base = values_at(reference, steps, window)
     cells = []
     for curve in curves:
-        values = values_at(curve, steps, window)
-        cells.append([_loss(v, None if curve is reference else b) for v, b in zip(values, base, strict=True)])
+        values, alone = values_at(curve, steps, window), curve is reference or of_fewer_steps(reference, window)
+        cells.append([_loss(v, None if alone else b) for v, b in zip(values, base, strict=True)])
     return markdown(
         ["step", *labels(curves).values()],
         [[f"{step:,}", *row] for step, *row in zip(steps, *cells, strict=True)],
@@ -153,6 +158,11 @@ def report(curves: Sequence[Curve], loss: str, levels: Sequence[float], picture:
     parts = [f"# Runs compared by `{loss}`\n"]
     parts += [f"![{loss} over steps and over hours]({picture})\n"] if picture else []
     against = f"; in brackets the difference to {reference.name}" if len(curves) > 1 else ""
+    if of_fewer_steps(reference, window):
+        against = (
+            f", of {reference.name} of {reference.window:,}, so that no difference is told: that needs runs that log "
+            f"every {reference.window:,} steps or more often (train.log_every)"
+        )
     parts += [f"Each value is the mean of the {window:,} steps up to its step{against}.\n"]
     parts += [losses(curves, steps, window), "", speeds(curves), "", reaching(curves, levels, window), ""]
     parts += [f"* {curve.name}: {remark}" for curve in curves for remark in curve.remarks]

@@ -13,11 +13,6 @@ import math
 from dataclasses import dataclass
 
 
-def young_interval(pause: float, mean_time: float) -> float:
-    """√(2 δ M), in the unit of both."""
-    return math.sqrt(2 * pause * mean_time)
-
-
 def daly_interval(pause: float, mean_time: float) -> float:
     """Time of work between two saves that loses least; M itself where a pause is as long as 2 M."""
     if pause >= 2 * mean_time:

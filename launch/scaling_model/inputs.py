@@ -3,16 +3,18 @@
 import argparse
 from dataclasses import dataclass, field
 
+from common.data_sheets import SHEETS
 from launch.config import ConfigError, LightningDiTRun, Run
 from launch.scaling_model import gpu as single
 from launch.scaling_model.gpu import Gpu, optimizer_seconds, parse_efficiencies
 from launch.scaling_model.network import Network, parse_network
 from launch.scaling_model.plan import MTBF_HOURS, MTBF_SOURCE, Surroundings, Workload
 from launch.scaling_model.zero import STAGES
+from launch.training.checks import check_run
 from launch.training.config import TrainConfig
-from launch.training.dry_run import plan_run
+from launch.training.costs import network_costs, own_kind
 
-PEAK, PEAK_SOURCE = 989.0, "dense bfloat16 of H100 and H200 (NVIDIA data sheets)"
+PEAK_OF = "NVIDIA H100 80GB HBM3"
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
 DEFAULT_MICRO_BATCH = 128
 
@@ -32,9 +34,10 @@ class Inputs:
 def gather_inputs(args: argparse.Namespace, run: Run, kind: str) -> Inputs:
     """Raises ConfigError where the rate of one GPU is given not once, or a value is not possible."""
     stated: dict[str, tuple[str, str]] = {}
-    plan = plan_run(run, kind, 1)
-    parameters = sum(network.trainable for network in plan.networks)
-    flops = sum(network.flops for network in plan.networks)
+    check_run(run)
+    networks = network_costs(run, [own_kind(run)])[0][own_kind(run)]
+    parameters = sum(network.trainable for network in networks)
+    flops = sum(network.flops for network in networks)
     stated["trained parameters"] = f"{parameters:,}", "counted"
     stated["training FLOPs of an image"] = f"{flops / 1e9:,.2f} GFLOP", "counted"
     gpu = _gpu(args, run, parameters, flops, stated)
@@ -45,7 +48,7 @@ def gather_inputs(args: argparse.Namespace, run: Run, kind: str) -> Inputs:
         f"{network.utilization:.0%} of that, {network.latency:g} µs a round",
         _said(args.network, "utilization"),
     )
-    work = _workload(args, run, plan, parameters, flops, gpu, stated)
+    work = _workload(args, run, parameters, flops, gpu, stated)
     around = _surroundings(args, stated)
     model = getattr(run.model, "model_type", None) or kind
     return Inputs(f"{model}, global batch {work.global_batch:,}, ZeRO {work.stage}", work, gpu, network, around, stated)
@@ -73,8 +76,8 @@ def _gpu(args: argparse.Namespace, run: Run, parameters: int, flops: float, stat
         rate, source = args.images_per_second, "given"
     else:
         micro = micro or run.train.micro_batch_size or DEFAULT_MICRO_BATCH
-        rate, source = args.mfu * args.peak * 1e12 / flops, f"given: {args.mfu:.1%} of {args.peak:g} TFLOP/s"
-        source += f", {PEAK_SOURCE}" if args.peak == PEAK else ""
+        peak, of = _peak(args.peak, run.train.precision)
+        rate, source = args.mfu * peak * 1e12 / flops, f"given: {args.mfu:.1%} of {peak:g} TFLOP/s{of}"
     stated["one GPU"] = f"{rate:,.1f} images/s at micro-batch {micro}", source
     if args.optimizer_ms is not None:
         optimizer, how = args.optimizer_ms / 1e3, "given"
@@ -94,11 +97,22 @@ def _gpu(args: argparse.Namespace, run: Run, parameters: int, flops: float, stat
     return Gpu(rate, micro, optimizer, args.half_batch, points)
 
 
-def _workload(args, run: Run, plan, parameters: int, flops: float, gpu: Gpu, stated: dict) -> Workload:
+def _peak(asked: float | None, precision: str) -> tuple[float, str]:
+    """TFLOP/s, and where they are from if that is not said: of a GPU whose sheet states them for the precision."""
+    if asked is not None:
+        return asked, ""
+    stated = SHEETS[PEAK_OF].peak(precision)
+    assert stated is not None, "the sheet has both precisions"
+    return stated / 1e12, f", dense {precision} of H100 and H200 (NVIDIA data sheets)"
+
+
+def _workload(args, run: Run, parameters: int, flops: float, gpu: Gpu, stated: dict) -> Workload:
     options = run.deepspeed.merged_overrides(run.train.precision)
     zero, stage = options.get("zero_optimization", {}), run.deepspeed.zero_stage
-    epochs = args.epochs or plan.steps * plan.global_batch_size / plan.num_images
-    stated["training"] = f"{epochs:.1f} epochs of {plan.num_images:,} images", "given" if args.epochs else "run file"
+    count, batch = run.data.num_images, run.train.global_batch_size
+    epochs = args.epochs or run.train.steps(count) * batch / count
+    told = "given" if args.epochs else "run file"
+    stated["training"] = f"{epochs:.1f} epochs of {count:,} images", f"{told}; images: data.num_images"
     weight = 2 if run.train.precision == "bfloat16" else 4
     named = {"bf16": "bfloat16", "fp32": "float32"}.get(str(options.get("communication_data_type")))
     travel = args.gradients or run.train.grad_sum_dtype or named
@@ -115,8 +129,8 @@ def _workload(args, run: Run, plan, parameters: int, flops: float, gpu: Gpu, sta
     return Workload(
         parameters=parameters,
         flops_per_image=flops,
-        images=epochs * plan.num_images,
-        global_batch=plan.global_batch_size,
+        images=epochs * count,
+        global_batch=batch,
         micro_batch=run.train.micro_batch_size or gpu.micro_batch,
         stage=stage,
         weight_bytes=weight,

@@ -1,5 +1,6 @@
 """A scaling plan as tables for people, and as JSON."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -51,7 +52,7 @@ def _of_steps(found: dict[int, Plan | str]) -> str:
         times = [f"{seconds * 1e3:,.1f}" for seconds in (step.compute, step.optimizer, step.exposed)]
         speed = [f"{step.images_per_second:,.0f}", f"{step.efficiency:.0%}"]
         speed += [f"{run.growth:.2f} ×"] if grown else []
-        rows.append([f"{count:,}", images, *times, *speed, f"{run.hours:.3g}", f"{run.lost:.2%}", f"{run.total:.3g}"])
+        rows.append([f"{count:,}", images, *times, *speed, _hours(run.hours), _lost(run.lost), _hours(run.total)])
     reasons = [f"\n{count:,} GPUs: {plan}." for count, plan in found.items() if isinstance(plan, str)]
     return markdown(head, rows, left=0) + "".join(reasons)
 
@@ -92,8 +93,8 @@ def _of_failures(work: Workload, found: dict[int, Plan | str]) -> str:
                 f"{run.write_seconds:.1f} s",
                 f"{run.interval * 60:.1f} min ({steps:,} steps)",
                 f"{rate:.3f}",
-                f"{run.lost:.2%}",
-                f"{run.lost_as_set:.2%}",
+                _lost(run.lost),
+                _lost(run.lost_as_set),
             ]
         )
     return markdown(head, rows, left=0)
@@ -107,6 +108,19 @@ def ending(inputs: Inputs, least: float) -> str:
     text = f"At a global batch of {last.global_batch:,} the most GPUs with an efficiency of at least {least:.0%} are "
     text += f"{last.gpus:,}: {last.per_gpu} images for each, {last.images_per_second:,.0f} images/s. "
     return text + f"Of that step the most is lost to {largest_loss(last, inputs.gpu)}."
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity, which a run that failures let come to no end takes and loses."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _lost(share: float) -> str:
+    return f"{share:.2%}" if math.isfinite(share) else "all"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g}" if math.isfinite(hours) else "no end"
 
 
 def as_text(inputs: Inputs, gpus: Sequence[int], least: float) -> str:
@@ -134,7 +148,7 @@ def as_text(inputs: Inputs, gpus: Sequence[int], least: float) -> str:
 
 
 def as_json(inputs: Inputs, gpus: Sequence[int], least: float) -> dict[str, Any]:
-    """Everything with its inputs; seconds, hours, bytes and bytes/s unless a name says otherwise."""
+    """Everything with its inputs; seconds, hours, bytes and bytes/s unless a name says otherwise. Infinite is None."""
 
     def plain(found: dict[int, Plan | str]) -> list[dict[str, Any]]:
         return [
@@ -142,7 +156,7 @@ def as_json(inputs: Inputs, gpus: Sequence[int], least: float) -> dict[str, Any]
             if isinstance(plan, str)
             else asdict(plan[0])
             | {"seconds": plan[0].seconds, "images_per_second": plan[0].images_per_second}
-            | {"training": asdict(plan[1]) | {"total": plan[1].total}}
+            | {"training": _finite(asdict(plan[1]) | {"total": plan[1].total})}
             for count, plan in found.items()
         ]
 

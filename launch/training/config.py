@@ -2,7 +2,7 @@
 
 import math
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -39,6 +39,8 @@ def _distinct(names: Any) -> Any:
 
 
 Watched = Literal["grad_norms", "activation_norms", "attention_logits"]
+#: Those that a task measures in a forward pass of its own (`launch.training.task.Measures`).
+MEASURED = tuple(name for name in get_args(Watched) if name != "grad_norms")
 RunName = Annotated[Text, AfterValidator(_below_output_dir)]
 
 
@@ -144,11 +146,13 @@ class TrainConfig(Section):
 
     def without_effect(self, ema_decay: float, valid_path: str | None) -> list[str]:
         """Notes on keys that a file sets and that change nothing."""
-        asked = f"train.valid_weights is {self.valid_weights}" if "valid_weights" in self.model_fields_set else None
-        if asked and valid_path is None:
-            return [f"{asked}, but data.valid_path names no data: nothing is validated"]
-        if asked and ema_decay == 0:
-            return [f"{asked}, but optimizer.ema_decay is 0: no average is kept, and the weights are validated"]
+        asked = [key for key in ("valid_batches", "valid_weights") if key in self.model_fields_set]
+        if valid_path is None:
+            nothing = "data.valid_path names no data: nothing is validated"
+            return [f"train.{key} is {getattr(self, key)}, but {nothing}" for key in asked]
+        if "valid_weights" in asked and ema_decay == 0:
+            average = "optimizer.ema_decay is 0: no average is kept, and the weights are validated"
+            return [f"train.valid_weights is {self.valid_weights}, but {average}"]
         return []
 
     def steps(self, num_images: int) -> int:

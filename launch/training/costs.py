@@ -5,13 +5,34 @@ from collections.abc import Sequence
 from torch import nn
 
 import lightningdit.cost as dit_cost
-from launch.config import LightningDiTRun, Run
+from common.tensors import weights_file
+from launch.config import LightningDiTRun, Run, VavaeRun
 from launch.training.checks import network_on_meta
 from launch.training.gradient_sums import engine_options
-from launch.training.memory import BFLOAT16, FLOAT32, NetworkCost, Setup
+from launch.training.memory import BFLOAT16, DECODED, DECODED_PIXEL, FLOAT32, NetworkCost, Setup
 
 Kind = bool | int | str  # a value of `use_checkpoint`
+Counted = tuple[dict[Kind, tuple[NetworkCost, ...]], int, tuple[int, int]]
 BYTES = {"bfloat16": BFLOAT16, "float32": FLOAT32}
+
+
+def own_kind(run: Run) -> Kind:
+    """The run's own `use_checkpoint`."""
+    return run.network().use_checkpoint if isinstance(run, LightningDiTRun) else run.train.use_checkpoint
+
+
+def network_costs(run: Run, kinds: Sequence[Kind]) -> Counted:
+    """The networks' costs under values of `use_checkpoint`, frozen parameters, and the latents' channels and size.
+
+    Counted by the run file alone: no data and no weights are looked at.
+    """
+    if isinstance(run, VavaeRun):
+        return _vavae_costs(run, kinds)
+    network = run.network()
+    costs: dict[Kind, tuple[NetworkCost, ...]] = {
+        kind: (cost,) for kind, cost in lightningdit_costs(run, kinds).items()
+    }
+    return costs, 0, (network.in_channels, network.input_size)
 
 
 def lightningdit_costs(run: LightningDiTRun, kinds: Sequence[Kind]) -> dict[Kind, NetworkCost]:
@@ -33,17 +54,57 @@ def lightningdit_costs(run: LightningDiTRun, kinds: Sequence[Kind]) -> dict[Kind
     return {kind: cost(kind) for kind in kinds}
 
 
+def _vavae_costs(run: VavaeRun, kinds: Sequence[Kind]) -> Counted:
+    """The same of a tokenizer's two networks."""
+    import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
+
+    width, latents = (
+        BYTES[run.train.precision],
+        (run.model.embed_dim, run.data.image_size // run.model.downsample_ratio),
+    )
+    counted = vae_cost.training_costs(run.model, run.features(), run.loss, run.data.image_size, kinds)
+    frozen = counted[kinds[0]]["frozen"]
+
+    def cost(kind: Kind) -> tuple[NetworkCost, ...]:
+        return tuple(
+            NetworkCost(
+                name,
+                c.parameters,
+                c.trainable,
+                c.flops + (frozen.flops if name == "autoencoder" else 0),
+                c.saved_elements * width,
+            )
+            for name, c in counted[kind].items()
+            if name != "frozen"
+        )
+
+    return {kind: cost(kind) for kind in kinds}, frozen.parameters, latents
+
+
 def setup_of(run: Run, processes: int, *, frozen: int = 0, latents: float = 0.0) -> Setup:
     """What decides about the memory of a run on so many processes, beside its networks; see `Setup`."""
-    train = run.train
+    train, optimizer = run.train, run.optimizer
+    sampled, decoding = _previews(run)
+    validated = run.data.valid_path is not None and train.valid_weights != "model"
     return Setup(
         processes=processes,
         bf16=train.precision == "bfloat16",
         options=engine_options(train, run.deepspeed),
         frozen=frozen,
         latents=latents,
-        averaged=run.data.valid_path is not None and run.optimizer.ema_decay > 0 and train.valid_weights != "model",
+        averaged=optimizer.ema_decay > 0 and (validated or sampled > 0),
+        sampled=2 * -(-sampled // processes),  # guided: with and without a class
+        decoding=decoding,
     )
+
+
+def _previews(run: Run) -> tuple[int, float]:
+    """How many previews a run draws, and bytes of the tokenizer and of what it decodes at once on the main process."""
+    count = run.num_previews() if isinstance(run, LightningDiTRun) else 0
+    path = weights_file(run.vae.ckpt_path or "") if isinstance(run, LightningDiTRun) and count else None
+    if path is None or not path.is_file():  # absent: the run has no previews, or does not start
+        return 0, 0.0
+    return count, path.stat().st_size + min(count, DECODED) * run.data.image_size**2 * DECODED_PIXEL
 
 
 def _trained(p: nn.Parameter) -> bool:

@@ -1,21 +1,25 @@
 """The plan that --dry-run prints: steps, parameters, memory, FLOPs and disk of a run, without running it."""
 
-from collections.abc import Sequence
-
 import torch
 
 import kernels
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun
+from launch.config_files import find_config
 from launch.runtime import launcher
 from launch.training.checks import check_run
-from launch.training.costs import BYTES, lightningdit_costs, setup_of
+from launch.training.costs import network_costs, own_kind, setup_of
+from launch.training.deepspeed_options import DEEPSPEED_FILES
+from launch.training.gradient_sums import engine_options
 from launch.training.loader import BatchSplit
-from launch.training.memory import GIB, STAGES, NetworkCost, Setup, device_latents_bytes
+from launch.training.memory import GIB, STAGES, Setup
 from launch.training.micro_batches import Costs, Fit, nearest_that_divide
 from launch.training.plan import RunPlan
-from launch.training.planned_data import device_here, open_data, reading_lines
+from launch.training.planned_data import device_here, latents_on_device, open_data, reading_lines, stored_width
 from launch.training.remarks import remarks, stage_lines
 from vavae.decoders.choice import lacking
+
+#: By ZeRO stage, the file of `launch/deepspeed/`.
+SHIPPED_FILES = (None, "zero1.json", "zero2.json", "zero3.json")
 
 
 def planned_processes(gpus: int | None) -> tuple[int, str | None]:
@@ -46,10 +50,17 @@ def card_bytes(memory: float | None) -> float | None:
 
 
 def plan_run(
-    run: Run, kind: str, processes: int, *, card: float | None = None, processes_note: str | None = None
+    run: Run,
+    kind: str,
+    processes: int,
+    *,
+    card: float | None = None,
+    processes_note: str | None = None,
+    on_gpus: bool = True,
 ) -> RunPlan:
     """The figures of a run on so many processes, without making any of it; with `card`, what fits so many bytes.
 
+    on_gpus: whether the processes are GPUs' (those of CPUs pin no host memory).
     Raises ValueError for what the run itself would refuse, but that its data or a backend is missing: the plan may be
     for another machine, and says so.
     """
@@ -60,17 +71,18 @@ def plan_run(
     opened = open_data(run, kind, absent)
     num_images = len(opened["data_path"]) if "data_path" in opened else run.data.num_images
     micro_batch_size = _micro_batch_size(run, processes)
-    own = run.network().use_checkpoint if isinstance(run, LightningDiTRun) else train.use_checkpoint
+    own = own_kind(run)
     kinds = [own] if card is None else _kinds(run, own)
-    costs, frozen, latents = _vavae_costs(run, kinds) if isinstance(run, VavaeRun) else _lightningdit_costs(run, kinds)
+    costs, frozen, latents = network_costs(run, kinds)
     networks = costs[own]
     reading: tuple[str, ...] = ()
     if isinstance(run, VavaeRun):
         flops = sum(network.flops for network in networks)
         gpus = min(processes, max(torch.cuda.device_count(), 1))
         reading = reading_lines(run, opened.get("data_path"), gpus, flops)
-    steps, stage = train.steps(num_images), run.deepspeed.zero_stage
-    store_bytes, store_lines = _latents_on_device(run, latents, num_images, processes)
+    steps, stage, stages = train.steps(num_images), run.deepspeed.zero_stage, _stages(run)
+    samples = opened.get("data_path")
+    store_bytes, store_lines = latents_on_device(run, samples, latents, num_images, processes)
     setup = setup_of(run, processes, frozen=frozen, latents=store_bytes)
     return RunPlan(
         title=f"plan for {kind} ({getattr(run.model, 'model_type', None) or 'sizes of its own'}), "
@@ -83,14 +95,18 @@ def plan_run(
         micro_batch_size=micro_batch_size,
         setup=setup,
         stage=stage,
-        stages_allowed=_stages(run),
+        stages_allowed=tuple(stages),
         processes_note=processes_note,
-        fit=None if card is None else _fit(run, costs, setup, card, own),
+        fit=None if card is None else _fit(run, costs, setup, card, own, stages),
         background_save=getattr(train, "background_save", True),
+        pinned=on_gpus,
         latents=latents,
+        stored=stored_width(run, samples),
         latent_store=store_lines,
         keep_checkpoints=train.keep_checkpoints,
         checkpoints=-(-steps // train.ckpt_every),
+        ckpt_every=train.ckpt_every,
+        keep_every=train.keep_every,
         reading=reading,
         absent=tuple(absent),
         downloads=_downloads(run),
@@ -99,7 +115,9 @@ def plan_run(
     )
 
 
-def _fit(run: Run, costs: Costs, setup: Setup, card: float, own: bool | int | str) -> Fit:
+def _fit(
+    run: Run, costs: Costs, setup: Setup, card: float, own: bool | int | str, stages: dict[int, str | None]
+) -> Fit:
     in_model = bool(getattr(run.model, "use_checkpoint", False))
     return Fit(
         costs,
@@ -108,8 +126,8 @@ def _fit(run: Run, costs: Costs, setup: Setup, card: float, own: bool | int | st
         per_process=run.train.global_batch_size // setup.processes,
         stage=run.deepspeed.zero_stage,
         kind=own,
-        stages=_stages(run),
-        deepspeed_file=run.deepspeed.file,
+        stages=tuple(stages),
+        files=stages,
         kind_key="model.use_checkpoint" if in_model else "train.use_checkpoint",
     )
 
@@ -131,9 +149,22 @@ def _micro_batch_size(run: Run, processes: int) -> int:
     return BatchSplit(total, processes, micro or share).micro_batch_size
 
 
-def _stages(run: Run) -> tuple[int, ...]:
-    """The ZeRO stages that the run could have with everything else as it is."""
-    return tuple(stage for stage in STAGES if stage == run.deepspeed.zero_stage or _allows(run, zero_stage=stage))
+def _stages(run: Run) -> dict[int, str | None]:
+    """The ZeRO stages that the run could have with everything else as it is, each with its `deepspeed.file` then.
+
+    That is the run's own; a shipped one of another stage is replaced by that stage's (ZeRO 0 has none).
+    """
+    own = run.deepspeed
+    found: dict[int, str | None] = {}
+    shipped = own.file in SHIPPED_FILES[1:] and find_config(own.file, DEEPSPEED_FILES) == DEEPSPEED_FILES / own.file
+    for stage in STAGES:
+        files = [own.file, SHIPPED_FILES[stage]] if shipped else [own.file]
+        fitting = [file for file in files if _allows(run, deepspeed={"zero_stage": stage, "file": file})]
+        if stage == own.zero_stage:
+            found[stage] = own.file
+        elif fitting:
+            found[stage] = fitting[0]
+    return found
 
 
 def _kinds(run: Run, own: bool | int | str) -> list[bool | int | str]:
@@ -147,31 +178,19 @@ def _kinds(run: Run, own: bool | int | str) -> list[bool | int | str]:
     return allowed
 
 
-def _allows(run: Run, *, zero_stage: int | None = None, use_checkpoint: bool | int | str | None = None) -> bool:
-    """Whether the run's own checks pass with that; what DeepSpeed is told of a stage is of its own file."""
+def _allows(run: Run, *, deepspeed: dict | None = None, use_checkpoint: bool | int | str | None = None) -> bool:
+    """Whether the run's own checks pass with these keys of `deepspeed`, or with that."""
     document = run.model_dump()
-    if zero_stage is not None:
-        document["deepspeed"]["zero_stage"] = zero_stage
+    document["deepspeed"] |= deepspeed or {}
     if use_checkpoint is not None:
         document["train"]["use_checkpoint"] = use_checkpoint
         document["model"].pop("use_checkpoint", None)
     try:
-        type(run).model_validate(document)
+        changed = type(run).model_validate(document)
+        engine_options(changed.train, changed.deepspeed)
     except ValueError:
         return False
     return True
-
-
-def _latents_on_device(run: Run, shape: tuple[int, int], num_images: int, processes: int) -> tuple[float, tuple]:
-    """Bytes of a process's share of the latents where the run says that they are on the device, and what to say."""
-    if not isinstance(run, LightningDiTRun) or run.data.placement == "host":
-        return 0.0, ()
-    dtype = run.data.latent_dtype
-    held = device_latents_bytes(num_images, *shape, width=BYTES[dtype], flip=run.data.latent_flip, processes=processes)
-    amount = f"{held / GIB:,.1f} GiB per GPU of latents in {dtype}"
-    if run.data.placement == "device":
-        return held, (f"data.placement device: {amount}, counted above",)
-    return 0.0, (f"data.placement auto: {amount} where they fit beside the above, else they are read from files",)
 
 
 def _backends_missing(run: Run) -> list[str]:
@@ -190,37 +209,3 @@ def _downloads(run: Run) -> tuple[str, ...]:
 
     features = foundation.to_download(run.features()) if run.loss.use_vf else None
     return tuple(what for what in (features, loss.to_download(run.loss)) if what is not None)
-
-
-def _lightningdit_costs(run: LightningDiTRun, kinds: Sequence[bool | int | str]) -> tuple[Costs, int, tuple[int, int]]:
-    """The network's costs under values of `use_checkpoint`, frozen parameters, and the latents' shape."""
-    network = run.network()
-    costs = {kind: (cost,) for kind, cost in lightningdit_costs(run, kinds).items()}
-    return costs, 0, (network.in_channels, network.input_size)
-
-
-def _vavae_costs(run: VavaeRun, kinds: Sequence[bool | int | str]) -> tuple[Costs, int, tuple[int, int]]:
-    """The same of a tokenizer's two networks."""
-    import vavae.cost as vae_cost  # imports timm and lpips: seconds of their own
-
-    width, latents = (
-        BYTES[run.train.precision],
-        (run.model.embed_dim, run.data.image_size // run.model.downsample_ratio),
-    )
-    counted = vae_cost.training_costs(run.model, run.features(), run.loss, run.data.image_size, kinds)
-    frozen = counted[kinds[0]]["frozen"]
-
-    def cost(kind: bool | int | str) -> tuple[NetworkCost, ...]:
-        return tuple(
-            NetworkCost(
-                name,
-                c.parameters,
-                c.trainable,
-                c.flops + (frozen.flops if name == "autoencoder" else 0),
-                c.saved_elements * width,
-            )
-            for name, c in counted[kind].items()
-            if name != "frozen"
-        )
-
-    return {kind: cost(kind) for kind in kinds}, frozen.parameters, latents

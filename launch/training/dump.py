@@ -22,12 +22,11 @@ from common.files import make_directory, write_json, write_text
 from common.tensors import write_tensors
 from launch.runtime.processes import Processes
 from launch.training.block_norms import block_of
+from launch.training.config import MEASURED
 from launch.training.engine import Engine
 from launch.training.loader import BatchSplit, SampleOrder, Tensors, samples_of_step, to_device
 from launch.training.task import Measures, Task
 from launch.training.trainer_config import TrainerConfig
-
-MEASURED = ("activation_norms", "attention_logits")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 What DeepSpeed and the optimizer hold for each trained parameter was counted, tensor by tensor, on engines of one and
 two processes; tests count it again. A step has its peak where the backward pass begins (all activations are
-kept), where the optimizer steps, at the start of a run, or in a validation by the averaged weights.
+kept), where the optimizer steps, at the start of a run, in a validation or previews by the averaged weights, or where
+the previews' tokenizer decodes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,9 @@ OPTIMIZER_STATES = 3  # exp_avg, exp_avg_sq, ema: float32 each
 REDUCE_BUCKET, ALL_REDUCE, LIVE_PARAMETERS = 500_000_000, 500_000_000, 1_000_000_000
 #: Of a card's memory: what CUDA, cuBLAS and NCCL keep for themselves, and the share lost to fragmentation. Assumed.
 CONTEXT, FRAGMENTATION = 1.0 * GIB, 0.05
+#: Images that previews decode at a time, beside a network in training, and the bytes that each pixel then takes: of
+#: the published tokenizer's decoder in float32, counted tensor by tensor.
+DECODED, DECODED_PIXEL = 4, 2560
 #: An image's latents and its mirror image's.
 MIRRORS = 2
 
@@ -47,7 +52,9 @@ class Setup:
         options: DeepSpeed's, as `DeepSpeedConfig.merged_overrides` gives them.
         frozen: parameters of networks that are not trained, held in the same precision.
         latents: bytes of latents that each process keeps on its device.
-        averaged: whether validation puts the average in the place of the weights.
+        averaged: whether validation or previews put the average in the place of the weights.
+        sampled: samples for which previews call the network at once. decoding: bytes of the main process's tokenizer
+            and of what it decodes.
     """
 
     processes: int
@@ -56,6 +63,8 @@ class Setup:
     frozen: int = 0
     latents: float = 0.0
     averaged: bool = False
+    sampled: int = 0
+    decoding: float = 0.0
 
     @property
     def weight(self) -> int:
@@ -91,8 +100,9 @@ class Memory:
     """Bytes of one process: parts where the backward pass begins, and the totals of the other moments.
 
     Fields:
-        step, start, validation: all that is held when the optimizer steps or gradients are sorted for it, when a run is
-            set up, and in a validation (0 without one by the average).
+        step, start, validation, decoding: all that is held when the optimizer steps or gradients are sorted for it,
+            when a run is set up, in a validation or previews (0 without any by the average), and while these are
+            decoded (0 without any).
         host: bytes of the host's memory for what is offloaded.
     """
 
@@ -106,6 +116,7 @@ class Memory:
     step: float
     start: float
     validation: float
+    decoding: float
     host: float
 
     @property
@@ -120,6 +131,7 @@ class Memory:
             "optimizer step": self.step,
             "start": self.start,
             "validation": self.validation,
+            "decoding of previews": self.decoding,
         }
 
     @property
@@ -165,7 +177,7 @@ def memory_of(
         buckets = buckets + setup.buckets(stage) if stage == 3 else max(buckets, setup.buckets(stage))
     frozen = setup.frozen * setup.weight
     resident = totals["weights"] + totals["states"] + frozen + setup.latents + (buckets if stage == 3 else 0)
-    forward = sum(network.forward_bytes for network in networks) * micro_batch_size
+    forward = sum(network.forward_bytes for network in networks) * max(micro_batch_size, setup.sampled)
     return Memory(
         weights=totals["weights"] + totals["gathered"],
         gradients=totals["gradients"],
@@ -177,6 +189,7 @@ def memory_of(
         step=resident + totals["step"],
         start=resident + totals["start"],
         validation=resident + totals["gathered"] + totals["average"] + forward if setup.averaged else 0.0,
+        decoding=resident + setup.decoding if setup.decoding else 0.0,
         host=totals["host"],
     )
 
@@ -228,26 +241,29 @@ def usable(card: float) -> float:
     return card * (1 - FRAGMENTATION) - CONTEXT
 
 
-def save_bytes(networks: Sequence[NetworkCost], processes: int, stage: int) -> float:
+def save_bytes(networks: Sequence[NetworkCost], processes: int, stage: int, *, pinned: bool = False) -> float:
     """Bytes of host memory for a checkpoint written while training goes on, of the process that holds most of it.
 
-    Master weights and the three states, float32, of the trained parameters: shared out from ZeRO 1 on, all on the main
-    process under ZeRO 0. What is not trained is on the main process.
+    Master weights and the three states, float32, of the trained parameters, a block for each of them and each network:
+    shared out from ZeRO 1 on, all on the main process under ZeRO 0. What is not trained is on the main process.
+    pinned: the blocks are page-locked, as on a GPU, whose allocator rounds each up to a power of two.
     """
-    trainable, all_of_them = (sum(getattr(n, name) for n in networks) for name in ("trainable", "parameters"))
-    shares = processes if stage > 0 else 1
-    return trainable * (1 + OPTIMIZER_STATES) * FLOAT32 / shares + (all_of_them - trainable) * FLOAT32
+    shares, held = processes if stage > 0 else 1, 0.0
+    for network in networks:
+        block = network.trainable * FLOAT32 / shares
+        held += (1 + OPTIMIZER_STATES) * (_power_of_two(block) if pinned else block)
+        held += (network.parameters - network.trainable) * FLOAT32
+    return held
 
 
-def device_latents_bytes(num_images: int, channels: int, size: int, *, width: int, flip: bool, processes: int) -> int:
-    """Bytes of a process's share of all latents `[channels, size, size]`, of `width` bytes a number, on its device.
-
-    flip: whether mirror images are trained on, and so kept too.
-    """
-    share = -(-num_images // processes)
-    return share * (MIRRORS if flip else 1) * channels * size * size * width
+def _power_of_two(size: float) -> int:
+    """The least that is not below `size`."""
+    return 1 << max(math.ceil(size) - 1, 0).bit_length()
 
 
 def latents_bytes(num_images: int, channels: int, size: int, width: int = FLOAT32) -> int:
-    """Disk for the latents: an image and its mirror image, `[channels, size, size]` each, and an int64 label."""
+    """Disk for the latents: an image and its mirror image, `[channels, size, size]` each, and an int64 label.
+
+    width: bytes that are stored for each number, of moments those of both.
+    """
     return num_images * (MIRRORS * channels * size * size * width + 8)

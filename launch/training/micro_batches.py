@@ -1,7 +1,7 @@
 """Which micro-batch sizes fit a card's memory, and what to override so that a run does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.training.memory import STAGES, Memory, NetworkCost, Setup, memory_of, usable
 
@@ -36,7 +36,7 @@ class Fit:
         kind, stage: the run's own `use_checkpoint` and ZeRO stage.
         stages: those that the run may have.
         per_process: images of a step on each process.
-        deepspeed_file: the run's `deepspeed.file`.
+        files: the `deepspeed.file` that a stage goes with; those that are not there go with the run's own.
         kind_key: the key that decides about `use_checkpoint`.
     """
 
@@ -47,7 +47,7 @@ class Fit:
     stage: int
     kind: bool | int | str
     stages: Sequence[int] = STAGES
-    deepspeed_file: str | None = None
+    files: Mapping[int, str | None] = field(default_factory=dict)
     kind_key: str = "train.use_checkpoint"
 
     def memory(self, stage: int, kind: bool | int | str, micro_batch_size: int) -> Memory:
@@ -92,6 +92,7 @@ class Fit:
             overrides.append(f"{self.kind_key}={as_yaml(kind)}")
         if stage != self.stage:
             overrides.append(f"deepspeed.zero_stage={stage}")
-            if self.deepspeed_file is not None:
-                overrides.append(f"deepspeed.file=zero{stage}.json")
+            own = self.files.get(self.stage)
+            if (file := self.files.get(stage, own)) != own:
+                overrides.append(f"deepspeed.file={file}")
         return overrides

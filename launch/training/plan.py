@@ -35,9 +35,11 @@ class RunPlan:
         processes_note: why so many processes, where nothing says how many.
         fit: what fits a card of the memory that was asked for.
         background_save: whether a checkpoint is written while training goes on, from a copy in the host's memory.
-        latents: channels and size of the latents.
+        pinned: whether that memory is page-locked, as it is for GPUs.
+        latents: channels and size of the latents. stored: what the disk has of each number, and in how many bytes.
         latent_store: sentences on latents kept on the device.
-        keep_checkpoints, checkpoints: how many are kept (None: all), and how many are written.
+        keep_checkpoints, checkpoints: how many of the newest are kept (None: all), and how many are written, every
+            `ckpt_every` steps and at the end. keep_every: those of every so many steps are kept beside them.
         reading: how images are decoded, and how fast.
         absent: what the run needs and this machine has not. downloads: what it would download first.
         losses: the stages of the loss. remarks: what has no effect, or contradicts the run's length.
@@ -56,10 +58,14 @@ class RunPlan:
     processes_note: str | None = None
     fit: Fit | None = None
     background_save: bool = True
+    pinned: bool = True
     latents: tuple[int, int] | None = None
+    stored: tuple[str, int] = ("float32", FLOAT32)
     latent_store: tuple[str, ...] = ()
     keep_checkpoints: int | None = None
     checkpoints: int = 1
+    ckpt_every: int = 1
+    keep_every: int | None = None
     reading: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     downloads: tuple[str, ...] = ()
@@ -74,6 +80,15 @@ class RunPlan:
     def accumulation(self) -> int:
         """Micro-batches of a step on each process."""
         return self.global_batch_size // (self.micro_batch_size * self.processes)
+
+    @property
+    def most_checkpoints(self) -> int:
+        """How many lie on the disk at once; one is removed when the next is whole."""
+        if self.keep_checkpoints is None:
+            return self.checkpoints
+        newest = min(self.keep_checkpoints + 1, self.checkpoints)
+        older = (self.checkpoints - newest) * self.ckpt_every
+        return newest + (older // self.keep_every if self.keep_every is not None else 0)
 
     def memory(self, stage: int) -> Memory:
         """Memory of one process under a ZeRO stage, else as the run is."""
@@ -152,20 +167,19 @@ class RunPlan:
     def _storage_lines(self) -> list[str]:
         lines = []
         if self.background_save:
-            held = save_bytes(self.networks, self.processes, self.stage) / GIB
+            held = save_bytes(self.networks, self.processes, self.stage, pinned=self.pinned) / GIB
             here = min(self.processes, GPUS_PER_MACHINE) if self.stage > 0 else 1
             machine = f", {held * here:,.1f} GiB on a machine of {here}" if here > 1 else ""
             who = "per process" if self.stage > 0 else "on the main process"
-            lines.append(f"  host memory for a save in the background: {held:,.1f} GiB {who}{machine}")
+            rounded = " (pinned, in blocks of powers of two)" if self.pinned else ""
+            lines.append(f"  host memory for a save in the background: {held:,.1f} GiB {who}{machine}{rounded}")
         size = (OPTIMIZER_STATES + 1) * FLOAT32 * sum(n.parameters for n in self.networks)
-        kept = min(self.keep_checkpoints or self.checkpoints, self.checkpoints)
-        # One is removed when the next is whole.
-        kept += kept < self.checkpoints
+        kept = self.most_checkpoints
         lines.append(
             f"  checkpoints on disk: {size / 1e9:,.1f} GB each, at most {kept} at once: {kept * size / 1e9:,.1f} GB"
         )
         if self.latents is not None:
-            channels, side = self.latents
-            disk = latents_bytes(self.num_images, channels, side)
-            lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB (float32 {channels}×{side}×{side}, two per image)")
+            (channels, side), (what, width) = self.latents, self.stored
+            disk = latents_bytes(self.num_images, channels, side, width)
+            lines.append(f"  latents on disk: {disk / 1e9:,.1f} GB ({what} {channels}×{side}×{side}, two per image)")
         return lines + [f"  {line}" for line in self.latent_store]

@@ -7,6 +7,10 @@ import torch
 
 from launch.config import LightningDiTRun, Run, VavaeRun
 from launch.training.build import open_dataset
+from launch.training.memory import FLOAT32, GIB
+from lightningdit.data import LatentDataset
+from lightningdit.device_latents import device_bytes
+from lightningdit.latents_shards import parts_of
 from lightningdit.task import check_classes
 from vavae.decoders.choice import choose_decoder, lacking
 
@@ -33,6 +37,45 @@ def open_data(run: Run, kind: str, absent: list[str]) -> dict:
     if kind == "lightningdit" and len(opened) == 2:
         check_classes(*opened.values())
     return opened
+
+
+def stored_width(run: Run, data: "LatentDataset | ImageDataset | None") -> tuple[str, int]:
+    """What is stored of each number of a latent, and its bytes: of the data here, else float32 samples are assumed."""
+    if not isinstance(data, LatentDataset):
+        return "float32", FLOAT32
+    kind = "moments in " if data.store == "moments" else ""
+    return f"{kind}{_name(data.dtype)}", parts_of(data.store) * data.dtype.itemsize
+
+
+def latents_on_device(
+    run: Run, data: "LatentDataset | ImageDataset | None", shape: tuple[int, int], num_images: int, processes: int
+) -> tuple[float, tuple[str, ...]]:
+    """Bytes of a process's share of the latents where the run says that they are on the device, and what to say.
+
+    data: the set, which tells what is held of each number; where it is not here, float32 samples are assumed.
+    """
+    if not isinstance(run, LightningDiTRun) or run.data.placement == "host":
+        return 0.0, ()
+    here = data if isinstance(data, LatentDataset) else None
+    dtype = here.memory_dtype if here else getattr(torch, run.data.latent_dtype)
+    held = device_bytes(
+        num_images,
+        here.shape if here else (*shape, shape[-1]),
+        parts=parts_of(here.store) if here else 1,
+        mirrors=run.data.latent_flip,
+        dtype=dtype,
+        processes=processes,
+    )
+    what = "moments" if here and here.store == "moments" else "latents"
+    amount = f"{held / GIB:,.1f} GiB per GPU of {what} in {_name(dtype)}"
+    amount += "" if here else " (assumed: shards of float32 samples)"
+    if run.data.placement == "device":
+        return held, (f"data.placement device: {amount}, counted above",)
+    return 0.0, (f"data.placement auto: {amount} where they fit beside the above, else they are read from files",)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reading_lines(run: VavaeRun, images: "ImageDataset | None", gpus: int, flops_per_image: float) -> tuple[str, ...]:

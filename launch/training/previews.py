@@ -10,6 +10,7 @@ from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.pictures import sample_grid
 from launch.runtime.processes import Processes
 from launch.trained import build_tokenizer
+from launch.training.memory import DECODED
 from lightningdit.config import ModelConfig, SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
@@ -17,8 +18,6 @@ from lightningdit.sampler import sample
 from lightningdit.task import LightningDiTTask
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
-
-DECODED = 4  # images that are decoded at a time, beside a network in training
 
 
 class DiffusionPreviews:

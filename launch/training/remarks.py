@@ -24,9 +24,18 @@ def stage_lines(run: Run, num_images: int) -> list[str]:
 
 def remarks(run: Run, steps: int, num_images: int) -> list[str]:
     """One sentence for each thing that the run does not do though its file may seem to say so."""
-    found = list(_about_length(run, steps))
+    found = [*unread(run), *_about_length(run, steps)]
     found += _about_stages(run, steps, num_images) if isinstance(run, VavaeRun) else _about_lightningdit(run, steps)
     return found
+
+
+def unread(run: Run) -> Iterator[str]:
+    """Keys for other programs, which training may be thought to begin with."""
+    if run.ckpt_path is not None:
+        yield (
+            f"ckpt_path {run.ckpt_path} is not read by training: train.ckpt goes on from a checkpoint, "
+            "train.weight_init begins with weights"
+        )
 
 
 def _overrides(stage: StageConfig) -> dict[str, float]:
@@ -47,17 +56,15 @@ def _about_length(run: Run, steps: int) -> Iterator[str]:
             f"optimizer.warmup_steps {optimizer.warmup_steps:,} do not end within the run's {steps:,} steps: "
             f"the learning rate {optimizer.lr:g} is not passed"
         )
-    if run.data.valid_path is None:
-        for key in {"valid_batches", "valid_weights", "pictures"} & train.model_fields_set:
-            yield f"train.{key} has no effect: data.valid_path names no data"
-    elif optimizer.ema_decay == 0 and "valid_weights" in train.model_fields_set:
-        yield f"train.valid_weights {train.valid_weights} has no effect: optimizer.ema_decay 0 keeps no average"
 
 
 def _about_lightningdit(run: LightningDiTRun, steps: int) -> Iterator[str]:
     ours, models = run.train.use_checkpoint, run.model.use_checkpoint
     if ours and models and ours != models:
         yield f"train.use_checkpoint {ours} has no effect: model.use_checkpoint {models} comes first"
+    shown = run.train.preview_every
+    if shown is not None and shown > steps:
+        yield f"train.preview_every {shown:,} is more than the run's {steps:,} steps: one preview at its end"
     until = run.transport.lognorm_until_step
     if until is not None and until >= steps:
         yield f"transport.lognorm_until_step {until:,} has no effect: the run has {steps:,} steps"

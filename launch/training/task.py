@@ -104,7 +104,8 @@ class Measures(Protocol):
     ) -> Tensors:
         """Figures of a forward pass of some samples of a micro-batch, without gradients: key → scalar, on the device.
 
-        names: those of `MEASURED` that are wanted. Keys are `<figure>/<block>`; the largest over processes is logged.
+        names: those of `launch.training.config.MEASURED` that are wanted. Keys are `<figure>/<block>`; the largest over
+            processes is logged.
         """
 
 

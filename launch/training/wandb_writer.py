@@ -5,9 +5,12 @@ training: it is said once, and training goes on without.
 """
 
 import importlib.util
+import io
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,6 @@ from launch.training.writers import Row, numbers
 
 logger = logging.getLogger(__name__)
 RUN_ID = "wandb_run_id"  # the file of the run's directory that holds it
-OFFLINE = ("offline", "this start of the run has no log there")
 START_SECONDS, END_SECONDS = 30, 60  # that a server may take: to answer at the start, for what is left at the end
 
 
@@ -42,29 +44,29 @@ class WandbWriter:
     """
 
     def __init__(self, directory: Path, project: str, name: str, config: Mapping[str, Any]):
+        self._run: Any = None
+        try:
+            self._start(directory, {"project": project, "name": name, "config": dict(config)})
+        except Exception as e:  # also of a package that is half there, or refuses these settings
+            _warn_of_start(e, "this start of the run has no log there")
+        self._broken = self._run is None
+        # Steps that are made again after a resume come again: wandb's own count of calls only grows.
+        self._try(lambda: self._run.define_metric("*", step_metric="step"))
+
+    def _start(self, directory: Path, asked: dict[str, Any]) -> None:
         import wandb
 
         self._image = wandb.Image
         settings = {"console": "off", "silent": True, "init_timeout": START_SECONDS, "finish_timeout": END_SECONDS}
-        asked = {
-            "project": project,
-            "id": _run_id(directory),
-            "name": name,
-            "config": dict(config),
-            "dir": str(directory),
-            "resume": "allow",
-            "settings": wandb.Settings(**settings),
-        }
-        self._run: Any = None
-        for mode, instead in ((None, f"its log is kept in {directory / 'wandb'}, and `wandb sync` sends it"), OFFLINE):
-            try:
-                self._run = wandb.init(**asked, mode=mode)
-                break
-            except Exception as e:
-                logger.warning("wandb does not start (%s): %s", str(e).partition("\n")[0], instead)
-        self._broken = self._run is None
-        # Steps that are made again after a resume come again: wandb's own count of calls only grows.
-        self._try(lambda: self._run.define_metric("*", step_metric="step"))
+        asked |= {"id": _run_id(directory), "dir": str(directory), "resume": "allow"}
+        asked["settings"] = wandb.Settings(**settings)
+        try:
+            with _without_terminal():
+                self._run = wandb.init(**asked)
+        except Exception as e:
+            _warn_of_start(e, f"its log is kept in {directory / 'wandb'}, and `wandb sync` sends it")
+            wandb.teardown()  # its service holds the id for the start that has failed
+            self._run = wandb.init(**asked, mode="offline")
 
     def write_row(self, row: Row) -> None:
         self._log(numbers(row) | {"step": row["step"]})
@@ -90,6 +92,20 @@ class WandbWriter:
         except Exception as e:
             self._broken = True
             logger.warning("wandb failed (%s: %s): the rest of this run is not in its log", type(e).__name__, e)
+
+
+def _warn_of_start(e: Exception, instead: str) -> None:
+    logger.warning("wandb does not start (%s): %s", str(e).partition("\n")[0], instead)
+
+
+@contextmanager
+def _without_terminal() -> Iterator[None]:
+    """Where it finds one and no key, wandb asks for that, and training would wait for an answer."""
+    found, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = found
 
 
 def _run_id(directory: Path) -> str:

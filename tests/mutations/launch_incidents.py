@@ -147,6 +147,6 @@ MISTAKES = {
     ),
     "float32_sums_sent_in_bfloat16": Mistake(
         "launch/training/gradient_sums.py", '"communication_data_type": "fp32"}', '"communication_data_type": "bf16"}',
-        "test_launch_gradient_sums.py::test_sums_in_float32_have_float32s_errors_and_send_twice_the_bytes",
+        "test_launch_gradient_sums.py::test_sums_have_the_errors_of_their_dtype_and_take_what_the_readme_says",
     ),
 }  # fmt: skip

@@ -24,13 +24,41 @@ MISTAKES = {
         f"{PLAN}the_largest_micro_batch_divides_and_fits",
     ),
     "latents_on_every_device_whole": Mistake(
-        "launch/training/memory.py", "share = -(-num_images // processes)", "share = num_images",
+        "launch/training/planned_data.py", "        processes=processes,\n", "        processes=1,\n",
         f"{PLAN}latents_on_the_device_are_counted",
+    ),
+    "latents_in_the_dtype_that_is_asked_for": Mistake(
+        "launch/training/planned_data.py", "here.memory_dtype if here else ", "",
+        f"{PLAN}latents_that_are_here_are_counted_as_they_are_held_and_stored",
+    ),
+    "checkpoints_kept_for_ever_are_not_counted": Mistake(
+        "launch/training/dry_run.py", "keep_every=train.keep_every", "keep_every=None",
+        f"{PLAN}every_size_has_a_recipe_that_eight_gpus_of_80_gib_hold[b]",
+    ),
+    "pinned_blocks_are_not_rounded_up": Mistake(
+        "launch/training/memory.py", "(_power_of_two(block) if pinned else block)", "block",
+        "test_launch_memory.py::test_host_memory_of_a_save_and_what_of_a_card_is_counted_on",
+    ),
+    "previews_are_not_counted": Mistake(
+        "launch/training/costs.py", "(validated or sampled > 0)", "validated",
+        "test_launch_previews.py::test_a_plan_counts_previews_of_5_images",
+    ),
+    "stages_that_the_options_refuse": Mistake(
+        "launch/training/dry_run.py", "        engine_options(changed.train, changed.deepspeed)\n", "",
+        f"{PLAN}stages_are_those_that_the_run_itself_would_take",
+    ),
+    "peak_of_bfloat16_for_float32": Mistake(
+        "launch/scaling_model/inputs.py", "SHEETS[PEAK_OF].peak(precision)", 'SHEETS[PEAK_OF].peak("bfloat16")',
+        "test_launch_scaling.py::test_a_share_of_the_peak_is_that_of_the_precision",
+    ),
+    "previews_after_the_last_step_unsaid": Mistake(
+        "launch/training/remarks.py", "shown is not None and shown > steps", "shown is not None and shown < 0",
+        "test_launch_remarks.py::test_previews_after_the_last_step_are_said",
     ),
     "stages_begin_an_epoch_late": Mistake(
         "launch/training/remarks.py", "        begin += stage.epochs\n    return lines",
         "        begin += stage.epochs + 1\n    return lines",
-        f"{PLAN}stages_are_listed_with_their_epochs",
+        "test_launch_remarks.py::test_stages_are_listed_with_their_epochs",
     ),
     "plan_opens_images_by_another_decoder": Mistake(
         "launch/training/planned_data.py", "crop=run.data.crop, cached=True)[0]", "crop=run.data.crop)[0]",

@@ -92,8 +92,26 @@ MISTAKES = {
     ),
     "wandb_without_a_server_ends_training": Mistake(
         "launch/training/wandb_writer.py",
-        "            except Exception as e:\n",
-        "            except KeyError as e:\n",
+        '        except Exception as e:\n            _warn_of_start(e, f"its',
+        '        except KeyError as e:\n            _warn_of_start(e, f"its',
+        f"{WRITERS}test_where_no_server_answers_the_log_is_kept_here_and_training_goes_on",
+    ),
+    "wandb_that_cannot_be_imported_ends_training": Mistake(
+        "launch/training/wandb_writer.py",
+        "        except Exception as e:  # also of",
+        "        except ValueError as e:  # also of",
+        f"{WRITERS}test_whatever_keeps_wandb_from_starting_is_said_once_and_training_goes_on",
+    ),
+    "wandb_waits_for_an_answer": Mistake(
+        "launch/training/wandb_writer.py",
+        "with _without_terminal():",
+        "if True:",
+        f"{WRITERS}test_a_run_goes_on_in_wandb_where_it_was",
+    ),
+    "wandb_whose_id_stays_in_use": Mistake(
+        "launch/training/wandb_writer.py",
+        "            wandb.teardown()",
+        "            pass",
         f"{WRITERS}test_where_no_server_answers_the_log_is_kept_here_and_training_goes_on",
     ),
     "events_of_later_steps_kept": Mistake(
