@@ -13,7 +13,7 @@ from functools import partial
 from typing import NoReturn
 
 from launch.runtime import exit_status, launcher, packages
-from launch.runtime.lifetime import StopRequest, exit_process
+from launch.runtime.lifetime import STOP_SIGNALS, StopRequest, exit_process
 
 PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
         return _program(argv)
     except BrokenPipeError:  # the reader of standard output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _end_all(128 + signal.SIGPIPE, "the reader of standard output has closed it", None)
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as e:
         if os.environ.get("LIGHTNINGDIT_TRACEBACK") or not _is_user_error(e):
@@ -59,6 +60,10 @@ def _program(argv: list[str]) -> int:
         return 2
     if argv[0] != "doctor" and (foreign := packages.foreign_packages()):  # the doctor says more
         print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # other machines may have no such package
+            with suppress(ImportError):
+                importlib.import_module("launch.runtime.processes")
+            _announce(2, next(iter(foreign.values())))
         return 2
     if argv[0] in SINGLE_PROCESS and (env := launcher.launch_environment()) is not None and env.world_size > 1:
         error = launcher.LaunchError(
@@ -75,8 +80,10 @@ def run(argv: list[str]) -> NoReturn:
     together = False
     try:
         _open_streams()
-        # Until a training loop takes over; the first SIGINT is Python's own KeyboardInterrupt.
-        StopRequest(_leave_at_once, at_once=True, numbers=(signal.SIGTERM, signal.SIGUSR1)).__enter__()
+        # Until a training loop takes over; without SIGINT where a shell had it ignored, for a background command.
+        interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        numbers = STOP_SIGNALS if interrupts else (signal.SIGTERM, signal.SIGUSR1)
+        StopRequest(_leave_at_once, at_once=True, numbers=numbers).__enter__()
         launcher.exit_with_launcher()
         status = main(argv)
         together = status in exit_status.IN_ORDER
@@ -118,15 +125,24 @@ def _end_all(status: int, reason: str, say: Callable[[], None] | None) -> None:
 
     _ending = True
     heartbeat.end_all(status, reason, say)
+    _announce(status, reason)
+
+
+def _announce(status: int, reason: str) -> None:
+    """Tell processes that wait to meet this one, if any."""
+    global _ending
+    _ending = True
     if "launch.runtime.processes" in sys.modules:
         sys.modules["launch.runtime.processes"].announce_failure(status, reason)
 
 
 def _leave_at_once(number: int) -> None:
-    from launch.runtime import heartbeat
+    if not _ending:
+        from launch.runtime import heartbeat
 
-    if not _ending:  # with a status that says more
         heartbeat.leave_at_once(number)
+    elif "launch.runtime.processes" in sys.modules:  # with a status that says more, but now
+        sys.modules["launch.runtime.processes"].hurry.set()
 
 
 def _print_fault(error: BaseException) -> None:
@@ -210,6 +226,8 @@ def _status(error: Exception) -> int:
 
     if isinstance(error, NonFiniteError):
         return exit_status.NUMERICAL
+    if (status := getattr(error, "exit_status", None)) is not None:
+        return status
     return exit_status.LOST_PEER if _lost_peer(error) else exit_status.ERROR
 
 

@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -61,13 +62,20 @@ def _run(what: str, limit: float, world_size: int, target: Callable, *args) -> l
     children = [_context.Process(target=target, args=(rank, world_size, port, *args)) for rank in range(world_size)]
     for child in children:
         child.start()
+    return _ended(what, children, limit)
+
+
+def _ended(what: str, children: Sequence[BaseProcess], limit: float) -> list[int | None]:
+    """The exit codes of processes; none of them is left running, whatever happens here."""
     end = time.monotonic() + limit
-    for child in children:
-        child.join(timeout=max(0.0, end - time.monotonic()))
-    late = [rank for rank, child in enumerate(children) if child.exitcode is None]
-    for rank in late:
-        children[rank].kill()
-        children[rank].join()
+    try:
+        for child in children:
+            child.join(timeout=max(0.0, end - time.monotonic()))
+    finally:
+        late = [rank for rank, child in enumerate(children) if child.exitcode is None]
+        for rank in late:
+            children[rank].kill()
+            children[rank].join()
     if late:
         raise TimeoutError(f"{what}: after {limit:g} s still running: ranks {late}")
     return [child.exitcode for child in children]
@@ -131,6 +139,33 @@ def started(process: BaseProcess) -> Iterator[None]:
     finally:
         process.kill()
         process.join()
+
+
+def exit_code(child: BaseProcess, within: float = 240) -> int | None:
+    """Start a process, and wait for it; raises TimeoutError where it still runs after so many seconds: it is killed."""
+    child.start()
+    return _ended(child.name, [child], within)[0]
+
+
+@contextmanager
+def running(args: Sequence, **options) -> Iterator[subprocess.Popen]:
+    """A program that is killed where it still runs at the end of the block."""
+    process = subprocess.Popen(args, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def eventually(condition: Callable[[], object], within: float = 120.0) -> bool:
+    """Whether a condition comes true within so many seconds."""
+    end = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def free_port() -> int:

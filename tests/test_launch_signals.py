@@ -4,16 +4,22 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from launch.runtime import exit_status, lifetime
-from launch.runtime.lifetime import StopRequest
+import launch.__main__ as program
+from launch.runtime import exit_status, heartbeat, processes
+from launch.runtime.launcher import LaunchEnvironment
+from launch.runtime.run_lock import DirectoryInUseError
 from launch.training import checkpoint
 from tests import toy
-from tests.children import Moment, call, launch
+from tests.children import Moment, _strike, call, exit_code, free_port, launch
 from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
@@ -23,7 +29,7 @@ STEP = "launch.training.engine:Engine"
 @pytest.fixture
 def run_file(tmp_path) -> str:
     data = {"data_path": str(toy.write_latents(tmp_path / "latents"))}
-    train = {"output_dir": str(tmp_path), "log_every": 4, "ckpt_every": 100, "heartbeat_timeout": 2.0}
+    train = {"output_dir": str(tmp_path), "log_every": 4, "ckpt_every": 100}
     return str(toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data=data, train=train))
 
 
@@ -85,79 +91,40 @@ def test_ctrl_c_and_a_signal_before_the_first_step(tmp_path, run_file, moment, s
     assert newest is None if moment.name == "make_trainer" else newest.step == 2
 
 
-def _get(numbers, pause: float, blocked: bool) -> None:
-    """Get two signals in a process that would go on after the first, and blocks its main thread after it or not."""
-    with StopRequest(lambda number: os._exit(exit_status.of_signal(number))) as stop:
-        os.kill(os.getpid(), numbers[0])
-        assert stop.number == numbers[0]
-        if os.fork() == 0:
-            time.sleep(pause)
-            os.kill(os.getppid(), numbers[1])
-            os._exit(0)
-        if blocked:  # as in a collective: Python's handlers do not run
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
-            multiprocessing.connection.wait([], timeout=0)
-            os.wait()
-            _hold_main_thread()
-        else:
-            os.wait()
-            time.sleep(0.3)
-        assert stop.number == numbers[0]
-    assert all(signal.getsignal(number) is signal.SIG_IGN for number in lifetime.STOP_SIGNALS)  # it is leaving
-    os._exit(7)
+def _roll_back(run_file: str, moment: str) -> None:
+    """Have a rollback due in every second step, and a signal come before the second one's end, or as it is judged."""
+    from launch.training.incidents import Incidents
+    from launch.training.rollback import Rollback
+
+    def check(self, step: int, *_) -> None:
+        if moment == "judged":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise Rollback(0, ((1, step, 7),), "bad steps")
+
+    Incidents.check = check
+    if moment == "trained":
+        _strike(Moment(STEP, "step", 2, signal.SIGTERM))
+    program.run(["train", "lightningdit", run_file, "train.log_every=2"])
 
 
-def _hold_main_thread() -> None:
-    """Wait in C for longer than a test takes, without Python's lock and in spite of signals."""
-    import ctypes
-
-    end = time.monotonic() + 5
-    while (left := end - time.monotonic()) > 0:
-        ctypes.CDLL(None).poll(None, 0, int(1000 * left))
-
-
-@pytest.mark.parametrize(
-    ("numbers", "pause", "status"),
-    [
-        ((signal.SIGINT, signal.SIGINT), 0.1, 7),
-        ((signal.SIGINT, signal.SIGINT), 0.8, 130),
-        ((signal.SIGTERM, signal.SIGINT), 0.8, 130),
-        ((signal.SIGUSR1, signal.SIGTERM), 0.8, 7),
-        ((signal.SIGTERM, signal.SIGTERM), 0.8, 7),
-    ],
-)
-def test_a_second_ctrl_c_ends_at_once_and_copies_do_not(numbers, pause, status):
-    process = _fork.Process(target=_get, args=(numbers, pause, False))
-    process.start()
-    process.join(60)
-    assert process.exitcode == status
+@pytest.mark.parametrize("moment", ["trained", "judged"])
+def test_a_signal_is_not_lost_in_a_rollback(tmp_path, run_file, moment):
+    assert call(_roll_back, run_file, moment, world_size=1, limit=120) == [exit_status.STOPPED]
+    reason = {"trained": "stopped by SIGTERM", "judged": "left at once by SIGTERM"}[moment]
+    assert last_exit(tmp_path / "run")["reason"] == reason
+    if moment == "trained":
+        assert checkpoint.newest(tmp_path / "run/checkpoints").step == 2
 
 
-def test_a_second_ctrl_c_ends_a_process_whose_main_thread_waits_for_ever():
-    process, begin = _fork.Process(target=_get, args=((signal.SIGINT, signal.SIGINT), 0.8, True)), time.monotonic()
-    process.start()
-    process.join(60)
-    assert process.exitcode == 130 and time.monotonic() - begin < 4
+def _leave_with_words(path: str) -> None:
+    sys.stdout = open(path, "w")  # noqa: SIM115 what is left in it must be written out
+    sys.stdout.write("last words")
+    heartbeat.leave_at_once(signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    ("numbers", "agreed"),
-    [
-        ((None, None), None),
-        ((None, signal.SIGTERM), signal.SIGTERM),
-        ((signal.SIGUSR1, signal.SIGTERM), signal.SIGUSR1),
-        ((signal.SIGTERM, signal.SIGINT), signal.SIGINT),
-    ],
-)
-def test_processes_agree_on_the_signal_of_a_person_first(numbers, agreed):
-    stops = [StopRequest(os._exit) for _ in numbers]
-    votes = []
-    for stop, number in zip(stops, numbers, strict=True):
-        stop.number = number
-        stop.agree(lambda vote: votes.append(vote) or vote)
-    for stop, number in zip(stops, numbers, strict=True):
-        stop.number = number
-        assert stop.agree(lambda vote: max(votes)) == agreed and stop.number == agreed
+def test_who_leaves_at_once_still_says_what_it_had_to_say(tmp_path):
+    assert exit_code(_fork.Process(target=_leave_with_words, args=[str(tmp_path / "said")])) == exit_status.STOPPED
+    assert (tmp_path / "said").read_text() == "last words"
 
 
 # --- an error
@@ -177,10 +144,9 @@ def test_what_a_loader_process_cannot_read_ends_the_run_with_a_sentence(tmp_path
 @pytest.mark.parametrize(("lost", "number"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_ends_the_others_with_one_message(tmp_path, run_file, lost, number):
     """Killed, or stopped, beside one whose main thread waits for it in a collective."""
-    moment = Moment(STEP, "step", 2, number, rank=lost)
-    begin = time.monotonic()
-    statuses = launch("train", "lightningdit", run_file, world_size=2, at=moment, log=tmp_path / "log", limit=60)
-    assert time.monotonic() - begin < 45
+    moment, patience = Moment(STEP, "step", 2, number, rank=lost), 2.0 if number == signal.SIGSTOP else 30.0
+    command = ("train", "lightningdit", run_file, f"train.heartbeat_timeout={patience}")
+    statuses = launch(*command, world_size=2, at=moment, log=tmp_path / "log")
     assert statuses[lost] == -signal.SIGKILL and statuses[1 - lost] == exit_status.LOST_PEER
     (message,) = errors(tmp_path / "log")
     how = "was killed or ended without a word" if number == signal.SIGKILL else "has been stopped for 2 s"
@@ -216,7 +182,7 @@ def _train_and_fail(run_file: str, log: str, failing: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("failing", [(1,), (0, 1)])
 def test_an_error_is_said_once_by_the_process_that_met_it(tmp_path, run_file, failing):
-    statuses = call(_train_and_fail, run_file, str(tmp_path / "log"), failing, world_size=2, limit=60)
+    statuses = call(_train_and_fail, run_file, str(tmp_path / "log"), failing, world_size=2)
     assert statuses == [exit_status.ERROR] * 2
     (message,) = errors(tmp_path / "log")
     assert message.startswith(f"error: rank {failing[0]} (process ") and message.endswith(": no good")
@@ -229,15 +195,62 @@ def _fail_before_all_have_met(run_file: str, log: str, failing: int) -> None:
     os.dup2(handle, 2)
     from launch.__main__ import run
 
-    if rank == failing:
-        time.sleep(1.0)  # the other one waits by then
+    if rank == 0:  # by then the other one waits, or has failed: nobody listens yet
+        time.sleep(3.0)
     run(["train", "lightningdit", run_file, *(["train.no_such_key=1"] if rank == failing else [])])
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_before_all_have_met_ends_the_others_too(tmp_path, run_file, failing):
-    begin = time.monotonic()
-    statuses = call(_fail_before_all_have_met, run_file, str(tmp_path / "log"), failing, world_size=2, limit=90)
-    assert statuses == [exit_status.ERROR] * 2 and time.monotonic() - begin < 60
+    statuses = call(_fail_before_all_have_met, run_file, str(tmp_path / "log"), failing, world_size=2)
+    assert statuses == [exit_status.ERROR] * 2
     (message,) = errors(tmp_path / "log")
     assert message.startswith(f"error: rank {failing} (process ") and "no_such_key" in message
+
+
+def test_what_another_start_may_find_changed_has_a_status_that_says_so(monkeypatch):
+    monkeypatch.setattr(processes, "_meeting", False)
+    monkeypatch.setattr(processes, "RENDEZVOUS_TIMEOUT", timedelta(seconds=0.2))
+    with pytest.raises(processes.NoMeetingError, match="not all of WORLD_SIZE 2 processes have come") as alone:
+        processes.rendezvous(LaunchEnvironment(0, 2, 0, "127.0.0.1", free_port()))
+    with socket.create_server(("", 0)) as server, pytest.raises(processes.PortInUseError, match="in use") as taken:
+        processes.rendezvous(LaunchEnvironment(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
+    assert [program._status(each.value) for each in (alone, taken)] == [exit_status.LOST_PEER, exit_status.IN_USE]
+    assert program._status(DirectoryInUseError("x")) == exit_status.IN_USE
+
+
+def test_a_launchers_signal_ends_the_wait_for_a_process_that_may_still_come(monkeypatch):
+    monkeypatch.setattr(processes, "hurry", threading.Event())
+    monkeypatch.setattr(program, "_ending", True)
+    threading.Timer(0.2, program._leave_at_once, [signal.SIGTERM]).start()
+    begin = time.monotonic()
+    assert not processes._comes(LaunchEnvironment(1, 2, 0, "127.0.0.1", free_port()))
+    assert time.monotonic() - begin < processes.ANNOUNCE_PATIENCE / 2
+
+
+def _lose_the_reader() -> None:
+    told = []
+    heartbeat.end_all = lambda *args: told.append(args)
+    program._program = lambda argv: os.write(_closed_pipe(), b"text")
+    status = program.main([])
+    os._exit(7 if [(status, None)] == [(each[0], each[2]) for each in told] and status == 141 else 1)
+
+
+def _closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_a_reader_that_goes_ends_all_processes_in_order():
+    assert exit_code(_fork.Process(target=_lose_the_reader)) == 7
+
+
+def test_a_package_that_is_not_ours_on_one_machine_is_told_to_the_others(monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(program, "_ending", False)
+    monkeypatch.setattr(processes, "announce_failure", lambda *args: told.append(args))
+    monkeypatch.setattr(program.packages, "foreign_packages", lambda: {"common": "common is another one's"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program.main(["train"]) == 2 and told == [(2, "common is another one's")]
+    assert capsys.readouterr().err == "error: common is another one's\n"

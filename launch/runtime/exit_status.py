@@ -6,11 +6,11 @@ DONE = 0
 FAULT = 1  # an exception that is a fault of the program: its traceback is printed
 ERROR = 2  # usage, data, disk: the same command ends the same way until somebody acts
 NUMERICAL = 65  # EX_DATAERR: training stopped as its numbers are not finite
+IN_USE = 69  # EX_UNAVAILABLE: another run, maybe one that is just ending, has the directory or the port
 LOST_PEER = 74  # EX_IOERR: another process of the run was killed, is stopped, or cannot be reached
 STOPPED = 75  # EX_TEMPFAIL: stopped by SIGTERM or SIGUSR1 after a checkpoint
 INTERRUPTED = 128 + signal.SIGINT  # stopped by SIGINT after a checkpoint; a second SIGINT leaves at once
 
-RESTARTABLE = (LOST_PEER, STOPPED)  # the same command goes on from the newest checkpoint
 IN_ORDER = (DONE, STOPPED, INTERRUPTED)  # after all processes have agreed on it
 
 

@@ -27,6 +27,7 @@ from launch.runtime.watchdog.program import IGNORED
 TIMEOUT = 30.0  # seconds
 ANSWER_TIMEOUT = 3.0  # seconds in which the watchdogs say who is to speak
 START_TIMEOUT = 150.0  # seconds; watchdogs give up sooner
+FLUSH_TIMEOUT = 1.0  # seconds; the reader of a pipe may be stopped
 ROOT = Path(__file__).resolve().parents[2]
 _KEY = "launch/watchdog"
 
@@ -179,12 +180,20 @@ def _record(status: int, reason: str) -> None:
 def leave_at_once(number: int) -> NoReturn:
     """End all processes of the run as this one got a signal that asks for it; from any thread."""
     status, name = exit_status.of_signal(number), signal.Signals(number).name
-    if may_speak():
-        with suppress(Exception):
-            print(f"left at once by {name}; what was saved before stays", file=sys.stderr, flush=True)
+    text = f"left at once by {name}; what was saved before stays" if may_speak() else ""
     _record(status, f"left at once by {name}")
     leave(status, f"left at once by {name}")
+    last_words = threading.Thread(target=_flush, args=[text], daemon=True)
+    last_words.start()
+    last_words.join(FLUSH_TIMEOUT)
     if _heartbeat is not None:
         with suppress(Exception):
             _heartbeat.before_leaving()
     os._exit(status)
+
+
+def _flush(text: str) -> None:
+    for stream, end in ((sys.stderr, f"{text}\n" if text else ""), (sys.stdout, "")):
+        with suppress(Exception):
+            stream.write(end)
+            stream.flush()

@@ -42,10 +42,12 @@ class StopRequest:
     and launchers send a SIGINT of the same Ctrl-C each: those within `COPY_SECONDS` of the first signal are one wish.
     SIGTERM and SIGUSR1 may come any number of times, as schedulers repeat them while a checkpoint is written.
 
-    Where `number` is set at the end of the block, the process is about to leave: further signals are ignored.
+    Where `number` is set at the end of the block, the process is about to leave: further signals are ignored, unless an
+    exception ends the block, after which all is as before it.
 
     Args:
-        at_once: the first signal already calls `leave`, as nothing needs to be saved.
+        at_once: nothing needs to be saved: SIGTERM and SIGUSR1 call `leave` the first time, and the first SIGINT is
+            Python's KeyboardInterrupt.
     """
 
     def __init__(self, leave: Callable[[int], object], *, at_once: bool = False, numbers: Sequence[int] = STOP_SIGNALS):
@@ -63,14 +65,20 @@ class StopRequest:
         self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         signal.set_wakeup_fd(self._former_wakeup)
+        leaving = self.number is not None and error is None
         for number, handler in self._former.items():
-            signal.signal(number, handler if self.number is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
         os.write(self._wakeup, bytes(1))
         self._thread.join()
         os.close(self._signals)
         os.close(self._wakeup)
+
+    def pass_on(self) -> None:
+        """After the block: a signal that came in it and ended nothing comes again, to the handlers from before it."""
+        if self.number is not None:
+            signal.raise_signal(self.number)
 
     def agree(self, all_reduce_max: Callable[[int], int]) -> int | None:
         """The signal that all processes of a run stop by, where one of them got any; then it is `number` on each.
@@ -85,8 +93,11 @@ class StopRequest:
         return self.number if highest else None
 
     def _take(self, number: int, frame) -> None:
-        if self.number is None:
+        first = self.number is None
+        if first:
             self.number = number
+        if first and self._at_once and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
         since = None
@@ -95,7 +106,8 @@ class StopRequest:
                 continue
             now = time.monotonic()
             since = now if since is None else since
-            if self._at_once or (number == signal.SIGINT and now - since > COPY_SECONDS):
+            again = now - since > COPY_SECONDS
+            if again if number == signal.SIGINT else self._at_once:
                 self._leave(number)
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,12 +16,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from launch.runtime import exit_status
 from launch.runtime.launcher import LaunchEnvironment, LaunchError, launch_environment
 
 log = logging.getLogger(__name__)
 RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # that the first process waits for the last
 ANNOUNCE_TIMEOUT = 3.0  # seconds in which the others learn that a process failed before it met them
-_meeting = False  # whether this process has begun to meet the others
+ANNOUNCE_PATIENCE = 60.0  # seconds in which the process of rank 0, which is told first, may still come
+hurry = threading.Event()  # set where this process is not to wait for it any more
+_meeting = False  # whether this process has begun to meet the others, or to tell them that it will not
 _FAILED, _ARRIVED, _TOLD = "launch/failed", "launch/arrived", "launch/told"
 HOSTNAME_TIMEOUT = 60.0  # seconds that a name may take to become known
 
@@ -33,6 +37,18 @@ class PeerFailedError(LaunchError):
     def __init__(self, status: int, reason: str):
         super().__init__(f"another process of the run failed: {reason}")
         self.status_of_peer = status
+
+
+class NoMeetingError(LaunchError):
+    """Another process of the run did not come: one that was killed as it started, say."""
+
+    exit_status = exit_status.LOST_PEER
+
+
+class PortInUseError(LaunchError):
+    """The port of the run's meeting is another's."""
+
+    exit_status = exit_status.IN_USE
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,9 @@ def rendezvous(env: LaunchEnvironment) -> dist.Store:
         raise
     except (dist.DistError, RuntimeError, ValueError) as e:
         text = str(e).splitlines()[0]
+        kind: type[LaunchError] = NoMeetingError
         if "EADDRINUSE" in text:
+            kind = PortInUseError
             reason = (
                 "the port is in use, by another run or one that is just ending; give another MASTER_PORT "
                 "(an option of launchers: --master_port)"
@@ -135,7 +153,7 @@ def rendezvous(env: LaunchEnvironment) -> dist.Store:
             reason = f"not all of WORLD_SIZE {env.world_size} processes have come within {RENDEZVOUS_TIMEOUT}: {text}"
         else:
             reason = f"no meeting with the process of rank 0 within {RENDEZVOUS_TIMEOUT} ({text})"
-        raise LaunchError(f"{where}: {reason}") from None
+        raise kind(f"{where}: {reason}") from None
     return store
 
 
@@ -174,17 +192,34 @@ def _until_told(store: dist.Store, others: int) -> None:
 
 def announce_failure(status: int, reason: str) -> None:
     """Tell the processes that wait for this one, if they do, that it fails before it meets them."""
+    global _meeting
     with suppress(Exception):  # the environment may be what is wrong, and nobody may wait
         env = launch_environment()
         if env is None or env.world_size == 1 or _meeting or _launcher_has_store():
             return
-        if env.rank:
-            socket.create_connection((env.address, env.port), timeout=1.0).close()
+        _meeting = True
+        if env.rank and not _comes(env):
+            return
         store = _store(env, timedelta(seconds=ANNOUNCE_TIMEOUT))
         store.set(_FAILED, json.dumps([status, reason]))
         store.add(_TOLD, 1 if env.rank else 0)
         if env.rank == 0:
             _until_told(store, env.world_size - 1)
+
+
+def _comes(env: LaunchEnvironment) -> bool:
+    """Whether the process of rank 0 listens, which it may begin to later than this one failed."""
+    end = time.monotonic() + ANNOUNCE_PATIENCE
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((env.address, env.port), timeout=1.0).close()
+            return True
+        except socket.gaierror:  # the address may be what is wrong
+            return False
+        except OSError:
+            if hurry.wait(0.5):
+                return False
+    return False
 
 
 def _await_hostname(address: str) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from common.files import make_directory, write_error
 from common.records import Record
-from launch.runtime import process_table
+from launch.runtime import exit_status, process_table
 from launch.runtime.processes import Processes
 
 NAME = ".lock"
@@ -33,6 +33,8 @@ _held: set[Path] = set()  # by this process: a lock of lockf does not exclude it
 
 class DirectoryInUseError(ValueError):
     """A directory that another process writes into."""
+
+    exit_status = exit_status.IN_USE
 
 
 class Owner(Record):

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs a program of this project under torchrun, which starts all processes anew where one is lost; each start goes on
-# from the newest checkpoint. Start it on every node:
+# from the newest checkpoint. torchrun knows no statuses: it also starts anew, up to MAX_RESTARTS times, what would end
+# the same way (2: usage, data, disk; 65: numbers that are not finite, with a dump each time; 130: Ctrl-C). Start it on
+# every node:
 #
 #   bash launch/scripts/elastic.sh train lightningdit CONFIG key=value …
 #

@@ -5,12 +5,14 @@
 #
 # It stops, with the status of the run, where another start would end the same way (2: usage, data, disk; 65: numbers
 # that are not finite) or was not wished for (130: Ctrl-C), and after MAX_STARTS starts in a row without progress: the
-# newest checkpoint and the last row of the log are at no later step than before. A signal to it (SIGTERM, SIGINT,
-# SIGUSR1) goes to the command, and it ends with that.
+# newest checkpoint and the last row of the log are at no later step than before. A signal to it (SIGTERM, SIGINT;
+# SIGUSR1 and SIGHUP as SIGTERM, since launchers die of them while the run still saves) goes to the command, and it ends
+# with that.
 #
 # RUN_DIR      the run's directory (default: as the command's main process says, where that runs on this machine)
 # MAX_STARTS   starts in a row without progress that are too many (default: 5)
-# PAUSE        seconds before the first start anew, doubled with each that made no progress, at most 60 (default: 1)
+# PAUSE        seconds before the first start anew, doubled with each that made no progress, at most 60 (default: 1); 60
+#              times as many where the directory or the port was in use (69), as by a run that is just ending
 set -uo pipefail
 [ $# -gt 0 ] || { echo "usage: supervise.sh COMMAND …" >&2; exit 2; }
 max_starts="${MAX_STARTS:-5}" pause="${PAUSE:-1}"
@@ -61,11 +63,13 @@ last_step() {
     echo "$step"
 }
 
-# A launcher that was killed may leave processes that are just ending: they hold the lock of the run's directory.
+# A launcher that was killed may leave processes that are just ending: they hold the lock of the run's directory. A lock
+# that lasts longer is another run's, or left behind: the program knows which.
 wait_for_lock() {
     local lock owner
     lock="$(run_directory)/.lock"
     for _ in $(seq 60); do
+        [ -z "$stopping" ] || return 0
         owner="$(sed -n 's/^.*"pid": *\([0-9]*\).*$/\1/p' "$lock" 2>/dev/null)"
         [ -n "$owner" ] && kill -0 "$owner" 2>/dev/null && grep -q "\"host\": *\"$(hostname)\"" "$lock" || return 0
         sleep 1
@@ -73,29 +77,40 @@ wait_for_lock() {
 }
 
 forward() {
-    stopping=1
+    stopping="$1"
     [ -z "$child" ] || kill "-$1" "$child" 2>/dev/null
 }
-for signal in TERM INT USR1 HUP; do
-    # shellcheck disable=SC2064 # the signal of now
-    trap "forward $signal" "$signal"
-done
+trap "forward INT" INT
+trap "forward TERM" TERM USR1 HUP
+
+# Waits for the end of `child` → `status`.
+await_child() {
+    local ended
+    while :; do # a trapped signal ends `wait` early, with a status of its own
+        wait "$child"
+        status=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    if [ "$status" -gt 128 ]; then # the child may have ended while the trap ran
+        wait "$child" 2>/dev/null
+        ended=$?
+        [ "$ended" -eq 127 ] || status="$ended"
+    fi
+    child=""
+}
 
 # Where this script is killed, its command gets SIGTERM.
 tied=()
 if setpriv --pdeathsig TERM true 2>/dev/null; then tied=(setpriv --pdeathsig TERM); fi
 set -m # a process group of its own, in which Ctrl-C reaches the command through this script alone
-without=0 best="$(last_step)" wait_seconds="$pause"
+without=0 best="$(last_step)" wait_seconds="$pause" status=0
 while :; do
     : >"$LIGHTNINGDIT_LAST_EXIT"
+    [ -z "$stopping" ] || exit "$((status == 0 ? 75 : status))"
     "${tied[@]}" "$@" &
     child=$!
-    while :; do # a trapped signal ends `wait` early
-        wait "$child"
-        status=$?
-        kill -0 "$child" 2>/dev/null || break
-    done
-    child=""
+    [ -z "$stopping" ] || kill "-$stopping" "$child" # that came between these lines
+    await_child
     status="$(run_status "$status")"
     [ "$status" -ne 0 ] || exit 0
     [ -z "$stopping" ] || exit "$status"
@@ -115,12 +130,13 @@ while :; do
             exit "$status"
         fi
     fi
-    echo "[supervise] ended with status $status at step $step; starts again in $wait_seconds s" >&2
-    sleep "$wait_seconds" &
+    this_pause="$wait_seconds"
+    [ "$status" -ne 69 ] || this_pause=$((60 * pause))
+    echo "[supervise] ended with status $status at step $step; starts again in $this_pause s" >&2
+    sleep "$this_pause" &
     child=$!
     wait "$child"
     child=""
-    [ -z "$stopping" ] || exit "$status"
     wait_for_lock
     ((without == 0)) || wait_seconds=$((2 * wait_seconds > 60 ? 60 : 2 * wait_seconds))
 done

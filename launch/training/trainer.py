@@ -125,12 +125,14 @@ class Trainer:
                 wandb=config.train.wandb,
                 run=config.run,
             )
+        stop = StopRequest(heartbeat.leave_at_once)
         try:
             self._begin_again(log)
-            with StopRequest(heartbeat.leave_at_once) as stop, closing(self.stream()) as stream:
+            with stop, closing(self.stream()) as stream:
                 return self._loop(stream, log, stop)
         except Rollback as rollback:
             rollback.time = self._progress.time.state_dict()
+            stop.pass_on()  # one that came after the last step's agreement
             raise
         finally:
             self.saver.leave()
@@ -173,7 +175,7 @@ class Trainer:
             stopped_by = stop.agree(self.processes.all_reduce_max) if self.step < last else None
             save = stopped_by or self.step == last or self.step % train.ckpt_every == 0
             if self._row_due():
-                self._log(log)
+                self._log(log, going_on=not stopped_by)
             paused = self._evaluations.run(self.step, self._progress.position, log)
             if save:
                 if log is not None:
@@ -243,7 +245,7 @@ class Trainer:
         for engine in self.engines.values():
             engine.restore_statistics(skipped)
 
-    def _log(self, log: RunLog | None) -> None:
+    def _log(self, log: RunLog | None, *, going_on: bool = True) -> None:
         means = self._meter.read()
         counters = self._read_counters()
         row = {
@@ -259,7 +261,8 @@ class Trainer:
             log.write_row(row)
             for warning in self._watch.new_warnings(row):
                 log.warn(warning)
-        self.incidents.check(self.step, row, self._start_counters, counters)
+        if going_on:  # else the next start judges: there may be no time for a rollback
+            self.incidents.check(self.step, row, self._start_counters, counters)
 
     def _read_counters(self) -> dict[str, dict[str, float]]:
         return {name: engine.optimizer.read_counters() for name, engine in self.engines.items()}

@@ -2,21 +2,33 @@
 
 from tests.mutations import Mistake
 
-COPIES = "test_launch_signals.py::test_a_second_ctrl_c_ends_at_once_and_copies_do_not"
+COPIES = "test_launch_lifetime.py::test_a_second_ctrl_c_ends_at_once_and_copies_do_not"
 WATCHDOG = "test_launch_watchdog.py::"
 
 MISTAKES = {
     "copies_of_ctrl_c_end_at_once": Mistake(
         "launch/runtime/lifetime.py",
-        "and now - since > COPY_SECONDS)",
-        "and now > since)",
+        "again = now - since > COPY_SECONDS",
+        "again = now > since",
         COPIES,
     ),
     "any_second_signal_ends_at_once": Mistake(
         "launch/runtime/lifetime.py",
-        "(number == signal.SIGINT and now",
-        "(number and now",
+        "if again if number == signal.SIGINT else self._at_once:",
+        "if again:",
         COPIES,
+    ),
+    "an_interrupt_is_left_to_the_main_thread": Mistake(
+        "launch/__main__.py",
+        "numbers = STOP_SIGNALS if interrupts else",
+        "numbers =",
+        "test_launch_lifetime.py::test_a_second_ctrl_c_ends_a_program_that_trains_nothing",
+    ),
+    "a_rollback_takes_the_place_of_a_stop": Mistake(
+        "launch/training/trainer.py",
+        "going_on=not stopped_by",
+        "going_on=True",
+        "test_launch_signals.py::test_a_signal_is_not_lost_in_a_rollback",
     ),
     "ctrl_c_asks_to_be_started_again": Mistake(
         "launch/runtime/exit_status.py",
@@ -28,7 +40,7 @@ MISTAKES = {
         "launch/runtime/lifetime.py",
         "self.number = signal.NSIG - highest",
         "self.number = signal.SIGTERM",
-        "test_launch_signals.py::test_processes_agree_on_the_signal_of_a_person_first",
+        "test_launch_lifetime.py::test_processes_agree_on_the_signal_of_a_person_first",
     ),
     "a_stopped_process_counts_as_busy": Mistake(
         "launch/runtime/process_table.py",
@@ -65,6 +77,20 @@ MISTAKES = {
         "            self.own.kill_process()\n            self._done = True\n\n    def _accept",
         "            self._done = True\n\n    def _accept",
         WATCHDOG + "test_a_process_that_does_not_leave_is_killed",
+    ),
+    "processes_that_say_they_leave_are_trusted": Mistake(
+        "launch/runtime/watchdog/base.py",
+        "self._left, self._kill_at = True, time.monotonic() + LEFT_GRACE",
+        "self._left = True",
+        WATCHDOG + "test_a_process_that_says_it_leaves_and_does_not_is_killed",
+    ),
+    "what_comes_with_an_introduction_is_another_one": Mistake(
+        "launch/runtime/watchdog/base.py",
+        "        messages = wire.receive()\n        for message in messages or ():\n"
+        "            if wire in self._handlers:",
+        "        messages, handlers = wire.receive(), dict(self._handlers)\n        for message in messages or ():\n"
+        "            if handlers[wire][0](message) and False:",
+        WATCHDOG + "test_a_watchdog_may_introduce_itself_and_beat_in_one_breath",
     ),
     "a_suspended_machine_is_a_silent_one": Mistake(
         "launch/runtime/watchdog/base.py",

@@ -7,15 +7,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from launch.runtime import exit_status, process_table
+from launch.runtime.lifetime import EXIT_TIMEOUT
 from launch.runtime.watchdog.member import DIED, STOPPED, Member, Settings
 from launch.runtime.wire import Wire
 
 TICK = 0.25  # seconds between looks at the own process
 MEETING_TIMEOUT = 120.0  # seconds that watchdogs wait for each other at the start
 LEAVE_GRACE = 10.0  # seconds after which a process that was told to leave is killed
+LEFT_GRACE = EXIT_TIMEOUT + LEAVE_GRACE  # the same of one that said that it leaves
+INTRODUCTION = 10.0  # seconds that whoever connects has to say who it is
 
 
 class Watchdog(ABC):
@@ -38,6 +42,9 @@ class Watchdog(ABC):
         self.ending = False  # all are told to leave
         self.spoken = False  # the one message was said, here or by a process that was granted it
         self._selector, self._done = selectors.DefaultSelector(), False
+        self._left = False  # the process has said that it leaves
+        self._handlers: dict[Wire, tuple[Callable[[dict], None], Callable[[], None]]] = {}
+        self._strangers: dict[Wire, float] = {}  # seconds since they connected
         self._order: dict[str, Any] = {}
         self._order_at = self._kill_at = float("inf")
         self._stopped, self._last, self._next_beat = 0.0, time.monotonic(), 0.0
@@ -65,12 +72,16 @@ class Watchdog(ABC):
         """The own process leaves with an error: have the others leave."""
 
     @abstractmethod
+    def part(self) -> None:
+        """Forget the connections of `wires`, which are closed: the own process has left."""
+
+    @abstractmethod
     def introduced(self, wire: Wire, message: dict) -> None:
         """The first message of a watchdog that has connected to this one."""
 
     @abstractmethod
-    def tick(self, now: float, elapsed: float) -> None:
-        """What is due; elapsed: seconds since the last time."""
+    def tick(self, now: float) -> None:
+        """What is due."""
 
     # --- the loop
 
@@ -91,22 +102,31 @@ class Watchdog(ABC):
             wire.finish()
 
     def watch(self, wire: Wire, on_message: Callable[[dict], None], on_close: Callable[[], None]) -> None:
-        """Have what comes over a connection handled."""
+        """Have what comes over a connection from now on handled so, also what came together with the last message."""
+        if wire not in self._handlers:
+            self._selector.register(wire.socket, selectors.EVENT_READ, partial(self._read, wire))
+        self._handlers[wire] = on_message, on_close
 
-        def read() -> None:
-            messages = wire.receive()
-            for message in messages or ():
-                on_message(message)
-            if messages is None:
-                self.forget(wire)
-                on_close()
+    def _read(self, wire: Wire) -> None:
+        messages = wire.receive()
+        for message in messages or ():
+            if wire in self._handlers:  # no message before this one had it forgotten
+                self._handlers[wire][0](message)
+        if messages is None and wire in self._handlers:
+            _, on_close = self._handlers[wire]
+            self.forget(wire)
+            on_close()
 
-        self._selector.register(wire.socket, selectors.EVENT_READ, read)
+    def unwatch(self, wire: Wire) -> None:
+        """Hear no more of a connection; it stays open."""
+        self._handlers.pop(wire, None)
+        self._strangers.pop(wire, None)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(wire.socket)
 
     def forget(self, wire: Wire) -> None:
         """Close a connection."""
-        with suppress(KeyError, ValueError):
-            self._selector.unregister(wire.socket)
+        self.unwatch(wire)
         wire.socket.close()
 
     def _tick(self) -> None:
@@ -119,10 +139,11 @@ class Watchdog(ABC):
                 wire.send({})
         for wire in self.wires():
             wire.quiet += elapsed
+        self._dismiss_strangers(elapsed)
         self._look_at_process(elapsed)
-        if not self.met and now > self._meet_until and not self.ending:
+        if not self.met and now > self._meet_until and not self.ending and not self._left:
             self.give_up(f"{self.own}: not all processes of the run have met within {MEETING_TIMEOUT:g} s")
-        self.tick(now, elapsed)
+        self.tick(now)
         if now >= self._order_at:
             self.process.send(self._order)
             self._order_at, self._kill_at = float("inf"), now + LEAVE_GRACE
@@ -131,15 +152,23 @@ class Watchdog(ABC):
             self._done = True
 
     def _accept(self) -> None:
-        with suppress(OSError):
+        try:
             wire = Wire(self.listener.accept()[0])
-
-            self.watch(wire, lambda message: self._introduce(wire, message), lambda: None)
+        except OSError:  # gone again, or no descriptor is free: then the listener stays ready, at once
+            time.sleep(TICK)
+            return
+        self._strangers[wire] = 0.0
+        self.watch(wire, partial(self._introduce, wire), lambda: None)
 
     def _introduce(self, wire: Wire, message: dict) -> None:
-        with suppress(KeyError):  # by what came with the first message: only beats come so early
-            self._selector.unregister(wire.socket)
-            self.introduced(wire, message)
+        self._strangers.pop(wire, None)
+        self.introduced(wire, message)
+
+    def _dismiss_strangers(self, elapsed: float) -> None:
+        for wire in list(self._strangers):
+            self._strangers[wire] += elapsed
+            if self._strangers[wire] > INTRODUCTION:
+                self.forget(wire)
 
     # --- the own process
 
@@ -147,22 +176,38 @@ class Watchdog(ABC):
         if "claim" in message:
             self.claim(self.settings.rank)
         if "left" in message:
-            self._done = True
             if message["in_order"]:
                 for wire in self.wires():
                     wire.send(message)
             else:
                 self.left(message["left"], message["reason"])
+            self._see_off()
+
+    def _see_off(self) -> None:
+        """The process leaves, and the others know: see that it does. Where what blocks holds Python's lock, the
+        process's own timer cannot."""
+        if self._left:
+            return
+        self._left, self._kill_at = True, time.monotonic() + LEFT_GRACE
+        for wire in self.wires():
+            self.unwatch(wire)
+            wire.finish()
+        self.part()
+        self._selector.unregister(self.listener)
+        self.listener.close()
 
     def _process_gone(self) -> None:
-        if not self._order and not self._done:
+        if self.process in self._handlers:  # what it said last may have come together with its end
+            self._read(self.process)
+        if not self._order and not self._left and not self._done:
             self.lost(self.own, DIED)
         self._done = True
 
     def _look_at_process(self, elapsed: float) -> None:
         self._stopped = self._stopped + elapsed if process_table.is_stopped(self.settings.pid) else 0.0
         if self._stopped > self.settings.timeout and not self._done:
-            self.lost(self.own, STOPPED.format(self.settings.timeout))
+            if not self._left:
+                self.lost(self.own, STOPPED.format(self.settings.timeout))
             self.own.kill_process()
             self._done = True
 

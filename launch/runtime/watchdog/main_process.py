@@ -30,9 +30,12 @@ class MainWatchdog(Watchdog):
 
     def introduced(self, wire: Wire, message: dict) -> None:
         if message.get("token") != self.token or "member" not in message:
-            wire.socket.close()
+            self.forget(wire)
             return
         member = Member(**message["member"])
+        if member.rank in self._members:  # of another run, which found this one's store at a port that both were given
+            self.forget(wire)
+            return
         self._members[member.rank], self._peers[member.rank] = member, wire
         self.watch(wire, partial(self._from_peer, member), partial(self._peer_gone, member))
         if len(self._members) == self.settings.world_size:
@@ -66,6 +69,9 @@ class MainWatchdog(Watchdog):
     def left(self, status: int, reason: str) -> None:
         self._end(status, reason, self.own)
 
+    def part(self) -> None:
+        self._peers = {}
+
     def _end(self, status: int, reason: str, gone: Member | None = None) -> None:
         """Have all leave but `gone`, which is lost or has left."""
         if self.ending:
@@ -87,7 +93,7 @@ class MainWatchdog(Watchdog):
     def claim(self, rank: int) -> None:
         self._claims[rank] = time.monotonic() + (CLAIM_DELAY if rank else 0.0)
 
-    def tick(self, now: float, elapsed: float) -> None:
+    def tick(self, now: float) -> None:
         silent = [rank for rank, wire in self._peers.items() if wire.quiet > self.settings.timeout]
         if silent and self.met:
             self.lost(self._members[silent[0]], SILENT.format(self.settings.timeout))

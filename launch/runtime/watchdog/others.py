@@ -46,6 +46,7 @@ class PeerWatchdog(Watchdog):
         """Another asks whether this one answers: then this one speaks, or one below it."""
         if message.get("token") == self.settings.token:
             wire.send({"here": self.settings.rank})
+        self.unwatch(wire)
         wire.finish()
 
     def _from_main(self, message: dict) -> None:
@@ -83,7 +84,10 @@ class PeerWatchdog(Watchdog):
         if self._main is not None:
             self._main.send({"left": status, "in_order": False, "reason": reason})
 
-    def tick(self, now: float, elapsed: float) -> None:
+    def part(self) -> None:
+        self._main = None
+
+    def tick(self, now: float) -> None:
         if self._main is not None and self.met and self._main.quiet > self.settings.timeout:
             self._main_lost(SILENT.format(self.settings.timeout))
         if self._speaks is not None and self._why_lost:
