@@ -191,21 +191,6 @@ def test_steps_are_made_ready_one_ahead_in_a_stream_of_their_own(sets, monkeypat
     assert all(stream is present for _, stream in marked)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SETS)
-def test_batches_on_a_gpu(sets, name, dtype):
-    data = LatentDataset(sets / name, latent_dtype=dtype, latent_multiplier=0.7, seed=3)
-    order, split = SampleOrder(len(data), GLOBAL, 5), BatchSplit(GLOBAL, 1, 4)
-    options = {"first_step": 1, "last_step": STEPS, "num_workers": 2, "pin_memory": False}
-    made = DeviceBatches(DeviceLatents(data, "cuda"))
-    both = (micro_batches(source, order, split, 0, **options) for source in (made, data))
-    for on_device, on_host in zip(*both, strict=True):
-        assert all(value.is_cuda for value in on_device.values())
-        assert all(torch.equal(on_device[key].cpu(), value) for key, value in on_host.items())
-
-
 # --- training
 
 

@@ -12,7 +12,7 @@ import kernels
 from launch.config import ConfigError, load
 from launch.training.block_norms import BlockNorms, block_of
 from launch.training.build import make_trainer
-from launch.training.config import TrainConfig
+from launch.training.config import MEASURED, TrainConfig
 from launch.training.engine import start_processes
 from launch.training.figures import Figures
 from launch.training.loader import SampleOrder
@@ -20,7 +20,7 @@ from launch.training.log import describe
 from launch.training.spikes import Spikes, StepLosses
 from launch.training.trainer import Trainer
 from launch.training.watch import Watch
-from lightningdit.watch import LOGITS, MEASURED, largest_logit
+from lightningdit.watch import LOGITS, largest_logit
 from tests import toy
 from tests.children import call
 from tests.host_reads import HostReads
