@@ -296,9 +296,11 @@ def test_the_time_of_a_copy_on_a_gpu_is_in_the_record_of_a_save(tmp_path, monkey
 
 def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path):
     own = saver(tmp_path / "run/checkpoints", engines := {"one": make_engine(1)})
-    (tmp_path / "run").rmdir()
     own.save(state_of(engines, 2))
-    with pytest.raises(WriteError, match="No such file or directory"):
+    own.wait()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    own.save(state_of(engines, 3))
+    with pytest.raises(WriteError, match="run/checkpoints: it is gone"):
         own.wait()
     assert not (tmp_path / "run").exists()
 

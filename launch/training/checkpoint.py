@@ -32,6 +32,7 @@ from common.files import (
     WriteError,
     file_entry,
     file_status,
+    make_directory,
     path_exists,
     rename_directory,
     sha256,
@@ -216,15 +217,14 @@ def save(directory: Path, state: dict, networks: Mapping[str, Mapping[str, Writa
     leaves the earlier checkpoints and at most a temporary directory, which `clean_up` and the next save remove. A
     checkpoint of the same step is replaced.
 
-    Raises WriteError, naming the file, where the system refuses or there is no folder for `directory`; the earlier
-    checkpoints are then untouched.
+    Raises WriteError, naming the file, where the system refuses; the earlier checkpoints are then untouched.
     """
+    make_directory(directory)
     final = directory / f"step_{state['step']:07d}"
     temporary = directory / f".{final.name}.tmp"
     files: dict[str, dict] = {}
     try:
         with _writing(final):
-            directory.mkdir(exist_ok=True)  # not those above it: a run's directory that is gone is an error
             clean_up(directory)
             temporary.mkdir()
             for network, keys in networks.items():

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.files import make_directory
+from common.files import WriteError, path_exists
 from common.tensors import TensorInParts
 from launch.runtime import launcher
 from launch.runtime.processes import Processes
@@ -145,17 +145,16 @@ class Saver:
     returns, and no host memory is held.
 
     Args:
-        directory: where the checkpoints are; the folder that it is in, the run's, is made if need be, now or never.
+        directory: where the checkpoints are. The first save makes it; once gone, it is an error.
         train: for `background_save`, `keep_checkpoints` and `keep_every`.
     """
 
     def __init__(self, directory: Path, engines: Mapping[str, Engine], processes: Processes, train: TrainConfig):
         self._directory, self._engines, self._processes, self._train = directory, engines, processes, train
-        if processes.is_main:
-            make_directory(directory.parent)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._finished: deque[Saved] = deque()
+        self._written = False
         self._copies: dict[str, HostCopy] = {}
         self._group: dist.ProcessGroup | None = None
         if train.background_save:
@@ -261,9 +260,12 @@ class Saver:
 
     def _write(self, state: dict, networks: Mapping) -> int:
         """Write a checkpoint and remove those that are not to be kept → its bytes."""
+        if self._written and not path_exists(self._directory):  # a run's directory that was moved, or is unmounted
+            raise WriteError(f"cannot write {self._directory}: it is gone")
         path = checkpoint.save(self._directory, state, networks)
         if self._train.keep_checkpoints:
             checkpoint.prune(self._directory, self._train.keep_checkpoints, self._train.keep_every)
+        self._written = True
         return sum(file.stat().st_size for file in path.iterdir())
 
     def _tensors(self, network: str, key: str) -> dict[str, torch.Tensor | TensorInParts]:
