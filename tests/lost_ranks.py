@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def _start_anew(case: Case, run: Path, command: list[str], said: Path) -> list[s
     finally:
         stop(again)
     text = said.read_text()
-    if again.exitcode != 0 or (step and f"after step {step}" not in text):
+    if again.exitcode != 0 or (step and not re.search(rf"resumed .*step_{step:07d}\b", text)):
         wrong.append(f"started anew: status {again.exitcode}, {text[-1500:]}")
     return wrong
 

@@ -91,6 +91,7 @@ def _be_blocked(argv: list[str]) -> int:
 
 
 def _run_blocked() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever tests before this one have left
     program.main = _be_blocked
     program.run([])
 
