@@ -116,6 +116,19 @@ def test_a_killed_process_is_named_once_and_all_others_are_told(lost):
         assert f"rank {lost} (process {processes[lost].sleeper.pid} on {socket.gethostname()}) was killed" in message
 
 
+@pytest.mark.parametrize(("lost", "killed_by"), [(0, 0), (1, 2)])
+def test_a_watchdog_that_still_has_others_to_tell_is_not_killed(monkeypatch, lost, killed_by):
+    """That of the main process: whoever is told first would keep the others from being told, and they would speak."""
+    killed = []
+    monkeypatch.setattr(Member, "kill", lambda member: killed.append(member.rank))
+    with run_of(3) as (processes, said):
+        processes[lost].kill()
+        for process in processes:
+            if process is not processes[lost]:
+                process.wait_for("leave")
+        assert len(said) == 1 and killed == [lost] * killed_by
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_stopped_process_is_named_and_killed(lost):
     with run_of(2, timeout=1.0) as (processes, said):

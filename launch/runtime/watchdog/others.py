@@ -58,7 +58,9 @@ class PeerWatchdog(Watchdog):
         if "leave" in message:
             self._forget_main()
             self.order(message["leave"], message["reason"], record=message["record"])
-            if message["lost"] is not None:
+            if message[
+                "lost"
+            ]:  # not rank 0, whose watchdog has sent this: it sees to its process, and has others to tell
                 self._members[message["lost"]].kill()
         if "left" in message:
             self._forget_main()
