@@ -21,7 +21,7 @@ from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from tests import toy
-from tests.children import alive, started
+from tests.children import alive, eventually, exit_code, started
 from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
@@ -38,13 +38,6 @@ def run_file(tmp_path) -> str:
             tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(tmp_path / "latents")}, train=train
         )
     )
-
-
-def wait_until(condition, seconds: float = 240.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.05)
-    return condition()
 
 
 # --- its standard streams
@@ -78,9 +71,7 @@ def test_a_run_without_standard_streams_is_the_same_run(tmp_path, run_file, clos
         )
 
     process = _fork.Process(target=child)
-    with started(process):
-        process.join(240)
-        assert process.exitcode == 0
+    assert exit_code(process) == 0
     assert rows(tmp_path / "run")[-1]["step"] == 6 and checkpoint.newest(tmp_path / "run/checkpoints").step == 6
 
 
@@ -267,12 +258,12 @@ def test_a_run_ends_with_its_launcher_and_keeps_what_it_has(tmp_path, run_file, 
     parent = forkserver.Process(target=_launch_below, args=(argv, free_port()))
     lock = tmp_path / "run" / ".lock"
     with started(parent):
-        assert wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists() and rows(tmp_path / "run"))
+        assert eventually(lambda: (tmp_path / "run/metrics.jsonl").exists() and rows(tmp_path / "run"), 240)
         child = json.loads(lock.read_text())["pid"]
         assert child != parent.pid and alive(child)
         os.kill(parent.pid, number)
         parent.join(60)
-        assert wait_until(lambda: not alive(child)), "the run goes on without its launcher"
+        assert eventually(lambda: not alive(child), 240), "the run goes on without its launcher"
     assert checkpoint.newest(tmp_path / "run/checkpoints").state["step"] > 0 and not lock.exists()
 
 
@@ -387,8 +378,6 @@ def _leave(tmp: Path, what: str) -> None:
 )
 def test_a_process_leaves_in_order_and_within_seconds(tmp_path, what, status, said):
     process = _fork.Process(target=_leave, args=(tmp_path, what))
-    with started(process):
-        process.join(240)
-        assert process.exitcode == status
+    assert exit_code(process) == status
     text = (tmp_path / "said").read_text()
     assert said in text and ("fault of a library" in text) == (what == "fails")

@@ -18,7 +18,7 @@ from launch.runtime import run_lock
 from launch.runtime.run_lock import NAME, Owner, read_lock
 from launch.training import checkpoint
 from tests import toy
-from tests.children import started
+from tests.children import exit_code
 from tests.test_launch_run_lock import Alone, hold
 
 _fork = multiprocessing.get_context("fork")
@@ -170,9 +170,7 @@ def test_its_own_process_does_not_lose_a_lock_by_reading_it(tmp_path):
     with run_lock.lock_directory(tmp_path, Alone()):
         assert read_lock(tmp_path).held is True and read_lock(tmp_path).owner.pid == os.getpid()
         process = _fork.Process(target=_cannot_take, args=(tmp_path,))
-        with started(process):
-            process.join(60)
-            assert process.exitcode == 0
+        assert exit_code(process, 60) == 0
     assert read_lock(tmp_path) is None
 
 
