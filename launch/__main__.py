@@ -31,7 +31,7 @@ PROGRAMS = {
 
 
 SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart", "replay")  # run as one process
-LOST_PEER_PATIENCE = 10.0  # seconds in which the watchdog says which other process was lost
+ORDER_PATIENCE = 10.0  # seconds in which all are made to leave by a process that knows more of the error, and says it
 _ending = False  # an error ends this process
 
 
@@ -108,14 +108,15 @@ def _end_with_error(error: Exception) -> int:
     from launch.runtime import heartbeat  # here and below: late, as `foreign_packages` is asked first what is ours
 
     status, told = _status(error), getattr(error, "reported_by_main", False)
+    mute = told and _rank() != 0
     if (status_of_peer := getattr(error, "status_of_peer", None)) is not None:  # it has said why
         return status_of_peer
-    if status == exit_status.LOST_PEER:
-        heartbeat.await_order(LOST_PEER_PATIENCE)  # the watchdog knows more, and ends this process
+    if mute or status == exit_status.LOST_PEER:  # the main process is yet to say it, or the watchdog which one is lost
+        heartbeat.await_order(ORDER_PATIENCE)
     text = _printable(_message(error))
     who = "" if told else _who()
     say = partial(print, f"error: {who}{text}\n(LIGHTNINGDIT_TRACEBACK=1 shows where)", file=sys.stderr)
-    _end_all(status, text, None if told and _rank() else say)
+    _end_all(status, text, None if mute else say)
     return status
 
 

@@ -67,11 +67,13 @@ LINEAR = torch.nn.functional.linear
 def as_before():
     """What a test must not leave to those after it.
 
-    ZeRO 3 puts its own linear function into torch for the rest of the process; a watchdog of this process would end it,
-    minutes later, in the middle of another test.
+    ZeRO 3 puts its own linear function into torch for the rest of the process; after an error a program is about to
+    end, and takes signals so; a watchdog of this process would end it, minutes later, in the middle of another test.
     """
     yield
     torch.nn.functional.linear = LINEAR
+    if program := sys.modules.get("launch.__main__"):
+        program._ending = False
     heartbeat = sys.modules.get("launch.runtime.heartbeat")
     assert heartbeat is None or heartbeat._heartbeat is None, "the test left a watchdog of this process"
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import launch.__main__ as program
 from launch.runtime import run_lock
 from launch.runtime.run_lock import NAME, DirectoryInUseError, Owner, lock_directory
 from tests import toy
-from tests.children import launch
+from tests.children import call, launch
 
 _fork = multiprocessing.get_context("fork")
 
@@ -189,7 +190,18 @@ def test_what_cannot_be_locked_is_one_sentence(tmp_path):
         take(tmp_path)
 
 
-def test_every_process_of_a_refused_run_ends_and_the_main_one_says_why(tmp_path, holder):
+def _run_slowly(argv: list[str], log: str) -> None:
+    """Run a program whose main process takes a second to say an error, in which the others have long met it."""
+    rank = os.environ["RANK"]
+    os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    if rank == "0":
+        message = program._message
+        program._message = lambda error: time.sleep(1) or message(error)
+    program.run(argv)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_every_process_of_a_refused_run_ends_and_the_main_one_says_why(tmp_path, holder, slow):
     toy.write_latents(tmp_path / "latents")
     config = toy.write_run(
         tmp_path / "run.yaml",
@@ -197,8 +209,8 @@ def test_every_process_of_a_refused_run_ends_and_the_main_one_says_why(tmp_path,
         data={"data_path": str(tmp_path / "latents")},
         train={"output_dir": str(tmp_path.parent), "exp_name": tmp_path.name},
     )
-    started = time.monotonic()
-    statuses = launch("train", "lightningdit", str(config), world_size=2, log=tmp_path / "log")
+    argv, log, started = ["train", "lightningdit", str(config)], tmp_path / "log", time.monotonic()
+    statuses = call(_run_slowly, argv, str(log), world_size=2) if slow else launch(*argv, world_size=2, log=log)
     assert statuses == [69, 69] and time.monotonic() - started < 60
     said = [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)]
     assert f"error: {tmp_path} is in use by process {holder[0].pid}" in said[0] and "error" not in said[1]

@@ -140,7 +140,7 @@ def may_speak() -> bool:
 def end_all(status: int, reason: str, say: Callable[[], None] | None) -> None:
     """Say an error that this process met, unless another says its own, and have all leave; this process is to follow.
 
-    say: prints it; None: another process has met the same error and says it.
+    say: prints it; None: it is said already.
     """
     if say is not None:
         if may_speak():
@@ -152,7 +152,7 @@ def end_all(status: int, reason: str, say: Callable[[], None] | None) -> None:
 
 
 def await_order(seconds: float) -> None:
-    """Wait for the watchdog to end this process, as another is lost; returns where it does not know of any."""
+    """Wait for the watchdog to end this process, as another is lost or has failed; returns where none is known to."""
     if _heartbeat is not None:
         time.sleep(seconds)
 
