@@ -294,11 +294,19 @@ def test_the_time_of_a_copy_on_a_gpu_is_in_the_record_of_a_save(tmp_path, monkey
     assert saved.row()["copy_seconds"] == 0.5
 
 
-def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path):
+@pytest.mark.parametrize("while_writing", [False, True])
+def test_a_run_directory_that_is_gone_is_not_made_again(tmp_path, monkeypatch, while_writing):
+    def move(*_) -> None:
+        (tmp_path / "run").rename(tmp_path / "moved")
+
     own = saver(tmp_path / "run/checkpoints", engines := {"one": make_engine(1)})
     own.save(state_of(engines, 2))
     own.wait()
-    (tmp_path / "run").rename(tmp_path / "moved")
+    if while_writing:
+        write = checkpoint.write_tensors
+        monkeypatch.setattr(checkpoint, "write_tensors", lambda *a, **k: move() or write(*a, **k))
+    else:
+        move()
     own.save(state_of(engines, 3))
     with pytest.raises(WriteError, match="run/checkpoints: it is gone"):
         own.wait()

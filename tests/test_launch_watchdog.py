@@ -150,6 +150,18 @@ def test_a_lost_main_watchdog_is_named_by_the_lowest_rank_that_answers(monkeypat
         assert "rank 0 " in message and "has not answered for 1 s" in message
 
 
+def test_the_lowest_rank_says_the_cause_that_another_noticed_first(monkeypatch):
+    """Which then kills the main process, stopped with its watchdog: that is not what ended the run."""
+    monkeypatch.setattr(others, "PROBE_TIMEOUT", 60.0)
+    with run_of(3) as (processes, said):
+        monkeypatch.setattr(processes[0].watchdog, "lost", lambda *_: None)
+        processes[2].watchdog._main_lost("has not answered")
+        assert not processes[2].wait_for("leave")["record"]
+        processes[0].sleeper.wait(60)
+        assert processes[1].wait_for("leave")["record"]
+        assert len(said) == 1 and "rank 0 " in said[0] and "has not answered" in said[0]
+
+
 def test_a_lost_main_process_and_rank_1_leave_rank_2_to_speak(monkeypatch):
     token, tried, connect = "x", [], socket.create_connection
     monkeypatch.setattr(others.socket, "create_connection", lambda *a, **k: tried.append(a) or connect(*a, **k))
@@ -158,15 +170,15 @@ def test_a_lost_main_process_and_rank_1_leave_rank_2_to_speak(monkeypatch):
         port = gone.getsockname()[1]
         gone.close()
         members = [Member(1, "a", "", 1, None, 1, None, port, "127.0.0.1")]
-        assert not answers(members, token)
+        assert not answers(members, token, "")
         # One that is stopped: the system takes the connection, and nobody answers.
         members.append(Member(2, "b", "", 1, None, 1, None, full.getsockname()[1], "127.0.0.1"))
         tried.clear()
-        assert not answers([*members, members[1]], token) and len(tried) == 2  # of a machine once
+        assert not answers([*members, members[1]], token, "") and len(tried) == 2  # of a machine once
     monkeypatch.setattr(others, "PROBE_TIMEOUT", 60.0)
     with run_of(2) as (processes, _):
         own = processes[1].watchdog
-        assert answers([own.own], own.settings.token) and not answers([own.own], "another run's")
+        assert answers([own.own], own.settings.token, "") and not answers([own.own], "another run's", "")
 
 
 def test_one_process_says_its_error_and_the_others_leave_with_its_status(monkeypatch):

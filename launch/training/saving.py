@@ -260,13 +260,22 @@ class Saver:
 
     def _write(self, state: dict, networks: Mapping) -> int:
         """Write a checkpoint and remove those that are not to be kept → its bytes."""
-        if self._written and not path_exists(self._directory):  # a run's directory that was moved, or is unmounted
-            raise WriteError(f"cannot write {self._directory}: it is gone")
-        path = checkpoint.save(self._directory, state, networks)
-        if self._train.keep_checkpoints:
-            checkpoint.prune(self._directory, self._train.keep_checkpoints, self._train.keep_every)
+        self._check_directory()
+        try:
+            path = checkpoint.save(self._directory, state, networks)
+            if self._train.keep_checkpoints:
+                checkpoint.prune(self._directory, self._train.keep_checkpoints, self._train.keep_every)
+            written = sum(file.stat().st_size for file in path.iterdir())
+        except OSError:
+            self._check_directory()
+            raise
         self._written = True
-        return sum(file.stat().st_size for file in path.iterdir())
+        return written
+
+    def _check_directory(self) -> None:
+        """Raise WriteError where the directory that a save has made was moved or removed, or is unmounted."""
+        if self._written and not path_exists(self._directory):
+            raise WriteError(f"cannot write {self._directory}: it is gone")
 
     def _tensors(self, network: str, key: str) -> dict[str, torch.Tensor | TensorInParts]:
         tensors: dict[str, torch.Tensor | TensorInParts] = {

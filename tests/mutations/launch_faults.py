@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     "every_process_speaks_for_a_lost_main_one": Mistake(
         "launch/runtime/watchdog/others.py",
-        "self._speaks = not answers(lower, self.settings.token)",
+        "self._speaks = not answers(lower, self.settings.token, self._why_lost)",
         "self._speaks = True",
         WATCHDOG + "test_a_lost_main_watchdog_is_named_by_the_lowest_rank_that_answers",
     ),

@@ -1,5 +1,6 @@
 """The watchdogs of all processes but the main one: they report to its watchdog, and take its place where it is lost."""
 
+import json
 import socket
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ class PeerWatchdog(Watchdog):
         self._main: Wire | None = None  # None once the main process has left in order
         self._members: list[Member] = []
         self._why_lost = ""  # of the main process
+        self._heard = ""  # why another one has lost it, and may have killed it by now
         self._speaks: bool | None = None  # whether this one speaks in its place, once that is known
 
     def wires(self) -> list[Wire]:
@@ -46,6 +48,7 @@ class PeerWatchdog(Watchdog):
         """Another asks whether this one answers: then this one speaks, or one below it."""
         if message.get("token") == self.settings.token:
             wire.send({"here": self.settings.rank})
+            self._heard = self._heard or str(message.get("lost", ""))
         self.unwatch(wire)
         wire.finish()
 
@@ -106,16 +109,20 @@ class PeerWatchdog(Watchdog):
         if not self._members:
             self.give_up(f"rank 0 {why}")
         elif not self.ending:
-            self.ending, self._why_lost = True, why
+            self.ending, self._why_lost = True, self._heard or why
             lower = self._members[1 : self.settings.rank]
             threading.Thread(target=self._ask_lower, args=[lower], daemon=True).start()
 
     def _ask_lower(self, lower: Sequence[Member]) -> None:
-        self._speaks = not answers(lower, self.settings.token)
+        self._speaks = not answers(lower, self.settings.token, self._why_lost)
 
 
-def answers(members: Sequence[Member], token: str) -> bool:
-    """Whether the watchdog of any of these processes answers. Of a machine that does not, one is tried."""
+def answers(members: Sequence[Member], token: str, why: str) -> bool:
+    """Whether the watchdog of any of these processes answers. Of a machine that does not, one is tried.
+
+    why: the main process is lost, which it is told.
+    """
+    message = json.dumps({"token": token, "lost": why}).encode() + b"\n"
     silent = set()
     for member in members:
         if member.host in silent:
@@ -123,7 +130,7 @@ def answers(members: Sequence[Member], token: str) -> bool:
         try:
             with socket.create_connection((member.address, member.port), timeout=PROBE_TIMEOUT) as connection:
                 connection.settimeout(PROBE_TIMEOUT)
-                connection.sendall(b'{"token": "%s"}\n' % token.encode())
+                connection.sendall(message)
                 if connection.recv(64):
                     return True
         except TimeoutError:
