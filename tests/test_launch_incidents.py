@@ -1,5 +1,8 @@
 """Rollbacks past bad steps, the stop after them with its dump, and the replay of that."""
 
+import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -214,7 +217,12 @@ def test_the_replay_of_a_dump_shows_the_same_nan(tmp_path, capsys):
         for block, norm in recorded["grad_norms"]["model"].items():
             (line,) = [line.split() for line in said.splitlines() if line.split()[:1] == [f"model.{block}"]]
             assert float(line[2]) == pytest.approx(norm, rel=1e-2, abs=1e-6) and line[3] == f"{norm:.4g}"
-    assert "launch replay" in (dump / "replay.sh").read_text()
+    script = (dump.rename(tmp_path / "moved dump") / "replay.sh").resolve()
+    shown = subprocess.run(
+        ["sh", script, "kernels=reference"], env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True
+    )
+    assert shown.stdout == f"-m launch replay {script.parent} kernels=reference\n"
+    assert f"PYTHON={sys.executable}\n" in script.read_text("utf-8")
 
 
 def test_what_is_no_dump_is_refused(tmp_path):

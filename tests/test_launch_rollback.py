@@ -102,6 +102,19 @@ def test_a_spike_that_ends_in_skipped_steps_is_gone_back_from_as_a_whole(tmp_pat
     assert (caught.value.step, caught.value.redrawn) == (step, ((step + 1, last, 1),))
 
 
+@pytest.mark.parametrize(("damaged", "step"), [((), 155), ((155,), 160)])
+def test_the_first_checkpoint_among_skipped_steps_will_do_where_none_is_from_before(
+    tmp_path, monkeypatch, damaged, step
+):
+    """Its weights are those of the later ones, and more of the steps are drawn anew."""
+    save(tmp_path, 155, 160, 165)
+    for each in damaged:
+        damage(tmp_path, each)
+    with pytest.raises(Rollback) as caught:
+        Run(tmp_path, monkeypatch).train({range(151, 171): NAN}, 200)
+    assert (caught.value.step, caught.value.redrawn) == (step, ((step + 1, 170, 1),))
+
+
 def test_weights_of_a_spike_that_ends_in_skipped_steps_are_not_saved(tmp_path, monkeypatch):
     for start, saved in ((141, []), (181, [200])):
         run = Run(tmp_path, monkeypatch, rollbacks=0)

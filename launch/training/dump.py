@@ -10,6 +10,7 @@ dump_step_0000123/
 
 import math
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,17 @@ def replay_command(directory: Path) -> str:
     return f"python -m launch replay {shlex.quote(str(directory))}"
 
 
+def _replay_script() -> str:
+    """The same for a shell, by the interpreter and the packages of this process, wherever the dump is moved to."""
+    root, python = Path(__file__).parents[2], shlex.quote(sys.executable)
+    return (
+        "#!/bin/sh\n"
+        f'[ -n "$PYTHON" ] || PYTHON={python}\n'
+        f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
+        'exec "$PYTHON" -m launch replay "$(dirname -- "$0")" "$@"\n'
+    )
+
+
 def write_dump(
     parts: RunParts,
     *,
@@ -103,7 +115,7 @@ def write_dump(
     }
     if processes.is_main:
         make_directory(directory)
-        write_text(directory / "replay.sh", f'#!/bin/sh\nexec {replay_command(directory.absolute())} "$@"\n')
+        write_text(directory / "replay.sh", _replay_script())
     for name, engine in parts.engines.items():
         weights = engine.full_state(["model"], keep=processes.is_main)["model"]
         if processes.is_main:

@@ -161,15 +161,16 @@ class Incidents:
     def _set_back(self, bad: BadSteps) -> int | None:
         """The step of the checkpoint to go back to, later ones set aside; None where no earlier one is whole.
 
-        Without any checkpoint that is where this process started. Skipped steps leave weights as they are, so that one
-        from among them will do where no earlier one is kept. Nothing is renamed before a whole one is found; then the
-        newest comes first: a kill in between leaves the run an earlier one to go on from.
+        Without any checkpoint that is where this process started. Skipped steps leave weights as they are, so that the
+        first from among them will do where no earlier one is kept. Nothing is renamed before a whole one is found; then
+        the newest comes first: a kill in between leaves the run an earlier one to go on from.
         """
         kept = checkpoint.by_step(self._parts.config.directory / "checkpoints")
         if not kept:
             return self._start
-        good = [each for each in kept if step_of(each.path) < bad.good_until]
-        good.sort(key=lambda each: step_of(each.path) < bad.first, reverse=True)
+        before = [each for each in kept if step_of(each.path) < bad.first]
+        among = [each for each in kept if bad.first <= step_of(each.path) < bad.good_until]
+        good = [*before, *reversed(among)]
         if not good:
             return None
         try:
