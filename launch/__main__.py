@@ -59,12 +59,7 @@ def _program(argv: list[str]) -> int:
         print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2
     if argv[0] != "doctor" and (foreign := packages.foreign_packages()):  # the doctor says more
-        print(f"error: {next(iter(foreign.values()))}", file=sys.stderr)
-        if os.environ.get("WORLD_SIZE", "1") != "1":  # other machines may have no such package
-            with suppress(ImportError):
-                importlib.import_module("launch.runtime.processes")
-            _announce(2, next(iter(foreign.values())))
-        return 2
+        return _refuse(next(iter(foreign.values())))
     if argv[0] in SINGLE_PROCESS and (env := launcher.launch_environment()) is not None and env.world_size > 1:
         error = launcher.LaunchError(
             f"{argv[0]} runs as one process, and WORLD_SIZE is {env.world_size}: start it with `python -m launch`"
@@ -72,7 +67,24 @@ def _program(argv: list[str]) -> int:
         error.reported_by_main = True
         raise error
     _configure_logging()
-    return importlib.import_module(f"launch.{argv[0]}").main(argv[1:])
+    try:
+        program = importlib.import_module(f"launch.{argv[0]}")
+    except ModuleNotFoundError as e:
+        name = (e.name or "").partition(".")[0]
+        if name in ("launch", *packages.PACKAGES) or os.environ.get("LIGHTNINGDIT_TRACEBACK"):
+            raise
+        return _refuse(f"{sys.executable} has no package {name}; `python -m launch doctor` says what else it lacks")
+    return program.main(argv[1:])
+
+
+def _refuse(reason: str) -> int:
+    """Say why this installation can run nothing → the status."""
+    print(f"error: {reason}", file=sys.stderr)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # those of other machines may be whole
+        with suppress(ImportError):
+            importlib.import_module("launch.runtime.processes")
+        _announce(2, reason)
+    return 2
 
 
 def run(argv: list[str]) -> NoReturn:

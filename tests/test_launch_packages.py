@@ -125,6 +125,14 @@ def test_the_processes_end_without_a_traceback(command, tmp_path):
     assert "doctor" in command or len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("program", ["status", "train"])
+def test_a_python_that_lacks_a_package_is_named(program):
+    """As that of the system, where the project's environment is not active."""
+    done = subprocess.run([sys.executable, "-S", "-m", "launch", program], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {sys.executable} has no package ")
+    assert len(done.stderr.splitlines()) == 1 and "launch doctor" in done.stderr
+
+
 def test_libraries_that_look_for_the_public_package_find_ours_too_old():
     """They ask for its version, which is that of the module where no distribution of the name is installed."""
     assert Version(kernels.__version__) < Version("0.1")
