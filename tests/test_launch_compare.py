@@ -48,6 +48,21 @@ def test_means_are_over_the_steps_of_the_window():
     assert np.isnan(found.means(np.array([400]), 50)).all()
 
 
+def test_there_are_no_means_of_steps_that_were_not_made():
+    """Nor of rows that tell of fewer steps; the last row of a run that logs every 40 steps may be late."""
+    run = curve(steps=range(10, 60, 10), values=[1.0] * 5)
+    assert np.isnan(run.means(np.array([50, 51, 100]), 100)).all()
+    assert list(np.isfinite(run.means(np.array([10, 20, 50, 51]), 20))) == [False, True, True, False]
+    seldom = curve(steps=(40, 80, 120), values=(1.0, 2.0, 3.0))
+    assert seldom.means(np.array([100]), 80) == pytest.approx([(20 * 0 + 40 * 1 + 40 * 2) / 80])
+
+
+def test_a_run_is_not_compared_beyond_its_end():
+    long, short = curve("long", (100, 200), (1.0, 0.5)), curve("short", range(10, 60, 10), [2.0] * 5)
+    text = report([long, short], "mse", [], None)
+    assert "|  100 | 1.0000 |     – |" in text and "|   50 |" not in text and "2.0000" not in text
+
+
 def test_rows_weigh_as_many_steps_as_they_are_means_of():
     found = curve(steps=(10, 40), values=(4.0, 1.0))
     assert found.means(np.array([40]), 40)[0] == pytest.approx((10 * 4 + 30 * 1) / 40)
@@ -100,6 +115,9 @@ def test_against_the_published_curve_our_mse_is_compared(tmp_path, capsys):
     assert text in capsys.readouterr().out
     assert text.count("(+10.0%)") == 3 and "hustvl/LightningDiT" in text and "a claim" in text
     assert "0.125 h" not in text and "7.5 min (step 1,000)" in text  # of the published curve, at its own 0.3854
+    diverged = a_run(tmp_path / "diverged", [None, None], grad_norm=None)
+    assert main(["compare", str(diverged)]) == 2
+    assert "metrics.jsonl has no finite 'mse' in its 2 rows" in capsys.readouterr().err
     for arguments, said in (
         (["--loss", "loss"], "--loss loss"),
         (["--loss", "nothing"], "has no 'nothing'; its rows have"),
@@ -122,7 +140,8 @@ def test_means_of_other_spans_than_the_published_ones_have_no_difference(every):
 def test_runs_that_end_before_the_first_published_point_have_losses_of_their_own_to_reach(tmp_path):
     curves = [published(), curve("a"), curve("b", values=(4.0, 3.0, 2.0))]
     text = report(curves, "mse", [], None)
-    assert "|            2 | 45 s (step 100) | 18 min (step 30) |   – |" in text
+    assert "mean of the 10 steps" in text and "|   30 |         – | 1.0000 | 2.0000 |" in text and "%" not in text
+    assert "|            1 | 1.16 min (step 154) | 18 min (step 30) |   – |" in text
 
 
 def test_what_differs_between_the_runs_is_listed(tmp_path):

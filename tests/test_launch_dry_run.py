@@ -124,7 +124,7 @@ def fit(card: float, stage: int = 1, kind: bool | int | str = False, per_process
     """Images of 8, 4 and 2 GiB, and 2³⁰ / 2 parameters on 4 processes."""
     costs = {k: (NetworkCost("m", 0, 2**29, 0.0, size * GIB),) for k, size in ((False, 8), (2, 4), (True, 2))}
     setup = Setup(4, True, {"zero_optimization": {"reduce_bucket_size": 1}})
-    return Fit(costs, setup, card, per_process, stage, kind, **changes)
+    return Fit(costs, changes.pop("setup", setup), card, per_process, stage, kind, **changes)
 
 
 def card_for(images: int, stage: int = 1) -> float:
@@ -154,6 +154,23 @@ def test_overrides_that_help_are_the_least_that_do():
     assert states.suggestion(24) == "train.micro_batch_size=1 deepspeed.zero_stage=2 deepspeed.file=zero2.json"
     assert replace(states, files={}).suggestion(24) == "train.micro_batch_size=1 deepspeed.zero_stage=2"
     assert fit(2 * GIB).suggestion(24) is None
+
+
+def test_what_makes_a_run_fit_may_be_held_by_the_host():
+    """Latents, then the optimizer, then both; not what is there already, and no optimizer under ZeRO 0."""
+    offload = "'deepspeed.overrides.zero_optimization.offload_optimizer={device: cpu}'"
+    card = card_for(8) + 1e6
+    held = fit(card, setup=replace(fit(card).setup, latents=card))
+    assert held.suggestion(24) == "train.micro_batch_size=8 data.placement=host"
+    least = fit(card, kind=True, stages=(0, 1))
+    without = replace(least.setup, options={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    tight = replace(least, card=(memory_of(least.costs[True], without, 1, 1, 24).peak + GIB) / 0.95 + 1e9)
+    assert tight.suggestion(24) == f"train.micro_batch_size=1 {offload}"
+    both = replace(tight, setup=replace(tight.setup, latents=card))
+    assert both.suggestion(24) == f"train.micro_batch_size=1 data.placement=host {offload}"
+    assert replace(both, setup=replace(without, latents=card)).suggestion(24).endswith("=1 data.placement=host")
+    assert replace(tight, stages=(0,), stage=0).suggestion(24) is None
+    assert replace(tight, card=1.1 * GIB).suggestion(24) is None
 
 
 @pytest.mark.parametrize(("number", "near", "said"), [(1024, 6, "4 and 8"), (1024, 2000, "1,024"), (7, 3, "1 and 7")])

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from common.files import read_json
+from common.tensors import read_tensors, write_tensors
 from launch import replay
 from launch.config import ConfigError, load
 from launch.train import run_training
 from launch.training import checkpoint
+from launch.training.build import make_task
 from launch.training.engine import Engine
 from launch.training.loader import SampleOrder
 from launch.training.optimizer import NonFiniteError
@@ -194,8 +197,10 @@ def test_the_replay_of_a_dump_shows_the_same_nan(tmp_path, capsys):
     toy.spoil_latent(latents, 5)
     train_section = {"output_dir": str(tmp_path), "max_skipped_in_a_row": 1, "precision": "bfloat16"}
     train_section["micro_batch_size"] = 2
-    toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(latents)}, train=train_section)
+    path = toy.write_run(tmp_path / "run.yaml", toy.LIGHTNINGDIT, data={"data_path": str(latents)}, train=train_section)
     assert call(stop_on_bad_latents, str(tmp_path), world_size=2) == [0, 0]
+    assert [event["step"] for event in events(tmp_path / "run", "saved")] == [0, 1]  # of the rollback, and of the stop
+    run = load(path, [], kind="lightningdit")[0]
     dump = tmp_path / "run/dump_step_0000001"
     ((where, bad),) = [
         (rank, samples.index(5) // 2)
@@ -203,6 +208,9 @@ def test_the_replay_of_a_dump_shows_the_same_nan(tmp_path, capsys):
         if 5 in samples
     ]
     capsys.readouterr()
+    drawn = make_task(run, kernels.select("reference"), torch.device("cpu")).draw(1, 8, "cpu", seed=1)
+    files = [read_tensors(dump / f"rank000{rank}_micro000{micro}.safetensors") for micro in (0, 1) for rank in (0, 1)]
+    assert all(torch.equal(torch.cat([file[f"draws.{name}"] for file in files]), drawn[name]) for name in drawn)
     for overrides in ([], ["train.precision=float32", "kernels=reference"]):
         assert replay.main([str(dump), *overrides]) == 0
         said = capsys.readouterr().out
@@ -217,6 +225,14 @@ def test_the_replay_of_a_dump_shows_the_same_nan(tmp_path, capsys):
         for block, norm in recorded["grad_norms"]["model"].items():
             (line,) = [line.split() for line in said.splitlines() if line.split()[:1] == [f"model.{block}"]]
             assert float(line[2]) == pytest.approx(norm, rel=1e-2, abs=1e-6) and line[3] == f"{norm:.4g}"
+    weights = read_tensors(dump / "model.safetensors")
+    weights["final_layer.linear.bias"] += 1
+    write_tensors(dump / "model.safetensors", weights)
+    assert replay.main([str(dump), "--rank", str(1 - where)]) == 0
+    said = capsys.readouterr().out
+    for recorded in replay.read_dump(dump)["ranks"][1 - where]:
+        loss = f"{recorded['losses']['model']:.6g}"
+        assert f"(when dumped: {float(loss):.4g})" in said and f"loss of model: {loss} (" not in said
     script = (dump.rename(tmp_path / "moved dump") / "replay.sh").resolve()
     shown = subprocess.run(
         ["sh", script, "kernels=reference"], env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True

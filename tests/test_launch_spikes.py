@@ -280,10 +280,13 @@ def test_what_is_watched_changes_no_bit_of_the_training(tmp_path, kind, changes,
     states = []
     for watch in ("[]", "[activation_norms, attention_logits]"):
         trainer = toy_trainer(tmp_path / watch[1:3], kind, *changes, f"train.watch={watch}")
-        stream = trainer.stream()
+        stream, networks = trainer.stream(), [engine.module for engine in trainer.engines.values()]
+        ops = [module.ops for network in networks for module in network.modules() if hasattr(module, "ops")]
         for _ in range(3):
             trainer.train_step(stream)
             found = trainer._figures.read()
+        left = [module.ops for network in networks for module in network.modules() if hasattr(module, "ops")]
+        assert ops and all(a is b for a, b in zip(ops, left, strict=True))
         states.append(trainer.engines[next(iter(trainer.engines))].full_state(keep=True))
     assert {k: v for k, v in found.items() if "logit" in k}.keys() == {f"watch/attention_logit_max/{b}" for b in blocks}
     norms = {key: value for key, value in found.items() if "activation_norm_max" in key}

@@ -70,7 +70,17 @@ def test_a_command_is_started_again_until_it_is_done_or_useless(tmp_path, plan, 
     assert supervise(tmp_path, plan)[:2] == (status, starts)
 
 
+@pytest.mark.parametrize("starts", ["08", "0x8", "", "99999999999999999999"])
+def test_a_number_of_starts_is_decimal(tmp_path, starts):
+    status, made, said = supervise(tmp_path, ["3 74 1"] * 10, MAX_STARTS=starts, PAUSE="00")
+    if starts in ("08", ""):
+        assert (status, made) == (74, 9 if starts else 6) and "line" not in said
+    else:
+        assert (status, made) == (2, 0) and f"MAX_STARTS {starts}" in said and "whole numbers" in said
+
+
 def test_why_it_is_not_started_again_is_said(tmp_path):
+    assert "ended with status 2: not started again" in supervise(tmp_path, ["- - 2"])[2]
     assert 'ended with status 2 (a, "b"): not started again' in supervise(tmp_path, ["3 2 1"])[2]
     assert "no progress since step 3 in 2 starts: given up" in supervise(tmp_path, ["3 74 1"] * 4)[2]
 

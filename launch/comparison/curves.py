@@ -62,15 +62,20 @@ class Curve:
     remarks: tuple[str, ...] = ()
 
     def means(self, at: NDArray[np.int64], window: int) -> NDArray[np.float64]:
-        """Mean of the values whose step is among the `window` steps up to each of `at`; NaN where there is none."""
+        """Mean of the values whose step is among the `window` steps up to each of `at`.
+
+        NaN where none is finite, after the last step, and where rows tell of fewer than `window` steps; what a row is
+        late by, as rows do not come at every step, may be lacking.
+        """
         spans = np.minimum(np.diff(self.steps, prepend=0), window)
         weights = np.where(np.isfinite(self.values), spans, 0).astype(np.float64)
         sums = np.concatenate([[0.0], np.cumsum(np.where(weights > 0, self.values, 0.0) * weights)])
-        counts = np.concatenate([[0.0], np.cumsum(weights)])
+        counts, told = (np.concatenate([[0.0], np.cumsum(each)]) for each in (weights, spans))
         first = np.searchsorted(self.steps, at - window, side="right")
         last = np.searchsorted(self.steps, at, side="right")
         total, count = sums[last] - sums[first], counts[last] - counts[first]
-        return np.divide(total, count, out=np.full(len(at), np.nan), where=count > 0)
+        whole = (at <= self.steps[-1]) & (told[last] - told[first] > window - self.window)
+        return np.divide(total, count, out=np.full(len(at), np.nan), where=whole & (count > 0))
 
     def reached(self, level: float, window: int) -> tuple[float, float]:
         """(step, hours) at which the mean over `window` steps is first at most `level`; NaN where it never is."""
@@ -118,6 +123,8 @@ class LoggedRun:
         rows = self.rows
         values = rows.series(loss)
         if not np.isfinite(values).any():
+            if any(loss in row for row in rows.training):
+                raise ConfigError(f"{self.path / NAME} has no finite {loss!r} in its {len(rows.training):,} rows")
             known = sorted({k for row in rows.training for k, v in row.items() if not math.isnan(number(v))})
             raise ConfigError(f"{self.path / NAME} has no {loss!r}; its rows have {', '.join(known) or 'no numbers'}")
         steps, rates = rows.steps(), rows.series("images_per_second")

@@ -15,8 +15,15 @@ PLACES = {"train.exp_name", "train.output_dir"}
 
 
 def common_window(curves: Sequence[Curve]) -> int:
-    """Steps that each compared value is the mean of: the longest that one curve's values are means of."""
-    return max(curve.window for curve in curves)
+    """Steps that each compared value is the mean of: the longest that one curve's values are means of.
+
+    A published curve's only where every run is as long.
+    """
+    longest = max(curve.window for curve in curves)
+    runs = [curve for curve in curves if not curve.interpolated]
+    if longest <= min(int(curve.steps[-1]) for curve in runs):
+        return longest
+    return max(curve.window for curve in runs)
 
 
 def common_steps(curves: Sequence[Curve], window: int) -> list[int]:
@@ -43,9 +50,9 @@ def values_at(curve: Curve, steps: Sequence[int], window: int) -> np.ndarray:
     return np.array([points.get(step, math.nan) for step in steps])
 
 
-def of_fewer_steps(curve: Curve, window: int) -> bool:
-    """Whether the points of a published curve are means of fewer steps than the window: nothing lies between them."""
-    return curve.interpolated and curve.window < window
+def of_other_steps(curve: Curve, window: int) -> bool:
+    """Whether the points of a published curve are means of other spans than the window: nothing lies between them."""
+    return curve.interpolated and curve.window != window
 
 
 def losses(curves: Sequence[Curve], steps: Sequence[int], window: int) -> str:
@@ -54,13 +61,10 @@ def losses(curves: Sequence[Curve], steps: Sequence[int], window: int) -> str:
     base = values_at(reference, steps, window)
     cells = []
     for curve in curves:
-        values, alone = values_at(curve, steps, window), curve is reference or of_fewer_steps(reference, window)
+        values, alone = values_at(curve, steps, window), curve is reference or of_other_steps(reference, window)
         cells.append([_loss(v, None if alone else b) for v, b in zip(values, base, strict=True)])
-    return markdown(
-        ["step", *labels(curves).values()],
-        [[f"{step:,}", *row] for step, *row in zip(steps, *cells, strict=True)],
-        left=0,
-    )
+    rows = [[f"{step:,}", *row] for step, *row in zip(steps, *cells, strict=True) if set(row) != {"–"}]
+    return markdown(["step", *labels(curves).values()], rows, left=0)
 
 
 def labels(curves: Sequence[Curve]) -> dict[str, str]:
@@ -158,10 +162,10 @@ def report(curves: Sequence[Curve], loss: str, levels: Sequence[float], picture:
     parts = [f"# Runs compared by `{loss}`\n"]
     parts += [f"![{loss} over steps and over hours]({picture})\n"] if picture else []
     against = f"; in brackets the difference to {reference.name}" if len(curves) > 1 else ""
-    if of_fewer_steps(reference, window):
+    if of_other_steps(reference, window):
         against = (
-            f", of {reference.name} of {reference.window:,}, so that no difference is told: that needs runs that log "
-            f"every {reference.window:,} steps or more often (train.log_every)"
+            f", of {reference.name} of {reference.window:,}, so that no difference is told: that needs runs of at "
+            f"least {reference.window:,} steps that log as often or more (train.log_every)"
         )
     parts += [f"Each value is the mean of the {window:,} steps up to its step{against}.\n"]
     parts += [losses(curves, steps, window), "", speeds(curves), "", reaching(curves, levels, window), ""]

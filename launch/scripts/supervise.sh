@@ -17,8 +17,9 @@ set -uo pipefail
 [ $# -gt 0 ] || { echo "usage: supervise.sh COMMAND …" >&2; exit 2; }
 max_starts="${MAX_STARTS:-5}" pause="${PAUSE:-1}"
 for value in "$max_starts" "$pause"; do
-    [[ "$value" =~ ^[0-9]+$ ]] || { echo "MAX_STARTS $max_starts, PAUSE $pause: not whole numbers" >&2; exit 2; }
+    [[ "$value" =~ ^[0-9]{1,9}$ ]] || { echo "MAX_STARTS $max_starts, PAUSE $pause: not whole numbers" >&2; exit 2; }
 done
+max_starts=$((10#$max_starts)) pause=$((10#$pause))  # 08 is no octal number
 LIGHTNINGDIT_LAST_EXIT="$(mktemp)" || exit 2
 export LIGHTNINGDIT_LAST_EXIT
 trap 'rm -f "$LIGHTNINGDIT_LAST_EXIT"' EXIT
@@ -116,7 +117,8 @@ while :; do
     [ -z "$stopping" ] || exit "$status"
     case "$status" in
     2 | 65 | 126 | 127 | 130)
-        echo "[supervise] ended with status $status ($(said reason)): not started again" >&2
+        reason="$(said reason)"
+        echo "[supervise] ended with status $status${reason:+ ($reason)}: not started again" >&2
         exit "$status"
         ;;
     esac

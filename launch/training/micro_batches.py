@@ -1,9 +1,13 @@
 """Which micro-batch sizes fit a card's memory, and what to override so that a run does."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from launch.training.memory import STAGES, Memory, NetworkCost, Setup, memory_of, usable
+
+LATENTS_IN_FILES = "data.placement=host"
+#: As a shell takes it.
+OFFLOAD = "'deepspeed.overrides.zero_optimization.offload_optimizer={device: cpu}'"
 
 #: A value of `use_checkpoint`: the networks' costs under it.
 Costs = Mapping[bool | int | str, Sequence[NetworkCost]]
@@ -72,17 +76,39 @@ class Fit:
     def suggestion(self, micro_batch_size: int) -> str | None:
         """Overrides with which the run fits, or with which it takes more images at once; None: nothing helps.
 
-        The first that serves: another micro-batch size, then checkpointing of more, then a higher stage.
+        The first that serves: another micro-batch size, then checkpointing of more, then a higher stage, and where it
+        does not fit with any of them, with fewer things in the card's memory.
         """
-        fits = self.memory(self.stage, self.kind, micro_batch_size).peak <= usable(self.card)
+        if self.memory(self.stage, self.kind, micro_batch_size).peak <= usable(self.card):
+            return self._suggestion(micro_batch_size)
+        found = ((keys, fit._suggestion(None)) for keys, fit in [("", self), *self._relieved()])
+        return next((f"{rest}{keys}" for keys, rest in found if rest is not None), None)
+
+    def _relieved(self) -> Iterator[tuple[str, "Fit"]]:
+        """The same run with latents, the optimizer or both in the host's memory, and the overrides that do that."""
+        latents = replace(self.setup, latents=0.0)
+        zero = {**self.setup.zero, "offload_optimizer": {"device": "cpu"}}
+        offload = {"options": {**self.setup.options, "zero_optimization": zero}}
+        stages = [stage for stage in self.stages if stage > 0]
+        held, computed = self.setup.latents > 0, bool(stages) and not self.setup.offloads("offload_optimizer")
+        if held:
+            yield f" {LATENTS_IN_FILES}", replace(self, setup=latents)
+        if computed:
+            yield f" {OFFLOAD}", replace(self, setup=replace(self.setup, **offload), stages=stages)
+        if held and computed:
+            keys = f" {LATENTS_IN_FILES} {OFFLOAD}"
+            yield keys, replace(self, setup=replace(latents, **offload), stages=stages)
+
+    def _suggestion(self, fitting: int | None) -> str | None:
+        """The same without other places. fitting: the micro-batch size with which the run fits, if it does."""
         kinds = list(self.costs)
         kinds = kinds[kinds.index(self.kind) :]
         stages = [self.stage, *(s for s in self.stages if s > self.stage and self.setup.processes > 1)]
         for stage, kind in [(s, k) for s in stages for k in kinds]:
             size = self.largest(stage, kind)
-            if size > (micro_batch_size if fits else 0):
+            if size > (fitting or 0):
                 return " ".join(self._overrides(stage, kind, size))
-            if fits:
+            if fitting is not None:
                 return None
         return None
 

@@ -145,18 +145,9 @@ class RunPlan:
     def _fit_lines(self, fit: Fit) -> list[str]:
         peak, room = self.memory(self.stage).peak / GIB, usable(fit.card) / GIB
         verdict = "fits" if peak <= room else "does not fit"
-        suggestion = fit.suggestion(self.micro_batch_size)
-        if suggestion is not None:
+        hint = "" if peak <= room else "; nothing makes it fit but more or larger GPUs, or a smaller model"
+        if (suggestion := fit.suggestion(self.micro_batch_size)) is not None:
             hint = f"; {'more images at once' if peak <= room else 'it fits'} with: {suggestion}"
-        else:
-            hint = (
-                ""
-                if peak <= room
-                else (
-                    "; nothing here makes it fit: more GPUs, or the optimizer in the host's memory "
-                    "(deepspeed.overrides.zero_optimization.offload_optimizer={device: cpu})"
-                )
-            )
         return [
             f"  on GPUs of {fit.card / GIB:g} GiB it {verdict}: {peak:,.1f} GiB of the {room:,.1f} that are counted on "
             f"(less {CONTEXT / GIB:g} GiB for CUDA, cuBLAS and NCCL and {FRAGMENTATION:.0%} for fragmentation){hint}",

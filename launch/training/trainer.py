@@ -1,7 +1,7 @@
 """The training loop of every model: steps, accumulation, logging, validation, checkpoints, signals."""
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from signal import Signals
 
@@ -136,6 +136,8 @@ class Trainer:
             raise
         finally:
             self.saver.leave()
+            with suppress(OSError):  # of the log, which may be what ends the run
+                self._report_saved(log)
             if log is not None:
                 log.close()
 

@@ -12,6 +12,18 @@ MISTAKES = {
         "again = now > since",
         COPIES,
     ),
+    "left_before_the_main_process_has_spoken": Mistake(
+        "launch/__main__.py",
+        "if mute or status == exit_status.LOST_PEER:",
+        "if status == exit_status.LOST_PEER:",
+        "test_launch_run_lock.py::test_every_process_of_a_refused_run_ends_and_the_main_one_says_why",
+    ),
+    "cause_that_another_noticed_first_is_lost": Mistake(
+        "launch/runtime/watchdog/others.py",
+        "self._heard or why",
+        "why",
+        WATCHDOG + "test_the_lowest_rank_says_the_cause_that_another_noticed_first",
+    ),
     "any_second_signal_ends_at_once": Mistake(
         "launch/runtime/lifetime.py",
         "if again if number == signal.SIGINT else self._at_once:",

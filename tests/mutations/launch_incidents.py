@@ -7,8 +7,12 @@ _ROLLBACK = "test_launch_rollback.py"
 _TWO_PROCESSES = f"{_SPIKES}::test_two_processes_have_the_figures_and_losses_of_one"
 MISTAKES = {
     "rolled_back_to_the_newest": Mistake(
-        "launch/training/incidents.py", "key=lambda each: step_of(each.path) < bad.first,", "key=lambda each: 0,",
+        "launch/training/incidents.py", "good = [*before, *reversed(among)]", "good = [*reversed(among), *before]",
         f"{_INCIDENTS}::test_ten_bad_steps_in_a_row_are_left_behind_by_one_rollback",
+    ),
+    "rolled_back_to_the_newest_among_skipped_steps": Mistake(
+        "launch/training/incidents.py", "*reversed(among)]", "*among]",
+        f"{_ROLLBACK}::test_the_first_checkpoint_among_skipped_steps_will_do_where_none_is_from_before",
     ),
     "bad_checkpoints_stay": Mistake(
         "launch/training/incidents.py", "            if step_of(each.path) > found.step:\n",
