@@ -27,6 +27,7 @@ def add_run_file(parser: argparse.ArgumentParser, help: str, example: str, *, re
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help=f"such as {example}; a mapping is merged into the section that is there",
     )

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("source", type=local_path, help="checkpoint, directory of a run, or weights")
     parser.add_argument("name", help="path of the files to write, without a suffix or with one of theirs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for --config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for --config")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="for the safetensors (default: ema)")
     parser.add_argument("--config", type=local_path, help="run file of a weights file")
     parser.add_argument("--format", choices=["own", "diffusers"], default="own", help="see above (default: own)")

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
         prog="python -m launch replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dump", type=local_path, help="directory dump_step_… of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as kernels=reference")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as kernels=reference")
     parser.add_argument(
         "--rank", type=int, help="of this process alone (default: all whose loss was not finite, or all)"
     )

@@ -169,7 +169,7 @@ def test_resumes_skips_and_other_batches_are_remarked(tmp_path):
         )
     curves, *_ = read_curves([a, b])
     text = report(curves, "mse", [], None)
-    for remark in ("resumed 1 times", "rolled back 1 times", "4 steps skipped", "1 lines of metrics.jsonl could"):
+    for remark in ("resumed: once", "rolled back: once", "4 steps skipped", "1 lines of metrics.jsonl could"):
         assert f"* a: {remark}" in text
     assert "The batches differ" in text
 

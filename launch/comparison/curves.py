@@ -147,11 +147,15 @@ class LoggedRun:
     def _remarks(self) -> list[str]:
         skipped = number(self.rows.training[-1].get("skipped"))
         happened = [event["event"] for event in self.rows.events]
-        found = [f"resumed {n} times"] if (n := happened.count("resumed")) else []
-        found += [f"rolled back {n} times"] if (n := happened.count("rollback")) else []
+        found = [f"resumed: {_times(n)}"] if (n := happened.count("resumed")) else []
+        found += [f"rolled back: {_times(n)}"] if (n := happened.count("rollback")) else []
         found += [f"{skipped:,.0f} steps skipped"] if skipped > 0 else []
         found += [f"{n} lines of {NAME} could not be read"] if (n := self.rows.unreadable) else []
         return found
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
 
 
 def read_run(path: Path) -> LoggedRun:

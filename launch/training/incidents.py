@@ -136,7 +136,7 @@ class Incidents:
             runs = [[step - most + 1, step]]
         first, last = min(run[0] for run in runs), max(run[-1] for run in runs)
         what = f"{most} steps in a row up to step {step} had a non-finite loss or gradient and were skipped"
-        return BadSteps(first, last, f"{what} (allowed: {allowed - 1})")
+        return BadSteps(first, last, f"{what} (train.max_skipped_in_a_row: {allowed})")
 
     def _lasting_spike(self) -> BadSteps | None:
         found, self._spikes.found = self._spikes.found, None

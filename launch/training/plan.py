@@ -114,6 +114,7 @@ class RunPlan:
         epochs = self.steps * self.global_batch_size / self.num_images
         source = "assumed, `data.num_images`" if self.images_assumed else "counted"
         per_gpu = self.global_batch_size // self.processes
+        images = f"{per_gpu:,} image{'s' * (per_gpu != 1)}"
         flops = sum(n.flops for n in self.networks) * self.global_batch_size
         lines = [f"  {n.name}: {n.parameters:,} parameters, {n.trainable:,} of them trained" for n in self.networks]
         if self.setup.frozen:
@@ -122,7 +123,7 @@ class RunPlan:
             *lines,
             f"  {self.steps:,} steps = {epochs:.1f} epochs of {self.num_images:,} images ({source})",
             f"  global batch {self.global_batch_size:,} = {self.processes} process{'es' * (self.processes != 1)} × "
-            f"micro-batch {self.micro_batch_size} × {self.accumulation} accumulated; {per_gpu} images per GPU and step",
+            f"micro-batch {self.micro_batch_size} × {self.accumulation} accumulated; {images} per GPU and step",
             f"  {flops / 1e12:,.2f} TFLOP per step (training), {flops * self.steps / 1e18:,.3f} EFLOP in all",
         ]
 
