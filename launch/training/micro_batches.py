@@ -88,16 +88,16 @@ class Fit:
         """The same run with latents, the optimizer or both in the host's memory, and the overrides that do that."""
         latents = replace(self.setup, latents=0.0)
         zero = {**self.setup.zero, "offload_optimizer": {"device": "cpu"}}
-        offload = {"options": {**self.setup.options, "zero_optimization": zero}}
+        options = {**self.setup.options, "zero_optimization": zero}
         stages = [stage for stage in self.stages if stage > 0]
         held, computed = self.setup.latents > 0, bool(stages) and not self.setup.offloads("offload_optimizer")
         if held:
             yield f" {LATENTS_IN_FILES}", replace(self, setup=latents)
         if computed:
-            yield f" {OFFLOAD}", replace(self, setup=replace(self.setup, **offload), stages=stages)
+            yield f" {OFFLOAD}", replace(self, setup=replace(self.setup, options=options), stages=stages)
         if held and computed:
             keys = f" {LATENTS_IN_FILES} {OFFLOAD}"
-            yield keys, replace(self, setup=replace(latents, **offload), stages=stages)
+            yield keys, replace(self, setup=replace(latents, options=options), stages=stages)
 
     def _suggestion(self, fitting: int | None) -> str | None:
         """The same without other places. fitting: the micro-batch size with which the run fits, if it does."""
