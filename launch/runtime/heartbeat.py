@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from launch.runtime import exit_status, last_exit
 from launch.runtime.launcher import LaunchEnvironment, LaunchError
+from launch.runtime.packages import ROOT
 from launch.runtime.watchdog.member import Settings
 from launch.runtime.watchdog.program import IGNORED
 
@@ -28,7 +28,6 @@ TIMEOUT = 30.0  # seconds
 ANSWER_TIMEOUT = 3.0  # seconds in which the watchdogs say who is to speak
 START_TIMEOUT = 150.0  # seconds; watchdogs give up sooner
 FLUSH_TIMEOUT = 1.0  # seconds; the reader of a pipe may be stopped
-ROOT = Path(__file__).resolve().parents[2]
 _KEY = "launch/watchdog"
 
 

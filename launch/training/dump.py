@@ -21,6 +21,7 @@ import torch
 
 from common.files import make_directory, write_json, write_text
 from common.tensors import write_tensors
+from launch.runtime.packages import ROOT
 from launch.runtime.processes import Processes
 from launch.training.block_norms import block_of
 from launch.training.config import MEASURED
@@ -66,11 +67,10 @@ def replay_command(directory: Path) -> str:
 
 def _replay_script() -> str:
     """The same for a shell, by the interpreter and the packages of this process, wherever the dump is moved to."""
-    root, python = Path(__file__).parents[2], shlex.quote(sys.executable)
     return (
         "#!/bin/sh\n"
-        f'[ -n "$PYTHON" ] || PYTHON={python}\n'
-        f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
+        f'[ -n "$PYTHON" ] || PYTHON={shlex.quote(sys.executable)}\n'
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
         'exec "$PYTHON" -m launch replay "$(dirname -- "$0")" "$@"\n'
     )
 
