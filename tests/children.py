@@ -104,15 +104,20 @@ def _call(rank: int, world_size: int, port: int, function: Callable, args: tuple
 
 def _child(rank: int, world_size: int, port: int, argv, at: Moment | None, log: Path | None) -> None:
     if log is not None:
-        handle = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
+        print_to(f"{log}.{rank}")
     _join(rank, world_size, port)
     if at is not None and at.rank in (None, rank):
         _strike(at)
     from launch.__main__ import run
 
     run(list(argv))
+
+
+def print_to(path: str) -> None:
+    """Have what this process prints, and says as errors, appended to a file."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
 
 
 def _strike(at: Moment) -> None:

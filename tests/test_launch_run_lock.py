@@ -14,7 +14,7 @@ import launch.__main__ as program
 from launch.runtime import run_lock
 from launch.runtime.run_lock import NAME, DirectoryInUseError, Owner, lock_directory
 from tests import toy
-from tests.children import call, launch
+from tests.children import call, launch, print_to
 
 _fork = multiprocessing.get_context("fork")
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_locked_is_one_sentence(tmp_path):
 def _run_slowly(argv: list[str], log: str) -> None:
     """Run a program whose main process takes a second to say an error, in which the others have long met it."""
     rank = os.environ["RANK"]
-    os.dup2(os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    print_to(f"{log}.{rank}")
     if rank == "0":
         message = program._message
         program._message = lambda error: time.sleep(1) or message(error)
