@@ -249,7 +249,7 @@ def test_a_run_that_ends_gives_a_save_some_time_and_no_more(tmp_path, monkeypatc
     monkeypatch.setattr(saving, "LEAVE_TIMEOUT", 0.1)
     begin = time.monotonic()
     own.leave()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 15
     assert "given up" in caplog.messages[-1] and checkpoint.newest(tmp_path) is None
     monkeypatch.setattr(saving, "LEAVE_TIMEOUT", 60.0)
     held.release()
