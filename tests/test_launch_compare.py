@@ -12,7 +12,7 @@ from common.files import read_json
 from launch.__main__ import main
 from launch.comparison import picture
 from launch.comparison.curves import PUBLISHED_MSE, Curve, published, read_curves, short_names
-from launch.comparison.table import common_steps, duration, labels, report
+from launch.comparison.table import common_steps, common_window, duration, labels, report
 from tests.test_launch_run_directory import row, save, write
 
 GOLDEN = Path(__file__).parent / "golden" / "10_upstream_train_log.json"
@@ -87,6 +87,16 @@ def test_runs_of_other_intervals_are_compared_over_the_longer():
     text = report([fine, coarse], "mse", [], None)
     assert "mean of the 100 steps" in text
     assert "|  100 | 1.0000 | 2.0000 (+100.0%) |" in text and "|  200 | 3.0000 |  2.0000 (-33.3%) |" in text
+
+
+def test_runs_shorter_than_a_published_mean_are_compared_over_their_own():
+    fine, coarse = (
+        curve("fine", steps=range(1, 81), values=[1.0] * 80),
+        curve("coarse", steps=(40, 80), values=(2.0,) * 2),
+    )
+    assert published().window == 100 and common_window([published(), fine, coarse]) == 40
+    long = curve("long", steps=range(1, 201), values=[1.0] * 200)
+    assert common_window([published(), long]) == 100 and common_window([published(), long, coarse]) == 40
 
 
 def test_common_steps_are_those_of_the_published_curve_or_round_ones():

@@ -76,8 +76,17 @@ MISTAKES = {
         "test_launch_compare.py::test_a_report_by_hand",
     ),
     "the_shortest_window_is_common": Mistake(
-        "launch/comparison/table.py", "return max(curve.window", "return min(curve.window",
+        "launch/comparison/table.py", "longest = max(curve.window", "longest = min(curve.window",
         "test_launch_compare.py::test_runs_of_other_intervals_are_compared_over_the_longer",
+    ),
+    "the_shortest_window_of_short_runs_is_common": Mistake(
+        "launch/comparison/table.py", "return max(curve.window", "return min(curve.window",
+        "test_launch_compare.py::test_runs_shorter_than_a_published_mean_are_compared_over_their_own",
+    ),
+    "runs_are_compared_over_more_steps_than_they_made": Mistake(
+        "launch/comparison/table.py", "min(int(curve.steps[-1]) for curve in runs)",
+        "max(int(curve.steps[-1]) for curve in runs)",
+        "test_launch_compare.py::test_runs_shorter_than_a_published_mean_are_compared_over_their_own",
     ),
     "a_ring_sends_the_whole_buffer": Mistake(
         "launch/scaling_model/network.py", "intra = phases * (local - 1) / local * size", "intra = phases * size",
