@@ -6,11 +6,13 @@ import pytest
 
 import launch.extract  # noqa: F401 — children are struck in it
 from launch.extract import extract
+from launch.runtime import exit_status
 from tests import children, toy
 from tests.children import Moment
 from tests.test_launch_round_trip import run_of, write_tokenizer
 
 COUNT = 26  # in shards of 6 and batches of 2: borders between processes lie inside shards
+KILLED_OR_ENDED = {-9, exit_status.LOST_PEER}  # a process that is late to its own end is ended for another one's
 
 
 def extract_all(root: Path, output: str, save_seconds: float = 300.0) -> None:
@@ -35,7 +37,8 @@ def root(tmp_path_factory):
 def test_three_processes_killed_and_finished_by_two_leave_the_files_of_one(root, tmp_path, save_seconds):
     output = str(tmp_path / "set")
     at = Moment("launch.extract", "encode", 4)
-    assert children.call(extract_all, root, output, save_seconds, world_size=3, at=at) == [-9] * 3
+    statuses = children.call(extract_all, root, output, save_seconds, world_size=3, at=at)
+    assert -9 in statuses and set(statuses) <= KILLED_OR_ENDED
     left = {Path(name).suffix for name in content(tmp_path / "set")}
     assert ".part" in left and "manifest.json" not in content(tmp_path / "set")
     assert children.call(extract_all, root, output, save_seconds, world_size=2) == [0, 0]
@@ -47,7 +50,7 @@ def test_processes_killed_while_they_complete_a_set_lose_nothing(root, tmp_path)
     output = str(tmp_path / "set")
     join = Moment("lightningdit.latents_writer:LatentsWriter", "_join", 1)
     statuses = children.call(extract_all, root, output, world_size=3, at=join)
-    assert statuses[:2] == [-9, -9] and statuses[2] != 0  # two shards have parts; the third process waits in vain
+    assert -9 in statuses[:2] and set(statuses) <= KILLED_OR_ENDED  # two shards have parts; the third waits in vain
     manifest = Moment("lightningdit.latents_writer", "write_statistics", 1, rank=0)
     assert children.call(extract_all, root, output, world_size=1, at=manifest) == [-9]
     assert {Path(name).suffix for name in content(tmp_path / "set")} >= {".safetensors"}

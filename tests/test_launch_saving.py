@@ -354,18 +354,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, run_file, monk
 
 def test_a_full_disk_ends_the_run_at_its_next_step(tmp_path, run_file, monkeypatch):
     trainer = make(run_file, "train.max_steps=9")
-    real, refused = checkpoint.write_tensors, threading.Event()
+    real, in_step_5 = checkpoint.write_tensors, threading.Event()
 
     def full_from_step_4(path, *args):
         if "0000004" in str(path):
-            refused.set()
+            assert in_step_5.wait(60)
             refuse()
         return real(path, *args)
 
     def wait_in_step_5(stream, step=trainer.train_step):
         step(stream)
         if trainer.step == 5:
-            assert refused.wait(60)
+            in_step_5.set()
             trainer.saver._thread.join(60)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full_from_step_4)
