@@ -170,9 +170,10 @@ def test_what_makes_a_run_fit_may_be_held_by_the_host():
     assert both.suggestion(24) == f"train.micro_batch_size=1 data.placement=host {offload}"
     assert replace(both, setup=replace(without, latents=card)).suggestion(24).endswith("=1 data.placement=host")
     assert replace(tight, stages=(0,), stage=0).suggestion(24) is None
-    alone = replace(tight.setup, processes=1)  # where a higher stage shares nothing out, but offloads
+    # One process, for which a higher stage shares nothing out, but offloads.
     fits = memory_of(tight.costs[True], replace(without, processes=1), 1, 1, 24).peak
-    alone = replace(tight, setup=alone, stage=0, card=(fits + GIB) / 0.95 + 1e6)
+    one_process = replace(tight.setup, processes=1)
+    alone = replace(tight, setup=one_process, stage=0, card=(fits + GIB) / 0.95 + 1e6)
     assert alone.suggestion(24) == f"train.micro_batch_size=1 deepspeed.zero_stage=1 {offload}"
     assert replace(tight, card=1.1 * GIB).suggestion(24) is None
 

@@ -21,7 +21,7 @@ from launch.training import checkpoint
 from launch.training.build import make_trainer
 from launch.training.engine import start_processes
 from tests import toy
-from tests.children import alive, eventually, exit_code, started
+from tests.children import alive, eventually, exit_code, print_to, started
 from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
@@ -346,9 +346,7 @@ def test_a_checkpoint_slower_than_a_launchers_patience_is_said_once(monkeypatch,
 
 
 def _leave(tmp: Path, what: str) -> None:
-    handle = os.open(tmp / "said", os.O_WRONLY | os.O_CREAT)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    print_to(str(tmp / "said"))
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     lifetime.EXIT_TIMEOUT = 1.0
     import atexit

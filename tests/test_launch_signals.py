@@ -19,7 +19,7 @@ from launch.runtime.launcher import LaunchEnvironment
 from launch.runtime.run_lock import DirectoryInUseError
 from launch.training import checkpoint
 from tests import toy
-from tests.children import Moment, _strike, call, exit_code, free_port, launch
+from tests.children import Moment, _strike, call, exit_code, free_port, launch, print_to
 from tests.run_rows import rows
 
 _fork = multiprocessing.get_context("fork")
@@ -171,8 +171,7 @@ def _fail(step: int, error: Exception):
 
 def _train_and_fail(run_file: str, log: str, failing: tuple[int, ...]) -> None:
     rank = int(os.environ["RANK"])
-    handle = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 2)
+    print_to(f"{log}.{rank}")
     from launch.__main__ import run
 
     if rank in failing:
@@ -192,8 +191,7 @@ def test_an_error_is_said_once_by_the_process_that_met_it(tmp_path, run_file, fa
 
 def _fail_before_all_have_met(run_file: str, log: str, failing: int) -> None:
     rank = int(os.environ["RANK"])
-    handle = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 2)
+    print_to(f"{log}.{rank}")
     from launch.__main__ import run
 
     if rank == 0:  # by then the other one waits, or has failed: nobody listens yet

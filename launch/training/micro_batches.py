@@ -103,7 +103,8 @@ class Fit:
         """The same without other places. fitting: the micro-batch size with which the run fits, if it does."""
         kinds = list(self.costs)
         kinds = kinds[kinds.index(self.kind) :]
-        higher = self.setup.processes > 1 or self.setup.offloads("offload_optimizer")  # what is a gain there
+        # For one process a higher stage shares nothing out: it is only what lets the host hold the optimizer.
+        higher = self.setup.processes > 1 or self.setup.offloads("offload_optimizer")
         stages = [self.stage, *(s for s in self.stages if s > self.stage and higher)]
         for stage, kind in [(s, k) for s in stages for k in kinds]:
             size = self.largest(stage, kind)
