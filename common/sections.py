@@ -7,7 +7,7 @@ run. Needs no torch.
 import os
 import re
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -109,7 +109,12 @@ class Section(BaseModel):
     """A frozen group of keys: nothing is coerced except whole numbers to floats, nothing unknown is let through.
 
     A wrong value raises pydantic's ValidationError, a ValueError; `describe` says it in plain words.
+
+    Attributes:
+        shorthands: keys that stand for several fields, which the section's own validator puts in their place.
     """
+
+    shorthands: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -118,7 +123,7 @@ class Section(BaseModel):
     def _name_unknown_keys(cls, values: Any) -> Any:
         unknown = [key for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
-            raise UnknownKeyError(unknown, cls.model_fields)
+            raise UnknownKeyError(unknown, (*cls.shorthands, *cls.model_fields))
         return values
 
     @classmethod

@@ -51,9 +51,10 @@ def read_layers(path: str | Path) -> tuple[list[Layer], list[str]]:
     chain, names, layers, notes = [find_config(path)], [str(path)], [], config_note(path)
     while True:
         document = _read(chain[-1], names)
+        extends = KEY in document
         base = document.pop(KEY, None)
         layers.append(Layer(names[-1], document))
-        if base is None:
+        if not extends:
             return layers[::-1], notes
         written = _path_text(base, names[-1])
         folder = chain[-1].parent

@@ -170,15 +170,10 @@ def test_what_is_no_base_is_named_with_the_file_that_extends_it(write, base):
     assert WRONG_BASES[base] in refusal("a.yaml")
 
 
-@pytest.mark.parametrize("base", [["b.yaml", "c.yaml"], 3, True, {"a": "b.yaml"}])
+@pytest.mark.parametrize("base", [["b.yaml", "c.yaml"], 3, True, {"a": "b.yaml"}, None])
 def test_one_base_is_wanted(write, base):
     write({"a.yaml": {"extends": base}})
     assert refusal("a.yaml").startswith("a.yaml: extends: the path of one file is wanted (got ")
-
-
-def test_no_base_is_no_base(write):
-    write({"a.yaml": {"extends": None, **LIGHTNINGDIT}})
-    assert same_as(LIGHTNINGDIT, "a.yaml", "lightningdit")
 
 
 def test_a_base_of_the_other_model_is_named(write):
@@ -196,7 +191,7 @@ def test_a_base_of_the_other_model_is_named(write):
 
 
 def test_what_both_models_share_may_be_a_base_of_both(write):
-    shared = {"extends": None, "train": {"precision": "float32", "max_steps": 11}, "preset": "default"}
+    shared = {"train": {"precision": "float32", "max_steps": 11}, "preset": "default"}
     write({"shared.yaml": shared})
     for kind, content in (("vavae", VAVAE), ("lightningdit", LIGHTNINGDIT)):
         write({"a.yaml": {**content, "extends": "shared.yaml", "train": {"global_batch_size": 8}}})

@@ -214,6 +214,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
 @pytest.mark.parametrize(
     "make, error",
     [
+        (lambda: AutoencoderConfig(sise="f16d64"), r"unknown key 'sise' \(did you mean 'size'"),
         (lambda: LossConfig(kl_wieght=1.0), r"unknown key 'kl_wieght' \(did you mean 'kl_weight'"),
         (lambda: AutoencoderConfig(ch="128"), "valid integer"),
         (lambda: LossConfig(use_vf=1), "valid boolean"),

@@ -45,6 +45,8 @@ class AutoencoderConfig(Section):
         decoder_attn_resolutions: the same for the decoder where it differs (null: as `attn_resolutions`).
     """
 
+    shorthands = ("size",)
+
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "f16d16": {"embed_dim": 16, "z_channels": 16},
         "f16d32": {"embed_dim": 32, "z_channels": 32},
