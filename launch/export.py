@@ -3,288 +3,185 @@
 SOURCE is a checkpoint's directory, or a run's (its newest is taken). Writes NAME.safetensors and NAME.json, and NAME.pt
 in the published layout (`model` and `ema`; for a tokenizer `state_dict`). None of them may be there already.
 
-SOURCE may also be a weights file, such as a published .pt, or a folder where diffusers keeps an AutoencoderKL: then
-NAME.safetensors and NAME.json are written. The sizes of a tokenizer are read off its tensors; for a LightningDiT
-`--config CONFIG [key=value …]` names the run file that tells its network and, by `data.data_path`, the statistics of
-its latents.
+SOURCE may also be a weights file, such as a published .pt, a folder where diffusers keeps an AutoencoderKL, or
+hf://OWNER/NAME, a repository of the hub: then NAME.safetensors and NAME.json are written. The sizes of a tokenizer are
+read off its tensors; for a LightningDiT `--config CONFIG [key=value …]` names the run file that tells its network and,
+by `data.data_path`, the statistics of its latents.
 
-With `--format diffusers` a tokenizer of any of these SOURCEs becomes the folder NAME with config.json and
-diffusion_pytorch_model.safetensors, which `diffusers.AutoencoderKL.from_pretrained(NAME)` loads. Pipelines normalise
-latents z by `(z - latents_mean) / latents_std * scaling_factor` of its config: `--latents` names where these numbers
-are, a set of latents that this tokenizer made, or a LightningDiT (checkpoint, run, export) that was trained on them.
+With `--format diffusers` a LightningDiT becomes the folder NAME that `diffusers.DiffusionPipeline.from_pretrained(NAME,
+trust_remote_code=True)` loads: network, tokenizer (the run's `vae.ckpt_path`, or `--tokenizer`), scheduler, one file of
+code, and a model card with the figures of `--results`, which `evaluate` wrote. A tokenizer becomes the folder NAME
+that `diffusers.AutoencoderKL.from_pretrained(NAME)` loads. Pipelines normalise latents z by `(z - latents_mean) /
+latents_std * scaling_factor` of its config: `--latents` names where these numbers are, a set of latents that this
+tokenizer made, or a LightningDiT (checkpoint, run, export) that was trained on them.
+
+`--push OWNER/NAME` puts what was written on the hub (the extra `hub`), as one commit.
 """
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
-
-from common.files import (
-    link_without_overwrite,
-    make_directory,
-    path_exists,
-    read_json,
-    rename_directory,
-    require_writable,
-    sync_directory,
-)
-from common.tensors import Tensors, model_of, read_entry, save_pickled, weights_file
-from launch.arguments import load_run, local_path
-from launch.config import ConfigError, select_ops, stored_run
-from launch.trained import build_diffusion, diffusion_weights, from_checkpoint, statistics_for
+from common.files import DownloadError, path_exists, read_json, write_text
+from common.tensors import weights_file
+from launch.arguments import local_path
+from launch.config import ConfigError
+from launch.exporting.card import Card, checked_license
+from launch.exporting.cards import network_card, tokenizer_card
+from launch.exporting.networks import is_network, network_of
+from launch.exporting.pipeline import export_pipeline
+from launch.exporting.places import SUFFIXES, TAKEN, files_named, folder_named
+from launch.exporting.sources import checkpoint_at
+from launch.exporting.tokenizer import export_tokenizer
+from launch.exporting.weights import export, export_file
+from launch.hub import local_copy, require_upload, upload
+from launch.pipelines import is_pipeline
 from launch.training.checkpoint import Checkpoint
-from launch.training.checkpoint_search import find_checkpoint
-from lightningdit.latents import LatentStatistics
-from lightningdit.weights import save_export, save_published
-from vavae.diffusers_layout import (
-    CONFIG_FILE,
-    inexpressible,
-    is_diffusers,
-    read_config,
-    write_folder,
-)
-from vavae.model import AutoencoderKL
-from vavae.sizes import infer_config
-from vavae.weights import build_tokenizer, write_export
 
-SUFFIXES = (".safetensors", ".json", ".pt")
-TAKEN = "is already there: remove it, or export under another name"
+__all__ = ["SUFFIXES", "export", "main"]
+CARD = "README.md"
 
 
 def main(argv: list[str]) -> int:
     """Export and say what was written; returns the exit status."""
+    args = _parse(argv)
+    _check_options(args)
+    path = local_copy(args.source)
+    file = is_pipeline(path) or weights_file(path).is_file()
+    _check_config(args, file or not path.exists())
+    source = path if file else checkpoint_at(path)
+    if args.push is not None:
+        require_upload(args.push)
+    written = (_diffusers if args.format == "diffusers" else _own)(args, source)
+    what = f"{source.state['kind']}, step {source.step:,}" if isinstance(source, Checkpoint) else f"from {args.source}"
+    for path in written:
+        print(f"{path}: {what}, {path.stat().st_size / 1e6:,.1f} MB")
+    if args.push is not None:
+        _push(args, written)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", type=local_path, help="checkpoint, directory of a run, or weights")
     parser.add_argument("name", help="path of the files to write, without a suffix or with one of theirs")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for --config")
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="for the safetensors (default: ema)")
+    parser.add_argument("--weights", choices=["ema", "model"], help="for the safetensors (default: ema)")
     parser.add_argument("--config", type=local_path, help="run file of a weights file")
     parser.add_argument("--format", choices=["own", "diffusers"], default="own", help="see above (default: own)")
-    parser.add_argument("--latents", type=local_path, metavar="PATH", help="where a diffusers folder's statistics are")
-    parser.add_argument(
+    of_folders = parser.add_argument_group("--format diffusers")
+    of_folders.add_argument("--latents", type=local_path, metavar="PATH", help="where a tokenizer's statistics are")
+    of_folders.add_argument(
         "--multiplier",
         type=float,
         metavar="FACTOR",
-        help="scaling_factor of a diffusers folder (default: a LightningDiT's data.latent_multiplier, else 1)",
+        help="a tokenizer's scaling_factor (default: a LightningDiT's data.latent_multiplier, else 1)",
     )
-    args = parser.parse_intermixed_args(argv)
-    _check_options(args)
-    named = (args.weights, args.config, args.overrides)
-    checkpoint = None if weights_file(args.source).is_file() else find_checkpoint(args.source)
-    if args.format == "diffusers":
-        folder = _folder(args.name)
-        written = export_diffusers(checkpoint or args.source, folder, *named, args.latents, args.multiplier)
-    elif checkpoint is None:
-        written = export_file(args.source, _name(args.name), *named)
-    else:
-        written = export(checkpoint, _name(args.name), args.weights)
-    what = f"from {args.source}" if checkpoint is None else f"{checkpoint.state['kind']}, step {checkpoint.step:,}"
-    for path in written:
-        print(f"{path}: {what}, {path.stat().st_size / 1e6:,.1f} MB")
-    if args.format == "diffusers" and args.latents is None:
-        said = read_json(written[0])
-        numbers = "null" if said["latents_mean"] is None else f"those of {args.source}"
-        factor = f"scaling_factor {said['scaling_factor']:g}"
-        print(f"latents_mean and latents_std are {numbers}, {factor}: --latents gives others")
-    return 0
+    of_folders.add_argument("--tokenizer", type=local_path, metavar="PATH", help="of a pipeline, not the run's")
+    cards = parser.add_argument_group("model card")
+    cards.add_argument("--card", action="store_true", help="write NAME.md beside files, too; a pipeline always has one")
+    cards.add_argument("--license", metavar="ID", help="of the weights, as the hub names it, such as apache-2.0")
+    cards.add_argument(
+        "--results",
+        type=local_path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="what evaluate wrote of these weights (default: what lies beside the run or the file)",
+    )
+    hub = parser.add_argument_group("hub")
+    hub.add_argument("--push", metavar="OWNER/NAME", help="put what was written into this repository")
+    hub.add_argument("--private", action="store_true", help="make the repository private where it is made")
+    hub.add_argument("--revision", metavar="BRANCH", help="branch to put it on, made if need be (default: main)")
+    return parser.parse_intermixed_args(argv)
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that would change nothing, and for values that no option has."""
     if args.overrides and args.config is None:
         raise ConfigError(f"{args.overrides[0]} changes nothing without --config, the run file of a weights file")
-    if args.config is not None and not weights_file(args.source).is_file() and args.source.exists():
-        raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
-    for option in ("latents", "multiplier"):
+    for option in ("latents", "multiplier", "tokenizer"):
         if args.format != "diffusers" and getattr(args, option) is not None:
             raise ConfigError(f"--{option} changes nothing without --format diffusers")
     if args.multiplier is not None and not 0 < args.multiplier < math.inf:
         raise ConfigError(f"--multiplier {args.multiplier:g}: a number above 0 is wanted")
+    for option in ("private", "revision"):
+        if getattr(args, option) and args.push is None:
+            raise ConfigError(f"--{option} changes nothing without --push")
+    if args.license is not None:
+        checked_license(args.license)
 
 
-def _folder(text: str) -> Path:
-    """The path of a folder to be made; raises ConfigError for what has no name, or a file's."""
-    try:
-        path = local_path(text)
-    except argparse.ArgumentTypeError as e:
-        raise ConfigError(f"NAME: {e}") from None
-    if path.name in ("", ".."):
-        raise ConfigError(f"NAME is the path of a folder to be made, such as tokenizer (got {text!r})")
-    if path.suffix in SUFFIXES:
-        raise ConfigError(f"NAME is a folder with --format diffusers, and {text!r} ends as a file does")
-    return path
+def _check_config(args: argparse.Namespace, may_have_one: bool) -> None:
+    if args.config is not None and not may_have_one:
+        raise ConfigError(f"{args.source} is no weights file: a checkpoint holds its own run, without --config")
 
 
-def _name(text: str) -> Path:
-    """The path of an export without suffix; raises ConfigError for what names a folder, or nothing."""
-    try:
-        path = local_path(text)
-    except argparse.ArgumentTypeError as e:
-        raise ConfigError(f"NAME: {e}") from None
-    named = path.with_suffix("") if path.suffix in SUFFIXES else path
-    if not named.name or named.name in (*SUFFIXES, ".", ".."):
-        raise ConfigError(f"NAME is the path of files, without their suffix, such as weights (got {text!r})")
-    if text.endswith("/") or (named == path and path.is_dir()):
-        raise ConfigError(
-            f"{text} is a folder, and NAME is the path of files: {path / 'weights'} puts them into it, "
-            f"{path}.safetensors beside it"
-        )
-    return named
+def _wants_card(args: argparse.Namespace) -> bool:
+    """Raise ConfigError for what only a card holds, where there will be none."""
+    wanted = args.card or args.push is not None
+    for option in ("results", "license"):
+        if getattr(args, option) and not wanted:
+            raise ConfigError(f"--{option} changes nothing without --card or --push")
+    return wanted
 
 
-def _paths(name: Path, suffixes: Sequence[str]) -> list[Path]:
-    return [name.with_name(f"{name.name}{suffix}") for suffix in suffixes]
+def _own(args: argparse.Namespace, source: Checkpoint | Path) -> list[Path]:
+    name, with_card, make = files_named(args.name), _wants_card(args), _card_of(source)
+    card = name.with_name(f"{name.name}.md")
+    if with_card and path_exists(card):
+        raise ConfigError(f"{card} {TAKEN}")
+    if isinstance(source, Checkpoint):
+        written = export(source, name, args.weights or "ema")
+    else:
+        written = export_file(source, name, args.weights, args.config, args.overrides)
+    if with_card:
+        write_text(card, str(make(name, source, args.results, args.license)))
+    return [*written, card] if with_card else written
 
 
-@contextmanager
-def _new_files(name: Path, suffixes: Sequence[str]) -> Iterator[list[Path]]:
-    """Temporary paths for an export's files: they get their names, all of them or none, when the block ends well.
-
-    Raises ConfigError where one is taken, before the block or meanwhile, WriteError where one cannot be written.
-    """
-    paths = _paths(name, suffixes)
-    for path in paths:
-        if path_exists(path):
-            raise ConfigError(f"{path} {TAKEN}")
-        require_writable(path)
-    placed: list[Path] = []
-    with TemporaryDirectory(prefix=f".{name.name}.", dir=name.parent) as folder:
-        yield (made := _paths(Path(folder) / name.name, suffixes))
-        try:
-            for source, path in zip(made, paths, strict=True):
-                link_without_overwrite(source, path)
-                placed.append(path)
-            sync_directory(name.parent)
-        except BaseException as e:
-            for path in placed:
-                path.unlink(missing_ok=True)
-            if isinstance(e, FileExistsError):
-                raise ConfigError(f"{paths[len(placed)]} {TAKEN}") from None
-            raise
+def _card_of(source: Checkpoint | Path) -> Callable[..., Card]:
+    return network_card if is_network(source) else tokenizer_card
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill: it gets its name, with all that is in it, when the block ends well.
-
-    Raises ConfigError where the name is taken, before the block or meanwhile, WriteError where it cannot be made.
-    """
-    if path_exists(folder):
-        raise ConfigError(f"{folder} {TAKEN}")
-    require_writable(folder)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        yield (made := make_directory(Path(temporary) / folder.name))
-        try:
-            rename_directory(made, folder)
-        except FileExistsError:
-            raise ConfigError(f"{folder} {TAKEN}") from None
-
-
-def export_file(
-    source: Path, name: Path, weights: str = "ema", config: Path | None = None, overrides: Sequence[str] = ()
-) -> list[Path]:
-    """Write a weights file as an export → its paths: safetensors, JSON; see the module for `config`.
-
-    Raises ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
-    """
-    suffixes = SUFFIXES[:2]
-    with _new_files(name, suffixes) as (made, _):
-        taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
-        if model_of(tensors) == "LightningDiT":
-            if config is None:
+def _diffusers(args: argparse.Namespace, source: Checkpoint | Path) -> list[Path]:
+    folder, named = folder_named(args.name), (args.weights, args.config, args.overrides)
+    if is_network(source):
+        for option in ("latents", "multiplier"):
+            if getattr(args, option) is not None:
                 raise ConfigError(
-                    f"{source} is a LightningDiT, and its file tells neither the network nor the "
-                    "latents: give --config, the run file it was trained with"
+                    f"--{option} changes nothing for a LightningDiT, whose statistics it was trained with"
                 )
-            run = load_run(config, overrides, "lightningdit").model_copy(update={"ckpt_path": str(source)})
-            found = diffusion_weights(run, weights)
-            build_diffusion(found, select_ops("reference"), str(source))  # it fits
-            save_export(made, found)
-        else:
-            tokenizer = _tokenizer(tensors, source, config, overrides)
-            said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
-            write_export(made, tokenizer.state_dict(), tokenizer.config, **said)
-    return _paths(name, suffixes)
+        more = {"results": args.results, "beside": source, "license": args.license}
+        return export_pipeline(network_of(source, *named), folder, args.tokenizer, **more)
+    if args.tokenizer is not None:
+        raise ConfigError(f"--tokenizer changes nothing: {args.source} is a tokenizer itself")
+    with_card = _wants_card(args)
+    written = export_tokenizer(source, folder, *named, args.latents, args.multiplier)
+    if args.latents is None:
+        said = read_json(written[0])
+        stated = said["latents_mean"] is not None or said["shift_factor"] is not None
+        numbers = f"those of {args.source}" if stated else "null"
+        factor = f"scaling_factor {said['scaling_factor']:g}"
+        print(f"latents_mean and latents_std are {numbers}, {factor}: --latents gives others")
+    if with_card:
+        write_text(folder / CARD, str(tokenizer_card(folder, source, args.results, args.license)))
+    return [*written, folder / CARD] if with_card else written
 
 
-def _tokenizer(tensors: Tensors, source: Path, config: Path | None, overrides: Sequence[str]) -> AutoencoderKL:
-    sizes = infer_config(tensors, source) if config is None else load_run(config, overrides, "vavae").model
-    return build_tokenizer(tensors, sizes, select_ops("reference"), source)
-
-
-def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
-    """Write the three files of a checkpoint's weights → their paths: safetensors, JSON, pt.
-
-    Raises ValueError where one of them is already there.
-    """
-    with _new_files(name, SUFFIXES) as made:
-        if checkpoint.state["kind"] == "lightningdit":
-            save_export(made[0], from_checkpoint(checkpoint, weights))
-            save_published(made[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
-        else:
-            run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
-            tensors = checkpoint.weights("autoencoder", weights)
-            write_export(made[0], tensors, run.model, **_said(checkpoint, weights))
-            save_pickled(made[2], {"state_dict": tensors})
-    return _paths(name, SUFFIXES)
-
-
-def _stated_statistics(folder: Path, channels: int, multiplier: float | None) -> LatentStatistics | None:
-    """What a diffusers folder's own config says of its latents; None without one."""
-    if (config := read_config(folder)) is None:
-        return None
-    mean, std = config.latents_mean, config.latents_std
-    if mean is None or std is None:
-        mean, std = (config.shift_factor or 0.0,) * channels, (1.0,) * channels
-    factor = config.scaling_factor if multiplier is None else multiplier
-    tensors = torch.tensor(mean), torch.tensor(std)
-    return LatentStatistics.checked(*tensors, factor, channels=channels, source=folder / CONFIG_FILE)
-
-
-def _said(checkpoint: Checkpoint, weights: str) -> dict:
-    return {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
-
-
-def export_diffusers(
-    source: Checkpoint | Path,
-    folder: Path,
-    weights: str = "ema",
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
-    latents: Path | None = None,
-    multiplier: float | None = None,
-) -> list[Path]:
-    """Write a tokenizer as an `AutoencoderKL` folder of diffusers → its files; see the module for `latents`.
-
-    Raises ValueError where the folder is already there, the source is no tokenizer or one that diffusers cannot
-    express, or the statistics are those of another tokenizer's latents.
-    """
-    with _new_folder(folder) as made:
-        if isinstance(source, Path):
-            taken, tensors = read_entry(source, (weights, "state_dict", "model", "ema"))
-            tokenizer = _tokenizer(tensors, source, config, overrides)
-            said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
-        else:
-            if source.state["kind"] != "vavae":
-                raise ConfigError(
-                    f"{source.path} is a LightningDiT, for which diffusers has no class: tokenizers alone"
-                )
-            run = stored_run(source.state["config"], source.path / "state.json", kind="vavae")
-            tensors = source.weights("autoencoder", weights)
-            tokenizer = build_tokenizer(tensors, run.model, select_ops("reference"), source.path)
-            said = _said(source, weights)
-        if reasons := inexpressible(tokenizer.config):
-            raise ConfigError(f"diffusers has no such autoencoder: {'; '.join(reasons)}")
-        scale = None
-        if isinstance(source, Path) and latents is None and is_diffusers(tensors):
-            scale = _stated_statistics(source, tokenizer.config.embed_dim, multiplier)
-        scale = scale or statistics_for(tokenizer, latents, multiplier)
-        mean, std = (None if scale.is_identity else values.tolist() for values in (scale.mean, scale.std))
-        written = write_folder(made, tokenizer.state_dict(), tokenizer.config, mean, std, scale.multiplier, **said)
-    return [folder / path.name for path in written]
+def _push(args: argparse.Namespace, written: Sequence[Path]) -> None:
+    """Put what was written on the hub, a card as the repository's README.md."""
+    folder = folder_named(args.name) if args.format == "diffusers" else written[0].parent
+    files = {path.relative_to(folder).as_posix(): path for path in written}
+    files = {CARD if name.endswith(".md") else name: path for name, path in files.items()}
+    options = {"private": args.private, "revision": args.revision, "message": f"Export of {Path(args.source).name}"}
+    try:
+        address = upload(files, args.push, **options)
+    except (ConfigError, DownloadError) as e:
+        where = folder if args.format == "diffusers" else ", ".join(map(str, written))
+        raise type(e)(f"{e}. All is written here ({where}); `hf upload {args.push} {where}` tries again") from None
+    print(f"{args.push}: {len(files)} files are on the hub, {address}")

@@ -44,6 +44,7 @@ from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, VavaeRun, select_ops
 from launch.extraction.encoding import ImagesWithNoise, batch_bounds, encode, share_of
 from launch.extraction.round_trip import RoundTrip, try_stored, try_tokenizer
+from launch.hub import tokenizer_copy
 from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
 from launch.training.build import require_one_decoder
@@ -262,10 +263,10 @@ def _is_same(theirs: Any, ours: dict) -> bool:
 def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
     """The tokenizer of a run in evaluation mode, and where it was found.
 
-    `ckpt_path` is a weights file, a folder of diffusers, a checkpoint or a run's directory; without it, the run's own
-    directory is meant.
+    `ckpt_path` is a weights file, a folder of diffusers, a reference to the hub (`launch.hub`), a checkpoint or a run's
+    directory; without it, the run's own directory is meant.
     """
-    path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
+    path = tokenizer_copy(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
     if not weights_file(path).is_dir():
         return load_tokenizer(path, ops, run.model), str(path)
     checkpoint = find_checkpoint(path)

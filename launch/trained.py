@@ -9,6 +9,8 @@ from common.files import path_exists
 from common.sections import describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
+from launch.hub import local_copy, tokenizer_copy
+from launch.pipelines import is_pipeline, read_pipeline
 from launch.training.checkpoint import Checkpoint, CheckpointError
 from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.latents import (
@@ -32,8 +34,10 @@ def diffusion_weights(run: LightningDiTRun, which: str = "ema") -> Export:
     latents were normalised, so the statistics are then those of `data.data_path`. Raises ValueError where nothing is
     found or the network is not the config's.
     """
-    path = Path(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
-    if path.is_dir():
+    path = local_copy(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
+    if is_pipeline(path):
+        found = read_pipeline(path)
+    elif path.is_dir():
         found = from_checkpoint(find_checkpoint(path), which)
     elif export_paths(path)[1].is_file():
         found = read_export(path)
@@ -50,14 +54,17 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
     names = {"classes": state["task"]["classes"]} if "classes" in state["task"] else {}
-    config = stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit").network()
+    run = stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit")
+    assert isinstance(run, LightningDiTRun)
+    config, transport = run.network(), run.transport.model_dump()
     return Export(
         config=config,
         state=checkpoint.weights("model", weights),
         step=checkpoint.step,
         weights=weights,
         latents=_statistics_of(checkpoint, config.in_channels),
-        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"], **names},
+        extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"]}
+        | {"transport": transport, **names},
     )
 
 
@@ -82,7 +89,7 @@ def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
     if run.vae.ckpt_path is None:
         raise ConfigError("vae.ckpt_path is not set: the tokenizer's weights are needed to decode samples")
     try:
-        return load_tokenizer(run.vae.ckpt_path, ops)
+        return load_tokenizer(tokenizer_copy(run.vae.ckpt_path), ops)
     except ValueError as e:
         raise ConfigError(f"vae.ckpt_path: {e}") from None
 

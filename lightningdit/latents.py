@@ -116,10 +116,25 @@ class Manifest(Record):
             if not path_exists(directory / name):
                 raise LatentsError(f"{directory / name} is missing though {MANIFEST_FILE} lists it")
             if damage := damage_of(directory / name, entry, checksum=checksums):
-                raise LatentsError(damage)
+                if name == STATISTICS_FILE and (found := _readable_statistics(directory / name)) is not None:
+                    self.check_statistics(directory, *found)  # saved again: what counts are its numbers
+                else:
+                    raise LatentsError(damage)
         for path in shard_files(directory):
             if path.name not in listed:
                 raise LatentsError(f"{path} is not in {MANIFEST_FILE}: left over from another extraction?")
+
+    def check_statistics(self, directory: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Raise LatentsError where the file of statistics has other numbers than these of the extraction."""
+        pairs = ((self.statistics.mean, mean), (self.statistics.std, std))
+        if not all(
+            torch.equal(torch.tensor(said, dtype=torch.float32), found.float().flatten()) for said, found in pairs
+        ):
+            raise LatentsError(
+                f"{directory / STATISTICS_FILE} has other statistics than {directory / MANIFEST_FILE} says: one of "
+                "them was written again after the extraction. Put that one back, or remove both and run "
+                f"`python -m launch extract --statistics {directory}`"
+            )
 
 
 def shard_name(rank: int, number: int) -> str:
@@ -207,7 +222,8 @@ class LatentStatistics:
                     f"{source} has {name} {value.dtype} {list(value.shape)}; latents of {channels} "
                     f"channels take floats [{channels}] or [1, {channels}, 1, 1]"
                 )
-        found = cls(mean.float().flatten(), std.float().flatten(), multiplier)
+        # Copies: what is read of a file shares its pages, which change when it is written again.
+        found = cls(mean.float().flatten().clone(), std.float().flatten().clone(), multiplier)
         finite = bool(torch.isfinite(torch.stack([found.mean, found.std])).all())
         if not finite or not bool((found.std > 0).all()) or not 0 < multiplier < math.inf:
             raise LatentsError(
@@ -285,7 +301,14 @@ def read_statistics(directory: Path, channels: int, multiplier: float = 1.0) -> 
         raise LatentsError(f"{path} cannot be read as {{mean, std}} tensors: {e}") from None
     statistics = LatentStatistics.checked(mean, std, multiplier, channels=channels, source=path)
     if (manifest := manifest_in(directory)) is not None:
-        pairs = ((manifest.statistics.mean, statistics.mean), (manifest.statistics.std, statistics.std))
-        if not all(torch.equal(torch.tensor(said, dtype=torch.float32), found) for said, found in pairs):
-            raise LatentsError(f"{path} has other statistics than {directory / MANIFEST_FILE} says")
+        manifest.check_statistics(directory, statistics.mean, statistics.std)
     return statistics
+
+
+def _readable_statistics(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(mean, std) of a file of statistics; None where it cannot be read as such."""
+    try:
+        content = read_tensors(path, ())
+        return content["mean"], content["std"]
+    except (WeightsError, KeyError):
+        return None

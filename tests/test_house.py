@@ -29,6 +29,8 @@ HOME = {
     "timm": "vavae/foundation/",
     "wandb": "launch/training/wandb_writer.py",
     "nvidia": "vavae/decoders/dali_decoder.py",  # DALI
+    "diffusers": "launch/exporting/lightningdit_pipeline.py",  # which exports hold, and no program runs
+    "huggingface_hub": "launch/hub.py",
 }
 COMPUTED = "(computed)"  # in place of a name that an import by string gets at run time
 # Peers, measured where they are found.
@@ -52,6 +54,7 @@ SLOW = {
     "pydantic",
     "nvidia.dali",
     "wandb",
+    "huggingface_hub",
 }
 #: Module → why its functions may import at will.
 LATE = {
@@ -185,7 +188,9 @@ def test_only_the_registry_computes_what_it_imports():
     assert users == {"kernels/registry.py"}
 
 
-@pytest.mark.parametrize("packages, extras", [(PACKAGES, ("dali", "wandb")), (("bench", "tests"), ("test",))])
+@pytest.mark.parametrize(
+    "packages, extras", [(PACKAGES, ("dali", "wandb", "hub", "diffusers")), (("bench", "tests"), ("test",))]
+)
 def test_imported_packages_are_pinned(packages, extras):
     """Whatever is imported comes with Python, is of this repository, or has its one version in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

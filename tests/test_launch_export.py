@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import kernels
-import launch.export
+import launch.exporting.weights
 from common.files import WriteError
 from launch.config import LightningDiTRun, VavaeRun
 from launch.export import export
@@ -189,12 +189,12 @@ def test_of_two_exports_of_one_name_one_is_made(weights, tmp_path, monkeypatch):
     first, made = find_checkpoint(weights / "run"), {}
 
     def meanwhile(path, *networks):
-        monkeypatch.setattr("launch.export.save_published", real)
+        monkeypatch.setattr("launch.exporting.weights.save_published", real)
         made.update({file: file.read_bytes() for file in export(first, tmp_path / "x")})
         real(path, *networks)
 
-    real = launch.export.save_published
-    monkeypatch.setattr("launch.export.save_published", meanwhile)
+    real = launch.exporting.weights.save_published
+    monkeypatch.setattr("launch.exporting.weights.save_published", meanwhile)
     with pytest.raises(ValueError, match=r"x\.safetensors is already there"):
         export(first, tmp_path / "x")
     assert len(made) == 3 and contents(tmp_path) == made and set(tmp_path.iterdir()) == set(made)
@@ -214,7 +214,7 @@ def test_an_export_that_fails_leaves_none_of_its_files(weights, tmp_path, monkey
     def fails(*arguments):
         raise WriteError("cannot write: no space left")
 
-    monkeypatch.setattr("launch.export.save_published", fails)
+    monkeypatch.setattr("launch.exporting.weights.save_published", fails)
     with pytest.raises(WriteError):
         export(find_checkpoint(weights / "run"), tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import kernels
-import launch.export
+import launch.exporting.tokenizer
 from common.files import WriteError, read_json, write_json
 from launch.config import LightningDiTRun, VavaeRun
 from launch.evaluate import main as evaluate_main
@@ -149,8 +149,25 @@ def test_a_folder_of_diffusers_keeps_the_statistics_it_states(weights, tmp_path,
     write_json(tmp_path / "x/config.json", first | {"latents_mean": None, "scaling_factor": 0.3, "shift_factor": 0.1})
     assert export_main([*argv, str(tmp_path / "z")]) == 0
     third = config_of(tmp_path / "z")
-    assert torch.tensor(third["latents_mean"]).allclose(torch.tensor(0.1)) and third["latents_std"] == [1.0] * 4
+    assert (third["latents_mean"], third["latents_std"], third["shift_factor"]) == (None, None, 0.1)
     assert third["scaling_factor"] == 0.3
+
+
+@pytest.mark.parametrize("stated", ["mean and std", "a shift"])
+def test_statistics_go_through_an_export_of_ours(weights, tmp_path, stated):
+    """From a folder of diffusers into the JSON of an export, and from there into a folder: the same normalisation."""
+    argv = [str(weights / "tokenizer.safetensors"), str(tmp_path / "x"), "--format", "diffusers"]
+    assert export_main([*argv, "--latents", str(weights / "run")]) == 0
+    first = config_of(tmp_path / "x")
+    if stated == "a shift":
+        first |= {"latents_mean": None, "latents_std": None, "shift_factor": 0.25, "scaling_factor": 0.5}
+        write_json(tmp_path / "x/config.json", first)
+    assert export_main([str(tmp_path / "x"), str(tmp_path / "y")]) == 0
+    assert export_main([str(tmp_path / "y.safetensors"), str(tmp_path / "z"), "--format", "diffusers"]) == 0
+    second = config_of(tmp_path / "z")
+    mean, std = ([0.25] * 4, [1.0] * 4) if stated == "a shift" else (STATISTICS.mean.tolist(), STATISTICS.std.tolist())
+    assert (second["latents_mean"], second["latents_std"]) == (mean, std)
+    assert second["scaling_factor"] == first["scaling_factor"]
 
 
 def test_what_cannot_be_a_folder_is_said(weights, run, tmp_path):
@@ -160,10 +177,30 @@ def test_what_cannot_be_a_folder_is_said(weights, run, tmp_path):
     for name, change in (("wide", {"ch_mult": [2, 2]}), ("narrow", {"embed_dim": 3})):
         model = toy_state(TOKENIZER | change)
         torch.save(model, tmp_path / f"{name}.pt")
+    torch.save({"state_dict": toy_state(TOKENIZER)}, tmp_path / "named.pt")
+    toy.write_images(tmp_path / "images", count=2)
+    export_main([str(tokenizer), str(tmp_path / "whole"), "--format", "diffusers"])
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tmp_path / "whole/config.json", tmp_path / "bare")
     there = set(tmp_path.iterdir())
     for argv, why in (
-        ([weights / "run"], "is a LightningDiT, for which diffusers has no class"),
-        ([weights / "published.pt"], "holds a LightningDiT's weights"),
+        ([weights / "published.pt"], "is a LightningDiT, and its file tells neither .* give --config"),
+        ([weights / "run", "--latents", "x"], "--latents changes nothing for a LightningDiT"),
+        ([tokenizer, "--tokenizer", tokenizer], "--tokenizer changes nothing: .* is a tokenizer itself"),
+        ([tokenizer, "--latents", tmp_path / "images"], r"images is a folder of images \(class0/0.png …\): --latents"),
+        ([tmp_path / "images"], r"images is a folder of images \(class0/0.png …\): a checkpoint"),
+        (
+            [tokenizer, "--latents", tmp_path / "bare"],
+            "bare is .*class AutoencoderKL, without its weights .*: --latents",
+        ),
+        (
+            [tmp_path / "bare"],
+            r"bare is .*class AutoencoderKL, without its weights \(diffusion_pytorch_model.saf.*: a ch",
+        ),
+        ([tokenizer, "--latents", tmp_path / "whole"], "whole is .*class AutoencoderKL: --latents takes a set of"),
+        ([tokenizer, "--weights", "model"], "--weights model: .* holds one set of weights, at its top, without a name"),
+        ([tmp_path / "named.pt", "--weights", "ema"], "--weights ema: .* one set of weights, under 'state_dict'"),
+        ([tmp_path / "whole", "--weights", "model"], "--weights model: .*whole holds one set"),
         ([tmp_path / "wide.pt"], "diffusers has no such autoencoder: its first convolution has 32 channels"),
         ([tmp_path / "narrow.pt"], "diffusers has no such autoencoder: it has 3 embed_dim and 4 z_channels"),
         ([tokenizer, "--latents", others], "others was made by another tokenizer .*from theirs.pt"),
@@ -209,7 +246,7 @@ def test_a_folder_replaces_nothing_that_is_there(weights, tmp_path, there):
 
 @pytest.mark.parametrize("meanwhile", ["a file", "a folder"])
 def test_of_two_exports_of_one_folder_one_is_made(weights, tmp_path, monkeypatch, meanwhile):
-    real = launch.export.write_folder
+    real = launch.exporting.tokenizer.write_folder
 
     def other(*arguments, **named):
         written = real(*arguments, **named)
@@ -218,7 +255,7 @@ def test_of_two_exports_of_one_folder_one_is_made(weights, tmp_path, monkeypatch
         ((tmp_path / "x" / "config.json") if meanwhile == "a folder" else tmp_path / "x").write_text("theirs")
         return written
 
-    monkeypatch.setattr("launch.export.write_folder", other)
+    monkeypatch.setattr("launch.exporting.tokenizer.write_folder", other)
     with pytest.raises(ValueError, match="x is already there"):
         export_main([str(weights / "tokenizer.safetensors"), str(tmp_path / "x"), "--format", "diffusers"])
     left = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -173,6 +173,23 @@ def test_a_statistics_file_unlike_its_manifest_is_named(tmp_path, key):
     LatentDataset(tmp_path, latent_norm=False)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_statistics_file_that_was_written_again_is_told_from_a_broken_one(tmp_path, verify):
+    """By its numbers: the same ones in other bytes are as good."""
+    write_random_latents(tmp_path)
+    path, before = tmp_path / "latents_stats.pt", read_statistics(tmp_path, 4)
+    kept = torch.load(path, weights_only=True)
+    torch.save(kept | {"count": torch.tensor(5)}, path)
+    assert LatentDataset(tmp_path, verify=verify).statistics.to_json() == before.to_json()
+    torch.save(kept | {"std": kept["std"] * 1.5, "count": torch.tensor(5)}, path)
+    for latent_norm in (True, False):
+        with pytest.raises(LatentsError, match=r"latents_stats\.pt has other statistics than .* was written again"):
+            LatentDataset(tmp_path, latent_norm=latent_norm, verify=verify)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(LatentsError, match=r"latents_stats\.pt is truncated or damaged: .* bytes, the manifest says"):
+        LatentDataset(tmp_path, verify=verify)
+
+
 def test_statistics_that_are_made_are_read(latents):
     before = read_statistics(latents, 4)
     (latents / "latents_stats.pt").unlink()

@@ -230,6 +230,7 @@ def write_folder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     scaling_factor: float = 1.0,
+    shift_factor: float | None = None,
     **facts: Any,
 ) -> list[Path]:
     """Write a tokenizer as `diffusers.AutoencoderKL.from_pretrained(folder)` reads it → both paths.
@@ -239,7 +240,7 @@ def write_folder(
         tensors: of our `AutoencoderKL`, no others.
         config: its sizes, for which `inexpressible` is empty.
         mean, std: per channel of the latents. Pipelines normalise latents z by `(z − mean) / std · scaling_factor`,
-            without the two by `z · scaling_factor`.
+            without the two by `(z − shift_factor) · scaling_factor`.
         facts: such as step and weights; they go into the config as `_exported`, which diffusers leaves alone.
     """
     content = {
@@ -251,7 +252,7 @@ def write_folder(
         "norm_num_groups": GROUPS,
         "sample_size": config.resolution,
         "scaling_factor": scaling_factor,
-        "shift_factor": None,
+        "shift_factor": shift_factor,
         "latents_mean": None if mean is None else list(mean),
         "latents_std": None if std is None else list(std),
         "force_upcast": True,  # pipelines in float16 then decode in float32, for which alone the weights were tried

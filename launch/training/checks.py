@@ -9,6 +9,7 @@ from torch import nn
 from common.files import FileError, open_regular
 from common.tensors import weights_file
 from launch.config import ConfigError, LightningDiTRun, Run, VavaeRun, select_ops
+from launch.hub import is_reference
 from launch.training.checkpoint_search import candidates
 from launch.training.gradient_sums import engine_options
 from lightningdit.model import LightningDiT
@@ -93,7 +94,8 @@ def _weights(run: Run) -> dict[str, str]:
     if isinstance(run, VavaeRun):
         named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None
         named["loss.perceptual_weights"] = run.loss.perceptual_weights if run.loss.perceptual == "lpips" else None
-    return {key: path for key, path in named.items() if path is not None}
+    # What is on the hub is downloaded when it is loaded.
+    return {key: path for key, path in named.items() if path is not None and not is_reference(path)}
 
 
 def check_file(key: str, path: Path | str) -> None:

@@ -113,7 +113,7 @@ MISTAKES = {
         "test_launch_checkpoint_state.py::test_names_of_before_a_reading_make_no_counts_of_means",
     ),
     "average_exported_as_weights": Mistake(
-        "launch/export.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
+        "launch/exporting/weights.py", 'checkpoint.weights("model", "model"), checkpoint.weights("model", "ema")',
         'checkpoint.weights("model", "ema"), checkpoint.weights("model", "ema")',
         "test_launch_export.py::test_export_of_a_network",
     ),
@@ -354,7 +354,7 @@ MISTAKES = {
         "test_launch_export.py::test_of_two_exports_of_one_name_one_is_made",
     ),
     "a_failed_export_takes_the_others_files": Mistake(
-        "launch/export.py", "            for path in placed:\n", "            for path in paths:\n",
+        "launch/exporting/places.py", "            for path in placed:\n", "            for path in paths:\n",
         "test_launch_export.py::test_of_two_exports_of_one_name_one_is_made",
     ),
     "statistics_of_any_size_compared": Mistake(
@@ -366,7 +366,7 @@ MISTAKES = {
         "test_launch_evaluate.py::test_where_a_result_cannot_go_is_said_before_it_is_measured",
     ),
     "a_folder_takes_the_place_of_an_empty_one": Mistake(
-        "launch/export.py", "    if path_exists(folder):\n", "    if path_exists(folder / 'config.json'):\n",
+        "launch/exporting/places.py", "    if path_exists(folder):\n", "    if path_exists(folder / 'config.json'):\n",
         "test_launch_export_diffusers.py::test_a_folder_replaces_nothing_that_is_there",
     ),
     "statistics_of_another_tokenizer_exported": Mistake(
@@ -374,7 +374,7 @@ MISTAKES = {
         "test_launch_export_diffusers.py::test_what_cannot_be_a_folder_is_said",
     ),
     "mean_0_and_std_1_written_as_statistics": Mistake(
-        "launch/export.py", "None if scale.is_identity else values.tolist()", "values.tolist()",
+        "launch/exporting/tokenizer.py", "scale.is_identity or shift_factor", "shift_factor",
         "test_launch_export_diffusers.py::test_a_scale_alone_leaves_the_statistics_null",
     ),
 }  # fmt: skip

@@ -217,7 +217,7 @@ MISTAKES = {
         "test_lightningdit_latents_statistics.py::test_statistics_of_another_shape_or_of_other_numbers_are_refused",
     ),
     "statistics_not_compared_with_the_manifest": Mistake(
-        "lightningdit/latents.py", "if not all(torch.equal(", "if not any(torch.equal(",
+        "lightningdit/latents.py", "if not all(\n            torch.equal(", "if not any(\n            torch.equal(",
         "test_lightningdit_latents_statistics.py::test_a_statistics_file_unlike_its_manifest_is_named",
     ),
     "last_label_without_a_name": Mistake(

@@ -9,6 +9,7 @@ from tests.mutations import (
     kernels,
     launch,
     launch_device_batches,
+    launch_exporting,
     launch_extraction,
     launch_faults,
     launch_incidents,
@@ -24,8 +25,8 @@ from tests.mutations import (
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
     "launch": (
-        launch, launch_device_batches, launch_extraction, launch_faults, launch_incidents, launch_planning,
-        launch_programs, launch_run_files, launch_saving, launch_sight,
+        launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_incidents,
+        launch_planning, launch_programs, launch_run_files, launch_saving, launch_sight,
     ),
     "bench": (bench,),
 }  # fmt: skip

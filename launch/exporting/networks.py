@@ -1,0 +1,110 @@
+"""A LightningDiT to export, of whatever source: its weights, its run where that is known, and how it is sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from common.sections import describe
+from common.tensors import model_of, weights_file
+from launch.arguments import load_run
+from launch.config import ConfigError, LightningDiTRun, select_ops, stored_run
+from launch.exporting.sources import entry_of
+from launch.hub import tokenizer_copy
+from launch.pipelines import is_pipeline, read_pipeline
+from launch.trained import diffusion_weights, from_checkpoint
+from launch.training.checkpoint import Checkpoint
+from lightningdit.config import SampleConfig, TransportConfig
+from lightningdit.weights import Export, export_paths, read_export
+from vavae.model import AutoencoderKL
+from vavae.weights import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Network:
+    """A LightningDiT to export. run: None where its source does not tell. state: a checkpoint's description."""
+
+    found: Export
+    source: str
+    run: LightningDiTRun | None = None
+    state: dict[str, Any] | None = None
+
+    def transport(self) -> TransportConfig:
+        if self.run is not None:
+            return self.run.transport
+        return self._read("transport", self.found.extra.get("transport"), TransportConfig) or TransportConfig()
+
+    def settings(self) -> SampleConfig:
+        if self.run is not None:
+            return self.run.sampling()
+        return self._read("sample", self._sample(), SampleConfig) or SampleConfig(cfg_scale=1.0)
+
+    def _sample(self) -> Any:
+        """The settings that are stored with the weights, as keys of a `sample` section."""
+        return getattr(self.found, "sample", None) or self.found.extra.get("sample")
+
+    def remarks(self) -> list[str]:
+        """What is assumed, as neither a run nor the weights tell it."""
+        told, extra = self.run is not None, self.found.extra
+        said = []
+        if not told and "transport" not in extra:
+            said.append(f"{self.source} does not tell its transport: Linear and velocity are assumed (--config tells)")
+        if not told and not self._sample():
+            said.append(f"{self.source} tells no sampling settings: 249 steps without guidance (--config tells others)")
+        return said
+
+    def _read(self, key: str, content: Any, section: type[TransportConfig] | type[SampleConfig]) -> Any:
+        try:
+            return None if not content else section.model_validate(content)
+        except ValidationError as e:
+            raise ConfigError(f"{self.source}: {key}: {describe(e)}") from None
+
+    def tokenizer(self, path: Path | None) -> AutoencoderKL:
+        """The tokenizer at a path, else that of the pipeline or run; raises ConfigError where there is none."""
+        own = self.source if is_pipeline(Path(self.source)) else None
+        named = path or own or (None if self.run is None else self.run.vae.ckpt_path)
+        if named is None:
+            raise ConfigError(
+                f"a pipeline of diffusers holds the tokenizer too, and {self.source} names none: give --tokenizer"
+            )
+        try:
+            return load_tokenizer(tokenizer_copy(named), select_ops("reference"))
+        except ValueError as e:
+            raise ConfigError(f"{'vae.ckpt_path' if path is None else '--tokenizer'}: {e}") from None
+
+
+def is_network(source: Checkpoint | Path) -> bool:
+    """Whether a source is a LightningDiT and no tokenizer."""
+    if isinstance(source, Checkpoint):
+        return source.state["kind"] == "lightningdit"
+    return is_pipeline(source) or model_of(entry_of(source, None)[1]) == "LightningDiT"
+
+
+def network_of(
+    source: Checkpoint | Path, weights: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()
+) -> Network:
+    """The LightningDiT of a checkpoint, an export, a pipeline of diffusers, or, with its run file, any weights file.
+
+    Raises ValueError where it cannot be read or the run file does not describe it.
+    """
+    if isinstance(source, Checkpoint):
+        run = stored_run(source.state["config"], source.path / "state.json", kind="lightningdit")
+        assert isinstance(run, LightningDiTRun)
+        return Network(from_checkpoint(source, weights or "ema"), str(source.path), run, source.state)
+    if not is_pipeline(source):
+        entry_of(source, weights)  # refuses weights that it does not have
+    if config is not None:
+        run = load_run(config, overrides, "lightningdit")
+        assert isinstance(run, LightningDiTRun)
+        run = run.model_copy(update={"ckpt_path": str(source)})
+        return Network(diffusion_weights(run, weights or "ema"), str(source), run)
+    if is_pipeline(source):
+        return Network(read_pipeline(source), str(source))
+    if export_paths(weights_file(source))[1].is_file():
+        return Network(read_export(source), str(source))
+    raise ConfigError(
+        f"{source} is a LightningDiT, and its file tells neither the network nor the latents: give --config, the run "
+        "file it was trained with"
+    )

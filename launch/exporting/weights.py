@@ -1,0 +1,57 @@
+"""Exports in this project's own layout: safetensors with a JSON beside them, and a published .pt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.tensors import save_pickled
+from launch.config import VavaeRun, select_ops, stored_run
+from launch.exporting.networks import is_network, network_of
+from launch.exporting.places import SUFFIXES, new_files, paths_of
+from launch.exporting.sources import entry_of, said_of, stated_statistics, tokenizer_of
+from launch.trained import build_diffusion, from_checkpoint
+from launch.training.checkpoint import Checkpoint
+from lightningdit.weights import save_export, save_published
+from vavae.weights import write_export
+
+
+def export_file(
+    source: Path, name: Path, weights: str | None = None, config: Path | None = None, overrides: Sequence[str] = ()
+) -> list[Path]:
+    """Write a weights file as an export → its paths: safetensors, JSON; see `launch.export` for `config`.
+
+    What a tokenizer's folder of diffusers, or its export, says of its latents goes into the JSON, as `latents`. Raises
+    ValueError where the file cannot be read, is neither model's, or does not fit, or a path is taken.
+    """
+    suffixes = SUFFIXES[:2]
+    with new_files(name, suffixes) as (made, _):
+        if is_network(source):
+            found = network_of(source, weights, config, overrides).found
+            build_diffusion(found, select_ops("reference"), str(source))  # it fits
+            save_export(made, found)
+        else:
+            taken, tensors = entry_of(source, weights)
+            tokenizer = tokenizer_of(tensors, source, config, overrides)
+            said: dict[str, Any] = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+            if (scale := stated_statistics(source, tensors, None)[0]) is not None:
+                said["latents"] = scale.to_json()
+            write_export(made, tokenizer.state_dict(), tokenizer.config, **said)
+    return paths_of(name, suffixes)
+
+
+def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
+    """Write the three files of a checkpoint's weights → their paths: safetensors, JSON, pt.
+
+    Raises ValueError where one of them is already there.
+    """
+    with new_files(name, SUFFIXES) as made:
+        if checkpoint.state["kind"] == "lightningdit":
+            save_export(made[0], from_checkpoint(checkpoint, weights))
+            save_published(made[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
+        else:
+            run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
+            assert isinstance(run, VavaeRun)
+            tensors = checkpoint.weights("autoencoder", weights)
+            write_export(made[0], tensors, run.model, **said_of(checkpoint, weights))
+            save_pickled(made[2], {"state_dict": tensors})
+    return paths_of(name, SUFFIXES)

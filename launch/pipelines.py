@@ -1,0 +1,97 @@
+"""Pipeline folders of diffusers that `export --format diffusers` writes: their parts, and reading one back.
+
+model_index.json                    the classes of the parts, and what the pipeline does without being told
+transformer/                        the network: config.json, weights, and the one file of ours that runs both
+vae/                                the tokenizer, a stock AutoencoderKL, whose config states the latents' statistics
+scheduler/scheduler_config.json     a stock FlowMatchEulerDiscreteScheduler
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from common.files import FileError, sha256
+from common.records import ClassNames, Record, read_record
+from common.sections import SectionError
+from common.tensors import FOLDER_WEIGHTS, Tensors, WeightsError, read_tensors
+from lightningdit.config import ModelConfig
+from lightningdit.embeddings import position_embedding, rope_tables
+from lightningdit.latents import LatentStatistics
+from lightningdit.weights import Export
+from vavae.diffusers_layout import CONFIG_FILE, DiffusersConfig, read_config
+
+INDEX = "model_index.json"
+NETWORK, TOKENIZER = "transformer", "vae"
+NETWORK_CLASS = "LightningDiTTransformer2DModel"
+
+
+class Exported(Record):
+    """What an export says of its weights."""
+
+    step: int | None = None
+    weights: str = "unnamed"
+    sha256: str | None = None
+    classes: ClassNames | None = None
+
+
+class NetworkConfig(Record):
+    """`transformer/config.json`."""
+
+    class_name: str = Field(alias="_class_name")
+    exported: Exported = Field(Exported(), alias="_exported")
+
+
+def is_pipeline(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def read_pipeline(folder: Path) -> Export:
+    """The network of a pipeline folder, and the statistics that its tokenizer's config states.
+
+    Raises WeightsError where a part is missing, damaged, or another network's.
+    """
+    path = folder / NETWORK / CONFIG_FILE
+    try:
+        record = read_record(path, NetworkConfig)
+        if record.class_name != NETWORK_CLASS:
+            raise WeightsError(
+                f"{folder} is a pipeline of diffusers with another network: {path} says {record.class_name}"
+            )
+        stated = {key: value for key, value in (record.model_extra or {}).items() if not key.startswith("_")}
+        config = ModelConfig.read(stated, f"{path} has an invalid model config")
+    except (FileError, SectionError) as e:
+        raise WeightsError(str(e)) from None
+    weights = folder / NETWORK / FOLDER_WEIGHTS[0]
+    said = record.exported
+    if said.sha256 is not None and (found := sha256(weights)) != said.sha256:
+        raise WeightsError(f"{weights} is damaged: SHA-256 {found}, {path.name} says {said.sha256}")
+    tokenizer = read_config(folder / TOKENIZER)
+    if tokenizer is None:
+        raise WeightsError(f"{folder / TOKENIZER / CONFIG_FILE} is missing, which states the latents' statistics")
+    latents = statistics_of(tokenizer, folder / TOKENIZER / CONFIG_FILE, channels=config.in_channels)
+    extra: dict[str, Any] = {"source": str(folder)} | dict(said.model_extra or {})
+    if said.classes is not None:
+        extra["classes"] = list(said.classes)
+    return Export(config, tables(config) | read_tensors(weights), said.step, said.weights, latents, extra)
+
+
+def tables(config: ModelConfig) -> Tensors:
+    """The fixed tables of positions by their names in a network's weights; pipelines make them anew."""
+    found: Tensors = {"pos_embed": position_embedding(config.hidden_size, config.grid_size)}
+    if config.use_rope:
+        cos, sin = rope_tables(config.head_dim, config.grid_size)
+        found |= {"feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}
+    return found
+
+
+def statistics_of(
+    config: DiffusersConfig, source: Path, *, channels: int, multiplier: float | None = None
+) -> LatentStatistics:
+    """The latents' statistics that a tokenizer's config of diffusers states; multiplier: in place of its factor."""
+    mean, std = config.latents_mean, config.latents_std
+    if mean is None or std is None:
+        mean, std = (config.shift_factor or 0.0,) * channels, (1.0,) * channels
+    factor = config.scaling_factor if multiplier is None else multiplier
+    return LatentStatistics.checked(torch.tensor(mean), torch.tensor(std), factor, channels=channels, source=source)
