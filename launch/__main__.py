@@ -22,6 +22,7 @@ PROGRAMS = {
     "evaluate": "measure samples or reconstructions",
     "export": "write weights as safetensors + JSON and as a published .pt",
     "compare": "loss curves of runs beside each other, or beside the published one: compare RUN [RUN …] [--published]",
+    "gallery": "one HTML page of runs: samples, curves, evaluation, configs, ops, provenance: gallery RUN [RUN …]",
     "status": "where the runs below a directory stand: status DIR",
     "scaling": "time, bytes and failures on many GPUs, on paper: scaling CONFIG --gpus 8,64,1024",
     "quickstart": "every stage on handwritten digits, in minutes",
@@ -30,7 +31,8 @@ PROGRAMS = {
 }
 
 
-SINGLE_PROCESS = ("evaluate", "export", "compare", "status", "scaling", "quickstart", "replay")  # run as one process
+# Run as one process.
+SINGLE_PROCESS = ("evaluate", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
 ORDER_PATIENCE = 10.0  # seconds in which all are made to leave by a process that knows more of the error, and says it
 _ending = False  # an error ends this process
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.files import write_json
-from launch import evaluate, extract, pictures, sample, train
+from launch import evaluate, extract, gallery, pictures, sample, train
 from launch import export as exporting
 from launch.arguments import local_path
 from launch.config import select_ops
@@ -221,7 +221,9 @@ def main(argv: list[str]) -> int:
         return 0
     missed = failures(report)
     facts = {"seed": args.seed, "device": _device(), "torch": torch.__version__, "python": platform.python_version()}
-    write_json(root / "report.json", {**report, "missed": missed, "seconds": seconds, **facts})
+    figures = {limit.key: report[limit.key] for limit in LIMITS}
+    write_json(root / "report.json", {"metrics": figures, **report, "missed": missed, "seconds": seconds, **facts})
+    _run(gallery.main, "gallery", root, "--output", root / gallery.NAME)
     print(_table(report, seconds, root))
     for sentence in missed:
         print(f"MISSED: {sentence}")
@@ -231,8 +233,17 @@ def main(argv: list[str]) -> int:
 def _table(report: dict, seconds: dict[str, float], root: Path) -> str:
     rows = [f"  {limit.meaning:<78} {report[limit.key]:7.3f}  ({limit})" for limit in LIMITS]
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    files = ", ".join(name for name in ("samples.png", "reconstructions.png", "losses.png", "report.json"))
-    return "\n".join(["", *rows, "", f"  {sum(seconds.values()):.0f} s: {times}", f"  look at {files} in {root}"])
+    files = ", ".join(("samples.png", "reconstructions.png", "losses.png", "report.json"))
+    return "\n".join(
+        [
+            "",
+            *rows,
+            "",
+            f"  {sum(seconds.values()):.0f} s: {times}",
+            f"  open {root / gallery.NAME} in a browser: samples, curves, figures, configs",
+            f"  look at {files} in {root}",
+        ]
+    )
 
 
 def _run(program: Callable[[list[str]], int], name: str, *arguments) -> None:

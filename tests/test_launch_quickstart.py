@@ -43,6 +43,9 @@ def test_every_stage_runs_and_the_limits_are_checked(hasty, capsys):
     assert report["made"]["nfe"] == 1 and report["made"]["settings"]["cfg_scale"] > 1
     for name in ("samples.png", "reconstructions.png", "losses.png"):
         assert np.asarray(Image.open(hasty / name)).std() > 0
+    page = (hasty / "gallery.html").read_text()
+    assert f"open {hasty}/gallery.html in a browser" in text and "sample 3 of class 3" in page and "fid" in page
+    assert report["metrics"]["reconstruction_psnr"] == report["reconstruction_psnr"]
     images = (hasty / "samples.png").read_bytes()
     assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # nothing is made twice
     assert "resumed  checkpoint " in (text := capsys.readouterr().out) and "is already there" in text

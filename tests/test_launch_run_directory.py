@@ -62,7 +62,18 @@ def test_a_last_line_that_was_cut_short_is_no_row_and_no_damage(tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", "null", '{"step": "3"}', '{"step": true}', '{"step": -1}', "\0\0", "\udcff"]
+    "line",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"step": "3"}',
+        '{"step": true}',
+        '{"step": -1}',
+        '{"step": 1%s}' % ("0" * 20),
+        "\0\0",
+        "\udcff",
+    ],
 )
 def test_other_lines_are_counted_and_left_out(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

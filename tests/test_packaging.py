@@ -132,7 +132,7 @@ def test_the_sdist_holds_what_git_does(built):
 
 def test_a_wheel_holds_the_packages_and_their_data_alone(built):
     packages = {name for name in tracked() if name.split("/")[0] in PACKAGES}
-    data = {name for name in packages if name.endswith((".yaml", ".json"))}
+    data = {name for name in packages if name.endswith((".yaml", ".json", ".html", ".css", ".js"))}
     modules = {name for name in packages if name.endswith(".py") and not name.startswith("launch/scripts/")}
     for wheel in built.wheels:
         with zipfile.ZipFile(wheel) as archive:

@@ -14,6 +14,7 @@ NAME = "metrics.jsonl"
 #: What a row says beside measured values.
 POSITION = ("step", "last_step", "epoch", "images", "global_batch_size")
 Row = dict[str, Any]
+_MOST = 2**62  # steps; a line that says more is damaged, and no array would hold it
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _parse(line: bytes) -> Row | None:
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
-    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST else None
 
 
 def _is_validation(row: Row) -> bool:

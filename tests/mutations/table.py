@@ -12,6 +12,7 @@ from tests.mutations import (
     launch_exporting,
     launch_extraction,
     launch_faults,
+    launch_gallery,
     launch_incidents,
     launch_planning,
     launch_programs,
@@ -25,7 +26,8 @@ from tests.mutations import (
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
     "launch": (
-        launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_incidents,
+        launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_gallery,
+        launch_incidents,
         launch_planning, launch_programs, launch_run_files, launch_saving, launch_sight,
     ),
     "bench": (bench,),

@@ -1,0 +1,1 @@
+"""The page of the program `gallery`: what lies in directories of runs, written as one HTML file."""
