@@ -39,7 +39,10 @@ BATCHES = {"encode": (32, 128, 8), "decode": (32, 128, 8), "train": (32, 8)}
 LOSS_TOLERANCE = 0.02
 CHECKED_BY = {"reference": "the reference ops'", "plain": "the plain formulation's"}
 CHECKED_LOSSES = ("nll", "kl", "vf_distmat", "vf_cos", "d_loss")
-QUICK = ("auto", "auto-channels-last", "reference", "reference-channels-last", "trainer", "bare", "plain")
+QUICK = (
+    *("auto", "auto-channels-last", "auto-compile-channels-last", "reference", "reference-channels-last"),
+    *("trainer", "bare", "plain"),
+)
 #: What `--cpu` trains.
 CPU_BATCH = 4
 CPU_RUN = (

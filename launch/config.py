@@ -139,7 +139,7 @@ class LightningDiTRun(Section):
         found = self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
         if "preview_steps" in self.train.model_fields_set and not self.num_previews():
             found.append(f"train.preview_steps is {self.train.preview_steps}, but {self._no_previews()}")
-        return found
+        return found + self.sample.without_effect()
 
     def _check_latents(self, size: int) -> None:
         """Refuse latents of `size`² that the model's patches do not divide, and more guided channels than they have."""
@@ -175,9 +175,22 @@ class LightningDiTRun(Section):
         network = self.model.resolve(self.data.image_size // self.vae.downsample_ratio, self.data.num_classes)
         return network.model_copy(update={"use_checkpoint": network.use_checkpoint or self.train.use_checkpoint})
 
-    def sampling(self) -> dit.SampleConfig:
-        """The `sample` section as the preset means it."""
-        return dit.paper_sample(self.sample) if self.preset == "paper" else self.sample
+    def sampling(self, tuned: Mapping[str, Any] | None = None) -> dit.SampleConfig:
+        """The `sample` section as the presets mean it.
+
+        tuned: settings stored with the weights (`SampleConfig.tuned`), which `sample.preset: model` asks for; raises
+        ConfigError where it does and there are none.
+        """
+        if self.sample.preset == "model":
+            if tuned is None:
+                raise ConfigError(
+                    "sample.preset is model, but no settings are stored with weights here; use paper-64ep, paper-800ep "
+                    "or default, or set the keys of sample themselves"
+                )
+            return self.sample.over(tuned)
+        # A preset of the section says itself which channels are guided.
+        as_published = self.preset == "paper" and self.sample.preset is None
+        return dit.paper_sample(self.sample) if as_published else self.sample
 
 
 class TokenizerTrainConfig(TrainConfig):

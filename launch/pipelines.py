@@ -19,7 +19,7 @@ from common.tensors import FOLDER_WEIGHTS, Tensors, WeightsError, read_tensors
 from lightningdit.config import ModelConfig
 from lightningdit.embeddings import position_embedding, rope_tables
 from lightningdit.latents import LatentStatistics
-from lightningdit.weights import Export
+from lightningdit.weights import Export, tuned_settings
 from vavae.diffusers_layout import CONFIG_FILE, DiffusersConfig, read_config
 
 INDEX = "model_index.json"
@@ -34,6 +34,7 @@ class Exported(Record):
     weights: str = "unnamed"
     sha256: str | None = None
     classes: ClassNames | None = None
+    sample: dict[str, Any] | None = None
 
 
 class NetworkConfig(Record):
@@ -74,7 +75,8 @@ def read_pipeline(folder: Path) -> Export:
     extra: dict[str, Any] = {"source": str(folder)} | dict(said.model_extra or {})
     if said.classes is not None:
         extra["classes"] = list(said.classes)
-    return Export(config, tables(config) | read_tensors(weights), said.step, said.weights, latents, extra)
+    sample = None if said.sample is None else tuned_settings(path, said.sample)
+    return Export(config, tables(config) | read_tensors(weights), said.step, said.weights, latents, extra, sample)
 
 
 def tables(config: ModelConfig) -> Tensors:

@@ -28,14 +28,16 @@ from common.files import FileError, atomic_write, file_entry, make_directory, op
 from common.sections import short
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import ConfigError, LightningDiTRun, select_ops
+from launch.guides import guide_network
 from launch.pictures import sample_grid
 from launch.runtime.run_lock import lock_directory
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
+from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, sampling_settings
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import SolverError, sample
+from lightningdit.sampler import sample
+from lightningdit.solvers import SolverError
 from vavae.images import to_uint8
 from vavae.model import AutoencoderKL
 from vavae.weights import fingerprint
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
     which.add_argument("--demo", action="store_true", help="the published demo's eight images")
     args = parser.parse_intermixed_args(argv)
     run = load_run(args.config, args.overrides, "lightningdit")
-    settings, labels = run.sampling(), None
+    settings, labels = sampling_settings(run), None
     if args.labels is not None:
         labels = _numbers(args.labels)
     if args.demo:
@@ -84,7 +86,7 @@ def generate(
     # Imports DeepSpeed: seconds that a mistake in the config need not wait.
     from launch.training.engine import start_processes
 
-    settings = settings or run.sampling()
+    settings = settings or sampling_settings(run)
     labels = _labels(run, settings, labels)
     generator, facts = _prepare(run, settings, labels)
     processes = start_processes(timeout_minutes=24 * 60)  # processes wait for the slowest at the end
@@ -119,7 +121,7 @@ def generate(
 class SampleGenerator:
     """From labels and indices to images: network, sampler settings, statistics, tokenizer.
 
-    model_from, tokenizer_from: where their weights are from, for messages.
+    model_from, tokenizer_from: where their weights are from, for messages. guide: the network of autoguidance.
     """
 
     model: LightningDiT
@@ -129,10 +131,13 @@ class SampleGenerator:
     settings: SampleConfig
     model_from: str = "the network"
     tokenizer_from: str = "the tokenizer"
+    guide: LightningDiT | None = None
 
     def to(self, device: torch.device) -> None:
-        """Move the networks, the sampled one in the precision asked for."""
+        """Move the networks, all but the tokenizer in the precision asked for."""
         self.model.to(device, getattr(torch, self.settings.precision))
+        if self.guide is not None:
+            self.guide.to(device, getattr(torch, self.settings.precision))
         self.tokenizer.to(device)
 
     @torch.no_grad()
@@ -147,7 +152,14 @@ class SampleGenerator:
         shape = (config.in_channels, config.input_size, config.input_size)
         try:
             made = sample(
-                self.model, self.transport, self.settings, y, indices, shape=shape, null_label=config.null_label
+                self.model,
+                self.transport,
+                self.settings,
+                y,
+                indices,
+                shape=shape,
+                null_label=config.null_label,
+                guide=self.guide,
             )
         except SolverError as error:
             raise ValueError(f"samples {_some(indices)} of {self.model_from}: {error}") from None
@@ -203,9 +215,16 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
         have, want = tokenizer.config.embed_dim, found.config.in_channels
         raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
     source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
-    model = build_diffusion(found, ops, source)
+    model, guide = build_diffusion(found, ops, source), guide_network(run, settings, ops, found)
     generator = SampleGenerator(
-        model, tokenizer, found.latents, Transport.from_config(run.transport), settings, source, run.vae.ckpt_path
+        model,
+        tokenizer,
+        found.latents,
+        Transport.from_config(run.transport),
+        settings,
+        source,
+        run.vae.ckpt_path,
+        None if guide is None else guide.network,
     )
     facts = {
         "num_samples": len(labels),
@@ -213,13 +232,15 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
         "solver": f"{settings.mode} {settings.sampling_method}, {settings.num_sampling_steps} points, "
         f"shift {settings.timestep_shift:g}",
         "dtype": settings.precision,
-        "guidance": _guidance(settings),
+        "guidance": settings.guidance(),
         "hashes": {"model": fingerprint(model), "tokenizer": fingerprint(tokenizer)},
         "step": found.step,
         "weights": found.weights,
         "latents": found.latents.to_json(),
-        "settings": settings.model_dump(),
+        "settings": settings.stated(),
     }
+    if guide is not None:
+        facts["guide"] = guide.facts
     if "classes" in found.extra:
         facts["classes"] = found.extra["classes"]
     return generator, facts
@@ -227,13 +248,6 @@ def _prepare(run: LightningDiTRun, settings: SampleConfig, labels: list[int]) ->
 
 def _every_class(run: LightningDiTRun, count: int) -> list[int]:
     return [i % run.data.num_classes for i in range(count)]
-
-
-def _guidance(settings: SampleConfig) -> str:
-    if settings.cfg_scale == 1:
-        return "none"
-    channels = "all" if settings.cfg_channels is None else f"the first {settings.cfg_channels}"
-    return f"scale {settings.cfg_scale:g} on {channels} channels from time {settings.cfg_interval_start:g} on"
 
 
 def _already_there(output: Path, facts: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,6 +14,7 @@ from launch.hub import local_copy, tokenizer_copy
 from launch.pipelines import is_pipeline, read_pipeline
 from launch.training.checkpoint import Checkpoint, CheckpointError
 from launch.training.checkpoint_search import find_checkpoint
+from lightningdit.config import SampleConfig
 from lightningdit.latents import (
     STATISTICS_FILE,
     LatentStatistics,
@@ -22,7 +24,7 @@ from lightningdit.latents import (
     shard_files,
 )
 from lightningdit.model import LightningDiT
-from lightningdit.weights import Export, export_paths, read_export, read_weights
+from lightningdit.weights import Export, export_paths, read_export, read_tuned, read_weights
 from vavae.model import AutoencoderKL
 from vavae.weights import fingerprint, load_tokenizer
 
@@ -34,18 +36,28 @@ def diffusion_weights(run: LightningDiTRun, which: str = "ema") -> Export:
     latents were normalised, so the statistics are then those of `data.data_path`. Raises ValueError where nothing is
     found or the network is not the config's.
     """
-    path = local_copy(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
-    if is_pipeline(path):
-        found = read_pipeline(path)
-    elif path.is_dir():
-        found = from_checkpoint(find_checkpoint(path), which)
-    elif export_paths(path)[1].is_file():
-        found = read_export(path)
-    else:
+    path = weights_path(run)
+    if (found := described_weights(path, which)) is None:
         tensors, weights = read_weights(path, which)
         found = Export(run.network(), tensors, None, weights, _statistics_of_data(run), {})
     _check_same_network(found, run, path)
     return found
+
+
+def weights_path(run: LightningDiTRun) -> Path:
+    """What `ckpt_path` names, downloaded if need be, or the run's directory."""
+    if run.ckpt_path:
+        return local_copy(run.ckpt_path)
+    return Path(run.train.output_dir) / (run.train.exp_name or "")
+
+
+def described_weights(path: Path, which: str) -> Export | None:
+    """The weights of a pipeline folder, a checkpoint, a run or an export, which say what they are; None for others."""
+    if is_pipeline(path):
+        return read_pipeline(path)
+    if path.is_dir():
+        return from_checkpoint(find_checkpoint(path), which)
+    return read_export(path) if export_paths(path)[1].is_file() else None
 
 
 def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
@@ -54,8 +66,7 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
     names = {"classes": state["task"]["classes"]} if "classes" in state["task"] else {}
-    run = stored_run(state["config"], checkpoint.path / "state.json", kind="lightningdit")
-    assert isinstance(run, LightningDiTRun)
+    run = _run_of(checkpoint)
     config, transport = run.network(), run.transport.model_dump()
     return Export(
         config=config,
@@ -65,7 +76,44 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
         latents=_statistics_of(checkpoint, config.in_channels),
         extra={"checkpoint": str(checkpoint.path), "kernels": state["ops"], "versions": state["versions"]}
         | {"transport": transport, **names},
+        sample=_tuned_by(run),
     )
+
+
+def _run_of(checkpoint: Checkpoint) -> Any:
+    return stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="lightningdit")
+
+
+def _tuned_by(run: LightningDiTRun) -> dict[str, Any] | None:
+    return None if run.sample.preset == "model" else run.sampling().tuned()
+
+
+def sampling_settings(run: LightningDiTRun) -> SampleConfig:
+    """The `sample` section as its presets mean it; `sample.preset: model` takes what is stored with the weights.
+
+    Raises ConfigError where nothing is stored there (exports of before it was kept, and published files), or where it
+    guides more channels than latents have.
+    """
+    if run.sample.preset != "model":
+        return run.sampling()
+    path, tuned = weights_path(run), None
+    if is_pipeline(path):
+        tuned = read_pipeline(path).sample
+    elif path.is_dir():
+        tuned = _tuned_by(_run_of(find_checkpoint(path)))
+    elif export_paths(path)[1].is_file():
+        tuned = read_tuned(path)
+    if tuned is None:
+        raise ConfigError(
+            f"sample.preset is model, but no settings of sampling are stored with {path}; use paper-64ep, paper-800ep "
+            "or default, or set the keys of sample themselves"
+        )
+    settings, channels = run.sampling(tuned), run.model.in_chans
+    if (settings.cfg_channels or 0) > channels:
+        raise ConfigError(
+            f"{path}: sample.cfg_channels is {settings.cfg_channels}, but the latents have model.in_chans {channels}"
+        )
+    return settings
 
 
 def _statistics_of(checkpoint: Checkpoint, channels: int) -> LatentStatistics:

@@ -5,6 +5,7 @@
 wrong value raises pydantic's `ValidationError`, a ValueError that names the key, the value got and what is allowed.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from common.sections import (
     Classes,
     Count,
+    CountFrom0,
     Float,
     NonNegative,
     PathText,
@@ -219,17 +221,37 @@ class TransportConfig(Section):
 
 ODE_METHODS = ("euler", "midpoint", "heun", "heun3", "rk4", "dopri5")
 SDE_METHODS = ("euler", "heun")
+Schedule = Literal["constant", "linear", "cosine"]
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("Mean", "Tweedie", "Euler")
+
+
+_EULER = {"mode": "ODE", "sampling_method": "euler", "num_sampling_steps": 250, "timestep_shift": 0.3}
+_CONSTANT = {"cfg_interval_end": 1.0, "cfg_schedule": "constant"}
+#: Values of `sample.preset`: those of the published runs of 64 and 800 epochs (arXiv 2501.01423), and ours.
+SAMPLE_PRESETS: dict[str, dict[str, Any]] = {
+    "paper-64ep": _EULER | _CONSTANT | {"cfg_scale": 10.0, "cfg_interval_start": 0.10, "cfg_channels": 3},
+    "paper-800ep": _EULER | _CONSTANT | {"cfg_scale": 6.7, "cfg_interval_start": 0.125, "cfg_channels": 3},
+    "default": _EULER | _CONSTANT | {"cfg_scale": 4.0, "cfg_interval_start": 0.11, "cfg_channels": None},
+}
 
 
 class SampleConfig(Section):
     """The `sample` section. `num_sampling_steps` counts grid points: 250 are 249 Euler updates, as published.
 
     Ours: `cfg_channels` (the number of leading channels that are guided, None for all; the published code guides 3),
-    `seed`, `precision` of the network, and the options of the SDE. Guidance is off at `cfg_scale` 1 and below time
-    `cfg_interval_start`. `likelihood`: also compute the log-likelihood of each sample, which takes a second, longer
-    solve and is defined for the unguided ODE.
+    `seed`, `precision` of the network, and the options of the SDE. Guidance is off at `cfg_scale` 1 and at times
+    outside `cfg_interval_start` to `cfg_interval_end`, both compared after the shift; by `cfg_schedule` its scale grows
+    with time (`lightningdit.guidance`). `likelihood`: also compute the log-likelihood of each sample, which takes a
+    second, longer solve and is defined for the unguided ODE.
+
+    A weaker network guides in the place of the null label (autoguidance) where `guide_ckpt_path` names a checkpoint, an
+    export or a published .pt, of any size, or `guide_step` an earlier checkpoint of the run that is sampled;
+    `guide_weights` says which of its weights.
+
+    `preset` gives values to keys that are not set themselves: those of `SAMPLE_PRESETS`, or with "model" those that are
+    stored with the weights (see `tuned`). `compile`: "auto" compiles the network and captures steps as CUDA graphs on a
+    CUDA device, and compiles nothing on a CPU; see `lightningdit.sampler.BatchSampler`.
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
@@ -251,6 +273,20 @@ class SampleConfig(Section):
     diffusion_norm: Positive = 1.0
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean"
     last_step_size: Annotated[Float, Field(gt=0, lt=1)] = 0.04
+    cfg_interval_end: Annotated[Float, Field(ge=0, le=1)] = 1.0
+    cfg_schedule: Schedule = "constant"
+    guide_ckpt_path: PathText | None = None
+    guide_step: CountFrom0 | None = None
+    guide_weights: Literal["ema", "model"] = "ema"
+    preset: Literal["paper-64ep", "paper-800ep", "default", "model"] | None = None
+    compile: Literal["auto", "none", "inductor", "cudagraphs"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """Values of the preset under those that are set; what is read again later holds them all."""
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return SAMPLE_PRESETS[preset] | values if isinstance(preset, str) and preset in SAMPLE_PRESETS else values
 
     @model_validator(mode="after")
     def _check(self):
@@ -263,7 +299,76 @@ class SampleConfig(Section):
             raise ValueError(f"diffusion_form {self.diffusion_form!r}{hint}; known: {', '.join(DIFFUSION_FORMS)}")
         if self.likelihood and (self.mode, self.cfg_scale) != ("ODE", 1):
             raise ValueError(f"likelihood needs mode ODE and cfg_scale 1, not {self.mode} and {self.cfg_scale:g}")
+        self._check_guidance()
         return self
+
+    def _check_guidance(self) -> None:
+        if self.cfg_interval_end < self.cfg_interval_start:
+            raise ValueError(
+                f"cfg_interval_end {self.cfg_interval_end:g} lies below cfg_interval_start "
+                f"{self.cfg_interval_start:g}; cfg_scale 1 guides nowhere"
+            )
+        if self.guide_ckpt_path is not None and self.guide_step is not None:
+            raise ValueError(
+                f"guide_ckpt_path {self.guide_ckpt_path} and guide_step {self.guide_step} name two networks that "
+                "guide; give one of them"
+            )
+        if self.compile == "cudagraphs" and self.sampling_method.lower() == "dopri5":
+            raise ValueError("compile is cudagraphs, but dopri5 chooses its steps as it goes; allowed: none, inductor")
+
+    @property
+    def guided_by_network(self) -> bool:
+        """Whether another network guides."""
+        return self.cfg_scale != 1 and (self.guide_ckpt_path is not None or self.guide_step is not None)
+
+    def without_effect(self) -> list[str]:
+        """Notes on keys that are set and change nothing."""
+        if self.cfg_scale == 1:
+            keys = ("guide_ckpt_path", "guide_step", "guide_weights", "cfg_schedule")
+            set_here = [key for key in keys if self._differs(key)]
+            return [f"sample.{key} is {getattr(self, key)}, but cfg_scale 1 guides nowhere" for key in set_here]
+        if self._differs("guide_weights") and not self.guided_by_network:
+            why = "neither guide_ckpt_path nor guide_step names a network that guides"
+            return [f"sample.guide_weights is {self.guide_weights}, but {why}"]
+        return []
+
+    def _differs(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def guidance(self) -> str:
+        """Guidance in words, for what states a result."""
+        if self.cfg_scale == 1:
+            return "none"
+        channels = "all" if self.cfg_channels is None else f"the first {self.cfg_channels}"
+        until = "on" if self.cfg_interval_end == 1 else f"to {self.cfg_interval_end:g}"
+        growing = "" if self.cfg_schedule == "constant" else f"{self.cfg_schedule} up to "
+        by = " by a weaker network" if self.guided_by_network else ""
+        start = self.cfg_interval_start
+        return f"{growing}scale {self.cfg_scale:g} on {channels} channels from time {start:g} {until}{by}"
+
+    def stated(self) -> dict[str, Any]:
+        """The settings for what states a result: without the preset, whose values they are, and without keys that older
+        files do not know where they are at their defaults."""
+        newer = ("cfg_interval_end", "cfg_schedule", "guide_ckpt_path", "guide_step", "guide_weights", "compile")
+        return self.model_dump(exclude={"preset", *(key for key in newer if not self._differs(key))})
+
+    def tuned(self) -> dict[str, Any]:
+        """The settings that a model is tuned with and that travel with its weights: solver, grid, guidance."""
+        return self.model_dump(include=set(TUNED))
+
+    def over(self, tuned: Mapping[str, Any]) -> "SampleConfig":
+        """This section with the settings `tuned` for keys that it does not set itself."""
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        return type(self).model_validate({**tuned, **given})
+
+
+#: Keys of `SampleConfig.tuned`; a program that reads weights gives them to the preset "model".
+TUNED = (
+    *("mode", "sampling_method", "atol", "rtol", "num_sampling_steps", "timestep_shift"),
+    *("cfg_scale", "cfg_interval_start", "cfg_interval_end", "cfg_channels", "cfg_schedule"),
+    *("guide_ckpt_path", "guide_step", "guide_weights"),
+    *("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
+)
 
 
 def paper_sample(section: SampleConfig) -> SampleConfig:

@@ -21,6 +21,14 @@ def flops_per_image(config: ModelConfig) -> tuple[int, int]:
     return forward, 3 * forward
 
 
+def sampling_flops_per_image(config: ModelConfig, nfe: int, guided_nfe: int, guide: ModelConfig | None = None) -> int:
+    """FLOPs of one sample of `nfe` solver calls, `guided_nfe` of them with a second evaluation: counts of `Samples`.
+
+    guide: the network of the second evaluations; None for the same one with the null label.
+    """
+    return nfe * flops_per_image(config)[0] + guided_nfe * flops_per_image(guide or config)[0]
+
+
 def activation_bytes_per_image(config: ModelConfig, *, weight_bytes: int = 2, residual_bytes: int = 4) -> int:
     """Bytes that the blocks keep for the backward pass, per image, with ops that save their inputs.
 

@@ -13,7 +13,7 @@ from common.files import FileError, atomic_write, make_directory, sha256
 from common.records import ClassNames, Record, read_record, require_kind, write_checksummed
 from common.sections import SectionError
 from common.tensors import Tensors, WeightsError, as_float32, model_of, read_entry, save_pickled, write_safetensors
-from lightningdit.config import ModelConfig
+from lightningdit.config import ModelConfig, SampleConfig
 from lightningdit.latents import LatentStatistics, StatisticsRecord
 
 KIND = "lightningdit"
@@ -36,7 +36,8 @@ class Export:
     """Content of an export.
 
     step: None where unknown. weights: the entry that `state` comes from, such as "ema", or "unnamed". latents: undoes
-    the latents' normalisation. extra: the other entries of the JSON.
+    the latents' normalisation. extra: the other entries of the JSON. sample: the settings that the network was tuned
+    with (`SampleConfig.tuned`); None where they are not known.
     """
 
     config: ModelConfig
@@ -45,6 +46,7 @@ class Export:
     weights: str
     latents: LatentStatistics
     extra: dict
+    sample: dict[str, Any] | None = None
 
 
 class ExportFacts(Record):
@@ -56,13 +58,15 @@ class ExportFacts(Record):
     weights: str
     latents: StatisticsRecord
     classes: ClassNames | None = None
+    sample: dict[str, Any] | None = None
     sha256: str
 
 
 def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
     """Write `<path>.safetensors` (float32) and `<path>.json` → both paths. Each file is replaced whole or not at all.
 
-    The JSON holds {"kind", "config", "step", "weights", "latents", "sha256"} and the entries of `export.extra`.
+    The JSON holds {"kind", "config", "step", "weights", "latents", "sha256"}, "sample" where `export.sample` is known,
+    and the entries of `export.extra`.
     """
     tensors_path, json_path = export_paths(path)
     make_directory(tensors_path.parent)
@@ -75,6 +79,7 @@ def save_export(path: Path | str, export: Export) -> tuple[Path, Path]:
             "step": export.step,
             "weights": export.weights,
             "latents": export.latents.to_json(),
+            **({} if export.sample is None else {"sample": export.sample}),
             "sha256": sha256(f.name),
         }
         # Before the tensors are in place: if this fails, the old pair is still there.
@@ -103,7 +108,27 @@ def read_export(path: Path | str) -> Export:
         weights=facts.weights,
         latents=LatentStatistics.from_record(facts.latents, channels=config.in_channels, source=json_path),
         extra=dict(facts.model_extra or {}) | ({} if facts.classes is None else {"classes": list(facts.classes)}),
+        sample=None if facts.sample is None else tuned_settings(json_path, facts.sample),
     )
+
+
+def read_tuned(path: Path | str) -> dict[str, Any] | None:
+    """The settings of sampling in an export, without reading its tensors; None where it has none."""
+    json_path = export_paths(path)[1]
+    try:
+        require_kind(json_path, KIND)
+        found = read_record(json_path, ExportFacts).sample
+    except FileError as e:
+        raise WeightsError(str(e)) from None
+    return None if found is None else tuned_settings(json_path, found)
+
+
+def tuned_settings(source: Path, content: dict) -> dict[str, Any]:
+    """Settings of sampling that are stored with weights, read strictly; raises WeightsError, naming `source`."""
+    try:
+        return SampleConfig.read(content, f"{source}: sample").tuned()
+    except SectionError as e:
+        raise WeightsError(str(e)) from None
 
 
 def _config(source: Path, content: dict) -> ModelConfig:

@@ -17,7 +17,7 @@ from bench.workloads.tokenizers import flops_per_image
 from bench.workloads.variants import SAMPLING, Variant
 from kernels import OPS, select
 from lightningdit.cost import flops_per_image as model_flops
-from lightningdit.sampler import time_grid
+from lightningdit.solvers import time_grid
 from tests.golden import close
 from vavae.config import AutoencoderConfig
 

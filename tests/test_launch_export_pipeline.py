@@ -239,7 +239,8 @@ def test_what_no_pipeline_expresses_is_said(weights, tmp_path, caplog):
             export_main([argv[0], str(tmp_path / "x"), *argv[1:]])
         assert not (tmp_path / "x").exists()
     tokenizer = ["--tokenizer", str(weights / "tokenizer.safetensors")]
-    assert export_main([source, str(tmp_path / "x"), *named[:2], *tokenizer]) == 0
+    save_export(tmp_path / "untold", replace(network, sample=None))
+    assert export_main([str(tmp_path / "untold.safetensors"), str(tmp_path / "x"), *named[:2], *tokenizer]) == 0
     assert "tells no sampling settings: 249 steps without guidance" in caplog.text
     assert export_main([source, str(tmp_path / "y"), *named, "sample.sampling_method=heun"]) == 0
     assert "sampling_method heun: the pipeline's scheduler is Euler's" in caplog.text

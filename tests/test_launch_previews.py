@@ -140,6 +140,7 @@ def test_previews_are_guided_as_samples_are_by_a_solver_of_few_steps(run_file):
         assert settings(*overrides) == settings()
     assert not settings("sample.likelihood=true", "sample.cfg_scale=1").likelihood
     assert settings("model.class_dropout_prob=0").cfg_scale == 1  # nothing to be guided away from
+    assert settings("sample.guide_step=3") == settings(), "a network that guides is not loaded beside the trained one"
 
 
 def test_where_the_tokenizer_is_not_there_by_default_there_are_none(tmp_path, run_file, capsys):

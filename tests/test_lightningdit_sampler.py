@@ -9,17 +9,10 @@ import kernels
 from lightningdit import sampler
 from lightningdit.config import ModelConfig, SampleConfig, paper_sample
 from lightningdit.flow import Transport
+from lightningdit.guidance import Denoiser, Guidance, apply_guidance
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import (
-    Denoiser,
-    Guidance,
-    guide,
-    sample,
-    sample_noise,
-    sample_ode,
-    sample_sde,
-    time_grid,
-)
+from lightningdit.sampler import sample, sample_noise
+from lightningdit.solvers import sample_ode, sample_sde, time_grid
 from tests.golden import G, J, close
 
 RECORDED = J("03_sampling")
@@ -193,11 +186,11 @@ def test_interval_start_itself_is_guided():
 
 def test_guided_channels():
     cond, uncond = torch.randn(2, 2, 5, 3, 3)
-    got = guide(cond, uncond, 3.0, 2)
+    got = apply_guidance(cond, uncond, 3.0, 2)
     assert torch.equal(got[:, 2:], cond[:, 2:])
     close("guided", got[:, :2], 3 * cond[:, :2] - 2 * uncond[:, :2], atol=1e-5)
-    close("all", guide(cond, uncond, 3.0, None), 3 * cond - 2 * uncond, atol=1e-5)
-    assert torch.equal(guide(cond, uncond, 3.0, 32), guide(cond, uncond, 3.0, None))
+    close("all", apply_guidance(cond, uncond, 3.0, None), 3 * cond - 2 * uncond, atol=1e-5)
+    assert torch.equal(apply_guidance(cond, uncond, 3.0, 32), apply_guidance(cond, uncond, 3.0, None))
     assert paper_sample(SampleConfig()).cfg_channels == 3
     assert paper_sample(SampleConfig(cfg_channels=4)).cfg_channels == 4
 

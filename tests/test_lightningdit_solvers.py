@@ -8,7 +8,9 @@ import torchdiffeq
 
 from lightningdit.config import DIFFUSION_FORMS, SampleConfig
 from lightningdit.flow import Transport
-from lightningdit.sampler import Denoiser, Guidance, log_likelihood, sample, sample_ode, sample_sde, time_grid
+from lightningdit.guidance import Denoiser, Guidance
+from lightningdit.sampler import sample
+from lightningdit.solvers import log_likelihood, sample_ode, sample_sde, time_grid
 from tests.golden import close
 
 

@@ -22,9 +22,12 @@ from launch.config import load
 from launch.sample import SampleGenerator
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
+from lightningdit.guidance import Guidance
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import Denoiser, Guidance, sample, sample_noise, sample_ode, time_grid
+from lightningdit.sampler import guidance_of, sample, sample_noise
+from lightningdit.solvers import OdeSteps, time_grid
+from lightningdit.step_graphs import StepRunner, cuda_graphs
 from vavae.config import AutoencoderConfig
 
 #: Points of the grid on which samples are checked: on it the first two of four calls lie below the interval.
@@ -104,18 +107,18 @@ def our_sampler(variant: Variant, setup: SamplingSetup) -> Sampler:
     ops, s, null = variant.ops(), setup.settings, setup.config.null_label
     generator = _generator(setup, ops, setup.network(ops))
     generator.to(setup.y.device)
-    model = compiled(generator.model, variant.compile)
-    checked = s.model_copy(update={"num_sampling_steps": CHECKED_POINTS})  # the short grid
-    made = sample(model, setup.transport, checked, setup.y, range(len(setup.y)), shape=setup.shape, null_label=null)
-    z, always = setup.noise(), Guidance(s.cfg_scale, null, channels=s.cfg_channels)
+    # Captured is the whole step, so Inductor's own graphs stay off.
+    model = compiled(generator.model, "inductor" if variant.compile == "cudagraphs" else variant.compile)
+    capture = cuda_graphs() if variant.compile == "cudagraphs" else None
 
-    @torch.no_grad()
-    def update(guidance: Guidance | None) -> torch.Tensor:
-        predict = Denoiser(model, setup.y, guidance)
-        return sample_ode(setup.transport, predict, z, method=s.sampling_method, steps=2)
+    def steps(points: int, shift: float, guidance: Guidance | None) -> Callable[[], torch.Tensor]:
+        solver = OdeSteps(setup.transport, s.sampling_method, points, shift)
+        return partial(StepRunner(solver, model, guidance, capture=capture), setup.noise(), setup.y)
 
-    updates = {"guided": partial(update, always), "unguided": partial(update, None)}
-    return _sampler(setup, generator, made.latents, updates, dict(zip(updates, setup.calls(), strict=True)))
+    samples = steps(CHECKED_POINTS, s.timestep_shift, guidance_of(s, null))()
+    always = Guidance(s.cfg_scale, null, channels=s.cfg_channels)
+    updates = {"guided": steps(2, 0.0, always), "unguided": steps(2, 0.0, None)}
+    return _sampler(setup, generator, samples, updates, dict(zip(updates, setup.calls(), strict=True)))
 
 
 def plain_sampler(variant: Variant, setup: SamplingSetup) -> Sampler:

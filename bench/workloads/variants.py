@@ -21,7 +21,7 @@ class Variant:
             (the plain model); of sampling, "ours" (the sampler of `python -m launch sample`) or "plain"; "pass" encodes
             or decodes.
         kernels: "auto", or the backend of all ops that have it (`bench.workloads.backends`); of no meaning to "plain".
-        compile: a mode of `kernels.compile.modes`.
+        compile: a mode of `kernels.compile.modes`; in sampling, "cudagraphs" captures whole steps.
     """
 
     name: str
@@ -105,6 +105,17 @@ class TokenizerVariant(Variant):
         return self.kernels != "reference"
 
 
+@dataclass(frozen=True)
+class ProgramVariant(Variant):
+    """One way to run the whole sampling program; its engine is "program", or "plain": as it was.
+
+    Attributes:
+        at_once: images of a batch.
+    """
+
+    at_once: int = 4
+
+
 V = TypeVar("V", bound=Variant)
 
 
@@ -131,10 +142,20 @@ TRAINING = _by_name(
 SAMPLING = _by_name(
     Variant("auto", "ours"),
     Variant("auto-compile", "ours", compile="inductor"),
+    Variant("auto-cudagraphs", "ours", compile="cudagraphs"),
     Variant("cuda", "ours", kernels="cuda"),
     Variant("reference", "ours", kernels="reference"),
     Variant("plain-eager", "plain", kernels="reference"),
     Variant("plain-compile", "plain", kernels="reference", compile="inductor"),
+)
+#: What `sample` takes at once on a CPU where `per_proc_batch_size` says nothing, in the bench.
+AT_ONCE = 32
+#: The program as it is beside the program as it was, at the batches of both.
+SAMPLING_ON_CPU = _by_name(
+    ProgramVariant("plain", "plain"),
+    ProgramVariant("program", "program", at_once=AT_ONCE),
+    ProgramVariant("program-4", "program"),
+    ProgramVariant(f"plain-{AT_ONCE}", "plain", at_once=AT_ONCE),
 )
 _PASSES = _by_name(
     TokenizerVariant("auto", "pass"),

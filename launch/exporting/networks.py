@@ -14,7 +14,7 @@ from launch.config import ConfigError, LightningDiTRun, select_ops, stored_run
 from launch.exporting.sources import entry_of
 from launch.hub import tokenizer_copy
 from launch.pipelines import is_pipeline, read_pipeline
-from launch.trained import diffusion_weights, from_checkpoint
+from launch.trained import diffusion_weights, from_checkpoint, sampling_settings
 from launch.training.checkpoint import Checkpoint
 from lightningdit.config import SampleConfig, TransportConfig
 from lightningdit.weights import Export, export_paths, read_export
@@ -38,12 +38,8 @@ class Network:
 
     def settings(self) -> SampleConfig:
         if self.run is not None:
-            return self.run.sampling()
-        return self._read("sample", self._sample(), SampleConfig) or SampleConfig(cfg_scale=1.0)
-
-    def _sample(self) -> Any:
-        """The settings that are stored with the weights, as keys of a `sample` section."""
-        return getattr(self.found, "sample", None) or self.found.extra.get("sample")
+            return sampling_settings(self.run)
+        return self._read("sample", self.found.sample, SampleConfig) or SampleConfig(cfg_scale=1.0)
 
     def remarks(self) -> list[str]:
         """What is assumed, as neither a run nor the weights tell it."""
@@ -51,7 +47,7 @@ class Network:
         said = []
         if not told and "transport" not in extra:
             said.append(f"{self.source} does not tell its transport: Linear and velocity are assumed (--config tells)")
-        if not told and not self._sample():
+        if not told and self.found.sample is None:
             said.append(f"{self.source} tells no sampling settings: 249 steps without guidance (--config tells others)")
         return said
 

@@ -34,11 +34,6 @@ from vavae.weights import fingerprint
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("lightningdit_pipeline.py")
-#: Keys of `sample` that say how a model is sampled, whatever of it a pipeline does.
-SAMPLED = {
-    "mode", "sampling_method", "num_sampling_steps", "timestep_shift",
-    "cfg_scale", "cfg_interval_start", "cfg_interval_end", "cfg_schedule", "cfg_channels",
-}  # fmt: skip
 TRAIN_TIMESTEPS = 1000  # the scheduler's unit of time
 _TOLERANCE = 1e-5  # of tables of positions, which others computed in other orders
 
@@ -91,10 +86,9 @@ class Pipeline:
                 f"sample.mode {settings.mode} and sampling_method {settings.sampling_method}: the pipeline's scheduler "
                 "is Euler's, on the same grid of times"
             )
-        for key in ("guide_ckpt_path", "guide_step"):
-            if getattr(settings, key, None) is not None:
-                said.append(f"sample.{key}: the pipeline guides by the null label, not by a second network")
-                break
+        if settings.guided_by_network:
+            key = "guide_step" if settings.guide_ckpt_path is None else "guide_ckpt_path"
+            said.append(f"sample.{key}: the pipeline guides by the null label, not by a second network")
         return said
 
 
@@ -149,7 +143,7 @@ def write_pipeline(folder: Path, pipeline: Pipeline, hashes: Mapping[str, str]) 
         "hashes": dict(hashes),
         "sha256": sha256(weights),
         "transport": pipeline.transport.model_dump(),
-        "sample": {key: value for key, value in pipeline.settings.model_dump().items() if key in SAMPLED},
+        "sample": {key: value for key, value in pipeline.settings.tuned().items() if not key.startswith("guide_")},
     }
     if "classes" in network.extra:
         said["classes"] = network.extra["classes"]
@@ -197,7 +191,7 @@ def _settings(settings: SampleConfig) -> dict:
         "num_inference_steps": settings.num_sampling_steps - 1,  # grid points there, steps between them here
         "guidance_scale": settings.cfg_scale,
         "guidance_start": settings.cfg_interval_start,
-        "guidance_end": getattr(settings, "cfg_interval_end", 1.0),
-        "guidance_schedule": getattr(settings, "cfg_schedule", "constant"),
+        "guidance_end": settings.cfg_interval_end,
+        "guidance_schedule": settings.cfg_schedule,
         "guidance_channels": settings.cfg_channels,
     }

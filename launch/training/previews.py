@@ -101,7 +101,7 @@ def preview_settings(run: LightningDiTRun) -> SampleConfig:
     """The `sample` section for previews: an ODE solver of `train.preview_steps` points, without likelihood.
 
     A solver that chooses its steps by itself, and one of the SDE, is replaced by Euler's; a model without a null label
-    is not guided.
+    is not guided, and no other network guides.
     """
     found = run.sampling()
     fixed = found.mode == "ODE" and found.sampling_method.lower() != "dopri5"
@@ -111,6 +111,8 @@ def preview_settings(run: LightningDiTRun) -> SampleConfig:
             "sampling_method": found.sampling_method if fixed else "euler",
             "num_sampling_steps": run.train.preview_steps,
             "cfg_scale": found.cfg_scale if run.network().null_label is not None else 1.0,
+            "guide_ckpt_path": None,
+            "guide_step": None,
             "likelihood": False,
         }
     )

@@ -50,52 +50,54 @@ MISTAKES = {
     ),
     # Sampler.
     "shift_the_other_way": Mistake(
-        "lightningdit/sampler.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)",
+        "lightningdit/solvers.py", "shift * t / (1 + (shift - 1) * t)", "t / (shift + (1 - shift) * t)",
         "test_lightningdit_sampler.py::test_time_grids",
     ),
     "guidance_begins_after_its_start": Mistake(
-        "lightningdit/sampler.py", "return t >= self.start", "return t > self.start",
+        "lightningdit/guidance.py", "return self.start <= t <= self.end", "return self.start < t <= self.end",
         "test_lightningdit_sampler.py::test_interval_start_itself_is_guided",
     ),
     "guidance_below_its_start": Mistake(
-        "lightningdit/sampler.py", "return t >= self.start", "return t <= self.start",
+        "lightningdit/guidance.py", "return self.start <= t <= self.end", "return t <= self.start",
         "test_lightningdit_sampler.py::test_unconditional_half_is_skipped_below_the_interval",
     ),
     "guidance_from_the_condition": Mistake(
-        "lightningdit/sampler.py", "        return uncond + scale * (cond - uncond)\n",
-        "        return cond + scale * (cond - uncond)\n", "test_lightningdit_sampler.py::test_guided_channels",
+        "lightningdit/guidance.py", "        return other + scale * (cond - other)\n",
+        "        return cond + scale * (cond - other)\n", "test_lightningdit_sampler.py::test_guided_channels",
     ),
     "other_channels_unconditional": Mistake(
-        "lightningdit/sampler.py", "torch.cat([guided, cond[:, channels:]], dim=1)",
-        "torch.cat([guided, uncond[:, channels:]], dim=1)", "test_lightningdit_sampler.py::test_guided_channels",
+        "lightningdit/guidance.py", "torch.cat([first, cond[:, channels:]], dim=1)",
+        "torch.cat([first, other[:, channels:]], dim=1)", "test_lightningdit_sampler.py::test_guided_channels",
     ),
     "dopri5_across_the_start_of_guidance": Mistake(
-        "lightningdit/sampler.py", "inside = [jump] if min(start, end) < jump < max(start, end) else []", "inside = []",
+        "lightningdit/guidance.py", "jumps = set() if guidance is None else {guidance.start, guidance.end}",
+        "jumps = set()",
         "test_lightningdit_solvers.py::test_no_adaptive_step_crosses_the_start_of_guidance",
     ),
     "weights_of_heun": Mistake(
-        "lightningdit/sampler.py", '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 2, 1 / 2))',
+        "lightningdit/solvers.py", '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 2, 1 / 2))',
         '"heun": ([(0.0, ()), (1.0, (1.0,))], (1 / 4, 3 / 4))',
         "test_lightningdit_solvers.py::test_order_of_convergence",
     ),
     "sde_noise_the_same_at_every_step": Mistake(
-        "lightningdit/sampler.py", "draw=k, device=y.device)", "draw=1, device=y.device)",
+        "lightningdit/sampler.py", "            return sample_noise(config.seed, indices, shape, draw=k,",
+        "            return sample_noise(config.seed, indices, shape, draw=1,",
         "test_lightningdit_sampler.py::test_every_step_of_the_sde_has_noise_of_its_own",
     ),
     "sde_noise_too_small": Mistake(
-        "lightningdit/sampler.py", "(2 * g * dt).sqrt() * noise", "(g * dt).sqrt() * noise",
+        "lightningdit/solvers.py", "(2 * g * dt).sqrt() * noise", "(g * dt).sqrt() * noise",
         "test_lightningdit_sampler.py::test_sde",
     ),
     "sde_drift_without_the_score": Mistake(
-        "lightningdit/sampler.py", " + g * transport.score(output, x, t_batch)", "",
+        "lightningdit/solvers.py", " + g * self._transport.score(output, x, t)", "",
         "test_lightningdit_sampler.py::test_sde",
     ),
     "likelihood_probed_by_the_starting_noise": Mistake(
-        "lightningdit/sampler.py", "draw=1, device=y.device) < 0", "draw=0, device=y.device) < 0",
+        "lightningdit/sampler.py", "latents.shape[1:], draw=1,", "latents.shape[1:], draw=0,",
         "test_lightningdit_sampler.py::test_probes_of_the_likelihood_are_signs_of_their_own",
     ),
     "likelihood_without_the_divergence": Mistake(
-        "lightningdit/sampler.py", "standard_normal_logp(noise) + divergence",
+        "lightningdit/solvers.py", "standard_normal_logp(noise) + divergence",
         "standard_normal_logp(noise) - divergence",
         LIKELIHOOD,
     ),

@@ -20,11 +20,13 @@ from tests.mutations import (
     launch_saving,
     launch_sight,
     lightningdit,
+    sampling,
     vavae,
 )  # fmt: skip
 
 PACKAGES = {
-    "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "lightningdit": (lightningdit,), "vavae": (vavae,),
+    "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "vavae": (vavae,),
+    "lightningdit": (lightningdit, sampling),
     "launch": (
         launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_gallery,
         launch_incidents,
