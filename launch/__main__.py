@@ -19,6 +19,8 @@ PROGRAMS = {
     "train": "train a tokenizer or a LightningDiT: train vavae|lightningdit CONFIG [key=value …] [--dry-run]",
     "extract": "encode images into latents: extract CONFIG [key=value …]",
     "sample": "generate images: sample CONFIG [key=value …]",
+    "decode": "images of latents: decode --latents DIR --tokenizer FILE --output DIR",
+    "show": "pictures: show interpolation|denoising CONFIG, show nearest --samples DIR --images DIR",
     "evaluate": "measure samples or reconstructions",
     "export": "write weights as safetensors + JSON and as a published .pt",
     "compare": "loss curves of runs beside each other, or beside the published one: compare RUN [RUN …] [--published]",
@@ -31,8 +33,8 @@ PROGRAMS = {
 }
 
 
-# Run as one process.
-SINGLE_PROCESS = ("evaluate", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
+#: Run as one process.
+SINGLE_PROCESS = ("show", "evaluate", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
 ORDER_PATIENCE = 10.0  # seconds in which all are made to leave by a process that knows more of the error, and says it
 _ending = False  # an error ends this process
 

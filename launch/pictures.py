@@ -43,7 +43,7 @@ def sample_grid(
     classes = labels.unique(sorted=True).tolist()
     captions = [names[c] if c < len(names) else str(c) for c in classes]
     rows = [images[labels == c][:columns] for c in classes]
-    _table(rows, captions, path)
+    image_rows(rows, captions, path)
 
 
 def reconstruction_pairs(
@@ -73,7 +73,7 @@ def comparison(rows: Mapping[str, Tensor], path: str | Path, *, columns: int = 8
         _require(first, row)
     images = [row if row.ndim == 4 else _colours(row) for row in rows.values()]
     lines = [row[start : start + columns] for start in range(0, len(first), columns) for row in images]
-    _table(lines, list(rows) * (len(lines) // len(rows)), path, group=len(rows))
+    image_rows(lines, list(rows) * (len(lines) // len(rows)), path, group=len(rows))
 
 
 def _colours(maps: Tensor) -> Tensor:
@@ -91,20 +91,34 @@ def _require(images: Tensor, partner: Tensor) -> None:
         raise ValueError(f"{len(images)} images do not go with {len(partner)} labels or images")
 
 
-def _table(rows: Sequence[Tensor], captions: Sequence[str], path: str | Path, group: int = 1) -> None:
-    """Rows of images with a caption each; more space after every `group` rows."""
+def image_rows(
+    rows: Sequence[Tensor], captions: Sequence[str], path: str | Path, group: int = 1, heads: Sequence[str] = ()
+) -> None:
+    """Rows of uint8 images `[N, H, W, 3]` with a caption each, of any lengths; more space after every `group` rows.
+
+    heads: captions above the first row, one for each of its images.
+    """
     height, width = rows[0].shape[1:3]
     zoom = max(1, math.ceil(64 / max(height, width)))
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(size=max(13, min(height // 4, 26)))
     left = 3 * GAP + max(math.ceil(font.getlength(c)) for c in captions)
-    tops, y = [], 2 * GAP
+    small = max(10, min(width // 6, 16))
+    tops, y = [], 2 * GAP + (small + GAP if heads else 0)
     for i in range(len(rows)):
         tops.append(y)
         y += height + (GAP if (i + 1) % group else max(GAP, GAP * 3 * (group > 1)))
     canvas_width = left + max(map(len, rows)) * (width + GAP) + GAP
     canvas = Image.new("RGB", (canvas_width, tops[-1] + height + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
+    for i, head in enumerate(heads):
+        draw.text(
+            (left + i * (width + GAP) + width / 2, GAP),
+            head,
+            fill=MUTED,
+            font=ImageFont.load_default(size=small),
+            anchor="ma",
+        )
     for row, caption, top in zip(rows, captions, tops, strict=True):
         draw.text((left - 2 * GAP, top + height / 2), caption, fill=INK, font=font, anchor="rm")
         for i, image in enumerate(row):

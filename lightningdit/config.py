@@ -224,6 +224,8 @@ SDE_METHODS = ("euler", "heun")
 Schedule = Literal["constant", "linear", "cosine"]
 DIFFUSION_FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 LAST_STEPS = ("Mean", "Tweedie", "Euler")
+LabelProtocol = Literal["index", "balanced", "shuffled", "random"]
+SampleFormat = Literal["npz", "png", "webp", "latents"]
 
 
 _EULER = {"mode": "ODE", "sampling_method": "euler", "num_sampling_steps": 250, "timestep_shift": 0.3}
@@ -252,6 +254,12 @@ class SampleConfig(Section):
     `preset` gives values to keys that are not set themselves: those of `SAMPLE_PRESETS`, or with "model" those that are
     stored with the weights (see `tuned`). `compile`: "auto" compiles the network and captures steps as CUDA graphs on a
     CUDA device, and compiles nothing on a CPU; see `lightningdit.sampler.BatchSampler`.
+
+    `per_proc_batch_size` is the number of samples that a process makes at once (null: by memory; the
+    published files say 4). `labels` says which class sample i is of: "index" (i modulo the classes), "balanced" (every
+    run of as many samples as there are classes has each class once, in an order of its own from the seed), "shuffled"
+    (those of "index" in one order from the seed), "random" (uniform, from the seed and i: the published protocol).
+    `format` is what is written: an ADM "npz", a folder of "png" or lossless "webp", or "latents".
     """
 
     mode: Literal["ODE", "SDE"] = "ODE"
@@ -264,7 +272,7 @@ class SampleConfig(Section):
     cfg_scale: Annotated[Float, Field(ge=1)] = 4.0
     cfg_interval_start: Annotated[Float, Field(ge=0, le=1)] = 0.11
     timestep_shift: NonNegative = 0.3
-    per_proc_batch_size: Size = 4
+    per_proc_batch_size: Size | None = None
     fid_num: Annotated[int, Field(ge=1, le=10**8)] = 50_000
     cfg_channels: Size | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -280,6 +288,8 @@ class SampleConfig(Section):
     guide_weights: Literal["ema", "model"] = "ema"
     preset: Literal["paper-64ep", "paper-800ep", "default", "model"] | None = None
     compile: Literal["auto", "none", "inductor", "cudagraphs"] = "auto"
+    labels: LabelProtocol = "index"
+    format: SampleFormat = "npz"
 
     @model_validator(mode="before")
     @classmethod

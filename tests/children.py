@@ -20,6 +20,7 @@ _context = multiprocessing.get_context("forkserver")
 #: The last is what DeepSpeed imports where an engine is made: torch.compile, with seconds of modules behind it.
 PRELOADED = [
     "launch.train",
+    "launch.sample",
     "launch.training.trainer",
     "launch.training.engine",
     "vavae.task",

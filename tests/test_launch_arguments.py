@@ -41,7 +41,7 @@ def asked(monkeypatch) -> list:
     calls: list = []
     monkeypatch.setattr(train, "run_training", lambda run, kind: calls.append(run) or (None, None))
     monkeypatch.setattr(train, "plan_run", lambda run, *_, **__: calls.append(run) or SimpleNamespace(lines=list))
-    monkeypatch.setattr(sample, "generate", lambda run, *args: calls.append(run))
+    monkeypatch.setattr(sample, "generate", lambda run, *args, **kwargs: calls.append(run))
     monkeypatch.setattr(extract, "extract", lambda run, *args, **kwargs: calls.append(run))
     monkeypatch.setattr(
         evaluate,

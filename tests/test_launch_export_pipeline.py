@@ -98,7 +98,8 @@ def test_a_run_becomes_a_pipeline_that_stock_diffusers_loads(weights, folder):
     assert (pipe([2, 0, 1], generator=generators, output_type="latent").images - latents).abs().max() < 1e-5
     made = pipe(["été", 0, "dog"], latents=sample_noise(0, range(3), (4, 4, 4))).images
     pixels = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in made])
-    assert torch.equal(pixels.view(images.shape), images)
+    off = (pixels.view(images.shape).int() - images.int()).abs()  # other sums may round to the next of 8 bits
+    assert off.max() <= 1 and off.count_nonzero() < 0.01 * off.numel()
 
 
 @pytest.mark.parametrize(

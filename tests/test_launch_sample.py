@@ -18,14 +18,16 @@ from launch.config import LightningDiTRun
 from launch.export import export
 from launch.runtime import processes
 from launch.runtime.run_lock import DirectoryInUseError, lock_directory
+from launch.sampling import generator, produce, units
 from launch.trained import from_checkpoint
 from launch.training import checkpoint, engine
 from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
+from lightningdit.sampler import BatchSampler
 from lightningdit.sampler import sample as sample_latents
 from lightningdit.weights import read_weights, save_export, save_published
-from tests.children import launch
+from tests.children import Moment, launch
 from tests.tiny_weights import STATISTICS, TOKENIZER, a_run, document, write_weights
 from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
@@ -33,6 +35,11 @@ from vavae.model import AutoencoderKL
 from vavae.weights import load_tokenizer, write_export
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr(units, "UNIT", 4)
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +120,19 @@ def test_likelihoods_lie_beside_the_images(weights, tmp_path):
 
 def test_an_interrupted_run_goes_on(weights, tmp_path, monkeypatch):
     whole = sample.generate(a_run(weights), tmp_path / "whole")
-    original, calls = sample.SampleGenerator.images, []
+    original, calls = sample.SampleGenerator.solve, []
 
-    def dies(self, indices, labels):
+    def dies(self, indices):
         calls.append(indices)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, indices, labels)
+        return original(self, indices)
 
-    monkeypatch.setattr(sample.SampleGenerator, "images", dies)
+    monkeypatch.setattr(sample.SampleGenerator, "solve", dies)
     with pytest.raises(KeyboardInterrupt):
         sample.generate(a_run(weights), tmp_path / "cut")
     npz = sample.generate(a_run(weights), tmp_path / "cut")
-    assert [list(c) for c in calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [8, 9]]
+    assert [list(c) for c in calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [8, 9, 10, 11]]
     assert npz.read_bytes() == whole.read_bytes()
     sample.generate(a_run(weights), tmp_path / "cut")
     assert len(calls) == 4  # nothing is made twice
@@ -136,7 +143,8 @@ def unfinished(weights, tmp_path_factory):
     """A sampling whose parts 0, 4 and 8 were made, and not joined."""
     output = tmp_path_factory.mktemp("unfinished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "_gather", lambda *args: None)
+        patch.setattr(units, "UNIT", 4)
+        patch.setattr(produce, "_finish", lambda *args: None)
         sample.generate(a_run(weights), output)
     return output
 
@@ -156,8 +164,11 @@ DAMAGES = {
     "no images": (lambda path: rewritten(path, images=None), "does not hold 4 images"),
     "floats": (lambda path: rewritten(path, images=np.zeros((4, 16, 16, 3))), "does not hold 4 images"),
     "many counts": (lambda path: rewritten(path, nfe=np.zeros(3)), "does not hold 4 images"),
-    "another size": (lambda path: rewritten(path, images=np.zeros((4, 6, 6, 3), np.uint8)), "another size"),
-    "another part": (lambda path: path.write_bytes(path.with_name("0000000.npz").read_bytes()), "the images from 0 on"),
+    "another size": (lambda path: rewritten(path, images=np.zeros((4, 6, 6, 3), np.uint8)), "images of another size"),
+    "another part": (
+        lambda path: path.write_bytes(path.with_name("0000000-0000004.npz").read_bytes()),
+        "the images from 0 on",
+    ),
 }
 
 
@@ -166,11 +177,11 @@ def test_a_damaged_part_is_named_and_made_again(weights, unfinished, tmp_path, k
     damage, why = DAMAGES[kind]
     output = tmp_path / "samples"
     shutil.copytree(unfinished, output)
-    part = output / "parts" / "0000004.npz"
+    part = output / "parts" / "0000004-0000008.npz"
     damage(part)
-    with pytest.raises(FileError, match=rf"0000004\.npz .*{why}"):
+    with pytest.raises(FileError, match=rf"0000004-0000008\.npz .*{why}"):
         sample.generate(a_run(weights), output)
-    assert not (output / "samples.npz").exists()
+    assert not (output / "samples.npz").exists() and not (output / "samples.json").exists()
     part.unlink()
     whole = sample.generate(a_run(weights), tmp_path / "whole")
     assert sample.generate(a_run(weights), output).read_bytes() == whole.read_bytes()
@@ -222,10 +233,10 @@ def test_weights_that_are_not_finite_make_no_image(weights, tmp_path, kind, valu
 def test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept(weights, tmp_path, monkeypatch, what):
     """Finite weights may overflow too."""
     run = a_run(weights, cfg_scale=1.0, likelihood=True)
-    real, decode = sample.sample, AutoencoderKL.decode
+    real, decode = BatchSampler.__call__, AutoencoderKL.decode
 
-    def spoilt(model, transport, settings, y, indices, **more):
-        made = real(model, transport, settings, y, indices, **more)
+    def spoilt(sampler, y, indices):
+        made = real(sampler, y, indices)
         if 5 in indices and what != "decoded images":
             part = made.latents if what == "latents" else made.log_likelihood
             part[indices.index(5)] = float("nan")
@@ -239,12 +250,12 @@ def test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept(weights, tm
         return images
 
     spoilt_decode.calls = 0
-    monkeypatch.setattr(sample, "sample", spoilt)
+    monkeypatch.setattr(BatchSampler, "__call__", spoilt)
     monkeypatch.setattr(AutoencoderKL, "decode", spoilt_decode)
     source = "tokenizer.safetensors" if what == "decoded images" else "run in float32"
     with pytest.raises(ValueError, match=f"the {what} of samples 5 are not finite; they come from .*{source}"):
         sample.generate(run, tmp_path)
-    assert [path.name for path in (tmp_path / "parts").glob("*.npz")] == ["0000000.npz"]
+    assert [path.name for path in (tmp_path / "parts").glob("*.npz")] == ["0000000-0000004.npz"]
     monkeypatch.undo()
     assert np.isfinite(np.load(sample.generate(run, tmp_path))["log_likelihood"]).all()
 
@@ -269,61 +280,72 @@ class Rank(processes.Processes):
     def broadcast(self, value):
         return value
 
+    def on_main(self, function):
+        """What all learn of the parts that are there: none, as they look before any of them makes one."""
+        if self.is_main:
+            function()
+        return []
+
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_batch_is_made_by_one_process(weights, tmp_path, monkeypatch, world_size):
-    real, made = sample.SampleGenerator.images, []
+    real, made = sample.SampleGenerator.solve, []
 
-    def counted(self, indices, labels):
+    def counted(self, indices):
         made.append((rank, list(indices)))
-        return real(self, indices, labels)
+        return real(self, indices)
 
-    monkeypatch.setattr(sample.SampleGenerator, "images", counted)
-    parts, elsewhere = tmp_path / "parts", tmp_path / "elsewhere"
-    parts.mkdir()
-    elsewhere.mkdir()
-    for rank in reversed(range(world_size)):  # the main process last: it joins the parts, the others see nobody's
-        source, target = (elsewhere, parts) if rank == 0 else (parts, elsewhere)
-        for part in source.glob("*.npz"):
-            part.rename(target / part.name)
+    monkeypatch.setattr(sample.SampleGenerator, "solve", counted)
+    (tmp_path / "parts").mkdir()
+    for rank in reversed(range(world_size)):  # the main process last: it joins the parts
         monkeypatch.setattr(engine, "start_processes", lambda rank=rank, **_: Rank(rank, world_size, CPU))
         sample.generate(a_run(weights), tmp_path)
-    assert sorted(indices for _, indices in made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert sorted(indices for _, indices in made) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert {rank for rank, _ in made} == set(range(world_size))
 
 
-def test_two_processes_make_the_file_that_one_makes(weights, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(document(weights)))
-    for count in (1, 2):
-        log = tmp_path / f"{count}.log"
-        codes = launch("sample", str(config), "--output", str(tmp_path / str(count)), world_size=count, log=log)
-        assert codes == [0] * count, (tmp_path / f"{count}.log.0").read_text()
+def test_two_processes_killed_and_finished_by_three_leave_the_files_of_one(weights, tmp_path, monkeypatch):
+    """By SIGKILL, one as it keeps its second part; the other leaves then, too."""
+    monkeypatch.undo()  # they have units as they are
+    settings = {"fid_num": 5 * units.UNIT - 3, "per_proc_batch_size": units.UNIT, "num_sampling_steps": 2}
+    config, output = tmp_path / "run.yaml", tmp_path / "killed"
+    config.write_text(yaml.safe_dump(document(weights, **settings)))
+    command = ["sample", str(config), "--output", str(output)]
+    kill = Moment("launch.sampling.parts:Parts", "write", 2, rank=1)
+    codes = launch(*command, world_size=2, at=kill, log=tmp_path / "log")
+    assert codes[1] == -9 and codes[0] != 0 and not (output / "samples.json").exists()
+    assert len(list((output / "parts").glob("*.npz"))) in (1, 2, 3, 4)
+    assert launch(*command, world_size=3, log=tmp_path / "log") == [0] * 3, (tmp_path / "log.0").read_text()
+    sample.generate(a_run(weights, **settings), tmp_path / "whole")
     for name in ("samples.npz", "samples.json", "samples.png"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_network_runs_in_the_precision_that_is_stated(weights, tmp_path, monkeypatch, precision):
     """Weights and arithmetic of the blocks, and an error against float64 of that many bits."""
     run, dtypes, made = a_run(weights, precision=precision, fid_num=4), set(), []
-    real = sample.sample
 
-    def spied(model, *arguments, **more):
-        model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-        dtypes.update(parameter.dtype for parameter in model.blocks.parameters())
-        made.append(real(model, *arguments, **more))
-        return made[0]
+    class Spied(BatchSampler):
+        def __init__(self, model, *arguments, **more):
+            super().__init__(model, *arguments, **more)
+            model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+            dtypes.update(parameter.dtype for parameter in model.blocks.parameters())
 
-    monkeypatch.setattr(sample, "sample", spied)
+        def __call__(self, y, indices):
+            made.append(super().__call__(y, indices))
+            return made[0]
+
+    monkeypatch.setattr(generator, "BatchSampler", Spied)
     sample.generate(run, tmp_path)
     facts = json.loads((tmp_path / "samples.json").read_text())
     assert facts["dtype"] == facts["settings"]["precision"] == precision
     assert dtypes == {getattr(torch, precision)} and made[0].latents.dtype == torch.float32
     network = LightningDiT(run.network(), kernels.select("reference"))
     network.load_state_dict(read_weights(weights / "published.pt")[0])
-    y, shape = torch.tensor([0, 1, 2, 0]), (4, 4, 4)
-    exact = real(network.double(), Transport(), run.sampling(), y, range(4), shape=shape, null_label=3).latents
+    y = torch.tensor([0, 1, 2, 0])
+    known = {"shape": (4, 4, 4), "null_label": 3}
+    exact = sample_latents(network.double(), Transport(), run.sampling(), y, range(4), **known).latents
     error = ((made[0].latents - exact).abs().max() / exact.abs().max()).item()
     low, high = (0.0, 1e-5) if precision == "float32" else (2.0**-14, 2.0**-6)
     assert low <= error < high, error

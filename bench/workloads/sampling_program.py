@@ -1,11 +1,15 @@
-"""The sampling program from noise to images on a small model: as it is, and as it was in revision 0ac9773.
+"""The sampling program from noise to images in files on a small model: as it is, and as it was in revision 0ac9773.
 
 That one made 4 images at a time by default, each batch in one loop with both halves in a call, decoded it, wrote it to
-a file of its own and joined the files at the end. Both have the same weights, which are none of them zero.
+a file of its own and joined the files at the end. Both have the same weights, which are none of them zero. This one
+computes whole units, several at a time, and writes beside it (`launch.sampling`).
 """
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +22,12 @@ from bench.workloads.training import make_network
 from bench.workloads.variants import ProgramVariant
 from common.files import atomic_write
 from common.seeds import generator
-from launch.sample import SampleGenerator
+from launch.runtime.processes import Processes
+from launch.sampling.generator import SampleGenerator
+from launch.sampling.outputs import COUNTS, NpzOutput
+from launch.sampling.pipeline import Pipeline
+from launch.sampling.produce import Job, Making, produce
+from launch.sampling.units import batch_size
 from lightningdit.config import ModelConfig, SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
@@ -27,6 +36,7 @@ from vavae.config import AutoencoderConfig
 from vavae.images import to_uint8
 
 Images = Callable[[Sequence[int], Sequence[int]], np.ndarray]  # of indices and all labels, uint8 [b, H, W, 3]
+Program = Callable[[], np.ndarray]  # uint8 [N, H, W, 3], read back from what it has written
 
 
 class ProgramSetup:
@@ -40,12 +50,29 @@ class ProgramSetup:
         self.tokenizer = make_tokenizer(tokenizer, ops, "cpu")
         self.statistics = LatentStatistics.identity(config.in_channels)
 
-    def images_of(self, variant: ProgramVariant) -> Images:
-        """How that variant makes the images of a batch."""
+    def program(self, variant: ProgramVariant) -> Program:
+        """How that variant makes all images."""
         if variant.engine == "plain":
-            return self._plain_images
-        made = SampleGenerator(self.network, self.tokenizer, self.statistics, Transport(), self.settings)
-        return lambda indices, labels: made.images(indices, labels)["images"]
+            assert variant.at_once is not None, "the program as it was has a number at once"
+            return partial(all_images, self._plain_images, self.labels, variant.at_once)
+        return partial(self._produced, variant.at_once)
+
+    def _produced(self, at_once: int | None) -> np.ndarray:
+        processes, labels = Processes(0, 1, torch.device("cpu")), np.array(self.labels)
+        made = SampleGenerator(self.network, self.tokenizer, self.statistics, Transport(), self.settings, labels=labels)
+
+        def prepare() -> Making:
+            pipeline = Pipeline(made.solve, made.decode, processes.device)
+            image_size = self.config.input_size * self.tokenizer.config.downsample_ratio
+            size = batch_size(
+                at_once, processes.device, self.config, image_size, weight_bytes=4, workers=pipeline.workers
+            )
+            return pipeline, size, made.checked
+
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # which says where they are
+            output = NpzOutput(Path(folder), labels)
+            job = Job(Path(folder), len(labels), output, {}, COUNTS, np.arange(0), lambda images, path: None)
+            return np.load(produce(job, processes, prepare))["arr_0"]
 
     @torch.no_grad()
     def _plain_images(self, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:

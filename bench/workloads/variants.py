@@ -110,10 +110,10 @@ class ProgramVariant(Variant):
     """One way to run the whole sampling program; its engine is "program", or "plain": as it was.
 
     Attributes:
-        at_once: images of a batch.
+        at_once: images of a batch; None: as the program chooses.
     """
 
-    at_once: int = 4
+    at_once: int | None = None
 
 
 V = TypeVar("V", bound=Variant)
@@ -148,13 +148,12 @@ SAMPLING = _by_name(
     Variant("plain-eager", "plain", kernels="reference"),
     Variant("plain-compile", "plain", kernels="reference", compile="inductor"),
 )
-#: What `sample` takes at once on a CPU where `per_proc_batch_size` says nothing, in the bench.
-AT_ONCE = 32
-#: The program as it is beside the program as it was, at the batches of both.
+#: Samples with which `sample` calls the network on a CPU (`launch.sampling.units.UNIT`).
+AT_ONCE = 16
+#: The program as it is beside the program as it was, at its default batch and at as many at once.
 SAMPLING_ON_CPU = _by_name(
-    ProgramVariant("plain", "plain"),
-    ProgramVariant("program", "program", at_once=AT_ONCE),
-    ProgramVariant("program-4", "program"),
+    ProgramVariant("plain", "plain", at_once=4),
+    ProgramVariant("program", "program"),
     ProgramVariant(f"plain-{AT_ONCE}", "plain", at_once=AT_ONCE),
 )
 _PASSES = _by_name(

@@ -2,8 +2,6 @@
 
 from tests.mutations import Mistake
 
-SHARED_BATCHES = "test_launch_sample.py::test_each_batch_is_made_by_one_process"
-WRITERS = "test_common_writers.py::test_nothing_else_writes_files"
 EPOCHS = "test_launch_loader.py::test_every_epoch_is_a_permutation_and_none_is_dropped"
 TIGHT_SPLIT = "test_launch_loader.py::test_the_global_batch_does_not_depend_on_how_it_is_cut"
 THROUGHPUT = "test_launch_log.py::test_every_figure_of_the_throughput"
@@ -15,14 +13,6 @@ SCHEDULE = "test_launch_config.py::test_learning_rate_schedule"
 
 MISTAKES = {
     # More than one process.
-    "sampling_of_all_later_batches": Mistake(
-        "launch/sample.py", "starts[processes.rank :: processes.world_size]", "starts[processes.rank :]",
-        SHARED_BATCHES,
-    ),
-    "sampling_of_the_first_process_s_batches": Mistake(
-        "launch/sample.py", "starts[processes.rank :: processes.world_size]", "starts[:: processes.world_size]",
-        SHARED_BATCHES,
-    ),
     "norm_added_up_over_processes_under_zero_0": Mistake(
         "launch/training/engine.py", "partitioned=self._stage > 0)", "partitioned=True)",
         "test_launch_train.py::test_the_number_of_processes_and_micro_batches_does_not_change_the_run",
@@ -241,27 +231,7 @@ MISTAKES = {
         "launch/training/engine.py", '            self._write(name, "ema", value)\n', "",
         "test_launch_step.py::test_master_weights_and_average_start_from_unrounded_weights",
     ),
-    "sampling_in_another_precision": Mistake(
-        "launch/sample.py", "self.model.to(device, getattr(torch, self.settings.precision))", "self.model.to(device)",
-        "test_launch_sample.py::test_the_network_runs_in_the_precision_that_is_stated",
-    ),
     # Files.
-    "sample_parts_written_in_place": Mistake(
-        "launch/sample.py", '''\
-                with atomic_write(path) as file:
-                    np.savez''', '''\
-                with open(path, "wb") as file:
-                    np.savez''', WRITERS,
-    ),
-    # Sampling.
-    "latents_decoded_as_they_are": Mistake(
-        "launch/sample.py", "self.tokenizer.decode(self.statistics.denormalise(latents))",
-        "self.tokenizer.decode(latents)", "test_launch_sample.py::test_the_pixels_are_the_decoded_denormalised_samples",
-    ),
-    "samples_not_looked_at": Mistake(
-        "launch/sample.py", "        if wrong:\n            by = ", "        if not indices:\n            by = ",
-        "test_launch_sample.py::test_a_sample_that_is_not_finite_is_named_and_its_batch_not_kept",
-    ),
     # Loader.
     "order_the_same_in_every_epoch": Mistake(
         "launch/training/loader.py",

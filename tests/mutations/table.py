@@ -17,6 +17,7 @@ from tests.mutations import (
     launch_planning,
     launch_programs,
     launch_run_files,
+    launch_sampling,
     launch_saving,
     launch_sight,
     lightningdit,
@@ -29,8 +30,8 @@ PACKAGES = {
     "lightningdit": (lightningdit, sampling),
     "launch": (
         launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_gallery,
-        launch_incidents,
-        launch_planning, launch_programs, launch_run_files, launch_saving, launch_sight,
+        launch_incidents, launch_planning, launch_programs, launch_run_files, launch_sampling, launch_saving,
+        launch_sight,
     ),
     "bench": (bench,),
 }  # fmt: skip

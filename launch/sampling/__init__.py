@@ -1,0 +1,1 @@
+"""What sampling and decoding do with many images: units and batches, labels, the way to a file, resuming by index."""
