@@ -21,7 +21,7 @@ PROGRAMS = {
     "sample": "generate images: sample CONFIG [key=value …]",
     "decode": "images of latents: decode --latents DIR --tokenizer FILE --output DIR",
     "show": "pictures: show interpolation|denoising CONFIG, show nearest --samples DIR --images DIR",
-    "evaluate": "measure samples or reconstructions",
+    "evaluate": "measure samples (FID, KID, FDD …), reconstructions or latents; write a reference",
     "export": "write weights as safetensors + JSON and as a published .pt",
     "compare": "loss curves of runs beside each other, or beside the published one: compare RUN [RUN …] [--published]",
     "gallery": "one HTML page of runs: samples, curves, evaluation, configs, ops, provenance: gallery RUN [RUN …]",
@@ -34,7 +34,7 @@ PROGRAMS = {
 
 
 #: Run as one process.
-SINGLE_PROCESS = ("show", "evaluate", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
+SINGLE_PROCESS = ("show", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
 ORDER_PATIENCE = 10.0  # seconds in which all are made to leave by a process that knows more of the error, and says it
 _ending = False  # an error ends this process
 

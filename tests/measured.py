@@ -1,15 +1,29 @@
 """Images to measure, features small enough to take by hand, and what is measured of them by NumPy and SciPy."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from scipy import linalg, ndimage
 
 import kernels
-from vavae.config import AutoencoderConfig
+from vavae.config import AutoencoderConfig, FoundationConfig
+from vavae.foundation import FoundationModel
 from vavae.model import AutoencoderKL
 
-FACTS = {"solver": "euler", "nfe": 49, "dtype": "float32", "guidance": 2.0, "hashes": {"model": "ab"}}
+FACTS = {
+    "solver": "euler",
+    "nfe": 49,
+    "dtype": "float32",
+    "guidance": 2.0,
+    "hashes": {"model": "ab"},
+    "guidance_scale": 2.0,
+    "guidance_interval": [0.0, 1.0],
+    "labels": "index modulo number of classes",
+    "weights": "ema",
+}
 
 
 def images(seed, count=40, size=16, width=None, high=256):
@@ -28,8 +42,8 @@ class MemoryImages:
     def __len__(self):
         return len(self.images)
 
-    def batches(self, size):
-        return iter(self.images.split(size))
+    def batches(self, size, start=0, stop=None):
+        return iter(self.images[start:stop].split(size))
 
 
 def means(batch):
@@ -92,6 +106,17 @@ def save_folder(folder, pixels):
     for i, image in enumerate(pixels):
         Image.fromarray(image.numpy()).save(folder / f"{i:03d}.png")
     return folder
+
+
+def small_foundation(folder: Path) -> Path:
+    """A small vision transformer's weights for 16 × 16 pixels, with the JSON that says how to build it."""
+    torch.manual_seed(1)
+    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
+    config = FoundationConfig(model_name="vit_tiny_patch16_224", model_args=arguments, normalization="published")
+    path = folder / "net.safetensors"
+    FoundationModel.classifier(config, 4, 10).save(path)
+    path.with_suffix(".json").write_text(json.dumps({"config": config.model_dump(mode="json"), "grid": 4}))
+    return path
 
 
 def small_tokenizer() -> AutoencoderKL:

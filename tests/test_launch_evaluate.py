@@ -1,7 +1,6 @@
 """The evaluation program, and the networks that it compares images by."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -21,10 +20,9 @@ from tests.measured import (
     means,
     peak_ratio,
     save_folder,
+    small_foundation,
     small_tokenizer,
 )
-from vavae.config import FoundationConfig
-from vavae.foundation import FoundationModel
 from vavae.weights import write_export
 
 
@@ -46,14 +44,7 @@ def test_the_program_asks_for_one_size_before_it_loads_networks(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def foundation(tmp_path_factory):
-    """A small vision transformer's weights with the JSON that says how to build it."""
-    torch.manual_seed(1)
-    arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 2}
-    config = FoundationConfig(model_name="vit_tiny_patch16_224", model_args=arguments, normalization="published")
-    path = tmp_path_factory.mktemp("foundation") / "net.safetensors"
-    FoundationModel.classifier(config, 4, 10).save(path)
-    path.with_suffix(".json").write_text(json.dumps({"config": config.model_dump(mode="json"), "grid": 4}))
-    return path
+    return small_foundation(tmp_path_factory.mktemp("foundation"))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +130,10 @@ def test_program_on_samples(tmp_path, foundation, capsys):
     fid = distance(fake, tokens(foundation, np.stack([np.asarray(image) for image in real])))
     assert report["metrics"]["fid"] == pytest.approx(fid, rel=1e-3)
     out = capsys.readouterr().out
-    assert f"{fid:.4f}" in out and "guidance        2.0" in out and "sfid            not measured" in out
+    assert f"{fid:.4f}" in out and "guidance          2.0" in out and "sfid            not measured" in out
+    how = {"decoder": "pil", "decoded_on": "cpu", "exif_rotation": False, "crop": "center", "image_size": 16}
+    assert report["reference"]["files"] == {"resized": 40} | how
+    assert report["basis"]["fid"]["resize"].startswith("16 × 16") and report["networks"][0]["sha256"] in out
     refuses_to_set(set(report) - set(FACTS) - {"seed"}, run)
 
 
@@ -154,7 +148,7 @@ def test_program_on_a_tokenizer(tmp_path, tokenizer, foundation, monkeypatch):
     write_export(tmp_path / "vae.safetensors", tokenizer.state_dict(), tokenizer.config, step=1)
     folder = save_folder(tmp_path / "originals", images(16, 20))
 
-    def no_download(weights, device):
+    def no_download(weights, device, download):
         raise RuntimeError("could not download VGG-16")
 
     monkeypatch.setattr(evaluate, "perceptual_distance", no_download)
@@ -217,7 +211,7 @@ def test_weights_that_were_named_are_not_left_out(tmp_path, monkeypatch, option,
     if content is not None:
         weights.write_bytes(content)
     if option == "--lpips-weights":
-        monkeypatch.setattr(evaluate, "_extractor", lambda args: means)
+        monkeypatch.setattr(evaluate, "_extractor", lambda args, device: means)
     folders = ["--originals", str(tmp_path / "originals"), "--reconstructions", str(tmp_path / "decoded")]
     with pytest.raises(ValueError, match="named"):
         evaluate.main([*folders, "--device", "cpu", option, str(weights), "--output", str(tmp_path / "r.json")])
@@ -267,9 +261,15 @@ def test_program_takes_the_reference_of_a_config(tmp_path, foundation, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of --samples, --originals and --latents, got 0 of them"),
-        (["--samples", "a", "--originals", "b"], "one of --samples, --originals and --latents, got 2 of them"),
-        (["--samples", "a", "--latents", "b"], "one of --samples, --originals and --latents, got 2 of them"),
+        ([], "one of --samples, --originals, --latents and --write-reference, got 0 of them"),
+        (
+            ["--samples", "a", "--originals", "b"],
+            "one of --samples, --originals, .*, got 2 of them",
+        ),
+        (
+            ["--samples", "a", "--latents", "b"],
+            "one of --samples, --originals, .*, got 2 of them",
+        ),
         (["--latents", "{here}/none"], "none is not a directory"),
         (["--originals", "b"], "either --reconstructions or --tokenizer"),
         (["--samples", "a"], "no reference"),
@@ -299,112 +299,6 @@ def test_program_refuses(arguments, message, tmp_path):
         evaluate.main([a.format(here=tmp_path) for a in arguments])
 
 
-SAMPLES = ["--samples", "a", "--reference", "b"]
-PAIRS = ["--originals", "a", "--reconstructions", "b"]
-DECODED = ["--originals", "a", "--tokenizer", "t"]
-LATENTS = ["--latents", "a"]
-UNUSED = [
-    *(
-        (question, option, "changes nothing")
-        for question, options in (
-            (
-                SAMPLES,
-                (
-                    "--reconstructions x",
-                    "--tokenizer x",
-                    "--posterior mode",
-                    "--seed 1",
-                    "--vectors 9",
-                    "--repeats 2",
-                    "--lpips-weights x",
-                    "--crop published_eval",
-                    "--inception-weights x --foundation y",
-                    "run.yaml",
-                ),
-            ),
-            (
-                PAIRS,
-                (
-                    "--reference x",
-                    "--vectors 9",
-                    "--repeats 2",
-                    "--posterior mode",
-                    "--seed 1",
-                    "--crop published_eval",
-                    "--decoder dali",
-                    "--inception-weights x --foundation y",
-                ),
-            ),
-            (DECODED, ("--reference x", "--vectors 9", "--repeats 2", "--decoder dali", "--crop published_eval")),
-            (
-                LATENTS,
-                (
-                    "--reference x",
-                    "--reconstructions x",
-                    "--tokenizer x",
-                    "--image-size 8",
-                    "--crop published_eval",
-                    "--decoder dali",
-                    "--posterior mode",
-                    "--inception-weights x",
-                    "--foundation x",
-                    "--lpips-weights x",
-                    "--batch-size 8",
-                    "--allow-few",
-                ),
-            ),
-        )
-        for option in options
-    ),
-    (DECODED, "--reconstructions x", "needs either --reconstructions or --tokenizer"),
-]
-
-
-@pytest.mark.parametrize(("question", "option", "message"), UNUSED)
-def test_an_option_that_would_change_nothing_is_refused(question, option, message):
-    given = option.split()[0]
-    with pytest.raises(ValueError, match=message) as error:
-        evaluate.main([*question, *option.split()])
-    assert ("CONFIG" if given == "run.yaml" else given) in str(error.value)
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """Whatever is asked, it must not come to measuring."""
-    for name in ("_samples", "_reconstructions", "_latents"):
-        monkeypatch.setattr(evaluate, name, None)
-
-
-@pytest.mark.parametrize(
-    ("output", "why"),
-    [
-        ("folder", "cannot write {here}/folder: it is a directory"),
-        ("file/r.json", "cannot write {here}/file: File exists"),
-        ("pipe", "cannot write {here}/pipe: it is a named pipe"),
-        ("file", "--output {here}/file is already there and is no result of evaluate"),
-        ("facts.json", "--output {here}/facts.json is already there and is no result of evaluate"),
-    ],
-)
-@pytest.mark.parametrize("question", [SAMPLES, PAIRS, LATENTS])
-def test_where_a_result_cannot_go_is_said_before_it_is_measured(tmp_path, unmeasured, question, output, why):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "facts.json").write_text('{"solver": "euler"}')
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises((ValueError, OSError), match=why.format(here=tmp_path)):
-        evaluate.main([*question, "--output", str(tmp_path / output)])
-    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_result_of_an_earlier_version_and_what_a_link_leads_to_are_replaced(tmp_path, monkeypatch):
-    """Earlier versions wrote infinity for the PSNR of equal images."""
-    (tmp_path / "result.json").write_text('{"metrics": {"psnr": Infinity}}')
-    (tmp_path / "link.json").symlink_to("result.json")
-    monkeypatch.setattr(evaluate, "_latents", lambda args: {"metrics": {"gini": 0.5}, "skipped": {}, "notes": []})
-    assert evaluate.main([*LATENTS, "--output", str(tmp_path / "link.json")]) == 0
-    assert (tmp_path / "link.json").is_symlink() and "gini" in (tmp_path / "result.json").read_text()
-
-
 @pytest.mark.parametrize("value", [".nan", ".inf", "{a: [1, -.inf]}"])
 def test_metadata_that_json_cannot_hold_are_refused_before_anything_is_measured(tmp_path, value):
     latents = str(toy.write_latents(tmp_path / "latents"))
@@ -425,8 +319,27 @@ def test_a_figure_that_is_not_finite_is_none(tmp_path, monkeypatch, capsys, valu
     result = {"metrics": {"gini": 0.5, "density_cv": value}, "skipped": {}, "notes": []}
     monkeypatch.setattr(evaluate, "_latents", lambda args: result)
     with pytest.raises(ValueError, match=r"not finite, so no figure, of a: density_cv$"):
-        evaluate.main([*LATENTS, "--output", str(tmp_path / "r.json")])
+        evaluate.main(["--latents", "a", "--output", str(tmp_path / "r.json")])
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "labels", "message"),
+    [
+        ({"num_samples": 50_000}, [0, 1, 2], "holds 3 images, the metadata beside them promise 50,000"),
+        ({}, [0, 1], "arr_1 has 2 labels of 3 images"),
+        ({"classes": ["a", "b"]}, [0, 1, 2], "image 2 has label 2; labels are 0 to 1"),
+    ],
+)
+def test_samples_that_are_not_as_described_are_refused_before_networks_are_loaded(
+    tmp_path, monkeypatch, facts, labels, message
+):
+    monkeypatch.setattr(evaluate, "_extractor", None)
+    np.savez(tmp_path / "samples.npz", images(0, 3).numpy(), np.array(labels))
+    (tmp_path / "samples.json").write_text(json.dumps(facts))
+    np.savez(tmp_path / "real.npz", images(1, 3).numpy())
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(["--samples", f"{tmp_path}/samples.npz", "--reference", f"{tmp_path}/real.npz"])
 
 
 def test_pairs_of_other_numbers_are_named_before_networks_are_loaded(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch_fidelity import metric_kid
 
 from launch.evaluation import runner
 from launch.evaluation.image_source import open_images
@@ -69,9 +70,25 @@ def test_samples_against_images():
     assert got["metrics"]["fid"] == pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)
     precision, recall = (share_inside(*map(quarters, pair)) for pair in ((real, fake), (fake, real)))
     assert (got["metrics"]["precision"], got["metrics"]["recall"]) == (precision, recall) and precision > recall
-    assert got["samples"] == 30 and got["samples_sha256"] == hashlib.sha256(fake.numpy().tobytes()).hexdigest()
-    assert {key: got[key] for key in FACTS} == FACTS and got["notes"] == []
-    assert set(got["skipped"]) == {"sfid", "inception_score"}
+    hashes = b"".join(hashlib.sha256(image.numpy().tobytes()).digest() for image in fake)
+    assert got["samples"] == 30 and got["samples_sha256"] == hashlib.sha256(hashes).hexdigest()
+    assert {key: got[key] for key in FACTS} == FACTS
+    (note,) = got["notes"]
+    assert note.startswith("30 samples: Fréchet distances fall as N grows")
+    kid = metric_kid.kid_features_to_metric(
+        *(torch.from_numpy(quarters(x)) for x in (fake, real)), kid_subset_size=30, verbose=False
+    )
+    assert got["metrics"]["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-5)
+    assert got["metrics"]["kid_std"] == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-5)
+    assert got["basis"]["kid"] == {
+        "images": 30,
+        "reference": 40,
+        "network": "means",
+        "features": "features",
+        "resize": "",
+        "how": "100 subsets of 30",
+    }
+    assert set(got["skipped"]) == {"sfid", "inception_score", "fdd"}
     assert json.loads(json.dumps(got)) == got
 
 
@@ -84,7 +101,8 @@ def test_samples_against_statistics(tmp_path):
     assert got["metrics"] == {"fid": pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)}
     assert "statistics alone" in got["skipped"]["precision, recall"]
     assert got["nfe"] == "not stated" and got["seed"] == 3 and got["solver"] == "heun"
-    assert got["notes"] == ["not stated by whoever made the images: nfe, dtype, guidance, hashes"]
+    missing = "nfe, dtype, guidance, hashes, guidance_scale, guidance_interval, labels, weights"
+    assert got["notes"][1:] == [f"not stated by whoever made the images: {missing}"]
     assert got["reference"]["sha256"] == hashlib.sha256((tmp_path / "stats.npz").read_bytes()).hexdigest()
 
     # Statistics win over the images beside them, which still serve precision and recall.
@@ -175,7 +193,8 @@ def test_too_small_or_too_few_images_are_named(tmp_path):
         evaluate_samples(open_images(one), reference, means, metadata=FACTS, allow_few=True)
     few = MemoryImages(images(2, 3))
     got = evaluate_samples(few, runner.Reference("r", MemoryImages(images(1))), means, metadata={}, allow_few=True)
-    assert got["metrics"].keys() == {"fid"} and got["skipped"]["precision, recall"].startswith("need more than 3")
+    assert got["metrics"].keys() == {"fid", "kid", "kid_std"}
+    assert got["skipped"]["precision, recall"].startswith("need more than 3")
 
 
 def test_equal_images_have_no_ratio_of_signal_to_noise(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.evaluation.image_source import EncodedImages, NpzImages, npz_names, open_images, read_npz
+from launch.evaluation.encoded_images import EncodedImages, is_lossy
+from launch.evaluation.image_source import open_images
+from launch.evaluation.npz_file import NpzImages, npz_names, read_npz, read_text_of
 from launch.evaluation.runner import open_reference
 from tests.measured import images, save_folder
 from vavae.images import center_crop
@@ -34,6 +36,8 @@ def test_folders_and_npz_files_give_the_same_images(tmp_path):
             batches = list(source.batches(3))
             assert [len(b) for b in batches] == [3, 3, 1]
             assert torch.equal(torch.cat(batches), pixels)
+        share = list(source.batches(2, 3, 6))
+        assert [len(b) for b in share] == [2, 1] and torch.equal(torch.cat(share), pixels[3:6])
 
 
 def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
@@ -167,3 +171,47 @@ def test_an_npz_is_not_cropped(tmp_path):
     np.savez(tmp_path / "a.npz", images(0, 3, size=20, width=27).numpy())
     with pytest.raises(ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders"):
         open_images(tmp_path / "a.npz", 16)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+def test_files_that_were_stored_with_loss_or_in_another_size_are_counted(tmp_path):
+    picture, large = (Image.fromarray(images(3, 1, size=size)[0].numpy()) for size in (16, 20))
+    (tmp_path / "a.png").write_bytes(saved(picture, "PNG"))
+    (tmp_path / "b.png").write_bytes(saved(large, "JPEG"))  # what a file is, its content says
+    (tmp_path / "c.webp").write_bytes(saved(picture, "WEBP", quality=80))
+    (tmp_path / "d.webp").write_bytes(saved(picture, "WEBP", lossless=True))
+    source = EncodedImages(tmp_path, 16)
+    assert len(list(source.batches(1))) == 4
+    assert source.seen(0, 4) == {"lossy": 2, "resized": 1}
+    list(source.batches(1))
+    assert source.seen(0, 4) == {"lossy": 2, "resized": 1}  # each once
+    assert source.seen(0, 1) == {"lossy": 0, "resized": 0} and source.seen(2, 4) == {"lossy": 1, "resized": 0}
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_lossy_webp_is_told_from_lossless_also_where_it_is_extended(lossless, frames):
+    pictures = [Image.fromarray(images(seed, 1)[0].numpy()) for seed in range(frames)]
+    content = saved(pictures[0], "WEBP", save_all=True, append_images=pictures[1:], lossless=lossless, exif=b"x" * 9)
+    assert content[12:16] == b"VP8X" and is_lossy(content) is not lossless
+
+
+def test_a_text_of_an_npz_is_read_without_running_anything(tmp_path):
+    np.savez(tmp_path / "a.npz", facts=np.array("N = 3, größer"), other=np.zeros(3))
+    np.savez(tmp_path / "b.npz", facts=np.array([{"a": 1}], dtype=object))
+    assert read_text_of(tmp_path / "a.npz", "facts") == "N = 3, größer"
+    assert read_text_of(tmp_path / "a.npz", "none") is None
+    for name, of in (("a", "other"), ("b", "facts")):
+        with pytest.raises(ValueError, match=rf"{name}\.npz: {of} must be a text"):
+            read_text_of(tmp_path / f"{name}.npz", of)
+
+
+def test_pixels_that_are_floats_are_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 16), dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif: its pixels are floats"):
+        list(open_images(tmp_path).batches(1))

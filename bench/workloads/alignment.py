@@ -93,7 +93,7 @@ class Material:
         name: of the images, in tables.
         images, heldout: what is trained on, and compared with.
         foundation, inception_weights: weights of that network, see `launch.evaluation.features`; without either,
-            Inception is downloaded.
+            the Inception that was downloaded before.
         repeats: draws of latents that uniformity is averaged over.
         allow_few: compare no more images than there are features.
         digits: whether images are the demo's digits, whose classifiers say more.

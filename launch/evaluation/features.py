@@ -1,83 +1,75 @@
-"""Feature extractors of images: the 2015 Inception network of the published figures, or a foundation model.
+"""Feature extractors of images, each a function from uint8 images `[B, H, W, 3]` to named features.
 
-An extractor is a function from uint8 images `[B, H, W, 3]` to named features: `features [B, D]` (Fréchet distance,
-precision and recall) and, from Inception only, `spatial [B, D']` (sFID) and `logits [B, classes]` (inception score).
+    features [B, D]      FID, KID, precision, recall: Inception's, or a foundation model's in its place
+    spatial [B, D']      sFID, and
+    logits [B, classes]  the inception score: of Inception alone
+    dinov2 [B, D'']      FDD
+
+An extractor may have a `name`, and `facts` for the result: its weights and their hash, its features, how it resizes.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.files import FileError
+from common.files import FileError, sha256
 from common.records import Record, read_record
 from common.sections import SmallCount
-from common.tensors import WeightsError, read_tensors, save_pickled
+from launch.evaluation.inception import InceptionFeatures
 from vavae.config import FoundationConfig
 from vavae.foundation import FoundationModel
 from vavae.images import to_float_batch
 
+__all__ = [
+    "Extractor",
+    "FoundationFeatures",
+    "FoundationRecord",
+    "InceptionFeatures",
+    "TogetherFeatures",
+    "facts_of",
+    "giver",
+]
+
 Extractor = Callable[[Tensor], Mapping[str, Tensor]]
 
 
-class InceptionFeatures:
-    """Inception v3 with the weights and the resizing of the TensorFlow original, through torch-fidelity.
+class TogetherFeatures:
+    """Several extractors as one, so that each image is decoded once for all of them."""
 
-    `features` is the last pooling (2048), `spatial` the first 7 channels of the first branch of `mixed_6` (17·17·7 =
-    2023, as the ADM evaluator takes them), `logits` the 1008 class scores without their bias.
+    def __init__(self, *extractors: Extractor):
+        self._extractors = extractors
+        self.name = ", ".join(facts["name"] for facts in facts_of(self))
 
-    Args:
-        weights: torch-fidelity's file; None downloads it (once, 91 MB).
-        device: where to run.
+    @property
+    def parts(self) -> tuple[Extractor, ...]:
+        """The extractors."""
+        return self._extractors
 
-    Raises:
-        ValueError: no such file, not those weights, or no download.
-    """
-
-    name = "inception-v3 (torch-fidelity)"
-
-    def __init__(self, weights: str | Path | None, device: torch.device | str = "cpu"):
-        self._net = _inception(weights).to(device)
-        self._device = device
-        self._spatial = None
-        self._net.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
-
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        features, logits = self._net(images.permute(0, 3, 1, 2).to(self._device))
-        return {"features": features, "logits": logits, "spatial": self._spatial}
+        found: dict[str, Tensor] = {}
+        for extractor in self._extractors:
+            own = extractor(images)
+            if both := found.keys() & own.keys():
+                raise ValueError(f"two networks give {', '.join(sorted(both))}")
+            found |= own
+        return found
 
 
-def _inception(weights: str | Path | None) -> nn.Module:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    if weights is None:
-        return _build_inception(FeatureExtractorInceptionV3, None, None)
-    try:
-        tensors = read_tensors(weights, ())
-    except WeightsError as e:
-        raise ValueError(f"--inception-weights cannot be read as weights: {e}") from None
-    # torch-fidelity unpickles without weights_only, which may run code: it gets a file of the tensors alone.
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "inception.pth")
-        save_pickled(path, tensors)
-        return _build_inception(FeatureExtractorInceptionV3, weights, path)
+def facts_of(extractor: Extractor) -> list[dict[str, Any]]:
+    """For the result, of each network: `name`, and what else it says of itself: `gives` (features → what they are),
+    `resize`, `weights` and their `sha256`, `published`: whether that is the hash of the published file."""
+    if isinstance(extractor, TogetherFeatures):
+        return [facts for part in extractor.parts for facts in facts_of(part)]
+    name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
+    return [{"name": name} | getattr(extractor, "facts", {})]
 
 
-def _build_inception(network: type[nn.Module], weights: str | Path | None, path: str | None) -> nn.Module:
-    try:
-        return network("inception-v3-compat", ["2048", "logits_unbiased"], path)
-    except URLError as e:
-        advice = "name torch-fidelity's file with --inception-weights, or local features with --foundation"
-        raise ValueError(f"the Inception weights could not be downloaded ({e.reason}); {advice}") from None
-    except RuntimeError as e:  # keys or shapes of another network
-        raise ValueError(f"{weights or 'the downloaded file'} is not torch-fidelity's Inception: {e}") from None
+def giver(extractor: Extractor, kind: str) -> dict[str, Any] | None:
+    """The facts of the network that gives features of a kind; None where none says so."""
+    return next((facts for facts in facts_of(extractor) if kind in facts.get("gives", {})), None)
 
 
 class FoundationRecord(Record):
@@ -90,9 +82,14 @@ class FoundationRecord(Record):
 class FoundationFeatures:
     """Means over the tokens of a frozen vision transformer, `features [B, width]` float32."""
 
-    def __init__(self, model: FoundationModel, name: str = "foundation model"):
+    def __init__(self, model: FoundationModel, name: str = "foundation model", facts: Mapping[str, Any] | None = None):
         self.name = name
         self._model = model
+        self.facts = {
+            **(facts or {}),
+            "gives": {"features": f"means over the tokens, {model.width}"},
+            "resize": f"{model.input_size} × {model.input_size}, {model.resize['mode']}",
+        }
 
     @classmethod
     def from_file(cls, path: str | Path, device: torch.device | str = "cpu") -> "FoundationFeatures":
@@ -103,7 +100,8 @@ class FoundationFeatures:
         except FileError as e:
             raise ValueError(f"{path} needs {beside.name} beside it, with its config and grid: {e}") from None
         model = FoundationModel.from_config(facts.config.model_copy(update={"weights": str(path)}), facts.grid)
-        return cls(model.to(device), f"foundation model {Path(path).name}")
+        named = {"weights": str(path), "sha256": sha256(path)}
+        return cls(model.to(device), f"foundation model {Path(path).name}", named)
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:

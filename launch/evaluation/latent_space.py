@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from common.seeds import mix, torch_seed
-from launch.evaluation.metrics import NOT_STATED, Uniformity, latent_uniformity
+from launch.evaluation.moments import NOT_STATED
+from launch.evaluation.uniformity import Uniformity, latent_uniformity
 from lightningdit.data import LatentDataset
 
 VECTORS = 10_000  # of the published figures

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from common.seeds import generator
+from common.tensors import is_downloaded
 from launch.evaluation.features import Extractor
 from launch.evaluation.image_source import ImageSource, image_sides, image_size
-from launch.evaluation.metrics import psnr, ssim
-from launch.evaluation.runner import check_count, make_result, measure, named_distance, require_one_size
+from launch.evaluation.notes import check_count
+from launch.evaluation.one_pass import measure_together
+from launch.evaluation.pixel_figures import psnr, ssim
+from launch.evaluation.reference import require_one_size
+from launch.evaluation.result import make_result
+from launch.evaluation.runner import named_distance
+from launch.evaluation.shares import ALONE, Share, rows_on_main
+from launch.runtime.processes import Processes
 from vavae import seeds
 from vavae.images import to_float_batch, to_uint8
-from vavae.loss import Perceptual
+from vavae.loss import VGG, Perceptual
 from vavae.model import AutoencoderKL
 
 
@@ -43,9 +50,10 @@ class Reconstructions:
         return len(self.originals)
 
     @torch.no_grad()
-    def batches(self, size: int) -> Iterator[Tensor]:
-        start, device = 0, next(self.tokenizer.parameters()).device
-        for images in self.originals.batches(size):
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """See `ImageSource.batches`."""
+        device = next(self.tokenizer.parameters()).device
+        for images in self.originals.batches(size, start, stop):
             encoding = self.tokenizer.encode(to_float_batch(images).to(device))
             z = encoding.mode()
             if self.posterior == "sample":
@@ -62,9 +70,15 @@ class Reconstructions:
 
 
 def perceptual_distance(
-    weights: str | Path | None, device: torch.device | str = "cpu"
+    weights: str | Path | None, device: torch.device | str = "cpu", download: bool = False
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS (VGG-16) between two batches of uint8 images, `[B]`; raises where the backbone's weights cannot be had."""
+    """LPIPS (VGG-16) between two batches of uint8 images, `[B]`.
+
+    weights: of the backbone, in torchvision's layout; None takes those that were downloaded before or, where
+    `download` says so, are now. Raises ValueError or DownloadError where they cannot be had.
+    """
+    if weights is None and not download and not is_downloaded(VGG.url):
+        raise ValueError("LPIPS's VGG-16 is not here: name torchvision's file, or have it downloaded with --download")
     net = Perceptual.from_weights(None if weights is None else str(weights)).to(device)
 
     @torch.no_grad()
@@ -84,11 +98,16 @@ def evaluate_reconstructions(
     batch_size: int = 64,
     allow_few: bool = False,
     skipped: Mapping[str, str] | None = None,
+    processes: Processes = ALONE,
 ) -> dict:
     """`rfid`, `psnr` (dB), `lpips` and `ssim` of 8-bit reconstructions: means over the images, in the originals' order.
 
     Args:
         extractor, lpips: None leaves their figures out; `skipped` says why.
+        processes: that measure together, each a stretch of the images.
+
+    Returns:
+        On every process, a JSON-ready dict.
 
     Raises:
         ValueError: another number or size of images, or too few of them for `rfid`.
@@ -96,29 +115,40 @@ def evaluate_reconstructions(
     require_pairs(originals, reconstructions)
     _require_sides(originals, *(("LPIPS", 16) if lpips else ("SSIM", 11)))
     pairs = _PairSource(originals, reconstructions, lpips)
-    skipped = dict(skipped or {})
+    real = decoded = None
     if extractor is None:
-        skipped.setdefault("rfid", "no network was given to compare by")
-        for _ in pairs.batches(batch_size):
+        share = Share.of(len(originals), batch_size, processes)
+        for _ in pairs.batches(batch_size, share.start, share.stop):
             pass
-        metrics, notes = {}, []
     else:
-        real, decoded = measure(originals, extractor, batch_size), measure(pairs, extractor, batch_size)
-        notes = check_count(real, allow_few, "images")
-        names = reconstructions.description, originals.description
-        metrics = {"rfid": named_distance(decoded.features.moments, real.features.moments, names)}
-    if lpips is None:
-        skipped.setdefault("lpips", "no network was given to compare by")
-    metrics |= {name: torch.cat(values).mean().item() for name, values in pairs.values.items() if values}
-    if equal := int(torch.cat(pairs.values["psnr"]).isinf().sum()):
-        del metrics["psnr"]
-        skipped["psnr"] = f"infinite: {equal} of {len(originals)} reconstructions are equal to their originals"
-    facts = {
-        "images": len(originals),
-        "originals": originals.description,
-        "reconstructions": reconstructions.description,
-    }
-    return make_result(metrics, skipped, notes, facts, extractor, metadata)
+        real = measure_together(originals, extractor, batch_size, processes, keep=())
+        decoded = measure_together(pairs, extractor, batch_size, processes, keep=())
+    values = {name: rows_on_main(processes, pairs.of(name)) for name in pairs.figures}
+
+    def result() -> dict:
+        missing, metrics, notes = dict(skipped or {}), {}, []
+        if real is None or decoded is None:
+            missing.setdefault("rfid", "no network was given to compare by")
+        else:
+            notes = check_count(real, allow_few, "images")
+            names = reconstructions.description, originals.description
+            metrics = {"rfid": named_distance(decoded.features.moments, real.features.moments, names)}
+        if lpips is None:
+            missing.setdefault("lpips", "no network was given to compare by")
+        metrics |= {name: found.mean().item() for name, found in values.items() if found is not None}
+        ratios = values["psnr"]
+        assert ratios is not None
+        if equal := int(ratios.isinf().sum()):
+            del metrics["psnr"]
+            missing["psnr"] = f"infinite: {equal} of {len(originals)} reconstructions are equal to their originals"
+        facts = {
+            "images": len(originals),
+            "originals": originals.description,
+            "reconstructions": reconstructions.description,
+        }
+        return make_result(metrics, missing, notes, facts, extractor, metadata)
+
+    return processes.on_main(result)
 
 
 def require_pairs(originals: ImageSource, reconstructions: ImageSource) -> None:
@@ -150,9 +180,16 @@ class _PairSource:
     def __len__(self) -> int:
         return len(self.originals)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def of(self, figure: str) -> Tensor:
+        """The values of a figure, float64 [n], of the pairs that were gone through."""
+        return torch.cat([value.double() for value in self.values.get(figure, [])] or [torch.empty(0).double()])
+
+    def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """See `ImageSource.batches`."""
         self.values = {name: [] for name in self.figures}
-        pairs = zip(self.originals.batches(size), self.reconstructions.batches(size), strict=True)
+        pairs = zip(
+            self.originals.batches(size, start, stop), self.reconstructions.batches(size, start, stop), strict=True
+        )
         for original, decoded in pairs:
             for name, figure in self.figures.items():
                 self.values[name].append(figure(original, decoded))

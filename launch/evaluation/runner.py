@@ -1,114 +1,46 @@
-"""One pass over images through a network, and the figures of samples against a reference set."""
+"""The figures of samples against a reference set, by one pass over the images of each."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from common.files import sha256
-from launch.evaluation.features import Extractor
-from launch.evaluation.image_source import (
-    AS_PUBLISHED,
-    Decoding,
-    ImageSource,
-    image_size,
-    npz_names,
-    open_images,
-    read_npz,
-)
-from launch.evaluation.metrics import (
-    NOT_STATED,
-    FeatureStatistics,
-    Moments,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-    require_moments,
-)
+from launch.evaluation.features import Extractor, facts_of, giver
+from launch.evaluation.frechet import frechet_distance
+from launch.evaluation.image_source import ImageSource
+from launch.evaluation.inception_score import inception_score
+from launch.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_distance
+from launch.evaluation.labels import Labels
+from launch.evaluation.moments import Moments
+from launch.evaluation.notes import check_count, count_notes, image_notes, network_notes
+from launch.evaluation.one_pass import MAX_KEPT, ImageFeatures, measure, measure_together
+from launch.evaluation.precision_recall import precision_recall
+from launch.evaluation.reference import Reference, open_reference, require_comparable
+from launch.evaluation.result import REQUIRED_OF_SAMPLES, make_result, with_guidance
+from launch.evaluation.self_test import check_extractor, self_test
+from launch.evaluation.shares import ALONE
+from launch.runtime.processes import Processes
 
-REQUIRED_METADATA = ("solver", "nfe", "dtype", "guidance", "hashes")  # facts that no figure may be without
+__all__ = [
+    "MAX_KEPT",
+    "NEAREST_K",
+    "ImageFeatures",
+    "Reference",
+    "evaluate_samples",
+    "measure",
+    "named_distance",
+    "open_reference",
+]
+
 NEAREST_K = 3  # of precision and recall
-MAX_KEPT = 50_000  # images whose features are kept for precision and recall; 0.4 GB of Inception's
-_PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))  # of features, and of spatial ones, in a file of statistics
-
-
-@dataclass
-class ImageFeatures:
-    """The result of one pass over images."""
-
-    description: str
-    count: int
-    sha256: str = ""  # of all pixels in order
-    features: FeatureStatistics = field(default_factory=FeatureStatistics)
-    spatial: FeatureStatistics = field(default_factory=FeatureStatistics)
-    kept: Tensor | None = None  # [N, D] float32, None of more than MAX_KEPT images
-    logits: Tensor | None = None
-
-
-def measure(images: ImageSource, extractor: Extractor, batch_size: int = 64) -> ImageFeatures:
-    """One pass over `images` through the extractor; raises ValueError for features that are not finite."""
-    digest, result = hashlib.sha256(), ImageFeatures(images.description, len(images))
-    kept, logits = [], []
-    for batch in tqdm(images.batches(batch_size), total=-(-len(images) // batch_size), disable=None, leave=False):
-        digest.update(batch.contiguous().numpy().tobytes())
-        found = {name: value.float().cpu() for name, value in extractor(batch).items()}
-        try:
-            result.features.update(found["features"])
-            if "spatial" in found:
-                result.spatial.update(found["spatial"])
-        except ValueError as e:
-            raise ValueError(f"{images.description}: {e}") from None
-        if "logits" in found:
-            logits.append(found["logits"])
-        if len(images) <= MAX_KEPT:
-            kept.append(found["features"])
-    result.sha256 = digest.hexdigest()
-    result.kept = torch.cat(kept) if kept else None
-    result.logits = torch.cat(logits) if logits else None
-    return result
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Real images, their statistics, or both: then the images serve precision and recall alone."""
-
-    description: str
-    images: ImageSource | None = None
-    features: Moments | None = None
-    spatial: Moments | None = None
-    sha256: str | None = None  # of the statistics file
-
-
-def open_reference(
-    path: str | Path, image_size: int | None = None, crop: str = "center", decoding: Decoding = AS_PUBLISHED
-) -> Reference:
-    """Image files (see `open_images`), or an npz with statistics (`mu`, `sigma`, and `mu_s`, `sigma_s`), images
-    (`arr_0`) or both.
-
-    Raises ValueError for an npz with neither, with half of a pair, or with statistics of which there is no distance.
-    """
-    path = Path(path)
-    names = npz_names(path) if path.suffix == ".npz" and path.is_file() else []
-    statistics = [name for pair in _PAIRS for name in pair if name in names]
-    if not statistics:
-        return Reference(str(path), images=open_images(path, image_size, crop, decoding))
-    for mean, covariance in _PAIRS:
-        if (mean in names) != (covariance in names):
-            raise ValueError(f"{path} holds only one of {mean!r} and {covariance!r}")
-    if "mu" not in names:
-        raise ValueError(f"{path} holds no 'mu' and 'sigma'")
-    pairs = {name: torch.from_numpy(read_npz(path, name)) for name in statistics}
-    for mean, covariance in _PAIRS:
-        if mean in pairs:
-            require_moments(pairs[mean], pairs[covariance], (f"{path}: {mean}", f"{path}: {covariance}"))
-    spatial = (pairs["mu_s"], pairs["sigma_s"]) if "mu_s" in pairs else None
-    images = open_images(path) if "arr_0" in names else None
-    return Reference(str(path), images, (pairs["mu"], pairs["sigma"]), spatial, sha256(path))
+#: Figure → the features that it compares, each a Fréchet distance.
+_DISTANCES = {"fid": "features", "sfid": "spatial", "fdd": "dinov2"}
+_MISSING = {
+    "fid": "needs Inception's features, or a foundation model's in their place",
+    "sfid": "needs Inception's spatial features of the samples and of the reference",
+    "fdd": "needs DINOv2's features of the samples and of the reference (--dinov2-weights)",
+}
 
 
 def evaluate_samples(
@@ -119,83 +51,148 @@ def evaluate_samples(
     metadata: Mapping[str, Any],
     batch_size: int = 64,
     allow_few: bool = False,
+    labels: Labels | None = None,
+    processes: Processes = ALONE,
 ) -> dict:
     """Fréchet distance `fid` of samples to the reference, and what else the extractor and the reference allow:
-    `sfid`, `inception_score`, `precision`, `recall`.
+    `sfid`, `inception_score`, `precision`, `recall`, `kid` (and `kid_std`), `fdd`. A self-test comes first.
 
     Args:
-        metadata: what the samples were made by; of `solver, nfe, dtype, guidance, hashes` those that are missing are
-            said to be.
+        extractor: one, or several as a `TogetherFeatures`.
+        metadata: what the samples were made by; of `REQUIRED_OF_SAMPLES` those that are missing are said to be.
         allow_few: measure even with no more samples than features, where the covariance is singular and the distance
             far too large.
+        labels: of the samples, as `read_labels` finds them.
+        processes: that measure together; its device is where distances are computed.
 
     Returns:
-        A JSON-ready dict: `metrics`, `samples` (their number), `samples_sha256`, `reference`, `features`, the metadata,
-        `skipped` (figure → reason), `notes`.
+        On every process, a JSON-ready dict: `metrics`, `basis` (figure → of how many images, by what), `samples` (their
+        number), `samples_sha256`, `reference`, `features`, `networks`, `self_test`, the metadata, `skipped` (figure →
+        reason), `notes`.
 
     Raises:
-        ValueError: images of another size than the reference's, too few samples, features of another width than the
-            reference's, non-finite features.
+        ValueError: images of another size than the reference's, too few samples, features of another width or network
+            than the reference's, non-finite features, a self-test that fails.
     """
-    if reference.images is not None:
-        require_one_size(samples, reference.images)
-    _require_widths(reference, samples, extractor)
-    got = measure(samples, extractor, batch_size)
-    notes = check_count(got, allow_few)
+    tested = self_test(str(processes.device))
+    require_comparable(samples, reference, extractor)
+    check_extractor(extractor, next(iter(samples.batches(2))))
+    got = measure_together(samples, extractor, batch_size, processes)
     real = None
     # Statistics beside images spare a pass over a large set; one small enough for precision and recall is used.
-    if reference.images is not None and (reference.features is None or len(reference.images) <= MAX_KEPT):
-        real = measure(reference.images, extractor, batch_size)
-    if real is not None and reference.features is None:
-        notes += check_count(real, allow_few, "reference images")
-    metrics, skipped = {}, {}
-    names = samples.description, reference.description
-    metrics["fid"] = named_distance(got.features.moments, reference.features or real.features.moments, names)
-    spatial = reference.spatial or (real.spatial.moments if real is not None and real.spatial.count else None)
-    if spatial is None or not got.spatial.count:
-        skipped["sfid"] = "needs Inception's spatial features of the samples and of the reference"
-    else:
-        metrics["sfid"] = named_distance(got.spatial.moments, spatial, names)
-    if got.logits is None:
-        skipped["inception_score"] = "needs Inception's class scores"
-    else:
-        metrics["inception_score"] = inception_score(got.logits)
-    if real is None or got.kept is None or real.kept is None:
-        skipped["precision, recall"] = (
-            f"need at most {MAX_KEPT:,} samples and as many reference images, not statistics alone"
-        )
-    elif min(real.count, got.count) <= NEAREST_K:
-        skipped["precision, recall"] = f"need more than {NEAREST_K} samples and reference images"
-    else:
-        metrics["precision"], metrics["recall"] = precision_recall(real.kept, got.kept, NEAREST_K)
-    about = {"images": real.count if real else None, "sha256": reference.sha256 or real.sha256}
-    facts = {"samples": got.count, "samples_sha256": got.sha256}
-    facts["reference"] = {"path": reference.description, **about}
-    return make_result(metrics, skipped, notes, facts, extractor, metadata)
+    if reference.images is not None and (not _has_all(reference, extractor) or len(reference.images) <= MAX_KEPT):
+        real = measure_together(reference.images, extractor, batch_size, processes, keep=("features",))
 
-
-def require_one_size(first: ImageSource, second: ImageSource) -> None:
-    """Raise ValueError where two sources hold images of different sizes: the extractor scales
-    its input, and the figures would be silently wrong."""
-    sizes = [image_size(images) for images in (first, second)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{first.description} holds images of {sizes[0]}, {second.description} of {sizes[1]}: they "
-            "cannot be compared (--image-size crops those of folders to one size)"
+    def result() -> dict:
+        assert got is not None
+        compared = _Comparison(got, real, reference, extractor, processes.device)
+        notes = check_count(got, allow_few)
+        if real is not None and reference.features is None:
+            notes += check_count(real, allow_few, "reference images")
+        compared.measure()
+        notes += [*count_notes(got.count), *image_notes(got, real), *(labels.notes() if labels else [])]
+        notes += [*compared.notes, *network_notes(extractor)]
+        about: dict[str, Any] = {"path": reference.description, "images": None, "sha256": reference.sha256}
+        if real is not None:
+            about |= {"images": real.count, "sha256": reference.sha256 or real.sha256}
+            about["files"] = real.seen | getattr(reference.images, "facts", {})
+        facts = {
+            "basis": compared.basis,
+            "samples": got.count,
+            "samples_sha256": got.sha256,
+            "reference": about | {"statistics": reference.facts},
+            "self_test": dict(tested),
+        }
+        if labels is not None:
+            facts["labels"] = labels.facts
+        return make_result(
+            compared.metrics,
+            compared.skipped,
+            notes,
+            facts,
+            extractor,
+            with_guidance(metadata),
+            required=REQUIRED_OF_SAMPLES,
         )
 
+    return processes.on_main(result)
 
-def _require_widths(reference: Reference, samples: ImageSource, extractor: Extractor) -> None:
-    """Raise ValueError, before a pass over all samples, where the reference's statistics are of other features."""
-    if reference.features is None:
-        return
-    found = extractor(next(iter(samples.batches(1))))
-    for name, known in (("features", reference.features), ("spatial", reference.spatial)):
-        if known is not None and name in found and (width := found[name].shape[1]) != known[0].numel():
-            raise ValueError(
-                f"{reference.description} holds statistics of {known[0].numel()} {name}; the network to "
-                f"compare by gives {width}, so they are another's"
-            )
+
+def _has_all(reference: Reference, extractor: Extractor) -> bool:
+    """Whether the statistics of a reference serve all distances that the extractor allows, but the optional ones."""
+    wanted = {"dinov2"} if giver(extractor, "dinov2") else set()
+    return {"features", *wanted} <= reference.moments.keys()
+
+
+@dataclass
+class _Comparison:
+    """Samples beside a reference, and the figures of the two."""
+
+    got: ImageFeatures
+    real: ImageFeatures | None
+    reference: Reference
+    extractor: Extractor
+    device: torch.device
+    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    basis: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def measure(self) -> None:
+        """Take all figures that can be taken; say why of the others."""
+        for figure in ("fid", "sfid"):
+            self._distance(figure)
+        if self.got.logits is None:
+            self.skipped["inception_score"] = "needs Inception's class scores"
+        else:
+            self._add("inception_score", inception_score(self.got.logits), "logits", None)
+        self._of_single_images()
+        self._distance("fdd")
+
+    def _distance(self, figure: str) -> None:
+        kind = _DISTANCES[figure]
+        made, stated = self.got.moments.get(kind), self.reference.moments.get(kind)
+        own = self.real.moments.get(kind) if self.real is not None else None
+        of: str | int
+        if stated is not None:
+            known, images = stated, self.reference.facts.get("images")
+            of = f"statistics of {images:,}" if isinstance(images, int) else "statistics"
+        elif own is not None:
+            known, of = own.moments, own.count
+        else:
+            made = None
+        if made is None:
+            self.skipped[figure] = _MISSING[figure]
+            return
+        if stated is None and self.reference.moments:
+            self.notes.append(f"{figure} is to the {of:,} images of the reference, which has no statistics of {kind}")
+        names = self.got.description, self.reference.description
+        self._add(figure, named_distance(made.moments, known, names), kind, of)
+
+    def _of_single_images(self) -> None:
+        """Precision, recall and KID."""
+        real, fake = (found.kept if found is not None else None for found in (self.real, self.got))
+        if real is None or fake is None:
+            reason = f"need at most {MAX_KEPT:,} samples and as many reference images, not statistics alone"
+            self.skipped |= {"precision, recall": reason, "kid": reason}
+            return
+        if min(len(real), len(fake)) <= NEAREST_K:
+            self.skipped["precision, recall"] = f"need more than {NEAREST_K} samples and reference images"
+        else:
+            precision, recall = precision_recall(real, fake, NEAREST_K, device=self.device)
+            self._add("precision", precision, "features", len(real), f"k = {NEAREST_K}")
+            self._add("recall", recall, "features", len(real), f"k = {NEAREST_K}")
+        size = min(SUBSET_SIZE, len(real), len(fake))
+        kid = kernel_distance(fake, real, device=self.device)
+        subsets = f"{SUBSETS if len({size, len(real), len(fake)}) > 1 else 1} subsets of {size:,}"
+        self._add("kid", kid.mean, "features", len(real), subsets)
+        self._add("kid_std", kid.std, "features", len(real), subsets)
+
+    def _add(self, figure: str, value: float, kind: str, reference: Any, how: str | None = None) -> None:
+        self.metrics[figure] = value
+        by = giver(self.extractor, kind) or facts_of(self.extractor)[0]
+        about = {"images": self.got.count, "reference": reference, "network": by["name"], "features": kind}
+        self.basis[figure] = about | {"resize": by.get("resize", "")} | ({"how": how} if how else {})
 
 
 def named_distance(made: Moments, real: Moments, names: tuple[str, str]) -> float:
@@ -204,29 +201,3 @@ def named_distance(made: Moments, real: Moments, names: tuple[str, str]) -> floa
         return frechet_distance(*made, *real)
     except ValueError as e:
         raise ValueError(f"no distance of {names[0]} (mu1, sigma1) to {names[1]} (mu2, sigma2): {e}") from None
-
-
-def check_count(measured: ImageFeatures, allowed: bool, what: str = "samples") -> list[str]:
-    """A note where there are no more images than features; raises ValueError there unless `allowed`."""
-    if measured.count < 2:
-        raise ValueError(f"{measured.description} holds {measured.count} image; a distance needs at least 2")
-    width = len(measured.features.mean)
-    if measured.count > width:
-        return []
-    problem = f"{measured.count} {what} for {width} features: the covariance is singular and the distance far too large"
-    if not allowed:
-        raise ValueError(f"{measured.description}: {problem} (--allow-few measures all the same)")
-    return [problem]
-
-
-def make_result(metrics, skipped, notes, facts, extractor, metadata) -> dict:
-    """The JSON-ready result of an evaluation; facts of `REQUIRED_METADATA` that are missing are marked so."""
-    missing = [key for key in REQUIRED_METADATA if key not in metadata]
-    if missing:
-        notes = [*notes, f"not stated by whoever made the images: {', '.join(missing)}"]
-    stated = {key: metadata.get(key, NOT_STATED) for key in REQUIRED_METADATA}
-    name = getattr(extractor, "name", None) or getattr(extractor, "__name__", type(extractor).__name__)
-    used = {} if extractor is None else {"features": name}
-    measured = {"metrics": metrics, **facts, **used, "skipped": skipped, "notes": notes}
-    # Measured values take precedence over metadata of the same name.
-    return measured | {key: value for key, value in (metadata | stated).items() if key not in measured}

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.files import open_regular
-from launch.evaluation.image_source import NpzImages, npz_names, read_npz
+from launch.evaluation.npz_file import NpzImages, npz_names, read_npz
 from launch.gallery_page.media import Embedder, PageFull
 from launch.gallery_page.sources import Sources, reason
 from vavae.image_files import FORMATS, UnreadableImage, open_image

@@ -9,6 +9,7 @@ from tests.mutations import (
     kernels,
     launch,
     launch_device_batches,
+    launch_evaluation,
     launch_exporting,
     launch_extraction,
     launch_faults,
@@ -29,9 +30,9 @@ PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "vavae": (vavae,),
     "lightningdit": (lightningdit, sampling),
     "launch": (
-        launch, launch_device_batches, launch_exporting, launch_extraction, launch_faults, launch_gallery,
-        launch_incidents, launch_planning, launch_programs, launch_run_files, launch_sampling, launch_saving,
-        launch_sight,
+        launch, launch_device_batches, launch_evaluation, launch_exporting, launch_extraction, launch_faults,
+        launch_gallery, launch_incidents, launch_planning, launch_programs, launch_run_files, launch_sampling,
+        launch_saving, launch_sight,
     ),
     "bench": (bench,),
 }  # fmt: skip
