@@ -21,9 +21,11 @@ PROGRAMS = {
     "sample": "generate images: sample CONFIG [key=value …]",
     "decode": "images of latents: decode --latents DIR --tokenizer FILE --output DIR",
     "show": "pictures: show interpolation|denoising CONFIG, show nearest --samples DIR --images DIR",
+    "sweep": "which settings sample best: sweep CONFIG sample.cfg_scale=1,2,4 … [--figure fid]",
     "evaluate": "measure samples (FID, KID, FDD …), reconstructions or latents; write a reference",
     "export": "write weights as safetensors + JSON and as a published .pt",
     "compare": "loss curves of runs beside each other, or beside the published one: compare RUN [RUN …] [--published]",
+    "compare-results": "figures of evaluations, samples and sweeps side by side, and which settings differ",
     "gallery": "one HTML page of runs: samples, curves, evaluation, configs, ops, provenance: gallery RUN [RUN …]",
     "status": "where the runs below a directory stand: status DIR",
     "scaling": "time, bytes and failures on many GPUs, on paper: scaling CONFIG --gpus 8,64,1024",
@@ -34,7 +36,17 @@ PROGRAMS = {
 
 
 #: Run as one process.
-SINGLE_PROCESS = ("show", "export", "compare", "gallery", "status", "scaling", "quickstart", "replay")
+SINGLE_PROCESS = (
+    "show",
+    "export",
+    "compare",
+    "compare-results",
+    "gallery",
+    "status",
+    "scaling",
+    "quickstart",
+    "replay",
+)
 ORDER_PATIENCE = 10.0  # seconds in which all are made to leave by a process that knows more of the error, and says it
 _ending = False  # an error ends this process
 
@@ -57,7 +69,7 @@ def main(argv: list[str]) -> int:
 def _program(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m launch PROGRAM …\n")
-        print("\n".join(f"  {name:<11}{text}" for name, text in PROGRAMS.items()))
+        print("\n".join(f"  {name:<16}{text}" for name, text in PROGRAMS.items()))
         return 0 if argv else 2
     if argv[0] not in PROGRAMS:
         print(f"error: unknown program {argv[0]!r}; programs: {', '.join(PROGRAMS)}", file=sys.stderr)
@@ -72,7 +84,7 @@ def _program(argv: list[str]) -> int:
         raise error
     _configure_logging()
     try:
-        program = importlib.import_module(f"launch.{argv[0]}")
+        program = importlib.import_module(f"launch.{argv[0].replace('-', '_')}")
     except ModuleNotFoundError as e:
         name = (e.name or "").partition(".")[0]
         if name in ("launch", *packages.PACKAGES) or os.environ.get("LIGHTNINGDIT_TRACEBACK"):

@@ -58,7 +58,7 @@ class SampleGenerator:
     tokenizer_from: str = "the tokenizer"
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     guide: LightningDiT | None = None
-    _of_thread: threading.local = field(default_factory=threading.local, repr=False)
+    _of_thread: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     def to(self, device: torch.device) -> None:
         """Move the networks, all but the tokenizer in the precision asked for."""

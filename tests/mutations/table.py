@@ -21,6 +21,7 @@ from tests.mutations import (
     launch_sampling,
     launch_saving,
     launch_sight,
+    launch_sweeps,
     lightningdit,
     sampling,
     vavae,
@@ -32,7 +33,7 @@ PACKAGES = {
     "launch": (
         launch, launch_device_batches, launch_evaluation, launch_exporting, launch_extraction, launch_faults,
         launch_gallery, launch_incidents, launch_planning, launch_programs, launch_run_files, launch_sampling,
-        launch_saving, launch_sight,
+        launch_saving, launch_sight, launch_sweeps,
     ),
     "bench": (bench,),
 }  # fmt: skip
