@@ -185,8 +185,7 @@ class JudgeSource:
             return ClassTokenFeatures.from_file(self.dinov2_weights, device)
         if self.foundation is not None:
             return FoundationFeatures.from_file(self.foundation, device)
-        named = {"sha256": self.inception_sha256, "download": self.download}
-        return InceptionFeatures(self.inception_weights, device, **named)
+        return InceptionFeatures(self.inception_weights, device, sha256=self.inception_sha256, download=self.download)
 
     def _known(self, kind: str, reference: Reference, extractor: Extractor, cache: Path | None) -> KnownFeatures:
         images = reference.images

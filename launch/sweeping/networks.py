@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from launch.sampling.generator import SampleGenerator
 from launch.sampling.labels import protocol_labels
 from launch.sampling.pipeline import Pipeline
 from launch.sampling.units import batch_size
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
+from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, sampling_settings
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -50,7 +51,7 @@ class SharedNetworks:
             raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
         source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
         model = build_diffusion(found, ops, source)
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "hashes": {"model": fingerprint(model), "tokenizer": fingerprint(tokenizer)},
             "step": found.step,
             "weights": found.weights,
@@ -59,18 +60,27 @@ class SharedNetworks:
             "kernels": run.kernels,
         }
         self._float32: dict[_Guide | None, LightningDiT] = {None: model.to(device)}
+        guides: list[dict[str, Any]] = []
         for each in {_guide_of(setting): setting for setting in settings if setting.guided_by_network}.values():
             guide = guide_network(run, each, ops, found)
             assert guide is not None
             self._float32[_guide_of(each)] = guide.network.to(device)
-            self.facts.setdefault("guides", []).append(guide.facts)
+            guides.append(guide.facts)
+        if guides:
+            self.facts["guides"] = guides
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.versions = {"python": platform.python_version(), "torch": torch.__version__, "device": name}
         transport = Transport.from_config(run.transport)
         self._device, self._image_size = device, run.data.image_size
         self._rounded: dict[tuple[_Guide | None, str], LightningDiT] = {}
         self._generator = SampleGenerator(
-            model, tokenizer.to(device), found.latents, transport, run.sampling(), source, str(run.vae.ckpt_path)
+            model,
+            tokenizer.to(device),
+            found.latents,
+            transport,
+            sampling_settings(run),
+            source,
+            str(run.vae.ckpt_path),
         )
 
     def sample(self, settings: SampleConfig, labels: Sequence[int]) -> Samples:
