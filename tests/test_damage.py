@@ -98,4 +98,5 @@ def test_damage_is_harmless_or_named(tmp_path, kind):
             assert "\n" not in str(e)
         finally:
             file.write_bytes(content)
-    assert digest(read(tmp_path)) == whole and harmless < DAMAGES / 20
+    # Of a file of statistics its numbers count, which the manifest has too, and most of its bytes are others.
+    assert digest(read(tmp_path)) == whole and harmless < DAMAGES / (8 if kind == "latents" else 20)
