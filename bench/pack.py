@@ -60,7 +60,7 @@ IN_IMAGE = frozenset(
     }
 )
 #: Pinned, but imported by nothing that is measured: packed if named.
-OPTIONAL = frozenset({"torch-fidelity"})
+OPTIONAL = frozenset({"torch-fidelity", "jinja2", "markupsafe", "plotly"})
 #: Published as source alone, with compiled parts only on demand.
 SOURCE_ONLY = frozenset({"deepspeed"})
 #: torch's own wheels ask for glibc 2.28.

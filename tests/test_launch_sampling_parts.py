@@ -5,7 +5,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 
 from common.files import FileError
 from launch import sample
@@ -14,8 +13,7 @@ from launch.sampling.background import InBackground
 from launch.sampling.image_folder import ImageFolder
 from launch.sampling.outputs import FolderOutput, NpzOutput
 from launch.sampling.parts import Parts
-from launch.sampling.pipeline import Pipeline
-from tests.tiny_weights import a_run, document, write_weights
+from tests.tiny_weights import document, write_weights
 
 NONE = np.zeros(0, np.int64)
 
@@ -134,19 +132,3 @@ def test_a_truncated_checkpoint_is_named(weights, tmp_path, kind):
     with pytest.raises(ValueError, match=rf"{tmp_path}.*(cut short|truncated|damaged)"):
         sample.generate(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_decodes_on_another_stream_what_the_first_one_samples(weights):
-    """In one batch and in several, against one stage after the other."""
-    device = torch.device("cuda")
-    run = a_run(weights, fid_num=12)
-    generator, _ = sample.make_generator(run, run.sampling(), np.arange(12) % 3)
-    generator.to(device)
-    want = generator.decode(generator.solve(range(12)))["images"].cpu().numpy().astype(int)
-    with Pipeline(generator.solve, generator.decode, device) as pipeline:
-        assert pipeline.unit == 1 and pipeline._stream != torch.cuda.current_stream()
-        waiting = [pipeline.start(start, start + 3) for start in range(0, 12, 3)]
-        found = np.concatenate([result()["images"] for result in waiting]).astype(int)
-    assert np.abs(found - want).max() <= 1
