@@ -12,8 +12,8 @@ from tests.children import Moment
 from tests.test_launch_round_trip import run_of, write_tokenizer
 
 COUNT = 26  # in shards of 6 and batches of 2: borders between processes lie inside shards
-#: A process that is late to its own end is ended for another one's: by the watchdog, or by what it waits in, whose error
-#: is a fault where no program turns it into a status.
+#: A process that is late to its own end is ended for another one's: by the watchdog, or by what it waits in, whose
+#: error is a fault where no program turns it into a status.
 KILLED_OR_ENDED = {-9, exit_status.LOST_PEER, exit_status.FAULT}
 
 
