@@ -391,6 +391,15 @@ def _keys_of(document: Mapping, kind: str) -> list[str]:
     return [key for key in _OWN_KEYS[kind] if key in document or (key.removeprefix("model.") in inner and "." in key)]
 
 
+def overridden_keys(overrides: Iterable[str], section: str) -> set[str]:
+    """The keys of a section that overrides set, `section.key=value` and `section={key: value}` alike."""
+    said: dict = {}
+    for override in overrides:
+        said = _overridden(said, override)
+    found = said.get(section)
+    return set(found) if isinstance(found, Mapping) else set()
+
+
 def _overridden(document: dict, override: str) -> dict:
     """The document with an override in it; it is not changed itself, whose anchors may stand in several places."""
     key, equals, text = override.partition("=")

@@ -34,7 +34,7 @@ from launch.evaluation.features import Extractor, FoundationFeatures, InceptionF
 from launch.evaluation.image_source import ImageSource, open_images
 from launch.evaluation.labels import read_labels
 from launch.evaluation.latent_space import evaluate_latents
-from launch.evaluation.metadata import labels_beside, read_metadata, require_promised
+from launch.evaluation.metadata import labels_beside, read_metadata, repeatable, require_described, require_promised
 from launch.evaluation.moments import NOT_STATED
 from launch.evaluation.one_pass import measure_together
 from launch.evaluation.options import mode, parse
@@ -136,9 +136,11 @@ def _samples(args: argparse.Namespace) -> dict:
         raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
     processes = _processes(args)
     files = args.image_size, args.crop, Decoding(args.decoder or "pil", device=str(processes.device))
-    samples, known = open_images(args.samples, *files), open_reference(reference, *files)
     metadata = _metadata(args, args.samples)
+    samples = open_images(args.samples, *files, by_index=metadata.get("by_class") is True or None)
+    known = open_reference(reference, *files)
     require_promised(samples, metadata, args.expect)
+    processes.on_main(lambda: require_described(samples, metadata))
     labels = read_labels(samples, metadata, num_classes, labels_beside(args.samples))
     if known.images is not None:
         require_one_size(samples, known.images)  # before networks are loaded, which may be a download
@@ -146,7 +148,7 @@ def _samples(args: argparse.Namespace) -> dict:
         samples,
         known,
         _extractors(args, processes.device),
-        metadata=metadata | _decoder_of(samples),
+        metadata=repeatable(samples, metadata) | _decoder_of(samples),
         batch_size=args.batch_size,
         allow_few=args.allow_few,
         labels=labels,

@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.config import ConfigError, LightningDiTRun
 from launch.hub import local_copy
 from launch.pipelines import is_pipeline
-from launch.trained import build_diffusion, described_weights, from_checkpoint, weights_path
+from launch.trained import build_diffusion, described_weights, from_checkpoint, require_transport, weights_path
 from launch.training.checkpoint import Checkpoint, by_step, step_of
 from lightningdit.config import SIZES, SampleConfig
 from lightningdit.latents import LatentStatistics
@@ -39,8 +41,11 @@ def guide_network(run: LightningDiTRun, settings: SampleConfig, ops, found: Expo
     else:
         source = local_copy(settings.guide_ckpt_path or "")
         guide = described_weights(source, which) or _published_guide(source, which, found)
+    require_transport(guide, run.transport, f"the network that guides, {source},")
     _check_guide(guide, found, source)
     network = build_diffusion(guide, ops, str(source))
+    if _is_sampled_one(network, found):
+        raise ConfigError(f"the network that guides, {source}, is the sampled one: name a weaker one")
     facts = {"path": str(source), "step": guide.step, "weights": guide.weights, "sha256": fingerprint(network)}
     return Guide(network, facts)
 
@@ -98,6 +103,12 @@ def _check_guide(guide: Export, found: Export, source: Path) -> None:
         raise ConfigError(
             f"the network that guides, {source}, was trained on latents normalised otherwise than those of the samples"
         )
-    same = guide.extra.get("checkpoint") == found.extra.get("checkpoint") is not None
-    if same and guide.weights == found.weights:
-        raise ConfigError(f"the network that guides, {source}, is the sampled one: name a weaker one")
+
+
+def _is_sampled_one(network: LightningDiT, found: Export) -> bool:
+    """Whether a network has the weights of the sampled one, whatever file they come from."""
+    ours = found.config.model_dump(exclude={"use_checkpoint"})
+    if network.config.model_dump(exclude={"use_checkpoint"}) != ours:
+        return False
+    theirs = {name: weight for name, weight in network.named_parameters() if name in found.state}
+    return all(torch.equal(weight.float(), found.state[name].float()) for name, weight in theirs.items())

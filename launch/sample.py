@@ -14,13 +14,14 @@ Labels follow `sample.labels` (index, balanced, shuffled or random), or are give
 --labels @FILE (text, or an .npy of whole numbers). `--classes 207,388 --columns 8` is a grid, a row for each class.
 
 Sample i depends on `sample.seed`, its label and i alone: an interrupted run goes on with what it lacks, and neither the
-size of batches nor the number of processes changes anything (launch/README.md says what holds where).
+size of batches nor the number of processes changes anything where nothing is compiled, as by default on a CPU
+(launch/README.md says what holds where).
 
 --demo: the eight images of the published demo (scale 9, neither interval nor shift).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -28,7 +29,7 @@ from typing import get_args
 import numpy as np
 
 from launch.arguments import add_run_file, load_run, local_path
-from launch.config import ConfigError, LightningDiTRun, select_ops
+from launch.config import ConfigError, LightningDiTRun, overridden_keys, select_ops
 from launch.guides import guide_network
 from launch.sampling.facts import as_now, facts_of
 from launch.sampling.generator import SampleGenerator
@@ -39,7 +40,7 @@ from launch.sampling.picture import draw_picture, picked_for_picture
 from launch.sampling.pipeline import Pipeline
 from launch.sampling.produce import Job, Making, produce
 from launch.sampling.units import batch_size
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, sampling_settings
+from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, require_transport, sampling_settings
 from lightningdit.config import SampleConfig, SampleFormat
 from lightningdit.flow import Transport
 
@@ -64,9 +65,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--columns", type=int, help=f"images of each class of the grid (default: {COLUMNS})")
     args = parser.parse_intermixed_args(argv)
     run = load_run(args.config, args.overrides, "lightningdit")
+    assert isinstance(run, LightningDiTRun)
+    if args.demo and (classes := run.data.num_classes) <= max(DEMO_LABELS):
+        raise ConfigError(f"--demo shows classes of ImageNet's 1,000; this model has {classes:,} (data.num_classes)")
     settings, labels = sampling_settings(run), _asked_labels(args)
     if labels is not None:
-        _require_count(len(labels), args.overrides, settings)
+        _require_no_others(len(labels), overridden_keys(args.overrides, "sample"), settings)
     if args.demo:
         settings = settings.model_copy(update=DEMO_SETTINGS)
     if args.format is not None:
@@ -89,9 +93,12 @@ def _asked_labels(args: argparse.Namespace) -> Sequence[int] | None:
     return None if args.labels is None else given_labels(args.labels)
 
 
-def _require_count(labels: int, overrides: Sequence[str], settings: SampleConfig) -> None:
-    """Raise ConfigError where a number of samples is asked for on the command line, too, and is another."""
-    if any(override.startswith("sample.fid_num=") for override in overrides) and labels != settings.fid_num:
+def _require_no_others(labels: int, keys: Collection[str], settings: SampleConfig) -> None:
+    """Raise ConfigError where a command line that gives labels also sets `keys` of sample that mean others: a protocol,
+    or another number of samples."""
+    if "labels" in keys:
+        raise ConfigError(f"sample.labels={settings.labels} beside labels that are given: leave one of the two out")
+    if "fid_num" in keys and labels != settings.fid_num:
         raise ConfigError(f"{labels:,} labels for sample.fid_num {settings.fid_num:,} samples: one each is wanted")
 
 
@@ -157,12 +164,13 @@ def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] 
 def make_generator(run: LightningDiTRun, settings: SampleConfig, labels: np.ndarray) -> tuple[SampleGenerator, dict]:
     """The networks, and the facts that an image depends on or that a result must state."""
     ops, found = select_ops(run.kernels), diffusion_weights(run)
+    source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
+    require_transport(found, run.transport, source)
     latents_alone = settings.format == "latents"
     tokenizer = None if latents_alone and run.vae.ckpt_path is None else build_tokenizer(run, ops)
     if tokenizer is not None and tokenizer.config.embed_dim != found.config.in_channels:
         have, want = tokenizer.config.embed_dim, found.config.in_channels
         raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
-    source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
     model, guide = build_diffusion(found, ops, source), guide_network(run, settings, ops, found)
     assert found.latents is not None
     generator = SampleGenerator(
@@ -176,7 +184,7 @@ def make_generator(run: LightningDiTRun, settings: SampleConfig, labels: np.ndar
         labels,
         None if guide is None else guide.network,
     )
-    return generator, facts_of(settings, found, model, tokenizer, guide)
+    return generator, facts_of(settings, run.transport, found, model, tokenizer, guide)
 
 
 def _output(

@@ -7,14 +7,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from common.files import path_exists
-from common.sections import describe
+from common.sections import SectionError, describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
 from launch.hub import local_copy, tokenizer_copy
 from launch.pipelines import is_pipeline, read_pipeline
 from launch.training.checkpoint import Checkpoint, CheckpointError
 from launch.training.checkpoint_search import find_checkpoint
-from lightningdit.config import SampleConfig
+from lightningdit.config import SampleConfig, TransportConfig
 from lightningdit.latents import (
     STATISTICS_FILE,
     LatentStatistics,
@@ -173,9 +173,11 @@ def _require_tokenizer(latents: Path, tokenizer: AutoencoderKL) -> None:
     manifest = read_manifest(latents)
     made_by = manifest.tokenizer if manifest is not None and isinstance(manifest.tokenizer, dict) else {}
     if (stated := made_by.get("sha256")) is not None and stated != (own := fingerprint(tokenizer)):
+        source = made_by.get("source")
+        named = f"SHA-256 {stated}" + ("" if source is None else f", from {source}")
         raise ConfigError(
-            f"{latents} was made by another tokenizer (SHA-256 {stated}, from {made_by.get('source')}) than the one to "
-            f"export ({own}): `extract` takes the `ema` weights of a checkpoint"
+            f"{latents} was made by another tokenizer ({named}) than the one given here ({own}): `extract` takes the "
+            "`ema` weights of a checkpoint"
         )
 
 
@@ -184,6 +186,27 @@ def _statistics_of_data(run: LightningDiTRun) -> LatentStatistics:
     if not data.latent_norm:
         return LatentStatistics.identity(run.model.in_chans, data.latent_multiplier)
     return read_statistics(Path(data.data_path), run.model.in_chans, data.latent_multiplier)
+
+
+def require_transport(found: Export, transport: TransportConfig, source: str | Path) -> None:
+    """Raise ConfigError where weights say that they were trained by another path or prediction than `transport` has.
+
+    Their output then means something else. Published files and exports of before it was kept say nothing.
+    """
+    if (stored := found.extra.get("transport")) is None:
+        return
+    try:
+        theirs = TransportConfig.read(stored, f"{source}: the transport that is stored with the weights")
+    except SectionError as e:
+        raise ConfigError(str(e)) from None
+    keys = ("path_type", "prediction")
+    different = [key for key in keys if getattr(theirs, key) != getattr(transport, key)]
+    if different:
+        trained = ", ".join(f"{key} {getattr(theirs, key)}" for key in different)
+        ours = ", ".join(f"transport.{key} {getattr(transport, key)}" for key in different)
+        raise ConfigError(
+            f"{source} was trained with {trained}, the run file says {ours}: sample with those of training"
+        )
 
 
 def _check_same_network(found: Export, run: LightningDiTRun, source: Path) -> None:

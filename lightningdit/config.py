@@ -332,7 +332,19 @@ class SampleConfig(Section):
         return self.cfg_scale != 1 and (self.guide_ckpt_path is not None or self.guide_step is not None)
 
     def without_effect(self) -> list[str]:
-        """Notes on keys that are set and change nothing."""
+        """Notes on keys that are set and change nothing, and on values of the preset that others take the place of."""
+        return [*self._of_preset(), *self._of_guidance()]
+
+    def _of_preset(self) -> list[str]:
+        values = SAMPLE_PRESETS.get(self.preset or "", {})
+        other = [
+            f"{key} {getattr(self, key)} for {value}" for key, value in values.items() if getattr(self, key) != value
+        ]
+        return (
+            [f"sample.preset is {self.preset}, but other keys are set otherwise: {', '.join(other)}"] if other else []
+        )
+
+    def _of_guidance(self) -> list[str]:
         if self.cfg_scale == 1:
             keys = ("guide_ckpt_path", "guide_step", "guide_weights", "cfg_schedule")
             set_here = [key for key in keys if self._differs(key)]

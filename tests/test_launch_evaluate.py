@@ -73,6 +73,7 @@ def test_what_is_wrong_in_the_description_of_a_foundation_model_is_named(tmp_pat
         ("", "no JSON"),
         ("[]", "its content: "),
         ("3", "its content: "),
+        ('{"kind": "vavae", "config": {}}', "is of kind 'vavae', not 'foundation'"),
         ('{"grid": ' + 5000 * "1" + "}", "is too long"),
     ],
 )

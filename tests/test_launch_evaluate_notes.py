@@ -1,5 +1,6 @@
 """What is said beside figures, and what is refused: numbers of images, labels, equal images, the self-test."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from launch.evaluation import self_test as tests_of_itself
 from launch.evaluation.image_source import open_images
 from launch.evaluation.labels import read_labels
-from launch.evaluation.metadata import beside, labels_beside, require_promised
+from launch.evaluation.metadata import beside, labels_beside, repeatable, require_described, require_promised
 from launch.evaluation.notes import count_notes
 from launch.evaluation.runner import Reference, evaluate_samples
 from launch.evaluation.self_test import check_extractor, self_test
@@ -81,6 +82,19 @@ def test_as_many_images_as_were_promised_or_an_error(tmp_path):
         require_promised(source, {"num_samples": 4, "npz": {"bytes": size + 1}}, None)
 
 
+def test_a_file_of_other_bytes_than_were_described_is_refused_and_no_hash_is_repeated(tmp_path):
+    """Of a folder, whose files nobody has compared with it."""
+    source = npz(tmp_path / "samples.npz", 4)
+    said = {"npz": {"bytes": 9, "sha256": hashlib.sha256((tmp_path / "samples.npz").read_bytes()).hexdigest()}}
+    require_described(source, said)
+    assert repeatable(source, said) == said
+    with pytest.raises(ValueError, match=r"has SHA-256 [0-9a-f]{64}, and its description says 00: it is not the file"):
+        require_described(source, {"npz": {"sha256": "00"}})
+    folder = open_images(save_folder(tmp_path / "images", images(0, 2)))
+    require_described(folder, said)
+    assert repeatable(folder, {"images": {"files": 2, "sha256": "00"}, "step": 7}) == {"step": 7}
+
+
 def test_the_description_is_found_beside_a_folder_of_images(tmp_path):
     """`sample` writes images below images/, and pictures of them beside it."""
     save_folder(tmp_path, images(0, 1))
@@ -91,7 +105,7 @@ def test_the_description_is_found_beside_a_folder_of_images(tmp_path):
 
 
 def test_labels_of_a_folder_lie_beside_it(tmp_path):
-    """By index, as `sample` writes them; where images are in a folder for each class, in the order of these."""
+    """By index, as `sample` writes them, also where images are in a folder for each class."""
     save_folder(tmp_path / "images", images(1, 4))
     (tmp_path / "samples.json").write_text(json.dumps(FACTS))
     np.save(tmp_path / "labels.npy", [2, 0, 2, 1])
@@ -100,7 +114,7 @@ def test_labels_of_a_folder_lie_beside_it(tmp_path):
     said = {"label_counts": [1, 1, 2], "labels": [2, 0, 2, 1]}
     assert read_labels(source, said, None, file).values.tolist() == [2, 0, 2, 1]
     found = read_labels(source, said | {"by_class": True}, None, file)
-    assert found.values.tolist() == [0, 1, 2, 2] and found.num_classes == 3
+    assert found.values.tolist() == [2, 0, 2, 1] and found.num_classes == 3
     with pytest.raises(ValueError, match=r"labels\.npy are other labels than the metadata's: image 0 has 2, and 1"):
         read_labels(source, {"labels": [1, 0, 2, 2]}, None, file)
     with pytest.raises(ValueError, match=r"labels\.npy: image 0 has label 2; labels are 0 to 1"):

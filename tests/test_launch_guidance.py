@@ -15,7 +15,7 @@ from launch.sample import generate
 from launch.trained import diffusion_weights, from_checkpoint, sampling_settings
 from launch.training import checkpoint
 from launch.training.checkpoint_search import find_checkpoint
-from lightningdit.config import SampleConfig
+from lightningdit.config import SampleConfig, TransportConfig
 from lightningdit.flow import Transport
 from lightningdit.latents import LatentStatistics
 from lightningdit.model import LightningDiT
@@ -118,6 +118,19 @@ def test_contradictions_are_refused_and_what_has_no_effect_is_noted(root):
     assert run_of(root, guide_step=3, guide_weights="model", cfg_schedule="cosine").without_effect() == []
 
 
+def test_values_of_a_preset_that_do_not_hold_are_noted(root):
+    (note,) = run_of(
+        root, preset="paper-64ep", cfg_scale=2.5, cfg_channels=None, num_sampling_steps=250
+    ).without_effect()
+    assert note.startswith("sample.preset is paper-64ep, but ")
+    assert note.endswith("set otherwise: cfg_scale 2.5 for 10.0, cfg_channels None for 3")
+    assert (
+        run_of(root, preset="paper-64ep", seed=3).without_effect()
+        == run_of(root, preset="model").without_effect()
+        == []
+    )
+
+
 def guide_of(run):
     found = diffusion_weights(run)
     return guide_network(run, run.sampling(), OPS, found), found
@@ -178,7 +191,14 @@ def test_a_guide_that_cannot_guide_is_refused(root, tmp_path):
     assert "earlier ones: 3" in error(guide_step=7)
     assert "export is no run with earlier checkpoints" in error(ckpt_path=root / "export", guide_step=3)
     assert "is the sampled one: name a weaker one" in error(guide_ckpt_path=str(root / "run"))
+    # The same weights under another path, and in a file that does not say where they are from.
+    assert "export, is the sampled one" in error(guide_ckpt_path=str(root / "export"))
     export = read_export(root / "export")
+    save_published(tmp_path / "same.pt", export.state, export.state)
+    assert "same.pt, is the sampled one" in error(guide_ckpt_path=str(tmp_path / "same.pt"))
+    noise = {"transport": TransportConfig(prediction="noise").model_dump()}
+    save_export(tmp_path / "noise", replace(export, extra=export.extra | noise))
+    assert "was trained with prediction noise" in error(guide_ckpt_path=str(tmp_path / "noise"))
     other = LatentStatistics(STATISTICS.mean + 0.1, STATISTICS.std)
     save_export(tmp_path / "latents", replace(export, latents=other))
     assert "was trained on latents normalised otherwise" in error(guide_ckpt_path=str(tmp_path / "latents"))

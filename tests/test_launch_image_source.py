@@ -1,6 +1,7 @@
 """Images to measure, from folders and npz files: the same in the same order, and what is none of them refused."""
 
 import io
+import json
 import os
 import zipfile
 
@@ -11,8 +12,10 @@ from PIL import Image
 
 from launch.evaluation.encoded_images import EncodedImages, is_lossy
 from launch.evaluation.image_source import open_images
+from launch.evaluation.labels import read_labels
 from launch.evaluation.npz_file import NpzImages, npz_names, read_npz, read_text_of
 from launch.evaluation.runner import open_reference
+from launch.sampling.image_folder import ImageFolder
 from tests.measured import images, save_folder
 from vavae.images import center_crop
 
@@ -50,6 +53,30 @@ def test_folders_are_sorted_searched_deeply_and_cropped(tmp_path):
     want = np.array(center_crop(Image.fromarray(pixels[3].numpy()), 16))
     assert np.array_equal(cropped[3].numpy(), want)
     assert next(EncodedImages(tmp_path, 16, "published_eval").batches(9)).shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_images_in_folders_of_classes_come_by_index_as_those_of_one_folder(tmp_path, size):
+    pixels, labels = images(3, 12, size=16), np.array([2, 0, 11, 1, 0, 2, 2, 1, 0, 11, 1, 0])
+    for name in ("flat", "classes"):
+        folder = ImageFolder(tmp_path / name, "png", labels, 12, by_class=name == "classes")
+        folder.begin()
+        folder.write(0, pixels.numpy())
+        (tmp_path / name / "samples.json").write_text(json.dumps({"by_class": folder.by_class}))
+        read = list(open_images(tmp_path / name, size).batches(5))
+        assert torch.equal(torch.cat(read), pixels)
+        assert torch.equal(next(open_images(tmp_path / name / "images", size).batches(2, 7, 9)), pixels[7:9])
+    # What is described elsewhere has to be told.
+    (tmp_path / "classes" / "samples.json").unlink()
+    assert not torch.equal(next(open_images(tmp_path / "classes").batches(12)), pixels)
+    told = open_images(tmp_path / "classes", by_index=True)
+    assert torch.equal(next(told.batches(12)), pixels)
+    (tmp_path / "classes" / "images" / "02" / "00000004.png").write_bytes(folder.path(0).read_bytes())
+    with pytest.raises(ValueError, match=r"00000004\.png: there are two images of index 4"):
+        open_images(tmp_path / "classes", by_index=True)
+    folder.path(3).rename(folder.path(3).with_name("cat.png"))
+    with pytest.raises(ValueError, match=r"cat\.png is not named by its index"):
+        open_images(tmp_path / "classes", by_index=True)
 
 
 def test_sources_refuse(tmp_path):
@@ -140,6 +167,12 @@ def test_statistics_larger_than_any_are_not_unpacked(tmp_path):
         open_reference(tmp_path / "a.npz")
 
 
+def test_labels_of_an_npz_that_are_text_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images(0, 2).numpy(), np.array(["cat", "dog"]))
+    with pytest.raises(ValueError, match=r"a\.npz: arr_1 must be numbers, it is text \[2\]"):
+        read_labels(open_images(tmp_path / "a.npz"), {})
+
+
 def test_statistics_in_columns_are_read_as_they_are(tmp_path):
     mean, covariance = np.arange(3.0), np.arange(9.0).reshape(3, 3)
     np.savez(tmp_path / "a.npz", mu=mean.astype(np.float32), sigma=np.asfortranarray(covariance))
@@ -169,7 +202,9 @@ def test_a_folder_says_how_many_images_it_has_and_what_was_left_out(tmp_path, ca
 
 def test_an_npz_is_not_cropped(tmp_path):
     np.savez(tmp_path / "a.npz", images(0, 3, size=20, width=27).numpy())
-    with pytest.raises(ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders"):
+    with pytest.raises(
+        ValueError, match=r"a\.npz holds images of 27×20; an image size of 16 crops those of folders only: leave"
+    ):
         open_images(tmp_path / "a.npz", 16)
 
 

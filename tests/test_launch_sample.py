@@ -361,6 +361,9 @@ def test_images_of_other_settings_are_not_mixed(weights, tmp_path):
     sample.generate(a_run(weights), tmp_path)
     with pytest.raises(ValueError, match=r"holds images of other guidance, settings .*scale 2 .*scale 3 "):
         sample.generate(a_run(weights, cfg_scale=3.0), tmp_path)
+    said = rf"^{tmp_path} holds images of other settings \(settings\.seed: 0 there, 1 now\); give another --output"
+    with pytest.raises(ValueError, match=said):
+        sample.generate(a_run(weights, seed=1), tmp_path)
 
 
 def test_wrong_weights_and_labels_are_named(weights, tmp_path):
@@ -392,6 +395,8 @@ def test_tokenizer_of_other_channels(weights, tmp_path):
 def test_command_line_and_demo(weights, tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(document(weights)))
+    with pytest.raises(ValueError, match=r"--demo shows classes of ImageNet's 1,000; this model has 3 \(data.num_cl"):
+        sample.main([str(config), "--demo", "--output", str(tmp_path / "demo")])
     monkeypatch.setattr(sample, "DEMO_LABELS", (0, 1, 2, 0, 1, 2, 0, 1))
     assert sample.main([str(config), "--demo", "--output", str(tmp_path / "demo")]) == 0
     assert Image.open(tmp_path / "demo" / "samples.png").size == (32, 16)

@@ -65,6 +65,11 @@ def test_labels_that_are_refused(tmp_path):
     assert "--labels '1,x': give whole numbers" in error("1,x")
     assert "labels [3, -1]: classes are 0 to 2" in error("0,3,-1")
     assert f"{bad} does not exist" in error(f"@{bad}")
+    assert f"labels [{10**22}]: classes are 0 to 2" in error(str(10**22))
+    np.save(tmp_path / "large.npy", np.array([1, 2**64 - 1], np.uint64))
+    assert f"labels [{2**64 - 1}]: classes are 0 to 2" in error(f"@{tmp_path / 'large'}.npy")
+    with pytest.raises(ValueError, match=f"labels .{2**64 - 1}.: classes"):
+        check_labels(np.array([1, 2**64 - 1], np.uint64), 3)
     bad.write_text("1 2.5")
     assert f"{bad}: give whole numbers" in error(f"@{bad}")
     bad.write_text("\n")
@@ -100,6 +105,9 @@ def test_a_grid_of_classes_and_numbers_that_do_not_match(weights, tmp_path):
         (["--columns", "3"], "--columns 3: is of --classes"),
         (["--classes", "1", "--columns", "0"], "--columns 0: at least 1"),
         (["sample.fid_num=5", "--labels", "1,2"], "2 labels for sample.fid_num 5 samples"),
+        (["sample={fid_num: 3}", "--labels", "1,2"], "2 labels for sample.fid_num 3 samples"),
+        (["sample.labels=random", "--labels", "1,2"], "sample.labels=random beside labels that are given"),
+        (["sample={labels: index}", "--classes", "1"], "sample.labels=index beside labels that are given"),
         (["--labels", "1", "--by-class", "--format", "npz"], "--by-class is of images in files"),
     ):
         with pytest.raises(ValueError, match=why):

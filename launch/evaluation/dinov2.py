@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.files import FileError, path_exists, sha256
-from common.records import read_record
-from launch.evaluation.features import FoundationRecord
+from launch.evaluation.features import FoundationRecord, read_description
 from vavae.config import FoundationConfig
 from vavae.foundation.model import IMAGENET
 from vavae.foundation.registry import find, plan
@@ -57,7 +56,7 @@ class ClassTokenFeatures:
         try:
             found = sha256(path)
             if path_exists(beside):
-                record = read_record(beside, FoundationRecord)
+                record = read_description(beside)
                 vit, size = _described(record, path)
                 name = f"class token of {record.config.model_name}"
             else:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import pairwise
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ AS_PUBLISHED = Decoding()
 
 
 class EncodedImages:
-    """The image files of a folder, of tars or of a list, a folder's by sorted path; see `vavae.sources`.
+    """The image files of a folder, of tars or of a list, a folder's by sorted path; see `vavae.sources`. With
+    `by_index` in the order of the whole numbers that are their names, in whichever folders they are.
 
     All of one size, unless they are cropped to `image_size`: by `center` (ADM's centre crop) or `published_eval` (that
     of the published tokenizer evaluation). How many there are, what was left out and what decodes them is logged.
@@ -55,11 +57,13 @@ class EncodedImages:
         image_size: int | None = None,
         crop: str = "center",
         decoding: Decoding = AS_PUBLISHED,
+        by_index: bool = False,
     ):
         if crop not in ("center", "published_eval"):
             raise ValueError(f"crop {crop!r} is not known: center, published_eval")
         self.description, self._rotate = str(path), decoding.exif_rotation
-        self._source = SeenFiles(open_source(path, split="val", labelled=False), image_size)
+        source = open_source(path, split="val", labelled=False)
+        self._source = SeenFiles(source, image_size, _by_index(source) if by_index else range(len(source)))
         self.facts: dict[str, str | bool | int] = {}
         self._decoder: Decoder | None = None
         if image_size is not None:
@@ -123,31 +127,44 @@ class EncodedImages:
         return eight_bits.permute(0, 2, 3, 1).contiguous()
 
 
+def _by_index(source: Source) -> list[int]:
+    """The places of a source's files in the order of the indices that are their names; raises ValueError for others."""
+    stems = [PurePath(source.relative_name(place)).stem for place in range(len(source))]
+    if wrong := [place for place, stem in enumerate(stems) if not (stem.isascii() and stem.isdigit())]:
+        raise ValueError(f"{source.name(wrong[0])} is not named by its index, as images in folders of classes are")
+    indices = [int(stem) for stem in stems]
+    order = sorted(range(len(source)), key=indices.__getitem__)
+    if twice := [b for a, b in pairwise(order) if indices[a] == indices[b]]:
+        raise ValueError(f"{source.name(twice[0])}: there are two images of index {indices[twice[0]]}")
+    return order
+
+
 class SeenFiles:
     """A source's files, which notes of those that are read whether they were stored with loss, and in what size.
 
     Args:
         size: side of the squares that are made of the images; None where they stay as they are.
+        order: the files' places in the source, in the order in which they are gone through.
 
     Attributes:
-        lossy: places of JPEG files, and of WebP files with a lossy frame.
+        lossy: places, in that order, of JPEG files, and of WebP files with a lossy frame.
         resized: places of images of which the squares are not all pixels as they were.
     """
 
-    def __init__(self, source: Source, size: int | None):
-        self._source, self._size = source, size
+    def __init__(self, source: Source, size: int | None, order: Sequence[int]):
+        self._source, self._size, self._order = source, size, order
         self.lossy: set[int] = set()
         self.resized: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._order)
 
     def name(self, index: int) -> str:
-        return self._source.name(index)
+        return self._source.name(self._order[index])
 
     def read(self, index: int) -> bytes:
         """The whole file; raises UnreadableImage."""
-        content = self._source.read(index)
+        content = self._source.read(self._order[index])
         if is_lossy(content):
             self.lossy.add(index)
         if self._size is not None and _pixels(content) not in (None, (self._size, self._size)):

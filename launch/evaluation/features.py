@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import FileError, sha256
-from common.records import Record, read_record
+from common.files import FileError, read_json, sha256
+from common.records import Record, read_record, require_kind
 from common.sections import SmallCount
 from launch.evaluation.inception import InceptionFeatures
 from vavae.config import FoundationConfig
@@ -79,6 +79,14 @@ class FoundationRecord(Record):
     grid: SmallCount
 
 
+def read_description(path: Path) -> FoundationRecord:
+    """The description of a foundation model; raises FileError where there is none, or one of other weights."""
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("kind", "foundation") != "foundation":
+        require_kind(path, "foundation")
+    return read_record(path, FoundationRecord)
+
+
 class FoundationFeatures:
     """Means over the tokens of a frozen vision transformer, `features [B, width]` float32."""
 
@@ -96,7 +104,7 @@ class FoundationFeatures:
         """From a weights file with a `FoundationRecord` beside it, a `.json` of the same name; raises ValueError."""
         beside = Path(path).with_suffix(".json")
         try:
-            facts = read_record(beside, FoundationRecord)
+            facts = read_description(beside)
         except FileError as e:
             raise ValueError(f"{path} needs {beside.name} beside it, with its config and grid: {e}") from None
         model = FoundationModel.from_config(facts.config.model_copy(update={"weights": str(path)}), facts.grid)

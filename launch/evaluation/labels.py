@@ -72,7 +72,7 @@ def read_labels(
     Args:
         num_classes: what labels stay below; without it the metadata's `num_classes`, or the number of its `classes` or
             `label_counts`.
-        file: an .npy of the labels by index; where the metadata say `by_class`, images come class by class.
+        file: an .npy of the labels by index, as images come, also those in a folder for each class.
 
     Raises ValueError, naming what holds them: another number than of images, labels that are no whole numbers or out of
     range, and labels of the npz or the file other than the metadata's.
@@ -97,8 +97,6 @@ def read_labels(
             f"{where} are other labels than the metadata's: image {place} has {found[0][place]}, and "
             f"{found[1][place]} there"
         )
-    if found and metadata.get("by_class") is True:
-        found = [np.sort(found[0])]
     protocol = metadata.get("label_protocol", stated if isinstance(stated, str) else None)
     words = "given one by one" if isinstance(stated, list) else NOT_STATED
     return Labels(found[0] if found else None, str(protocol or words), num_classes)

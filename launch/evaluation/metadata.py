@@ -5,20 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_json
+from common.files import read_json, sha256
 from common.sections import short
 from launch.config_files import parse_value
-from launch.evaluation.image_source import ImageSource
+from launch.evaluation.encoded_images import EncodedImages
+from launch.evaluation.image_source import ImageSource, beside
 from launch.evaluation.npz_file import NpzImages
-
-
-def beside(images: Path) -> Path | None:
-    """The description of images: `samples.json` in a folder, or in the one above its `images/`; of a file the JSON of
-    its name; None where there is none."""
-    places = [images.with_suffix(".json")]
-    if images.is_dir():
-        places = [images / "samples.json"] + ([images.parent / "samples.json"] if images.name == "images" else [])
-    return next((path for path in places if path.is_file()), None)
 
 
 def labels_beside(images: Path) -> Path | None:
@@ -77,3 +69,21 @@ def require_promised(images: ImageSource, metadata: Mapping[str, Any], expected:
             f"{images.description} has {size:,} bytes, and its description says {entry['bytes']:,}: it is not the file "
             "that was described"
         )
+
+
+def require_described(images: ImageSource, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError where the file has another SHA-256 than the metadata say; it is read for that as a whole."""
+    entry = metadata.get("npz")
+    if not isinstance(images, NpzImages) or not isinstance(entry, Mapping) or entry.get("sha256") is None:
+        return
+    if (found := sha256(images.path)) != entry["sha256"]:
+        raise ValueError(
+            f"{images.description} has SHA-256 {found}, and its description says {entry['sha256']}: it is not the file "
+            "that was described"
+        )
+
+
+def repeatable(images: ImageSource, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata that a result may repeat: without the hash of a folder's files, which nobody has compared."""
+    described = isinstance(images, EncodedImages) and isinstance(metadata.get("images"), Mapping)
+    return {key: value for key, value in metadata.items() if not (described and key == "images")}

@@ -102,7 +102,9 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
     """An array of an npz as float64; raises ValueError where it is damaged, of another kind, or larger than 1 GiB."""
     with _opened_array(path, name) as (file, shape, fortran_order, dtype):
         size = math.prod(shape) * dtype.itemsize
-        if dtype.kind not in "fiu" or not 0 < size <= MAX_BYTES:
+        if dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} must be numbers, it is {_kind(dtype)} {list(shape)}")
+        if not 0 < size <= MAX_BYTES:
             raise ValueError(
                 f"{path}: {name} must be numbers of at most {MAX_BYTES:,} bytes, it is {dtype} {list(shape)}"
             )
@@ -110,6 +112,11 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
         if len(content) != size:
             raise ValueError(f"{path}: {name} ends after {len(content):,} bytes of {size:,}")
         return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C").astype(np.float64)
+
+
+def _kind(dtype: np.dtype) -> str:
+    """A kind of values in words, where they are no numbers."""
+    return {"U": "text", "S": "text", "O": "objects", "b": "booleans"}.get(dtype.kind, str(dtype))
 
 
 @contextmanager

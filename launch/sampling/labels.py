@@ -78,14 +78,14 @@ def _numbers(words: Iterable[str], source: str) -> list[int]:
 
 def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
     """The labels [N] int64; raises ConfigError, naming some, where there are none or some are no class."""
-    found = np.asarray(labels, dtype=np.int64)
+    found = np.asarray(labels, dtype=object) if isinstance(labels, Sequence) else labels  # any whole number fits
     wrong = found[(found < 0) | (found >= num_classes)]
     if len(wrong) or not len(found):
         shown = short(wrong[:8].tolist()) + (f" and {len(wrong) - 8:,} more" if len(wrong) > 8 else "")
         raise ConfigError(
             f"labels {shown if len(wrong) else 'none'}: classes are 0 to {num_classes - 1} (data.num_classes)"
         )
-    return found
+    return found.astype(np.int64)
 
 
 def describe_labels(labels: np.ndarray, given: bool, protocol: LabelProtocol, num_classes: int) -> dict:

@@ -2,7 +2,7 @@
 
 On a GPU the first stage runs on the current stream and the second on another, so that a batch is decoded while the next
 is sampled; the host waits for neither. On a CPU whole units are computed by as many threads as torch would use, each
-with one: a unit is the same bits whatever their number.
+with one: a unit is the same bits whatever their number, where nothing is compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -9,6 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.files import FileError, make_directory, read_json, write_json
+from common.sections import short
+from common.text import printable
 from launch.config import ConfigError
 from launch.runtime.processes import Processes
 from launch.runtime.run_lock import lock_directory
@@ -19,6 +21,7 @@ from launch.sampling.pipeline import Arrays, Pipeline
 from launch.sampling.units import Rows, batches_of, missing_units, rows_done, rows_missing, share_of
 
 DESCRIPTION = "samples.json"
+_TOLD = 3  # differences that a message tells one by one
 #: Facts that change no image: samples that were described before they were, or otherwise, go on.
 _CHANGE_NOTHING = {"classes", "label_counts"}
 
@@ -168,9 +171,24 @@ def _require_same(description: Path, job: Job) -> dict:
     theirs = job.former(theirs)
     different = [key for key in ours if theirs.get(key) != ours[key] and key not in _CHANGE_NOTHING]
     if different:
-        first = different[0]
         raise ConfigError(
-            f"{description.parent} holds images of other {', '.join(different)} ({first}: {theirs.get(first)} there, "
-            f"{ours[first]} now); give another --output or remove it"
+            f"{job.output} holds images of other {', '.join(different)} ({_difference(theirs, ours, different)}); "
+            "give another --output or remove it"
         )
     return theirs
+
+
+def _difference(theirs: dict, ours: dict, keys: list[str]) -> str:
+    """What differs under `keys`, single entries of mappings: `settings.seed: 1 there, 0 now`."""
+    said = []
+    for key in keys:
+        there, now = theirs.get(key), ours[key]
+        pairs = {key: (there, now)}
+        if isinstance(there, dict) and isinstance(now, dict):
+            pairs = {f"{key}.{name}": (there.get(name), now.get(name)) for name in {**there, **now}}
+        said += [f"{name}: {_brief(a)} there, {_brief(b)} now" for name, (a, b) in pairs.items() if a != b]
+    return printable("; ".join(said[:_TOLD])) + ("; …" if len(said) > _TOLD else "")
+
+
+def _brief(value: Any) -> str:
+    return value if isinstance(value, str) else short(value)

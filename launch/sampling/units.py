@@ -2,7 +2,8 @@
 
 On a CPU products and convolutions round differently with the number of rows they are given. There network and decoder
 are called with units of fixed membership: samples kU to (k + 1)U, filled up past the last one, whatever the size of a
-batch and whoever computes it. Unit k is then the same bits in every run.
+batch and whoever computes it. Unit k is then the same bits in every run that compiles nothing (`sample.compile` none,
+the default there): what a compiler makes of a network depends on its version and on the machine.
 
 UNIT was chosen by times of a forward pass on one core of a server CPU, in ms per sample in batches of 4, 8, 16, 32 and
 64: 6.8, 4.5, 3.2, 2.7, 2.9 (depth 6, width 128, 16 tokens), 32.8, 29.0, 28.1, 28.5, 30.2 (3, 384, 64) and 449, 432,

@@ -17,7 +17,7 @@ from launch.sampling.generator import SampleGenerator
 from launch.sampling.labels import protocol_labels
 from launch.sampling.pipeline import Pipeline
 from launch.sampling.units import batch_size
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, sampling_settings
+from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, require_transport, sampling_settings
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -45,11 +45,12 @@ class SharedNetworks:
 
     def __init__(self, run: LightningDiTRun, device: torch.device, settings: Iterable[SampleConfig] = ()):
         ops, found = select_ops(run.kernels), diffusion_weights(run)
+        source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
+        require_transport(found, run.transport, source)
         tokenizer = build_tokenizer(run, ops)
         if tokenizer.config.embed_dim != found.config.in_channels:
             have, want = tokenizer.config.embed_dim, found.config.in_channels
             raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
-        source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
         model = build_diffusion(found, ops, source)
         self.facts: dict[str, Any] = {
             "hashes": {"model": fingerprint(model), "tokenizer": fingerprint(tokenizer)},

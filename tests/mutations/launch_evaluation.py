@@ -53,6 +53,14 @@ MISTAKES = {
         "launch/evaluation/metadata.py", "promised != len(images)", "promised < len(images)",
         "test_launch_evaluate_notes.py::test_as_many_images_as_were_promised_or_an_error",
     ),
+    "images_of_classes_in_the_order_of_folders": Mistake(
+        "launch/evaluation/encoded_images.py", "key=indices.__getitem__", "key=None",
+        "test_launch_image_source.py::test_images_in_folders_of_classes_come_by_index_as_those_of_one_folder",
+    ),
+    "a_file_of_another_hash_than_described": Mistake(
+        "launch/evaluation/metadata.py", '!= entry["sha256"]', "is None",
+        "test_launch_evaluate_notes.py::test_a_file_of_other_bytes_than_were_described_is_refused_and_no_hash_is_repeated",
+    ),
     "a_self_test_that_cannot_fail": Mistake(
         "launch/evaluation/self_test.py", "_TOLERANCE = 1e-9", "_TOLERANCE = 1e9",
         "test_launch_evaluate_notes.py::test_no_figure_is_taken_where_the_self_test_fails",

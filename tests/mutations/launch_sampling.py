@@ -82,6 +82,12 @@ MISTAKES = {
         "mix(0, i, 0, _RANDOM)",
         f"{LABELS}::test_another_seed_gives_other_labels",
     ),
+    "samples_of_any_transport": Mistake(
+        "launch/sampling/facts.py",
+        '        "transport": _sampled_by(transport),\n',
+        "",
+        "test_launch_sampling_transport.py::test_samples_of_another_transport_are_not_mixed",
+    ),
     "decoding_without_comparing_the_number": Mistake(
         "launch/decode.py",
         'description.get("num_samples") != len(data)',

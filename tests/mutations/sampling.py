@@ -69,6 +69,14 @@ MISTAKES = {
         "launch/guides.py", "    if not _alike(guide.latents, found.latents):\n", "    if False:\n",
         f"{FILES}test_a_guide_that_cannot_guide_is_refused",
     ),
+    "the_sampled_network_guides_itself": Mistake(
+        "launch/guides.py", "    if _is_sampled_one(network, found):\n", "    if False:\n",
+        f"{FILES}test_a_guide_that_cannot_guide_is_refused",
+    ),
+    "another_prediction_than_the_weights": Mistake(
+        "launch/trained.py", 'keys = ("path_type", "prediction")', 'keys = ("path_type",)',
+        "test_launch_sampling_transport.py::test_another_transport_than_the_weights_were_trained_by_is_refused",
+    ),
     "settings_do_not_travel": Mistake(
         "lightningdit/weights.py", '            **({} if export.sample is None else {"sample": export.sample}),\n', "",
         f"{FILES}test_an_export_says_what_its_network_was_tuned_with",
