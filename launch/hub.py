@@ -113,12 +113,14 @@ def _weights_in(folder: Path, reference: Reference) -> Path:
 
 def require_upload(repository: str) -> None:
     """Raise ConfigError, before the long work, where the package is not installed or this is no repository's name."""
-    hub = _package()
+    _package()
+    from huggingface_hub import errors, utils  # no attributes of the package until they are imported
+
     if not re.fullmatch(_REPOSITORY, repository):
         raise ConfigError(f"--push {repository!r}: OWNER/NAME is wanted, the name of a repository on the hub")
     try:
-        hub.utils.validate_repo_id(repository)
-    except hub.errors.HFValidationError as e:
+        utils.validate_repo_id(repository)
+    except errors.HFValidationError as e:
         raise ConfigError(f"--push {repository}: {e}") from None
 
 

@@ -44,6 +44,27 @@ class NetworkConfig(Record):
     exported: Exported = Field(Exported(), alias="_exported")
 
 
+class PipelineIndex(Record):
+    """`model_index.json`, as far as it says how the pipeline samples without being told."""
+
+    num_inference_steps: int = 249
+    guidance_scale: float = 1.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_schedule: str = "constant"
+    guidance_channels: int | None = None
+
+
+#: What `PipelineIndex` calls settings of `sample`, but the number of its steps.
+PUBLIC = {
+    "guidance_scale": "cfg_scale",
+    "guidance_start": "cfg_interval_start",
+    "guidance_end": "cfg_interval_end",
+    "guidance_schedule": "cfg_schedule",
+    "guidance_channels": "cfg_channels",
+}
+
+
 def is_pipeline(path: Path) -> bool:
     return (path / INDEX).is_file()
 
@@ -51,7 +72,8 @@ def is_pipeline(path: Path) -> bool:
 def read_pipeline(folder: Path) -> Export:
     """The network of a pipeline folder, and the statistics that its tokenizer's config states.
 
-    Raises WeightsError where a part is missing, damaged, or another network's.
+    Its sampling settings are the stored ones under what model_index.json says, which is there to be changed. Raises
+    WeightsError where a part is missing, damaged, or another network's.
     """
     path = folder / NETWORK / CONFIG_FILE
     try:
@@ -75,8 +97,21 @@ def read_pipeline(folder: Path) -> Export:
     extra: dict[str, Any] = {"source": str(folder)} | dict(said.model_extra or {})
     if said.classes is not None:
         extra["classes"] = list(said.classes)
-    sample = None if said.sample is None else tuned_settings(path, said.sample)
+    sample = None if said.sample is None else _sampled(folder / INDEX, tuned_settings(path, said.sample))
     return Export(config, tables(config) | read_tensors(weights), said.step, said.weights, latents, extra, sample)
+
+
+def _sampled(index: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Stored sampling settings with those that a model_index.json says in place of theirs."""
+    try:
+        record = read_record(index, PipelineIndex)
+    except FileError as e:
+        raise WeightsError(str(e)) from None
+    stated = record.model_dump(include=record.model_fields_set & PipelineIndex.model_fields.keys())
+    own = {PUBLIC[name]: value for name, value in stated.items() if name in PUBLIC}
+    if "num_inference_steps" in stated:
+        own["num_sampling_steps"] = stated["num_inference_steps"] + 1  # steps there, grid points here
+    return tuned_settings(index, stored | own)
 
 
 def tables(config: ModelConfig) -> Tensors:
@@ -91,8 +126,14 @@ def tables(config: ModelConfig) -> Tensors:
 def statistics_of(
     config: DiffusersConfig, source: Path, *, channels: int, multiplier: float | None = None
 ) -> LatentStatistics:
-    """The latents' statistics that a tokenizer's config of diffusers states; multiplier: in place of its factor."""
+    """The latents' statistics that a tokenizer's config of diffusers states; multiplier: in place of its factor.
+
+    Raises WeightsError, naming `source`, where it states the mean alone or the standard deviation alone.
+    """
     mean, std = config.latents_mean, config.latents_std
+    if (mean is None) != (std is None):
+        known, lacking = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
+        raise WeightsError(f"{source} has {known}, and {lacking} is null or missing: both are wanted, or neither")
     if mean is None or std is None:
         mean, std = (config.shift_factor or 0.0,) * channels, (1.0,) * channels
     factor = config.scaling_factor if multiplier is None else multiplier

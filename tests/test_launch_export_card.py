@@ -1,5 +1,7 @@
 """Model cards of exports: front matter that the hub's own package reads, figures of these weights alone."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,13 @@ from huggingface_hub import ModelCard
 
 import kernels
 from common.files import read_json, write_json
+from launch.config import VavaeRun
 from launch.export import main as export_main
-from launch.trained import build_diffusion, diffusion_weights
+from launch.trained import build_diffusion, diffusion_weights, from_checkpoint
+from launch.training import checkpoint
+from launch.training.checkpoint_search import find_checkpoint
+from lightningdit.weights import save_export
+from tests import toy
 from tests.tiny_weights import a_run, write_weights
 from vavae.weights import fingerprint, load_tokenizer
 
@@ -23,18 +30,21 @@ def weights(tmp_path_factory) -> Path:
 def result(sha256: str | None, fid: float, model: str = "model") -> dict:
     """As evaluate writes it."""
     said = {"hashes": {model: sha256}} if sha256 else {}
-    return said | {
-        "metrics": {"fid": fid, "inception_score": 171.0},
-        "samples": 50_000,
-        "samples_sha256": "0" * 64,
-        "reference": {"path": "/data/mine/imagenet256.npz", "images": None, "sha256": "abcdef012345" + "6" * 52},
-        "features": "inception-v3-compat",
-        "solver": "ODE euler, 250 points, shift 0.3",
-        "guidance": "scale 6.7 on the first 3 channels from time 0.11 on",
-        "dtype": "bfloat16",
-        "skipped": {},
-        "notes": ["a | b", "few *images*"],
-    }
+    return (
+        said
+        | {"images" if model == "tokenizer" else "samples": 50_000}
+        | {
+            "metrics": {"fid": fid, "inception_score": 171.0},
+            "samples_sha256": "0" * 64,
+            "reference": {"path": "/data/mine/imagenet256.npz", "images": None, "sha256": "abcdef012345" + "6" * 52},
+            "features": "inception-v3-compat",
+            "solver": "ODE euler, 250 points, shift 0.3",
+            "guidance": "scale 6.7 on the first 3 channels from time 0.11 on",
+            "dtype": "bfloat16",
+            "skipped": {},
+            "notes": ["a | b", "few *images*"],
+        }
+    )
 
 
 def rows_of(card: str, title: str) -> list[list[str]]:
@@ -84,6 +94,71 @@ def test_figures_of_other_weights_are_refused(weights, tmp_path):
     write_json(tmp_path / "unstated.json", result(None, 4.5))
     assert export_main([*argv, str(tmp_path / "unstated.json")]) == 0
     assert rows_of((tmp_path / "x/README.md").read_text(encoding="utf-8"), "Figures")[0][:2] == ["fid", "4.5"]
+
+
+def test_a_tokenizers_card_takes_no_figures_of_samples(weights, tmp_path):
+    """They state its hash as well: it decoded them."""
+    source = tmp_path / "tokenizer.safetensors"
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    own = fingerprint(load_tokenizer(source, OPS))
+    of_samples = result("1" * 64, 2.0)
+    of_samples["hashes"]["tokenizer"] = own
+    write_json(tmp_path / "evaluation.json", of_samples)
+    write_json(tmp_path / "rfid.json", result(own, 0.5, "tokenizer"))
+    write_json(tmp_path / "none.json", {"metrics": {"fid": 3.0}, "made": {"hashes": {"model": "1" * 64}}})
+    assert export_main([str(source), str(tmp_path / "x"), "--card"]) == 0
+    assert [row[1] for row in rows_of((tmp_path / "x.md").read_text(encoding="utf-8"), "Figures")] == ["0.5", "171"]
+    for name, why in (("evaluation", "are figures of samples, not"), ("none", "is no result of evaluate: it lacks")):
+        with pytest.raises(ValueError, match=f"{name}.json {why}"):
+            export_main(
+                [str(source), str(tmp_path / f"of_{name}"), "--card", "--results", str(tmp_path / f"{name}.json")]
+            )
+
+
+def test_figures_decoded_by_another_tokenizer_are_refused(weights, tmp_path):
+    own = fingerprint(build_diffusion(diffusion_weights(a_run(weights)), OPS, "run"))
+    other = result(own, 2.5)
+    other["hashes"]["tokenizer"] = "2" * 64
+    write_json(tmp_path / "other.json", other)
+    write_json(tmp_path / "reconstructions.json", result("2" * 64, 0.5, "tokenizer"))
+    argv = [str(weights / "run"), str(tmp_path / "x"), "--format", "diffusers", "--results"]
+    for name, why in (("other", "other weights .*tokenizer's 2222"), ("reconstructions", "a tokenizer alone")):
+        with pytest.raises(ValueError, match=f"{name}.json are figures of {why}"):
+            export_main([*argv, str(tmp_path / f"{name}.json")])
+
+
+def test_what_goes_to_others_tells_no_folder_of_this_machine(weights, tmp_path):
+    """A run's pipeline, one of weights that tell neither transport nor settings, and tokenizers, with their cards."""
+    network = from_checkpoint(find_checkpoint(weights / "run"))
+    untold = {key: value for key, value in network.extra.items() if key != "transport"}
+    save_export(tmp_path / "untold", replace(network, sample=None, extra=untold))
+    checkpoint.save(tmp_path / "vavae", *tokenizers_checkpoint(weights))
+    told = result(None, 2.0) | {"notes": [f"the reference is {tmp_path}/real.npz, of https://example.org/a/b"]}
+    write_json(tmp_path / "told.json", told | {"features": f"{tmp_path}/inception.pt"})
+    tokenizer = str(weights / "tokenizer.safetensors")
+    for source, *more in (
+        (weights / "run", "--results", tmp_path / "told.json"),
+        (tmp_path / "untold.safetensors", "--tokenizer", tokenizer),
+        (tokenizer, "--card"),
+        (tmp_path / "vavae", "--card"),
+    ):
+        folder = tmp_path / "out" / Path(source).stem
+        assert export_main([str(source), str(folder), "--format", "diffusers", *map(str, more)]) == 0
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) == 2 * 8 + 2 * 3
+    folders = [str(folder).encode() for folder in (tmp_path, weights)]
+    assert [path for path in written if any(folder in path.read_bytes() for folder in folders)] == []
+    card = (tmp_path / "out/untold/README.md").read_text(encoding="utf-8")
+    assert "untold.safetensors does not tell its transport" in card
+    card = (tmp_path / "out/run/README.md").read_text(encoding="utf-8")
+    assert "* the reference is real.npz, of https://example.org/a/b" in card and "| inception.pt |" in card
+
+
+def tokenizers_checkpoint(weights) -> tuple[dict, dict]:
+    tokenizer = load_tokenizer(weights / "tokenizer.safetensors", OPS)
+    run = VavaeRun(preset="default", model=tokenizer.config, data={"data_path": "images", "image_size": 8})
+    description = toy.checkpoint_state(3, "vavae", "autoencoder", config=run.model_dump(mode="json"))
+    return description, {"autoencoder": dict.fromkeys(("model", "ema"), tokenizer.state_dict())}
 
 
 def test_cards_of_other_exports(weights, tmp_path):

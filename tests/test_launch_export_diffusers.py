@@ -76,7 +76,7 @@ def test_a_checkpoint_becomes_a_folder(run, tmp_path, capsys, which):
     assert loaded.keys() == state.keys() - {"linear_proj.weight"}
     assert all(torch.equal(v, state[k]) for k, v in loaded.items())
     config = config_of(tmp_path / "deep/x")
-    assert config["_exported"] == {"step": 3, "weights": which, "checkpoint": str(find_checkpoint(run).path)}
+    assert config["_exported"] == {"step": 3, "weights": which, "checkpoint": find_checkpoint(run).path.name}
     assert (config["scaling_factor"], config["latents_mean"], config["latents_std"]) == (1.0, None, None)
     assert (config["sample_size"], config["force_upcast"], config["shift_factor"]) == (8, True, None)
 
@@ -91,7 +91,7 @@ def test_weights_become_a_folder_and_a_folder_an_export(weights, tmp_path, form)
         assert export_main([str(source), str(tmp_path / "first"), "--format", "diffusers"]) == 0
         source = tmp_path / "first"
     assert export_main([str(source), str(tmp_path / "x/"), "--format", "diffusers"]) == 0
-    assert config_of(tmp_path / "x")["_exported"]["source"] == str(source)
+    assert config_of(tmp_path / "x")["_exported"]["source"] == source.name
     assert export_main([str(tmp_path / "x"), str(tmp_path / "y")]) == 0
     assert fingerprint(load_tokenizer(tmp_path / "y.safetensors", OPS)) == fingerprint(tokenizer)
     assert read_json(tmp_path / "y.json")["config"]["ch_mult"] == TOKENIZER["ch_mult"]
@@ -146,7 +146,11 @@ def test_a_folder_of_diffusers_keeps_the_statistics_it_states(weights, tmp_path,
     assert f"latents_std are those of {tmp_path}/x, scaling_factor 0.5" in capsys.readouterr().out
     first, second = config_of(tmp_path / "x"), config_of(tmp_path / "y")
     assert all(first[f"latents_{name}"] == second[f"latents_{name}"] for name in ("mean", "std"))
-    write_json(tmp_path / "x/config.json", first | {"latents_mean": None, "scaling_factor": 0.3, "shift_factor": 0.1})
+    shifted = first | {"latents_mean": None, "scaling_factor": 0.3, "shift_factor": 0.1}
+    write_json(tmp_path / "x/config.json", shifted)
+    with pytest.raises(ValueError, match=r"x/config.json has latents_std, and latents_mean is null or missing"):
+        export_main([*argv, str(tmp_path / "z")])
+    write_json(tmp_path / "x/config.json", shifted | {"latents_std": None})
     assert export_main([*argv, str(tmp_path / "z")]) == 0
     third = config_of(tmp_path / "z")
     assert (third["latents_mean"], third["latents_std"], third["shift_factor"]) == (None, None, 0.1)

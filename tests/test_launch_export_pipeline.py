@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -204,7 +205,15 @@ def test_the_file_of_ours_needs_torch_and_diffusers_alone():
     tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} == {"collections", "diffusers", "inspect", "math", "PIL", "torch"}
+    assert {name.partition(".")[0] for name in names} == {
+        "collections",
+        "diffusers",
+        "inspect",
+        "math",
+        "operator",
+        "PIL",
+        "torch",
+    }
     assert SOURCE.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")
 
 
@@ -215,9 +224,32 @@ def test_calls_that_mean_nothing_are_refused(folder):
         (dict(class_labels="cow"), "no class is called 'cow'"),
         (dict(class_labels=0, output_type="jpg"), "allowed: pil, np, pt, latent"),
         (dict(class_labels=[0, 1], latents=torch.zeros(1, 4, 4, 4)), r"these labels take \(2, 4, 4, 4\)"),
-    ):
+        *((dict(class_labels=each), "class_labels is empty; allowed: one label") for each in ([], ())),
+        *((dict(class_labels=[0, each]), f"class_labels: {each}; allowed: whole numbers from 0 to 2, and names")
+          for each in (1.5, 1.0, True, None)),
+        *((dict(num_inference_steps=each), f"num_inference_steps is {each}; allowed: whole numbers from 1 on")
+          for each in (0, -1, 2.5)),
+        *((dict(guidance_scale=each), f"guidance_scale is {each}; allowed: numbers from 1 ")
+          for each in (math.nan, math.inf, 0.5, -2)),
+        *((dict(guidance_channels=each), f"guidance_channels is {each}; allowed: 1 to 4, or 0 for all of them")
+          for each in (5, -1, 1.5)),
+        *((dict(guidance_interval=each), "guidance_interval is .*; allowed: two times, 0 <= from <= to <= 1")
+          for each in ((), (0.5,), (0.5, 0.25), (-0.1, 1), (0, 1.1), (0, math.nan), (0, 0.5, 1), 0.5, "01")),
+        *((dict(class_labels=[0, 1], generator=[generator(0, i, 0) for i in range(count)]),
+           f"generator is a list of {count}; allowed: one generator, or one for each of 2") for count in (0, 1, 3)),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
-            pipe(**options)
+            pipe(**({"class_labels": 0} | options))
+    pipe.vae.register_to_config(latents_std=None)
+    with pytest.raises(ValueError, match="latents_std None in the config of vae; allowed: both, or neither"):
+        pipe(0)
+
+
+def test_labels_of_any_whole_type_are_taken(folder):
+    pipe, expected = load(folder), [2, 0]
+    for labels in (np.array(expected), torch.tensor(expected), [np.int64(2), np.str_("cat")], (2, "cat")):
+        assert pipe.label_numbers(labels) == expected
+    assert all(pipe.label_numbers(one) == [2] for one in (2, np.int64(2), torch.tensor(2), np.uint8(2), "été"))
 
 
 def test_what_no_pipeline_expresses_is_said(weights, tmp_path, caplog):
@@ -263,6 +295,15 @@ def test_programs_take_the_folder_for_network_and_tokenizer(weights, folder, tmp
     assert export_main([str(folder), str(tmp_path / "again"), "--format", "diffusers"]) == 0
     for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    changed = dict(num_inference_steps=8, guidance_scale=3.5, guidance_end=0.75, guidance_channels=2)
+    for name, values in (("changed", changed), ("odd", {"guidance_scale": 0.5})):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index | values), encoding="utf-8")
+    assert export_main([str(tmp_path / "changed"), str(tmp_path / "taken"), "--format", "diffusers"]) == 0
+    assert json.loads((tmp_path / "taken/model_index.json").read_text(encoding="utf-8")) == index | changed
+    with pytest.raises(ValueError, match=r"odd/model_index.json: sample.*cfg_scale"):
+        export_main([str(tmp_path / "odd"), str(tmp_path / "x"), "--format", "diffusers"])
     shutil.copytree(folder, tmp_path / "damaged")
     path = tmp_path / "damaged/transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -11,16 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.files import read_json
+from common.files import read_json, write_json
 from launch.__main__ import main
 from launch.config import load
 from launch.config_files import ConfigError
 from launch.gallery_page import media, viewers
-from launch.gallery_page.configs import defaults, differing, flat, nearest_recipe
+from launch.gallery_page.configs import config_tables, defaults, differing, flat, nearest_recipe
 from launch.gallery_page.curves import BUCKETS, curves, thin
 from launch.gallery_page.media import Embedder, PageFull
 from launch.gallery_page.page import build
 from launch.gallery_page.results import result_tables
+from launch.gallery_page.sources import find_sources
 from launch.run_directory.rows import read_rows
 from tests.gallery_runs import CLASSES, SCRIPT, a_run, whole_directory, write_log, write_picture, write_samples
 
@@ -133,6 +135,18 @@ def test_one_run_is_compared_with_the_nearest_file_and_the_defaults(tmp_path):
     config = flat({"model": {"depth": 6}, "train": {"exp_name": "a", "max_steps": None}})
     assert differing([config, {**config, "train.exp_name": "b", "model.depth": 7}]) == ["model.depth"]
     assert differing([{"a": None}, {}]) == ["a"]
+
+
+def test_a_key_that_a_run_of_an_earlier_version_lacks_means_its_default():
+    now = load("digits.yaml", kind="lightningdit")[0].model_dump(mode="json")
+    model = {key: value for key, value in now["model"].items() if key != "wo_shift"}
+    earlier = {key: value for key, value in now.items() if key != "deepspeed"} | {"model": model, "removed": 5}
+    (table,) = config_tables({"now": ("lightningdit", now), "earlier": ("lightningdit", earlier)})
+    assert table["rows"] == [["removed", "–", "5"]]
+    assert [row[2] for row in table["whole"]["rows"] if row[0] == "model.wo_shift"] == ["–"]
+    del earlier["removed"]
+    (table,) = config_tables({"earlier": ("lightningdit", earlier)})
+    assert table["rows"] == [] and "digits.yaml" in table["title"]
 
 
 def test_every_shipped_file_is_nearest_to_itself():
@@ -249,6 +263,37 @@ def test_what_is_damaged_or_half_written_is_named_and_left_out(tmp_path):
         assert name in left, name
     assert "previews of run at step 100" in {attrs["alt"] for attrs in page.images} and "Ops" not in page.words
     assert str(tmp_path) not in left
+
+
+def a_view_of_sets(tmp_path, left_out: dict) -> dict:
+    sources = find_sources([tmp_path])
+    view = viewers.samples_view(sources, {folder: folder.name for folder in sources.samples}, Embedder())
+    left_out |= {path.name: why for path, why in sources.left_out.items()}
+    return view
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("labels", [np.zeros((4, 1)), np.array([0, 1, math.nan, 1]), np.array([math.inf, 0, 0, 0])])
+def test_labels_that_are_none_are_named_and_thin_nothing_out(tmp_path, labels):
+    write_samples(tmp_path / "whole", 5, count=4)
+    path = write_samples(tmp_path / "odd", 6, count=4) / "samples.npz"
+    np.savez(path, arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=labels)
+    view = a_view_of_sets(tmp_path, left_out := {})
+    assert left_out.keys() == {"odd"} and "samples.npz: arr_1 must be labels [N], it is [4" in left_out["odd"]
+    assert view["labels"] == ["whole, step 5"] and view["of"] == 1
+
+
+def test_a_set_of_latents_is_no_set_that_cannot_be_read(tmp_path, monkeypatch):
+    folder = write_samples(tmp_path / "latents", 5, count=4)
+    (folder / "samples.npz").unlink()
+    write_json(folder / "samples.json", read_json(folder / "samples.json") | {"latents_manifest": {"sha256": "0" * 64}})
+    left_out = {}
+    assert a_view_of_sets(tmp_path, left_out) is None and left_out == {}
+    monkeypatch.setattr(viewers, "MOST_POSITIONS", 2)
+    for step in range(3):
+        write_samples(tmp_path / str(step), step, count=4)
+    view = a_view_of_sets(tmp_path, left_out)
+    assert view["labels"] == ["0, step 0", "2, step 2"] and view["of"] == 3 and left_out == {}
 
 
 @pytest.mark.parametrize("by_class", [False, True])

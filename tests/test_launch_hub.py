@@ -226,6 +226,17 @@ def test_a_push_that_fails_keeps_the_export_and_says_how_to_try_again(weights, t
     assert (tmp_path / "net/model_index.json").is_file()
 
 
+def test_the_check_of_a_name_needs_no_module_that_others_imported(monkeypatch):
+    """In a fresh interpreter `errors` and `utils` are no attributes of the package yet."""
+    for name in ("errors", "utils"):
+        monkeypatch.delattr(huggingface_hub, name, raising=False)
+        with pytest.raises(AttributeError, match=name):
+            getattr(huggingface_hub, name)
+    hub.require_upload("me/net")
+    with pytest.raises(ConfigError, match="--push me/-net"):
+        hub.require_upload("me/-net")
+
+
 def test_a_push_to_no_repository_is_refused_before_anything_is_written(weights, tmp_path, api):
     for name in ("net", "me/net/x", "me/-net", "hf://me/net"):
         with pytest.raises(ConfigError, match=f"--push '?{name}"):

@@ -16,6 +16,8 @@ from launch.training.checkpoint import Checkpoint
 
 NOT_STATED = "not stated"
 _SEARCHED = 2**20  # bytes of a JSON file that a search beside a run reads: results are smaller
+#: Folders before a name, of an absolute path in text; no address on the net, whose / follow a colon or a word.
+_FOLDERS = re.compile(r"(?<![\w.:/-])~?/(?:[^\s/'\"]+/)+")
 _PRIVATE = {
     "output_dir",
     "exp_name",
@@ -38,6 +40,22 @@ class Result:
         found = hashes.get(model) if isinstance(hashes, Mapping) else None
         return found if isinstance(found, str) else None
 
+    def foreign(self, hashes: Mapping[str, str]) -> str | None:
+        """What says that these are no figures of networks with these hashes; None where nothing does.
+
+        hashes: network ("model", "tokenizer") → `vavae.weights.fingerprint`; without "model" reconstructions are
+        wanted, or latents, with it samples.
+        """
+        of_samples = _is_count(self.facts.get("samples")) or self.hash_of("model") is not None
+        if of_samples != ("model" in hashes):
+            made, wanted = ("samples", "a tokenizer alone") if of_samples else ("a tokenizer alone", "samples")
+            return f"are figures of {made}, not of {wanted}"
+        for network, sha256 in hashes.items():
+            if (stated := self.hash_of(network)) not in (None, sha256):
+                other = f"other weights (SHA-256 of the {network}'s {stated})"
+                return f"are figures of {other} than those to export ({sha256})"
+        return None
+
     def rows(self) -> list[list[str]]:
         """A row of text for each figure."""
         facts = self.facts
@@ -48,7 +66,11 @@ class Result:
 
     def _said(self, key: str) -> str:
         value = self.facts.get(key, NOT_STATED)
-        return value if isinstance(value, str) else json.dumps(value)
+        return _without_folders(value if isinstance(value, str) else json.dumps(value))
+
+    def notes(self) -> list[str]:
+        notes = self.facts.get("notes")
+        return [_without_folders(str(note)) for note in notes] if isinstance(notes, list) else []
 
     def _reference(self) -> str:
         known = self.facts.get("reference")
@@ -57,27 +79,28 @@ class Result:
         return f"{Path(str(known.get('path'))).name}, SHA-256 {str(known.get('sha256', NOT_STATED))[:12]}"
 
 
-def read_results(paths: Iterable[Path], model: str, sha256: str) -> list[Result]:
-    """Results that `evaluate` wrote; raises ConfigError for other files and for figures of other weights.
-
-    model, sha256: which network ("model", "tokenizer") the figures have to be of, and its `vavae.weights.fingerprint`.
-    """
+def read_results(paths: Iterable[Path], hashes: Mapping[str, str]) -> list[Result]:
+    """Results that `evaluate` wrote; raises ConfigError for other files and for figures of others: `Result.foreign`."""
     found = []
     for path in paths:
         content = read_json(path)
         if not _is_result(content):
-            raise ConfigError(f"--results {path} is no result of evaluate: it has no metrics")
-        result = Result(path, content)
-        if (stated := result.hash_of(model)) not in (None, sha256):
             raise ConfigError(
-                f"--results {path} are figures of other weights (SHA-256 {stated}) than those to export ({sha256})"
+                f"--results {path} is no result of evaluate: it lacks metrics, or the number of samples or images"
             )
+        result = Result(path, content)
+        if (why := result.foreign(hashes)) is not None:
+            raise ConfigError(f"--results {path} {why}")
         found.append(result)
     return found
 
 
-def results_beside(source: Checkpoint | Path, model: str, sha256: str) -> list[Result]:
-    """The results in a run's directory, or beside a weights file, that state that they are of these weights."""
+def results_beside(source: Checkpoint | Path, hashes: Mapping[str, str]) -> list[Result]:
+    """The results in a run's directory, or beside a weights file, that state that they are of these weights.
+
+    hashes: the network that a result has to name, then others that it may.
+    """
+    named = next(iter(hashes))
     folder = source.path.parent.parent if isinstance(source, Checkpoint) else source.parent
     found = []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
@@ -85,21 +108,36 @@ def results_beside(source: Checkpoint | Path, model: str, sha256: str) -> list[R
             content = read_json(path) if path.stat().st_size < _SEARCHED else None
         except (FileError, OSError):
             continue  # others' files
-        if content is not None and _is_result(content) and Result(path, content).hash_of(model) == sha256:
-            found.append(Result(path, content))
+        if content is None or not _is_result(content):
+            continue
+        result = Result(path, content)
+        if result.hash_of(named) == hashes[named] and result.foreign(hashes) is None:
+            found.append(result)
     return found
 
 
-def figures_of(results: Sequence[Path], beside: Checkpoint | Path | None, model: str, sha256: str) -> list[Result]:
+def figures_of(results: Sequence[Path], beside: Checkpoint | Path | None, hashes: Mapping[str, str]) -> list[Result]:
     """The results that are named, else those that lie beside the weights; see `read_results`."""
     if results or beside is None:
-        return read_results(results, model, sha256)
-    return results_beside(beside, model, sha256)
+        return read_results(results, hashes)
+    return results_beside(beside, hashes)
 
 
 def _is_result(content: Any) -> bool:
-    metrics = content.get("metrics") if isinstance(content, Mapping) else None
-    return isinstance(metrics, Mapping) and all(type(value) in (int, float) for value in metrics.values())
+    """Figures, and of how many samples or images they are."""
+    if not isinstance(content, Mapping) or not isinstance(metrics := content.get("metrics"), Mapping):
+        return False
+    counted = any(_is_count(content.get(key)) for key in ("samples", "images"))
+    return counted and all(type(value) in (int, float) for value in metrics.values())
+
+
+def _without_folders(text: str) -> str:
+    """Paths in a text by their last name: a card goes to others, and tells no folder of this machine."""
+    return _FOLDERS.sub("", text)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int
 
 
 @dataclass(frozen=True)
@@ -136,8 +174,8 @@ class Card:
             return "None have been measured for this card."
         head = ["figure", "value", "N", "solver", "guidance", "dtype", "features", "reference"]
         text = _table(head, [row for result in self.results for row in result.rows()])
-        notes = [note for result in self.results for note in result.facts.get("notes", [])]
-        return "\n".join([text, *("", *(f"* {_cell(note)}" for note in dict.fromkeys(map(str, notes))))]).rstrip()
+        notes = [note for result in self.results for note in result.notes()]
+        return "\n".join([text, *("", *(f"* {_cell(note)}" for note in dict.fromkeys(notes)))]).rstrip()
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ d = D / H, M width of the feed-forward layer.
 
 import inspect
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -284,6 +285,22 @@ class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
 
+def whole(value) -> int | None:
+    """A whole number of any type (int, NumPy's, a tensor without axes) as an int; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_between(value, least: float, most: float) -> bool:
+    """Whether a value is a number, and not nan, from `least` to `most`."""
+    try:
+        return not isinstance(value, str) and least <= float(value) <= most
+    except (TypeError, ValueError):
+        return False
+
+
 #: Share of the scale − 1 at time t.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,
@@ -348,21 +365,24 @@ class LightningDiTPipeline(DiffusionPipeline):
 
         Args:
             num_inference_steps: evaluations of the network by Euler's method, guided ones counted once.
+            guidance_scale: 1 or more; 1 is without guidance.
             guidance_interval: times (0: noise, 1: data) between which, both included, guidance is on.
             guidance_channels: 0 for all of them, whatever `model_index.json` says.
             generator: of the noise; with a list, image i depends on generator i alone.
             latents: the noise itself, standard normal [B, C, S, S].
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (normalised).
             callback: called with the number of steps done, the time reached and the latents.
+
+        Raises:
+            ValueError: naming an argument (or a value of `model_index.json`), its value, and what is allowed.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type is {output_type!r}; allowed: pil, np, pt, latent")
-        config, device = self.config, self._execution_device
-        steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        interval = guidance_interval or (config.guidance_start, config.guidance_end)
-        channels = config.guidance_channels if guidance_channels is None else guidance_channels
-        y = torch.tensor(self.label_numbers(class_labels), device=device)  # [B]
+        config = self.config
+        given = (num_inference_steps, guidance_scale, guidance_interval, guidance_channels)
+        steps, scale, interval, channels = self._settings(*given)
+        self._require_statistics()
+        y = torch.tensor(self.label_numbers(class_labels), device=self._execution_device)  # [B]
         x = self._noise(len(y), generator, latents)  # [B, C, S, S] float32
         self._set_times(steps)
         total = self.scheduler.config.num_train_timesteps
@@ -379,17 +399,48 @@ class LightningDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _settings(self, steps, scale, interval, channels) -> tuple[int, float, tuple[float, float], int | None]:
+        """What is given, or in place of None what `model_index.json` says, if it is allowed."""
+        config, most = self.config, self.transformer.config.in_channels
+        steps = config.num_inference_steps if steps is None else steps
+        scale = config.guidance_scale if scale is None else scale
+        interval = (config.guidance_start, config.guidance_end) if interval is None else interval
+        channels = config.guidance_channels if channels is None else channels
+        if whole(steps) is None or whole(steps) < 1:
+            raise ValueError(f"num_inference_steps is {steps!r}; allowed: whole numbers from 1 on")
+        if not is_between(scale, 1, math.inf) or scale == math.inf:
+            raise ValueError(f"guidance_scale is {scale!r}; allowed: numbers from 1 (no guidance) on")
+        pair = tuple(interval) if isinstance(interval, tuple | list) else ()
+        if len(pair) != 2 or not all(is_between(time, 0, 1) for time in pair) or pair[0] > pair[1]:
+            raise ValueError(f"guidance_interval is {interval!r}; allowed: two times, 0 <= from <= to <= 1")
+        if channels is not None and (whole(channels) is None or not 0 <= whole(channels) <= most):
+            raise ValueError(f"guidance_channels is {channels!r}; allowed: 1 to {most}, or 0 for all of them")
+        return whole(steps), float(scale), pair, whole(channels)
+
+    def _require_statistics(self) -> None:
+        """Raise ValueError where the VAE's config has one of the two that latents are normalised by."""
+        config = self.vae.config
+        if (config.latents_mean is None) != (config.latents_std is None):
+            raise ValueError(
+                f"latents_mean is {config.latents_mean} and latents_std {config.latents_std} in the config of vae; "
+                "allowed: both, or neither"
+            )
+
     def label_numbers(self, labels: int | str | list[int | str]) -> list[int]:
         """Numbers of classes given by number or by name (or one of the names that stand between commas)."""
         numbers = {}
         for number, names in (self.config.id2label or {}).items():
             numbers |= {name.strip(): int(number) for name in [names, *names.split(",")]}
         found = []
-        for label in [labels] if isinstance(labels, int | str) else labels:
+        count = self.transformer.config.num_classes
+        for label in [labels] if isinstance(labels, str) or whole(labels) is not None else labels:
             if isinstance(label, str) and label not in numbers:
                 raise ValueError(f"class_labels: no class is called {label!r}; id2label of the pipeline has the names")
-            found.append(numbers[label] if isinstance(label, str) else int(label))
-        count = self.transformer.config.num_classes
+            found.append(numbers[label] if isinstance(label, str) else whole(label))
+            if found[-1] is None:
+                raise ValueError(f"class_labels: {label!r}; allowed: whole numbers from 0 to {count - 1}, and names")
+        if not found:
+            raise ValueError("class_labels is empty; allowed: one label at least")
         if wrong := [label for label in found if not 0 <= label < count]:
             raise ValueError(f"class_labels {wrong}: classes are 0 to {count - 1}")
         return found
@@ -397,6 +448,10 @@ class LightningDiTPipeline(DiffusionPipeline):
     def _noise(self, count: int, generator, latents: Tensor | None) -> Tensor:
         config = self.transformer.config
         shape = (count, config.in_channels, config.input_size, config.input_size)
+        if isinstance(generator, list | tuple) and len(generator) != count:
+            raise ValueError(
+                f"generator is a list of {len(generator)}; allowed: one generator, or one for each of {count}"
+            )
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(latents.shape) != shape:

@@ -31,6 +31,11 @@ class Network:
     run: LightningDiTRun | None = None
     state: dict[str, Any] | None = None
 
+    @property
+    def name(self) -> str:
+        """The source's name alone: what goes to others tells no folder of this machine."""
+        return Path(self.source).name
+
     def transport(self) -> TransportConfig:
         if self.run is not None:
             return self.run.transport
@@ -46,9 +51,9 @@ class Network:
         told, extra = self.run is not None, self.found.extra
         said = []
         if not told and "transport" not in extra:
-            said.append(f"{self.source} does not tell its transport: Linear and velocity are assumed (--config tells)")
+            said.append(f"{self.name} does not tell its transport: Linear and velocity are assumed (--config tells)")
         if not told and self.found.sample is None:
-            said.append(f"{self.source} tells no sampling settings: 249 steps without guidance (--config tells others)")
+            said.append(f"{self.name} tells no sampling settings: 249 steps without guidance (--config tells others)")
         return said
 
     def _read(self, key: str, content: Any, section: type[TransportConfig] | type[SampleConfig]) -> Any:

@@ -22,7 +22,7 @@ from launch.exporting.cards import pipeline_card
 from launch.exporting.networks import Network
 from launch.exporting.places import new_folder
 from launch.exporting.tokenizer import write_tokenizer
-from launch.pipelines import INDEX, NETWORK, NETWORK_CLASS, TOKENIZER, tables
+from launch.pipelines import INDEX, NETWORK, NETWORK_CLASS, PUBLIC, TOKENIZER, tables
 from launch.trained import build_diffusion
 from launch.training.checkpoint import Checkpoint
 from lightningdit.config import ModelConfig, SampleConfig, TransportConfig
@@ -112,15 +112,15 @@ def export_pipeline(
 
     tokenizer: in place of the run's. results: what `evaluate` wrote of these weights; without them those are taken that
     lie beside a checkpoint's run or a file. Raises ValueError where the folder is already there, diffusers has no such
-    pipeline, or results are of other weights.
+    pipeline, or results are of other weights or were decoded by another tokenizer.
     """
     with new_folder(folder) as made:
         found = network.found
-        facts = {"step": found.step, "weights": found.weights, "source": network.source}
+        facts = {"step": found.step, "weights": found.weights, "source": network.name}
         parts = (network.settings(), network.transport(), network.source, facts)
         pipeline = Pipeline(found, network.tokenizer(tokenizer), *parts)
         hashes = pipeline.check()
-        figures = figures_of(results, beside, "model", hashes["model"])
+        figures = figures_of(results, beside, hashes)
         remarks = [*network.remarks(), *pipeline.remarks()]
         for remark in remarks:
             log.warning("%s", remark)
@@ -189,9 +189,5 @@ def _settings(settings: SampleConfig) -> dict:
     """What the pipeline does without being told."""
     return {
         "num_inference_steps": settings.num_sampling_steps - 1,  # grid points there, steps between them here
-        "guidance_scale": settings.cfg_scale,
-        "guidance_start": settings.cfg_interval_start,
-        "guidance_end": settings.cfg_interval_end,
-        "guidance_schedule": settings.cfg_schedule,
-        "guidance_channels": settings.cfg_channels,
+        **{name: getattr(settings, own) for name, own in PUBLIC.items()},
     }

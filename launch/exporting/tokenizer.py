@@ -33,13 +33,13 @@ def export_tokenizer(
         if isinstance(source, Path):
             taken, tensors = entry_of(source, weights)
             tokenizer = tokenizer_of(tensors, source, config, overrides)
-            said = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+            said = {"step": None, "weights": taken or "unnamed", "source": source.name}
         else:
             run = stored_run(source.state["config"], source.path / "state.json", kind="vavae")
             assert isinstance(run, VavaeRun)
             tensors = source.weights("autoencoder", weights or "ema")
             tokenizer = build_tokenizer(tensors, run.model, select_ops("reference"), source.path)
-            said = said_of(source, weights or "ema")
+            said = said_of(source, weights or "ema") | {"checkpoint": source.path.name}
         scale = shift = None
         if isinstance(source, Path) and latents is None:
             scale, shift = stated_statistics(source, tensors, multiplier)

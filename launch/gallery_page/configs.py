@@ -6,7 +6,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from launch.comparison.table import PLACES
-from launch.config import KINDS, load
+from launch.config import KINDS, load, stored_run
 from launch.config_files import SHIPPED, ConfigError
 
 ABSENT = "–"
@@ -68,6 +68,23 @@ def differing(configs: Sequence[Flat]) -> list[str]:
     ]
 
 
+def filled(kind: str, config: Mapping[str, Any]) -> Flat:
+    """A run's file, flat, with the keys that it lacks, as one of an earlier version does: these mean the defaults."""
+    found = flat(config)
+    if kind not in KINDS:
+        return found
+    try:
+        usual = flat(stored_run(dict(config), "", kind=kind).model_dump(mode="json"))
+    except ConfigError:  # of another version in other ways, too
+        usual = defaults(kind)
+    return found | {key: value for key, value in usual.items() if not any(_is_within(key, known) for known in found)}
+
+
+def _is_within(key: str, other: str) -> bool:
+    """Whether keys are equal, or one is a section that the other is in."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
 def config_tables(configs: Mapping[str, tuple[str | None, Mapping[str, Any] | None]]) -> list[dict[str, Any]]:
     """A table for each kind of run: several beside each other, one beside the nearest shipped file and the defaults.
 
@@ -76,7 +93,7 @@ def config_tables(configs: Mapping[str, tuple[str | None, Mapping[str, Any] | No
     """
     tables = []
     for kind in dict.fromkeys(kind for kind, _ in configs.values() if kind is not None):
-        known = {run: flat(config) for run, (of, config) in configs.items() if of == kind and config}
+        known = {run: config for run, (of, config) in configs.items() if of == kind and config}
         if len(known) > 1:
             tables.append(_beside(kind, known))
         elif known and kind in KINDS:
@@ -84,14 +101,16 @@ def config_tables(configs: Mapping[str, tuple[str | None, Mapping[str, Any] | No
     return tables
 
 
-def _beside(kind: str, known: Mapping[str, Flat]) -> dict[str, Any]:
+def _beside(kind: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     title = f"Keys in which these runs ({kind}) differ"
-    rows = _rows(differing(list(known.values())), list(known.values()))
+    columns = [filled(kind, config) for config in known.values()]
+    rows = _rows(differing(columns), columns)
     return _table(title, known, rows) | {"rest": _table("", [], []), "whole": _whole(known)}
 
 
-def _alone(kind: str, run: str, config: Flat) -> dict[str, Any]:
-    usual, nearest = defaults(kind), nearest_recipe(config, kind)
+def _alone(kind: str, run: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    config, usual = filled(kind, content), defaults(kind)
+    nearest = nearest_recipe(config, kind)
     assert nearest is not None, f"no file of kind {kind} is shipped"
     name, recipe = nearest
     first = differing([config, recipe])
@@ -99,7 +118,7 @@ def _alone(kind: str, run: str, config: Flat) -> dict[str, Any]:
     head, columns = [run, name, "default"], [config, recipe, usual]
     title = f"{run}: keys that differ from {name}, the nearest of the shipped files"
     more = _table(f"{len(rest)} keys as in {name} that differ from the defaults", head, _rows(rest, columns))
-    return _table(title, head, _rows(first, columns)) | {"rest": more, "whole": _whole({run: config})}
+    return _table(title, head, _rows(first, columns)) | {"rest": more, "whole": _whole({run: content})}
 
 
 def _table(title: str, columns: Iterable[str], rows: list[list[str]]) -> dict[str, Any]:
@@ -110,9 +129,10 @@ def _rows(keys: Iterable[str], configs: Sequence[Flat]) -> list[list[str]]:
     return [[key, *(shown(config[key]) if key in config else ABSENT for config in configs)] for key in keys]
 
 
-def _whole(known: Mapping[str, Flat]) -> dict[str, Any]:
-    keys = dict.fromkeys(key for config in known.values() for key in config)
-    return _table("The whole run files", known, _rows(keys, list(known.values())))
+def _whole(known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    columns = [flat(config) for config in known.values()]
+    keys = dict.fromkeys(key for config in columns for key in config)
+    return _table("The whole run files", known, _rows(keys, columns))
 
 
 def shown(value: Any) -> str:

@@ -89,10 +89,14 @@ def other_pictures(paths: Iterable[Path], names: Mapping[Path, str], embedder, l
 
 
 def samples_view(sources: Sources, names: Mapping[Path, str], embedder: Embedder) -> View | None:
-    """A slider over sets of samples, by the step of their weights, each by class; None where there are none."""
-    folders = sorted(sources.samples, key=lambda folder: (_number(sources.samples[folder].get("step")), names[folder]))
+    """A slider over sets of samples, by the step of their weights, each by class; None where there are none.
+
+    Sets of latents are passed over: they hold no images.
+    """
+    folders = [folder for folder, facts in sources.samples.items() if "latents_manifest" not in facts]
+    folders.sort(key=lambda folder: (_number(sources.samples[folder].get("step")), names[folder]))
     items: list[View] = []
-    for folder in spread(folders, MOST_POSITIONS):
+    for folder in (shown := spread(folders, MOST_POSITIONS)):
         facts = sources.samples[folder]
         try:
             classes, total = _by_class(folder, facts, embedder)
@@ -108,7 +112,7 @@ def samples_view(sources: Sources, names: Mapping[Path, str], embedder: Embedder
         "labels": [_set_label(item["name"], item["facts"]) for item in items],
         "tracks": [{"name": "", "items": items}],
         "captions": dict(sorted(captions.items())),
-        "of": len(folders),
+        "of": len(items) if len(shown) == len(folders) else len(folders),  # a set that cannot be read thins nothing out
     }
 
 
@@ -161,7 +165,10 @@ class _NpzSet:
         self.count = len(self._images)
         self.labels: list[int] | None = None
         if "arr_1" in npz_names(path):
-            self.labels = read_npz(path, "arr_1").astype(int).tolist()
+            labels = read_npz(path, "arr_1")
+            if labels.ndim != 1 or not np.isfinite(labels).all():
+                raise ValueError(f"{path.name}: arr_1 must be labels [N], it is {list(labels.shape)} or not all finite")
+            self.labels = labels.astype(int).tolist()
             if len(self.labels) != self.count:
                 raise ValueError(f"{path.name} has {self.count} images and {len(self.labels)} labels")
 

@@ -34,8 +34,33 @@ MISTAKES = {
         "test_launch_export_card.py::test_figures_of_other_weights_are_refused",
     ),
     "figures_beside_a_run_taken_unseen": Mistake(
-        "launch/exporting/card.py", " and Result(path, content).hash_of(model) == sha256", "",
+        "launch/exporting/card.py", "result.hash_of(named) == hashes[named] and ", "",
         "test_launch_export_card.py::test_a_pipelines_card_has_the_figures_that_lie_beside_the_run",
+    ),
+    "figures_of_samples_on_a_tokenizers_card": Mistake(
+        "launch/exporting/card.py", 'of_samples != ("model" in hashes)', "of_samples is ...",
+        "test_launch_export_card.py::test_a_tokenizers_card_takes_no_figures_of_samples",
+    ),
+    "figures_decoded_by_another_tokenizer": Mistake(
+        "launch/exporting/pipeline.py", "figures_of(results, beside, hashes)",
+        'figures_of(results, beside, {"model": hashes["model"]})',
+        "test_launch_export_card.py::test_figures_decoded_by_another_tokenizer_are_refused",
+    ),
+    "folders_told_to_others": Mistake(
+        "launch/exporting/networks.py", "return Path(self.source).name", "return self.source",
+        "test_launch_export_card.py::test_what_goes_to_others_tells_no_folder_of_this_machine",
+    ),
+    "one_of_two_statistics_taken_for_none": Mistake(
+        "launch/pipelines.py", "if (mean is None) != (std is None):", "if False:",
+        "test_launch_export_diffusers.py::test_a_folder_of_diffusers_keeps_the_statistics_it_states",
+    ),
+    "what_model_index_says_ignored": Mistake(
+        "launch/pipelines.py", "stored | own)", "own | stored)",
+        "test_launch_export_pipeline.py::test_programs_take_the_folder_for_network_and_tokenizer",
+    ),
+    "generators_left_over": Mistake(
+        CODE, "and len(generator) != count:", "and len(generator) < count:",
+        "test_launch_export_pipeline.py::test_calls_that_mean_nothing_are_refused",
     ),
     "code_taken_from_the_hub": Mistake(
         "launch/hub.py", '("*.json", "*.safetensors")', '("*",)',

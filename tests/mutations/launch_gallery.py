@@ -63,6 +63,18 @@ MISTAKES = {
         "max(found, key=",
         f"{TEXT}test_every_shipped_file_is_nearest_to_itself",
     ),
+    "gallery_keys_of_later_versions_as_differences": Mistake(
+        "launch/gallery_page/configs.py",
+        "columns = [filled(kind, config) for",
+        "columns = [flat(config) for",
+        f"{TEXT}test_a_key_that_a_run_of_an_earlier_version_lacks_means_its_default",
+    ),
+    "gallery_sets_of_latents_as_damage": Mistake(
+        VIEWERS,
+        ' if "latents_manifest" not in facts]',
+        "]",
+        f"{TEXT}test_a_set_of_latents_is_no_set_that_cannot_be_read",
+    ),
     "gallery_damage_that_nobody_is_told_of": Mistake(
         "launch/gallery_page/sources.py",
         "        found.left_out[path] = reason(path, e)\n",
