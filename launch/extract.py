@@ -266,7 +266,7 @@ def find_tokenizer(run: VavaeRun, ops) -> tuple[AutoencoderKL, str]:
     `ckpt_path` is a weights file, a folder of diffusers, a reference to the hub (`launch.hub`), a checkpoint or a run's
     directory; without it, the run's own directory is meant.
     """
-    path = tokenizer_copy(run.ckpt_path) if run.ckpt_path else Path(run.train.output_dir) / (run.train.exp_name or "")
+    path = tokenizer_copy(run.ckpt_path) if run.ckpt_path else run.train.directory
     if not weights_file(path).is_dir():
         return load_tokenizer(path, ops, run.model), str(path)
     checkpoint = find_checkpoint(path)

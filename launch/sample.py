@@ -75,8 +75,7 @@ def main(argv: list[str]) -> int:
         settings = settings.model_copy(update=DEMO_SETTINGS)
     if args.format is not None:
         settings = settings.model_copy(update={"format": args.format})
-    directory = Path(run.train.output_dir) / (run.train.exp_name or "")
-    output = args.output or directory / ("demo" if args.demo else "samples")
+    output = args.output or run.train.directory / ("demo" if args.demo else "samples")
     generate(run, output, settings, labels, by_class=args.by_class, columns=args.columns if args.classes else None)
     return 0
 
@@ -164,13 +163,11 @@ def _labels(run: LightningDiTRun, settings: SampleConfig, labels: Sequence[int] 
 def make_generator(run: LightningDiTRun, settings: SampleConfig, labels: np.ndarray) -> tuple[SampleGenerator, dict]:
     """The networks, and the facts that an image depends on or that a result must state."""
     ops, found = select_ops(run.kernels), diffusion_weights(run)
-    source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
+    source = str(run.ckpt_path or run.train.directory)
     require_transport(found, run.transport, source)
     latents_alone = settings.format == "latents"
-    tokenizer = None if latents_alone and run.vae.ckpt_path is None else build_tokenizer(run, ops)
-    if tokenizer is not None and tokenizer.config.embed_dim != found.config.in_channels:
-        have, want = tokenizer.config.embed_dim, found.config.in_channels
-        raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
+    without = latents_alone and run.vae.ckpt_path is None
+    tokenizer = None if without else build_tokenizer(run, ops, found.config.in_channels)
     model, guide = build_diffusion(found, ops, source), guide_network(run, settings, ops, found)
     assert found.latents is not None
     generator = SampleGenerator(

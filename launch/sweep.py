@@ -78,8 +78,7 @@ def main(argv: list[str]) -> int:
         args.dinov2_weights,
         args.inception_sha256,
     )
-    directory = Path(run.train.output_dir) / (run.train.exp_name or "")
-    execute(Sweep(args.config, run, axes, single, settings, source), args.output or directory / "sweep")
+    execute(Sweep(args.config, run, axes, single, settings, source), args.output or run.train.directory / "sweep")
     return 0
 
 

@@ -48,7 +48,7 @@ def weights_path(run: LightningDiTRun) -> Path:
     """What `ckpt_path` names, downloaded if need be, or the run's directory."""
     if run.ckpt_path:
         return local_copy(run.ckpt_path)
-    return Path(run.train.output_dir) / (run.train.exp_name or "")
+    return run.train.directory
 
 
 def described_weights(path: Path, which: str) -> Export | None:
@@ -132,14 +132,20 @@ def build_diffusion(export: Export, ops, source: str) -> LightningDiT:
     return model.eval().requires_grad_(False)
 
 
-def build_tokenizer(run: LightningDiTRun, ops) -> AutoencoderKL:
-    """The tokenizer of the `vae` section, in evaluation mode; see `vavae.weights.load_tokenizer` for its sizes."""
+def build_tokenizer(run: LightningDiTRun, ops, channels: int | None = None) -> AutoencoderKL:
+    """The tokenizer of the `vae` section, in evaluation mode; see `vavae.weights.load_tokenizer` for its sizes.
+
+    Raises ConfigError where there is none, or one of latents of other than the model's `channels` (None: of any).
+    """
     if run.vae.ckpt_path is None:
         raise ConfigError("vae.ckpt_path is not set: the tokenizer's weights are needed to decode samples")
     try:
-        return load_tokenizer(tokenizer_copy(run.vae.ckpt_path), ops)
+        tokenizer = load_tokenizer(tokenizer_copy(run.vae.ckpt_path), ops)
     except ValueError as e:
         raise ConfigError(f"vae.ckpt_path: {e}") from None
+    if channels is not None and (have := tokenizer.config.embed_dim) != channels:
+        raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {channels}")
+    return tokenizer
 
 
 def statistics_for(tokenizer: AutoencoderKL, source: Path | None, multiplier: float | None = None) -> LatentStatistics:

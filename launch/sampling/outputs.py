@@ -87,17 +87,8 @@ class Output(Protocol):
         """{name: what can be compared later} of the finished files; raises FileError where they are damaged."""
 
 
-@dataclass
-class NpzOutput:
-    """One npz for the ADM evaluator."""
-
-    output: Path
-    labels: np.ndarray
-    wanted: str | None = "images"
-
-    @property
-    def result(self) -> Path:
-        return self.output / "samples.npz"
+class KeptInParts:
+    """Of a format whose samples all lie in parts until these are joined."""
 
     def begin(self) -> None:
         pass
@@ -107,6 +98,19 @@ class NpzOutput:
 
     def keep(self, rows: Rows, arrays: Part) -> Part:
         return arrays
+
+
+@dataclass
+class NpzOutput(KeptInParts):
+    """One npz for the ADM evaluator."""
+
+    output: Path
+    labels: np.ndarray
+    wanted: str | None = "images"
+
+    @property
+    def result(self) -> Path:
+        return self.output / "samples.npz"
 
     def gather(self, parts: Iterable[tuple[Rows, Part]], picked: np.ndarray) -> Gathered:
         found = Gathered(picked)
@@ -167,7 +171,7 @@ class FolderOutput:
 
 
 @dataclass
-class LatentsOutput:
+class LatentsOutput(KeptInParts):
     """A set in the latents format. A sample has no mirrored twin: `latents_flip` repeats `latents`.
 
     identity: what the latents depend on; tokenizer: facts of the tokenizer that they are of, None where none is known.
@@ -183,15 +187,6 @@ class LatentsOutput:
     @property
     def result(self) -> Path:
         return self.output
-
-    def begin(self) -> None:
-        pass
-
-    def holds(self, rows: Rows) -> bool:
-        return True
-
-    def keep(self, rows: Rows, arrays: Part) -> Part:
-        return arrays
 
     def gather(self, parts: Iterable[tuple[Rows, Part]], picked: np.ndarray) -> Gathered:
         found = Gathered(picked)

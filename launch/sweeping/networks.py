@@ -4,14 +4,13 @@ import copy
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from launch.config import ConfigError, LightningDiTRun, select_ops
+from launch.config import LightningDiTRun, select_ops
 from launch.guides import guide_network
 from launch.sampling.generator import SampleGenerator
 from launch.sampling.labels import protocol_labels
@@ -45,12 +44,9 @@ class SharedNetworks:
 
     def __init__(self, run: LightningDiTRun, device: torch.device, settings: Iterable[SampleConfig] = ()):
         ops, found = select_ops(run.kernels), diffusion_weights(run)
-        source = str(run.ckpt_path or Path(run.train.output_dir) / (run.train.exp_name or ""))
+        source = str(run.ckpt_path or run.train.directory)
         require_transport(found, run.transport, source)
-        tokenizer = build_tokenizer(run, ops)
-        if tokenizer.config.embed_dim != found.config.in_channels:
-            have, want = tokenizer.config.embed_dim, found.config.in_channels
-            raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
+        tokenizer = build_tokenizer(run, ops, found.config.in_channels)
         model = build_diffusion(found, ops, source)
         self.facts: dict[str, Any] = {
             "hashes": {"model": fingerprint(model), "tokenizer": fingerprint(tokenizer)},

@@ -38,7 +38,7 @@ def check_run(run: Run) -> None:
             candidates(Path(run.train.ckpt))
         except ValueError as e:
             raise ConfigError(f"train.ckpt: {e}") from None
-    check_directory("train.output_dir", Path(run.train.output_dir) / (run.train.exp_name or ""))
+    check_directory("train.output_dir", run.train.directory)
 
 
 def _check_profiling(run: Run, options: dict) -> None:

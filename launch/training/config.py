@@ -1,7 +1,7 @@
 """The sections of a run file that training alone reads, of whichever model: `train` and `optimizer`."""
 
 import math
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -130,6 +130,11 @@ class TrainConfig(Section):
         if self.grad_sum_dtype == "bfloat16" and self.precision == "float32":
             raise ValueError("grad_sum_dtype bfloat16 would round gradients that precision float32 has in float32")
         return self
+
+    @property
+    def directory(self) -> Path:
+        """Of the run."""
+        return Path(self.output_dir) / (self.exp_name or "")
 
     def with_validation(self, valid_path: str | None) -> "TrainConfig":
         """The section with `valid_every` as it is meant: by default at every checkpoint, where there is data for it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.config import ConfigError, LightningDiTRun, select_ops
+from launch.config import LightningDiTRun, select_ops
 from launch.pictures import sample_grid
 from launch.runtime.processes import Processes
 from launch.trained import build_tokenizer
@@ -148,8 +148,4 @@ def make_previews(run: LightningDiTRun, task: LightningDiTTask, processes: Proce
 
 
 def _load(run: LightningDiTRun) -> AutoencoderKL:
-    tokenizer, network = build_tokenizer(run, select_ops(run.kernels)), run.network()
-    if tokenizer.config.embed_dim != network.in_channels:
-        have, want = tokenizer.config.embed_dim, network.in_channels
-        raise ConfigError(f"{run.vae.ckpt_path} decodes latents of {have} channels, the model makes {want}")
-    return tokenizer
+    return build_tokenizer(run, select_ops(run.kernels), run.network().in_channels)
