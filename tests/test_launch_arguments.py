@@ -56,7 +56,7 @@ def asked(monkeypatch) -> list:
 
 PROGRAMS = {
     "train": ("lightningdit", ["--dry-run", "--gpus", "2"]),
-    "sample": ("lightningdit", ["--demo"]),
+    "sample": ("lightningdit", ["--labels", "0,1"]),
     "extract": ("vavae", ["--output", "latents"]),
     "evaluate": ("lightningdit", ["--latents", "latents"]),
 }
