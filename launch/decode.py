@@ -26,7 +26,7 @@ from common.files import FileError, file_entry, path_exists, read_json
 from launch.arguments import add_run_file, load_run, local_path
 from launch.config import KINDS, ConfigError, LightningDiTRun, VavaeRun, select_ops
 from launch.extract import find_tokenizer
-from launch.sampling.generator import ImageDecoder, require_finite
+from launch.sampling.generator import ImageDecoder
 from launch.sampling.image_folder import ImageFolder, ImageFormat
 from launch.sampling.outputs import FolderOutput, NpzOutput, Output
 from launch.sampling.picture import draw_picture, picked_for_picture
@@ -131,39 +131,25 @@ def decode(
 
     def prepare() -> Making:
         tokenizer.to(processes.device, getattr(torch, precision))
-        decoder = LatentDecoder(data, ImageDecoder(tokenizer, source), mirrored)
-        pipeline = Pipeline(decoder.read, decoder.decode, processes.device)
+        decoder, reader = ImageDecoder(tokenizer, source), partial(read, data, mirrored, tokenizer.quant_conv.weight)
+        pipeline = Pipeline(reader, decoder.decode, processes.device)
         size = batch_size or (UNIT * pipeline.workers if processes.device.type == "cpu" else 4 * DECODED)
         return pipeline, -(-size // pipeline.unit) * pipeline.unit, decoder.checked
 
     return produce(Job(output, len(data), written, facts, (), picked, draw), processes, prepare)
 
 
-class LatentDecoder:
-    """Latents of a set → images, in the two stages of a `Pipeline`."""
+def read(data: LatentDataset, mirrored: bool, weight: torch.Tensor, indices: Sequence[int]) -> Arrays:
+    """`z` [b, C, h, w] of these indices, where and of the dtype that the tokenizer's `weight` is.
 
-    def __init__(self, data: LatentDataset, decoder: ImageDecoder, mirrored: bool):
-        self._data, self._decoder, self._mirrored = data, decoder, mirrored
-        self._weight = decoder.tokenizer.quant_conv.weight
-
-    def read(self, indices: Sequence[int]) -> Arrays:
-        """`z` [b, C, h, w] of these indices on the device; past the last latent a unit is filled up with the last."""
-        within = np.minimum(np.asarray(indices), len(self._data) - 1)
-        stored = self._data.stored(within, np.full(len(within), self._mirrored))[:, 0]  # [b, C·h·w]
-        z = torch.from_numpy(stored).view(-1, *self._data.shape)
-        if self._weight.is_cuda:
-            z = z.pin_memory().to(self._weight.device, non_blocking=True)
-        return {"z": z.to(self._weight.dtype)}
-
-    def decode(self, made: Arrays) -> Arrays:
-        """What was read with `images` uint8 [b, H, W, 3] in the place of `z`."""
-        images, finite = self._decoder(made["z"])
-        return {name: v for name, v in made.items() if name != "z"} | {"images": images, "finite_images": finite}
-
-    def checked(self, start: int, made: Arrays) -> Arrays:
-        """The images from `start` on; raises ValueError where one is not finite."""
-        require_finite("decoded images", made.pop("finite_images"), start, self._decoder.source)
-        return made
+    Past the last latent a unit is filled up with the last.
+    """
+    within = np.minimum(np.asarray(indices), len(data) - 1)
+    stored = data.stored(within, np.full(len(within), mirrored))[:, 0]  # [b, C·h·w]
+    z = torch.from_numpy(stored).view(-1, *data.shape)
+    if weight.is_cuda:
+        z = z.pin_memory().to(weight.device, non_blocking=True)
+    return {"z": z.to(weight.dtype)}
 
 
 def _open(latents: Path, tokenizer: AutoencoderKL) -> LatentDataset:

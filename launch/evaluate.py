@@ -135,7 +135,7 @@ def _samples(args: argparse.Namespace) -> dict:
     if reference is None:
         raise ValueError("no reference: give --reference, or a config with data.fid_reference_file")
     processes = _processes(args)
-    files = args.image_size, args.crop, Decoding(args.decoder or "pil", device=str(processes.device))
+    files = args.image_size, args.crop, _decoding(args, processes)
     metadata = _metadata(args, args.samples)
     samples = open_images(args.samples, *files, by_index=metadata.get("by_class") is True or None)
     known = open_reference(reference, *files)

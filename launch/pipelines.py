@@ -75,16 +75,11 @@ def read_pipeline(folder: Path) -> Export:
     Its sampling settings are the stored ones under what model_index.json says, which is there to be changed. Raises
     WeightsError where a part is missing, damaged, or another network's.
     """
-    path = folder / NETWORK / CONFIG_FILE
+    path, record = _network_config(folder)
+    stated = {key: value for key, value in (record.model_extra or {}).items() if not key.startswith("_")}
     try:
-        record = read_record(path, NetworkConfig)
-        if record.class_name != NETWORK_CLASS:
-            raise WeightsError(
-                f"{folder} is a pipeline of diffusers with another network: {path} says {record.class_name}"
-            )
-        stated = {key: value for key, value in (record.model_extra or {}).items() if not key.startswith("_")}
         config = ModelConfig.read(stated, f"{path} has an invalid model config")
-    except (FileError, SectionError) as e:
+    except SectionError as e:
         raise WeightsError(str(e)) from None
     weights = folder / NETWORK / FOLDER_WEIGHTS[0]
     said = record.exported
@@ -97,11 +92,36 @@ def read_pipeline(folder: Path) -> Export:
     extra: dict[str, Any] = {"source": str(folder)} | dict(said.model_extra or {})
     if said.classes is not None:
         extra["classes"] = list(said.classes)
-    sample = None if said.sample is None else _sampled(folder / INDEX, tuned_settings(path, said.sample))
+    sample = _sampled(folder, path, said)
     return Export(config, tables(config) | read_tensors(weights), said.step, said.weights, latents, extra, sample)
 
 
-def _sampled(index: Path, stored: dict[str, Any]) -> dict[str, Any]:
+def pipeline_settings(folder: Path) -> dict[str, Any] | None:
+    """The sampling settings of a pipeline folder as `read_pipeline` has them, without reading its tensors."""
+    path, record = _network_config(folder)
+    return _sampled(folder, path, record.exported)
+
+
+def _network_config(folder: Path) -> tuple[Path, NetworkConfig]:
+    """`transformer/config.json` and what it says; raises WeightsError where it is none of ours."""
+    path = folder / NETWORK / CONFIG_FILE
+    try:
+        record = read_record(path, NetworkConfig)
+    except FileError as e:
+        raise WeightsError(str(e)) from None
+    if record.class_name != NETWORK_CLASS:
+        raise WeightsError(f"{folder} is a pipeline of diffusers with another network: {path} says {record.class_name}")
+    return path, record
+
+
+def _sampled(folder: Path, path: Path, said: Exported) -> dict[str, Any] | None:
+    """The settings that `path` says of its weights, under those of model_index.json; None where it says none."""
+    if said.sample is None:
+        return None
+    return _under_index(folder / INDEX, tuned_settings(path, said.sample))
+
+
+def _under_index(index: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """Stored sampling settings with those that a model_index.json says in place of theirs."""
     try:
         record = read_record(index, PipelineIndex)

@@ -15,7 +15,6 @@ shows.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,7 +131,7 @@ def _denoising(args: argparse.Namespace) -> None:
 
 
 def _nearest(args: argparse.Namespace) -> None:
-    samples, images = open_images(_images_of(args.samples)), open_images(args.images, args.image_size)
+    samples, images = open_images(args.samples), open_images(args.images, args.image_size)
     shown = _first(samples.batches(min(args.count, _BATCH)), args.count)
     features = pixel_features
     if args.foundation is not None:
@@ -147,11 +146,6 @@ def _nearest(args: argparse.Namespace) -> None:
     facts = {"samples": str(args.samples), "images": str(args.images), "distance": by, "searched": len(images)}
     facts |= {"nearest": found.indices.tolist(), "distances": found.distances.tolist()}
     write_json(args.output.with_suffix(".json"), facts)
-
-
-def _images_of(samples: Path) -> Path:
-    """The folder of image files in a directory that `sample` or `decode` wrote; else what is given."""
-    return samples / "images" if (samples / "images").is_dir() and (samples / "samples.json").is_file() else samples
 
 
 def _first(batches, count: int) -> Tensor:

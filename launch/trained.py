@@ -11,7 +11,7 @@ from common.sections import SectionError, describe
 from common.tensors import load_strict
 from launch.config import ConfigError, LightningDiTRun, stored_run
 from launch.hub import local_copy, tokenizer_copy
-from launch.pipelines import is_pipeline, read_pipeline
+from launch.pipelines import is_pipeline, pipeline_settings, read_pipeline
 from launch.training.checkpoint import Checkpoint, CheckpointError
 from launch.training.checkpoint_search import find_checkpoint
 from lightningdit.config import SampleConfig, TransportConfig
@@ -66,7 +66,7 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     if state["kind"] != "lightningdit":
         raise ConfigError(f"{checkpoint.path} is a checkpoint of kind {state['kind']!r}, not 'lightningdit'")
     names = {"classes": state["task"]["classes"]} if "classes" in state["task"] else {}
-    run = _run_of(checkpoint)
+    run = diffusion_run(checkpoint)
     config, transport = run.network(), run.transport.model_dump()
     return Export(
         config=config,
@@ -80,8 +80,11 @@ def from_checkpoint(checkpoint: Checkpoint, weights: str = "ema") -> Export:
     )
 
 
-def _run_of(checkpoint: Checkpoint) -> Any:
-    return stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="lightningdit")
+def diffusion_run(checkpoint: Checkpoint) -> LightningDiTRun:
+    """The run file in a LightningDiT's checkpoint."""
+    run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="lightningdit")
+    assert isinstance(run, LightningDiTRun)
+    return run
 
 
 def _tuned_by(run: LightningDiTRun) -> dict[str, Any] | None:
@@ -98,9 +101,9 @@ def sampling_settings(run: LightningDiTRun) -> SampleConfig:
         return run.sampling()
     path, tuned = weights_path(run), None
     if is_pipeline(path):
-        tuned = read_pipeline(path).sample
+        tuned = pipeline_settings(path)
     elif path.is_dir():
-        tuned = _tuned_by(_run_of(find_checkpoint(path)))
+        tuned = _tuned_by(diffusion_run(find_checkpoint(path)))
     elif export_paths(path)[1].is_file():
         tuned = read_tuned(path)
     if tuned is None:

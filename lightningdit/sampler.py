@@ -76,15 +76,39 @@ def _check_indices(y: torch.Tensor, indices: Sequence[int]) -> None:
         raise ValueError(f"{len(indices)} indices for {len(y)} labels")
 
 
+def solve_ode(
+    transport: Transport, config: SampleConfig, predict: Denoiser, z: torch.Tensor, callback: Callback | None = None
+) -> torch.Tensor:
+    """The latents of noise z [B, ...] by the ODE solver, grid and tolerances of a `sample` section."""
+    return sample_ode(
+        transport,
+        predict,
+        z,
+        method=config.sampling_method.lower(),
+        steps=config.num_sampling_steps,
+        shift=config.timestep_shift,
+        atol=config.atol,
+        rtol=config.rtol,
+        callback=callback,
+    )
+
+
 def _fixed_steps(transport: Transport, config: SampleConfig) -> FixedSteps | None:
     """The solver of a `sample` section; None for dopri5, which has no steps of its own before it runs."""
-    method, grid = config.sampling_method.lower(), (config.num_sampling_steps, config.timestep_shift)
-    if config.mode == "ODE":
-        return None if method == "dopri5" else OdeSteps(transport, method, *grid)
+    if config.mode == "SDE":
+        return _sde_steps(transport, config)
+    method = config.sampling_method.lower()
+    if method == "dopri5":
+        return None
+    return OdeSteps(transport, method, config.num_sampling_steps, config.timestep_shift)
+
+
+def _sde_steps(transport: Transport, config: SampleConfig) -> SdeSteps:
     return SdeSteps(
         transport,
-        method,
-        *grid,
+        config.sampling_method.lower(),
+        config.num_sampling_steps,
+        config.timestep_shift,
         form=config.diffusion_form,
         norm=config.diffusion_norm,
         last_step=config.last_step,
@@ -113,25 +137,14 @@ def sample(
     predict = Denoiser(model, y, guidance_of(config, null_label, guide), guide)
     _check_indices(y, indices)
     z = sample_noise(config.seed, indices, shape, device=y.device)  # [B, C, H, W]
-    solver = _fixed_steps(transport, config)
-    if solver is None:
-        latents = sample_ode(
-            transport,
-            predict,
-            z,
-            method="dopri5",
-            steps=config.num_sampling_steps,
-            shift=config.timestep_shift,
-            atol=config.atol,
-            rtol=config.rtol,
-            callback=callback,
-        )
+    if config.mode == "ODE":
+        latents = solve_ode(transport, config, predict, z, callback)
     else:
 
         def noise(k: int) -> torch.Tensor:
             return sample_noise(config.seed, indices, shape, draw=k, device=y.device)
 
-        latents = run_steps(solver, predict, z, noise, callback)
+        latents = run_steps(_sde_steps(transport, config), predict, z, noise, callback)
     logp = _likelihood(model, transport, config, y, indices, latents) if config.likelihood else None
     return Samples(latents, predict.nfe, predict.guided_nfe, logp)
 

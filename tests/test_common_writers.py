@@ -38,7 +38,7 @@ ALLOWED = {
         "save"
     },  # 1,797 images that a manifest of their checksums, written last, makes valid
     "launch/training/writers.py": {"open"},  # a log that grows
-    "launch/evaluation/reference.py": {"open"},  # a member of an archive that is written atomically
+    "launch/evaluation/npz_file.py": {"open"},  # a member of an archive that is written atomically
     "launch/gallery_page/media.py": {"save"},  # into memory
     "launch/runtime/run_lock.py": {"open"},  # held open as long as the run lives
 }

@@ -12,7 +12,8 @@ from launch.evaluation.image_source import open_images
 from launch.evaluation.labels import read_labels
 from launch.evaluation.metadata import beside, labels_beside, repeatable, require_described, require_promised
 from launch.evaluation.notes import count_notes
-from launch.evaluation.runner import Reference, evaluate_samples
+from launch.evaluation.reference import Reference
+from launch.evaluation.runner import evaluate_samples
 from launch.evaluation.self_test import check_extractor, self_test
 from tests.measured import FACTS, MemoryImages, images, means, save_folder
 

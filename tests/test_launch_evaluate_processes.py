@@ -12,7 +12,8 @@ from launch.evaluation import one_pass, options
 from launch.evaluation.encoded_images import EncodedImages
 from launch.evaluation.features import TogetherFeatures
 from launch.evaluation.reconstructions import evaluate_reconstructions
-from launch.evaluation.runner import Reference, evaluate_samples
+from launch.evaluation.reference import Reference
+from launch.evaluation.runner import evaluate_samples
 from launch.evaluation.shares import Share
 from launch.runtime import launcher
 from launch.runtime.processes import Processes

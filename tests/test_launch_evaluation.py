@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch_fidelity import metric_kid
 
-from launch.evaluation import runner
 from launch.evaluation.image_source import open_images
 from launch.evaluation.reconstructions import Reconstructions, evaluate_reconstructions
-from launch.evaluation.runner import evaluate_samples, open_reference
+from launch.evaluation.reference import Reference, open_reference
+from launch.evaluation.runner import evaluate_samples
 from tests.measured import (
     FACTS,
     MemoryImages,
@@ -42,9 +42,9 @@ def test_images_of_two_sizes_are_not_compared(tmp_path, tokenizer, kind):
     small, large = images(0, 30), images(1, 30, size=20, width=27)
     if kind == "images":
         with pytest.raises(ValueError, match=SIZES):
-            evaluate_samples(MemoryImages(small), runner.Reference("r", MemoryImages(large)), means, metadata={})
+            evaluate_samples(MemoryImages(small), Reference("r", MemoryImages(large)), means, metadata={})
     elif kind == "statistics and images":
-        reference = runner.Reference("r", MemoryImages(large), moments(small))
+        reference = Reference("r", MemoryImages(large), moments(small))
         with pytest.raises(ValueError, match=SIZES):
             evaluate_samples(MemoryImages(small), reference, means, metadata={})
     elif kind == "originals":
@@ -65,7 +65,7 @@ def test_samples_against_images():
     real = images(4)
     fake = (real[:30].float() * 0.7 + 38 + images(5, 30, high=4).float()).to(torch.uint8)  # less varied
     got = evaluate_samples(
-        MemoryImages(fake), runner.Reference("real", MemoryImages(real)), means, metadata=FACTS, batch_size=7
+        MemoryImages(fake), Reference("real", MemoryImages(real)), means, metadata=FACTS, batch_size=7
     )
     assert got["metrics"]["fid"] == pytest.approx(distance(quarters(fake), quarters(real)), rel=1e-6)
     precision, recall = (share_inside(*map(quarters, pair)) for pair in ((real, fake), (fake, real)))
@@ -172,7 +172,7 @@ def test_features_that_are_not_finite_are_named_with_their_images(tmp_path, valu
 
     pair = [open_images(folder) for folder in folders]
     with pytest.raises(ValueError, match=f"{folders[1]}: features: 12 of .* values are not finite"):
-        evaluate_samples(pair[0], runner.Reference(str(folders[1]), pair[1]), broken, metadata=FACTS)
+        evaluate_samples(pair[0], Reference(str(folders[1]), pair[1]), broken, metadata=FACTS)
     with pytest.raises(ValueError, match=f"{folders[1]}: features: 12 of .* values are not finite"):
         evaluate_reconstructions(*pair, extractor=broken, lpips=None, metadata=FACTS)
 
@@ -189,10 +189,10 @@ def test_too_small_or_too_few_images_are_named(tmp_path):
     with pytest.raises(ValueError, match="middle holds images of 15×15; LPIPS needs at least 16 pixels a side"):
         evaluate_reconstructions(middle, middle, extractor=None, lpips=lambda a, b: None, metadata=FACTS)
     with pytest.raises(ValueError, match=f"{one} holds 1 image; a distance needs at least 2"):
-        reference = runner.Reference("r", MemoryImages(images(1)))
+        reference = Reference("r", MemoryImages(images(1)))
         evaluate_samples(open_images(one), reference, means, metadata=FACTS, allow_few=True)
     few = MemoryImages(images(2, 3))
-    got = evaluate_samples(few, runner.Reference("r", MemoryImages(images(1))), means, metadata={}, allow_few=True)
+    got = evaluate_samples(few, Reference("r", MemoryImages(images(1))), means, metadata={}, allow_few=True)
     assert got["metrics"].keys() == {"fid", "kid", "kid_std"}
     assert got["skipped"]["precision, recall"].startswith("need more than 3")
 
@@ -209,12 +209,12 @@ def test_equal_images_have_no_ratio_of_signal_to_noise(tmp_path):
 
 
 def test_too_few_samples_are_refused_unless_allowed():
-    few, real = MemoryImages(images(9, 12)), runner.Reference("real", MemoryImages(images(10)))
+    few, real = MemoryImages(images(9, 12)), Reference("real", MemoryImages(images(10)))
     with pytest.raises(ValueError, match=r"12 samples for 12 features.*--allow-few"):
         evaluate_samples(few, real, means, metadata=FACTS)
     assert "covariance is singular" in evaluate_samples(few, real, means, metadata=FACTS, allow_few=True)["notes"][0]
     with pytest.raises(ValueError, match="12 reference images for 12 features"):
-        evaluate_samples(real.images, runner.Reference("few", few), means, metadata=FACTS)
+        evaluate_samples(real.images, Reference("few", few), means, metadata=FACTS)
     with pytest.raises(ValueError, match="not finite"):
         evaluate_samples(real.images, real, lambda x: {"features": means(x)["features"] / 0}, metadata=FACTS)
 

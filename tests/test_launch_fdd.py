@@ -12,7 +12,8 @@ from common.tensors import write_tensors
 from launch.evaluation import dinov2
 from launch.evaluation.dinov2 import ClassTokenFeatures, scale_positions, with_positions
 from launch.evaluation.features import TogetherFeatures
-from launch.evaluation.runner import Reference, evaluate_samples
+from launch.evaluation.reference import Reference
+from launch.evaluation.runner import evaluate_samples
 from tests.measured import FACTS, MemoryImages, distance, images, means
 
 ARGUMENTS = {"patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 0}

@@ -14,7 +14,7 @@ from launch.evaluation.encoded_images import EncodedImages, is_lossy
 from launch.evaluation.image_source import open_images
 from launch.evaluation.labels import read_labels
 from launch.evaluation.npz_file import NpzImages, npz_names, read_npz, read_text_of
-from launch.evaluation.runner import open_reference
+from launch.evaluation.reference import open_reference
 from launch.sampling.image_folder import ImageFolder
 from tests.measured import images, save_folder
 from vavae.images import center_crop

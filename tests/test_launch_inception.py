@@ -8,7 +8,8 @@ import torch
 
 from common.files import sha256
 from common.tensors import write_tensors
-from launch.evaluation import features, inception, runner
+from launch.evaluation import features, inception
+from launch.evaluation.reference import Reference
 from launch.evaluation.runner import evaluate_samples
 from tests.measured import (
     FACTS,
@@ -57,7 +58,7 @@ def test_inception_features(inception_weights):
     assert torch.equal(again["spatial"], want) and torch.equal(got["spatial"], want)
 
     few = MemoryImages(images(20, 4, size=32))
-    result = evaluate_samples(few, runner.Reference("r", few), extractor, metadata=FACTS, allow_few=True, batch_size=4)
+    result = evaluate_samples(few, Reference("r", few), extractor, metadata=FACTS, allow_few=True, batch_size=4)
     assert set(result["metrics"]) == {"fid", "sfid", "inception_score", "precision", "recall", "kid", "kid_std"}
     assert abs(result["metrics"]["fid"]) < 1e-3 and result["metrics"]["precision"] == 1.0
     assert result["features"] == "inception-v3 (torch-fidelity)"

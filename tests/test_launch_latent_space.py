@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE
 from launch import evaluate
 from launch.evaluation import latent_space
 from launch.evaluation.latent_space import evaluate_latents, latent_vectors
-from launch.evaluation.metrics import latent_uniformity
+from launch.evaluation.uniformity import latent_uniformity
 from lightningdit.data import LatentDataset
 from lightningdit.latents_writer import LatentsWriter, finish
 from tests import toy

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from launch.evaluation.metrics import (
-    FeatureStatistics,
-    frechet_distance,
-    gaussian_kde,
-    inception_score,
-    latent_uniformity,
-    precision_recall,
-    psnr,
-    ssim,
-    uniformity,
-)
+from launch.evaluation.frechet import frechet_distance
+from launch.evaluation.inception_score import inception_score
+from launch.evaluation.moments import FeatureStatistics
+from launch.evaluation.pixel_figures import psnr, ssim
+from launch.evaluation.precision_recall import precision_recall
+from launch.evaluation.uniformity import gaussian_kde, latent_uniformity, uniformity
 from tests.golden import G, J
 
 CASES = J("07_fid")["cases"]

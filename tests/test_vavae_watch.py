@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from launch.evaluation import metrics
+from launch.evaluation import pixel_figures
 from launch.evaluation.reconstructions import perceptual_distance
 from tests import test_vavae_task
 from tests.golden import close
@@ -126,7 +126,7 @@ def test_figures_are_those_of_evaluation_and_of_other_libraries(vgg):
     }
     assert got == pytest.approx(want, rel=1e-5)
     last = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    evaluated = {"psnr": metrics.psnr, "ssim": metrics.ssim, "lpips": perceptual_distance(vgg)}
+    evaluated = {"psnr": pixel_figures.psnr, "ssim": pixel_figures.ssim, "lpips": perceptual_distance(vgg)}
     assert got == pytest.approx({name: figure(*last).mean().item() for name, figure in evaluated.items()}, rel=1e-6)
 
 

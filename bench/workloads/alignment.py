@@ -22,8 +22,9 @@ from launch.digits_demo import dataset
 from launch.digits_demo.classifier import DigitClassifier, samples_report
 from launch.digits_demo.foundation import train_foundation
 from launch.evaluation.features import FoundationFeatures, InceptionFeatures
+from launch.evaluation.frechet import frechet_distance
 from launch.evaluation.image_source import Decoding, open_images
-from launch.evaluation.metrics import FeatureStatistics, frechet_distance
+from launch.evaluation.moments import FeatureStatistics
 from launch.evaluation.reconstructions import Reconstructions, evaluate_reconstructions
 from launch.training.checks import check_file
 from vavae.config import check_sections

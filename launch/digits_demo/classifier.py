@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from launch.digits_demo.dataset import CLASSES, HELD_OUT_PER_CLASS, Digits, downsample
-from launch.evaluation.metrics import FeatureStatistics, frechet_distance, psnr
+from launch.evaluation.frechet import frechet_distance
+from launch.evaluation.moments import FeatureStatistics
+from launch.evaluation.pixel_figures import psnr
 
 Features = Callable[[Tensor], Tensor]  # uint8 [N, 32, 32, 3] → floating [N, D]
 MIN_ACCURACY = 0.97  # of the classifier on held-out digits: below that its verdicts say nothing

@@ -18,8 +18,9 @@ from common.text import nearest
 from launch.evaluation.inception_score import inception_score
 from launch.evaluation.kid import kernel_distance
 from launch.evaluation.known_features import KnownFeatures
+from launch.evaluation.one_pass import ImageFeatures
 from launch.evaluation.precision_recall import precision_recall
-from launch.evaluation.runner import NEAREST_K, ImageFeatures, named_distance
+from launch.evaluation.runner import NEAREST_K, named_distance
 
 #: Who gives the features: Inception, or a foundation model in its place; DINOv2; a classifier of digits.
 Features = Literal["inception", "dinov2", "digits"]

@@ -62,7 +62,7 @@ class JudgeSource:
     """What samples are judged by: figures, reference, and where the networks are.
 
     Args:
-        reference: as `runner.open_reference` takes it.
+        reference: as `open_reference` takes it.
         image_size: side of the samples; images of folders are cropped to it (ADM's centre crop).
         inception_weights: torch-fidelity's file; None downloads it, unless it was before, where `download` says so.
         inception_sha256: of another file that is accepted in its place.

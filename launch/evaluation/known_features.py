@@ -26,7 +26,7 @@ class KnownFeatures:
     Fields:
         sha256: of the images' hashes in order, or of the file of statistics.
         moments: by the name of the features, as an extractor gives them.
-        kept: float32 `[N, D]`; None of statistics alone, and of more images than `runner.MAX_KEPT`.
+        kept: float32 `[N, D]`; None of statistics alone, and of more images than `one_pass.MAX_KEPT`.
     """
 
     description: str

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import chi2
 
-from common.files import open_regular
 from launch.evaluation.image_source import ImageSource
 from launch.evaluation.moments import NOT_STATED
-from launch.evaluation.npz_file import LABELS, NpzImages
+from launch.evaluation.npz_file import LABELS, NpzImages, read_npy
 
 _RANDOM = 1e-3  # a deviation that random labels show less often than this is said to be more than theirs
 
@@ -87,7 +86,7 @@ def read_labels(
     if inside is not None:
         found.append(_checked(inside, f"{images.description}: {LABELS}", len(images), num_classes))
     if file is not None:
-        found.append(_checked(_read(file), str(file), len(images), num_classes))
+        found.append(_checked(read_npy(file), str(file), len(images), num_classes))
     if isinstance(stated, list):
         found.append(_checked(np.array(stated), f"metadata of {images.description}: labels", len(images), num_classes))
     if len(found) == 2 and not np.array_equal(found[0], found[1]):
@@ -100,15 +99,6 @@ def read_labels(
     protocol = metadata.get("label_protocol", stated if isinstance(stated, str) else None)
     words = "given one by one" if isinstance(stated, list) else NOT_STATED
     return Labels(found[0] if found else None, str(protocol or words), num_classes)
-
-
-def _read(file: Path) -> np.ndarray:
-    try:
-        with open_regular(file) as opened:
-            return np.load(opened, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        first_line = str(e).partition("\n")[0]
-        raise ValueError(f"{file} is damaged, or no .npy: {first_line}") from None
 
 
 def _checked(labels: np.ndarray, where: str, images: int, num_classes: int | None) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Arrays of an `.npz`, read as far as they are needed: images by batches, statistics, labels, a text."""
+"""Arrays of an `.npz`, read as far as they are needed (images by batches, statistics, labels, a text), and written."""
 
 import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import open_regular
+from common.files import FileError, open_regular
 from launch.runtime.read_ahead import read_in_threads
 
 ARRAY = "arr_0"  # the images' name inside an npz, as the ADM evaluator expects it
@@ -112,6 +112,36 @@ def read_npz(path: str | Path, name: str) -> np.ndarray:
         if len(content) != size:
             raise ValueError(f"{path}: {name} ends after {len(content):,} bytes of {size:,}")
         return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C").astype(np.float64)
+
+
+def write_images(archive: zipfile.ZipFile, count: int, blocks: Iterable[np.ndarray]) -> None:
+    """Write `arr_0` of blocks uint8 `[b, H, W, 3]`, one at least, which are `count` images together."""
+    with _new_member(archive, ARRAY) as file:
+        for number, block in enumerate(blocks):
+            if not number:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *block.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(block.tobytes())
+
+
+def write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with _new_member(archive, name) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    # A ZipInfo of one's own has a fixed date: equal arrays are equal files.
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an .npy; raises FileError where it is none, or is damaged."""
+    with open_regular(path) as file:
+        try:
+            return np.load(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as e:
+            first_line = str(e).partition("\n")[0]
+            raise FileError(f"{path} is damaged, or no .npy: {first_line}") from None
 
 
 def _kind(dtype: np.dtype) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from common.files import atomic_write, sha256
 from launch.evaluation.encoded_images import AS_PUBLISHED, Decoding
 from launch.evaluation.features import Extractor, facts_of, giver
-from launch.evaluation.image_source import ImageSource, image_sides, image_size, open_images
+from launch.evaluation.image_source import ImageSource, image_size, open_images
 from launch.evaluation.moments import Moments, require_moments
-from launch.evaluation.npz_file import ARRAY, npz_names, read_npz, read_text_of
+from launch.evaluation.npz_file import ARRAY, npz_names, read_npz, read_text_of, write_array, write_images
 from launch.evaluation.one_pass import ImageFeatures
 
 #: Features → the names of their mean and covariance in a file of statistics: ADM's, and ours beside them.
@@ -154,27 +155,19 @@ def write_reference(
     facts = reference_facts(images, measured, extractor) | {"kept_images": min(keep_images, measured.count)}
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         if facts["kept_images"]:
-            _write_images(archive, images, facts["kept_images"])
+            write_images(archive, facts["kept_images"], _spread(images, facts["kept_images"]))
         arrays = {FACTS: np.array(json.dumps(facts))}
         for kind, pair in NAMES.items():
             if kind in measured.moments:
                 arrays |= {name: part.numpy() for name, part in zip(pair, measured.moments[kind].moments, strict=True)}
         for name, array in arrays.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+            write_array(archive, name, array)
     return facts
 
 
-def _write_images(archive: zipfile.ZipFile, images: ImageSource, count: int) -> None:
-    """`arr_0`: of N images those at ⌊i·N / count⌋."""
-    places = {i * len(images) // count for i in range(count)}
-    shape = (count, *image_sides(images), 3)
-    # A ZipInfo of one's own has a fixed date: equal references are equal files.
-    with archive.open(zipfile.ZipInfo(f"{ARRAY}.npy"), "w", force_zip64=True) as member:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(member, header)
-        first = 0
-        for batch in images.batches(_BLOCK):
-            wanted = [i for i in range(len(batch)) if first + i in places]
-            member.write(batch[wanted].contiguous().numpy().tobytes())
-            first += len(batch)
+def _spread(images: ImageSource, count: int) -> Iterator[np.ndarray]:
+    """Of N images those at ⌊i·N / count⌋, in blocks uint8 [b, H, W, 3]."""
+    places, first = {i * len(images) // count for i in range(count)}, 0
+    for batch in images.batches(_BLOCK):
+        yield batch[[i for i in range(len(batch)) if first + i in places]].numpy()
+        first += len(batch)

@@ -14,24 +14,13 @@ from launch.evaluation.kid import SUBSET_SIZE, SUBSETS, kernel_distance
 from launch.evaluation.labels import Labels
 from launch.evaluation.moments import Moments
 from launch.evaluation.notes import check_count, count_notes, image_notes, network_notes
-from launch.evaluation.one_pass import MAX_KEPT, ImageFeatures, measure, measure_together
+from launch.evaluation.one_pass import MAX_KEPT, ImageFeatures, measure_together
 from launch.evaluation.precision_recall import precision_recall
-from launch.evaluation.reference import Reference, open_reference, require_comparable
+from launch.evaluation.reference import Reference, require_comparable
 from launch.evaluation.result import REQUIRED_OF_SAMPLES, make_result, with_guidance
 from launch.evaluation.self_test import check_extractor, self_test
 from launch.evaluation.shares import ALONE
 from launch.runtime.processes import Processes
-
-__all__ = [
-    "MAX_KEPT",
-    "NEAREST_K",
-    "ImageFeatures",
-    "Reference",
-    "evaluate_samples",
-    "measure",
-    "named_distance",
-    "open_reference",
-]
 
 NEAREST_K = 3  # of precision and recall
 #: Figure → the features that it compares, each a Fréchet distance.

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from common.sections import describe
 from common.tensors import model_of, weights_file
 from launch.arguments import load_run
-from launch.config import ConfigError, LightningDiTRun, select_ops, stored_run
+from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.exporting.sources import entry_of
 from launch.hub import tokenizer_copy
 from launch.pipelines import is_pipeline, read_pipeline
-from launch.trained import diffusion_weights, from_checkpoint, sampling_settings
+from launch.trained import diffusion_run, diffusion_weights, from_checkpoint, sampling_settings
 from launch.training.checkpoint import Checkpoint
 from lightningdit.config import SampleConfig, TransportConfig
 from lightningdit.weights import Export, export_paths, read_export
@@ -91,9 +91,8 @@ def network_of(
     Raises ValueError where it cannot be read or the run file does not describe it.
     """
     if isinstance(source, Checkpoint):
-        run = stored_run(source.state["config"], source.path / "state.json", kind="lightningdit")
-        assert isinstance(run, LightningDiTRun)
-        return Network(from_checkpoint(source, weights or "ema"), str(source.path), run, source.state)
+        found = from_checkpoint(source, weights or "ema")
+        return Network(found, str(source.path), diffusion_run(source), source.state)
     if not is_pipeline(source):
         entry_of(source, weights)  # refuses weights that it does not have
     if config is not None:

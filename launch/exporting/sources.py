@@ -9,7 +9,7 @@ from common.files import path_exists, read_json
 from common.records import Record, read_record
 from common.tensors import FOLDER_WEIGHTS, Tensors, read_entry
 from launch.arguments import load_run
-from launch.config import ConfigError, VavaeRun, select_ops
+from launch.config import ConfigError, VavaeRun, select_ops, stored_run
 from launch.pipelines import statistics_of
 from launch.training.checkpoint import Checkpoint
 from launch.training.checkpoint_search import find_checkpoint
@@ -80,6 +80,13 @@ def _statistics_of_export(source: Path) -> LatentStatistics | None:
     if record is None:
         return None
     return LatentStatistics.from_record(record, channels=len(record.mean), source=beside)
+
+
+def tokenizer_run(checkpoint: Checkpoint) -> VavaeRun:
+    """The run file in a tokenizer's checkpoint."""
+    run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
+    assert isinstance(run, VavaeRun)
+    return run
 
 
 def said_of(checkpoint: Checkpoint, weights: str) -> dict:

@@ -4,9 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.config import ConfigError, VavaeRun, select_ops, stored_run
+from launch.config import ConfigError, select_ops
 from launch.exporting.places import new_folder
-from launch.exporting.sources import entry_of, require_statistics, said_of, stated_statistics, tokenizer_of
+from launch.exporting.sources import (
+    entry_of,
+    require_statistics,
+    said_of,
+    stated_statistics,
+    tokenizer_of,
+    tokenizer_run,
+)
 from launch.trained import statistics_for
 from launch.training.checkpoint import Checkpoint
 from lightningdit.latents import LatentStatistics
@@ -35,10 +42,8 @@ def export_tokenizer(
             tokenizer = tokenizer_of(tensors, source, config, overrides)
             said = {"step": None, "weights": taken or "unnamed", "source": source.name}
         else:
-            run = stored_run(source.state["config"], source.path / "state.json", kind="vavae")
-            assert isinstance(run, VavaeRun)
-            tensors = source.weights("autoencoder", weights or "ema")
-            tokenizer = build_tokenizer(tensors, run.model, select_ops("reference"), source.path)
+            sizes, tensors = tokenizer_run(source).model, source.weights("autoencoder", weights or "ema")
+            tokenizer = build_tokenizer(tensors, sizes, select_ops("reference"), source.path)
             said = said_of(source, weights or "ema") | {"checkpoint": source.path.name}
         scale = shift = None
         if isinstance(source, Path) and latents is None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from common.tensors import save_pickled
-from launch.config import VavaeRun, select_ops, stored_run
+from launch.config import select_ops
 from launch.exporting.networks import is_network, network_of
 from launch.exporting.places import SUFFIXES, new_files, paths_of
-from launch.exporting.sources import entry_of, said_of, stated_statistics, tokenizer_of
+from launch.exporting.sources import entry_of, said_of, stated_statistics, tokenizer_of, tokenizer_run
 from launch.trained import build_diffusion, from_checkpoint
 from launch.training.checkpoint import Checkpoint
 from lightningdit.weights import save_export, save_published
@@ -49,9 +49,7 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
             save_export(made[0], from_checkpoint(checkpoint, weights))
             save_published(made[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
         else:
-            run = stored_run(checkpoint.state["config"], checkpoint.path / "state.json", kind="vavae")
-            assert isinstance(run, VavaeRun)
             tensors = checkpoint.weights("autoencoder", weights)
-            write_export(made[0], tensors, run.model, **said_of(checkpoint, weights))
+            write_export(made[0], tensors, tokenizer_run(checkpoint).model, **said_of(checkpoint, weights))
             save_pickled(made[2], {"state_dict": tensors})
     return paths_of(name, SUFFIXES)

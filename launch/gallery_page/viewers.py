@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.files import open_regular
-from launch.evaluation.npz_file import NpzImages, npz_names, read_npz
+from launch.evaluation.npz_file import LABELS, NpzImages, npz_names, read_npy, read_npz
 from launch.gallery_page.media import Embedder, PageFull
 from launch.gallery_page.sources import Sources, reason
 from vavae.image_files import FORMATS, UnreadableImage, open_image
@@ -164,8 +163,8 @@ class _NpzSet:
         self._images = NpzImages(path)
         self.count = len(self._images)
         self.labels: list[int] | None = None
-        if "arr_1" in npz_names(path):
-            labels = read_npz(path, "arr_1")
+        if LABELS in npz_names(path):
+            labels = read_npz(path, LABELS)
             if labels.ndim != 1 or not np.isfinite(labels).all():
                 raise ValueError(f"{path.name}: arr_1 must be labels [N], it is {list(labels.shape)} or not all finite")
             self.labels = labels.astype(int).tolist()
@@ -201,8 +200,7 @@ class _FolderSet:
         """None where nothing tells the labels of as many images as there are."""
         said, classes = facts.get("labels"), facts.get("classes")
         if path.is_file():
-            with open_regular(path) as file:
-                said = np.load(file).tolist()
+            said = read_npy(path).tolist()
         if said == _BY_INDEX and isinstance(classes, list) and classes:
             return [index % len(classes) for index in range(self.count)]
         known = isinstance(said, list) and len(said) == self.count and all(isinstance(each, int) for each in said)

@@ -40,6 +40,16 @@ class ImageDecoder:
         images, finite = zip(*parts, strict=True)
         return torch.cat(images), torch.cat(finite)
 
+    def decode(self, made: Arrays) -> Arrays:
+        """What was made, with `images` and `finite_images` in the place of `z`; the second stage of a `Pipeline`."""
+        images, finite = self(made["z"])
+        return {name: v for name, v in made.items() if name != "z"} | {"images": images, "finite_images": finite}
+
+    def checked(self, start: int, made: Arrays) -> Arrays:
+        """What was decoded of the samples from `start` on; raises ValueError where an image is not finite."""
+        require_finite("decoded images", made["finite_images"], start, self.source)
+        return {name: values for name, values in made.items() if name != "finite_images"}
+
 
 @dataclass
 class SampleGenerator:
@@ -93,8 +103,7 @@ class SampleGenerator:
         """What `solve` found with `images` uint8 [b, H, W, 3], where there is a tokenizer, in the place of `z`."""
         if self.tokenizer is None:
             return {"latents" if name == "z" else name: value for name, value in made.items()}
-        images, finite = ImageDecoder(self.tokenizer, self.tokenizer_from)(made["z"])
-        return {name: v for name, v in made.items() if name != "z"} | {"images": images, "finite_images": finite}
+        return ImageDecoder(self.tokenizer, self.tokenizer_from).decode(made)
 
     def checked(self, start: int, made: Arrays) -> Arrays:
         """What was made of the samples from `start` on, without what says whether it is finite.
@@ -103,8 +112,8 @@ class SampleGenerator:
         """
         model = f"{self.model_from} in {self.settings.precision}"
         require_finite("latents", made["finite_latents"], start, model)
-        if "finite_images" in made:
-            require_finite("decoded images", made["finite_images"], start, self.tokenizer_from)
+        if self.tokenizer is not None:
+            made = ImageDecoder(self.tokenizer, self.tokenizer_from).checked(start, made)
         if "log_likelihood" in made:
             require_finite("log-likelihoods", np.isfinite(made["log_likelihood"]), start, model)
         return {name: values for name, values in made.items() if not name.startswith("finite_")}

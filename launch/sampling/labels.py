@@ -10,6 +10,7 @@ from common.files import FileError, open_regular
 from common.sections import expand_home, short
 from common.seeds import mix
 from launch.config import ConfigError
+from launch.evaluation.npz_file import read_npy
 from lightningdit.config import LabelProtocol
 
 #: The last word of the seeds of labels, by protocol: others than those of noise, which has three words.
@@ -52,17 +53,14 @@ def given_labels(text: str) -> list[int]:
 
 
 def _read(path: Path) -> list[int]:
-    with open_regular(path) as file:
-        if path.suffix != ".npy":
+    if path.suffix != ".npy":
+        with open_regular(path) as file:
             content = file.read(_FILE_LIMIT)
-            try:
-                return _numbers(content.decode().replace(",", " ").split(), str(path))
-            except UnicodeDecodeError:
-                raise FileError(f"{path} is no text; labels are whole numbers, in a text or an .npy") from None
         try:
-            labels = np.load(file, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as e:
-            raise FileError(f"{path} is damaged, or no .npy: {e}") from None
+            return _numbers(content.decode().replace(",", " ").split(), str(path))
+        except UnicodeDecodeError:
+            raise FileError(f"{path} is no text; labels are whole numbers, in a text or an .npy") from None
+    labels = read_npy(path)
     if not isinstance(labels, np.ndarray) or labels.ndim != 1 or labels.dtype.kind not in "iu":
         kind = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else "an npz"
         raise FileError(f"{path} holds {kind}; labels are whole numbers [N]")

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from common.files import atomic_write, file_entry
+from launch.evaluation.npz_file import LABELS, write_array, write_images
 from launch.sampling.image_folder import ImageFolder
 from launch.sampling.parts import Part
 from launch.sampling.units import Rows
-from lightningdit.latents import LatentsError, manifest_in
+from lightningdit.latents import MANIFEST_FILE, LatentsError, manifest_in
 from lightningdit.latents_writer import LatentsWriter, finish
 
 SHARD_SIZE = 10_000
@@ -115,20 +116,9 @@ class NpzOutput(KeptInParts):
     def gather(self, parts: Iterable[tuple[Rows, Part]], picked: np.ndarray) -> Gathered:
         found = Gathered(picked)
         with atomic_write(self.result) as npz, zipfile.ZipFile(npz, "w", allowZip64=True) as archive:
-            # A ZipInfo of one's own has a fixed date: equal images are equal files.
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-                begun = False
-                for _, part in found.through(parts):
-                    images = part["images"]
-                    if not begun:
-                        shape = (len(self.labels), *images.shape[1:])
-                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_1_0(file, header)
-                    begun = True
-                    file.write(images.tobytes())
-            for name, array in ({"arr_1": self.labels} | found.more()).items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as file:
-                    np.lib.format.write_array(file, array)
+            write_images(archive, len(self.labels), (part["images"] for _, part in found.through(parts)))
+            for name, array in ({LABELS: self.labels} | found.more()).items():
+                write_array(archive, name, array)
         return found
 
     def entry(self) -> dict[str, Any]:
@@ -205,4 +195,4 @@ class LatentsOutput(KeptInParts):
             held = 0 if manifest is None else manifest.count
             raise LatentsError(f"{self.output} holds {held:,} latents where {len(self.labels):,} are promised")
         manifest.check(self.output, checksums=None)
-        return {"latents_manifest": file_entry(self.output / "manifest.json")}
+        return {"latents_manifest": file_entry(self.output / MANIFEST_FILE)}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from launch.sampling.generator import SampleGenerator
 from lightningdit.flow import Transport, unsqueeze_like
 from lightningdit.guidance import Denoiser
-from lightningdit.sampler import guidance_of, sample_noise
-from lightningdit.solvers import sample_ode, time_grid
+from lightningdit.sampler import guidance_of, sample_noise, solve_ode
+from lightningdit.solvers import time_grid
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -141,14 +141,4 @@ def _solve(generator: SampleGenerator, z: Tensor, y: Tensor, callback=None) -> T
     settings = generator.settings
     if settings.mode != "ODE":
         raise ValueError(f"strips follow an ODE, and sample.mode is {settings.mode}: say sample.mode=ODE")
-    return sample_ode(
-        generator.transport,
-        _denoiser(generator, y),
-        z,
-        method=settings.sampling_method.lower(),
-        steps=settings.num_sampling_steps,
-        shift=settings.timestep_shift,
-        atol=settings.atol,
-        rtol=settings.rtol,
-        callback=callback,
-    )
+    return solve_ode(generator.transport, settings, _denoiser(generator, y), z, callback)
