@@ -30,6 +30,7 @@ from common.sections import (
 )
 from kernels.registry import check_names
 from launch.config_files import ConfigError, merge, parse_value
+from launch.evaluation.config import EvaluationConfig
 from launch.extends import KEY, Layer, convert, explain, merged, read_layers, title, without_sizes
 from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.deepspeed_options import DeepSpeedConfig
@@ -97,6 +98,7 @@ class LightningDiTRun(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     transport: dit.TransportConfig = dit.TransportConfig()
     sample: dit.SampleConfig = dit.SampleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     kernels: Kernels = "auto"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
@@ -117,12 +119,15 @@ class LightningDiTRun(Section):
         return self
 
     def _check_previews(self) -> None:
-        """Refuse to ask for previews that nothing could decode, and for their times where there are none."""
+        """Refuse to ask for previews and figures of samples that nothing could decode, and for times of no previews."""
         count, every = self.train.previews, self.train.preview_every
         if count and self.vae.ckpt_path is None:
             raise ValueError(f"train.previews is {count}, but vae.ckpt_path names no tokenizer to decode them")
         if every is not None and not self.num_previews():
             raise ValueError(f"train.preview_every is {every}, but {self._no_previews()}")
+        figures = ", ".join(self.evaluation.figures)
+        if figures and self.vae.ckpt_path is None:
+            raise ValueError(f"evaluation.figures is {figures}, but vae.ckpt_path names no tokenizer to decode samples")
 
     def _no_previews(self) -> str:
         why = "train.previews is 0" if self.train.previews == 0 else "vae.ckpt_path names no tokenizer"
@@ -139,7 +144,7 @@ class LightningDiTRun(Section):
         found = self.train.without_effect(self.optimizer.ema_decay, self.data.valid_path)
         if "preview_steps" in self.train.model_fields_set and not self.num_previews():
             found.append(f"train.preview_steps is {self.train.preview_steps}, but {self._no_previews()}")
-        return found + self.sample.without_effect()
+        return found + self.sample.without_effect() + self.evaluation.without_effect()
 
     def _check_latents(self, size: int) -> None:
         """Refuse latents of `size`² that the model's patches do not divide, and more guided channels than they have."""

@@ -3,7 +3,7 @@
 Of each run: its kind and state (running, by which process; finished, stopped, failed, killed), step, epoch, loss,
 images per second, the time left or when it ended, and its newest whole checkpoint: one whose files are there with the
 sizes that its manifest lists; --verify compares their checksums too, which reads them all. Below it, where there is
-something to tell: what it resumed from, steps skipped and gone back from, checkpoints that are damaged or were set
+something to tell: what it resumed from, figures of samples, steps skipped and gone back from, checkpoints that are damaged or were set
 aside. Nothing is written, and no run is disturbed.
 """
 
@@ -106,6 +106,9 @@ def remarks(run: RunSummary) -> list[str]:
     if run.resumed:
         times = f"resumed {len(run.resumed)} times, last " if len(run.resumed) > 1 else "resumed "
         found.append((times if not run.resumed[-1].startswith("started") else "") + run.resumed[-1])
+    if run.samples:
+        figures = [f"{name} {value:.4g}" for name, value in run.samples.items() if name not in ("step", "seconds")]
+        found.append(f"samples at step {run.samples['step']:,}: {', '.join(figures) or 'not finite'}")
     found += [f"{run.skipped:,} steps skipped"] if run.skipped else []
     found += [f"rolled back at step {', '.join(map(str, run.rollbacks))}"] if run.rollbacks else []
     found += [f"steps drawn anew, [first, last, seed]: {json.dumps(run.redrawn)}"] if run.redrawn else []

@@ -15,7 +15,7 @@ from launch.training.build import make_trainer
 from launch.training.costs import setup_of
 from launch.training.engine import start_processes
 from launch.training.memory import DECODED_PIXEL
-from launch.training.previews import in_batches, preview_labels, preview_settings
+from launch.training.previews import few_step_settings, in_batches, preview_labels
 from lightningdit.config import SampleConfig
 from lightningdit.model import LightningDiT
 from lightningdit.sampler import sample
@@ -132,7 +132,7 @@ def test_the_same_pictures_after_a_resume_and_by_two_processes_under_zero_3(tmp_
 
 def test_previews_are_guided_as_samples_are_by_a_solver_of_few_steps(run_file):
     def settings(*overrides: str) -> SampleConfig:
-        return preview_settings(load(run_file(), overrides, kind="lightningdit")[0])
+        return few_step_settings(load(run_file(), overrides, kind="lightningdit")[0], POINTS)
 
     assert settings() == SampleConfig(**SAMPLING, num_sampling_steps=POINTS)
     assert settings("sample.sampling_method=heun").sampling_method == "heun"

@@ -66,6 +66,12 @@ class ClassTokenFeatures:
         facts = {"name": name, "weights": str(path), "sha256": found, "published": found in KNOWN}
         return cls(vit.to(device), size, facts)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
+        self._vit.to(device)
+        self._device = next(self._vit.parameters()).device
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         pixels = torch.stack(list(self._threads.map(self._scaled, images))).to(self._device)  # uint8 [B, S, S, 3]

@@ -111,6 +111,10 @@ class FoundationFeatures:
         named = {"weights": str(path), "sha256": sha256(path)}
         return cls(model.to(device), f"foundation model {Path(path).name}", named)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
+        self._model.to(device)
+
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
         """uint8 `[B, H, W, 3]` → `[B, width]` float32."""

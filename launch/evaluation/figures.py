@@ -20,7 +20,7 @@ from launch.evaluation.kid import kernel_distance
 from launch.evaluation.known_features import KnownFeatures
 from launch.evaluation.one_pass import ImageFeatures
 from launch.evaluation.precision_recall import precision_recall
-from launch.evaluation.runner import NEAREST_K, named_distance
+from launch.evaluation.runner import DISTANCES, NEAREST_K, named_distance
 
 #: Who gives the features: Inception, or a foundation model in its place; DINOv2; a classifier of digits.
 Features = Literal["inception", "dinov2", "digits"]
@@ -56,6 +56,14 @@ def choose_figures(names: Iterable[str]) -> tuple[Figure, ...]:
     return tuple(found.values())
 
 
+def require_known(figure: Figure, known: KnownFeatures) -> None:
+    """Raise ValueError where a reference has not what a figure compares samples with."""
+    if figure.needs == "images":
+        _kept(known.description, known.kept, figure.name)
+    if figure.needs == "statistics" and (kind := DISTANCES[figure.name]) not in known.moments:
+        raise ValueError(f"{figure.name}: {known.description} has no {kind} features")
+
+
 def _distance(made: ImageFeatures, known: KnownFeatures, *, figure: str, kind: str) -> float:
     """The Fréchet distance in features of a kind."""
     if kind not in known.moments or kind not in made.moments:
@@ -85,13 +93,15 @@ def _kid(made: ImageFeatures, known: KnownFeatures) -> float:
 
 def _both_kept(made: ImageFeatures, known: KnownFeatures, figure: str) -> tuple[Tensor, Tensor]:
     """Features of the reference and of the samples, both float32 `[N, D]`."""
-    for name, kept in ((known.description, known.kept), (made.description, made.kept)):
-        if kept is None:
-            raise ValueError(f"{figure} needs the features of single images, and {name} gives statistics alone")
-        if len(kept) <= NEAREST_K:
-            raise ValueError(f"{figure} needs more than {NEAREST_K} images, and {name} holds {len(kept)}")
-    assert known.kept is not None and made.kept is not None
-    return known.kept, made.kept
+    return _kept(known.description, known.kept, figure), _kept(made.description, made.kept, figure)
+
+
+def _kept(name: str, kept: Tensor | None, figure: str) -> Tensor:
+    if kept is None:
+        raise ValueError(f"{figure} needs the features of single images, and {name} gives statistics alone")
+    if len(kept) <= NEAREST_K:
+        raise ValueError(f"{figure} needs more than {NEAREST_K} images, and {name} holds {len(kept)}")
+    return kept
 
 
 def _of(figure: str, kind: str) -> Callable[[ImageFeatures, KnownFeatures], float]:

@@ -64,6 +64,11 @@ class InceptionFeatures:
             "resize": "299 × 299, bilinear as TensorFlow 1 does it (no antialiasing, corners not aligned)",
         }
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the network."""
+        self._net.to(device)
+        self._device = device
+
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1).float()
 

@@ -10,7 +10,7 @@ once for all processes and all starts.
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -25,7 +25,7 @@ from launch.digits_demo import dataset
 from launch.digits_demo.classifier import DigitClassifier
 from launch.evaluation.dinov2 import ClassTokenFeatures
 from launch.evaluation.features import Extractor, FoundationFeatures, InceptionFeatures
-from launch.evaluation.figures import Figure
+from launch.evaluation.figures import Figure, require_known
 from launch.evaluation.image_source import image_sides, image_size
 from launch.evaluation.inception import SHA256
 from launch.evaluation.known_features import (
@@ -36,25 +36,31 @@ from launch.evaluation.known_features import (
     read_cached,
     write_cached,
 )
-from launch.evaluation.one_pass import ImageFeatures, measure
+from launch.evaluation.one_pass import ImageFeatures, measure, measure_together
 from launch.evaluation.reference import Reference, open_reference, require_comparable
 from launch.evaluation.self_test import self_test
+from launch.evaluation.shares import ALONE, rows_on_main
+from launch.runtime.processes import Processes
 
 log = logging.getLogger(__name__)
 DIGIT_SIDE = dataset.SCALE * 8  # pixels
+Network = InceptionFeatures | FoundationFeatures | ClassTokenFeatures
 
 
 class TensorImages:
-    """Images in memory, uint8 `[N, H, W, 3]`, as a source."""
+    """Images in memory, uint8 `[N, H, W, 3]`, as a source; of `total` images those from `first` on."""
 
-    def __init__(self, images: Tensor, description: str = "the samples"):
+    def __init__(self, images: Tensor, first: int = 0, total: int | None = None, description: str = "the samples"):
         self.images, self.description = images, description
+        self._first, self._total = first, len(images) if total is None else total
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self._total
 
     def batches(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        yield from self.images[start:stop].split(size)
+        stop = self._total if stop is None else stop
+        assert self._first <= start and stop <= self._first + len(self.images), "not all of these are here"
+        yield from self.images[start - self._first : stop - self._first].split(size)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class JudgeSource:
         inception_sha256: of another file that is accepted in its place.
         foundation: a foundation model's weights, compared by in Inception's place.
         dinov2_weights: DINOv2's.
+        section: of a run file whose keys name all this, for messages; else options do.
 
     Raises:
         ValueError: a file that a figure needs is not named or not there, or one is named that no figure reads.
@@ -82,41 +89,50 @@ class JudgeSource:
     batch_size: int = 64
     dinov2_weights: Path | None = None
     inception_sha256: str | None = None
+    section: str | None = None
 
     def __post_init__(self):
-        kinds = self.kinds
+        kinds, named = self.kinds, self.named
         networks = self.inception_weights, self.foundation
         if "inception" in kinds and networks == (None, None) and not self.download:
+            download = "" if self.section else "let them be downloaded (--download), "
             raise ValueError(
-                f"{self._users('inception')}: name Inception's weights (--inception-weights FILE, torch-fidelity's), "
-                "let them be downloaded (--download), or name a foundation model in its place (--foundation FILE)"
+                f"{self._users('inception')}: name Inception's weights ({named('inception_weights')} FILE, "
+                f"torch-fidelity's), {download}or name a foundation model in its place ({named('foundation')} FILE)"
             )
         if None not in networks:
-            raise ValueError("--inception-weights and --foundation: one network gives the features of these figures")
+            both = f"{named('inception_weights')} and {named('foundation')}"
+            raise ValueError(f"{both}: one network gives the features of these figures")
         alone = [figure.name for figure in self.figures if figure.name in ("sfid", "inception_score")]
         if alone and self.foundation is not None:
-            raise ValueError(f"{', '.join(alone)}: of Inception alone, not of --foundation {self.foundation}")
+            raise ValueError(f"{', '.join(alone)}: of Inception alone, not of {named('foundation')} {self.foundation}")
         if "dinov2" in kinds and self.dinov2_weights is None:
-            raise ValueError(f"{self._users('dinov2')}: name DINOv2's weights (--dinov2-weights FILE)")
+            raise ValueError(f"{self._users('dinov2')}: name DINOv2's weights ({named('dinov2_weights')} FILE)")
         needed = [figure.name for figure in self.figures if figure.needs != "nothing"]
         if needed and self.reference is None:
-            raise ValueError(f"{', '.join(needed)}: no reference (--reference, or data.fid_reference_file of a config)")
+            where = f"{named('reference')}, or data.fid_reference_file" + ("" if self.section else " of a config")
+            raise ValueError(f"{', '.join(needed)}: no reference ({where})")
         if "digits" in kinds and self.image_size not in (None, DIGIT_SIDE):
             size = f"{self.image_size}×{self.image_size}"
             raise ValueError(
                 f"{self._users('digits')}: of digits of {DIGIT_SIDE}×{DIGIT_SIDE}, not of images of {size}"
             )
         given = {
-            "--inception-weights": (self.inception_weights, "inception" in kinds),
-            "--foundation": (self.foundation, "inception" in kinds),
-            "--dinov2-weights": (self.dinov2_weights, "dinov2" in kinds),
-            "--reference": (self.reference, needed),
+            "inception_weights": (self.inception_weights, "inception" in kinds),
+            "foundation": (self.foundation, "inception" in kinds),
+            "dinov2_weights": (self.dinov2_weights, "dinov2" in kinds),
+            "reference": (self.reference, needed),
         }
-        for option, (path, used) in given.items():
+        for key, (path, used) in given.items():
             if path is not None and not used:
-                raise ValueError(f"{option} {path}: no figure reads it ({', '.join(f.name for f in self.figures)})")
+                figures = ", ".join(figure.name for figure in self.figures)
+                raise ValueError(f"{named(key)} {path}: no figure reads it ({figures})")
             if path is not None and not path.exists():
-                raise ValueError(f"{option} {path} does not exist")
+                raise ValueError(f"{named(key)} {path} does not exist")
+
+    def named(self, key: str) -> str:
+        """How a message names what says a field: an option, or the key of a section."""
+        return f"{self.section}.{key}" if self.section else f"--{key.replace('_', '-')}"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -161,25 +177,33 @@ class JudgeSource:
         own = SHA256 if self.inception_weights is None else sha256(self.inception_weights)
         return {"name": InceptionFeatures.name, "sha256": own}
 
-    def open(self, *, device: torch.device | str = "cpu", cache: Path | None = None) -> "Judge":
+    def open(self, *, device: torch.device | str = "cpu", cache: Path | None = None, compares: bool = True) -> "Judge":
         """Load the networks, and measure the reference where `cache` has not kept it; a self-test comes first.
+
+        compares: whether this process compares with the reference, as one of several alone need; else it does neither.
 
         Raises ValueError for weights of other networks, and where the self-test fails.
         """
-        if self.kinds != ("digits",):
+        if compares and self.kinds != ("digits",):
             self_test(str(device))
         extractors = {kind: self._extractor(kind, device) for kind in self.kinds if kind != "digits"}
         known, reference = {}, None
-        if self.reference is not None:
+        if compares and self.reference is not None:
             reference = open_reference(self.reference, self.image_size)
             known = {kind: self._known(kind, reference, extractor, cache) for kind, extractor in extractors.items()}
+            for figure in self.figures:
+                if figure.features in known:
+                    require_known(figure, known[figure.features])
         classifier = None
         if "digits" in self.kinds:
             digits = dataset.source()
             classifier = DigitClassifier(digits["train"], digits["heldout"])
-        return Judge(self, extractors, known, classifier, reference)
+        judge = Judge(self, extractors, known, classifier, reference)
+        if self.image_size is not None:  # what does not fit is said before anything is sampled
+            judge.require_comparable(TensorImages(torch.zeros(1, self.image_size, self.image_size, 3).byte()))
+        return judge
 
-    def _extractor(self, kind: str, device: torch.device | str) -> Extractor:
+    def _extractor(self, kind: str, device: torch.device | str) -> Network:
         if kind == "dinov2":
             assert self.dinov2_weights is not None
             return ClassTokenFeatures.from_file(self.dinov2_weights, device)
@@ -215,7 +239,7 @@ class Judge:
     def __init__(
         self,
         source: JudgeSource,
-        extractors: dict[str, Extractor],
+        extractors: dict[str, Network],
         known: dict[str, KnownFeatures],
         classifier: DigitClassifier | None,
         reference: Reference | None,
@@ -224,26 +248,48 @@ class Judge:
         self._extractors, self._classifier, self._reference = extractors, classifier, reference
         self._compared = False
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the networks."""
+        for extractor in self._extractors.values():
+            extractor.to(device)
+
+    def require_comparable(self, samples: TensorImages) -> None:
+        """Raise ValueError where the reference is of images of another size or of another network; looked at once."""
+        if self._reference is not None and not self._compared:
+            for extractor in self._extractors.values():
+                require_comparable(samples, self._reference, extractor)
+            self._compared = True
+
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Figure → its value, of samples uint8 `[N, H, W, 3]` with labels int `[N]`; raises ValueError.
 
         No more samples than features are taken, too: then a Fréchet distance ranks samples of the same N alone.
         """
-        sides, wanted = tuple(images.shape[1:3]), self.source.image_size
+        return self.measure_together(TensorImages(images), labels, self.source.batch_size, ALONE)
+
+    def measure_together(
+        self, samples: TensorImages, labels: Tensor, batch_size: int, processes: Processes
+    ) -> dict[str, float]:
+        """As `measure`, of samples of which each process has its `Share.of(len(samples), batch_size, processes)` and
+        their labels; the figures are on the main process, the others return none."""
+        sides, wanted = tuple(samples.images.shape[1:3]), self.source.image_size
         if wanted is not None and sides != (wanted, wanted):
             raise ValueError(f"the samples are of {sides[1]}×{sides[0]}, to be judged as images of {wanted}×{wanted}")
-        batch_size, samples = self.source.batch_size, TensorImages(images)
-        if self._reference is not None and not self._compared:
-            for extractor in self._extractors.values():
-                require_comparable(samples, self._reference, extractor)
-            self._compared = True
-        made = {kind: measure(samples, extractor, batch_size) for kind, extractor in self._extractors.items()}
-        return {figure.name: self._value(figure, made, images, labels) for figure in self.source.figures}
+        self.require_comparable(TensorImages(samples.images))
+        made = {}
+        for kind, extractor in self._extractors.items():
+            made[kind] = measure_together(samples, extractor, batch_size, processes)
+        right = None
+        if self._classifier is not None:
+            right = rows_on_main(processes, self._classifier.recognised(samples.images, labels))
+        if not processes.is_main:
+            return {}
+        return {figure.name: self._value(figure, made, right) for figure in self.source.figures}
 
-    def _value(self, figure: Figure, made: dict[str, ImageFeatures], images: Tensor, labels: Tensor) -> float:
+    def _value(self, figure: Figure, made: Mapping[str, ImageFeatures | None], right: Tensor | None) -> float:
         if figure.compute is None:
-            assert self._classifier is not None
-            return self._classifier.recognised(images, labels).mean().item()
+            assert right is not None
+            return right.mean().item()
         known = self.known.get(figure.features)
         return figure.compute(made[figure.features], known)  # type: ignore[arg-type]
 

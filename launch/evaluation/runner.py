@@ -24,7 +24,7 @@ from launch.runtime.processes import Processes
 
 NEAREST_K = 3  # of precision and recall
 #: Figure → the features that it compares, each a Fréchet distance.
-_DISTANCES = {"fid": "features", "sfid": "spatial", "fdd": "dinov2"}
+DISTANCES = {"fid": "features", "sfid": "spatial", "fdd": "dinov2"}
 _MISSING = {
     "fid": "needs Inception's features, or a foundation model's in their place",
     "sfid": "needs Inception's spatial features of the samples and of the reference",
@@ -139,7 +139,7 @@ class _Comparison:
         self._distance("fdd")
 
     def _distance(self, figure: str) -> None:
-        kind = _DISTANCES[figure]
+        kind = DISTANCES[figure]
         made, stated = self.got.moments.get(kind), self.reference.moments.get(kind)
         own = self.real.moments.get(kind) if self.real is not None else None
         of: str | int

@@ -1,4 +1,4 @@
-"""Curves of the logs of runs as JSON for the page: thinned, with a running median, in three charts."""
+"""Curves of the logs of runs as JSON for the page: thinned, with a running median, in a few charts."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.run_directory.rows import POSITION, RunRows, number
+from launch.run_directory.rows import POSITION, SAMPLES, Row, RunRows, number
 
 BUCKETS = 500  # of a curve; of each its least and its greatest value are kept
 FEW_BUCKETS = 100  # of values of which there are many, such as those of single blocks
@@ -67,8 +67,12 @@ def curves(runs: Mapping[str, RunRows]) -> dict[str, Any]:
             series.setdefault(key, []).append({"run": place, "variant": "", **found})
         for key in _keys(rows.validation):
             if (parts := _VALIDATION.fullmatch(key)) is not None:
-                found = _validation(rows, key, steps, hours)
+                found = _of_rows(rows.validation, key, steps, hours)
                 series.setdefault(parts[2], []).append({"run": place, "variant": parts[1], **found})
+        for key in _keys(rows.samples):
+            if key.startswith(SAMPLES):
+                found = _of_rows(rows.samples, key, steps, hours)
+                series.setdefault(key, []).append({"run": place, "variant": "", **found})
     events = [
         {"run": place, "step": event["step"], "event": str(event["event"])}
         for place, rows in enumerate(runs.values())
@@ -106,10 +110,14 @@ def _medians(steps, values, places, factor: float = 1.1) -> NDArray[np.float64]:
     return np.array([np.median(found) if len(found) else math.nan for found in near])
 
 
-def _validation(rows: RunRows, key: str, steps, hours) -> dict[str, Any]:
-    """A value of validation; its hours are those of the last row of training up to its step."""
-    at = np.array([row["step"] for row in rows.validation], dtype=np.int64)
-    values = np.array([number(row.get(key)) for row in rows.validation])
+def _of_rows(rows: list[Row], key: str, steps, hours) -> dict[str, Any]:
+    """A value of rows that are not of training; its hours are those of the last row of training up to its step.
+
+    Args:
+        steps, hours: of the rows of training.
+    """
+    at = np.array([row["step"] for row in rows], dtype=np.int64)
+    values = np.array([number(row.get(key)) for row in rows])
     if len(steps):
         before = np.searchsorted(steps, at, side="right") - 1
         found_hours = np.where(before >= 0, hours[np.maximum(before, 0)], 0.0)
@@ -140,14 +148,18 @@ def _charts(series: Mapping[str, Any]) -> list[dict[str, Any]]:
     speed = [key for key in SPEED if key in series]
     details = [key for key in series if key not in SPEED and _DETAIL.match(key)]
     other = [key for key in series if key not in SPEED and key not in details and _OTHER.match(key)]
-    losses = [key for key in series if key not in {*speed, *details, *other}]
+    seconds = SAMPLES + "seconds"
+    figures = [key for key in series if key.startswith(SAMPLES) and key != seconds]
+    other += [seconds] if seconds in series else []
+    losses = [key for key in series if key not in {*speed, *details, *other, *figures}]
     losses.sort(key=lambda key: _PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED))
     found = [
         {"name": "loss", "title": "Losses", "keys": losses, "details": []},
+        {"name": "samples", "title": "Figures of samples", "keys": figures, "details": []},
         {"name": "speed", "title": "Throughput", "keys": speed, "details": []},
         {"name": "other", "title": "Gradients and other values", "keys": other, "details": details},
     ]
-    units = {key: _UNITS.get(key, "") for key in series}
+    units = {key: _UNITS.get(key, "s" if key == seconds else "") for key in series}
     shown = [chart for chart in found if chart["keys"] or chart["details"]]
     first = {chart["name"]: [*chart["keys"], *chart["details"]][0] for chart in shown}
     return [chart | {"units": units, "logarithmic": _spans(series[first[chart["name"]]])} for chart in shown]

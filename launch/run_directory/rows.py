@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from common.files import FileError, open_regular, path_exists
 
 NAME = "metrics.jsonl"
+#: What keys of figures of samples begin with.
+SAMPLES = "samples/"
 #: What a row says beside measured values.
 POSITION = ("step", "last_step", "epoch", "images", "global_batch_size")
 Row = dict[str, Any]
@@ -24,6 +26,7 @@ class RunRows:
     Fields:
         training: means over the steps since the row before; steps ascend.
         validation: rows with `valid…/` keys.
+        samples: rows with `samples/` keys, figures of samples.
         events: rows with an `event`, such as "resumed", in the order they were written.
         unreadable: lines that are no JSON object with a step; a last line that a kill or a copy cut short is none.
     """
@@ -31,6 +34,7 @@ class RunRows:
     training: list[Row]
     validation: list[Row]
     events: list[Row]
+    samples: list[Row] = field(default_factory=list)
     unreadable: int = 0
 
     @property
@@ -92,11 +96,11 @@ def read_rows(path: Path) -> RunRows:
         elif "event" in row:
             found.events.append(row)
         else:
-            kept = found.validation if _is_validation(row) else found.training
+            kept = getattr(found, _kind(row))
             while kept and kept[-1]["step"] >= row["step"]:
                 kept.pop()
             kept.append(row)
-    return RunRows(found.training, found.validation, found.events, unreadable)
+    return replace(found, unreadable=unreadable)
 
 
 def _parse(line: bytes) -> Row | None:
@@ -108,5 +112,10 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _MOST else None
 
 
-def _is_validation(row: Row) -> bool:
-    return any(key.startswith(("valid/", "valid_")) for key in row) and "lr" not in row
+def _kind(row: Row) -> str:
+    """The list that a row belongs to."""
+    if "lr" in row:
+        return "training"
+    if any(key.startswith(SAMPLES) for key in row):
+        return "samples"
+    return "validation" if any(key.startswith(("valid/", "valid_")) for key in row) else "training"

@@ -11,7 +11,7 @@ from common.files import FileError, path_exists, read_json
 from launch.run_directory import rows
 from launch.run_directory.checkpoints import CheckpointList, list_checkpoints, stored_state
 from launch.run_directory.find import CHECKPOINTS, LAST_EXIT
-from launch.run_directory.rows import RunRows, number
+from launch.run_directory.rows import SAMPLES, RunRows, number
 from launch.runtime.run_lock import LockState, read_lock
 
 #: Exit statuses of a run that was asked to stop, after a checkpoint: SIGTERM and SIGUSR1, and by signal.
@@ -27,7 +27,8 @@ class RunSummary:
         state: "running", "finished" (at its last step), "stopped" (asked to, after a checkpoint), "failed" (ended with
             an error), "killed" (its process left without a word), "unknown" (nothing tells, such as on another host).
         process: who holds the lock, or held it last. reason: why it ended, in its own words.
-        losses: of the last row of training, and of the last validation. updated: when the last row was written.
+        losses: of the last row of training, and of the last validation. samples: figures of the last samples that were
+            measured, and their `step`. updated: when the last row was written.
         checkpoint: step of the newest whole one. damaged: name → why; temporary: what is, or was, being written.
         resumed: "from … at step N" of each time. rollbacks: steps that were gone back from. redrawn: [first, last,
             seed] of steps that were drawn anew. problems: what could not be read.
@@ -43,6 +44,7 @@ class RunSummary:
     last_step: int | None
     epoch: float | None
     losses: dict[str, float]
+    samples: dict[str, float]
     images_per_second: float | None
     eta_seconds: float | None
     updated: float | None
@@ -88,6 +90,7 @@ def summarize(directory: Path, *, verify: bool = False, now: float | None = None
         last_step=last_step,
         epoch=_number(last.get("epoch")),
         losses=_losses(found),
+        samples=_samples(found),
         images_per_second=_number(found.training[-1].get("images_per_second")) if found.training else None,
         eta_seconds=max(eta, 0.0) if running and not math.isnan(eta) else None,
         updated=updated,
@@ -163,6 +166,15 @@ def _losses(found: RunRows) -> dict[str, float]:
     wanted = {"loss", "mse", "rec", "kl"}
     known = {key: _number(value) for key, value in both.items() if key.rpartition("/")[2] in wanted}
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _samples(found: RunRows) -> dict[str, float]:
+    """Figures of the last row of samples, and its step; empty without one."""
+    if not found.samples:
+        return {}
+    last = found.samples[-1]
+    figures = {key.removeprefix(SAMPLES): _number(last[key]) for key in last if key.startswith(SAMPLES)}
+    return {"step": last["step"]} | {key: value for key, value in figures.items() if value is not None}
 
 
 def _resumed(found: RunRows, stored: dict[str, Any]) -> list[str]:

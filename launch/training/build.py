@@ -47,7 +47,7 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
     ops = select_ops(run.kernels)
     task: VavaeTask | LightningDiTTask
     validation: ImageDataset | LatentDataset | None
-    on_device = previews = None
+    on_device = previews = figures = None
     if isinstance(run, VavaeRun):
         task, validation = vavae_task(run, ops, processes.device)
         require_one_decoder(task.batches, processes)
@@ -60,6 +60,10 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
 
         on_device = place_latents(run, task.batches, processes)
         previews = make_previews(run, task, processes)
+        if run.evaluation.figures:
+            from launch.training.sample_figures import make_figures  # imports timm
+
+            figures = make_figures(run, task, processes)
     directory = Path(train.output_dir) / train.exp_name
     config = TrainerConfig(
         kind=kind,
@@ -72,7 +76,17 @@ def make_trainer(run: Run, kind: str, processes: Processes, rollback: Rollback |
         flops=training_flops(run, len(task.batches)),
         paced=isinstance(run, LightningDiTRun),
     )
-    trainer = Trainer(task, config, processes, ops, validation, on_device, previews=previews, rollback=rollback)
+    trainer = Trainer(
+        task,
+        config,
+        processes,
+        ops,
+        validation,
+        on_device,
+        previews=previews,
+        sample_figures=figures,
+        rollback=rollback,
+    )
     if processes.is_main:
         print(
             f"training {kind} in {directory}: {config.last_step:,} steps of {train.global_batch_size} images, "

@@ -33,6 +33,11 @@ def check_run(run: Run) -> None:
     _check_profiling(run, engine_options(run.train, run.deepspeed))
     for key, path in _weights(run).items():
         check_file(key, path)
+    if isinstance(run, LightningDiTRun) and run.evaluation.figures:
+        from launch.training.sample_figures import figure_settings, judge_source  # imports timm
+
+        judge_source(run)
+        figure_settings(run)
     if run.train.ckpt is not None:
         try:
             candidates(Path(run.train.ckpt))
@@ -89,7 +94,7 @@ def _levels(module: nn.Module) -> int:
 def _weights(run: Run) -> dict[str, str]:
     """The weights files that training reads, by the key that names each."""
     named = {"train.weight_init": run.train.weight_init}
-    if isinstance(run, LightningDiTRun) and run.train.previews:
+    if isinstance(run, LightningDiTRun) and (run.train.previews or run.evaluation.figures):
         named["vae.ckpt_path"] = run.vae.ckpt_path
     if isinstance(run, VavaeRun):
         named["foundation.weights"] = run.foundation.weights if run.loss.use_vf else None

@@ -28,7 +28,7 @@ def _below_output_dir(name: str) -> str:
     return name
 
 
-def _distinct(names: Any) -> Any:
+def distinct(names: Any) -> Any:
     """A list as a tuple, of names that differ."""
     if isinstance(names, list | tuple):
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -106,7 +106,7 @@ class TrainConfig(Section):
     keep_every: Count | None = None
     background_save: bool = True
     heartbeat_timeout: Annotated[Float, Field(ge=1)] = 30.0
-    watch: Annotated[tuple[Watched, ...], BeforeValidator(_distinct)] = ()
+    watch: Annotated[tuple[Watched, ...], BeforeValidator(distinct)] = ()
     spike_factor: Positive = 7.0
     spike_window: Annotated[int, Field(ge=4, le=10_000)] = 256
     spike_steps: Count | None = 50

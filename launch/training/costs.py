@@ -1,6 +1,7 @@
 """What training costs, by its run file: parameters, FLOPs and bytes for each image, and what decides about memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -84,7 +85,7 @@ def _vavae_costs(run: VavaeRun, kinds: Sequence[Kind]) -> Counted:
 def setup_of(run: Run, processes: int, *, frozen: int = 0, latents: float = 0.0) -> Setup:
     """What decides about the memory of a run on so many processes, beside its networks; see `Setup`."""
     train, optimizer = run.train, run.optimizer
-    sampled, decoding = _previews(run)
+    previews, judged, decoding = _sampling(run)
     validated = run.data.valid_path is not None and train.valid_weights != "model"
     return Setup(
         processes=processes,
@@ -92,19 +93,27 @@ def setup_of(run: Run, processes: int, *, frozen: int = 0, latents: float = 0.0)
         options=engine_options(train, run.deepspeed),
         frozen=frozen,
         latents=latents,
-        averaged=optimizer.ema_decay > 0 and (validated or sampled > 0),
-        sampled=2 * -(-sampled // processes),  # guided: with and without a class
+        averaged=optimizer.ema_decay > 0 and (validated or previews + judged > 0),
+        sampled=2 * -(-previews // processes),  # guided: with and without a class; figures take a micro-batch at a time
         decoding=decoding,
     )
 
 
-def _previews(run: Run) -> tuple[int, float]:
-    """How many previews a run draws, and bytes of the tokenizer and of what it decodes at once on the main process."""
-    count = run.num_previews() if isinstance(run, LightningDiTRun) else 0
-    path = weights_file(run.vae.ckpt_path or "") if isinstance(run, LightningDiTRun) and count else None
-    if path is None or not path.is_file():  # absent: the run has no previews, or does not start
-        return 0, 0.0
-    return count, path.stat().st_size + min(count, DECODED) * run.data.image_size**2 * DECODED_PIXEL
+def _sampling(run: Run) -> tuple[int, int, float]:
+    """How many previews a run draws, of how many samples it measures figures, and bytes of the tokenizer and of what it
+    decodes at once, or of the networks that judge, whichever are more: never on the device together."""
+    if not isinstance(run, LightningDiTRun):
+        return 0, 0, 0.0
+    previews, path = run.num_previews(), weights_file(run.vae.ckpt_path or "")
+    judged = run.evaluation.samples if run.evaluation.figures else 0
+    decoded = min(max(previews, judged), DECODED)
+    if not decoded or not path.is_file():  # absent: the run has no previews, or does not start
+        return 0, 0, 0.0
+    decoding = path.stat().st_size + decoded * run.data.image_size**2 * DECODED_PIXEL
+    asked = run.evaluation
+    files = [Path(name) for name in (asked.inception_weights, asked.foundation, asked.dinov2_weights) if name]
+    judging = sum(file.stat().st_size for file in files if file.is_file()) if judged else 0
+    return previews, judged, max(decoding, judging)
 
 
 def _trained(p: nn.Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""What is looked at in the course of training: validation and previews, when each is due."""
+"""What is looked at in the course of training: validation, previews, figures of samples, when each is due."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,14 +12,14 @@ from launch.training.config import OptimizerConfig, TrainConfig
 from launch.training.engine import Engine
 from launch.training.loader import Batches, BatchSplit
 from launch.training.log import RunLog
-from launch.training.task import Previews, Task
+from launch.training.task import Previews, SampleFigures, Task
 from launch.training.validation import Validation, evaluating
 
 Position = Callable[[int], Mapping[str, Any]]  # what a row says of where a step is
 
 
 class Evaluations:
-    """Validation on `data` and previews of one run; each may be None.
+    """Validation on `data`, previews and figures of samples of one run; each may be None.
 
     Args:
         compiled: whether networks are, for one size of batch.
@@ -36,12 +36,13 @@ class Evaluations:
         *,
         data: Batches | None,
         previews: Previews | None,
+        figures: SampleFigures | None,
         last_step: int,
         compiled: bool,
     ):
         self._task, self._engines, self._processes, self._last_step = task, engines, processes, last_step
-        self._every, self.previews = train.valid_every, previews
-        self._batch_size = split.micro_batch_size if compiled else None
+        self._every, self.previews, self.figures = train.valid_every, previews, figures
+        self._micro_batch_size, self._compiled = split.micro_batch_size, compiled
         weights = train.validated(optimizer.ema_decay)
         self._averaged = task.validated if optimizer.ema_decay > 0 else ()
         self.validation: Validation | None = None
@@ -53,12 +54,17 @@ class Evaluations:
     def run(self, step: int, position: Position, log: RunLog | None) -> bool:
         """Do what is due after a step → whether there was anything; every process must call it."""
         validates = self.validation is not None and self._every is not None and step % self._every == 0
-        previews = self.previews is not None and (step % self.previews.every == 0 or step == self._last_step)
+        previews, measures = self._due(self.previews, step), self._due(self.figures, step)
         if validates:
             self._validate(step, position, log)
         if previews:
             self._preview(step, log)
-        return validates or previews
+        if measures:
+            self._measure(step, position, log)
+        return validates or previews or measures
+
+    def _due(self, part: Previews | SampleFigures | None, step: int) -> bool:
+        return part is not None and (step % part.every == 0 or step == self._last_step)
 
     def _validate(self, step: int, position: Position, log: RunLog | None) -> None:
         """A row of means over validation data, and pictures of some of them."""
@@ -73,11 +79,23 @@ class Evaluations:
     def _preview(self, step: int, log: RunLog | None) -> None:
         """A picture of samples by the moving average, where one is kept."""
         assert self.previews is not None
+        batch_size = self._micro_batch_size if self._compiled else None
         with evaluating(self._engines, self._averaged):
-            latents = self.previews.sample(self._engines, self._processes, self._batch_size)
+            latents = self.previews.sample(self._engines, self._processes, batch_size)
         if log is None:
             return
         if latents.isfinite().all():
             log.write_picture("previews", step, partial(self.previews.draw, latents, self._processes.device))
         else:
             log.warn(f"the previews of step {step} are not finite: there is no picture of them")
+
+    @torch.no_grad()
+    def _measure(self, step: int, position: Position, log: RunLog | None) -> None:
+        """A row of figures of samples by the moving average, where one is kept."""
+        assert self.figures is not None
+        with evaluating(self._engines, self._averaged):
+            figures = self.figures.measure(self._engines, self._processes, self._micro_batch_size)
+        if log is not None:
+            log.write_row({**position(step), **figures})
+            if None in figures.values():
+                log.warn(f"the samples of step {step} are not finite: there are no figures of them")

@@ -64,16 +64,24 @@ class DiffusionPreviews:
     def draw(self, latents: Tensor, device: torch.device, path: Path) -> None:
         """A row of images for each class."""
         assert self._tokenizer is not None
-        tokenizer = self._tokenizer.to(device)
-        try:
-            parts = [
-                to_uint8(tokenizer.decode(self._statistics.denormalise(part.to(device)))).cpu()
-                for part in latents.split(DECODED)
-            ]
-        finally:
-            self._tokenizer.to("cpu")
-        images = torch.cat(parts).permute(0, 2, 3, 1)
+        images = decode_in_parts(self._tokenizer, self._statistics, latents, device)
         sample_grid(images, torch.tensor(self.labels), path, columns=len(images), names=self._names)
+
+
+@torch.no_grad()
+def decode_in_parts(
+    tokenizer: AutoencoderKL, statistics: LatentStatistics, latents: Tensor, device: torch.device
+) -> Tensor:
+    """Images of normalised latents [N, C, H, W], uint8 [N, H, W, 3] on the CPU, decoded a few at a time by a tokenizer
+    that is on the device only meanwhile."""
+    tokenizer.to(device)
+    try:
+        parts = [
+            to_uint8(tokenizer.decode(statistics.denormalise(part.to(device)))).cpu() for part in latents.split(DECODED)
+        ]
+    finally:
+        tokenizer.to("cpu")
+    return torch.cat(parts).permute(0, 2, 3, 1)
 
 
 def preview_labels(count: int, num_classes: int) -> list[int]:
@@ -97,8 +105,8 @@ def in_batches(model: Callable[..., Tensor], size: int) -> Callable[..., Tensor]
     return call
 
 
-def preview_settings(run: LightningDiTRun) -> SampleConfig:
-    """The `sample` section for previews: an ODE solver of `train.preview_steps` points, without likelihood.
+def few_step_settings(run: LightningDiTRun, points: int) -> SampleConfig:
+    """The `sample` section for samples in training: an ODE solver of `points` points, without likelihood.
 
     A solver that chooses its steps by itself, and one of the SDE, is replaced by Euler's; a model without a null label
     is not guided, and no other network guides.
@@ -109,7 +117,7 @@ def preview_settings(run: LightningDiTRun) -> SampleConfig:
         update={
             "mode": "ODE",
             "sampling_method": found.sampling_method if fixed else "euler",
-            "num_sampling_steps": run.train.preview_steps,
+            "num_sampling_steps": points,
             "cfg_scale": found.cfg_scale if run.network().null_label is not None else 1.0,
             "guide_ckpt_path": None,
             "guide_step": None,
@@ -138,7 +146,7 @@ def make_previews(run: LightningDiTRun, task: LightningDiTTask, processes: Proce
     return DiffusionPreviews(
         run.network(),
         task.transport,
-        preview_settings(run),
+        few_step_settings(run, run.train.preview_steps),
         task.batches.statistics,
         tokenizer,
         count=count,

@@ -65,6 +65,9 @@ def _about_lightningdit(run: LightningDiTRun, steps: int) -> Iterator[str]:
     shown = run.train.preview_every
     if shown is not None and shown > steps:
         yield f"train.preview_every {shown:,} is more than the run's {steps:,} steps: one preview at its end"
+    measured = run.evaluation.every
+    if run.evaluation.figures and measured is not None and measured > steps:
+        yield f"evaluation.every {measured:,} is more than the run's {steps:,} steps: one measurement at its end"
     until = run.transport.lognorm_until_step
     if until is not None and until >= steps:
         yield f"transport.lognorm_until_step {until:,} has no effect: the run has {steps:,} steps"

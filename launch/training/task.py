@@ -95,6 +95,21 @@ class Previews(Protocol):
         """Decode latents on the device and write their picture, a PNG."""
 
 
+class SampleFigures(Protocol):
+    """Figures of samples of a network in training."""
+
+    every: int  # steps
+
+    def measure(
+        self, networks: Mapping[str, Callable], processes: Processes, batch_size: int
+    ) -> Mapping[str, float | None]:
+        """`samples/<figure>` → its value, None where samples are not finite, and `samples/seconds`, that it took.
+
+        Every process must call it, without gradients; the main one's values count.
+        batch_size: with which networks are called.
+        """
+
+
 @runtime_checkable
 class Measures(Protocol):
     """A task that measures more of a network than its losses, on request (`train.watch`)."""

@@ -29,7 +29,7 @@ from launch.training.restore import agree_on_start, config_changes, load_optimiz
 from launch.training.rollback import Rollback
 from launch.training.saving import Saver, report, versions
 from launch.training.skips import all_skipped
-from launch.training.task import Previews, Task
+from launch.training.task import Previews, SampleFigures, Task
 from launch.training.trainer_config import TrainerConfig
 from launch.training.watch import Watch
 
@@ -40,7 +40,7 @@ class Trainer:
     Args:
         validation: batches to validate on every `train.valid_every` steps, or None.
         on_device: the task's batches, made from what lies in the devices' memory, to train on instead; or None.
-        previews: samples to look at, or None.
+        previews, sample_figures: samples to look at, and what is measured of samples; each may be None.
         rollback: what an earlier trainer of the run has raised, if it has.
     """
 
@@ -54,6 +54,7 @@ class Trainer:
         on_device: Streams | None = None,
         *,
         previews: Previews | None = None,
+        sample_figures: SampleFigures | None = None,
         rollback: Rollback | None = None,
     ):
         self.task, self.config, self.processes, self._ops = task, config, processes, ops
@@ -102,6 +103,7 @@ class Trainer:
             config.optimizer,
             data=validation,
             previews=previews,
+            figures=sample_figures,
             last_step=config.last_step,
             compiled=self._compile_mode != "none",
         )
