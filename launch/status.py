@@ -3,8 +3,8 @@
 Of each run: its kind and state (running, by which process; finished, stopped, failed, killed), step, epoch, loss,
 images per second, the time left or when it ended, and its newest whole checkpoint: one whose files are there with the
 sizes that its manifest lists; --verify compares their checksums too, which reads them all. Below it, where there is
-something to tell: what it resumed from, figures of samples, steps skipped and gone back from, checkpoints that are damaged or were set
-aside. Nothing is written, and no run is disturbed.
+something to tell: what it resumed from, figures of samples, steps skipped and gone back from, checkpoints that are
+damaged or were set aside. Nothing is written, and no run is disturbed.
 """
 
 import argparse

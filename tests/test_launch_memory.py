@@ -131,7 +131,7 @@ def test_what_is_not_of_a_stage():
     assert memory.decoding == 80 * (4 + 12) + 4500 + 70
     assert memory_of([network], setup, 0, 1).validation == memory.validation - 3  # 3 samples for 4 images
     assert memory_of([network], setup, 0, 1000).peak_moment == "backward pass"
-    assert memory_of([network], replace(setup, decoding=1e6), 0, 4).peak_moment == "decoding of previews"
+    assert memory_of([network], replace(setup, decoding=1e6), 0, 4).peak_moment == "decoding of samples"
 
 
 def test_host_memory_of_a_save_and_what_of_a_card_is_counted_on():

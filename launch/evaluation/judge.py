@@ -281,7 +281,9 @@ class Judge:
             made[kind] = measure_together(samples, extractor, batch_size, processes)
         right = None
         if self._classifier is not None:
-            right = rows_on_main(processes, self._classifier.recognised(samples.images, labels))
+            none = torch.empty(0, dtype=torch.float64)  # of a process without a share
+            own = self._classifier.recognised(samples.images, labels) if len(labels) else none
+            right = rows_on_main(processes, own)
         if not processes.is_main:
             return {}
         return {figure.name: self._value(figure, made, right) for figure in self.source.figures}

@@ -2,8 +2,8 @@
 
 What DeepSpeed and the optimizer hold for each trained parameter was counted, tensor by tensor, on engines of one and
 two processes; tests count it again. A step has its peak where the backward pass begins (all activations are
-kept), where the optimizer steps, at the start of a run, in a validation or previews by the averaged weights, or where
-the previews' tokenizer decodes.
+kept), where the optimizer steps, at the start of a run, in a validation or sampling by the averaged weights, or where
+samples are decoded or judged.
 """
 
 import math
@@ -19,8 +19,8 @@ OPTIMIZER_STATES = 3  # exp_avg, exp_avg_sq, ema: float32 each
 REDUCE_BUCKET, ALL_REDUCE, LIVE_PARAMETERS = 500_000_000, 500_000_000, 1_000_000_000
 #: Of a card's memory: what CUDA, cuBLAS and NCCL keep for themselves, and the share lost to fragmentation. Assumed.
 CONTEXT, FRAGMENTATION = 1.0 * GIB, 0.05
-#: Images that previews decode at a time, beside a network in training, and the bytes that each pixel then takes: of
-#: the published tokenizer's decoder in float32, counted tensor by tensor.
+#: Images that are decoded at a time beside a network in training, and the bytes that each pixel then takes: of the
+#: published tokenizer's decoder in float32, counted tensor by tensor.
 DECODED, DECODED_PIXEL = 4, 2560
 #: An image's latents and its mirror image's.
 MIRRORS = 2
@@ -52,9 +52,9 @@ class Setup:
         options: DeepSpeed's, as `DeepSpeedConfig.merged_overrides` gives them.
         frozen: parameters of networks that are not trained, held in the same precision.
         latents: bytes of latents that each process keeps on its device.
-        averaged: whether validation or previews put the average in the place of the weights.
+        averaged: whether validation, previews or figures of samples put the average in the place of the weights.
         sampled: samples for which previews call the network at once. decoding: bytes of the main process's tokenizer
-            and of what it decodes.
+            and of what it decodes, or of the networks that judge samples where those are more.
     """
 
     processes: int
@@ -101,8 +101,8 @@ class Memory:
 
     Fields:
         step, start, validation, decoding: all that is held when the optimizer steps or gradients are sorted for it,
-            when a run is set up, in a validation or previews (0 without any by the average), and while these are
-            decoded (0 without any).
+            when a run is set up, in a validation or sampling (0 without any by the average), and while samples are
+            decoded or judged (0 without any).
         host: bytes of the host's memory for what is offloaded.
     """
 
@@ -131,7 +131,7 @@ class Memory:
             "optimizer step": self.step,
             "start": self.start,
             "validation": self.validation,
-            "decoding of previews": self.decoding,
+            "decoding of samples": self.decoding,
         }
 
     @property

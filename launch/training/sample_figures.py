@@ -82,7 +82,10 @@ class DiffusionFigures:
         return made.latents.cpu()
 
     def _judged(self, latents: Tensor, share: Share, batch_size: int, processes: Processes) -> dict[str, float]:
-        images = decode_in_parts(self._tokenizer, self._statistics, latents, processes.device)  # [n, H, W, 3]
+        side = self._judge.source.image_size or 0
+        images = torch.empty(0, side, side, 3, dtype=torch.uint8)  # of a process without a share
+        if len(latents):
+            images = decode_in_parts(self._tokenizer, self._statistics, latents, processes.device)  # [n, H, W, 3]
         self._judge.to(processes.device)
         try:
             own = TensorImages(images, share.start, len(self._labels))

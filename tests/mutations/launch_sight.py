@@ -1,4 +1,4 @@
-"""Mistakes in what a run says of itself: rows, writers, validation at fixed times, previews."""
+"""Mistakes in what a run says of itself: rows, writers, validation at fixed times, previews, figures of samples."""
 
 from tests.mutations import Mistake
 
@@ -7,6 +7,9 @@ HOURS = f"{PROGRESS}test_hours_go_on_with_the_checkpoint_and_the_calendar_does_n
 MFU = f"{PROGRESS}test_mfu_is_the_models_flops_over_the_peak_of_all_devices"
 FIXED_TIMES = "test_lightningdit_task.py::test_times_of_validation_are_quantiles_spread_evenly_in_any_batches"
 SAME_PICTURES = f"{PREVIEWS}test_the_same_pictures_after_a_resume_and_by_two_processes_under_zero_3"
+FIGURES = "test_launch_sample_figures.py::"
+FIGURES_BY_HAND = f"{FIGURES}test_the_figures_are_those_of_the_averages_samples"
+SAME_FIGURES = f"{FIGURES}test_the_same_figures_after_a_resume_and_by_two_processes_under_zero_3"
 BY_HAND = f"{PREVIEWS}test_a_picture_is_what_the_sampler_makes_of_the_average"
 
 MISTAKES = {
@@ -160,8 +163,8 @@ MISTAKES = {
     # Previews.
     "previews_by_the_weights": Mistake(
         "launch/training/evaluations.py",
-        "with evaluating(self._engines, self._averaged):",
-        "with evaluating(self._engines):",
+        "with evaluating(self._engines, self._averaged):\n            latents",
+        "with evaluating(self._engines):\n            latents",
         BY_HAND,
     ),
     "previews_without_guidance": Mistake(
@@ -172,7 +175,7 @@ MISTAKES = {
     ),
     "previews_in_normalised_latents": Mistake(
         "launch/training/previews.py",
-        "self._statistics.denormalise(part.to(device))",
+        "statistics.denormalise(part.to(device))",
         "part.to(device)",
         BY_HAND,
     ),
@@ -187,5 +190,54 @@ MISTAKES = {
         "places = torch.arange(first, first + size, device=x.device) % len(x)",
         "places = torch.arange(first, min(first + size, len(x)), device=x.device)",
         f"{PREVIEWS}test_a_network_is_called_with_one_size_of_batch",
+    ),
+    # Figures of samples.
+    "figures_by_the_weights": Mistake(
+        "launch/training/evaluations.py",
+        "with evaluating(self._engines, self._averaged):\n            figures",
+        "with evaluating(self._engines):\n            figures",
+        FIGURES_BY_HAND,
+    ),
+    "labels_by_index_whatever_the_section_says": Mistake(
+        "launch/training/sample_figures.py",
+        "protocol_labels(labels, asked.samples",
+        'protocol_labels("index", asked.samples',
+        FIGURES_BY_HAND,
+    ),
+    "processes_measure_the_same_samples": Mistake(
+        "launch/training/sample_figures.py",
+        "[(share.start + i) % count for i in range(most)]",
+        "[i % count for i in range(most)]",
+        SAME_FIGURES,
+    ),
+    "processes_sample_as_often_as_they_need": Mistake(
+        "launch/training/sample_figures.py",
+        "most = max(processes.all_gather(share.stop - share.start))",
+        "most = share.stop - share.start",
+        SAME_FIGURES,
+    ),
+    "reference_measured_at_every_start": Mistake(
+        "launch/training/sample_figures.py",
+        "cache=cache, ",
+        "",
+        f"{FIGURES}test_the_reference_is_measured_once_for_all_starts",
+    ),
+    "figures_of_infinite_samples": Mistake(
+        "launch/training/sample_figures.py",
+        "if processes.any(not bool(latents.isfinite().all())):",
+        "if False:",
+        f"{FIGURES}test_samples_that_are_not_finite_are_nulls_and_a_warning",
+    ),
+    "reference_that_lacks_features_found_out_late": Mistake(
+        "launch/evaluation/judge.py",
+        "                    require_known(figure, known[figure.features])\n",
+        "                    pass\n",
+        f"{FIGURES}test_a_reference_that_does_not_fit_is_refused_before_the_first_step",
+    ),
+    "rows_of_figures_taken_for_training": Mistake(
+        "launch/run_directory/rows.py",
+        "if any(key.startswith(SAMPLES) for key in row):",
+        "if False:",
+        f"{FIGURES}test_readers_of_a_log_tell_the_rows_apart",
     ),
 }
