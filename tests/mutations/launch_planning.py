@@ -40,7 +40,7 @@ MISTAKES = {
         "test_launch_memory.py::test_host_memory_of_a_save_and_what_of_a_card_is_counted_on",
     ),
     "previews_are_not_counted": Mistake(
-        "launch/training/costs.py", "(validated or sampled > 0)", "validated",
+        "launch/training/costs.py", "(validated or previews + judged > 0)", "validated",
         "test_launch_previews.py::test_a_plan_counts_previews_of_5_images",
     ),
     "stages_that_the_options_refuse": Mistake(

@@ -214,7 +214,7 @@ MISTAKES = {
         "launch/training/sample_figures.py",
         "most = max(processes.all_gather(share.stop - share.start))",
         "most = share.stop - share.start",
-        SAME_FIGURES,
+        f"{FIGURES}test_all_processes_call_the_network_equally_often",
     ),
     "reference_measured_at_every_start": Mistake(
         "launch/training/sample_figures.py",
