@@ -6,8 +6,9 @@ vae/                                the tokenizer, a stock AutoencoderKL, whose 
 scheduler/scheduler_config.json     a stock FlowMatchEulerDiscreteScheduler
 """
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,7 +24,8 @@ from lightningdit.weights import Export, tuned_settings
 from vavae.diffusers_layout import CONFIG_FILE, DiffusersConfig, read_config
 
 INDEX = "model_index.json"
-NETWORK, TOKENIZER = "transformer", "vae"
+NETWORK, TOKENIZER, SCHEDULER = "transformer", "vae", "scheduler"
+SCHEDULER_FILE, SCHEDULER_CLASS = "scheduler_config.json", "FlowMatchEulerDiscreteScheduler"
 NETWORK_CLASS = "LightningDiTTransformer2DModel"
 
 
@@ -55,6 +57,14 @@ class PipelineIndex(Record):
     guidance_channels: int | None = None
 
 
+class SchedulerConfig(Record):
+    """`scheduler/scheduler_config.json`, as far as it says which times a sampler visits."""
+
+    class_name: str = Field(SCHEDULER_CLASS, alias="_class_name")
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    use_dynamic_shifting: bool = False
+
+
 #: What `PipelineIndex` calls settings of `sample`, but the number of its steps.
 PUBLIC = {
     "guidance_scale": "cfg_scale",
@@ -72,8 +82,9 @@ def is_pipeline(path: Path) -> bool:
 def read_pipeline(folder: Path) -> Export:
     """The network of a pipeline folder, and the statistics that its tokenizer's config states.
 
-    Its sampling settings are the stored ones under what model_index.json says, which is there to be changed. Raises
-    WeightsError where a part is missing, damaged, or another network's.
+    Its sampling settings are the stored ones under what model_index.json and the scheduler say, which are there to be
+    changed. Raises WeightsError where a part is missing, damaged, or another network's, or the scheduler another than
+    Euler's.
     """
     path, record = _network_config(folder)
     stated = {key: value for key, value in (record.model_extra or {}).items() if not key.startswith("_")}
@@ -118,7 +129,33 @@ def _sampled(folder: Path, path: Path, said: Exported) -> dict[str, Any] | None:
     """The settings that `path` says of its weights, under those of model_index.json; None where it says none."""
     if said.sample is None:
         return None
-    return _under_index(folder / INDEX, tuned_settings(path, said.sample))
+    stored = tuned_settings(path, said.sample)
+    under = _of_scheduler(folder / SCHEDULER / SCHEDULER_FILE, stored)
+    return _under_index(folder / INDEX, under)
+
+
+def scheduler_shift(timestep_shift: float) -> float:
+    """The scheduler's shift for one of `sample`: its time sigma is 1 − t, so t → s·t / (1 + (s − 1)·t) is there one by
+    1 / s; no shift (0) is 1."""
+    return 1 / timestep_shift if timestep_shift else 1.0
+
+
+def _of_scheduler(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Stored sampling settings with the shift that a scheduler's config says in place of theirs, where it is another;
+    a folder without the file has the stored one."""
+    if not path.exists():
+        return stored
+    try:
+        record = read_record(path, SchedulerConfig)
+    except FileError as e:
+        raise WeightsError(str(e)) from None
+    if record.class_name != SCHEDULER_CLASS or record.use_dynamic_shifting:
+        other = f"use_dynamic_shifting of {SCHEDULER_CLASS}"
+        named = other if record.class_name == SCHEDULER_CLASS else record.class_name
+        raise WeightsError(f"{path} says {named}: only {SCHEDULER_CLASS} with a fixed shift is read back")
+    if math.isclose(record.shift, scheduler_shift(stored["timestep_shift"]), rel_tol=1e-6):
+        return stored
+    return tuned_settings(path, stored | {"timestep_shift": 1 / record.shift})
 
 
 def _under_index(index: Path, stored: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def test_export_of_a_network(weights, tmp_path, capsys):
     assert export_main([str(weights / "run"), str(tmp_path / "digits"), "--weights", "model"]) == 0
     assert capsys.readouterr().out.count("lightningdit, step 7") == 3
     found = read_export(tmp_path / "digits")
+    assert found.extra["checkpoint"] == "run/checkpoints/step_0000007" and "source" not in found.extra
     state = read_weights(weights / "published.pt", "model")[0]
     assert found.weights == "model" and all(torch.equal(found.state[k], v) for k, v in state.items())
     for which in ("model", "ema"):
@@ -99,7 +100,7 @@ def test_export_of_a_published_tokenizer(weights, tmp_path, entry):
     torch.save(state if entry is None else {entry: state, "epoch": 3}, tmp_path / "t.pt")
     assert export_main([str(tmp_path / "t.pt"), str(tmp_path / "x")]) == 0
     facts = json.loads((tmp_path / "x.json").read_text())
-    assert facts["weights"] == (entry or "unnamed") and facts["step"] is None
+    assert facts["weights"] == (entry or "unnamed") and facts["step"] is None and facts["source"] == "t.pt"
     again = load_tokenizer(tmp_path / "x.safetensors", kernels.select("reference"))
     assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
 

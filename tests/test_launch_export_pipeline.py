@@ -21,6 +21,7 @@ from launch.config import LightningDiTRun
 from launch.export import main as export_main
 from launch.exporting.lightningdit_pipeline import LightningDiTTransformer2DModel
 from launch.exporting.pipeline import SOURCE
+from launch.pipelines import pipeline_settings
 from launch.trained import build_diffusion, build_tokenizer, diffusion_weights
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
@@ -153,6 +154,28 @@ def test_guidance_ends_and_grows_as_model_index_says(weights, folder, tmp_path, 
             x = x + velocity / 8
     found = load(tmp_path / "x")([1, 2], latents=noise, output_type="latent").images
     assert (found - x).abs().max() < 1e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.25, 5.0])
+def test_a_changed_scheduler_is_read_back(folder, tmp_path, shift):
+    path = "scheduler/scheduler_config.json"
+    config = json.loads((folder / path).read_text(encoding="utf-8"))
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x" / path).write_text(json.dumps(config | {"shift": shift}), encoding="utf-8")
+    assert pipeline_settings(tmp_path / "x")["timestep_shift"] == pytest.approx(1 / shift)
+    assert export_main([str(tmp_path / "x"), str(tmp_path / "again"), "--format", "diffusers"]) == 0
+    again = json.loads((tmp_path / "again" / path).read_text(encoding="utf-8"))
+    assert again == config | {"shift": pytest.approx(shift)}
+    for other, named in (
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"shift": 0}, "shift"),
+    ):
+        (tmp_path / "x" / path).write_text(json.dumps(config | other), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json.*{named}"):
+            pipeline_settings(tmp_path / "x")
+    (tmp_path / "x" / path).unlink()
+    assert pipeline_settings(tmp_path / "x") == pipeline_settings(folder)
 
 
 CONFIGS = {
@@ -304,6 +327,7 @@ def test_programs_take_the_folder_for_network_and_tokenizer(weights, folder, tmp
     assert json.loads((tmp_path / "taken/model_index.json").read_text(encoding="utf-8")) == index | changed
     with pytest.raises(ValueError, match=r"odd/model_index.json: sample.*cfg_scale"):
         export_main([str(tmp_path / "odd"), str(tmp_path / "x"), "--format", "diffusers"])
+    assert str(tmp_path) not in (tmp_path / "back.json").read_text(encoding="utf-8"), "a folder of this machine"
     shutil.copytree(folder, tmp_path / "damaged")
     path = tmp_path / "damaged/transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")

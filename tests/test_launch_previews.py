@@ -151,6 +151,15 @@ def test_where_the_tokenizer_is_not_there_by_default_there_are_none(tmp_path, ru
     assert load(path, ["vae.ckpt_path=null"], kind="lightningdit")[0].num_previews() == 0
 
 
+def test_a_tokenizer_of_the_hub_is_there_by_default(run_file, root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "launch.hub.download", lambda reference: asked.append(str(reference)) or root / "vae.safetensors"
+    )
+    found = trainer(run_file(previews=None), "vae.ckpt_path=hf://someone/tokenizer", "train.max_steps=1")
+    assert found._evaluations.previews is not None and asked == ["hf://someone/tokenizer"]
+
+
 def test_previews_that_cannot_be_are_refused_by_name(tmp_path, run_file):
     for overrides, message in {
         ("vae.ckpt_path=null",): r"train\.previews is 5, but vae\.ckpt_path names no tokenizer",

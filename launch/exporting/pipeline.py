@@ -22,7 +22,18 @@ from launch.exporting.cards import pipeline_card
 from launch.exporting.networks import Network
 from launch.exporting.places import new_folder
 from launch.exporting.tokenizer import write_tokenizer
-from launch.pipelines import INDEX, NETWORK, NETWORK_CLASS, PUBLIC, TOKENIZER, tables
+from launch.pipelines import (
+    INDEX,
+    NETWORK,
+    NETWORK_CLASS,
+    PUBLIC,
+    SCHEDULER,
+    SCHEDULER_CLASS,
+    SCHEDULER_FILE,
+    TOKENIZER,
+    scheduler_shift,
+    tables,
+)
 from launch.trained import build_diffusion
 from launch.training.checkpoint import Checkpoint
 from lightningdit.config import ModelConfig, SampleConfig, TransportConfig
@@ -134,7 +145,7 @@ def export_pipeline(
 def write_pipeline(folder: Path, pipeline: Pipeline, hashes: Mapping[str, str]) -> list[Path]:
     """Write a pipeline that `Pipeline.check` has found fit into an empty folder → its files."""
     network = pipeline.network
-    transformer, vae, scheduler = (make_directory(folder / part) for part in (NETWORK, TOKENIZER, "scheduler"))
+    transformer, vae, scheduler = (make_directory(folder / part) for part in (NETWORK, TOKENIZER, SCHEDULER))
     weights = transformer / FOLDER_WEIGHTS[0]
     made_anew = tables(network.config)
     write_tensors(weights, as_float32({k: v for k, v in network.state.items() if k not in made_anew}))
@@ -150,10 +161,10 @@ def write_pipeline(folder: Path, pipeline: Pipeline, hashes: Mapping[str, str]) 
     write_json(transformer / CONFIG_FILE, _network_config(network.config) | {"_exported": said})
     write_text(transformer / SOURCE.name, SOURCE.read_text(encoding="utf-8"))
     written = write_tokenizer(vae, pipeline.tokenizer, network.latents, sha256=hashes["tokenizer"])
-    write_json(scheduler / "scheduler_config.json", _scheduler_config(pipeline.settings))
+    write_json(scheduler / SCHEDULER_FILE, _scheduler_config(pipeline.settings))
     write_json(folder / INDEX, _index(pipeline))
     own = [transformer / CONFIG_FILE, weights, transformer / SOURCE.name]
-    return [folder / INDEX, *own, *written, scheduler / "scheduler_config.json"]
+    return [folder / INDEX, *own, *written, scheduler / SCHEDULER_FILE]
 
 
 def _network_config(config: ModelConfig) -> dict:
@@ -162,12 +173,11 @@ def _network_config(config: ModelConfig) -> dict:
 
 
 def _scheduler_config(settings: SampleConfig) -> dict:
-    """Its time sigma is 1 − t, so the shift t → s·t / (1 + (s − 1)·t) is there one by 1 / s."""
     return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_class_name": SCHEDULER_CLASS,
         "_diffusers_version": VERSION,
         "num_train_timesteps": TRAIN_TIMESTEPS,
-        "shift": 1 / settings.timestep_shift if settings.timestep_shift else 1.0,
+        "shift": scheduler_shift(settings.timestep_shift),
         "use_dynamic_shifting": False,
     }
 
@@ -179,7 +189,7 @@ def _index(pipeline: Pipeline) -> dict:
         "_diffusers_version": VERSION,
         NETWORK: [SOURCE.stem, NETWORK_CLASS],
         TOKENIZER: ["diffusers", CLASS],
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        SCHEDULER: ["diffusers", SCHEDULER_CLASS],
         **_settings(pipeline.settings),
         "id2label": None if names is None else {str(label): name for label, name in enumerate(names)},
     }

@@ -89,8 +89,13 @@ def tokenizer_run(checkpoint: Checkpoint) -> VavaeRun:
     return run
 
 
+def name_of(checkpoint: Checkpoint) -> str:
+    """A checkpoint's path below the folder of its run: others are told no more of this machine."""
+    return str(Path(*checkpoint.path.absolute().parts[-3:]))
+
+
 def said_of(checkpoint: Checkpoint, weights: str) -> dict:
-    return {"step": checkpoint.step, "weights": weights, "checkpoint": str(checkpoint.path)}
+    return {"step": checkpoint.step, "weights": weights, "checkpoint": name_of(checkpoint)}
 
 
 def checkpoint_at(source: Path) -> Checkpoint:

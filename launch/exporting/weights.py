@@ -1,6 +1,7 @@
 """Exports in this project's own layout: safetensors with a JSON beside them, and a published .pt."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ from common.tensors import save_pickled
 from launch.config import select_ops
 from launch.exporting.networks import is_network, network_of
 from launch.exporting.places import SUFFIXES, new_files, paths_of
-from launch.exporting.sources import entry_of, said_of, stated_statistics, tokenizer_of, tokenizer_run
+from launch.exporting.sources import entry_of, name_of, said_of, stated_statistics, tokenizer_of, tokenizer_run
 from launch.trained import build_diffusion, from_checkpoint
 from launch.training.checkpoint import Checkpoint
-from lightningdit.weights import save_export, save_published
+from lightningdit.weights import Export, save_export, save_published
 from vavae.weights import write_export
 
 
@@ -28,15 +29,23 @@ def export_file(
         if is_network(source):
             found = network_of(source, weights, config, overrides).found
             build_diffusion(found, select_ops("reference"), str(source))  # it fits
-            save_export(made, found)
+            save_export(made, _without_folders(found))
         else:
             taken, tensors = entry_of(source, weights)
             tokenizer = tokenizer_of(tensors, source, config, overrides)
-            said: dict[str, Any] = {"step": None, "weights": taken or "unnamed", "source": str(source)}
+            said: dict[str, Any] = {"step": None, "weights": taken or "unnamed", "source": source.name}
             if (scale := stated_statistics(source, tensors, None)[0]) is not None:
                 said["latents"] = scale.to_json()
             write_export(made, tokenizer.state_dict(), tokenizer.config, **said)
     return paths_of(name, suffixes)
+
+
+def _without_folders(found: Export) -> Export:
+    """The export with the name alone of the file that it was made from: others are told no folder of this machine."""
+    source = found.extra.get("source")
+    if not isinstance(source, str):
+        return found
+    return replace(found, extra={**found.extra, "source": Path(source).name})
 
 
 def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Path]:
@@ -46,7 +55,8 @@ def export(checkpoint: Checkpoint, name: Path, weights: str = "ema") -> list[Pat
     """
     with new_files(name, SUFFIXES) as made:
         if checkpoint.state["kind"] == "lightningdit":
-            save_export(made[0], from_checkpoint(checkpoint, weights))
+            found = from_checkpoint(checkpoint, weights)
+            save_export(made[0], replace(found, extra=found.extra | {"checkpoint": name_of(checkpoint)}))
             save_published(made[2], checkpoint.weights("model", "model"), checkpoint.weights("model", "ema"))
         else:
             tensors = checkpoint.weights("autoencoder", weights)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from launch.config import LightningDiTRun, select_ops
+from launch.hub import is_reference
 from launch.pictures import sample_grid
 from launch.runtime.processes import Processes
 from launch.trained import build_tokenizer
@@ -130,7 +131,7 @@ def make_previews(run: LightningDiTRun, task: LightningDiTTask, processes: Proce
     """The previews of a run, or None where it wants none; raises ConfigError, on every process, for a tokenizer that
     cannot be loaded or decodes other latents."""
     count = run.num_previews()
-    if count and run.train.previews is None and not processes.broadcast(Path(run.vae.ckpt_path or "").exists()):
+    if count and run.train.previews is None and not processes.broadcast(_is_there(run.vae.ckpt_path or "")):
         if processes.is_main:
             print(f"no previews: vae.ckpt_path {run.vae.ckpt_path} is not there")
         count = 0
@@ -153,6 +154,11 @@ def make_previews(run: LightningDiTRun, task: LightningDiTTask, processes: Proce
         every=run.train.preview_every or run.train.valid_every or run.train.ckpt_every,
         names=task.batches.classes or (),
     )
+
+
+def _is_there(path: str) -> bool:
+    """Whether a tokenizer is here or, by its reference to the hub, can be."""
+    return is_reference(path) or Path(path).exists()
 
 
 def _load(run: LightningDiTRun) -> AutoencoderKL:

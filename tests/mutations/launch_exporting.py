@@ -8,7 +8,7 @@ LOADED = "test_launch_export_pipeline.py::test_a_run_becomes_a_pipeline_that_sto
 ROUNDING = "test_launch_export_pipeline.py::test_the_network_is_ours_to_rounding"
 MISTAKES = {
     "the_shift_not_turned_round": Mistake(
-        PIPELINE, "1 / settings.timestep_shift if", "settings.timestep_shift if", SETTINGS
+        "launch/pipelines.py", "return 1 / timestep_shift if", "return timestep_shift if", SETTINGS
     ),
     "points_taken_for_steps": Mistake(
         PIPELINE, "settings.num_sampling_steps - 1,", "settings.num_sampling_steps,", SETTINGS
