@@ -118,7 +118,7 @@ def test_results_without_a_common_figure_are_tables_of_their_own_and_networks_te
     results.pop("d")
     networks = [{"name": "inception", "sha256": "12ab" * 16}]
     (table,) = result_tables({"x": {"metrics": {"fid": 1}, "networks": networks, "guidance_interval": [0.1, 1.0]}})
-    assert table["beside"] == ["interval"] and table["rows"][0]["beside"] == ["[0.1, 1]"]
+    assert table["rows"][0]["beside"] == [("interval", "[0.1, 1]")]
     assert table["rows"][0]["hashes"] == [("networks.inception", "12ab12ab12ab", "12ab" * 16)]
     assert [table["figures"] for table in result_tables(results)] == [["z"], ["x", "y", "w"]]
 
@@ -256,6 +256,7 @@ def test_what_is_damaged_or_half_written_is_named_and_left_out(tmp_path):
         "previews/step_0000300.png",
         "metrics.jsonl : 1 of its lines",
         "step_0000600",
+        "checkpoints : holds no whole checkpoint",
         "broken.json",
         "samples :",
         "begun",

@@ -104,6 +104,13 @@ def test_nothing_is_wider_than_the_screen(browser, page, width, theme):
             .map(e => e.outerHTML.slice(0, 200))""")
     assert wide == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    beside = browser.execute_script("""
+        return [...document.querySelectorAll('.beside > div')].map(e => [e.textContent.length, e.getBoundingClientRect()])
+            .map(([length, box]) => [length, box.left, box.right])""")
+    assert beside and all(length > 20 and 0 <= left < right <= width for length, left, right in beside)
+    if width == max(WIDTHS):
+        cut = "[...document.querySelectorAll('#evaluation .scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert browser.execute_script(f"return {cut}") == 0
 
 
 def contrast(first: str, second: str) -> float:

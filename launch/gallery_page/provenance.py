@@ -62,7 +62,12 @@ def read_run(path: Path, left_out: dict[Path, str]) -> RunOnPage:
         left_out[path / NAME] = f"{rows.unreadable:,} of its lines cannot be read"
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     left_out |= {path / CHECKPOINTS / name: why for name, why in checkpoints.damaged}
-    return RunOnPage(path, rows, summarize(path), checkpoints, stored_state(checkpoints) or {})
+    state = stored_state(checkpoints) or {}
+    if not state.get("config"):
+        left_out.setdefault(
+            path / CHECKPOINTS, "holds no whole checkpoint, which would tell the run's settings and ops"
+        )
+    return RunOnPage(path, rows, summarize(path), checkpoints, state)
 
 
 def data_time(run: RunOnPage) -> float | None:

@@ -43,20 +43,19 @@ def result_tables(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     figures = list(dict.fromkeys(figure for result in results.values() for figure in result["metrics"]))
-    beside = [head for head in _BESIDE if any(_said(result, head) for result in results.values())]
     rows = []
     for name, result in results.items():
         rows.append(
             {
                 "name": name,
                 "figures": [figure_text(result["metrics"].get(figure)) for figure in figures],
-                "beside": [_said(result, head) or "–" for head in beside],
+                "beside": [(head, said) for head in _BESIDE if (said := _said(result, head))],
                 "hashes": _hashes(result),
                 "notes": _notes(result),
                 "facts": _facts(result),
             }
         )
-    return {"figures": figures, "beside": beside, "rows": rows}
+    return {"figures": figures, "rows": rows}
 
 
 def figure_text(value: Any) -> str:
