@@ -105,8 +105,8 @@ def test_nothing_is_wider_than_the_screen(browser, page, width, theme):
     assert wide == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     beside = browser.execute_script("""
-        return [...document.querySelectorAll('.beside > div')].map(e => [e.textContent.length, e.getBoundingClientRect()])
-            .map(([length, box]) => [length, box.left, box.right])""")
+        return [...document.querySelectorAll('.beside > div')]
+            .map(e => [e.textContent.length, e.getBoundingClientRect()]).map(([n, box]) => [n, box.left, box.right])""")
     assert beside and all(length > 20 and 0 <= left < right <= width for length, left, right in beside)
     if width == max(WIDTHS):
         cut = "[...document.querySelectorAll('#evaluation .scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
