@@ -23,15 +23,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.files import DownloadError, path_exists, read_json, write_text
+from common.files import DownloadError, read_json
 from common.tensors import weights_file
 from launch.arguments import local_path
 from launch.config import ConfigError
-from launch.exporting.card import Card, checked_license
+from launch.exporting.card import CARD, Card, checked_license
 from launch.exporting.cards import network_card, tokenizer_card
 from launch.exporting.networks import is_network, network_of
 from launch.exporting.pipeline import export_pipeline
-from launch.exporting.places import SUFFIXES, TAKEN, files_named, folder_named
+from launch.exporting.places import SUFFIXES, files_named, folder_named
 from launch.exporting.sources import checkpoint_at
 from launch.exporting.tokenizer import export_tokenizer
 from launch.exporting.weights import export, export_file
@@ -40,7 +40,6 @@ from launch.pipelines import is_pipeline
 from launch.training.checkpoint import Checkpoint
 
 __all__ = ["SUFFIXES", "export", "main"]
-CARD = "README.md"
 
 
 def main(argv: list[str]) -> int:
@@ -131,21 +130,18 @@ def _wants_card(args: argparse.Namespace) -> bool:
 
 
 def _own(args: argparse.Namespace, source: Checkpoint | Path) -> list[Path]:
-    name, with_card, make = files_named(args.name), _wants_card(args), _card_of(source)
-    card = name.with_name(f"{name.name}.md")
-    if with_card and path_exists(card):
-        raise ConfigError(f"{card} {TAKEN}")
+    name, card = files_named(args.name), _card_of(args, source)
     if isinstance(source, Checkpoint):
-        written = export(source, name, args.weights or "ema")
-    else:
-        written = export_file(source, name, args.weights, args.config, args.overrides)
-    if with_card:
-        write_text(card, str(make(name, source, args.results, args.license)))
-    return [*written, card] if with_card else written
+        return export(source, name, args.weights or "ema", card)
+    return export_file(source, name, args.weights, args.config, args.overrides, card)
 
 
-def _card_of(source: Checkpoint | Path) -> Callable[..., Card]:
-    return network_card if is_network(source) else tokenizer_card
+def _card_of(args: argparse.Namespace, source: Checkpoint | Path) -> Callable[[Path], Card] | None:
+    """What makes the card of an export, if there will be one; raises ConfigError as `_wants_card`."""
+    if not _wants_card(args):
+        return None
+    make = network_card if is_network(source) else tokenizer_card
+    return lambda name: make(name, source, args.results, args.license)
 
 
 def _diffusers(args: argparse.Namespace, source: Checkpoint | Path) -> list[Path]:
@@ -160,17 +156,14 @@ def _diffusers(args: argparse.Namespace, source: Checkpoint | Path) -> list[Path
         return export_pipeline(network_of(source, *named), folder, args.tokenizer, **more)
     if args.tokenizer is not None:
         raise ConfigError(f"--tokenizer changes nothing: {args.source} is a tokenizer itself")
-    with_card = _wants_card(args)
-    written = export_tokenizer(source, folder, *named, args.latents, args.multiplier)
+    written = export_tokenizer(source, folder, *named, args.latents, args.multiplier, _card_of(args, source))
     if args.latents is None:
         said = read_json(written[0])
         stated = said["latents_mean"] is not None or said["shift_factor"] is not None
         numbers = f"those of {args.source}" if stated else "null"
         factor = f"scaling_factor {said['scaling_factor']:g}"
         print(f"latents_mean and latents_std are {numbers}, {factor}: --latents gives others")
-    if with_card:
-        write_text(folder / CARD, str(tokenizer_card(folder, source, args.results, args.license)))
-    return [*written, folder / CARD] if with_card else written
+    return written
 
 
 def _push(args: argparse.Namespace, written: Sequence[Path]) -> None:

@@ -178,6 +178,16 @@ def test_cards_of_other_exports(weights, tmp_path):
     assert read_json(tmp_path / "vae/config.json")["_class_name"] == "AutoencoderKL"
 
 
+@pytest.mark.parametrize("source", ["run", "tokenizer.safetensors", "tokenizer folder"])
+def test_an_export_whose_card_cannot_be_leaves_nothing(weights, tmp_path, source):
+    write_json(tmp_path / "r.json", result("0" * 64, 0.5, "model" if source == "run" else "tokenizer"))
+    argv = [str(weights / source.replace(" folder", ".safetensors")), str(tmp_path / "x"), "--card"]
+    argv += ["--results", str(tmp_path / "r.json"), *(["--format", "diffusers"] if "folder" in source else [])]
+    with pytest.raises(ValueError, match=r"r\.json"):
+        export_main(argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
 def test_a_card_replaces_none_and_what_only_a_card_holds_needs_one(weights, tmp_path):
     (tmp_path / "x.md").write_text("mine")
     for argv, why in (

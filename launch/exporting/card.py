@@ -14,6 +14,7 @@ from common.text import printable
 from launch.config import ConfigError
 from launch.training.checkpoint import Checkpoint
 
+CARD = "README.md"  # of a folder, or a repository
 NOT_STATED = "not stated"
 _SEARCHED = 2**20  # bytes of a JSON file that a search beside a run reads: results are smaller
 #: Folders before a name, of an absolute path in text; no address on the net, whose / follow a colon or a word.

@@ -17,7 +17,7 @@ import torch
 from common.files import make_directory, sha256, write_json, write_text
 from common.tensors import FOLDER_WEIGHTS, as_float32, write_tensors
 from launch.config import ConfigError, select_ops
-from launch.exporting.card import figures_of
+from launch.exporting.card import CARD, figures_of
 from launch.exporting.cards import pipeline_card
 from launch.exporting.networks import Network
 from launch.exporting.places import new_folder
@@ -138,8 +138,8 @@ def export_pipeline(
         written = write_pipeline(made, pipeline, hashes)
         code, said = f"{NETWORK}/{SOURCE.name}", _settings(pipeline.settings)
         card = pipeline_card(folder.name, network, hashes, figures, remarks, license, code=code, settings=said)
-        write_text(made / "README.md", str(card))
-    return [folder / path.relative_to(made) for path in (*written, made / "README.md")]
+        write_text(made / CARD, str(card))
+    return [folder / path.relative_to(made) for path in (*written, made / CARD)]
 
 
 def write_pipeline(folder: Path, pipeline: Pipeline, hashes: Mapping[str, str]) -> list[Path]:

@@ -1,10 +1,12 @@
 """Tokenizers as folders that `diffusers.AutoencoderKL` loads, with the statistics of their latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import write_text
 from launch.config import ConfigError, select_ops
+from launch.exporting.card import CARD, Card
 from launch.exporting.places import new_folder
 from launch.exporting.sources import (
     entry_of,
@@ -30,11 +32,13 @@ def export_tokenizer(
     overrides: Sequence[str] = (),
     latents: Path | None = None,
     multiplier: float | None = None,
+    card: Callable[[Path], Card] | None = None,
 ) -> list[Path]:
     """Write a tokenizer as an `AutoencoderKL` folder of diffusers → its files; see `launch.export` for `latents`.
 
-    Raises ValueError where the folder is already there, the source is no tokenizer or one that diffusers cannot
-    express, or the statistics are those of another tokenizer's latents.
+    card: of the folder, as it lies there. Raises ValueError where the folder is already there, the source is no
+    tokenizer or one that diffusers cannot express, the statistics are those of another tokenizer's latents, or `card`
+    raises it.
     """
     with new_folder(folder) as made:
         if isinstance(source, Path):
@@ -52,6 +56,9 @@ def export_tokenizer(
             require_statistics(latents)
         scale = scale or statistics_for(tokenizer, latents, multiplier)
         written = write_tokenizer(made, tokenizer, scale, shift_factor=shift, **said)
+        if card is not None:
+            write_text(made / CARD, str(card(made)))
+            written.append(made / CARD)
     return [folder / path.name for path in written]
 
 
