@@ -296,6 +296,10 @@ def test_keys_without_effect_and_late_measurements_are_said(run_file):
     assert [note for note in notes if "evaluation.samples" in note] == [
         f"evaluation.samples is {COUNT}, but evaluation.figures names none"
     ]
+    digest = f"evaluation.inception_sha256={'AB' * 32}"
+    run, notes = load(run_file(), [digest], kind="lightningdit")
+    assert notes == ["evaluation.inception_sha256 is given, but evaluation.inception_weights is null"]
+    assert run.evaluation.inception_sha256 == "ab" * 32
     run, notes = load(run_file(every=4), kind="lightningdit")
     assert not notes and remarks(run, 3, 20) == [
         "evaluation.every 4 is more than the run's 3 steps: one measurement at its end"

@@ -48,6 +48,7 @@ class EvaluationConfig(Section):
     def without_effect(self) -> list[str]:
         """Notes on keys that a file sets and that change nothing."""
         if self.figures:
-            return []
+            alone = self.inception_sha256 is not None and self.inception_weights is None
+            return ["evaluation.inception_sha256 is given, but evaluation.inception_weights is null"] if alone else []
         given: Mapping[str, Any] = {key: getattr(self, key) for key in sorted(self.model_fields_set - {"figures"})}
         return [f"evaluation.{key} is {value}, but evaluation.figures names none" for key, value in given.items()]
