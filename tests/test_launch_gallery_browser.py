@@ -63,7 +63,8 @@ def show(browser, address: str | None, width: int, theme: str) -> None:
     """Set width and theme, and open an address: the page then tells of no error, and has drawn its curves."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = [{"name": "prefers-color-scheme", "value": theme}]
+    # Without motion: what scrolls smoothly is clicked at where it no longer is.
+    media = [{"name": "prefers-color-scheme", "value": theme}, {"name": "prefers-reduced-motion", "value": "reduce"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
     if address is not None:
         browser.get(address)

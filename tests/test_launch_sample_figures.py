@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import kernels
+from common.files import sha256
+from launch.comparison.curves import read_curves
 from launch.config import ConfigError, load
 from launch.digits_demo import dataset
 from launch.digits_demo.classifier import DigitClassifier
 from launch.evaluation.config import FigureName
 from launch.evaluation.features import FoundationFeatures
 from launch.evaluation.figures import FIGURES
+from launch.evaluation.known_features import files_hash
 from launch.evaluation.shares import BATCHES_PER_PART, Share
 from launch.gallery_page.curves import curves
 from launch.run_directory.rows import read_rows
@@ -178,7 +181,8 @@ def test_shares_are_of_about_the_same_size():
 def test_all_processes_call_the_network_equally_often(run_file, monkeypatch):
     """As ZeRO 3 asks for: two of them have 12 and 8 samples, three micro-batches and two."""
     figures, calls = trainer(run_file())._evaluations.figures, {0: 0, 1: 0}
-    monkeypatch.setattr(figures, "_judged", lambda *_: {})
+    monkeypatch.setattr(figures, "_described", lambda *_: None)
+    monkeypatch.setattr(figures._judge, "compare", lambda _: {})
     for rank in calls:
 
         def network(x, t, y, rank=rank):
@@ -208,9 +212,33 @@ def test_samples_that_are_not_finite_are_nulls_and_a_warning(tmp_path, run_file,
     caplog.clear()
     run.run()
     said = [r.getMessage() for r in caplog.records if r.name == "launch.training.log"]
-    assert said == ["the samples of step 1 are not finite: there are no figures of them"]
+    assert said == ["no figures of the samples of step 1: the samples are not finite"]
     assert without_time(rows(tmp_path / "run")) == {1: dict.fromkeys(FIGURES_HERE)}
     assert "samples at step 1: not finite" in status_remarks(summarize(tmp_path / "run"))
+
+
+def test_a_run_does_not_end_for_a_figure(tmp_path, run_file, caplog):
+    """A covariance that is none is found out where it is compared with."""
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(12), sigma=-np.eye(12))
+    path = run_file(reference=str(tmp_path / "odd.npz"), figures=["fid", "recognised"])
+    trainer(path, "train.max_steps=2").run()
+    assert without_time(rows(tmp_path / "run")) == {2: {"fid": None, "recognised": None}}
+    said = [r.getMessage() for r in caplog.records if r.name == "launch.training.log"]
+    assert len(said) == 1 and said[0].startswith("no figures of the samples of step 2: ")
+    assert "odd.npz" in said[0] and "negative eigenvalue" in said[0]
+
+
+def test_what_figures_are_of_and_by_is_an_event(tmp_path, run_file, root):
+    path = run_file()
+    trainer(path, "train.max_steps=2").run()
+    trainer(path).run()
+    first, again = [e for e in read_rows(tmp_path / "run" / "metrics.jsonl").events if e["event"] == "evaluation"]
+    assert (first.pop("step"), again.pop("step")) == (0, 2) and first.pop("time") and again.pop("time")
+    assert first == again and first["samples"] == COUNT and first["num_sampling_steps"] == POINTS
+    assert first["figures"] == "fid, precision, recognised" and first["labels"] == "random"
+    assert sha256(root / "net.safetensors") in first["features"] and "scikit-learn" in first["features"]
+    assert first["reference"] == str(root / "real") and first["reference_sha256"] == files_hash(root / "real")
+    assert "scale 2" in first["guidance"]
 
 
 def test_readers_of_a_log_tell_the_rows_apart(tmp_path, run_file):
@@ -229,6 +257,11 @@ def test_readers_of_a_log_tell_the_rows_apart(tmp_path, run_file):
     (series,) = drawn["series"]["samples/fid"]
     values = [row["samples/fid"] for row in found.samples]
     assert series["x"] == [2, 3] and series["y"] == pytest.approx(values, rel=1e-5)  # six digits are kept
+    curve = read_curves([tmp_path / "run"], "samples/fid")[0][0]
+    assert curve.steps.tolist() == [2, 3] and curve.values.tolist() == values
+    assert curve.hours.tolist() == found.hours()[1:].tolist()
+    with pytest.raises(ConfigError, match=r"no 'samples/kid'; its rows have .*samples/fid"):
+        read_curves([tmp_path / "run"], "samples/kid")
     assert "samples/seconds" in next(chart for chart in drawn["charts"] if chart["name"] == "other")["keys"]
 
 

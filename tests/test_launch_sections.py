@@ -19,6 +19,7 @@ TEXT = {
     "model_type",
     "sampling_method",
     "diffusion_form",
+    "inception_sha256",
     "kernels",
     "overrides",
     "model_args",

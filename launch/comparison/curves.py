@@ -119,15 +119,17 @@ class LoggedRun:
     state: dict[str, Any] | None
 
     def curve(self, name: str, loss: str) -> Curve:
-        """The curve of one value of the rows; raises ConfigError where they have no number of that name."""
-        rows = self.rows
-        values = rows.series(loss)
+        """The curve of one value of the rows, of training, validation or samples; raises ConfigError where they have no
+        number of that name."""
+        rows, found = self.rows, self.rows.of(loss)
+        values = np.array([number(row.get(loss)) for row in found])
         if not np.isfinite(values).any():
-            if any(loss in row for row in rows.training):
-                raise ConfigError(f"{self.path / NAME} has no finite {loss!r} in its {len(rows.training):,} rows")
-            known = sorted({k for row in rows.training for k, v in row.items() if not math.isnan(number(v))})
+            if any(loss in row for row in found):
+                raise ConfigError(f"{self.path / NAME} has no finite {loss!r} in its {len(found):,} rows")
+            every = (*rows.training, *rows.validation, *rows.samples)
+            known = sorted({k for row in every for k, v in row.items() if not math.isnan(number(v))})
             raise ConfigError(f"{self.path / NAME} has no {loss!r}; its rows have {', '.join(known) or 'no numbers'}")
-        steps, rates = rows.steps(), rows.series("images_per_second")
+        steps, rates = np.array([row["step"] for row in found], dtype=np.int64), rows.series("images_per_second")
         batch = number(rows.training[-1].get("global_batch_size"))
         state = self.state or {}
         gpus = state.get("world_size")
@@ -135,7 +137,7 @@ class LoggedRun:
             name,
             steps,
             values,
-            rows.hours(),
+            rows.hours_at(steps),
             int(np.median(np.diff(steps, prepend=0))),
             None if math.isnan(batch) else int(batch),
             float(np.nanmedian(rates)) if np.isfinite(rates).any() else math.nan,

@@ -265,13 +265,13 @@ class Judge:
 
         No more samples than features are taken, too: then a Fréchet distance ranks samples of the same N alone.
         """
-        return self.measure_together(TensorImages(images), labels, self.source.batch_size, ALONE)
+        return self.compare(self.describe(TensorImages(images), labels, self.source.batch_size, ALONE))
 
-    def measure_together(
+    def describe(
         self, samples: TensorImages, labels: Tensor, batch_size: int, processes: Processes
-    ) -> dict[str, float]:
-        """As `measure`, of samples of which each process has its `Share.of(len(samples), batch_size, processes)` and
-        their labels; the figures are on the main process, the others return none."""
+    ) -> "DescribedSamples":
+        """What the figures compare of samples, of which each process has its `Share.of(len(samples), batch_size,
+        processes)` and their labels; all of it is on the main process."""
         sides, wanted = tuple(samples.images.shape[1:3]), self.source.image_size
         if wanted is not None and sides != (wanted, wanted):
             raise ValueError(f"the samples are of {sides[1]}×{sides[0]}, to be judged as images of {wanted}×{wanted}")
@@ -284,16 +284,27 @@ class Judge:
             none = torch.empty(0, dtype=torch.float64)  # of a process without a share
             own = self._classifier.recognised(samples.images, labels) if len(labels) else none
             right = rows_on_main(processes, own)
-        if not processes.is_main:
-            return {}
-        return {figure.name: self._value(figure, made, right) for figure in self.source.figures}
+        return DescribedSamples(made, right)
 
-    def _value(self, figure: Figure, made: Mapping[str, ImageFeatures | None], right: Tensor | None) -> float:
+    def compare(self, samples: "DescribedSamples") -> dict[str, float]:
+        """Figure → its value, on the main process; raises ValueError where it cannot be taken of these samples."""
+        return {figure.name: self._value(figure, samples) for figure in self.source.figures}
+
+    def _value(self, figure: Figure, samples: "DescribedSamples") -> float:
         if figure.compute is None:
-            assert right is not None
-            return right.mean().item()
+            assert samples.recognised is not None
+            return samples.recognised.mean().item()
         known = self.known.get(figure.features)
-        return figure.compute(made[figure.features], known)  # type: ignore[arg-type]
+        return figure.compute(samples.features[figure.features], known)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DescribedSamples:
+    """What figures compare of samples, on the main process: features by their kind, and whether each sample is seen as
+    its label, float64 `[N]`, where a figure asks."""
+
+    features: Mapping[str, ImageFeatures | None]
+    recognised: Tensor | None
 
 
 def pixels_hash(images: Tensor) -> str:

@@ -67,17 +67,17 @@ def curves(runs: Mapping[str, RunRows]) -> dict[str, Any]:
             series.setdefault(key, []).append({"run": place, "variant": "", **found})
         for key in _keys(rows.validation):
             if (parts := _VALIDATION.fullmatch(key)) is not None:
-                found = _of_rows(rows.validation, key, steps, hours)
+                found = _of_rows(rows.validation, key, rows, factor)
                 series.setdefault(parts[2], []).append({"run": place, "variant": parts[1], **found})
         for key in _keys(rows.samples):
             if key.startswith(SAMPLES):
-                found = _of_rows(rows.samples, key, steps, hours)
+                found = _of_rows(rows.samples, key, rows, factor)
                 series.setdefault(key, []).append({"run": place, "variant": "", **found})
     events = [
         {"run": place, "step": event["step"], "event": str(event["event"])}
         for place, rows in enumerate(runs.values())
         for event in rows.events
-        if event["event"] != "saved"
+        if event["event"] not in ("saved", "evaluation")
     ]
     return {"runs": list(runs), "time_unit": unit, "charts": _charts(series), "series": series, "events": events}
 
@@ -110,21 +110,12 @@ def _medians(steps, values, places, factor: float = 1.1) -> NDArray[np.float64]:
     return np.array([np.median(found) if len(found) else math.nan for found in near])
 
 
-def _of_rows(rows: list[Row], key: str, steps, hours) -> dict[str, Any]:
-    """A value of rows that are not of training; its hours are those of the last row of training up to its step.
-
-    Args:
-        steps, hours: of the rows of training.
-    """
+def _of_rows(rows: list[Row], key: str, run: RunRows, factor: float) -> dict[str, Any]:
+    """A value of rows of a run that are not of training; factor: of the page's unit of time, how many an hour has."""
     at = np.array([row["step"] for row in rows], dtype=np.int64)
     values = np.array([number(row.get(key)) for row in rows])
-    if len(steps):
-        before = np.searchsorted(steps, at, side="right") - 1
-        found_hours = np.where(before >= 0, hours[np.maximum(before, 0)], 0.0)
-    else:
-        found_hours = np.full(len(at), np.nan)
     kept = thin(values, BUCKETS)
-    return {"x": _whole(at[kept]), "h": _short(found_hours[kept]), "y": _short(values[kept])}
+    return {"x": _whole(at[kept]), "h": _short(run.hours_at(at)[kept] * factor), "y": _short(values[kept])}
 
 
 def _whole(values) -> list[int]:

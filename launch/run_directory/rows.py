@@ -60,6 +60,19 @@ class RunRows:
             found.append(total)
         return np.array(found, dtype=np.float64)
 
+    def hours_at(self, steps: np.ndarray) -> np.ndarray:
+        """Hours of training at some steps, float64 `[steps]`: those of the last row of training up to each; NaN where
+        there is none at all."""
+        if not self.training:
+            return np.full(len(steps), math.nan)
+        before = np.searchsorted(self.steps(), steps, side="right") - 1
+        return np.where(before >= 0, self.hours()[np.maximum(before, 0)], 0.0)
+
+    def of(self, key: str) -> list[Row]:
+        """The rows, of training, validation or samples, that have a value; those of training where none has."""
+        kinds = (self.training, self.validation, self.samples)
+        return next((rows for rows in kinds if any(key in row for row in rows)), self.training)
+
     def series(self, key: str) -> np.ndarray:
         """A value of each row of training, float64 `[rows]`; NaN where a row has no such number."""
         return np.array([number(row.get(key)) for row in self.training], dtype=np.float64)

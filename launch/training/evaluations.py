@@ -94,8 +94,8 @@ class Evaluations:
         """A row of figures of samples by the moving average, where one is kept."""
         assert self.figures is not None
         with evaluating(self._engines, self._averaged):
-            figures = self.figures.measure(self._engines, self._processes, self._micro_batch_size)
+            figures, reason = self.figures.measure(self._engines, self._processes, self._micro_batch_size)
         if log is not None:
             log.write_row({**position(step), **figures})
-            if None in figures.values():
-                log.warn(f"the samples of step {step} are not finite: there are no figures of them")
+            if reason is not None:
+                log.warn(f"no figures of the samples of step {step}: {reason}")

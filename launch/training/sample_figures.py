@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.evaluation.figures import choose_figures
-from launch.evaluation.judge import Judge, JudgeSource, TensorImages
+from launch.evaluation.judge import DescribedSamples, Judge, JudgeSource, TensorImages
 from launch.evaluation.runner import NEAREST_K
 from launch.evaluation.shares import BATCHES_PER_PART, Share
 from launch.run_directory.rows import SAMPLES
@@ -35,6 +36,7 @@ class DiffusionFigures:
         every: the steps between two measurements.
         labels: int64 `[N]`, of all samples.
         tokenizer, judge: on the CPU, of each process; they are on the device only meanwhile.
+        facts: what figures depend on beside the weights, of the main process.
     """
 
     def __init__(
@@ -48,15 +50,16 @@ class DiffusionFigures:
         *,
         every: int,
         labels: Tensor,
+        facts: Mapping[str, Any],
     ):
-        self.every = every
+        self.every, self.facts = every, facts
         self._network, self._transport, self._settings, self._labels = network, transport, settings, labels
         self._statistics, self._tokenizer, self._judge = statistics, tokenizer, judge
 
     @torch.no_grad()
     def measure(
         self, networks: Mapping[str, Callable], processes: Processes, batch_size: int
-    ) -> dict[str, float | None]:
+    ) -> tuple[dict[str, float | None], str | None]:
         """Each process samples, decodes and describes its share; the networks are called equally often by all."""
         started, count = time.perf_counter(), len(self._labels)
         size = judged_at_once(count, processes.world_size, self._judge.source.batch_size)
@@ -66,12 +69,18 @@ class DiffusionFigures:
         numbers = [(share.start + i) % count for i in range(most)]
         parts = [self._sample(model, numbers[i : i + batch_size], processes) for i in range(0, most, batch_size)]
         latents = torch.cat(parts)[: share.stop - share.start]
+        figures: dict[str, float | None] = dict.fromkeys(figure.name for figure in self._judge.source.figures)
+        reason = None
         if processes.any(not bool(latents.isfinite().all())):
-            figures: dict[str, float | None] = dict.fromkeys(f.name for f in self._judge.source.figures)
+            reason = "the samples are not finite"
         else:
-            figures = {**self._judged(latents, share, size, processes)}
+            described = self._described(latents, share, size, processes)
+            try:
+                figures |= self._judge.compare(described) if processes.is_main else {}
+            except ValueError as e:  # a run does not end for a figure
+                reason = str(e)
         seconds = {"seconds": time.perf_counter() - started}
-        return {SAMPLES + name: value for name, value in (figures | seconds).items()}
+        return {SAMPLES + name: value for name, value in (figures | seconds).items()}, reason
 
     def _sample(self, model: Callable, numbers: list[int], processes: Processes) -> Tensor:
         """Latents of the samples of these numbers, on the CPU."""
@@ -81,7 +90,7 @@ class DiffusionFigures:
         made = sample(model, self._transport, self._settings, y, numbers, shape=shape, null_label=config.null_label)
         return made.latents.cpu()
 
-    def _judged(self, latents: Tensor, share: Share, batch_size: int, processes: Processes) -> dict[str, float]:
+    def _described(self, latents: Tensor, share: Share, batch_size: int, processes: Processes) -> DescribedSamples:
         side = self._judge.source.image_size or 0
         images = torch.empty(0, side, side, 3, dtype=torch.uint8)  # of a process without a share
         if len(latents):
@@ -89,7 +98,7 @@ class DiffusionFigures:
         self._judge.to(processes.device)
         try:
             own = TensorImages(images, share.start, len(self._labels))
-            return self._judge.measure_together(own, self._labels[share.start : share.stop], batch_size, processes)
+            return self._judge.describe(own, self._labels[share.start : share.stop], batch_size, processes)
         finally:
             self._judge.to("cpu")
 
@@ -170,7 +179,19 @@ def make_figures(run: LightningDiTRun, task: LightningDiTTask, processes: Proces
         judge,
         every=asked.every or run.train.valid_every or run.train.ckpt_every,
         labels=torch.from_numpy(protocol_labels(labels, asked.samples, run.data.num_classes, settings.seed)),
+        facts=_facts(run, source, settings) if processes.is_main else {},
     )
+
+
+def _facts(run: LightningDiTRun, source: JudgeSource, settings: SampleConfig) -> dict[str, Any]:
+    """What the figures of a run are of and by, in plain values, as an event of its log has it."""
+    asked, networks = run.evaluation, source.facts["features"].values()
+    facts = {"figures": ", ".join(asked.figures), "samples": asked.samples, "labels": run.sample.labels}
+    facts |= {"num_sampling_steps": settings.num_sampling_steps, "guidance": settings.guidance()}
+    facts["features"] = "; ".join(", ".join(f"{key} {value}" for key, value in network.items()) for network in networks)
+    if source.reference is None:
+        return facts
+    return facts | {"reference": str(source.reference), "reference_sha256": source.facts["reference"]["files_sha256"]}
 
 
 def _open(run: LightningDiTRun, source: JudgeSource, processes: Processes) -> tuple[AutoencoderKL, Judge]:

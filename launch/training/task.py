@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -99,11 +99,12 @@ class SampleFigures(Protocol):
     """Figures of samples of a network in training."""
 
     every: int  # steps
+    facts: Mapping[str, Any]  # what figures depend on beside the weights, on the main process
 
     def measure(
         self, networks: Mapping[str, Callable], processes: Processes, batch_size: int
-    ) -> Mapping[str, float | None]:
-        """`samples/<figure>` → its value, None where samples are not finite, and `samples/seconds`, that it took.
+    ) -> tuple[Mapping[str, float | None], str | None]:
+        """`samples/<figure>` → its value, and `samples/seconds`, that it took; why there are none (None), if so.
 
         Every process must call it, without gradients; the main one's values count.
         batch_size: with which networks are called.

@@ -144,10 +144,13 @@ class Trainer:
                 log.close()
 
     def _begin_again(self, log: RunLog | None) -> None:
-        """Say what the run goes on from; after a rollback keep that in a checkpoint: what is drawn anew stays so over a
-        restart."""
+        """Say what the run goes on from, and what samples are measured by; after a rollback keep the former in a
+        checkpoint: what is drawn anew stays so over a restart."""
         if log is not None and self._resumed_from is not None:
             log.write_event({"step": self.step, "event": "resumed", "checkpoint": str(self._resumed_from)})
+        figures = self._evaluations.figures
+        if log is not None and figures is not None and self._rollback is None and self.step < self.config.last_step:
+            log.write_event({"step": self.step, "event": "evaluation", **figures.facts})
         if self._rollback is not None:
             if log is not None:
                 log.warn(self._rollback.line())
