@@ -22,9 +22,9 @@ MISTAKES = {
         f"{TEXT}test_thinning_keeps_extremes_ends_and_gaps",
     ),
     "gallery_validation_at_the_row_after": Mistake(
-        CURVES,
-        'np.searchsorted(steps, at, side="right") - 1',
-        'np.searchsorted(steps, at, side="right")',
+        "launch/run_directory/rows.py",
+        'np.searchsorted(self.steps(), steps, side="right") - 1',
+        'np.searchsorted(self.steps(), steps, side="right")',
         f"{TEXT}test_curves_are_the_values_of_the_log",
     ),
     "gallery_the_first_positions_alone": Mistake(

@@ -240,4 +240,16 @@ MISTAKES = {
         "if False:",
         f"{FIGURES}test_readers_of_a_log_tell_the_rows_apart",
     ),
+    "a_figure_ends_the_run": Mistake(
+        "launch/training/sample_figures.py",
+        "            except ValueError as e:  # a run",
+        "            except KeyError as e:  # a run",
+        f"{FIGURES}test_a_run_does_not_end_for_a_figure",
+    ),
+    "nothing_says_what_figures_are_of": Mistake(
+        "launch/training/trainer.py",
+        '            log.write_event({"step": self.step, "event": "evaluation", **figures.facts})\n',
+        "            pass\n",
+        f"{FIGURES}test_what_figures_are_of_and_by_is_an_event",
+    ),
 }
