@@ -61,6 +61,7 @@ def hopper(request) -> str:
 
 
 LINEAR = torch.nn.functional.linear
+THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +70,21 @@ def as_before():
 
     ZeRO 3 puts its own linear function into torch for the rest of the process; after an error a program is about to
     end, and takes signals so; a watchdog of this process would end it, minutes later, in the middle of another test.
+    With another number of threads sums round otherwise, also where a fixture of a whole file has left it so.
     """
+    put_threads_back()
     yield
+    put_threads_back()
     torch.nn.functional.linear = LINEAR
     if program := sys.modules.get("launch.__main__"):
         program._ending = False
     heartbeat = sys.modules.get("launch.runtime.heartbeat")
     assert heartbeat is None or heartbeat._heartbeat is None, "the test left a watchdog of this process"
+
+
+def put_threads_back() -> None:
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items):

@@ -61,11 +61,15 @@ def swept(root):
         counts["judged"] += len(images)
         return real_features(self, images)
 
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "build_diffusion", build)
-        patch.setattr(FoundationFeatures, "__call__", features)
-        assert sweep.main(argv(root, root / "out")) == 0
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(networks, "build_diffusion", build)
+            patch.setattr(FoundationFeatures, "__call__", features)
+            assert sweep.main(argv(root, root / "out")) == 0
+    finally:
+        torch.set_num_threads(before)
     return root / "out", counts
 
 

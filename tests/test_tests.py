@@ -134,3 +134,14 @@ def test_every_marker_is_used():
     markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
     tests = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
     assert {marker.split(":")[0] for marker in markers} <= set(re.findall(r"pytest\.mark\.(\w+)", tests))
+
+
+@pytest.fixture(scope="module")
+def other_threads() -> int:
+    """A fixture of a whole file that leaves another number of threads."""
+    torch.set_num_threads(conftest.THREADS + 1)
+    return torch.get_num_threads()
+
+
+def test_a_test_computes_with_the_threads_that_the_run_began_with(other_threads):
+    assert torch.get_num_threads() == conftest.THREADS == other_threads - 1
