@@ -23,6 +23,8 @@ OPS: dict[str, Op] = load_ops(
     "group_norm_silu",
     "adamw_ema_",
     "stacked_linear",
+    "swiglu_jvp",
+    "stacked_linear_jvp",
     "linear_swiglu",
     "swiglu_linear_grad",
     "weight_gradients",

@@ -48,3 +48,16 @@ def check_eps(op: str, eps: float) -> None:
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """float64 if any of the tensors is, else float32: the dtype of statistics, reductions and products."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_tangent(op: str, argument: str, tensor: torch.Tensor | None, tangent: torch.Tensor | None) -> None:
+    """Require a tangent like its argument: of the same shape, dtype and device, and None for None."""
+    name = f"{argument}_tangent"
+    if (tensor is None) != (tangent is None):
+        given = "None" if tangent is None else "a tensor"
+        refuse(op, name, given, f"a tensor if and only if {argument} is one")
+    if tensor is not None and tangent is not None:
+        if tangent.shape != tensor.shape:
+            refuse(op, f"shape of {name}", tuple(tangent.shape), f"{tuple(tensor.shape)}, that of {argument}")
+        check_dtype(op, name, tangent, {tensor.dtype})
+        check_device(op, tensor, **{name: tangent})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.text import nearest
+from kernels.forward_mode import taking_duals
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class Op:
         order: backends in the order "auto" prefers them.
         save_when_checkpointing: activation checkpointing that computes only cheap operators again keeps its results: it
             takes long to compute for what they need in memory.
+        forward_mode_of: the op whose results and tangents it computes, from arguments and their tangents; each tangent is
+            named and stands behind what it is the tangent of. That op then takes dual tensors (`kernels.forward_mode`).
         graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
             (`kernels.compile.graph_passes`).
         package: import path of the folder, `kernels.<name>` if empty.
@@ -101,6 +104,7 @@ class Op:
     dtypes: frozenset[torch.dtype] = FLOATS
     order: tuple[str, ...] = ORDER
     save_when_checkpointing: bool = False
+    forward_mode_of: str = ""
     graph_pass: bool = False
     package: str = ""
 
@@ -242,7 +246,13 @@ class Ops:
     ):
         """chosen: op → its backends, of which each call takes the first that serves it; reasons: op → why the first."""
         resolved = {name: op.resolve(*chosen[name], reason=reasons.get(name, ASKED)) for name, op in ops.items()}
-        vars(self).update({name: function for name, (function, _) in resolved.items()})
+        functions = {name: function for name, (function, _) in resolved.items()}
+        for jvp in ops.values():
+            primal = ops.get(jvp.forward_mode_of)
+            if primal is not None and chosen[primal.name][0] != "reference":  # which PyTorch differentiates itself
+                both = taking_duals(primal.check, functions[primal.name], jvp.check, functions[jvp.name])
+                functions[primal.name] = primal._named(both)
+        vars(self).update(functions)
         vars(self).update(_ops=ops, _chosen=dict(chosen), _table={name: row for name, (_, row) in resolved.items()})
 
     def table(self) -> dict[str, dict[str, str]]:

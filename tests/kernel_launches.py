@@ -15,7 +15,8 @@ def launches(op: Op, case: Case, dtype: torch.dtype, architecture: int = 90) -> 
     with recorded(architecture) as found:
         results = named(op.backend("triton").run(**inputs | leaves(inputs, wanted))).values()
         forward = len(found)
+        differentiable = [result for result in results if result.requires_grad]
         if wanted:
-            torch.autograd.backward(list(results), [torch.empty_like(result) for result in results])
+            torch.autograd.backward(differentiable, [torch.empty_like(result) for result in differentiable])
     assert forward, f"{op.name}: a call launches nothing"
     return found[:forward], found[forward:]

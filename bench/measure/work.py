@@ -20,9 +20,9 @@ from kernels.testing.tolerance import (
     mismatches,
     named,
     outputs,
-    random_like,
     reference,
     tensors_of,
+    upstream_gradients,
 )
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -39,7 +39,7 @@ class Reference:
         self._fp64 = outputs(op, reference(op), inputs_fp64)
         self.upstream: Tensors = {}
         if op.differentiable:
-            self.upstream = {name: random_like(result) for name, result in self._eager.items()}
+            self.upstream = upstream_gradients(op, self._eager)
             self._eager_gradients = gradients(op, reference(op), inputs, self.upstream)
             self._fp64_gradients = gradients(op, reference(op), inputs_fp64, as_float64(self.upstream))
 
@@ -81,7 +81,7 @@ class Call:
         """Of its leaves, in their order; the forward pass stays as it is, to be asked again."""
         asked = list(flattened(self.leaves).values())
         return torch.autograd.grad(
-            list(results.values()), asked, [upstream[name] for name in results], retain_graph=True
+            [results[name] for name in upstream], asked, list(upstream.values()), retain_graph=True
         )
 
     def restorer(self) -> Callable[[], None]:
@@ -146,8 +146,8 @@ class Sets:
 def _matching(results: Tensors, upstream: Tensors) -> Tensors:
     """The upstream gradients in the memory layout of these results, as the layer above would give them."""
     return {
-        name: upstream[name]
-        if result.stride() == upstream[name].stride()
-        else torch.empty_like(result, requires_grad=False).copy_(upstream[name])
-        for name, result in results.items()
+        name: gradient
+        if results[name].stride() == gradient.stride()
+        else torch.empty_like(results[name], requires_grad=False).copy_(gradient)
+        for name, gradient in upstream.items()
     }

@@ -12,7 +12,7 @@ import kernels
 from bench.baselines import Adapter
 from bench.measure.work import Call
 from bench.ops import representative
-from kernels.testing.tolerance import random_like
+from kernels.testing.tolerance import upstream_gradients
 
 WARM_UP = 3
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     op = kernels.OPS[options.op]
     case = next(case for case in op.cases if case.id == representative(op))
     call = Call(op, Adapter(op.bind(op.backend(options.backend))), case.inputs(torch.bfloat16, options.device))
-    upstream = {name: random_like(result) for name, result in call.results().items()}
+    upstream = upstream_gradients(op, call.results())
     for number in range(WARM_UP + 1):
         marked = number == WARM_UP
         results = None if marked and options.direction == "forward" else call.results()

@@ -36,20 +36,33 @@ def check(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    check_rank(NAME, "x", x, "B, N, D")
+    check_arguments(NAME, x, weight, shift, scale, eps, out_dtype)
+
+
+def check_arguments(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """`check`, for any op that takes these."""
+    check_rank(op, "x", x, "B, N, D")
     samples, _, width = x.shape
-    check_shape(NAME, "weight", weight, (width,), "D")
-    check_shape(NAME, "scale", scale, (samples, width), "B, D")
+    check_shape(op, "weight", weight, (width,), "D")
+    check_shape(op, "scale", scale, (samples, width), "B, D")
     if shift is not None:
-        check_shape(NAME, "shift", shift, (samples, width), "B, D")
-        check_dtype(NAME, "shift", shift)
-    check_dtype(NAME, "x", x)
-    check_dtype(NAME, "weight", weight)
-    check_dtype(NAME, "scale", scale)
+        check_shape(op, "shift", shift, (samples, width), "B, D")
+        check_dtype(op, "shift", shift)
+    check_dtype(op, "x", x)
+    check_dtype(op, "weight", weight)
+    check_dtype(op, "scale", scale)
     if out_dtype is not None and out_dtype not in FLOATS:
-        refuse(NAME, "out_dtype", out_dtype, dtype_names(FLOATS))
-    check_device(NAME, x, weight=weight, shift=shift, scale=scale)
-    check_eps(NAME, eps)
+        refuse(op, "out_dtype", out_dtype, dtype_names(FLOATS))
+    check_device(op, x, weight=weight, shift=shift, scale=scale)
+    check_eps(op, eps)
 
 
 NAME = "adaln_rms_norm"

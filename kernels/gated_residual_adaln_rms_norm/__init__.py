@@ -43,23 +43,38 @@ def check(
     *,
     branch_bias: torch.Tensor | None = None,
 ) -> None:
-    check_rank(NAME, "x", x, "B, N, D")
+    check_arguments(NAME, x, branch, gate, weight, shift, scale, eps, branch_bias)
+
+
+def check_arguments(
+    op: str,
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    eps: float,
+    branch_bias: torch.Tensor | None,
+) -> None:
+    """`check`, for any op that takes these."""
+    check_rank(op, "x", x, "B, N, D")
     samples, _, width = x.shape
-    check_shape(NAME, "branch", branch, x.shape, "B, N, D")
-    check_dtype(NAME, "branch", branch)
-    check_dtype(NAME, "x", x, {torch.float32, branch.dtype})
-    check_shape(NAME, "weight", weight, (width,), "D")
-    check_dtype(NAME, "weight", weight)
+    check_shape(op, "branch", branch, x.shape, "B, N, D")
+    check_dtype(op, "branch", branch)
+    check_dtype(op, "x", x, {torch.float32, branch.dtype})
+    check_shape(op, "weight", weight, (width,), "D")
+    check_dtype(op, "weight", weight)
     for argument, tensor in (("gate", gate), ("scale", scale), ("shift", shift)):
         if tensor is not None:
-            check_shape(NAME, argument, tensor, (samples, width), "B, D")
-            check_dtype(NAME, argument, tensor)
+            check_shape(op, argument, tensor, (samples, width), "B, D")
+            check_dtype(op, argument, tensor)
     if branch_bias is not None:
-        check_shape(NAME, "branch_bias", branch_bias, (width,), "D")
-        check_dtype(NAME, "branch_bias", branch_bias)
+        check_shape(op, "branch_bias", branch_bias, (width,), "D")
+        check_dtype(op, "branch_bias", branch_bias)
     tensors = {"branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
-    check_device(NAME, x, **tensors, branch_bias=branch_bias)
-    check_eps(NAME, eps)
+    check_device(op, x, **tensors, branch_bias=branch_bias)
+    check_eps(op, eps)
 
 
 NAME = "gated_residual_adaln_rms_norm"

@@ -49,34 +49,48 @@ def check(
     *,
     bias: torch.Tensor | None = None,
 ) -> None:
-    check_rank(NAME, "qkv", qkv, "B, N, 3, heads, d")
+    check_arguments(NAME, qkv, cos, sin, q_weight, k_weight, eps, bias)
+
+
+def check_arguments(
+    op: str,
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    bias: torch.Tensor | None,
+) -> None:
+    """`check`, for any op that takes these."""
+    check_rank(op, "qkv", qkv, "B, N, 3, heads, d")
     _, tokens, three, heads, width = qkv.shape
     if three != 3:
-        refuse(NAME, "shape of qkv", tuple(qkv.shape), "[B, N, 3, heads, d]")
-    check_dtype(NAME, "qkv", qkv)
-    _check_pair("cos", cos, "sin", sin)
+        refuse(op, "shape of qkv", tuple(qkv.shape), "[B, N, 3, heads, d]")
+    check_dtype(op, "qkv", qkv)
+    _check_pair(op, "cos", cos, "sin", sin)
     if cos is not None and sin is not None:
         if width % 2:
-            refuse(NAME, "d, the last dimension of qkv,", width, "an even number, where cos and sin are given")
+            refuse(op, "d, the last dimension of qkv,", width, "an even number, where cos and sin are given")
         for argument, table in (("cos", cos), ("sin", sin)):
-            check_shape(NAME, argument, table, (tokens, width), "N, d")
-            check_dtype(NAME, argument, table, TABLES)
-    _check_pair("q_weight", q_weight, "k_weight", k_weight)
+            check_shape(op, argument, table, (tokens, width), "N, d")
+            check_dtype(op, argument, table, TABLES)
+    _check_pair(op, "q_weight", q_weight, "k_weight", k_weight)
     if q_weight is not None and k_weight is not None:
         for argument, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-            check_shape(NAME, argument, weight, (width,), "d")
-            check_dtype(NAME, argument, weight)
+            check_shape(op, argument, weight, (width,), "d")
+            check_dtype(op, argument, weight)
     if bias is not None:
-        check_shape(NAME, "bias", bias, (3 * heads * width,), "3·heads·d")
-        check_dtype(NAME, "bias", bias)
-    check_device(NAME, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, bias=bias)
-    check_eps(NAME, eps)
+        check_shape(op, "bias", bias, (3 * heads * width,), "3·heads·d")
+        check_dtype(op, "bias", bias)
+    check_device(op, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, bias=bias)
+    check_eps(op, eps)
 
 
-def _check_pair(first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | None) -> None:
+def _check_pair(op: str, first: str, a: torch.Tensor | None, second: str, b: torch.Tensor | None) -> None:
     if (a is None) != (b is None):
         missing, given = (first, second) if a is None else (second, first)
-        refuse(NAME, missing, None, f"a tensor, as {given} is one; or None for both")
+        refuse(op, missing, None, f"a tensor, as {given} is one; or None for both")
 
 
 NAME = "rope_attention"

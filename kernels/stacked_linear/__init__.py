@@ -24,12 +24,17 @@ from kernels.registry import Op
 
 
 def check(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
-    check_rank(NAME, "x", x, "B, D")
-    check_dtype(NAME, "x", x)
+    check_arguments(NAME, x, weights, biases)
+
+
+def check_arguments(op: str, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
+    """`check`, for any op that takes these."""
+    check_rank(op, "x", x, "B, D")
+    check_dtype(op, "x", x)
     if not weights or len(weights) != len(biases):
         counts = f"{len(weights)} and {len(biases)} tensors"
-        refuse(NAME, "weights and biases", counts, "as many of one as of the other, at least one")
-    check_rank(NAME, "weights[0]", weights[0], "K, D")
+        refuse(op, "weights and biases", counts, "as many of one as of the other, at least one")
+    check_rank(op, "weights[0]", weights[0], "K, D")
     K = weights[0].shape[0]
     for argument, tensors, shape, names in (
         ("weights", weights, (K, x.shape[1]), "K, D"),
@@ -37,9 +42,9 @@ def check(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tenso
     ):
         for number, tensor in enumerate(tensors):
             name = f"{argument}[{number}]"
-            check_shape(NAME, name, tensor, shape, names)
-            check_dtype(NAME, name, tensor, {x.dtype})
-            check_device(NAME, x, **{name: tensor})
+            check_shape(op, name, tensor, shape, names)
+            check_dtype(op, name, tensor, {x.dtype})
+            check_device(op, x, **{name: tensor})
 
 
 NAME = "stacked_linear"

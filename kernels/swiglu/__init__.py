@@ -23,13 +23,18 @@ from kernels.registry import Op
 
 
 def check(gate_up: torch.Tensor, *, bias: torch.Tensor | None = None) -> None:
+    check_arguments(NAME, gate_up, bias)
+
+
+def check_arguments(op: str, gate_up: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`check`, for any op that takes these."""
     if gate_up.ndim == 0 or gate_up.numel() == 0 or gate_up.shape[-1] % 2:
-        refuse(NAME, "shape of gate_up", tuple(gate_up.shape), "[..., 2H], no dimension 0")
-    check_dtype(NAME, "gate_up", gate_up)
+        refuse(op, "shape of gate_up", tuple(gate_up.shape), "[..., 2H], no dimension 0")
+    check_dtype(op, "gate_up", gate_up)
     if bias is not None:
-        check_shape(NAME, "bias", bias, gate_up.shape[-1:], "2H")
-        check_dtype(NAME, "bias", bias)
-        check_device(NAME, gate_up, bias=bias)
+        check_shape(op, "bias", bias, gate_up.shape[-1:], "2H")
+        check_dtype(op, "bias", bias)
+        check_device(op, gate_up, bias=bias)
 
 
 NAME = "swiglu"

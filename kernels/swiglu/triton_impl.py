@@ -68,7 +68,7 @@ SUM_PARTS, SUM_COLUMNS = 32, 32
 
 
 @triton.jit
-def _tile_of_program(tiles_across, VECTOR: tl.constexpr, BH: tl.constexpr):
+def tile_of_program(tiles_across, VECTOR: tl.constexpr, BH: tl.constexpr):
     """Which band of rows is this program's, its first column, and its columns [BH] counted from there.
 
     The hint gives all accesses one layout; that of the gate, whose rows may be better aligned, would be another.
@@ -78,7 +78,7 @@ def _tile_of_program(tiles_across, VECTOR: tl.constexpr, BH: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(bias_ptr, cols, H):
+def load_bias(bias_ptr, cols, H):
     """Both halves of the bias at these columns, [1, BH] float32; unused zeros where `bias_ptr` is None."""
     if bias_ptr is not None:
         gate = tl.load(bias_ptr + cols, cols < H, other=0.0).to(tl.float32)[None, :]  # [1, BH]
@@ -89,7 +89,7 @@ def _load_bias(bias_ptr, cols, H):
 
 
 @triton.jit
-def _load_half(ptrs, mask, bias, BIASED: tl.constexpr):
+def load_half(ptrs, mask, bias, BIASED: tl.constexpr):
     """One half of a tile, [BM, BH] float32, with its bias; where there is none, 0 outside."""
     half = tl.load(ptrs, mask, other=0.0).to(tl.float32)  # [BM, BH]
     if BIASED:
@@ -107,14 +107,14 @@ def swiglu_fwd_kernel(
         gate_up_ptr [M, 2H]; bias_ptr [2H] or None; out_ptr [M, H].
     """
     H = groups * VECTOR
-    band, first_col, col = _tile_of_program(tiles_across, VECTOR, BH)
+    band, first_col, col = tile_of_program(tiles_across, VECTOR, BH)
     row = tl.arange(0, BM)  # [BM]
     mask = (row < M - band * BM)[:, None] & (col < H - first_col)[None, :]  # [BM, BH]
     start = band.to(tl.int64) * BM * H
     gate_ptrs = (gate_up_ptr + 2 * start + first_col + row * (2 * H))[:, None] + col[None, :]  # [BM, BH]
-    gate_bias, up_bias = _load_bias(bias_ptr, first_col + col, H)  # [1, BH] each
-    gate = _load_half(gate_ptrs, mask, gate_bias, bias_ptr is not None)  # [BM, BH]
-    up = _load_half(gate_ptrs + H, mask, up_bias, bias_ptr is not None)  # [BM, BH]
+    gate_bias, up_bias = load_bias(bias_ptr, first_col + col, H)  # [1, BH] each
+    gate = load_half(gate_ptrs, mask, gate_bias, bias_ptr is not None)  # [BM, BH]
+    up = load_half(gate_ptrs + H, mask, up_bias, bias_ptr is not None)  # [BM, BH]
     out = gate / (1 + tl.exp(-gate)) * up  # [BM, BH]
     out_ptrs = (out_ptr + start + first_col + row * H)[:, None] + col[None, :]  # [BM, BH]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask)
@@ -141,8 +141,8 @@ def _backward_tile(
     d_out_ptrs = (d_out_ptr + start + first_col + row * H)[:, None] + col[None, :]  # [BM, BH]
     gate_ptrs = (gate_up_ptr + 2 * start + first_col + row * (2 * H))[:, None] + col[None, :]  # [BM, BH]
     d_out = tl.load(d_out_ptrs, mask, other=0.0).to(tl.float32)  # [BM, BH]
-    gate = _load_half(gate_ptrs, mask, gate_bias, BIASED)  # [BM, BH]
-    up = _load_half(gate_ptrs + H, mask, up_bias, BIASED)  # [BM, BH]
+    gate = load_half(gate_ptrs, mask, gate_bias, BIASED)  # [BM, BH]
+    up = load_half(gate_ptrs + H, mask, up_bias, BIASED)  # [BM, BH]
     d_gate, d_up = swiglu_d_gate_up(d_out, gate, up)  # [BM, BH] each
     d_gate_ptrs = (d_gate_up_ptr + 2 * start + first_col + row * (2 * H))[:, None] + col[None, :]  # [BM, BH]
     tl.store(d_gate_ptrs, d_gate.to(d_gate_up_ptr.dtype.element_ty), mask)
@@ -162,9 +162,9 @@ def swiglu_bwd_kernel(
         db_partial_ptr [parts, 2H] float32: sums over `rows_each` rows; None if they are not asked for.
     """
     H = groups * VECTOR
-    band, first_col, col = _tile_of_program(tiles_across, VECTOR, BH)
+    band, first_col, col = tile_of_program(tiles_across, VECTOR, BH)
     row = tl.arange(0, BM)  # [BM]
-    gate_bias, up_bias = _load_bias(bias_ptr, first_col + col, H)  # [1, BH] each
+    gate_bias, up_bias = load_bias(bias_ptr, first_col + col, H)  # [1, BH] each
     if db_partial_ptr is not None:
         gate_sum = tl.zeros([BH], tl.float32)  # [BH]
         up_sum = tl.zeros([BH], tl.float32)  # [BH]

@@ -1,8 +1,9 @@
 """Cases of ops for tests and benches: their inputs, drawn at random, and the cost of a call."""
 
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,6 +90,27 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The op's arguments by name; main inputs have `dtype`, and nothing requires a gradient yet."""
         return self.make(Draw(zlib.crc32(self.id.encode()), dtype, device, on_device=self.production))
+
+
+def with_tangents(cases: Iterable[Case], arguments: tuple[str, ...], production: Iterable[str]) -> tuple[Case, ...]:
+    """Cases of an op as those of its forward mode: behind each of `arguments` comes its tangent.
+
+    A tangent is drawn like its argument, with other numbers, and laid out like it. Of the production cases only those
+    whose ids are in `production` are taken.
+    """
+    taken = set(production)
+
+    def make(case: Case, draw: Draw) -> dict[str, Any]:
+        inputs, others = case.make(draw), case.make(draw)
+        found: dict[str, Any] = {}
+        for name, value in inputs.items():
+            found[name] = value
+            if name in arguments:
+                found[f"{name}_tangent"] = others[name]
+        return found
+
+    chosen = [case for case in cases if not case.production or case.id in taken]
+    return tuple(replace(case, make=partial(make, case)) for case in chosen)
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,11 @@ from kernels.testing.tolerance import (
     has_half_precision,
     leaves,
     mismatches,
+    named,
     outputs,
-    random_like,
     reference,
     tensors_of,
+    upstream_gradients,
 )
 
 
@@ -57,10 +58,13 @@ def check_forward(op: Op, backend: Backend, case: Case, dtype: torch.dtype, devi
 
 
 def check_gradients(op: Op, backend: Backend, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The gradients of all differentiable arguments, for random upstream gradients."""
+    """The gradients of all differentiable arguments, for random upstream gradients; tangents have none."""
     inputs = case.inputs(dtype, device)
     eager_results = outputs(op, reference(op), inputs)
-    upstream = {name: random_like(result) for name, result in eager_results.items()}
+    upstream = upstream_gradients(op, eager_results)
+    wanted = [name for name in op.differentiable if inputs[name] is not None]
+    results = named(op.bind(backend)(**inputs | leaves(inputs, wanted)))
+    assert {name for name, result in results.items() if result.requires_grad} == set(upstream), "which have gradients"
     with poisoned_memory():
         got = gradients(op, op.bind(backend), inputs, upstream)
     eager = gradients(op, reference(op), inputs, upstream)
@@ -71,7 +75,7 @@ def check_partial_gradients(op: Op, backend: Backend, case: Case, dtype: torch.d
     """Gradients when only one argument asks for one, one result has one, or the upstream is expanded from a number."""
     inputs = case.inputs(dtype, device)
     names = [name for name in op.differentiable if inputs[name] is not None]
-    results = outputs(op, reference(op), inputs)
+    results = upstream_gradients(op, outputs(op, reference(op), inputs))
     ones = {name: torch.ones((), dtype=r.dtype, device=device).expand_as(r) for name, r in results.items()}
     for wanted, upstream in (
         *(([name], ones) for name in names),
@@ -90,7 +94,7 @@ def check_repeats(op: Op, backend: Backend, case: Case, dtype: torch.dtype, devi
     function = op.bind(backend)
     first, second = (outputs(op, function, inputs) for _ in range(2))
     if op.differentiable:
-        upstream = {name: random_like(result) for name, result in first.items()}
+        upstream = upstream_gradients(op, first)
         first, second = ({**run, **gradients(op, function, inputs, upstream)} for run in (first, second))
     for name in first:
         assert same_bits(first[name], second[name]), f"{op.name}: {name} differs between two runs"
@@ -114,7 +118,7 @@ def _check_compiled(op: Op, backend: Backend, case: Case, dtype: torch.dtype, de
     eager = outputs(op, reference(op), inputs)
     fp64 = outputs(op, reference(op), as_float64(inputs))
     if op.differentiable:
-        upstream = {name: random_like(result) for name, result in eager.items()}
+        upstream = upstream_gradients(op, eager)
         eager = gradients(op, reference(op), inputs, upstream, keep=True)
         fp64 = gradients(op, reference(op), as_float64(inputs), as_float64(upstream), keep=True)
         assert_within_tolerance(inputs, gradients(op, function, inputs, upstream, keep=True), eager, fp64)
@@ -130,7 +134,7 @@ def check_registration(op: Op, backend: Backend, case: Case, dtype: torch.dtype,
         results = outputs(op, function, inputs | leaves(inputs, wanted))
     with OperatorCalls(set(backend.torch_ops) - set(forward.seen)) as backward:
         if wanted:
-            gradients(op, function, inputs, {name: random_like(result) for name, result in results.items()})
+            gradients(op, function, inputs, upstream_gradients(op, results))
     missing = set(backend.torch_ops) - set(forward.seen) - set(backward.seen)
     assert not missing, f"{op.name}: {backend.name} names operators that no call reached: {sorted(missing)}"
     for operator, args, kwargs in forward.seen.values():

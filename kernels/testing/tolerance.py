@@ -105,6 +105,12 @@ def gradients(
     return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
 
 
+def upstream_gradients(op: Op, results: Tensors) -> Tensors:
+    """Random upstream gradients by name, of the results that have gradients: not of tangents (`Op.forward_mode_of`)."""
+    named_results = list(results.items())[:: 2 if op.forward_mode_of else 1]
+    return {name: random_like(result) for name, result in named_results}
+
+
 def leaves(inputs: Inputs, names: list[str]) -> Inputs:
     """Those arguments, asking for gradients; they share memory with `inputs`."""
     return {name: tree_map(lambda tensor: tensor.detach().requires_grad_(), inputs[name]) for name in names}
