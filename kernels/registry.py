@@ -90,8 +90,9 @@ class Op:
         order: backends in the order "auto" prefers them.
         save_when_checkpointing: activation checkpointing that computes only cheap operators again keeps its results: it
             takes long to compute for what they need in memory.
-        forward_mode_of: the op whose results and tangents it computes, from arguments and their tangents; each tangent is
-            named and stands behind what it is the tangent of. That op then takes dual tensors (`kernels.forward_mode`).
+        forward_mode_of: the op whose results and tangents it computes, from arguments and their tangents; each tangent
+            stands behind what it belongs to, arguments with the same name and "_tangent". Such an op is what calls of
+            the other one with dual tensors come to (`kernels.forward_mode`).
         graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
             (`kernels.compile.graph_passes`).
         package: import path of the folder, `kernels.<name>` if empty.

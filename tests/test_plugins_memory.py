@@ -13,6 +13,7 @@ import torch
 
 import kernels
 from kernels.testing import checks as op_checks
+from kernels.testing import tolerance
 from kernels.testing.cases import Case
 from tests.plugins import memory
 from tests.plugins.memory import GIB, PART, Peak, needed, parts_of, reserved

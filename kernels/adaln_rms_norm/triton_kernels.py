@@ -31,18 +31,18 @@ import triton.language as tl
 
 
 @triton.jit
-def _row(pointer, row, stride):
+def row_of(pointer, row, stride):
     return pointer + row.to(tl.int64) * stride
 
 
 @triton.jit
-def _load(pointer, cols, D: tl.constexpr):
+def load(pointer, cols, D: tl.constexpr):
     """Elements `cols` of a row of D, as float32; 0 beyond its end."""
     return tl.load(pointer + cols, mask=cols < D, other=0.0).to(tl.float32)  # shape of cols
 
 
 @triton.jit
-def _store(pointer, cols, value, D: tl.constexpr):
+def store(pointer, cols, value, D: tl.constexpr):
     """`value` as elements `cols` of a row of D, in the dtype that the row has."""
     tl.store(pointer + cols, value.to(pointer.dtype.element_ty), mask=cols < D)
 
@@ -55,22 +55,22 @@ def modulated_norm_fwd(
 ):  # fmt: skip
     """x' = x + gate·(branch + bias) where there is a branch, r = rsqrt(mean(x'²) + eps), y = x'·r·gain + shift."""
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    scale = _row(scale, sample, scale_stride)
+    scale = row_of(scale, sample, scale_stride)
     if gate is not None:
-        gate = _row(gate, sample, gate_stride)
+        gate = row_of(gate, sample, gate_stride)
     if shift is not None:
-        shift = _row(shift, sample, shift_stride)
+        shift = row_of(shift, sample, shift_stride)
     columns, gates, biases, gains, shifts, start = (), (), (), (), (), 0
     for i in tl.static_range(len(BLOCK_D)):
         cols = start + tl.arange(0, BLOCK_D[i])  # [BLOCK_D]
         columns += (cols,)
-        gains += (_load(weight, cols, D) * (1 + _load(scale, cols, D)),)  # [BLOCK_D]
+        gains += (load(weight, cols, D) * (1 + load(scale, cols, D)),)  # [BLOCK_D]
         if gate is not None:
-            gates += (_load(gate, cols, D),)  # [BLOCK_D]
+            gates += (load(gate, cols, D),)  # [BLOCK_D]
         if bias is not None:
-            biases += (_load(bias, cols, D),)  # [BLOCK_D]
+            biases += (load(bias, cols, D),)  # [BLOCK_D]
         if shift is not None:
-            shifts += (_load(shift, cols, D),)  # [BLOCK_D]
+            shifts += (load(shift, cols, D),)  # [BLOCK_D]
         start += BLOCK_D[i]
 
     first = chunk * chunk_tokens
@@ -79,14 +79,14 @@ def modulated_norm_fwd(
         # x' = x + gate·(branch + bias), and Σ x'² over the row
         values, squares = (), 0.0
         for i in tl.static_range(len(BLOCK_D)):
-            value = _load(x + row * D, columns[i], D)  # [BLOCK_D]
+            value = load(x + row * D, columns[i], D)  # [BLOCK_D]
             if branch is not None:
-                added = _load(branch + row * D, columns[i], D)  # [BLOCK_D]
+                added = load(branch + row * D, columns[i], D)  # [BLOCK_D]
                 if bias is not None:
                     added += biases[i]
                 # The norm sees x' as it is returned, rounded to the dtype of the stream.
                 rounded = (value + gates[i] * added).to(x_new.dtype.element_ty)  # [BLOCK_D]
-                _store(x_new + row * D, columns[i], rounded, D)
+                store(x_new + row * D, columns[i], rounded, D)
                 value = rounded.to(tl.float32)  # [BLOCK_D]
             squares += tl.sum(value * value)  # []
             values += (value,)
@@ -97,7 +97,7 @@ def modulated_norm_fwd(
             result = values[i] * r * gains[i]  # [BLOCK_D]
             if shift is not None:
                 result += shifts[i]
-            _store(y + row * D, columns[i], result, D)
+            store(y + row * D, columns[i], result, D)
 
 
 @triton.jit
@@ -111,16 +111,16 @@ def modulated_norm_bwd(
     SHIFT, BIAS: whether there is a shift, a bias, whose gradient Σ dy, Σ dx is for.
     """
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    scale = _row(scale, sample, scale_stride)
+    scale = row_of(scale, sample, scale_stride)
     if gate is not None:
-        gate = _row(gate, sample, gate_stride)
+        gate = row_of(gate, sample, gate_stride)
     columns, gates, gains, zeros, start = (), (), (), (), 0
     for i in tl.static_range(len(BLOCK_D)):
         cols = start + tl.arange(0, BLOCK_D[i])  # [BLOCK_D]
         columns += (cols,)
-        gains += (_load(weight, cols, D) * (1 + _load(scale, cols, D)),)  # [BLOCK_D]
+        gains += (load(weight, cols, D) * (1 + load(scale, cols, D)),)  # [BLOCK_D]
         if gate is not None:
-            gates += (_load(gate, cols, D),)  # [BLOCK_D]
+            gates += (load(gate, cols, D),)  # [BLOCK_D]
         zeros += (tl.zeros(cols.shape, tl.float32),)  # [BLOCK_D]
         start += BLOCK_D[i]
 
@@ -133,8 +133,8 @@ def modulated_norm_bwd(
         x_hats, dx_hats, dot = (), (), 0.0
         next_dy_x, next_dy, next_dx_branch, next_dx = (), (), (), ()
         for i in tl.static_range(len(BLOCK_D)):
-            x_hat = _load(x_new + row * D, columns[i], D) * r  # [BLOCK_D]
-            grad = _load(dy + row * D, columns[i], D)  # [BLOCK_D]
+            x_hat = load(x_new + row * D, columns[i], D) * r  # [BLOCK_D]
+            grad = load(dy + row * D, columns[i], D)  # [BLOCK_D]
             dx_hat = grad * gains[i]  # [BLOCK_D]
             dot += tl.sum(dx_hat * x_hat)  # []
             next_dy_x += (sum_dy_x[i] + grad * x_hat,)  # [BLOCK_D]
@@ -145,12 +145,12 @@ def modulated_norm_bwd(
         for i in tl.static_range(len(BLOCK_D)):
             d = (dx_hats[i] - x_hats[i] * (dot / D)) * r  # [BLOCK_D]
             if dx_new is not None:
-                d += _load(dx_new + row * D, columns[i], D)  # [BLOCK_D]
-            _store(dx + row * D, columns[i], d, D)
+                d += load(dx_new + row * D, columns[i], D)  # [BLOCK_D]
+            store(dx + row * D, columns[i], d, D)
             if branch is not None:
-                next_dx_branch += (sum_dx_branch[i] + d * _load(branch + row * D, columns[i], D),)  # [BLOCK_D]
+                next_dx_branch += (sum_dx_branch[i] + d * load(branch + row * D, columns[i], D),)  # [BLOCK_D]
                 next_dx += (sum_dx[i] + d,)  # [BLOCK_D]
-                _store(dbranch + row * D, columns[i], d * gates[i], D)
+                store(dbranch + row * D, columns[i], d * gates[i], D)
         sum_dy_x, sum_dy = next_dy_x, next_dy
         if branch is not None:
             sum_dx_branch, sum_dx = next_dx_branch, next_dx
@@ -161,12 +161,12 @@ def modulated_norm_bwd(
                 partial = partials + tl.program_id(0).to(tl.int64) * 2 * D
             else:
                 partial = partials + tl.program_id(0).to(tl.int64) * 4 * D
-                _store(partial + 2 * D, columns[i], sum_dx_branch[i], D)
+                store(partial + 2 * D, columns[i], sum_dx_branch[i], D)
                 if BIAS:
-                    _store(partial + 3 * D, columns[i], sum_dx[i], D)
-            _store(partial, columns[i], sum_dy_x[i], D)
+                    store(partial + 3 * D, columns[i], sum_dx[i], D)
+            store(partial, columns[i], sum_dy_x[i], D)
             if SHIFT:
-                _store(partial + D, columns[i], sum_dy[i], D)
+                store(partial + D, columns[i], sum_dy[i], D)
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def modulation_bwd(
     num_sums = 2
     if gate is not None:
         num_sums = 4
-    weights = _load(weight, cols, D)[None, :]  # [1, BLOCK_D]
+    weights = load(weight, cols, D)[None, :]  # [1, BLOCK_D]
     zeros = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)  # [BLOCK_B, BLOCK_D]
     sum_dweight, sum_dbias = zeros, zeros  # [BLOCK_B, BLOCK_D]
     for first in range(0, samples, BLOCK_B):
@@ -212,9 +212,9 @@ def modulation_bwd(
             tl.store(dshift + offsets, sum_dy.to(dshift.dtype.element_ty), mask=mask)
         if bias is not None:
             sum_dbias += gates * sum_dx  # [BLOCK_B, BLOCK_D]
-            sum_dx_branch += _load(bias, cols, D)[None, :] * sum_dx  # [BLOCK_B, BLOCK_D]
+            sum_dx_branch += load(bias, cols, D)[None, :] * sum_dx  # [BLOCK_B, BLOCK_D]
         if gate is not None:
             tl.store(dgate + offsets, sum_dx_branch.to(dgate.dtype.element_ty), mask=mask)
-    _store(dweight, cols, tl.sum(sum_dweight, axis=0), D)
+    store(dweight, cols, tl.sum(sum_dweight, axis=0), D)
     if bias is not None:
-        _store(dbias, cols, tl.sum(sum_dbias, axis=0), D)
+        store(dbias, cols, tl.sum(sum_dbias, axis=0), D)

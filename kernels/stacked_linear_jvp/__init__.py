@@ -1,4 +1,4 @@
-"""`kernels.stacked_linear` and its tangent: `x · weightᵀ + bias` and `x_tangent · weightᵀ` of each layer, by one product.
+"""`kernels.stacked_linear` and its tangent by one product: `x · weightᵀ + bias`, `x_tangent · weightᵀ` of all layers.
 
     stacked_linear_jvp(x, x_tangent, weights, biases) → (y, y_tangent)
 
@@ -22,9 +22,7 @@ from kernels.registry import Op
 from kernels.stacked_linear import check_arguments
 
 
-def check(
-    x: torch.Tensor, x_tangent: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]
-) -> None:
+def check(x: torch.Tensor, x_tangent: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
     check_arguments(NAME, x, weights, biases)
     check_tangent(NAME, "x", x, x_tangent)
 

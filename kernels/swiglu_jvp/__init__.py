@@ -1,4 +1,4 @@
-"""`kernels.swiglu` and its tangent, in one pass: for `a·b` with `a = silu(gate)` and `b = up`, `silu'(gate)·gate_t·up + a·up_t`.
+"""`kernels.swiglu` and its tangent, in one pass: `silu(gate) · up` and `silu'(gate) · gate_t · up + silu(gate) · up_t`.
 
     swiglu_jvp(gate_up, gate_up_tangent, *, bias=None) → (activated, activated_tangent)
 

@@ -20,7 +20,9 @@ EXPECTATIONS = Expectations(
     ),
     triton_launches=(1, 2),
     triton={
-        "swiglu_jvp_fwd_kernel": TritonLimits(registers=64, shared_bytes=0, loads_128_bits=True, unaligned_cases=("L_bias",)),
+        "swiglu_jvp_fwd_kernel": TritonLimits(
+            registers=64, shared_bytes=0, loads_128_bits=True, unaligned_cases=("L_bias",)
+        ),
         "swiglu_bwd_kernel": PRIMAL.triton["swiglu_bwd_kernel"],
         "swiglu_sum_kernel": PRIMAL.triton["swiglu_sum_kernel"],
     },

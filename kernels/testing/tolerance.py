@@ -105,10 +105,14 @@ def gradients(
     return gradient_of | ({name: result.detach() for name, result in results.items()} if keep else {})
 
 
+def differentiable(op: Op, results: Tensors) -> Tensors:
+    """Those of the results that have gradients: all but tangents (`Op.forward_mode_of`)."""
+    return dict(list(results.items())[:: 2 if op.forward_mode_of else 1])
+
+
 def upstream_gradients(op: Op, results: Tensors) -> Tensors:
-    """Random upstream gradients by name, of the results that have gradients: not of tangents (`Op.forward_mode_of`)."""
-    named_results = list(results.items())[:: 2 if op.forward_mode_of else 1]
-    return {name: random_like(result) for name, result in named_results}
+    """Random upstream gradients by name, of the results that have gradients."""
+    return {name: random_like(result) for name, result in differentiable(op, results).items()}
 
 
 def leaves(inputs: Inputs, names: list[str]) -> Inputs:
