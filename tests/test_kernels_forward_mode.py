@@ -1,4 +1,4 @@
-"""Forward modes of ops (`<op>_jvp`): `torch.func.jvp` of the op and finite differences; ops called with dual tensors."""
+"""Forward modes of ops (`<op>_jvp`): `torch.func.jvp` of ops and finite differences; ops called with dual tensors."""
 
 import copy
 import pickle
@@ -141,7 +141,8 @@ def test_gradients_come_through_the_outputs_of_dual_calls_alone(jvp, name):
             asked = leaves(inputs, constant)
             moved = {n: t.to(inputs[n].dtype) for n, t in tangents.items()}
             results, tangents_of_results = by_torch(function, inputs | asked, moved)
-            assert name == "reference" or not any(t.requires_grad for t in tangents_of_results.values())
+            if name != "reference" and not found:
+                assert not any(t.requires_grad for t in tangents_of_results.values()), "they are constants"
             total = sum((result * random_like(result)).sum() for result in results.values())
             by_name = flattened(asked)
             found.append(dict(zip(by_name, torch.autograd.grad(total, list(by_name.values())), strict=True)))
