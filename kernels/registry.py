@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.text import nearest
-from kernels.forward_mode import taking_duals
+from kernels.forward_mode import taking_tangents
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ class Op:
         save_when_checkpointing: activation checkpointing that computes only cheap operators again keeps its results: it
             takes long to compute for what they need in memory.
         forward_mode_of: the op whose results and tangents it computes, from arguments and their tangents; each tangent
-            stands behind what it belongs to, arguments with the same name and "_tangent". Such an op is what calls of
-            the other one with dual tensors come to (`kernels.forward_mode`).
+            stands behind what it belongs to, arguments with the same name and "_tangent". Calls of that op with
+            tangents come to this one (`kernels.forward_mode`).
         graph_pass: no model calls it; its `graph_pass.py` puts it in the place of nodes of a compiled graph
             (`kernels.compile.graph_passes`).
         package: import path of the folder, `kernels.<name>` if empty.
@@ -250,8 +250,11 @@ class Ops:
         functions = {name: function for name, (function, _) in resolved.items()}
         for jvp in ops.values():
             primal = ops.get(jvp.forward_mode_of)
-            if primal is not None and chosen[primal.name][0] != "reference":  # which PyTorch differentiates itself
-                both = taking_duals(primal.check, functions[primal.name], jvp.check, functions[jvp.name])
+            if primal is not None:
+                plain = chosen[primal.name][0] == "reference"
+                both = taking_tangents(
+                    primal.check, functions[primal.name], jvp.check, functions[jvp.name], differentiable=plain
+                )
                 functions[primal.name] = primal._named(both)
         vars(self).update(functions)
         vars(self).update(_ops=ops, _chosen=dict(chosen), _table={name: row for name, (_, row) in resolved.items()})

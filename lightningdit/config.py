@@ -37,6 +37,9 @@ class ModelConfig(Section):
 
     `input_size` is the latent's height and width. The null label is `num_classes`; with a `class_dropout_prob` of 0
     there is none, nor its row in the label table.
+
+    Ours: `time_pairs`, whether the network is also given a second time, the other end of an interval over which it
+    predicts the average velocity (arXiv 2505.13447); its weights are then the published ones and `r_embedder.*`.
     """
 
     input_size: Size = 32
@@ -55,6 +58,7 @@ class ModelConfig(Section):
     use_rmsnorm: bool = False
     wo_shift: bool = False
     use_checkpoint: RecomputeBlocks = False
+    time_pairs: bool = False
 
     @model_validator(mode="after")
     def _check(self):
@@ -159,6 +163,7 @@ class ModelSection(Section):
     wo_shift: bool = False
     learn_sigma: bool = False
     use_checkpoint: RecomputeBlocks = False
+    time_pairs: bool = False
 
     @model_validator(mode="after")
     def _check(self):

@@ -4,6 +4,7 @@ Shapes: B samples, C latent channels, S input_size, P patch_size, N tokens, D hi
 """
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightningdit.config import ModelConfig
+from lightningdit.duals import CastLinear, Value, differentiated, linear, linear_map
 
 
 class Float32Tables(nn.Module):
@@ -31,13 +33,15 @@ class Float32Tables(nn.Module):
 class PatchProjection(nn.Conv2d):
     """A convolution with stride = kernel, written as a matrix product over patches: the same sums, deterministic."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:  # type: ignore[override]
         """[B, C, S, S] → [B, N, D], row by row."""
+        return linear(linear_map(self._patches, x), self.weight.flatten(1), self.bias)  # [B, N, D]
+
+    def _patches(self, x: Tensor) -> Tensor:
         B, C, S, _ = x.shape
         P = self.kernel_size[0]
         x = x.reshape(B, C, S // P, P, S // P, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)  # [B, N, C·P·P]
-        return F.linear(x, self.weight.flatten(1), self.bias)  # [B, N, D]
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)  # [B, N, C·P·P]
 
 
 class PatchEmbed(nn.Module):
@@ -48,15 +52,8 @@ class PatchEmbed(nn.Module):
         size = config.patch_size
         self.proj = PatchProjection(config.in_channels, config.hidden_size, size, stride=size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:
         return self.proj(x)  # [B, N, D]
-
-
-class CastLinear(nn.Linear):
-    """A linear layer that casts its weights to its input's dtype: an input in float32 is multiplied in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -77,8 +74,15 @@ class TimestepEmbedder(nn.Module):
         first, second = CastLinear(self.frequencies, hidden_size), CastLinear(hidden_size, hidden_size)
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, self.frequencies))  # [B, D]
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        first, _, last = self.mlp
+        return cast(nn.Linear, first), cast(nn.Linear, last)
+
+    def forward(self, t: Value) -> Value:
+        first, last = self.linears
+        embedded = differentiated(lambda times: timestep_embedding(times, self.frequencies), t)  # [B, frequencies]
+        return last(differentiated(F.silu, first(embedded)))  # [B, D]
 
 
 class DeterministicEmbedding(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The LightningDiT network: blocks, attention, feed-forward layers, adaLN-zero, final layer (arXiv 2501.01423).
 
-It maps a noisy latent, a time and a label to a velocity, and is given its ops. Each branch's gated residual is added by
+It maps a noisy latent, a time and a label to a velocity, and is given its ops. With a second time, it maps them to the
+average velocity between the two times (MeanFlow, arXiv 2505.13447). Each branch's gated residual is added by
 the norm that follows it, in the same pass: the attention branch by its block's norm2, the feed-forward branch by norm1
 of the next block or by the final layer's norm. Blocks therefore pass on the stream and a `PendingResidual`: the branch
 not yet added to it, the bias of the projection that made the branch, and the branch's gate. Biases are added where the
@@ -22,6 +23,16 @@ from torch import Tensor, nn
 from kernels.compile.recompute import recomputed, recomputes
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig
+from lightningdit.duals import (
+    DeferredBiasLinear,
+    Linear,
+    Value,
+    add,
+    differentiated,
+    linear_map,
+    subtract,
+    value_of,
+)
 from lightningdit.embeddings import (
     Float32Tables,
     LabelEmbedder,
@@ -38,22 +49,9 @@ EPS = 1e-6  # of every norm but the affine QK LayerNorm, which keeps torch's 1e-
 class PendingResidual(NamedTuple):
     """A residual that is not yet added to the stream [B, N, D]: `gate · (branch + bias)`."""
 
-    branch: Tensor  # [B, N, D]
+    branch: Value  # [B, N, D]
     bias: Tensor | None  # [D]
-    gate: Tensor  # [B, D]
-
-
-class DeferredBiasLinear(nn.Linear):
-    """A linear layer whose bias the next op adds: pass it `deferred_bias`. With `defer_bias` off, a plain nn.Linear."""
-
-    defer_bias = True
-
-    @property
-    def deferred_bias(self) -> Tensor | None:
-        return self.bias if self.defer_bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.defer_bias else self.bias)
+    gate: Value  # [B, D]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -69,8 +67,8 @@ class ModulatedRMSNorm(nn.Module):
         self.ops = ops
 
     def forward(
-        self, x: Tensor, shift: Tensor | None, scale: Tensor, pending: PendingResidual | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Value, shift: Value | None, scale: Value, pending: PendingResidual | None = None
+    ) -> tuple[Value, Value]:
         """Stream x [B, N, D], shift and scale [B, D] → (new stream, its modulated norm in scale's dtype) [B, N, D]."""
         if pending is None:
             y = self.ops.adaln_rms_norm(x, self.weight, shift, scale, EPS, out_dtype=scale.dtype)  # [B, N, D]
@@ -83,12 +81,24 @@ class ModulatedLayerNorm(nn.Module):
     """The same with a LayerNorm without weights, as the published model has where use_rmsnorm is off."""
 
     def forward(
-        self, x: Tensor, shift: Tensor | None, scale: Tensor, pending: PendingResidual | None = None
+        self, x: Value, shift: Value | None, scale: Value, pending: PendingResidual | None = None
+    ) -> tuple[Value, Value]:
+        branch, bias, gate = (None, None, None) if pending is None else pending
+        return differentiated(self._compute, x, shift, scale, branch, bias, gate)
+
+    def _compute(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        scale: Tensor,
+        branch: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         acc_dtype = at_least_float32(x.dtype)
-        if pending is not None:
-            branch, gate = pending.branch.to(acc_dtype), pending.gate.to(acc_dtype)  # [B, N, D], [B, D]
-            branch = branch if pending.bias is None else branch + pending.bias.to(acc_dtype)
+        if branch is not None and gate is not None:
+            branch, gate = branch.to(acc_dtype), gate.to(acc_dtype)  # [B, N, D], [B, D]
+            branch = branch if bias is None else branch + bias.to(acc_dtype)
             x = (x.to(acc_dtype) + gate[:, None] * branch).to(x.dtype)  # [B, N, D]
         y = F.layer_norm(x.to(acc_dtype), x.shape[-1:], eps=EPS)  # [B, N, D]
         y = y * (1 + scale[:, None].to(acc_dtype))
@@ -118,26 +128,32 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.num_heads, self.ops = config.num_heads, ops
-        linear = nn.Linear if config.use_qknorm and not config.use_rmsnorm else DeferredBiasLinear
+        linear = Linear if config.use_qknorm and not config.use_rmsnorm else DeferredBiasLinear
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = DeferredBiasLinear(config.hidden_size, config.hidden_size)
         norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
         self.k_norm = norm(config.head_dim) if config.use_qknorm else None
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(self, x: Value, cos: Tensor | None, sin: Tensor | None) -> Value:
         """x [B, N, D], RoPE tables [N, d] → [B, N, D], without the bias of `proj` where that is deferred."""
         B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)  # [B, N, 3, H, d]
+        qkv = linear_map(  # [B, N, 3, H, d]
+            lambda projected: projected.reshape(B, N, 3, self.num_heads, D // self.num_heads), self.qkv(x)
+        )
         bias = self.qkv.deferred_bias if isinstance(self.qkv, DeferredBiasLinear) else None
         q_weight = k_weight = None
         if isinstance(self.q_norm, QKRMSNorm) and isinstance(self.k_norm, QKRMSNorm):
             q_weight, k_weight = self.q_norm.weight, self.k_norm.weight  # [d]
         elif self.q_norm is not None and self.k_norm is not None:
-            q, k, v = qkv.unbind(2)  # [B, N, H, d] each
-            qkv = torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)  # [B, N, 3, H, d]
+            qkv = differentiated(self._layer_norms, qkv)  # [B, N, 3, H, d]
         out = self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias)  # [B, N, D]
         return self.proj(out)
+
+    def _layer_norms(self, qkv: Tensor) -> Tensor:
+        assert self.q_norm is not None and self.k_norm is not None
+        q, k, v = qkv.unbind(2)  # [B, N, H, d] each
+        return torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)  # [B, N, 3, H, d]
 
 
 class SwiGLUMLP(nn.Module):
@@ -153,7 +169,7 @@ class SwiGLUMLP(nn.Module):
     def last(self) -> DeferredBiasLinear:
         return self.w3
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:
         gate_up = self.w12(x)  # [B, N, 2M]
         activated = self.ops.swiglu(gate_up, bias=self.w12.deferred_bias)  # [B, N, M]
         return self.w3(activated)  # [B, N, D]
@@ -164,15 +180,15 @@ class GELUMLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
+        self.fc1 = Linear(config.hidden_size, config.mlp_hidden)
         self.fc2 = DeferredBiasLinear(config.mlp_hidden, config.hidden_size)
 
     @property
     def last(self) -> DeferredBiasLinear:
         return self.fc2
 
-    def forward(self, x: Tensor) -> Tensor:
-        activated = F.gelu(self.fc1(x), approximate="tanh")  # [B, N, M]
+    def forward(self, x: Value) -> Value:
+        activated = differentiated(lambda h: F.gelu(h, approximate="tanh"), self.fc1(x))  # [B, N, M]
         return self.fc2(activated)  # [B, N, D]
 
 
@@ -188,14 +204,14 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(config.hidden_size, config.modulation_parts)
 
     def forward(
-        self, x: Tensor, pending: PendingResidual | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
-    ) -> tuple[Tensor, PendingResidual]:
+        self, x: Value, pending: PendingResidual | None, modulation: Vectors, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Value, PendingResidual]:
         """Stream x [B, N, D] and its pending residual (None at the first block) → both for the next block.
 
         modulation: the output of this block's `adaLN_modulation`, vectors [B, D]. cos, sin: RoPE tables [N, d].
         """
-        shift_attn: Tensor | None
-        shift_mlp: Tensor | None
+        shift_attn: Value | None
+        shift_mlp: Value | None
         if len(modulation) == 6:
             shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         else:
@@ -213,10 +229,10 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.norm_final = modulated_norm(config, ops)
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        self.linear = Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.hidden_size, 2)
 
-    def forward(self, x: Tensor, pending: PendingResidual, c: Tensor) -> Tensor:
+    def forward(self, x: Value, pending: PendingResidual, c: Value) -> Value:
         """Stream x [B, N, D], condition c [B, D] → [B, N, P·P·out_channels]."""
         shift, scale = self.adaLN_modulation(c)  # [B, D] both
         _, y = self.norm_final(x, shift, scale, pending)  # [B, N, D]
@@ -255,6 +271,8 @@ class LightningDiT(Float32Tables):
         self.feat_rope = RotaryTables(config) if config.use_rope else None
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.depth))
         self.final_layer = FinalLayer(config, ops)
+        with torch.random.fork_rng(devices=[]):  # its constructor draws too
+            self.r_embedder = TimestepEmbedder(config.hidden_size) if config.time_pairs else None
         for module in self.modules():
             if isinstance(module, DeferredBiasLinear):
                 module.defer_bias = params_gathered
@@ -266,37 +284,52 @@ class LightningDiT(Float32Tables):
 
         The rest runs eagerly: the addition of `pos_embed`, the label embedding, the modulations of all blocks.
         """
-        return [self.x_embedder, self.t_embedder, *self.blocks, self.final_layer]
+        second = [] if self.r_embedder is None else [self.r_embedder]
+        return [self.x_embedder, self.t_embedder, *second, *self.blocks, self.final_layer]
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw the weights from torch's default generator; the network then computes zeros."""
-        for module in self.modules():
+        """Draw the weights from torch's default generator; the network then computes zeros.
+
+        The second time adds nothing to the condition yet, and its weights are drawn last: the others are those of the
+        same network without one.
+        """
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if not name.startswith("r_embedder."):
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in self.t_embedder.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.t_embedder.linears:
+            nn.init.normal_(layer.weight, std=0.02)
         zeroed = [module.linear for module in self.modules() if isinstance(module, Modulation)]
         for linear in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(linear.weight)
+        if self.r_embedder is not None:
+            first, last = self.r_embedder.linears
+            nn.init.normal_(first.weight, std=0.02)
+            nn.init.zeros_(last.weight)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Value, t: Value, y: Tensor, r: Tensor | None = None) -> Value:
         """x [B, C, S, S] any float, t [B] in [0, 1], y [B] int64 labels → [B, C, S, S], float32 or wider.
+
+        r: the other end [B] of each interval of time (`time_pairs`), t itself where it is None. It is known to the
+        network as r - t, the best of the inputs compared in MeanFlow (arXiv 2505.13447, table 1c). Where x or t has a
+        tangent, so has the result: its derivative along the two, at constant r; gradients flow through values alone.
 
         Draws no random numbers and never waits for the device: that labels are in range is checked with the data.
         """
-        self._check(x, t, y)
+        self._check(value_of(x), value_of(t), y, r)
         weights_dtype = self.x_embedder.proj.weight.dtype
         acc_dtype = at_least_float32(weights_dtype)
         rope = self.feat_rope
         cos, sin = (None, None) if rope is None else (rope.freqs_cos, rope.freqs_sin)  # [N, d]
-        c = self.t_embedder(t.to(acc_dtype)) + self.y_embedder(y).to(acc_dtype)  # [B, D]
-        x = self.x_embedder(x.to(weights_dtype)) + self.pos_embed.to(acc_dtype)  # [B, N, D]
-        x = x.to(torch.promote_types(weights_dtype, self.residual_dtype))
+        c = self._condition(linear_map(lambda times: times.to(acc_dtype), t), y, r, acc_dtype)  # [B, D]
+        x = self.x_embedder(linear_map(lambda latents: latents.to(weights_dtype), x))  # [B, N, D]
+        x = add(x, self.pos_embed.to(acc_dtype))  # [B, N, D]
+        stream_dtype = torch.promote_types(weights_dtype, self.residual_dtype)
+        x = linear_map(lambda tokens: tokens.to(stream_dtype), x)  # [B, N, D]
         adaln = cast(list[Modulation], [block.adaLN_modulation for block in self.blocks])
         vectors = modulations(adaln, c, self.ops) if self.params_gathered else (m(c) for m in adaln)  # [B, D] each
         pending: PendingResidual | None = None
@@ -307,15 +340,25 @@ class LightningDiT(Float32Tables):
             else:
                 x, pending = block(x, pending, modulation, cos, sin)
         x = self.final_layer(x, pending, c)  # [B, N, P·P·out_channels]
-        x = unpatchify(x, self.config.patch_size).to(acc_dtype)  # [B, out_channels, S, S]
-        return x[:, : self.config.in_channels]  # [B, C, S, S]
+        patch_size, channels = self.config.patch_size, self.config.in_channels
+        return linear_map(lambda patches: unpatchify(patches, patch_size).to(acc_dtype)[:, :channels], x)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _condition(self, t: Value, y: Tensor, r: Tensor | None, dtype: torch.dtype) -> Value:
+        """c [B, D] of the time or the pair of times, and the label, in `dtype`."""
+        c = add(self.t_embedder(t), self.y_embedder(y).to(dtype))  # [B, D]
+        if self.r_embedder is None:
+            return c
+        interval = subtract(value_of(t) if r is None else r.to(dtype), t)  # [B]
+        return add(c, self.r_embedder(interval))  # [B, D]
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor, r: Tensor | None) -> None:
         config = self.config
         latent = (config.in_channels, config.input_size, config.input_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != latent:
             raise ValueError(f"x is {tuple(x.shape)}; this model takes [B, {', '.join(map(str, latent))}]")
-        for name, value in (("t", t), ("y", y)):
+        if r is not None and not config.time_pairs:
+            raise ValueError("a second time r is given to a network that was made without time_pairs")
+        for name, value in (("t", t), ("y", y), ("r", t if r is None else r)):
             if tuple(value.shape) != (x.shape[0],):
                 raise ValueError(f"{name} is {tuple(value.shape)}; one per sample is [{x.shape[0]}]")
 

@@ -11,34 +11,36 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from kernels.forward_mode import Dual
 from kernels.registry import Ops
+from lightningdit.duals import Linear, Value, chunk, differentiated, linear_map
 
-Vectors = tuple[Tensor, ...]
+Vectors = tuple[Value, ...]
 
 
 class Modulation(nn.Sequential):
     """The condition c [B, D] → `parts` vectors [B, D] in the weights' dtype."""
 
     def __init__(self, hidden_size: int, parts: int):
-        super().__init__(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+        super().__init__(nn.SiLU(), Linear(hidden_size, parts * hidden_size))
         self.parts = parts
 
     @property
     def linear(self) -> nn.Linear:
         return cast(nn.Linear, self[1])
 
-    def forward(self, c: Tensor) -> Vectors:
-        activation, linear = self
-        y = linear(activation(c).to(self.linear.weight.dtype))  # [B, parts·D]
-        return y.chunk(self.parts, dim=1)  # [B, D] each
+    def forward(self, c: Value) -> Vectors:  # type: ignore[override]
+        activated = linear_map(lambda x: x.to(self.linear.weight.dtype), differentiated(F.silu, c))  # [B, D]
+        return chunk(self.linear(activated), self.parts, dim=1)  # [B, D] each
 
 
-def modulations(layers: Sequence[Modulation], c: Tensor, ops: Ops) -> list[Vectors]:
+def modulations(layers: Sequence[Modulation], c: Value, ops: Ops) -> list[Vectors]:
     """The vectors of each of the layers, all of one shape, for c [B, D], by `ops.stacked_linear`."""
     linears = [layer.linear for layer in layers]
-    activated = F.silu(c).to(linears[0].weight.dtype)  # [B, D]
+    activated = linear_map(lambda x: x.to(linears[0].weight.dtype), differentiated(F.silu, c))  # [B, D]
     # [layers, B, parts·D]
     stacked = ops.stacked_linear(activated, [linear.weight for linear in linears], [linear.bias for linear in linears])
-    return [vectors.chunk(layer.parts, dim=1) for layer, vectors in zip(layers, stacked.unbind(), strict=True)]
+    by_layer = map(Dual, *(t.unbind() for t in stacked)) if isinstance(stacked, Dual) else stacked.unbind()
+    return [chunk(vectors, layer.parts, dim=1) for layer, vectors in zip(layers, by_layer, strict=True)]
