@@ -52,17 +52,18 @@ def taking_tangents(
         A function that returns `Dual`s if it is given any, and dual tensors likewise. An argument without a tangent
         counts as constant. Raises ValueError where an argument has a tangent that `jvp` does not take.
     """
-    parameters = signature(check)
+    parameters = signature(check).parameters.values()
+    names = [p.name for p in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     taken = [name.removesuffix(SUFFIX) for name in signature(jvp_check).parameters if name.endswith(SUFFIX)]
 
     def call(*args, **kwargs):
         explicit = any(isinstance(value, Dual) for value in (*args, *kwargs.values()))
         if not explicit and (differentiable or forward_ad._current_level < 0):
             return function(*args, **kwargs)  # no forward-mode differentiation is going on, or none of ours
-        bound = parameters.bind(*args, **kwargs)
-        bound.apply_defaults()
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs  # `jvp` refuses what does not fit
         inputs, tangents = {}, {}
-        for name, value in bound.arguments.items():
+        for name, value in given.items():
             inputs[name], tangents[name] = split(value)
             if tangents[name] is not None and name not in taken:
                 raise ValueError(f"{call.__name__}: {name} has a tangent; allowed: tangents of {', '.join(taken)}")

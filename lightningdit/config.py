@@ -197,11 +197,21 @@ Prediction = Literal["velocity", "noise", "score"]
 LossWeight = Literal["velocity", "likelihood"]
 
 
+Objective = Literal["flow", "meanflow", "improved_meanflow"]
+
+
 class TransportConfig(Section):
     """The `transport` section: path, prediction and loss of flow matching (see `lightningdit.flow`).
 
     Ours: `lognorm_until_step`, the last optimizer step with logit-normal timesteps (the published 800-epoch run
-    switches to uniform ones at 600,000); None keeps `use_lognorm` for the whole run.
+    switches to uniform ones at 600,000); None keeps `use_lognorm` for the whole run. `lognorm_mean` and `lognorm_std`
+    are those of the normal numbers whose sigmoids they are.
+
+    `objective`: "flow", or one of average velocities (see `lightningdit.meanflow`), for which `model.time_pairs` is
+    needed and the rest is meant: `equal_times`, the share of samples whose two times are one, which train the velocity
+    itself; `adaptive_power` and `adaptive_floor`, p and c of the weight (‖Δ‖² + c)^-p of a sample (p = 0: none);
+    `guidance_scale`, the scale of classifier-free guidance that is learned into the one evaluation (1: none), at times
+    from `guidance_start` to `guidance_end`; `guidance_mix`, the share κ of it that is the network's own prediction.
     """
 
     path_type: PathType = "Linear"
@@ -212,6 +222,16 @@ class TransportConfig(Section):
     use_cosine_loss: bool = False
     use_lognorm: bool = False
     lognorm_until_step: Count | None = None
+    lognorm_mean: Float = 0.0
+    lognorm_std: Positive = 1.0
+    objective: Objective = "flow"
+    equal_times: Annotated[Float, Field(ge=0, le=1)] = 0.75
+    adaptive_power: NonNegative = 1.0
+    adaptive_floor: Positive = 1e-3
+    guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
+    guidance_mix: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    guidance_start: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    guidance_end: Annotated[Float, Field(ge=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _check(self):
@@ -221,9 +241,46 @@ class TransportConfig(Section):
             raise ValueError(f"use_cosine_loss needs prediction velocity, not {self.prediction!r}")
         if self.lognorm_until_step is not None and not self.use_lognorm:
             raise ValueError("lognorm_until_step needs use_lognorm: true")
+        if not self.use_lognorm and (self.lognorm_mean, self.lognorm_std) != (0, 1):
+            raise ValueError("lognorm_mean and lognorm_std need use_lognorm: true")
+        self._check_objective()
         return self
 
+    def _check_objective(self) -> None:
+        if self.objective == "flow":
+            others = [key for key in MEANFLOW_KEYS if getattr(self, key) != type(self).model_fields[key].default]
+            if others:
+                named = ", ".join(f"{key} {getattr(self, key)}" for key in others)
+                raise ValueError(f"{named}: of average velocities, but objective is flow; allowed: {MEANFLOWS}")
+            return
+        if self.prediction != "velocity":
+            raise ValueError(f"objective {self.objective} needs prediction velocity, not {self.prediction!r}")
+        if self.use_cosine_loss:
+            raise ValueError(f"use_cosine_loss is of objective flow; {self.objective} has no such term")
+        if self.path_type == "VP":
+            raise ValueError(f"objective {self.objective} needs path_type Linear or GVP: the velocity of VP has no end")
+        if self.guidance_end < self.guidance_start:
+            raise ValueError(
+                f"guidance_end {self.guidance_end:g} lies below guidance_start {self.guidance_start:g}; "
+                "guidance_scale 1 guides nowhere"
+            )
+        if self.guidance_scale == 1 and self.guidance_mix:
+            raise ValueError(f"guidance_mix {self.guidance_mix:g} is a share of guidance, but guidance_scale is 1")
+        if self.objective == "improved_meanflow" and self.guidance_mix:
+            raise ValueError("guidance_mix is of objective meanflow; improved_meanflow guides by predictions alone")
 
+    @property
+    def time_pairs(self) -> bool:
+        """Whether the network that is trained needs `model.time_pairs`."""
+        return self.objective != "flow"
+
+
+#: Keys of `TransportConfig` that objective flow leaves alone, and the objectives that they are of.
+MEANFLOW_KEYS = (
+    *("equal_times", "adaptive_power", "adaptive_floor"),
+    *("guidance_scale", "guidance_mix", "guidance_start", "guidance_end"),
+)
+MEANFLOWS = "meanflow, improved_meanflow"
 ODE_METHODS = ("euler", "midpoint", "heun", "heun3", "rk4", "dopri5")
 SDE_METHODS = ("euler", "heun")
 Schedule = Literal["constant", "linear", "cosine"]

@@ -36,7 +36,7 @@ def differentiated(function: Callable[..., Any], *args: Value | None) -> Any:
 
     duals = [arg for arg in args if isinstance(arg, Dual)]
     values, tangents = tuple(dual.value for dual in duals), tuple(dual.tangent for dual in duals)
-    result, tangent = torch.func.jvp(of_duals, values, tangents)
+    result, tangent, *_ = torch.func.jvp(of_duals, values, tangents)
     if isinstance(result, tuple):
         return tuple(Dual(value, t.detach()) for value, t in zip(result, tangent, strict=True))
     return Dual(result, tangent.detach())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.text import nearest
-from lightningdit.config import DIFFUSION_FORMS, LossWeight, PathType, Prediction, TransportConfig
+from lightningdit.config import DIFFUSION_FORMS, MEANFLOW_KEYS, LossWeight, PathType, Prediction, TransportConfig
 
 V = TypeVar("V")
 
@@ -97,9 +97,9 @@ class VPPath(LinearPath):
 PATHS: dict[str, type[LinearPath]] = {"Linear": LinearPath, "GVP": GVPPath, "VP": VPPath}
 
 
-def logit_normal(normal: Tensor) -> Tensor:
-    """Timesteps in (0, 1) from standard normal numbers of the same shape: their sigmoid."""
-    return normal.sigmoid()
+def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Timesteps in (0, 1) from standard normal numbers of the same shape: the sigmoid of mean + std·number."""
+    return (normal if (mean, std) == (0, 1) else mean + std * normal).sigmoid()
 
 
 class Transport:
@@ -109,7 +109,7 @@ class Transport:
         1e-3, or 1e-5 on VP. The published code overwrites what it is given for a velocity model and leaves None unset
         elsewhere; here a value given is the value used.
     use_cosine_loss: `training_losses` also gives 1 - cos(prediction, velocity); velocity models only.
-    use_lognorm: logit-normal timesteps instead of uniform ones.
+    use_lognorm: logit-normal timesteps instead of uniform ones, of normal numbers with `lognorm_mean`, `lognorm_std`.
 
     Raises ValueError on an unknown name and on combinations without a meaning.
     """
@@ -123,6 +123,8 @@ class Transport:
         sample_eps: float | None = None,
         use_cosine_loss: bool = False,
         use_lognorm: bool = False,
+        lognorm_mean: float = 0.0,
+        lognorm_std: float = 1.0,
     ):
         # The section's checks are these checks: one list of names and combinations.
         config = TransportConfig(
@@ -133,6 +135,8 @@ class Transport:
             sample_eps=sample_eps,
             use_cosine_loss=use_cosine_loss,
             use_lognorm=use_lognorm,
+            lognorm_mean=lognorm_mean,
+            lognorm_std=lognorm_std,
         )
         default_eps = 1e-5 if path == "VP" else 1e-3
         self.path_name, self.path = path, PATHS[path]()
@@ -140,12 +144,18 @@ class Transport:
         self.train_eps = default_eps if config.train_eps is None else config.train_eps
         self.sample_eps = default_eps if config.sample_eps is None else config.sample_eps
         self.use_cosine_loss, self.use_lognorm = use_cosine_loss, use_lognorm
+        self.lognorm_mean, self.lognorm_std = config.lognorm_mean, config.lognorm_std
 
     @classmethod
     def from_config(cls, config: TransportConfig) -> "Transport":
-        """The transport of a `transport` section; `lognorm_until_step` is the training task's."""
-        fields = config.model_dump(exclude={"path_type", "lognorm_until_step"})
-        return cls(path=config.path_type, **fields)
+        """The transport of a `transport` section, whatever its objective: path, prediction and times."""
+        return Transport(**cls.arguments(config))
+
+    @staticmethod
+    def arguments(config: TransportConfig) -> dict[str, Any]:
+        """Those of the constructor; `lognorm_until_step` is the training task's."""
+        fields = config.model_dump(exclude={"path_type", "lognorm_until_step", "objective", *MEANFLOW_KEYS})
+        return {"path": config.path_type, **fields}
 
     def interval(
         self, eps: float, *, sde: bool = False, form: str = "SBDM", last_step_size: float = 0.0
@@ -178,12 +188,16 @@ class Transport:
         draw = torch.randn if lognorm else torch.rand
         u = draw(count, generator=generator, device=device, dtype=dtype)  # [count]
         start, end = self.interval(self.train_eps)
-        return start + (end - start) * (logit_normal(u) if lognorm else u)
+        return start + (end - start) * (self._logit_normal(u) if lognorm else u)
 
     def timesteps_at(self, shares: Tensor) -> Tensor:
         """Quantiles of what `sample_timesteps` draws from: the times [B] below which these shares [B] in (0, 1) lie."""
         start, end = self.interval(self.train_eps)
-        return start + (end - start) * (logit_normal(torch.special.ndtri(shares)) if self.use_lognorm else shares)
+        quantiles = self._logit_normal(torch.special.ndtri(shares)) if self.use_lognorm else shares
+        return start + (end - start) * quantiles
+
+    def _logit_normal(self, normal: Tensor) -> Tensor:
+        return logit_normal(normal, self.lognorm_mean, self.lognorm_std)
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, v_t) [B, ...]: the point between noise x0 and data x1 at t, and its time derivative."""

@@ -31,7 +31,7 @@ class Modulation(nn.Sequential):
     def linear(self) -> nn.Linear:
         return cast(nn.Linear, self[1])
 
-    def forward(self, c: Value) -> Vectors:  # type: ignore[override]
+    def forward(self, c: Value) -> Vectors:
         activated = linear_map(lambda x: x.to(self.linear.weight.dtype), differentiated(F.silu, c))  # [B, D]
         return chunk(self.linear(activated), self.parts, dim=1)  # [B, D] each
 

@@ -11,6 +11,7 @@ from kernels.registry import Ops
 from lightningdit.config import DataConfig, ModelConfig, TransportConfig
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
+from lightningdit.meanflow import MeanFlow
 from lightningdit.model import LightningDiT
 from lightningdit.watch import measured
 from lightningdit.weights import read_weights
@@ -21,6 +22,7 @@ Tensors = dict[str, torch.Tensor]
 _INIT, _NOISE, _TIMES, _DROPS = range(1, 5)  # one stream of random numbers for each purpose
 WATCHED_SAMPLES = 4  # of a micro-batch, that `measure` takes
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, however many (Niederreiter 1992, chapter 3)
+PLASTIC = 1.324717957244746  # the root of x³ = x + 1
 TIME_BUCKETS = 5  # equal parts of the time axis whose losses validation tells apart
 
 
@@ -51,7 +53,8 @@ class LightningDiTTask:
         check_latents(self.batches, model)
         if data.num_classes != model.num_classes:
             raise ValueError(f"data.num_classes is {data.num_classes}, the model's num_classes {model.num_classes}")
-        self.transport = Transport.from_config(transport)
+        check_objective(transport, model)
+        self.transport = MeanFlow(transport) if transport.time_pairs else Transport.from_config(transport)
         self._lognorm_until = transport.lognorm_until_step
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, _INIT))
@@ -60,9 +63,14 @@ class LightningDiTTask:
     def load_weights(self, path: str, which: str = "ema") -> None:
         """Replace the initial weights by those of an export or a published `.pt`; raises WeightsError on a mismatch.
 
-        Of a file with several entries, `which` ("ema" or "model") is taken if it is there; the entry is logged.
+        Of a file with several entries, `which` ("ema" or "model") is taken if it is there; the entry is logged. A
+        network with `time_pairs` also takes those of one without: its second time then adds nothing yet.
         """
         tensors, taken = read_weights(path, which)
+        second = second_time(self.networks["model"])
+        if second and not second.keys() & tensors.keys():
+            tensors = tensors | second
+            log.info("%s has no weights of a second time (%s): they begin at zero", path, ", ".join(second))
         load_strict(self.networks["model"], tensors, path)
         log.info("starting from the %s weights of %s", taken, path)
 
@@ -83,6 +91,9 @@ class LightningDiTTask:
     ) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
+        With an objective of average velocities also "r", the second times [B], and "paired" [B] (bool, on the CPU),
+        which samples have one that is not the first.
+
         A function of (seed, step) and the type of device, to be sliced by process and micro-batch. With `out`, the
         result of an earlier call of the same sizes, its tensors are overwritten and returned. seed: the task's where
         none is given.
@@ -97,10 +108,19 @@ class LightningDiTTask:
         }
         draws["noise"].normal_(generator=noise)
         lognorm = self.transport.use_lognorm and self.objective(step)
-        t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=lognorm)
+        if isinstance(self.transport, MeanFlow):
+            t, r = self.transport.sample_time_pairs(batch_size, generator=times, device=device, lognorm=lognorm)
+            draws |= self._second_times(draws, r, self.transport.paired(0, batch_size))
+        else:
+            t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=lognorm)
         draws["t"].copy_(t)
         torch.lt(torch.rand(batch_size, generator=drops, device=device), config.class_dropout_prob, out=draws["drop"])
         return draws
+
+    @staticmethod
+    def _second_times(draws: Tensors, r: torch.Tensor, paired: torch.Tensor) -> Tensors:
+        """ "r" and "paired", in the memory that earlier draws have for them."""
+        return {"r": draws["r"].copy_(r) if "r" in draws else r, "paired": paired}
 
     def objective(self, step: int) -> bool:
         """Whether times are drawn from the logit-normal distribution yet in a step, where the transport has it."""
@@ -117,12 +137,9 @@ class LightningDiTTask:
         """Losses of one micro-batch ({"x" [b, C, H, W], "y" [b]} and its rows of the draws), one backward.
 
         Returns detached scalars: "loss", what is minimised, and its parts "mse" (the published curve) and, where the
-        transport has one, "cos_loss".
+        transport has one, "cos_loss". Of average velocities, "mse" is the mean square before its adaptive weight.
         """
-        y = batch["y"]
-        if self.config.null_label is not None:
-            y = y.masked_fill(draws["drop"], self.config.null_label)
-        losses = self._losses(networks["model"], batch["x"], y, draws)  # scalars
+        losses = self._losses(networks["model"], batch["x"], batch["y"], draws)  # scalars
         backward("model", losses["loss"])
         return {name: value.detach() for name, value in losses.items()}
 
@@ -132,16 +149,27 @@ class LightningDiTTask:
         """
         draws = self.draw(-1 - number, batch_size, device)
         places = torch.arange(number * batch_size, (number + 1) * batch_size, dtype=torch.float64, device=device)
-        draws["t"].copy_(self.transport.timesteps_at((0.5 + GOLDEN * places) % 1))
+        shares = (0.5 + GOLDEN * places) % 1  # [B]
+        if isinstance(self.transport, MeanFlow):
+            # Two sequences that are spread evenly together, by powers of the plastic number (Roberts 2018).
+            of_t, of_r = ((0.5 + places / PLASTIC**power) % 1 for power in (1, 2))  # [B] both
+            t, r = self.transport.time_pairs_at(of_t, of_r)
+            draws["r"].copy_(r)
+            draws["paired"] = self.transport.paired(number * batch_size, batch_size)
+        else:
+            t = self.transport.timesteps_at(shares)
+        draws["t"].copy_(t)
         return draws
 
     @torch.no_grad()
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
         """The losses of `train_step` without gradients and without label drops, and `loss_t0.1`, `loss_t0.3` …: the
         loss [b] of the samples whose time is in the fifth of (0, 1) around 0.1 …, NaN for the others."""
-        per_sample = self._sample_losses(networks["model"], batch["x"], batch["y"], draws)
+        undropped = draws | {"drop": torch.zeros_like(draws["drop"])}
+        per_sample = self._sample_losses(networks["model"], batch["x"], batch["y"], undropped)
         bucket = (draws["t"] * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)  # [b]
-        total = torch.stack(list(per_sample.values())).sum(0)  # [b]
+        parts = [values for name, values in per_sample.items() if name != "loss"]
+        total = torch.stack(parts).sum(0)  # [b]
         by_time = {
             f"loss_t{(i + 0.5) / TIME_BUCKETS:.1f}": total.masked_fill(bucket != i, torch.nan)
             for i in range(TIME_BUCKETS)
@@ -152,7 +180,22 @@ class LightningDiTTask:
         return _means(self._sample_losses(model, x, y, draws))
 
     def _sample_losses(self, model: Callable, x: torch.Tensor, y: torch.Tensor, draws: Tensors) -> Tensors:
-        """The parts of the loss of each sample, [b]."""
+        """The parts of the loss of each sample, [b]; "loss" too where it is not their sum."""
+        null_label = self.config.null_label
+        if isinstance(self.transport, MeanFlow):
+            return self.transport.mean_losses(
+                model,
+                x,
+                t=draws["t"],
+                r=draws["r"],
+                x0=draws["noise"],
+                paired=draws["paired"].tolist(),
+                y=y,
+                drop=draws["drop"],
+                null_label=null_label,
+            )
+        if null_label is not None:
+            y = y.masked_fill(draws["drop"], null_label)
         found = self.transport.training_losses(model, x, t=draws["t"], x0=draws["noise"], y=y)
         return {"mse": found["loss"]} | ({"cos_loss": found["cos_loss"]} if self.transport.use_cosine_loss else {})
 
@@ -186,9 +229,24 @@ class LightningDiTTask:
 
 
 def _means(per_sample: Tensors) -> Tensors:
-    """The loss, the sum of its parts, and these, each the mean over the samples."""
+    """The loss, the sum of its parts where it is not one itself, and these, each the mean over the samples."""
     parts = {name: values.mean() for name, values in per_sample.items()}
     return {"loss": parts["mse"] + parts["cos_loss"] if "cos_loss" in parts else parts["mse"], **parts}
+
+
+def second_time(network: LightningDiT) -> Tensors:
+    """The weights of the embedder of the second time, by their keys; none without it."""
+    return {name: value for name, value in network.state_dict().items() if name.startswith("r_embedder.")}
+
+
+def check_objective(transport: TransportConfig, model: ModelConfig) -> None:
+    """Raise ValueError where the network lacks what the objective asks of it."""
+    if transport.time_pairs and not model.time_pairs:
+        raise ValueError(f"transport.objective {transport.objective} needs model.time_pairs: true")
+    if transport.guidance_scale != 1 and model.null_label is None:
+        raise ValueError(
+            f"transport.guidance_scale {transport.guidance_scale:g} needs a null label; set model.class_dropout_prob"
+        )
 
 
 def check_latents(latents: LatentDataset, model: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.adaln_rms_norm.reference import rms_normalize
 from kernels.registry import Ops
 from kernels.rope_attention.reference import apply_rope
+from lightningdit.duals import Value, value_of
 from lightningdit.model import Attention, LightningDiT, PendingResidual
 
 LOGITS = 2**24  # that are in memory at once, float32: 64 MiB
@@ -25,8 +26,8 @@ class _MeasuringOps:
     def __init__(self, ops: Ops, found: list[Tensor]):
         self._ops, self._found = ops, found
 
-    def rope_attention(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        self._found.append(largest_logit(qkv, cos, sin, *args, **kwargs))
+    def rope_attention(self, qkv: Value, cos: Tensor | None, sin: Tensor | None, *args: Any, **kwargs: Any) -> Value:
+        self._found.append(largest_logit(value_of(qkv), cos, sin, *args, **kwargs))
         return self._ops.rope_attention(qkv, cos, sin, *args, **kwargs)
 
 
@@ -56,10 +57,11 @@ def largest_logit(
     return torch.stack([(a @ b.transpose(1, 2)).abs().amax() for a, b in parts]).amax()
 
 
-def _largest_norm(stream: Tensor, pending: PendingResidual) -> Tensor:
+def _largest_norm(stream: Value, pending: PendingResidual) -> Tensor:
     """The largest L2 norm of a token of the residual stream [B, N, D], the block's last branch added to it."""
-    branch = pending.branch.float() if pending.bias is None else pending.branch.float() + pending.bias.float()
-    return (stream.float() + pending.gate[:, None].float() * branch).norm(dim=-1).amax()
+    branch, gate = value_of(pending.branch).float(), value_of(pending.gate)[:, None].float()
+    branch = branch if pending.bias is None else branch + pending.bias.float()
+    return (value_of(stream).float() + gate * branch).norm(dim=-1).amax()
 
 
 @contextmanager
