@@ -116,7 +116,14 @@ class LightningDiTRun(Section):
             )
         self._check_ops_in_graphs()
         self._check_previews()
+        self._check_times()
         return self
+
+    def _check_times(self) -> None:
+        """Refuse average velocities of a network that is given one time."""
+        dit.check_objective(self.transport, self.network())
+        if self.sample.mode == "meanflow" and not self.model.time_pairs:
+            raise ValueError("sample.mode meanflow needs model.time_pairs: true, and a network trained with them")
 
     def _check_previews(self) -> None:
         """Refuse to ask for previews and figures of samples that nothing could decode, and for times of no previews."""

@@ -40,7 +40,14 @@ from launch.sampling.picture import draw_picture, picked_for_picture
 from launch.sampling.pipeline import Pipeline
 from launch.sampling.produce import Job, Making, produce
 from launch.sampling.units import batch_size
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, require_transport, sampling_settings
+from launch.trained import (
+    build_diffusion,
+    build_tokenizer,
+    diffusion_weights,
+    require_time_pairs,
+    require_transport,
+    sampling_settings,
+)
 from lightningdit.config import SampleConfig, SampleFormat
 from lightningdit.flow import Transport
 
@@ -165,6 +172,7 @@ def make_generator(run: LightningDiTRun, settings: SampleConfig, labels: np.ndar
     ops, found = select_ops(run.kernels), diffusion_weights(run)
     source = str(run.ckpt_path or run.train.directory)
     require_transport(found, run.transport, source)
+    require_time_pairs(found, [settings], source)
     latents_alone = settings.format == "latents"
     without = latents_alone and run.vae.ckpt_path is None
     tokenizer = None if without else build_tokenizer(run, ops, found.config.in_channels)

@@ -1,6 +1,7 @@
 """Loading of trained networks from a checkpoint, an export or a published file."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,16 @@ def _check_same_network(found: Export, run: LightningDiTRun, source: Path) -> No
     different = [f"{key} {theirs[key]!r} (config: {ours[key]!r})" for key in ours if theirs[key] != ours[key]]
     if different:
         raise ConfigError(f"{source} is another network than the config's: {', '.join(different)}")
+
+
+def require_time_pairs(found: Export, settings: Iterable[SampleConfig], source: str | Path) -> None:
+    """Raise ConfigError where samples are to be made by average velocities that the network was not trained for."""
+    if all(setting.mode != "meanflow" for setting in settings):
+        return
+    objective = (found.extra.get("transport") or {}).get("objective", "flow" if found.extra.get("transport") else None)
+    if not found.config.time_pairs:
+        raise ConfigError(f"sample.mode is meanflow, but the network of {source} takes one time: use mode ODE or SDE")
+    if objective == "flow":
+        raise ConfigError(
+            f"sample.mode is meanflow, but {source} was trained with transport.objective flow: use mode ODE or SDE"
+        )

@@ -281,6 +281,18 @@ MEANFLOW_KEYS = (
     *("guidance_scale", "guidance_mix", "guidance_start", "guidance_end"),
 )
 MEANFLOWS = "meanflow, improved_meanflow"
+
+
+def check_objective(transport: TransportConfig, model: ModelConfig) -> None:
+    """Raise ValueError where the network lacks what the objective asks of it."""
+    if transport.time_pairs and not model.time_pairs:
+        raise ValueError(f"transport.objective {transport.objective} needs model.time_pairs: true")
+    if transport.guidance_scale != 1 and model.null_label is None:
+        raise ValueError(
+            f"transport.guidance_scale {transport.guidance_scale:g} needs a null label; set model.class_dropout_prob"
+        )
+
+
 ODE_METHODS = ("euler", "midpoint", "heun", "heun3", "rk4", "dopri5")
 SDE_METHODS = ("euler", "heun")
 Schedule = Literal["constant", "linear", "cosine"]
@@ -313,6 +325,10 @@ class SampleConfig(Section):
     export or a published .pt, of any size, or `guide_step` an earlier checkpoint of the run that is sampled;
     `guide_weights` says which of its weights.
 
+    `mode` "meanflow" takes `mean_steps` steps of equal length by average velocities, each one evaluation, with a
+    network that was trained for them (`transport.objective`). Guidance is in the network then: `cfg_scale` is 1 where
+    it is not set, and may be nothing else.
+
     `preset` gives values to keys that are not set themselves: those of `SAMPLE_PRESETS`, or with "model" those that are
     stored with the weights (see `tuned`). `compile`: "auto" compiles the network and captures steps as CUDA graphs on a
     CUDA device, and compiles nothing on a CPU; see `lightningdit.sampler.BatchSampler`.
@@ -324,7 +340,8 @@ class SampleConfig(Section):
     `format` is what is written: an ADM "npz", a folder of "png" or lossless "webp", or "latents".
     """
 
-    mode: Literal["ODE", "SDE"] = "ODE"
+    mode: Literal["ODE", "SDE", "meanflow"] = "ODE"
+    mean_steps: Annotated[int, Field(ge=1, le=1000)] = 1
     sampling_method: Text = "euler"
     atol: Positive = 1e-6
     rtol: Positive = 1e-3
@@ -357,12 +374,20 @@ class SampleConfig(Section):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         """Values of the preset under those that are set; what is read again later holds them all."""
-        preset = values.get("preset") if isinstance(values, dict) else None
-        return SAMPLE_PRESETS[preset] | values if isinstance(preset, str) and preset in SAMPLE_PRESETS else values
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        if isinstance(preset, str) and preset in SAMPLE_PRESETS:
+            values = SAMPLE_PRESETS[preset] | values
+        return {"cfg_scale": 1.0} | values if values.get("mode") == "meanflow" else values
 
     @model_validator(mode="after")
     def _check(self):
-        methods = ODE_METHODS if self.mode == "ODE" else SDE_METHODS
+        if self.mode == "meanflow" and self.cfg_scale != 1:
+            raise ValueError(
+                f"cfg_scale is {self.cfg_scale:g}, but mode meanflow has its guidance from training; allowed: 1"
+            )
+        methods = SDE_METHODS if self.mode == "SDE" else ODE_METHODS
         if self.sampling_method.lower() not in methods:
             hint = nearest(self.sampling_method.lower(), methods)
             raise ValueError(f"sampling_method {self.sampling_method!r}{hint}; {self.mode} has {', '.join(methods)}")
@@ -395,7 +420,15 @@ class SampleConfig(Section):
 
     def without_effect(self) -> list[str]:
         """Notes on keys that are set and change nothing, and on values of the preset that others take the place of."""
-        return [*self._of_preset(), *self._of_guidance()]
+        return [*self._of_preset(), *self._of_mode(), *self._of_guidance()]
+
+    def _of_mode(self) -> list[str]:
+        if self.mode != "meanflow":
+            other = [f"sample.mean_steps is {self.mean_steps}, but sample.mode is {self.mode}, not meanflow"]
+            return other if self._differs("mean_steps") else []
+        keys = ("sampling_method", "num_sampling_steps", "timestep_shift")
+        set_here = [key for key in keys if key in self.model_fields_set and self._differs(key)]
+        return [f"sample.{key} is {getattr(self, key)}, but mode meanflow has mean_steps alone" for key in set_here]
 
     def _of_preset(self) -> list[str]:
         values = SAMPLE_PRESETS.get(self.preset or "", {})
@@ -419,6 +452,12 @@ class SampleConfig(Section):
     def _differs(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default
 
+    def solver(self) -> str:
+        """Solver and grid in words, for what states a result."""
+        if self.mode == "meanflow":
+            return f"meanflow, {self.mean_steps} step{'s' if self.mean_steps > 1 else ''}"
+        return f"{self.mode} {self.sampling_method}, {self.num_sampling_steps} points, shift {self.timestep_shift:g}"
+
     def guidance(self) -> str:
         """Guidance in words, for what states a result."""
         if self.cfg_scale == 1:
@@ -433,7 +472,8 @@ class SampleConfig(Section):
     def stated(self) -> dict[str, Any]:
         """The settings for what states a result: without the preset, whose values they are, and without keys that older
         files do not know where they are at their defaults."""
-        newer = ("cfg_interval_end", "cfg_schedule", "guide_ckpt_path", "guide_step", "guide_weights", "compile")
+        guides = ("guide_ckpt_path", "guide_step", "guide_weights")
+        newer = ("cfg_interval_end", "cfg_schedule", *guides, "compile", "mean_steps")
         return self.model_dump(exclude={"preset", *(key for key in newer if not self._differs(key))})
 
     def tuned(self) -> dict[str, Any]:
@@ -448,7 +488,7 @@ class SampleConfig(Section):
 
 #: Keys of `SampleConfig.tuned`; a program that reads weights gives them to the preset "model".
 TUNED = (
-    *("mode", "sampling_method", "atol", "rtol", "num_sampling_steps", "timestep_shift"),
+    *("mode", "mean_steps", "sampling_method", "atol", "rtol", "num_sampling_steps", "timestep_shift"),
     *("cfg_scale", "cfg_interval_start", "cfg_interval_end", "cfg_channels", "cfg_schedule"),
     *("guide_ckpt_path", "guide_step", "guide_weights"),
     *("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),

@@ -135,15 +135,13 @@ class MeanFlow(Transport):
 
         Kept on the device, so that a step copies nothing there.
         """
-        found = self._kept.get(paired)
-        if found is None or found[0].device != device:
+        if paired not in self._kept or self._kept[paired][0].device != device:
             first, others = ([i for i, pair in enumerate(paired) if pair is which] for which in (True, False))
             places = {number: place for place, number in enumerate([*first, *others])}
             lists = first, others, [places[number] for number in range(len(paired))]
-            found = self._kept[paired] = tuple(
-                torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in lists
-            )
-        return found
+            pairs, single, order = (torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in lists)
+            self._kept[paired] = pairs, single, order
+        return self._kept[paired]
 
     @torch.no_grad()
     def _prediction(self, model: Model, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

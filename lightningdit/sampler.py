@@ -71,6 +71,28 @@ def guidance_of(config: SampleConfig, null_label: int | None, guide: Network | N
     )
 
 
+class AverageVelocity:
+    """A network on two times as one of one time: its average velocity over the step of a uniform grid from there.
+
+    With steps of that length, Euler's method is x_r = x_t + (r - t)·u(x_t, t, r) (arXiv 2505.13447, eq. 12).
+    """
+
+    def __init__(self, network: Network, steps: int):
+        self.network, self.length = network, 1.0 / steps
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
+        """x [B, C, ...] at t [B] → [B, C, ...]."""
+        return self.network(x, t, r=(t + self.length).clamp(max=1.0), **labels)
+
+
+def as_ode(model: Network, config: SampleConfig) -> tuple[Network, SampleConfig]:
+    """The network and settings with which mode meanflow is Euler's method; of the other modes, as they are."""
+    if config.mode != "meanflow":
+        return model, config
+    grid = {"sampling_method": "euler", "num_sampling_steps": config.mean_steps + 1, "timestep_shift": 0.0}
+    return AverageVelocity(model, config.mean_steps), config.model_copy(update={"mode": "ODE", **grid})
+
+
 def _check_indices(y: torch.Tensor, indices: Sequence[int]) -> None:
     if len(indices) != len(y):
         raise ValueError(f"{len(indices)} indices for {len(y)} labels")
@@ -134,6 +156,7 @@ def sample(
     shape: (C, H, W) of one latent. null_label: None for a model without one, which only a `guide` can guide: the weaker
     network of autoguidance.
     """
+    model, config = as_ode(model, config)
     predict = Denoiser(model, y, guidance_of(config, null_label, guide), guide)
     _check_indices(y, indices)
     z = sample_noise(config.seed, indices, shape, device=y.device)  # [B, C, H, W]
@@ -188,7 +211,9 @@ class BatchSampler:
         guide: Network | None = None,
         compile: str = "none",
     ):
-        self._model, self._guide, self._transport, self._config = model, guide, transport, config
+        self._asked, self._model = config, model
+        _, config = as_ode(model, config)
+        self._guide, self._transport, self._config = guide, transport, config
         self._shape, self._null_label, self._compile = tuple(shape), null_label, compile
         self._guidance, self._solver = guidance_of(config, null_label, guide), _fixed_steps(transport, config)
         self._runner: StepRunner | None = None
@@ -228,7 +253,8 @@ class BatchSampler:
         if self._networks is None:
             # Captured is the whole step, so Inductor's own graphs stay off.
             kind = "inductor" if mode == "cudagraphs" else mode
-            self._networks = compiled(self._model, kind), self._guide and compiled(self._guide, kind)
+            model, _ = as_ode(compiled(self._model, kind), self._asked)
+            self._networks = model, self._guide and compiled(self._guide, kind)
         return self._networks
 
     def _fixed(self, mode: str, y: torch.Tensor, indices: Sequence[int]) -> Samples:

@@ -8,7 +8,7 @@ import torch
 from common.seeds import generator, torch_seed
 from common.tensors import load_strict
 from kernels.registry import Ops
-from lightningdit.config import DataConfig, ModelConfig, TransportConfig
+from lightningdit.config import DataConfig, ModelConfig, TransportConfig, check_objective
 from lightningdit.data import LatentDataset
 from lightningdit.flow import Transport
 from lightningdit.meanflow import MeanFlow
@@ -237,16 +237,6 @@ def _means(per_sample: Tensors) -> Tensors:
 def second_time(network: LightningDiT) -> Tensors:
     """The weights of the embedder of the second time, by their keys; none without it."""
     return {name: value for name, value in network.state_dict().items() if name.startswith("r_embedder.")}
-
-
-def check_objective(transport: TransportConfig, model: ModelConfig) -> None:
-    """Raise ValueError where the network lacks what the objective asks of it."""
-    if transport.time_pairs and not model.time_pairs:
-        raise ValueError(f"transport.objective {transport.objective} needs model.time_pairs: true")
-    if transport.guidance_scale != 1 and model.null_label is None:
-        raise ValueError(
-            f"transport.guidance_scale {transport.guidance_scale:g} needs a null label; set model.class_dropout_prob"
-        )
 
 
 def check_latents(latents: LatentDataset, model: ModelConfig) -> None:

@@ -82,6 +82,7 @@ class Pipeline:
                 transport.path_type != "Linear"
             ),
             f"transport.prediction is {transport.prediction}, not velocity": transport.prediction != "velocity",
+            "model.time_pairs is true, and the pipeline's network takes one time": self.network.config.time_pairs,
             f"sample.cfg_scale is {self.settings.cfg_scale:g}, and a network without a null label (class_dropout_prob "
             "0) allows 1": self.settings.cfg_scale != 1 and self.network.config.null_label is None,
         }

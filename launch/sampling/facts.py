@@ -30,8 +30,7 @@ def facts_of(
         hashes["tokenizer"] = fingerprint(tokenizer)
     assert found.latents is not None
     facts = {
-        "solver": f"{settings.mode} {settings.sampling_method}, {settings.num_sampling_steps} points, "
-        f"shift {settings.timestep_shift:g}",
+        "solver": settings.solver(),
         "dtype": settings.precision,
         "guidance": settings.guidance(),
         "hashes": hashes,

@@ -16,7 +16,14 @@ from launch.sampling.generator import SampleGenerator
 from launch.sampling.labels import protocol_labels
 from launch.sampling.pipeline import Pipeline
 from launch.sampling.units import batch_size
-from launch.trained import build_diffusion, build_tokenizer, diffusion_weights, require_transport, sampling_settings
+from launch.trained import (
+    build_diffusion,
+    build_tokenizer,
+    diffusion_weights,
+    require_time_pairs,
+    require_transport,
+    sampling_settings,
+)
 from lightningdit.config import SampleConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -45,7 +52,9 @@ class SharedNetworks:
     def __init__(self, run: LightningDiTRun, device: torch.device, settings: Iterable[SampleConfig] = ()):
         ops, found = select_ops(run.kernels), diffusion_weights(run)
         source = str(run.ckpt_path or run.train.directory)
+        settings = list(settings)
         require_transport(found, run.transport, source)
+        require_time_pairs(found, settings, source)
         tokenizer = build_tokenizer(run, ops, found.config.in_channels)
         model = build_diffusion(found, ops, source)
         self.facts: dict[str, Any] = {

@@ -92,15 +92,16 @@ def preview_labels(count: int, num_classes: int) -> list[int]:
 
 
 def in_batches(model: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
-    """`model(x, t, y=y)` for any number of samples, called with exactly `size` at a time, filled up with the first
+    """`model(x, t, y=y, …)` for any number of samples, called with exactly `size` at a time, filled up with the first
     ones again: a compiled network is compiled for one size."""
 
-    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def call(x: Tensor, t: Tensor, **others: Tensor) -> Tensor:
         found = []
         for first in range(0, len(x), size):
             places = torch.arange(first, first + size, device=x.device) % len(x)
             # Copied: a CUDA graph gives its result at the same address every time.
-            found.append(model(x[places], t[places], y=y[places])[: len(x) - first].clone())
+            given = {name: value[places] for name, value in others.items()}
+            found.append(model(x[places], t[places], **given)[: len(x) - first].clone())
         return torch.cat(found)
 
     return call
@@ -110,9 +111,11 @@ def few_step_settings(run: LightningDiTRun, points: int) -> SampleConfig:
     """The `sample` section for samples in training: an ODE solver of `points` points, without likelihood.
 
     A solver that chooses its steps by itself, and one of the SDE, is replaced by Euler's; a model without a null label
-    is not guided, and no other network guides.
+    is not guided, and no other network guides. Average velocities keep their own few steps.
     """
     found = run.sampling()
+    if found.mode == "meanflow":
+        return found
     fixed = found.mode == "ODE" and found.sampling_method.lower() != "dopri5"
     return found.model_copy(
         update={
