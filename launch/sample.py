@@ -44,7 +44,6 @@ from launch.trained import (
     build_diffusion,
     build_tokenizer,
     diffusion_weights,
-    require_time_pairs,
     require_transport,
     sampling_settings,
 )
@@ -172,7 +171,7 @@ def make_generator(run: LightningDiTRun, settings: SampleConfig, labels: np.ndar
     ops, found = select_ops(run.kernels), diffusion_weights(run)
     source = str(run.ckpt_path or run.train.directory)
     require_transport(found, run.transport, source)
-    require_time_pairs(found, [settings], source)
+    require_average_velocities(found, [settings], source)
     latents_alone = settings.format == "latents"
     without = latents_alone and run.vae.ckpt_path is None
     tokenizer = None if without else build_tokenizer(run, ops, found.config.in_channels)

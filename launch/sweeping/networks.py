@@ -20,7 +20,6 @@ from launch.trained import (
     build_diffusion,
     build_tokenizer,
     diffusion_weights,
-    require_time_pairs,
     require_transport,
     sampling_settings,
 )
@@ -54,7 +53,7 @@ class SharedNetworks:
         source = str(run.ckpt_path or run.train.directory)
         settings = list(settings)
         require_transport(found, run.transport, source)
-        require_time_pairs(found, settings, source)
+        require_average_velocities(found, settings, source)
         tokenizer = build_tokenizer(run, ops, found.config.in_channels)
         model = build_diffusion(found, ops, source)
         self.facts: dict[str, Any] = {

@@ -187,7 +187,8 @@ def _facts(run: LightningDiTRun, source: JudgeSource, settings: SampleConfig) ->
     """What the figures of a run are of and by, in plain values, as an event of its log has it."""
     asked, networks = run.evaluation, source.facts["features"].values()
     facts = {"figures": ", ".join(asked.figures), "samples": asked.samples, "labels": run.sample.labels}
-    facts |= {"num_sampling_steps": settings.num_sampling_steps, "guidance": settings.guidance()}
+    steps = "mean_steps" if settings.mode == "meanflow" else "num_sampling_steps"
+    facts |= {steps: getattr(settings, steps), "guidance": settings.guidance()}
     facts["features"] = "; ".join(", ".join(f"{key} {value}" for key, value in network.items()) for network in networks)
     if source.reference is None:
         return facts
