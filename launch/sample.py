@@ -44,6 +44,7 @@ from launch.trained import (
     build_diffusion,
     build_tokenizer,
     diffusion_weights,
+    require_average_velocities,
     require_transport,
     sampling_settings,
 )
