@@ -59,6 +59,9 @@ def test_every_size_at_both_patches():
         named_config("LightningDiT-XL/1", hidden_size=8)
 
 
+MEAN = {"objective": "meanflow"}
+
+
 @pytest.mark.parametrize(
     "section, values, message",
     [
@@ -84,6 +87,25 @@ def test_every_size_at_both_patches():
         (TransportConfig, {"loss_weight": "likelihood"}, "loss_weight 'likelihood' applies to noise and score"),
         (TransportConfig, {"prediction": "noise", "use_cosine_loss": True}, "use_cosine_loss needs prediction"),
         (TransportConfig, {"lognorm_until_step": 10}, "lognorm_until_step needs use_lognorm"),
+        (TransportConfig, {"lognorm_mean": 0.4}, "lognorm_mean and lognorm_std need use_lognorm"),
+        (TransportConfig, {"objective": "mean_flow"}, "'flow', 'meanflow' or 'improved_meanflow'"),
+        (TransportConfig, {"equal_times": 0.5}, "equal_times 0.5: of average velocities, but objective is flow"),
+        (TransportConfig, MEAN | {"prediction": "noise"}, "objective meanflow needs prediction velocity, not 'noise'"),
+        (TransportConfig, MEAN | {"use_cosine_loss": True}, "use_cosine_loss is of objective flow"),
+        (TransportConfig, MEAN | {"path_type": "VP"}, "objective meanflow needs path_type Linear or GVP"),
+        (TransportConfig, MEAN | {"guidance_mix": 0.5}, "guidance_mix 0.5 is a share of guidance, but guidance_scale"),
+        (
+            TransportConfig,
+            MEAN | {"guidance_scale": 2, "guidance_start": 0.5, "guidance_end": 0.4},
+            "guidance_end 0.4 lies below guidance_start 0.5",
+        ),
+        (
+            TransportConfig,
+            {"objective": "improved_meanflow", "guidance_scale": 2, "guidance_mix": 0.5},
+            "guidance_mix is of objective meanflow",
+        ),
+        (SampleConfig, {"mode": "meanflow", "cfg_scale": 2}, "cfg_scale is 2, but mode meanflow"),
+        (SampleConfig, {"mode": "meanflow", "mean_steps": 0}, "mean_steps"),
         (SampleConfig, {"sampling_method": "dopri8"}, "did you mean 'dopri5'"),
         (SampleConfig, {"mode": "SDE", "sampling_method": "dopri5"}, "SDE has euler, heun"),
         (SampleConfig, {"diffusion_form": "sbdm"}, "SBDM"),

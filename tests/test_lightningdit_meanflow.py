@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.forward_mode import Dual
 from lightningdit.config import TransportConfig
+from lightningdit.cost import flops_per_image, training_flops_per_image
 from lightningdit.duals import differentiated
 from lightningdit.flow import unsqueeze_like
 from lightningdit.meanflow import MeanFlow
@@ -257,6 +259,26 @@ def test_the_loss_compiles_as_one_graph(objective, guidance_scale):
         found.append([value.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*found, strict=True):
         assert float((a - b).abs().max()) <= 2e-5 * float(a.abs().max())
+
+
+@pytest.mark.parametrize(("objective", "fields"), [*VARIANTS, ("meanflow", {"equal_times": 0.0})])
+def test_flops_of_a_step_are_those_torch_counts(objective, fields):
+    """Of every evaluation with its tangents and gradients; and never more than 2.2 times those of flow matching."""
+    fields = {"equal_times": 0.5} | fields | ({"guidance_start": 0.0} if "guidance_start" in fields else {})
+    config = config_of("a").model_copy(update={"depth": 3})
+    model, transport = random_model(config, kernels.select("reference")), mean_flow(objective, **fields)
+    shape = (4, config.in_channels, config.input_size, config.input_size)
+    given = {"x1": torch.randn(shape), "x0": torch.randn(shape), "t": torch.full((4,), 0.2), "r": torch.full((4,), 0.7)}
+    model(given["x1"], given["t"], torch.arange(4) % 3)  # so that nothing is counted that is done once
+    with FlopCounterMode(display=False) as counter:
+        losses = transport.mean_losses(
+            model, **given, y=torch.arange(4) % 3, paired=transport.paired(0, 4).tolist(), null_label=config.null_label
+        )
+        losses["loss"].mean().backward()
+    got, want = counter.get_total_flops() / 4, training_flops_per_image(config, transport.section)
+    # The gradient of the latents is asked of nobody; that of the label table is a product of its own.
+    assert got == pytest.approx(want, rel=0.03)
+    assert want <= 2.2 * flops_per_image(config)[1]
 
 
 STEPS, LR = 1000, 1e-2

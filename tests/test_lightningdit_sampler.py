@@ -11,7 +11,7 @@ from lightningdit.config import ModelConfig, SampleConfig, paper_sample
 from lightningdit.flow import Transport
 from lightningdit.guidance import Denoiser, Guidance, apply_guidance
 from lightningdit.model import LightningDiT
-from lightningdit.sampler import sample, sample_noise
+from lightningdit.sampler import BatchSampler, sample, sample_noise
 from lightningdit.solvers import sample_ode, sample_sde, time_grid
 from tests.golden import G, J, close
 
@@ -314,3 +314,45 @@ def test_sample_refuses_what_cannot_be(model):
         sample(model, Transport(), config, torch.tensor([0]), [0, 1], shape=(4, 4, 4), null_label=NULL)
     with pytest.raises(ValueError, match="needs labels"):
         Denoiser(model, None, Guidance(2.0, NULL))
+
+
+class Averages:
+    """Exact average velocities of a flow that scales: x at time s is x at t times (1 + 2·s) / (1 + 2·t)."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, *, y, r):
+        self.calls.append((t.tolist(), r.tolist()))
+        scale = ((1 + 2 * r) / (1 + 2 * t) - 1) / (r - t)
+        return scale.view(-1, 1, 1, 1) * x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("batches", [False, True])
+def test_average_velocities_go_to_the_end_in_as_many_evaluations_as_steps(steps, batches):
+    """To the same place, whatever their number, if the averages are exact (arXiv 2505.13447, eq. 12)."""
+    network, config = Averages(), SampleConfig(mode="meanflow", mean_steps=steps, seed=3)
+    y, options = torch.tensor([0, 1]), {"shape": (4, 2, 2), "null_label": 3}
+    if batches:
+        made = BatchSampler(network, Transport(), config, **options)(y, [5, 6])
+    else:
+        made = sample(network, Transport(), config, y, [5, 6], **options)
+    torch.testing.assert_close(made.latents, 3 * sample_noise(3, [5, 6], (4, 2, 2)))
+    assert (made.nfe, made.guided_nfe) == (steps, 0) and len(network.calls) == steps
+    starts, ends = ([pairs[k][0] for pairs in network.calls] for k in (0, 1))
+    assert starts == pytest.approx([i / steps for i in range(steps)]) and ends == pytest.approx([*starts[1:], 1.0])
+
+
+def test_mode_meanflow_and_what_is_said_of_it():
+    config = SampleConfig(mode="meanflow")
+    assert (config.mean_steps, config.cfg_scale, config.solver()) == (1, 1.0, "meanflow, 1 step")
+    assert SampleConfig(mode="meanflow", mean_steps=2).solver() == "meanflow, 2 steps"
+    assert SampleConfig().solver() == "ODE euler, 250 points, shift 0.3"
+    assert "mean_steps" not in SampleConfig().stated() and config.over({"mean_steps": 4}).mean_steps == 4
+    with pytest.raises(
+        ValueError, match="cfg_scale is 2, but mode meanflow has its guidance from training; allowed: 1"
+    ):
+        SampleConfig(mode="meanflow", cfg_scale=2)
+    (note,) = SampleConfig(mean_steps=2).without_effect()
+    assert note == "sample.mean_steps is 2, but sample.mode is ODE, not meanflow"

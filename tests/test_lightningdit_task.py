@@ -29,6 +29,9 @@ MODEL = ModelConfig(
     use_rmsnorm=True,
 )
 PAPER = TransportConfig(use_cosine_loss=True, use_lognorm=True)
+PAIRED = MODEL.model_copy(update={"time_pairs": True})
+MEAN = TransportConfig(objective="meanflow")
+GUIDED = TransportConfig(objective="improved_meanflow", equal_times=0.5, guidance_scale=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +141,10 @@ def test_labels_are_dropped_in_training_alone(latents, ops):
     assert torch.equal(seen[0], torch.where(draws["drop"], 3, batch["y"])) and torch.equal(seen[1], batch["y"])
 
 
-def test_halves_of_a_batch_average_to_the_whole(latents, ops):
+@pytest.mark.parametrize(("model", "transport"), [(MODEL, PAPER), (PAIRED, MEAN), (PAIRED, GUIDED)])
+def test_halves_of_a_batch_average_to_the_whole(latents, ops, model, transport):
     """What slicing by process and micro-batch relies on."""
-    t = task(latents, ops)
+    t = task(latents, ops, model, transport)
     batch, draws = t.batches.batch(torch.zeros(16), torch.arange(16)), t.draw(3, 16, "cpu")
 
     def gradient(*slices):
@@ -153,6 +157,90 @@ def test_halves_of_a_batch_average_to_the_whole(latents, ops):
     whole, halves = gradient(slice(0, 16)), gradient(slice(0, 8), slice(8, 16))
     assert whole.abs().max() > 0
     torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_of_average_velocities(latents, ops):
+    """Two times of each sample, t before r; which of them count is of the sample's number alone, and of the host."""
+    t = task(latents, ops, PAIRED, MEAN.model_copy(update={"use_lognorm": True}))
+    first, other, again = t.draw(5, 64, "cpu"), t.draw(6, 64, "cpu"), t.draw(5, 64, "cpu")
+    assert first.keys() == {"noise", "t", "drop", "r", "paired"} and bool((first["t"] <= first["r"]).all())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["r"], other["r"]) and torch.equal(first["paired"], other["paired"])
+    assert int(first["paired"].sum()) == 16 and first["paired"].dtype == torch.bool
+    places = {name: again[name].data_ptr() for name in ("noise", "t", "drop", "r")}
+    rewritten = t.draw(6, 64, "cpu", out=again)
+    assert all(rewritten[name].data_ptr() == place for name, place in places.items()), "graphs find them there"
+    assert all(torch.equal(rewritten[name], value) for name, value in other.items())
+    drawn = t.draw(1, 20_000, "cpu")
+    normal = stats.norm.cdf(drawn["t"].logit()), stats.norm.cdf(drawn["r"].logit())
+    assert stats.kstest(normal[0], lambda x: 1 - (1 - x) ** 2).pvalue > 0.01
+    assert stats.kstest(normal[1], lambda x: x**2).pvalue > 0.01
+
+
+@pytest.mark.parametrize("transport", [MEAN, GUIDED])
+def test_a_step_of_average_velocities_and_what_it_logs(latents, ops, transport):
+    t = task(latents, ops, PAIRED, transport)
+    logged, loss = one_step(t)
+    assert set(logged) == {"loss", "mse"} and not any(v.requires_grad for v in logged.values())
+    assert loss.item() == pytest.approx(1.0, abs=1e-3), "p = 1: the sum of squares over itself"
+    batch, draws = t.batches.batch(torch.zeros(16), torch.arange(16)), t.draw(1, 16, "cpu")
+    # A new network predicts zero, and so do its tangents: what is left is the velocity.
+    assert float(logged["mse"]) == pytest.approx(float((batch["x"] - draws["noise"]).square().mean()), rel=1e-5)
+
+
+def test_validation_of_average_velocities(latents, ops):
+    """The same times and samples of two times in any batches, as quantiles; without gradients and label drops."""
+    t = task(latents, ops, PAIRED, GUIDED)
+    parts = [t.validation_draws(number, 10, "cpu") for number in range(10)]
+    times, ends, paired = (torch.cat([part[name] for part in parts]) for name in ("t", "r", "paired"))
+    whole = t.validation_draws(0, 100, "cpu")
+    assert torch.allclose(times, whole["t"]) and torch.allclose(ends, whole["r"])
+    assert torch.equal(paired, whole["paired"]) and bool((times <= ends).all())
+    assert stats.kstest(times.double().numpy(), lambda x: 1 - (1 - x) ** 2).statistic < 0.03
+    assert stats.kstest(ends.double().numpy(), lambda x: x**2).statistic < 0.05
+    batch = t.batches.batch(torch.zeros(10), torch.arange(10))
+    logged = t.validate(t.networks, batch, parts[0])
+    assert not any(v.requires_grad for v in logged.values())
+    dropped = t.validate(t.networks, batch, parts[0] | {"drop": torch.ones(10, dtype=torch.bool)})
+    assert torch.equal(logged["mse"], dropped["mse"]) and logged["loss_t0.1"].isfinite().any()
+    total = torch.stack([logged[f"loss_t{t}"] for t in (0.1, 0.3, 0.5, 0.7, 0.9)]).nansum(0)
+    assert float(total.mean()) == pytest.approx(float(logged["mse"]), rel=1e-5)
+
+
+def test_an_objective_that_the_model_does_not_fit_is_refused(latents, ops):
+    with pytest.raises(ValueError, match=r"transport\.objective meanflow needs model\.time_pairs: true"):
+        task(latents, ops, MODEL, MEAN)
+    with pytest.raises(ValueError, match=r"guidance_scale 1\.5 needs a null label; set model\.class_dropout_prob"):
+        task(latents, ops, PAIRED.model_copy(update={"class_dropout_prob": 0.0}), GUIDED)
+
+
+def test_it_learns_its_classes_in_one_step(latents, ops):
+    """Adam on improved MeanFlow, then one evaluation lands on the class asked for."""
+    t = task(latents, ops, PAIRED, TransportConfig(objective="improved_meanflow", equal_times=0.5))
+    network = t.networks["model"].train()
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    for step in range(1, 121):
+        optimizer.zero_grad()
+        one_step(t, step, 60)
+        optimizer.step()
+    y, config = torch.tensor([0, 1, 2]), SampleConfig(mode="meanflow")
+    made = sample(network.eval(), Transport(), config, y, [0, 1, 2], shape=(4, 4, 4), null_label=3)
+    means = t.batches.statistics.denormalise(made.latents).mean((1, 2, 3))
+    assert made.nfe == 1 and (means - torch.tensor([-4.0, 0.0, 4.0])).abs().max() < 1.5
+
+
+def test_a_network_of_one_time_is_gone_on_from(latents, ops, tmp_path):
+    """Its weights, and a second time that adds nothing; half of those of a second time are no such file."""
+    flow, t = task(latents, ops), task(latents, ops, PAIRED, MEAN, seed=1)
+    state = {k: v.detach() + 0.01 for k, v in flow.networks["model"].state_dict().items()}
+    save_published(tmp_path / "flow.pt", state, state)
+    t.load_weights(str(tmp_path / "flow.pt"))
+    found = t.networks["model"].state_dict()
+    assert all(torch.equal(found[k], v) for k, v in state.items()) and not found["r_embedder.mlp.2.weight"].any()
+    state |= {"r_embedder.mlp.0.bias": found["r_embedder.mlp.0.bias"]}
+    save_published(tmp_path / "half.pt", state, state)
+    with pytest.raises(ValueError, match=r"r_embedder\.mlp\.0\.weight"):
+        t.load_weights(str(tmp_path / "half.pt"))
 
 
 def test_validation_has_no_gradient(latents, ops):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from kernels.backends.device import triton_reasons
 from kernels.backends.triton_launch import INTERPRETED
+from kernels.forward_mode import Dual
 from lightningdit.config import ModelConfig
 from lightningdit.flow import Transport
 from lightningdit.model import LightningDiT
@@ -109,6 +110,67 @@ def test_bytes_that_a_block_moves_forward():
     want = 2 * 4 + (3 + 1) + 3 * hidden + (1 + 3) + (1 + 1) + (1 + 2 * hidden) + (hidden + 1)
     got = (moved_bytes(two.forward, TENSOR) - moved_bytes(one.forward, TENSOR)) / (TENSOR * 2)
     assert got == pytest.approx(want, rel=0.15)  # weights, tables and statistics come on top
+
+
+class Average(torch.nn.Module):
+    """What MeanFlow makes of the network for samples with two times: u less (r - t)·du/dt, one pass with tangents."""
+
+    def __init__(self, network: LightningDiT):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t, y, r, tangent):
+        u = self.network(Dual(x, tangent), Dual(t, torch.ones_like(t)), y, r)
+        return u.value - ((r - t).view(-1, 1, 1, 1) * u.tangent).detach()
+
+
+@cache
+def graphs_with_tangents(depth: int):
+    if reasons := triton_reasons():
+        pytest.skip("; ".join(reasons))
+    device = "cpu" if INTERPRETED else "cuda"
+    config = ModelConfig(**SHAPE, **PAPER, depth=depth, time_pairs=True)
+    network = LightningDiT(config, kernels.select("triton", **TANGENT_OPS), torch.float32).to(device, torch.float16)
+    latents = torch.randn(2, BATCH, 4, 16, 16)
+    inputs = latents[0], torch.rand(BATCH), torch.tensor([1, 2]), torch.rand(BATCH), latents[1]
+    return trace(Average(network), *(value.to(device) for value in inputs))
+
+
+#: `select("triton")` names them so too; said, because the passes below are theirs.
+TANGENT_OPS = {op.name: "triton" for op in kernels.OPS.values() if op.forward_mode_of and "triton" in op.backends}
+FORWARD_WITH_TANGENTS = {
+    "aten.mm.default": 8,
+    "ldit.gated_residual_adaln_rms_norm_jvp_fwd.default": 2,
+    "ldit.rope_attention_jvp_fwd.default": 1,
+    "ldit.swiglu_jvp_fwd.default": 1,
+}
+
+
+def test_passes_over_the_tokens_in_a_block_with_tangents():
+    """Forward twice the products, and as many ops as without; the gradients are those of a pass without tangents."""
+    one, two = graphs_with_tangents(1), graphs_with_tangents(2)
+    found = [
+        Counter(passes(getattr(two, n), TENSOR)) - Counter(passes(getattr(one, n), TENSOR))
+        for n in ("forward", "backward")
+    ]
+    assert found[0] == FORWARD_WITH_TANGENTS, f"forward: {found[0]}"
+    assert found[1] == BACKWARD, f"backward: {found[1]}"
+
+
+def test_bytes_of_a_step_with_tangents():
+    """Of a block, all samples with two times: at most twice those of flow matching forward, and as many backward. With
+    the most evaluations without gradients that there are, two of each sample, at most 2.2 times as many in a step."""
+    bytes_of = {
+        name: [
+            moved_bytes(getattr(g(2), part), TENSOR) - moved_bytes(getattr(g(1), part), TENSOR)
+            for part in ("forward", "backward")
+        ]
+        for name, g in (("flow", lambda depth: standard(depth, torch.float32)), ("tangents", graphs_with_tangents))
+    }
+    (forward, backward), (both, gradients) = bytes_of["flow"], bytes_of["tangents"]
+    assert forward * 1.8 < both <= 2.0 * forward and gradients == backward
+    assert both + gradients <= 1.4 * (forward + backward)
+    assert both + gradients + 2 * forward <= 2.2 * (forward + backward)
 
 
 def test_nothing_is_made_on_the_host():

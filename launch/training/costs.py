@@ -43,7 +43,7 @@ def lightningdit_costs(run: LightningDiTRun, kinds: Sequence[Kind]) -> dict[Kind
     widths = {"weight_bytes": BYTES[run.train.precision], "residual_bytes": BYTES[run.train.residual_dtype]}
     widths["residual_bytes"] = max(widths.values())
     whole = run.train.compile in ("auto", "inductor", "cudagraphs") and run.deepspeed.zero_stage < 3
-    _, flops = dit_cost.flops_per_image(run.network())
+    flops = round(dit_cost.training_flops_per_image(run.network(), run.transport))
 
     def cost(kind: Kind) -> NetworkCost:
         network = run.network().model_copy(update={"use_checkpoint": kind})

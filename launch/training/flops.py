@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cache
 
 from launch.config import LightningDiTRun, Run, VavaeRun
-from lightningdit.cost import flops_per_image
+from lightningdit.cost import training_flops_per_image
 from vavae.config import loss_at
 
 
@@ -14,7 +14,7 @@ def training_flops(run: Run, num_images: int) -> Callable[[int], float]:
     num_images: of an epoch. For a tokenizer the first call of each kind takes seconds: operators are counted.
     """
     if isinstance(run, LightningDiTRun):
-        _, training = flops_per_image(run.network())
+        training = training_flops_per_image(run.network(), run.transport)
         return lambda step: training
     return _of_tokenizer(run, num_images)
 
