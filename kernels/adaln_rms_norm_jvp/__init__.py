@@ -1,4 +1,4 @@
-"""`kernels.adaln_rms_norm` and its tangent, in one pass.
+"""RMS norm and adaptive modulation with its tangent, in one pass.
 
     adaln_rms_norm_jvp(x, x_tangent, weight, shift, shift_tangent, scale, scale_tangent, eps, *, out_dtype=None)
         → (y, y_tangent)

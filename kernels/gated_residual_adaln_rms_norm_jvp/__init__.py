@@ -1,4 +1,4 @@
-"""`kernels.gated_residual_adaln_rms_norm` and its tangents, in one pass.
+"""A gated residual and the modulated RMS norm after it with their tangents, in one pass.
 
     gated_residual_adaln_rms_norm_jvp(
         x, x_tangent, branch, branch_tangent, gate, gate_tangent, weight,

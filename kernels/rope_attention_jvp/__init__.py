@@ -1,4 +1,4 @@
-"""`kernels.rope_attention` and its tangent, in one pass over the keys.
+"""Softmax attention over a packed projection with its tangent, in one pass over the keys.
 
     rope_attention_jvp(qkv, qkv_tangent, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None)
         → (out, out_tangent)

@@ -1,4 +1,4 @@
-"""`kernels.stacked_linear` and its tangent by one product: `x · weightᵀ + bias`, `x_tangent · weightᵀ` of all layers.
+"""Equally wide linear layers of one input with their tangent, by one product: also `x_tangent · weightᵀ` of each.
 
     stacked_linear_jvp(x, x_tangent, weights, biases) → (y, y_tangent)
 

@@ -1,4 +1,4 @@
-"""`kernels.swiglu` and its tangent, in one pass: `silu(gate) · up` and `silu'(gate) · gate_t · up + silu(gate) · up_t`.
+"""The activation of SwiGLU with its tangent, in one pass: `silu'(gate) · gate_t · up + silu(gate) · up_t`.
 
     swiglu_jvp(gate_up, gate_up_tangent, *, bias=None) → (activated, activated_tangent)
 
