@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 
 import numpy as np
@@ -25,6 +26,9 @@ def hasty(tmp_path, monkeypatch):
         if not section:
             del content["sample"]
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    one_step = yaml.safe_load((quickstart.CONFIGS / "digits_one_step.yaml").read_text())
+    one_step["train"] |= {"max_steps": 2}
+    (configs / "digits_one_step.yaml").write_text(yaml.safe_dump(one_step))
     monkeypatch.setattr(quickstart, "CONFIGS", configs)
     hurried = functools.partial(foundation.train_foundation, steps=2)
     monkeypatch.setattr(quickstart, "train_foundation", hurried)
@@ -50,6 +54,25 @@ def test_every_stage_runs_and_the_limits_are_checked(hasty, capsys):
     assert quickstart.main(["--output", str(hasty), "--seed", "5"]) == 1  # nothing is made twice
     assert "resumed  checkpoint " in (text := capsys.readouterr().out) and "is already there" in text
     assert (hasty / "samples.png").read_bytes() == images
+
+
+def test_one_step_goes_on_from_the_model_of_flow_matching(hasty, capsys):
+    """Its own run, weights, samples and report beside the others; the table is that of samples in one evaluation."""
+    assert quickstart.main(["--output", str(hasty), "--one-step"]) == 1  # two steps meet no limit
+    text = capsys.readouterr().out
+    assert all(f"── {n}/8" in text for n in range(1, 9)) and "one-step samples an SVC recognises" in text
+    assert re.search(rf"train\.weight_init=\S*{hasty}/lightningdit\.safetensors", text)
+    report = json.loads((hasty / "one_step/report.json").read_text())
+    assert report["made"]["nfe"] == 1 and report["made"]["solver"] == "meanflow, 1 step" and report["samples"] == 100
+    assert report["missed"] and "lightningdit" in report["seconds"] and "one_step" in report["seconds"]
+    for name in ("samples.png", "losses.png", "gallery.html", "lightningdit.safetensors"):
+        assert (hasty / "one_step" / name).stat().st_size > 0
+    assert not (hasty / "report.json").exists() and not (hasty / "samples").exists()
+    first = (hasty / "one_step/lightningdit.safetensors").read_bytes()
+    assert quickstart.main(["--output", str(hasty), "--one-step"]) == 1  # nothing is made twice
+    assert (hasty / "one_step/lightningdit.safetensors").read_bytes() == first
+    with pytest.raises(SystemExit):
+        quickstart.main(["--output", str(hasty), "--until", "one_step"])
 
 
 def test_until_stops_early(hasty, capsys):
