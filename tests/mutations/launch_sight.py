@@ -132,8 +132,8 @@ MISTAKES = {
     # Validation.
     "times_drawn_anew": Mistake(
         "lightningdit/task.py",
-        '        draws["t"].copy_(self.transport.timesteps_at((0.5 + GOLDEN * places) % 1))\n',
-        "",
+        "            t = self.transport.timesteps_at(shares)\n        draws",
+        "            t = draws['t']\n        draws",
         FIXED_TIMES,
     ),
     "times_of_the_first_batch_in_all": Mistake(
@@ -144,8 +144,8 @@ MISTAKES = {
     ),
     "uniform_times_where_training_has_others": Mistake(
         "lightningdit/flow.py",
-        "(logit_normal(torch.special.ndtri(shares)) if self.use_lognorm else shares)",
-        "shares",
+        "quantiles = self._logit_normal(torch.special.ndtri(shares)) if self.use_lognorm else shares",
+        "quantiles = shares",
         FIXED_TIMES,
     ),
     "losses_by_time_over_all_samples": Mistake(

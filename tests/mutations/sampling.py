@@ -58,7 +58,7 @@ MISTAKES = {
         f"{GRAPHS}test_results_of_a_batch_outlive_the_next",
     ),
     "presets_over_what_is_set": Mistake(
-        "lightningdit/config.py", "SAMPLE_PRESETS[preset] | values if", "values | SAMPLE_PRESETS[preset] if",
+        "lightningdit/config.py", "SAMPLE_PRESETS[preset] | values", "values | SAMPLE_PRESETS[preset]",
         f"{FILES}test_a_preset_gives_values_to_keys_that_are_not_set",
     ),
     "a_later_checkpoint_guides": Mistake(

@@ -23,13 +23,14 @@ from tests.mutations import (
     launch_sight,
     launch_sweeps,
     lightningdit,
+    meanflow,
     sampling,
     vavae,
 )  # fmt: skip
 
 PACKAGES = {
     "csrc": (csrc,), "kernels": (kernels,), "common": (common,), "vavae": (vavae,),
-    "lightningdit": (lightningdit, sampling),
+    "lightningdit": (lightningdit, meanflow, sampling),
     "launch": (
         launch, launch_device_batches, launch_evaluation, launch_exporting, launch_extraction, launch_faults,
         launch_gallery, launch_incidents, launch_planning, launch_programs, launch_run_files, launch_sampling,
