@@ -27,7 +27,7 @@ def func_jvp(op: Op) -> Adapter:
             found = primal(**given | dict(zip(names, values, strict=True)))
             return found if isinstance(found, tuple) else (found,)
 
-        results, moved = torch.func.jvp(call, tuple(given[name] for name in names), tuple(tangents.values()))
+        results, moved, *_ = torch.func.jvp(call, tuple(given[name] for name in names), tuple(tangents.values()))
         return tuple(t for pair in zip(results, moved, strict=True) for t in (pair[0], pair[1].detach()))
 
     return Adapter(run)
