@@ -3,8 +3,9 @@
     python -m bench.step [--model NAME] [--batch N] [--variant NAME] [--kernels [OP=]BACKEND] [--quick] [--out FILE]
 
 The headline row is the variant "trainer": the loop that `python -m launch train` runs, with DeepSpeed, on the run file
-of the 64 epochs. Baselines in the same run are the plain model, eager and under torch.compile. Ends with 1 if a variant
-is wrong or fails, with 2 if there is no GPU. Variants are timed one after the other, as memory does not hold several. A
+of the 64 epochs. Baselines in the same run are the plain model, eager and under torch.compile. Steps of MeanFlow are a
+group of their own: "meanflow", and the plain model's by torch.func.jvp, "plain-meanflow". Ends with 1 if a variant is
+wrong or fails, with 2 if there is no GPU. Variants are timed one after the other, as memory does not hold several. A
 run that is cut off leaves a row of each variant that had started.
 """
 
@@ -25,10 +26,9 @@ from bench.measure.progress import Ready
 from bench.measure.rows import Row
 from bench.measure.timing import Iteration
 from bench.workloads.published import published_config
-from bench.workloads.training import STEPS
+from bench.workloads.training import STEPS, flops_per_step
 from bench.workloads.variants import TRAINING, TrainingVariant
 from lightningdit.config import MODEL_NAMES, ModelConfig
-from lightningdit.cost import flops_per_image
 
 IMAGES = 64 * 1_281_167  # of 64 epochs of ImageNet
 BATCHES: dict[str, tuple[int, ...]] = {
@@ -48,16 +48,28 @@ class StepJob(Varied):
     batch: int
     variants: tuple[TrainingVariant, ...]
 
+    @property
+    def objective(self) -> str:
+        """That of all its variants."""
+        return self.variants[0].objective
+
     def __str__(self) -> str:
-        return f"{self.model} batch {self.batch}"
+        return f"{self.model} batch {self.batch}" + (f" {self.objective}" if self.objective != "flow" else "")
 
 
 def jobs(models: list[str], batches: list[int], names: list[str], asked: Sequence[str] = ()) -> Iterator[StepJob]:
-    """The largest model first, each at its own batches unless some are given; `asked`: backends of other ops."""
+    """The largest model first, each at its own batches unless some are given; `asked`: backends of other ops.
+
+    Variants of another objective are another job: neither losses nor times are compared across.
+    """
+    by_objective: dict[str, list[TrainingVariant]] = {}
+    for variant in (TRAINING[name].on(asked) for name in names):
+        by_objective.setdefault(variant.objective, []).append(variant)
     for model in models:
         config = published_config(model)
         for batch in batches or BATCHES.get(model, (128,)):
-            yield StepJob(model, config, batch, tuple(TRAINING[name].on(asked) for name in names))
+            for variants in by_objective.values():
+                yield StepJob(model, config, batch, tuple(variants))
 
 
 @dataclass(frozen=True)
@@ -92,18 +104,18 @@ class StepComparison(Comparison):
             for _ in range(2):  # compiles, tunes, fills caches
                 step()
             about["loss"] = None if first is None else float(first)
+            about["flops"] = flops_per_step(job.config, job.batch, job.variant(name).objective)
             return Ready({"": Iteration(step)}, about["loss"], about, close=failing.pop_all().close)
 
     def wrong(self, job: StepJob, values: Mapping[str, float | None], shared: None) -> dict[str, str]:
         return wrong_losses(values)
 
     def figures(self, job: StepJob, ready: Ready) -> Row:
-        rate, flops = job.batch / ready.seconds(), flops_per_image(job.config)[1]
+        rate = job.batch / ready.seconds()
         hours = IMAGES / (8 * rate) / 3600
         return {
             "images_per_second": rate,
-            "flops": flops * job.batch,
-            **self.limits(rate * flops),
+            **self.limits(ready.about["flops"] / ready.seconds()),
             "extrapolated": {"gpus": 8, "epochs": 64, "hours": hours, "times_faster_than_10_hours": 10 / hours},
         }
 

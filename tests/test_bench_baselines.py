@@ -1,15 +1,17 @@
 """The adapters compute the ops: with stand-ins of the packages' signatures, checked as our own backends are."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import kernels
-from bench.baselines import BASELINES
+from bench.baselines import BASELINES, Adapter
 from bench.measure.work import Reference
 from bench.ops import ready
 from bench.workloads.providers import providers_for
+from kernels.testing.tolerance import leaves, named
 from tests import stand_ins
 
 PACKAGES = ("liger_kernel", "apex", "quack", "flash_attn", "flash_attn_interface", "deepspeed")
@@ -36,6 +38,8 @@ CASES = {
     "no_copy",
     "no_decay",
     "late",
+    "odd_flat",
+    "many",  # stacked layers
 }
 
 
@@ -95,7 +99,7 @@ def test_packages_that_are_missing_are_said_to_be(monkeypatch):
         inputs = kernels.OPS[op].cases[0].inputs(torch.float16 if op == "rope_attention" else torch.float32)
         for provider in providers:
             adapter, status, reason = ready(provider, inputs)
-            if not provider.name.startswith(("sdpa", "torch")):
+            if not provider.name.startswith(("sdpa", "torch", "func-jvp")):
                 assert (adapter, status) == (None, "unavailable") and reason.startswith("not installed: "), provider
                 missing |= {package for package in PACKAGES if package in reason}
     assert missing == set(PACKAGES)
@@ -173,3 +177,59 @@ def test_compiled_baselines_take_part_beside_the_plain_ones():
     found["sdpa-flash-compile"].load()
     found["compile"].load()
     assert len(compiled) == 2 and "torch.compile of" in found["sdpa-flash-compile"].includes
+
+
+FORWARD_MODES = [op for op in kernels.OPS.values() if op.forward_mode_of]
+forward_modes = pytest.mark.parametrize("op", FORWARD_MODES, ids=lambda op: op.name)
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+def by_name(op, compiler=lambda function: function) -> dict:
+    return {provider.name: provider for provider in providers_for(op, compiler)}
+
+
+@forward_modes
+def test_every_forward_mode_is_held_against_that_of_torch(op):
+    """Of the op's reference, and of nothing else: in every small case, in 16 bits too."""
+    names = list(by_name(op))
+    assert names[names.index("func-jvp") :] == ["func-jvp", "func-jvp-compile"]
+    provider = by_name(op)["func-jvp"]
+    assert op.forward_mode_of in provider.includes
+    for case in op.cases:
+        for dtype in op.dtypes & case.dtypes & set(FLOATS):
+            if not case.production:
+                expected = Reference(op, case.inputs(dtype))
+                for direction in ("forward", "backward"):
+                    assert not expected.mismatches(provider.load(), direction), f"{case.id} {dtype} {direction}"
+
+
+def test_ops_without_tangents_have_no_such_peer():
+    assert {name for name in kernels.OPS if "func-jvp" in by_name(kernels.OPS[name])} == {o.name for o in FORWARD_MODES}
+
+
+@forward_modes
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_forward_modes_of_torch_compile_as_one_graph(op, dtype):
+    compiler = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    for case in (case for case in op.cases if case.id in ("odd", "bias", "odd_no_shift")):
+        torch._dynamo.reset()
+        adapter, expected = by_name(op, compiler)["func-jvp-compile"].load(), Reference(op, case.inputs(dtype))
+        for direction in ("forward", "backward"):
+            assert not expected.mismatches(adapter, direction), f"{case.id} {direction}"
+
+
+@forward_modes
+def test_tangents_of_torch_are_constants_to_autograd(op):
+    inputs = next(case for case in op.cases if case.id == "odd").inputs(torch.float32)
+    asked = leaves(inputs, [name for name in op.differentiable if inputs[name] is not None])
+    results = list(named(by_name(op)["func-jvp"].load().run(**inputs | asked)).values())
+    assert [result.requires_grad for result in results] == [True, False] * (len(results) // 2)
+
+
+def test_a_wrong_tangent_is_found():
+    op = kernels.OPS["swiglu_jvp"]
+    inputs = next(case for case in op.cases if case.id == "odd").inputs(torch.float32)
+    run = by_name(op)["func-jvp"].load().run
+    adapter = Adapter(lambda gate_up, gate_up_tangent, *, bias=None: run(gate_up=gate_up, gate_up_tangent=gate_up))
+    (found,) = Reference(op, inputs).mismatches(adapter, "forward")
+    assert found.startswith("result 1: error")

@@ -120,6 +120,18 @@ def test_rows_of_a_job(tmp_path, capsys):
     assert "swiglu odd float32 forward  eager" in capsys.readouterr().out
 
 
+def test_forward_modes_are_timed_beside_those_of_torch():
+    op = kernels.OPS["swiglu_jvp"]
+    names = ("eager", "func-jvp", "func-jvp-compile")
+    written = bench(invited=names.__contains__).run(OpJob(op, case_of(op, "odd"), torch.float32))
+    assert [(row["direction"], row["provider"], row["status"]) for row in written] == [
+        (direction, name, "ok") for direction in ("forward", "backward") for name in names
+    ]
+    for row in written:
+        assert set(row["times_faster_than"]) == set(names) - {row["provider"]}
+        assert ("of the reference of swiglu" in row["includes"]) == row["provider"].startswith("func-jvp")
+
+
 def test_a_row_from_a_cpu_does_not_look_like_one_from_a_gpu(tmp_path):
     out = tmp_path / "rows.jsonl"
     row = bench(out, invited=lambda name: name == "eager").run(OpJob(SWIGLU, case_of(SWIGLU, "odd"), torch.float32))[0]

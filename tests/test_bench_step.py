@@ -4,18 +4,24 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import step as bench_step
 from bench.measure.breakdown import Interval, breakdown, kind_of, longest
 from bench.measure.rows import Log, read
 from bench.measure.timing import HostDevice
+from bench.pages.comparison_tables import steps as table_of_steps
+from bench.pages.measured import Measured
 from bench.step import StepComparison, StepJob, jobs, wrong_losses
+from bench.triage.records import compare_steps
 from bench.triage.rehearsal import TINY
 from bench.workloads import backends
 from bench.workloads.plain import PlainLightningDiT
@@ -26,12 +32,16 @@ from bench.workloads.training import (
     LR,
     BareStep,
     Inputs,
+    MeanInputs,
     PlainStep,
+    flops_per_step,
     make_network,
     seeded,
 )
 from bench.workloads.variants import TRAINING, TrainingVariant
 from kernels import OPS, select
+from kernels.forward_mode import Dual
+from lightningdit.cost import flops_per_image
 from lightningdit.model import LightningDiT
 from tests.golden import close, close_grads
 from vavae.config import AutoencoderConfig
@@ -40,6 +50,9 @@ from vavae.model import AutoencoderKL
 ROOT = Path(__file__).parents[1]
 BARE = TrainingVariant("bare", "bare", kernels="reference", compile="none")
 PLAIN = TrainingVariant("plain-eager", "plain", compile="none")
+PAIRS = TINY.model_copy(update={"time_pairs": True})
+MEANFLOW = replace(TRAINING["meanflow"], kernels="reference", compile="none")
+PLAIN_MEANFLOW = TRAINING["plain-meanflow"]
 
 
 def test_the_plain_peer_is_our_network():
@@ -210,6 +223,163 @@ def test_another_loss_is_incorrect_and_not_timed():
 def test_jobs_of_a_run():
     assert [job.batch for job in jobs(["LightningDiT-XL/1"], [], ["bare"])] == [128, 64]
     assert [str(job) for job in jobs(["LightningDiT-XL/1"], [32], ["bare"])] == ["LightningDiT-XL/1 batch 32"]
+
+
+# MeanFlow
+
+
+def duals(count: int = 3) -> tuple:
+    """Latents and times with tangents, labels, and second times."""
+    x1, x0, (t, r), y = MeanInputs(PAIRS, count, "cpu").sets[0]
+    return Dual(x1, x0), Dual(t, torch.ones_like(t)), y, r
+
+
+def test_the_plain_peer_has_the_tangents_of_our_network():
+    """In float32: outputs, tangents, and the gradients of every weight, which go through outputs alone."""
+    ours = make_network(PAIRS, select("reference"), "cpu")
+    plain = PlainLightningDiT(make_network(PAIRS, select("reference"), "cpu"), autocast=None)
+    x, t, y, r = duals()
+    got, want = plain(x, t, y, r), ours(x, t, y, r)
+    assert got.value.requires_grad and not got.tangent.requires_grad
+    for name, found, wanted in zip(("output", "tangent"), got, want, strict=True):
+        close(name, found, wanted.detach(), atol=1e-5)
+    close("output without tangents", plain(x.value, t.value, y, r), want.value.detach(), atol=1e-5)
+    for result in (got, want):
+        result.value.square().mean().backward()
+    theirs, mine = ({n: p.grad for n, p in net.named_parameters() if p.requires_grad} for net in (plain.network, ours))
+    assert theirs["r_embedder.mlp.0.weight"].any()
+    close_grads("plain", theirs, mine)
+
+
+def test_only_attention_with_tangents_is_written_out():
+    seen: set[str] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func._schema.name)
+            return func(*args, **kwargs or {})
+
+    plain = PlainLightningDiT(make_network(PAIRS, select("reference"), "cpu"), autocast=None)
+    x, t, y, r = duals()
+    fused = []
+    for given in ((x, t), (x.value, t.value)):
+        seen.clear()
+        with Names():
+            plain(*given, y, r)
+        fused.append(any("scaled_dot_product" in name for name in seen))
+    assert fused == [False, True]
+
+
+@pytest.mark.parametrize("compile", ["none", "aot_eager"])
+def test_both_engines_take_the_steps_of_meanflow(compile):
+    """bfloat16 products, so the numbers compared agree to its 8 bits; they are not those of the adaptive weight."""
+    torch._dynamo.reset()
+    bare, plain = (
+        BareStep(replace(MEANFLOW, compile=compile), TINY, 8, "cpu"),
+        PlainStep(PLAIN_MEANFLOW, TINY, 8, "cpu"),
+    )
+    assert isinstance(bare.inputs, MeanInputs) and sum(bare.inputs.paired) == 2
+    pairs = [(float(bare()), float(plain())) for _ in range(4)]
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in pairs)
+    assert max(a for a, _ in pairs) > 1.1 * min(a for a, _ in pairs)
+    assert float(bare.optimizer.norm) == pytest.approx(float(plain.norm), rel=0.1)
+
+
+def test_what_is_minimised_is_the_loss_of_meanflow():
+    inputs, network = MeanInputs(PAIRS, 4, "cpu"), make_network(PAIRS, select("reference"), "cpu")
+    x1, x0, (t, r), y = inputs.sets[0]
+    want = inputs.transport.mean_losses(network, x1, t=t, r=r, x0=x0, paired=[True, False, False, False], y=y)
+    loss, compared = inputs.losses(network)
+    assert torch.equal(loss, want["loss"].mean()) and torch.equal(compared, want["mse"].mean())
+    assert bool((t <= r).all()) and not torch.equal(inputs.sets[1][2], inputs.sets[0][2])
+
+
+def test_rows_of_meanflow():
+    """Their own group: compared with each other, with the FLOPs of their own steps."""
+    rows = {row["variant"]: row for row in bench().run(StepJob("tiny", TINY, 4, (MEANFLOW, PLAIN_MEANFLOW)))}
+    ours, plain = rows["meanflow"], rows["plain-meanflow"]
+    assert ours["status"] == plain["status"] == "ok" and ours["features"]["objective"] == "meanflow"
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=0.02) and ours["loss"] > 1.5
+    assert ours["times_faster_than"] == {"plain-meanflow": pytest.approx(plain["p50_ms"] / ours["p50_ms"])}
+    assert ours["flops"] == plain["flops"] == flops_per_step(TINY, 4, "meanflow") and ours["mfu"] is None
+    flow = bench().run(StepJob("tiny", TINY, 4, (PLAIN,)))[0]
+    assert flow["flops"] == 4 * flops_per_image(TINY)[1] and flow["features"]["objective"] == "flow"
+
+
+@pytest.mark.parametrize("batch", [4, 6])
+def test_flops_of_meanflow_are_those_of_the_products(batch):
+    """Counted by torch in a pass with tangents and one without; gradients are twice the pass without.
+
+    Of our network: `torch.func.jvp` also multiplies by the tangents of weights, which are zeros.
+    """
+    network = make_network(PAIRS, select("reference"), "cpu")
+    x, t, y, r = duals(1)
+    counted = []
+    for given in ((x, t), (x.value, t.value)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(*given, y, r)
+        counted.append(counter.get_total_flops())
+    with_tangents, without = counted
+    pairs = sum(MeanInputs(PAIRS, batch, "cpu").paired)
+    want = 3 * batch * without + pairs * (with_tangents - without)
+    assert pairs == {4: 1, 6: 2}[batch] and flops_per_step(PAIRS, batch, "meanflow") == want
+    assert flops_per_step(PAIRS, batch, "flow") < want < 2 * flops_per_step(PAIRS, batch, "flow")
+
+
+def test_a_loss_of_meanflow_is_checked_beside_the_plain_models():
+    def make(variant, *arguments):
+        step = PlainStep(PLAIN_MEANFLOW, *arguments)
+        return (lambda: step() * 1.1) if variant.name == "meanflow" else step
+
+    rows = bench(make=make).run(StepJob("tiny", TINY, 4, (MEANFLOW, PLAIN_MEANFLOW)))
+    assert {row["variant"]: row["status"] for row in rows} == {"meanflow": "incorrect", "plain-meanflow": "ok"}
+
+
+def test_variants_of_another_objective_are_another_job():
+    """Everybody takes part in one, the plain model's first."""
+    flow, mean = jobs(["LightningDiT-XL/1"], [128], list(TRAINING))
+    assert (str(flow), str(mean)) == ("LightningDiT-XL/1 batch 128", "LightningDiT-XL/1 batch 128 meanflow")
+    assert mean.providers == ("meanflow", "plain-meanflow") and bench().order(mean) == ["plain-meanflow", "meanflow"]
+    assert {*flow.providers, *mean.providers} == set(TRAINING) and len(flow.providers) == len(TRAINING) - 2
+    assert not {"meanflow", "plain-meanflow"} & set(bench_step.QUICK)
+    (asked,) = jobs(["LightningDiT-XL/1"], [128], ["meanflow"], ["swiglu=triton"])
+    assert asked.providers == ("meanflow+swiglu=triton",) and asked.objective == "meanflow"
+
+
+def planted(variant: str, objective: str, ms: float, **ratios: float) -> dict:
+    return {
+        "kind": "step",
+        "model": "LightningDiT-XL/1",
+        "batch": 128,
+        "variant": variant,
+        "gpu": "NVIDIA H200",
+        "device": "cuda",
+        "revision": "1",
+        "status": "ok",
+        "reason": "",
+        "features": {"engine": "plain" if "plain" in variant else "bare", "objective": objective},
+        "loss": 2.0 if objective == "flow" else 3.0,
+        "p50_ms": ms,
+        "spread": 0.01,
+        "images_per_second": 128e3 / ms,
+        "times_faster_than": {name.replace("_", "-"): ratio for name, ratio in ratios.items()},
+    }
+
+
+def test_pages_and_the_triage_keep_objectives_apart():
+    """A ratio over the plain model is over the one that is trained alike, and MeanFlow is no headline."""
+    rows = [
+        planted("bare", "flow", 200.0, plain_eager=3.0),
+        planted("plain-eager", "flow", 600.0),
+        planted("meanflow", "meanflow", 250.0, plain_meanflow=4.0),
+        planted("plain-meanflow", "meanflow", 1000.0),
+    ]
+    changed = {row["variant"]: row["times_faster_than"] for row in compare_steps(rows)}
+    assert changed == {"plain-eager": {"bare": pytest.approx(1 / 3)}, "plain-meanflow": {"meanflow": 0.25}}
+    measured = Measured("nvidia-h200", tuple(rows))
+    assert [row["variant"] for row in measured.headline()] == ["bare", "plain-eager"]
+    lines = [line for line in table_of_steps(measured).splitlines() if "| meanflow |" in line]
+    assert len(lines) == 1 and "| 4.00 |" in lines[0]
 
 
 CUDA = sorted(name for name, op in OPS.items() if "cuda" in op.backends)

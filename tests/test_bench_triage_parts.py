@@ -160,8 +160,9 @@ def test_sampling_and_encoding_do_without_crashed_ops():
 def test_selected_parts():
     found = select_parts(first_parts(), ["gemms", "ops/rope"])
     assert [part.name for part in found] == ["ceilings", "ops", "gemms"], "what reads ceilings has them measured"
-    assert {task.name for task in found[1].tasks} == {"rope_attention triton", "rope_attention cuda"}
-    assert found[1].budget == pytest.approx(55 / 4) and found[1].at_once == 5
+    wanted = {"rope_attention triton", "rope_attention cuda", "rope_attention_jvp triton"}
+    assert {task.name for task in found[1].tasks} == wanted
+    assert found[1].budget == pytest.approx(55 / 5) and found[1].at_once == 5
     assert [part.name for part in select_parts(first_parts(), ["machine"])] == ["machine"]
     refused = {"step": "no part is called 'step'; allowed: machine", "ops/x": "ops has no 'x'; allowed: rope"}
     for wrong, said in refused.items():

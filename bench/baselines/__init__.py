@@ -1,6 +1,6 @@
 """Baselines by op: other people's kernels behind the interface of a provider. Each imports its package when loaded."""
 
-from bench.baselines import activations, attention, norms, optimizers
+from bench.baselines import activations, attention, forward_modes, norms, optimizers
 from bench.baselines.interface import Adapter, Provider
 
 #: Op name → who else computes it.
@@ -11,6 +11,7 @@ BASELINES: dict[str, tuple[Provider, ...]] = {
     "swiglu": activations.SWIGLU,
     "rope_attention": attention.ATTENTION,
     "adamw_ema_": optimizers.OPTIMIZERS,
+    **forward_modes.FORWARD_MODES,
 }
 
 __all__ = ["BASELINES", "Adapter", "Provider"]

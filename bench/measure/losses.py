@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 
-LOSS_BASELINES = ("plain-eager", "plain-compile")  # whose first loss the others' are compared with
+#: Whose first loss those of the same objective are compared with.
+LOSS_BASELINES = ("plain-eager", "plain-compile", "plain-meanflow")
 #: How far the loss of the first step may be from the plain model's in float32: bfloat16 keeps 8 bits.
 LOSS_TOLERANCE = 0.02
 
 
 def wrong_losses(losses: Mapping[str, float | None]) -> dict[str, str]:
-    """Variant → what is wrong with its first loss, next to the plain model's; the trainer draws noise of its own."""
+    """Variant → what is wrong with its first loss, next to the plain model's; the trainer draws noise of its own.
+
+    losses: of variants of one objective.
+    """
     plain = next((losses[name] for name in LOSS_BASELINES if losses.get(name) is not None), None)
     if plain is None:
         return {}

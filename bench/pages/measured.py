@@ -57,8 +57,12 @@ class Measured:
         return next((row for row in self.headline() if row["variant"] == variant), None)
 
     def headline(self) -> list[Row]:
-        """The steps of the headline model and batch that have a number, the fastest first."""
-        steps = [row for row in self.numbers("step") if (row["model"], row["batch"]) == HEADLINE]
+        """The steps of the headline model, batch and objective that have a number, the fastest first."""
+        steps = [
+            row
+            for row in self.numbers("step")
+            if (row["model"], row["batch"]) == HEADLINE and row["features"].get("objective", "flow") == "flow"
+        ]
         return sorted(steps, key=lambda row: -row["images_per_second"])
 
     @cached_property

@@ -71,13 +71,14 @@ def read_rows(path: Path) -> list[Row]:
 def compare_steps(rows: Iterable[Row]) -> list[Row]:
     """Rows of steps that change when they are compared: wrong first losses, and ratios of times.
 
-    Each step was timed in a process of its own. Only steps of the same model and batch on the same machine are
-    compared: others see other latents, and times of other images.
+    Each step was timed in a process of its own. Only steps of the same model, batch and objective on the same machine
+    are compared: others see other latents, and times of other images.
     """
     groups: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
-            groups[row["model"], row["batch"], row["gpu"], row["revision"]][row["variant"]] = row
+            objective = row.get("features", {}).get("objective", "flow")
+            groups[row["model"], row["batch"], objective, row["gpu"], row["revision"]][row["variant"]] = row
     changed = []
     for steps in groups.values():
         wrong = wrong_losses({name: row.get("loss") for name, row in steps.items()})

@@ -1,7 +1,8 @@
 """Training steps of LightningDiT: the trainer's own, the same network without DeepSpeed, and the plain model.
 
 All start from the same weights (none of them zero: zeros draw less power and run faster), see the same latents, noise
-and times, and make one optimizer step with the moving average in each call.
+and times, and make one optimizer step with the moving average in each call. Those of MeanFlow
+(`lightningdit.meanflow`) have a second time, and weights for it, and are compared with each other only.
 """
 
 import json
@@ -20,35 +21,84 @@ from bench.workloads.plain import PlainLightningDiT
 from bench.workloads.variants import TrainingVariant
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
-from lightningdit.config import ModelConfig
+from lightningdit.config import ModelConfig, TransportConfig
+from lightningdit.cost import flops_per_image
+from lightningdit.embeddings import TimestepEmbedder
 from lightningdit.flow import Transport
+from lightningdit.meanflow import MeanFlow
 from lightningdit.model import LightningDiT
 
 LR, BETAS, EPS, EMA_DECAY = 2e-4, (0.9, 0.95), 1e-8, 0.9999
+MEANFLOW = TransportConfig(objective="meanflow")
 NORMALS = 8  # sets of latents and noise that steps go through by turns
 
 
 class Inputs:
     """Latents, noise, times and labels of one micro-batch after another, on the device."""
 
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device | str):
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device | str, transport: Transport | None = None):
+        """transport: by default that of the published recipe."""
         generator = torch.Generator(device).manual_seed(0)
         shape = (batch, config.in_channels, config.input_size, config.input_size)
-        self.transport = Transport(use_cosine_loss=True, use_lognorm=True)
+        self.transport = transport or Transport(use_cosine_loss=True, use_lognorm=True)
         self.sets = []
         for _ in range(NORMALS):
             x1, x0 = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
-            t = self.transport.sample_timesteps(batch, generator=generator, device=device)
+            t = self._times(batch, generator=generator, device=device)
             y = torch.randint(config.num_classes, (batch,), generator=generator, device=device)
             self.sets.append((x1, x0, t, y))
         self._next = 0
 
-    def loss(self, network: Callable) -> torch.Tensor:
-        """That of the next set: squared error and direction, as the published recipe trains."""
-        x1, x0, t, y = self.sets[self._next % NORMALS]
+    def _times(self, count: int, **drawn: Any) -> torch.Tensor:
+        """[B]"""
+        return self.transport.sample_timesteps(count, **drawn)
+
+    def following(self) -> tuple[torch.Tensor, ...]:
+        """Data, noise, times and labels of the next set."""
         self._next += 1
+        return self.sets[(self._next - 1) % NORMALS]
+
+    def losses(self, network: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the next set, what is minimised and what is compared with the others': both squared error and direction,
+        as the published recipe trains."""
+        x1, x0, t, y = self.following()
         terms = self.transport.training_losses(network, x1, t=t, x0=x0, y=y)
-        return terms["loss"].mean() + terms["cos_loss"].mean()
+        loss = terms["loss"].mean() + terms["cos_loss"].mean()
+        return loss, loss
+
+
+class MeanInputs(Inputs):
+    """The same for MeanFlow: times are pairs t, r [2, B]; which samples use both is as in the trainer's batches."""
+
+    transport: MeanFlow
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device | str):
+        super().__init__(config, batch, device, MeanFlow(MEANFLOW))
+        self.paired = self.transport.paired(0, batch).tolist()
+
+    def _times(self, count: int, **drawn: Any) -> torch.Tensor:
+        return torch.stack(self.transport.sample_time_pairs(count, **drawn))  # [2, B]
+
+    def losses(self, network: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss has an adaptive weight and is about 1 whatever the network says: its mean square is compared."""
+        x1, x0, (t, r), y = self.following()
+        terms = self.transport.mean_losses(network, x1, t=t, r=r, x0=x0, paired=self.paired, y=y)
+        return terms["loss"].mean(), terms["mse"].mean()
+
+
+def flops_per_step(config: ModelConfig, batch: int, objective: str) -> int:
+    """FLOPs of the products that a step needs: those of the forward pass, and twice as many backward.
+
+    MeanFlow has a second embedder of times, and samples with two times have tangents: once more the forward pass, and
+    two products of attention, as the four q_t·kᵀ, q·k_tᵀ, P_t·v and P·v_t come of two. No gradients go through these.
+    """
+    forward, training = flops_per_image(config)
+    if objective == "flow":
+        return batch * training
+    tokens, width = config.num_tokens, config.hidden_size
+    forward += 2 * width * (TimestepEmbedder.frequencies + width)
+    tangent = forward + 2 * 2 * tokens * tokens * width * config.depth
+    return 3 * batch * forward + int(MeanFlow(MEANFLOW).paired(0, batch).sum()) * tangent
 
 
 @contextmanager
@@ -61,6 +111,11 @@ def seeded(device: torch.device | str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
         torch.manual_seed(0)
         yield
+
+
+def network_config(variant: TrainingVariant, config: ModelConfig) -> ModelConfig:
+    """The config with what the variant says of the network."""
+    return config.model_copy(update={"use_checkpoint": variant.recompute, "time_pairs": variant.objective != "flow"})
 
 
 def make_network(
@@ -120,27 +175,27 @@ class BareStep:
     """The network without DeepSpeed: weights in bfloat16, the optimizer and the average in one pass."""
 
     def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str):
-        ops = variant.ops()
-        config = config.model_copy(update={"use_checkpoint": variant.recompute})
+        ops, config = variant.ops(), network_config(variant, config)
         network = make_network(config, ops, device, getattr(torch, variant.residual))
-        self.inputs = Inputs(config, batch, device)
+        self.inputs = INPUTS[variant.objective](config, batch, device)
         self.optimizer = FlatAdamW(network, ops)
         compile_module(network, variant.compile, ops, variant.deterministic)
         self._network = network
 
     def __call__(self) -> torch.Tensor:
-        loss = self.inputs.loss(self._network)
+        loss, compared = self.inputs.losses(self._network)
         loss.backward()
         self.optimizer.step()
-        return loss.detach()
+        return compared.detach()
 
 
 class PlainStep:
     """The plain model, with torch's fused AdamW (on CUDA) and a moving average over lists of tensors."""
 
     def __init__(self, variant: TrainingVariant, config: ModelConfig, batch: int, device: torch.device | str):
+        config = network_config(variant, config)
         network = make_network(config, kernels.select("reference"), device)
-        self.inputs = Inputs(config, batch, device)
+        self.inputs = INPUTS[variant.objective](config, batch, device)
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._average = [p.detach().clone() for p in self._parameters]
         fused = True if torch.device(device).type == "cuda" else None
@@ -152,13 +207,13 @@ class PlainStep:
         self.norm = torch.ones(())
 
     def __call__(self) -> torch.Tensor:
-        loss = self.inputs.loss(self._network)
+        loss, compared = self.inputs.losses(self._network)
         loss.backward()
         self.norm = torch.stack(torch._foreach_norm([p.grad for p in self._parameters])).norm()
         self._optimizer.step()
         self._optimizer.zero_grad()
         torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - EMA_DECAY)
-        return loss.detach()
+        return compared.detach()
 
 
 class TrainerLoop:
@@ -222,4 +277,5 @@ class TrainerStep(TrainerLoop):
 
 
 CONFIG = Path(__file__).parents[2] / "launch" / "configs" / "lightningdit_xl_64ep.yaml"
+INPUTS = {"flow": Inputs, "meanflow": MeanInputs}
 STEPS = {"trainer": TrainerStep, "bare": BareStep, "plain": PlainStep}

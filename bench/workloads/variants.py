@@ -52,6 +52,8 @@ class TrainingVariant(Variant):
         recompute: `use_checkpoint` of the network.
         per_op: (op, backend) of the ops that have another one than `kernels`.
         deterministic: `train.deterministic`; the plain model is compiled as fast as the compiler can.
+        objective: "flow", as the published recipe trains, or "meanflow" (`lightningdit.meanflow`), which the engine
+            "trainer" lacks. Variants of one objective are compared with each other.
     """
 
     compile: str = "inductor"
@@ -60,6 +62,7 @@ class TrainingVariant(Variant):
     recompute: bool | int | str = False
     per_op: tuple[tuple[str, str], ...] = ()
     deterministic: bool = True
+    objective: str = "flow"
 
     def features(self) -> dict[str, Any]:
         return super().features() | {"per_op": dict(self.per_op)}
@@ -138,6 +141,8 @@ TRAINING = _by_name(
     TrainingVariant("bare-pointwise", "bare", recompute="pointwise"),
     TrainingVariant("plain-eager", "plain", compile="none"),
     TrainingVariant("plain-compile", "plain", deterministic=False),
+    TrainingVariant("meanflow", "bare", objective="meanflow"),
+    TrainingVariant("plain-meanflow", "plain", compile="none", objective="meanflow"),
 )
 SAMPLING = _by_name(
     Variant("auto", "ours"),
