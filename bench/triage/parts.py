@@ -72,7 +72,7 @@ def allowance(part: Part, later: Sequence[Part], left: float) -> float:
 def first_parts() -> tuple[Part, ...]:
     """Eight minutes, as an H200 with 16 cores took them, go as far as the fractions where the extension is built.
 
-    The last three, estimated, are for a longer run, or one of their own: `--only variants --only others`.
+    The last four, estimated, are for a longer run, or one of their own: `--only variants --only others`.
     """
     existing = backends()
     graph_passes = ("linear_swiglu", "swiglu_linear_grad", "weight_gradients")
@@ -99,6 +99,7 @@ def first_parts() -> tuple[Part, ...]:
                 step("bare", STEP_SECONDS, backend="cuda"),
             ),
         ),
+        Part("meanflow", 150, tuple(step(name, STEP_SECONDS) for name in ("meanflow", "plain-meanflow"))),
         Part("images", 60, (IMAGES,)),
         Part("others", 40, (SAMPLING, ENCODE)),
     )

@@ -22,8 +22,7 @@ from bench.workloads.variants import TrainingVariant
 from kernels.compile.modes import compile_module
 from kernels.registry import Ops
 from lightningdit.config import ModelConfig, TransportConfig
-from lightningdit.cost import flops_per_image
-from lightningdit.embeddings import TimestepEmbedder
+from lightningdit.cost import flops_per_image, training_flops_per_image
 from lightningdit.flow import Transport
 from lightningdit.meanflow import MeanFlow
 from lightningdit.model import LightningDiT
@@ -87,18 +86,12 @@ class MeanInputs(Inputs):
 
 
 def flops_per_step(config: ModelConfig, batch: int, objective: str) -> int:
-    """FLOPs of the products that a step needs: those of the forward pass, and twice as many backward.
-
-    MeanFlow has a second embedder of times, and samples with two times have tangents: once more the forward pass, and
-    two products of attention, as the four q_t·kᵀ, q·k_tᵀ, P_t·v and P·v_t come of two. No gradients go through these.
-    """
-    forward, training = flops_per_image(config)
+    """FLOPs of the products that a step of `batch` images needs, by its objective."""
     if objective == "flow":
-        return batch * training
-    tokens, width = config.num_tokens, config.hidden_size
-    forward += 2 * width * (TimestepEmbedder.frequencies + width)
-    tangent = forward + 2 * 2 * tokens * tokens * width * config.depth
-    return 3 * batch * forward + int(MeanFlow(MEANFLOW).paired(0, batch).sum()) * tangent
+        return batch * flops_per_image(config)[1]
+    share = 1 - int(MeanFlow(MEANFLOW).paired(0, batch).sum()) / batch
+    transport = MEANFLOW.model_copy(update={"equal_times": share})
+    return round(batch * training_flops_per_image(config.model_copy(update={"time_pairs": True}), transport))
 
 
 @contextmanager
