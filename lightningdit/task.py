@@ -149,7 +149,6 @@ class LightningDiTTask:
         """
         draws = self.draw(-1 - number, batch_size, device)
         places = torch.arange(number * batch_size, (number + 1) * batch_size, dtype=torch.float64, device=device)
-        shares = (0.5 + GOLDEN * places) % 1  # [B]
         if isinstance(self.transport, MeanFlow):
             # Two sequences that are spread evenly together, by powers of the plastic number (Roberts 2018).
             of_t, of_r = ((0.5 + places / PLASTIC**power) % 1 for power in (1, 2))  # [B] both
@@ -157,7 +156,7 @@ class LightningDiTTask:
             draws["r"].copy_(r)
             draws["paired"] = self.transport.paired(number * batch_size, batch_size)
         else:
-            t = self.transport.timesteps_at(shares)
+            t = self.transport.timesteps_at((0.5 + GOLDEN * places) % 1)
         draws["t"].copy_(t)
         return draws
 
@@ -165,8 +164,7 @@ class LightningDiTTask:
     def validate(self, networks: Mapping[str, Callable], batch: Tensors, draws: Tensors) -> Tensors:
         """The losses of `train_step` without gradients and without label drops, and `loss_t0.1`, `loss_t0.3` …: the
         loss [b] of the samples whose time is in the fifth of (0, 1) around 0.1 …, NaN for the others."""
-        undropped = draws | {"drop": torch.zeros_like(draws["drop"])}
-        per_sample = self._sample_losses(networks["model"], batch["x"], batch["y"], undropped)
+        per_sample = self._sample_losses(networks["model"], batch["x"], batch["y"], undropped(draws))
         bucket = (draws["t"] * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)  # [b]
         parts = [values for name, values in per_sample.items() if name != "loss"]
         total = torch.stack(parts).sum(0)  # [b]
@@ -206,7 +204,8 @@ class LightningDiTTask:
         """Figures of `lightningdit.watch` that have these names, over the first samples of a micro-batch."""
         x, y = batch["x"][:WATCHED_SAMPLES], batch["y"][:WATCHED_SAMPLES]
         with measured(self.networks["model"], names) as found:
-            self._losses(networks["model"], x, y, {name: value[:WATCHED_SAMPLES] for name, value in draws.items()})
+            some = {name: value[:WATCHED_SAMPLES] for name, value in draws.items()}
+            self._losses(networks["model"], x, y, undropped(some))
         return found
 
     def state_dict(self) -> dict:
@@ -226,6 +225,11 @@ class LightningDiTTask:
         if different:
             found = "; ".join(different)
             raise ValueError(f"the checkpoint was trained on other latents than {self.batches.path}: {found}")
+
+
+def undropped(draws: Tensors) -> Tensors:
+    """The draws without label drops."""
+    return draws | {"drop": torch.zeros_like(draws["drop"])}
 
 
 def _means(per_sample: Tensors) -> Tensors:

@@ -132,8 +132,8 @@ MISTAKES = {
     # Validation.
     "times_drawn_anew": Mistake(
         "lightningdit/task.py",
-        "            t = self.transport.timesteps_at(shares)\n        draws",
-        "            t = draws['t']\n        draws",
+        "            t = self.transport.timesteps_at((0.5 + GOLDEN * places) % 1)\n",
+        "            t = draws['t']\n",
         FIXED_TIMES,
     ),
     "times_of_the_first_batch_in_all": Mistake(

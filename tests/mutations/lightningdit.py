@@ -149,7 +149,7 @@ MISTAKES = {
         "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
     ),
     "labels_dropped_in_validation": Mistake(
-        "lightningdit/task.py", '{"drop": torch.zeros_like(draws["drop"])}', "{}",
+        "lightningdit/task.py", 'batch["y"], undropped(draws))', 'batch["y"], draws)',
         "test_lightningdit_task.py::test_labels_are_dropped_in_training_alone",
     ),
     "cosine_term_not_minimised": Mistake(
