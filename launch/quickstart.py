@@ -210,11 +210,12 @@ class Quickstart:
         runs = self.root / "vavae", self.place / "lightningdit"
         tokenizer, model = (pictures.read_metrics(run / "metrics.jsonl") for run in runs)
         direction = {"direction": model["cos_loss"]} if "cos_loss" in model else {}
+        error = "error of average velocities" if self.one_step else "velocity error"
         pictures.loss_curves(
             {
                 "tokenizer: reconstruction": {"absolute error": tokenizer["rec"]},
                 "tokenizer: VF loss": {"distance matrix": tokenizer["vf_distmat"], "cosine": tokenizer["vf_cos"]},
-                "LightningDiT": {"velocity error": model["mse"], **direction},
+                "LightningDiT": {error: model["mse"], **direction},
             },
             self.place / "losses.png",
         )

@@ -256,7 +256,7 @@ class TransportConfig(Section):
         if self.prediction != "velocity":
             raise ValueError(f"objective {self.objective} needs prediction velocity, not {self.prediction!r}")
         if self.use_cosine_loss:
-            raise ValueError(f"use_cosine_loss is of objective flow; {self.objective} has no such term")
+            raise ValueError(f"use_cosine_loss true is of objective flow; {self.objective} allows only false")
         if self.path_type == "VP":
             raise ValueError(f"objective {self.objective} needs path_type Linear or GVP: the velocity of VP has no end")
         if self.guidance_end < self.guidance_start:
@@ -264,8 +264,10 @@ class TransportConfig(Section):
                 f"guidance_end {self.guidance_end:g} lies below guidance_start {self.guidance_start:g}; "
                 "guidance_scale 1 guides nowhere"
             )
-        if self.guidance_scale == 1 and self.guidance_mix:
-            raise ValueError(f"guidance_mix {self.guidance_mix:g} is a share of guidance, but guidance_scale is 1")
+        of_guidance = ("guidance_mix", "guidance_start", "guidance_end")
+        idle = [key for key in of_guidance if getattr(self, key) != type(self).model_fields[key].default]
+        if self.guidance_scale == 1 and idle:
+            raise ValueError(f"{idle[0]} {getattr(self, idle[0]):g} is of guidance, but guidance_scale is 1")
         if self.objective == "improved_meanflow" and self.guidance_mix:
             raise ValueError("guidance_mix is of objective meanflow; improved_meanflow guides by predictions alone")
 
@@ -388,7 +390,7 @@ class SampleConfig(Section):
                 f"cfg_scale is {self.cfg_scale:g}, but mode meanflow has its guidance from training; allowed: 1"
             )
         methods = SDE_METHODS if self.mode == "SDE" else ODE_METHODS
-        if self.sampling_method.lower() not in methods:
+        if self.mode != "meanflow" and self.sampling_method.lower() not in methods:
             hint = nearest(self.sampling_method.lower(), methods)
             raise ValueError(f"sampling_method {self.sampling_method!r}{hint}; {self.mode} has {', '.join(methods)}")
         if self.diffusion_form not in DIFFUSION_FORMS:
@@ -410,7 +412,7 @@ class SampleConfig(Section):
                 f"guide_ckpt_path {self.guide_ckpt_path} and guide_step {self.guide_step} name two networks that "
                 "guide; give one of them"
             )
-        if self.compile == "cudagraphs" and self.sampling_method.lower() == "dopri5":
+        if self.compile == "cudagraphs" and self.mode == "ODE" and self.sampling_method.lower() == "dopri5":
             raise ValueError("compile is cudagraphs, but dopri5 chooses its steps as it goes; allowed: none, inductor")
 
     @property
@@ -470,8 +472,9 @@ class SampleConfig(Section):
         """The settings for what states a result: without the preset, whose values they are, and without keys that older
         files do not know where they are at their defaults."""
         guides = ("guide_ckpt_path", "guide_step", "guide_weights")
-        newer = ("cfg_interval_end", "cfg_schedule", *guides, "compile", "mean_steps")
-        return self.model_dump(exclude={"preset", *(key for key in newer if not self._differs(key))})
+        newer = ("cfg_interval_end", "cfg_schedule", *guides, "compile")
+        others = _SOLVER if self.mode == "meanflow" else ("mean_steps",)
+        return self.model_dump(exclude={"preset", *others, *(key for key in newer if not self._differs(key))})
 
     def tuned(self) -> dict[str, Any]:
         """The settings that a model is tuned with and that travel with its weights: solver, grid, guidance."""
@@ -483,6 +486,8 @@ class SampleConfig(Section):
         return type(self).model_validate({**tuned, **given})
 
 
+#: Keys of the solvers, without meaning to mode meanflow.
+_SOLVER = ("sampling_method", "num_sampling_steps", "timestep_shift", "atol", "rtol")
 #: Keys of `SampleConfig.tuned`; a program that reads weights gives them to the preset "model".
 TUNED = (
     *("mode", "mean_steps", "sampling_method", "atol", "rtol", "num_sampling_steps", "timestep_shift"),

@@ -4,7 +4,7 @@ They compute what PyTorch's forward mode would, but for one thing: a tangent is 
 ops. So nothing is kept of tangents for a backward pass, which goes through values alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -71,6 +71,13 @@ def chunk(x: Value, parts: int, dim: int) -> tuple[Value, ...]:
     return x.chunk(parts, dim=dim)
 
 
+def stack(parts: Sequence[Value], dim: int) -> Value:
+    """As `torch.stack`, of parts that all have tangents or none."""
+    if isinstance(parts[0], Dual):
+        return Dual(*(torch.stack(which, dim) for which in zip(*parts, strict=True)))
+    return torch.stack([value_of(part) for part in parts], dim)
+
+
 def value_of(x: Value) -> Tensor:
     """x without its tangent."""
     return x.value if isinstance(x, Dual) else x
@@ -101,3 +108,13 @@ class DeferredBiasLinear(nn.Linear):
 
     def forward(self, x: Value) -> Value:  # type: ignore[override]
         return linear(x, self.weight, None if self.defer_bias else self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm of a tensor, with or without a tangent; only what has no weights is differentiated by PyTorch."""
+
+    def forward(self, x: Value) -> Value:  # type: ignore[override]
+        if not isinstance(x, Dual):
+            return super().forward(x)
+        value, tangent = differentiated(lambda v: F.layer_norm(v, self.normalized_shape, eps=self.eps), x)
+        return Dual(value * self.weight + self.bias, tangent * self.weight.detach())

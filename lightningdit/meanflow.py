@@ -20,9 +20,9 @@ predictions v(y) and v(∅) for a label and the null label at r = t, without gra
     MF   w'·v + κ·v(y) + (1 - w' - κ)·v(∅),  w' = w·(1 - κ)
     iMF  v + (1 - 1 / w)·(v(y) - v(∅)), as its published code has it
 
-stand for v at times in the interval of guidance, and v itself for samples whose label is dropped. There iMF takes v(∅)
-in du/dt, the prediction for the label that is given; its published code takes v(y). The scale is one number of a run,
-not one of the conditions of the network as in iMF section 4.2.
+stand for v at times in the interval of guidance, and v itself for samples whose label is dropped. For those, the
+improved objective here takes v(∅) in du/dt, the prediction for the label that is given; the published code takes v(y).
+The scale is one number of a run, not one of the conditions of the network as in iMF section 4.2.
 
 Shapes: B samples, of which P have two times; latents [B, C, ...].
 """
@@ -67,14 +67,19 @@ class MeanFlow(Transport):
         below = 1 - (1 - t_shares).sqrt()  # F(t) [B]
         return self.timesteps_at(below), self.timesteps_at(below + r_shares * (1 - below))
 
-    def paired(self, first: int, count: int) -> Tensor:
-        """[count] bool on the CPU: which samples of a global batch, from number `first` on, have two times.
+    def paired(self, count: int) -> list[bool]:
+        """Which of `count` samples of a micro-batch have two times, by their place in it, spread evenly.
 
-        They are spread evenly, by their number in the batch alone: any share of it has its share of them, within one.
+        As many in every micro-batch of that size, so that all processes call the network alike (ZeRO 3 gathers weights
+        by all of them) and nothing is compiled twice: the share `1 - equal_times`, rounded, and one at least, but for a
+        share of 0 or 1.
         """
-        edges = torch.arange(first, first + count + 1, dtype=torch.float64) * self.section.equal_times  # [count + 1]
-        equal = (edges + 1e-9).floor().diff() > 0  # [count]
-        return ~equal
+        share = 1 - self.section.equal_times
+        pairs = round(share * count)
+        if 0 < share < 1:
+            pairs = max(1, min(pairs, count - 1))
+        equal = count - pairs
+        return [(i + 1) * equal // count == i * equal // count for i in range(count)]
 
     def mean_losses(
         self,
@@ -84,15 +89,16 @@ class MeanFlow(Transport):
         t: Tensor,
         r: Tensor,
         x0: Tensor,
-        paired: Sequence[bool],
         y: Tensor,
+        paired: Sequence[bool] | None = None,
         drop: Tensor | None = None,
         null_label: int | None = None,
     ) -> dict[str, Tensor]:
         """Per-sample losses of `model(x, t, y=labels, r=r)` on data x1 [B, C, ...] and noise x0, as a dict of tensors.
 
         Args:
-            t, r: [B], the two times of each sample; r is read where `paired` (B bools of the host) says so.
+            t, r: [B], the two times of each sample; r is read where `paired` (B bools of the host) says so, by default
+                where the method of that name does.
             y: [B] labels. drop: [B] bool, which of them are replaced by `null_label`.
 
         Returns:
@@ -101,6 +107,7 @@ class MeanFlow(Transport):
 
         Raises ValueError where guidance has no null label, or `paired` is not one for each sample.
         """
+        paired = self.paired(len(x1)) if paired is None else paired
         if len(paired) != len(x1):
             raise ValueError(f"paired has {len(paired)} values for {len(x1)} samples")
         xt, velocity = self.interpolate(x0, x1, t)  # [B, C, ...] both
@@ -148,7 +155,7 @@ class MeanFlow(Transport):
         """The velocity that the network itself predicts at x, u(x, t, t)."""
         predicted = model(x, t, y=y, r=t)
         assert isinstance(predicted, Tensor)
-        return predicted.to(x.dtype)
+        return predicted.to(x.dtype).clone()  # a CUDA graph gives its result at the same address every time
 
     def _guided(
         self,

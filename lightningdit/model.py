@@ -14,6 +14,7 @@ d head_dim, M feed-forward width (`mlp_hidden`).
 """
 
 import math
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -25,11 +26,13 @@ from kernels.registry import Ops
 from lightningdit.config import ModelConfig
 from lightningdit.duals import (
     DeferredBiasLinear,
+    LayerNorm,
     Linear,
     Value,
     add,
     differentiated,
     linear_map,
+    stack,
     subtract,
     value_of,
 )
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         linear = Linear if config.use_qknorm and not config.use_rmsnorm else DeferredBiasLinear
         self.qkv = linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = DeferredBiasLinear(config.hidden_size, config.hidden_size)
-        norm = QKRMSNorm if config.use_rmsnorm else nn.LayerNorm
+        norm = QKRMSNorm if config.use_rmsnorm else LayerNorm
         self.q_norm = norm(config.head_dim) if config.use_qknorm else None
         self.k_norm = norm(config.head_dim) if config.use_qknorm else None
 
@@ -146,14 +149,10 @@ class Attention(nn.Module):
         if isinstance(self.q_norm, QKRMSNorm) and isinstance(self.k_norm, QKRMSNorm):
             q_weight, k_weight = self.q_norm.weight, self.k_norm.weight  # [d]
         elif self.q_norm is not None and self.k_norm is not None:
-            qkv = differentiated(self._layer_norms, qkv)  # [B, N, 3, H, d]
+            q, k, v = (linear_map(partial(Tensor.select, dim=2, index=i), qkv) for i in range(3))  # [B, N, H, d] each
+            qkv = stack((self.q_norm(q), self.k_norm(k), v), dim=2)  # [B, N, 3, H, d]
         out = self.ops.rope_attention(qkv, cos, sin, q_weight, k_weight, eps=EPS, bias=bias)  # [B, N, D]
         return self.proj(out)
-
-    def _layer_norms(self, qkv: Tensor) -> Tensor:
-        assert self.q_norm is not None and self.k_norm is not None
-        q, k, v = qkv.unbind(2)  # [B, N, H, d] each
-        return torch.stack([self.q_norm(q), self.k_norm(k), v], dim=2)  # [B, N, 3, H, d]
 
 
 class SwiGLUMLP(nn.Module):

@@ -91,8 +91,7 @@ class LightningDiTTask:
     ) -> Tensors:
         """Noise [B, C, H, W], times [B] and label drops [B] (bool) of optimizer step `step` (from 1), B = batch_size.
 
-        With an objective of average velocities also "r", the second times [B], and "paired" [B] (bool, on the CPU),
-        which samples have one that is not the first.
+        With an objective of average velocities also "r", the second times [B].
 
         A function of (seed, step) and the type of device, to be sliced by process and micro-batch. With `out`, the
         result of an earlier call of the same sizes, its tensors are overwritten and returned. seed: the task's where
@@ -110,17 +109,12 @@ class LightningDiTTask:
         lognorm = self.transport.use_lognorm and self.objective(step)
         if isinstance(self.transport, MeanFlow):
             t, r = self.transport.sample_time_pairs(batch_size, generator=times, device=device, lognorm=lognorm)
-            draws |= self._second_times(draws, r, self.transport.paired(0, batch_size))
+            draws["r"] = draws["r"].copy_(r) if "r" in draws else r
         else:
             t = self.transport.sample_timesteps(batch_size, generator=times, device=device, lognorm=lognorm)
         draws["t"].copy_(t)
         torch.lt(torch.rand(batch_size, generator=drops, device=device), config.class_dropout_prob, out=draws["drop"])
         return draws
-
-    @staticmethod
-    def _second_times(draws: Tensors, r: torch.Tensor, paired: torch.Tensor) -> Tensors:
-        """ "r" and "paired", in the memory that earlier draws have for them."""
-        return {"r": draws["r"].copy_(r) if "r" in draws else r, "paired": paired}
 
     def objective(self, step: int) -> bool:
         """Whether times are drawn from the logit-normal distribution yet in a step, where the transport has it."""
@@ -154,7 +148,6 @@ class LightningDiTTask:
             of_t, of_r = ((0.5 + places / PLASTIC**power) % 1 for power in (1, 2))  # [B] both
             t, r = self.transport.time_pairs_at(of_t, of_r)
             draws["r"].copy_(r)
-            draws["paired"] = self.transport.paired(number * batch_size, batch_size)
         else:
             t = self.transport.timesteps_at((0.5 + GOLDEN * places) % 1)
         draws["t"].copy_(t)
@@ -187,7 +180,6 @@ class LightningDiTTask:
                 t=draws["t"],
                 r=draws["r"],
                 x0=draws["noise"],
-                paired=draws["paired"].tolist(),
                 y=y,
                 drop=draws["drop"],
                 null_label=null_label,

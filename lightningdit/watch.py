@@ -84,7 +84,8 @@ def measured(network: LightningDiT, names: Collection[str]) -> Iterator[dict[str
         if "activation_norms" in names:
 
             def record(module, args, output, name=name) -> None:
-                norms[name] = _largest_norm(*output)
+                largest = _largest_norm(*output)  # of all passes
+                norms[name] = torch.maximum(norms[name], largest) if name in norms else largest
 
             hooks.append(block.register_forward_hook(record))
     try:

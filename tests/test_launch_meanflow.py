@@ -85,10 +85,10 @@ def test_a_run_goes_on_as_if_never_stopped(tmp_path, run_file, objective):
     ],
 )
 def test_every_stage_and_number_of_processes_trains_alike(tmp_path, run_file, objective, stage, precision, world_size):
-    """Against ZeRO 1 on one process, with micro-batches of other sizes: draws and pairs are of the global batch."""
+    """Against ZeRO 1 on one process, with micro-batches of another size, which have the same share of pairs."""
     command = ("train", "lightningdit", str(run_file(objective)), "train.max_steps=3", "train.ckpt_every=3")
     assert launch(*command, "train.exp_name=base") == [0]
-    own = (f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.micro_batch_size=2")
+    own = (f"deepspeed.zero_stage={stage}", f"train.precision={precision}", "train.micro_batch_size=4")
     assert launch(*command, "train.exp_name=own", *own, world_size=world_size) == [0] * world_size
     limit = 1e-3 if precision == "float32" else 0.05
     for one, other in zip(rows(tmp_path / "base"), rows(tmp_path / "own"), strict=True):
@@ -105,6 +105,36 @@ def test_compiled_training_is_eager_training(tmp_path, run_file, mode):
     for one, other in zip(rows(tmp_path / "eager"), rows(tmp_path / "own"), strict=True):
         assert other["mse"] == pytest.approx(one["mse"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["aot_eager", "regional"])
+def test_compiled_networks_are_called_in_more_ways_than_dynamo_allows(tmp_path, run_file, latents, mode):
+    """With tangents and without, with gradients and without, in training and validation: each a graph."""
+    more = (f"train.compile={mode}", "train.valid_every=1", f"data.valid_path={latents}", "train.max_steps=2")
+    assert launch("train", "lightningdit", str(run_file("guided")), *more) == [0]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("how", ["deepspeed.zero_stage=3", "train.compile=aot_eager"])
+def test_networks_with_layer_norms_train_too(tmp_path, run_file, how):
+    """Of queries and keys, with weights, and of the stream without: as eagerly under ZeRO 1."""
+    path = run_file("guided", model={"time_pairs": True, "use_qknorm": True, "use_rmsnorm": False, "use_swiglu": False})
+    command = ("train", "lightningdit", str(path), "train.max_steps=2")
+    assert launch(*command, "train.exp_name=base") == [0] and launch(*command, "train.exp_name=own", how) == [0]
+    for one, other in zip(rows(tmp_path / "base"), rows(tmp_path / "own"), strict=True):
+        assert other["mse"] == pytest.approx(one["mse"], rel=1e-4)
+
+
+def test_previews_of_what_is_not_trained_are_refused(tmp_path, run_file):
+    vae = write_weights(tmp_path / "weights")
+    path = run_file(
+        vae={"ckpt_path": str(a_run(vae).vae.ckpt_path)},
+        transport={"objective": "flow", "use_cosine_loss": True},
+        sample={"mode": "meanflow", "cfg_scale": 1},
+    )
+    log = tmp_path / "refused"
+    assert launch("train", "lightningdit", str(path), log=log) == [2]
+    assert "transport.objective flow trains no average velocities" in (tmp_path / "refused.0").read_text()
 
 
 def test_validation_and_what_is_watched(tmp_path, run_file, latents):
@@ -188,7 +218,7 @@ def test_a_network_that_was_not_trained_for_it_is_refused(tmp_path, run_file):
         (["model.time_pairs=false"], "transport.objective meanflow needs model.time_pairs: true"),
         (["transport.guidance_scale=2", "model.class_dropout_prob=0"], "guidance_scale 2 needs a null label"),
         (["sample.mode=meanflow", "sample.cfg_scale=2"], "cfg_scale is 2, but mode meanflow has its guidance from"),
-        (["transport.use_cosine_loss=true"], "use_cosine_loss is of objective flow"),
+        (["transport.use_cosine_loss=true"], "use_cosine_loss true is of objective flow"),
         (["transport.objective=flow", "transport.guidance_scale=2"], "guidance_scale 2.0: of average velocities"),
         (["transport.objective=mean_flow"], "transport.objective"),
     ],

@@ -91,9 +91,9 @@ MEAN = {"objective": "meanflow"}
         (TransportConfig, {"objective": "mean_flow"}, "'flow', 'meanflow' or 'improved_meanflow'"),
         (TransportConfig, {"equal_times": 0.5}, "equal_times 0.5: of average velocities, but objective is flow"),
         (TransportConfig, MEAN | {"prediction": "noise"}, "objective meanflow needs prediction velocity, not 'noise'"),
-        (TransportConfig, MEAN | {"use_cosine_loss": True}, "use_cosine_loss is of objective flow"),
+        (TransportConfig, MEAN | {"use_cosine_loss": True}, "use_cosine_loss true is of objective flow"),
         (TransportConfig, MEAN | {"path_type": "VP"}, "objective meanflow needs path_type Linear or GVP"),
-        (TransportConfig, MEAN | {"guidance_mix": 0.5}, "guidance_mix 0.5 is a share of guidance, but guidance_scale"),
+        (TransportConfig, MEAN | {"guidance_mix": 0.5}, "guidance_mix 0.5 is of guidance, but guidance_scale"),
         (
             TransportConfig,
             MEAN | {"guidance_scale": 2, "guidance_start": 0.5, "guidance_end": 0.4},

@@ -188,15 +188,26 @@ def test_of_flow_there_is_no_average():
         MeanFlow(TransportConfig())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5, 0.75, 1.0])
-def test_samples_with_two_times_are_spread_over_a_batch_by_their_number(share):
-    transport = mean_flow(equal_times=share)
-    whole = transport.paired(0, 1000)
-    assert int(whole.sum()) == round((1 - share) * 1000)
-    for first, count in ((0, 8), (8, 8), (37, 100), (990, 10)):
-        part = transport.paired(first, count)
-        assert torch.equal(part, whole[first : first + count]), "a slice is what the batch has there"
-        assert abs(int(part.sum()) - (1 - share) * count) < 1
+@pytest.mark.parametrize(
+    ("share", "count", "pairs"),
+    [
+        (0.75, 128, 32),
+        (0.75, 4, 1),
+        (0.5, 6, 3),
+        (0.8, 128, 26),
+        (0.9, 8, 1),
+        (0.99, 8, 1),
+        (0.01, 8, 7),
+        (0.0, 5, 5),
+        (1.0, 5, 0),
+        (0.75, 1, 1),
+    ],
+)
+def test_samples_with_two_times_are_a_fixed_number_of_a_micro_batch_spread_evenly(share, count, pairs):
+    paired = mean_flow(equal_times=share).paired(count)
+    assert sum(paired) == pairs and len(paired) == count
+    before = [sum(paired[:i]) for i in range(count + 1)]
+    assert all(abs(before[i] - i * pairs / count) < 1 for i in range(count + 1))
 
 
 SHIFTED = {"use_lognorm": True, "lognorm_mean": 0.4, "lognorm_std": 1.3}
@@ -272,7 +283,7 @@ def test_flops_of_a_step_are_those_torch_counts(objective, fields):
     model(given["x1"], given["t"], torch.arange(4) % 3)  # so that nothing is counted that is done once
     with FlopCounterMode(display=False) as counter:
         losses = transport.mean_losses(
-            model, **given, y=torch.arange(4) % 3, paired=transport.paired(0, 4).tolist(), null_label=config.null_label
+            model, **given, y=torch.arange(4) % 3, paired=transport.paired(4), null_label=config.null_label
         )
         losses["loss"].mean().backward()
     got, want = counter.get_total_flops() / 4, training_flops_per_image(config, transport.section)
@@ -300,7 +311,7 @@ def test_training_on_normal_data_finds_the_flow_in_one_step(objective):
 
     transport = mean_flow(objective, equal_times=0.5, adaptive_power=0.0)
     optimizer, generator = torch.optim.Adam(net.parameters(), lr=LR), torch.Generator().manual_seed(1)
-    paired, y = transport.paired(0, 256).tolist(), torch.zeros(256, dtype=torch.long)
+    paired, y = transport.paired(256), torch.zeros(256, dtype=torch.long)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         x1, x0 = (torch.randn(256, 4, generator=generator) for _ in range(2))

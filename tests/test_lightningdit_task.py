@@ -160,13 +160,12 @@ def test_halves_of_a_batch_average_to_the_whole(latents, ops, model, transport):
 
 
 def test_draws_of_average_velocities(latents, ops):
-    """Two times of each sample, t before r; which of them count is of the sample's number alone, and of the host."""
+    """Two times of each sample, t before r."""
     t = task(latents, ops, PAIRED, MEAN.model_copy(update={"use_lognorm": True}))
     first, other, again = t.draw(5, 64, "cpu"), t.draw(6, 64, "cpu"), t.draw(5, 64, "cpu")
-    assert first.keys() == {"noise", "t", "drop", "r", "paired"} and bool((first["t"] <= first["r"]).all())
+    assert first.keys() == {"noise", "t", "drop", "r"} and bool((first["t"] <= first["r"]).all())
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["r"], other["r"]) and torch.equal(first["paired"], other["paired"])
-    assert int(first["paired"].sum()) == 16 and first["paired"].dtype == torch.bool
+    assert not torch.equal(first["r"], other["r"])
     places = {name: again[name].data_ptr() for name in ("noise", "t", "drop", "r")}
     rewritten = t.draw(6, 64, "cpu", out=again)
     assert all(rewritten[name].data_ptr() == place for name, place in places.items()), "graphs find them there"
@@ -192,10 +191,10 @@ def test_validation_of_average_velocities(latents, ops):
     """The same times and samples of two times in any batches, as quantiles; without gradients and label drops."""
     t = task(latents, ops, PAIRED, GUIDED)
     parts = [t.validation_draws(number, 10, "cpu") for number in range(10)]
-    times, ends, paired = (torch.cat([part[name] for part in parts]) for name in ("t", "r", "paired"))
+    times, ends = (torch.cat([part[name] for part in parts]) for name in ("t", "r"))
     whole = t.validation_draws(0, 100, "cpu")
     assert torch.allclose(times, whole["t"]) and torch.allclose(ends, whole["r"])
-    assert torch.equal(paired, whole["paired"]) and bool((times <= ends).all())
+    assert bool((times <= ends).all())
     assert stats.kstest(times.double().numpy(), lambda x: 1 - (1 - x) ** 2).statistic < 0.03
     assert stats.kstest(ends.double().numpy(), lambda x: x**2).statistic < 0.05
     batch = t.batches.batch(torch.zeros(10), torch.arange(10))
@@ -205,6 +204,18 @@ def test_validation_of_average_velocities(latents, ops):
     assert torch.equal(logged["mse"], dropped["mse"]) and logged["loss_t0.1"].isfinite().any()
     total = torch.stack([logged[f"loss_t{t}"] for t in (0.1, 0.3, 0.5, 0.7, 0.9)]).nansum(0)
     assert float(total.mean()) == pytest.approx(float(logged["mse"]), rel=1e-5)
+
+
+def test_watched_figures_are_those_of_all_passes(latents, ops):
+    """The largest activation is that of the sample with two times, whose pass is the first of three."""
+    t = task(latents, ops, PAIRED, GUIDED)
+    batch, draws = t.batches.batch(torch.zeros(4), torch.arange(4)), t.draw(1, 4, "cpu")
+    first = t.transport.paired(4).index(True)
+    batch["x"][first] *= 1e4
+    found = t.measure(("activation_norms",), t.networks, batch, draws)
+    batch["x"][first] *= 1e-4
+    usual = t.measure(("activation_norms",), t.networks, batch, draws)
+    assert found["activation_norm_max/blocks.0"] > 100 * usual["activation_norm_max/blocks.0"]
 
 
 def test_an_objective_that_the_model_does_not_fit_is_refused(latents, ops):

@@ -73,7 +73,7 @@ class MeanInputs(Inputs):
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device | str):
         super().__init__(config, batch, device, MeanFlow(MEANFLOW))
-        self.paired = self.transport.paired(0, batch).tolist()
+        self.paired = self.transport.paired(batch)
 
     def _times(self, count: int, **drawn: Any) -> torch.Tensor:
         return torch.stack(self.transport.sample_time_pairs(count, **drawn))  # [2, B]
@@ -89,7 +89,7 @@ def flops_per_step(config: ModelConfig, batch: int, objective: str) -> int:
     """FLOPs of the products that a step of `batch` images needs, by its objective."""
     if objective == "flow":
         return batch * flops_per_image(config)[1]
-    share = 1 - int(MeanFlow(MEANFLOW).paired(0, batch).sum()) / batch
+    share = 1 - sum(MeanFlow(MEANFLOW).paired(batch)) / batch
     transport = MEANFLOW.model_copy(update={"equal_times": share})
     return round(batch * training_flops_per_image(config.model_copy(update={"time_pairs": True}), transport))
 

@@ -21,6 +21,7 @@ from kernels.backends.operators import register_lowerings
 from kernels.registry import Ops
 
 MODES = ("none", "inductor", "regional", "cudagraphs", "aot_eager")
+RECOMPILE_LIMIT = 64
 DIRECTORY, TAG = "TORCHINDUCTOR_CACHE_DIR", "TORCH_COMPILE_CACHE_KEY_TAG"
 
 
@@ -119,5 +120,8 @@ def compiled(function: Callable, mode: str, ops: Ops | None = None, deterministi
             from kernels.compile.graph_passes import inductor_options
 
             options |= inductor_options(ops)
+    # A network is called in several ways, each a graph: in training and validation, with tangents, with gradients and
+    # without, at several batch sizes. Past the limit a graph would be an error; the default of 8 is soon reached.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     backend = mode if mode == "aot_eager" else "inductor"
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)

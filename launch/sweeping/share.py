@@ -11,6 +11,8 @@ _CALLS = {"euler": 1, "midpoint": 2, "heun": 2, "heun3": 3, "rk4": 4, "dopri5": 
 
 def cost(settings: SampleConfig) -> float:
     """Samples through the network for one image, about: a guided call is of two."""
+    if settings.mode == "meanflow":
+        return settings.mean_steps
     calls = _CALLS.get(settings.sampling_method.lower(), 1) * (settings.num_sampling_steps - 1)
     guided = 0.0 if settings.cfg_scale == 1 else settings.cfg_interval_end - settings.cfg_interval_start
     return calls * (1 + guided)

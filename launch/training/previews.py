@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.config import LightningDiTRun, select_ops
+from launch.config import ConfigError, LightningDiTRun, select_ops
 from launch.hub import is_reference
 from launch.pictures import sample_grid
 from launch.runtime.processes import Processes
@@ -115,6 +115,8 @@ def few_step_settings(run: LightningDiTRun, points: int) -> SampleConfig:
     """
     found = run.sampling()
     if found.mode == "meanflow":
+        if run.transport.objective == "flow":
+            raise ConfigError("sample.mode is meanflow, but transport.objective flow trains no average velocities")
         return found
     fixed = found.mode == "ODE" and found.sampling_method.lower() != "dopri5"
     return found.model_copy(

@@ -47,9 +47,9 @@ MISTAKES = {
         "lightningdit/meanflow.py", "return torch.minimum(first, second), torch.maximum(first, second)",
         "return first, second", "test_lightningdit_task.py::test_draws_of_average_velocities",
     ),
-    "pairs_by_place_in_the_slice": Mistake(
-        "lightningdit/meanflow.py", "torch.arange(first, first + count + 1,", "torch.arange(0, count + 1,",
-        "test_lightningdit_meanflow.py::test_samples_with_two_times_are_spread_over_a_batch_by_their_number",
+    "micro_batches_without_pairs": Mistake(
+        "lightningdit/meanflow.py", "pairs = max(1, min(pairs, count - 1))", "pass",
+        "test_lightningdit_meanflow.py::test_samples_with_two_times_are_a_fixed_number_of_a_micro_batch_spread_evenly",
     ),
     # The network and its tangents.
     "interval_the_other_way": Mistake(
