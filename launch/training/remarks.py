@@ -73,7 +73,7 @@ def _about_lightningdit(run: LightningDiTRun, steps: int) -> Iterator[str]:
         yield f"transport.lognorm_until_step {until:,} has no effect: the run has {steps:,} steps"
     learned, scale = run.transport.guidance_scale, run.sample.cfg_scale
     if learned != 1 and scale != 1:
-        yield f"transport.guidance_scale {learned:g} is learned, and sample.cfg_scale {scale:g} guides its samples again"
+        yield f"transport.guidance_scale {learned:g} is learned, and sample.cfg_scale {scale:g} guides samples again"
 
 
 def _about_stages(run: VavaeRun, steps: int, num_images: int) -> Iterator[str]:
