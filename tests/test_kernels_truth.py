@@ -58,7 +58,7 @@ def result_dtype(op: kernels.Op, inputs: dict, name: str, dtype: torch.dtype) ->
         return torch.float32
     if name in inputs:
         return inputs[name].dtype
-    if "branch" in inputs and name == "result 0":
+    if "branch" in inputs and name in (("result 0", "result 1") if op.forward_mode_of else ("result 0",)):
         return inputs["x"].dtype
     return inputs.get("out_dtype") or dtype
 

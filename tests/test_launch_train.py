@@ -349,7 +349,8 @@ def test_a_checkpoint_continues_on_another_backend(tmp_path, run_file):
         own = ("train.exp_name=own", f"kernels={backend}", f"train.max_steps={steps}")
         assert launch(*command, *own) == [0]
         table = checkpoint.newest(tmp_path / "own/checkpoints").state["ops"]
-        assert table.pop("stacked_linear")["backend"] == ("reference" if backend == "reference" else "library")
+        for name in ("stacked_linear", "stacked_linear_jvp"):
+            assert table.pop(name)["backend"] == ("reference" if backend == "reference" else "library")
         assert {row["backend"] for row in table.values()} == {"reference" if backend == "auto" else backend}
     for one, other in zip(rows(tmp_path / "base"), rows(tmp_path / "own"), strict=True):
         assert all(other[key] == pytest.approx(one[key], rel=1e-4) for key in ("loss", "mse", "cos_loss"))

@@ -1,4 +1,7 @@
-"""The network on tensors with tangents: its derivative along latents and times, of every backend, compiled or not."""
+"""The network on tensors with tangents: its derivative along latents and times, of every backend, compiled or not.
+
+On a device too, by `pytest.mark.gpu`, which cases of backends have.
+"""
 
 import pytest
 import torch

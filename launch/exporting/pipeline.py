@@ -170,7 +170,7 @@ def write_pipeline(folder: Path, pipeline: Pipeline, hashes: Mapping[str, str]) 
 
 def _network_config(config: ModelConfig) -> dict:
     named = {"_class_name": NETWORK_CLASS, "_diffusers_version": VERSION}
-    return named | config.model_dump(exclude={"use_checkpoint"})
+    return named | config.model_dump(exclude={"use_checkpoint", "time_pairs"})
 
 
 def _scheduler_config(settings: SampleConfig) -> dict:
