@@ -307,10 +307,10 @@ def test_a_model_with_its_ops_is_one_graph_and_follows_its_bundle():
     assert layer.weight.grad.isfinite().all() and list(layer.state_dict()) == ["weight"]
 
 
-def test_compiled_ops_do_not_share_a_limit_on_recompilations(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)  # its own: compiling a network raises it
+def test_compiled_ops_do_not_share_a_limit_on_recompilations():
     """More graphs in all than torch makes of one function, and all of them compute what the ops do."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # its own: compiling a network raises it
     ops, graphs = kernels.select("reference"), []
 
     def counting(graph, inputs):
