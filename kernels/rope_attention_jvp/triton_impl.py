@@ -6,15 +6,10 @@ import math
 import torch
 
 from kernels.backends.layout import contiguous, dense_rows
-from kernels.backends.triton_launch import DTYPES, backend, launch, operator, unsupported_reasons
-from kernels.rope_attention.autograd import pairs, width_reasons
-from kernels.rope_attention.triton_impl import (
-    LaunchConfig,
-    cdiv,
-    constants,
-    rope_attention_bwd,
-    runtime_strides,
-)
+from kernels.backends.triton_launch import backend, launch, operator
+from kernels.rope_attention.autograd import pairs
+from kernels.rope_attention.triton_impl import LaunchConfig, cdiv, constants, rope_attention_bwd, runtime_strides
+from kernels.rope_attention.triton_impl import unsupported as rope_attention_unsupported
 from kernels.rope_attention_jvp.triton_forward import rope_attention_jvp_fwd_kernel
 
 # Each block of queries loads, norms and rotates all keys and their tangents again, which takes about as long as the
@@ -91,8 +86,7 @@ def rope_attention_jvp(qkv, qkv_tangent, cos, sin, q_weight=None, k_weight=None,
 
 
 def unsupported(qkv, qkv_tangent, cos, sin, q_weight=None, k_weight=None, eps=1e-6, *, bias=None) -> list[str]:
-    beside = unsupported_reasons(qkv, q_weight, k_weight, bias, dtypes=DTYPES | {qkv.dtype, torch.float64})
-    return unsupported_reasons(qkv) + beside + width_reasons(qkv)
+    return rope_attention_unsupported(qkv, cos, sin, q_weight, k_weight, eps, bias=bias)
 
 
 BACKEND = backend(
